@@ -1,0 +1,41 @@
+# Everything a person types. `make demo` and `make test` need Python 3.11 or later, make and a C compiler.
+PYTHON ?= $(firstword $(shell command -v python3.12) $(shell command -v python3.11) python3)
+BIN := .venv/bin
+
+.PHONY: help demo test lint types contracts tests bench faults e2e proto clean
+
+help: ## show this list
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# The environment is rebuilt when what it installs has changed.
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("fedbasin needs Python 3.11 or later; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	mkdir -p .links/fedbasin
+	for room in server client strategies proto deploy; do ln -sfn ../../$$room .links/fedbasin/$$room; done
+	touch $@
+
+demo: .venv/ready ## five clients that never shared a start, fused with and without alignment
+	$(BIN)/python -m fedbasin.deploy.demo
+
+test: lint types contracts tests ## what CI runs
+
+lint: .venv/ready ## format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/ready ## strict types
+	$(BIN)/mypy -p fedbasin
+
+contracts: .venv/ready ## which room may import which
+	PYTHONPATH=.links $(BIN)/lint-imports
+
+tests: .venv/ready ## the test suite
+	$(BIN)/pytest
+
+proto: .venv/ready ## generate code from the .proto files
+	$(BIN)/python -m fedbasin.proto.generate
+
+clean: ## remove what make made
+	rm -rf .venv .links build runs *.egg-info
