@@ -1,0 +1,1 @@
+"""Running it: local deployments of real Flower processes, the demo, compose files."""

@@ -1,0 +1,1 @@
+"""The wire: messages, generated code, and the codec of tensors."""

@@ -1,0 +1,1 @@
+"""The running thing: rounds over a real Flower grid, configuration, checkpoints, telemetry, command line."""

@@ -1,0 +1,1 @@
+"""What a round computes: symmetries, alignment, fusion, diagnostics. No socket, no file, no clock."""

@@ -1,0 +1,1 @@
+"""Finding the transform that takes a client into the anchor's basin."""

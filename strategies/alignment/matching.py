@@ -1,0 +1,204 @@
+"""Weight matching: the transform that brings a client closest to the anchor.
+
+    maximise  J(T) = sum_w <W_w^a, T . W_w^k>        over the product of the sites' groups
+
+by coordinate ascent: J is linear in each site while the others are held, and each group knows its exact
+maximiser, so J never falls and the distance to the anchor never rises. Git Re-Basin (Ainsworth, Hayase,
+Srinivasa 2023, arXiv 2209.04836) for permutations; the rotations of attention heads follow Zhang et al. 2025
+(arXiv 2502.00264). Data-free.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.alignment.certificate import Radii, is_certified
+from fedbasin.strategies.state import State, distance, floating
+from fedbasin.strategies.symmetry.element import Element
+from fedbasin.strategies.symmetry.sites import Site, Symmetry
+from fedbasin.strategies.symmetry.transform import Transform
+
+# Gains below this share of ||M|| are rounding, not progress.
+_PROGRESS = 1e-7
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """How one site went.
+
+    Attributes:
+        site: its name.
+        certified: whether the identity was proven optimal, so that nothing was searched.
+        moved: distance of the element from the identity, 0 to 1.
+        gain: rise of J, as a share of `||anchor|| ||client||` over the site's tensors.
+    """
+
+    site: str
+    certified: bool
+    moved: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class AlignmentReport:
+    """How the whole alignment went; distances are Euclidean, client to anchor."""
+
+    sites: tuple[SiteReport, ...]
+    sweeps: int
+    distance_before: float
+    distance_after: float
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A client's state in the anchor's frame, and the transform that took it there."""
+
+    state: dict[str, Tensor]
+    transform: Transform
+    report: AlignmentReport
+
+
+def match_weights(
+    symmetry: Symmetry,
+    anchor: State,
+    client: State,
+    radii: Radii | None = None,
+    *,
+    prior: float = 1e-6,
+    max_sweeps: int = 100,
+) -> Alignment:
+    """Align `client` to `anchor` by coordinate ascent from the identity.
+
+    Laws: a planted permutation is undone exactly and a planted rotation to the prior's size; aligning twice
+    changes nothing; ties go to the identity.
+
+    Args:
+        symmetry: the sites; `symmetry.check(anchor)` must hold.
+        anchor: the state to align to.
+        client: the state to align.
+        radii: the anchor's identity radii (`identity_radii`); None searches every site.
+        prior: strength of the preference for the identity.
+        max_sweeps: bound on the passes over all sites.
+    """
+    before = distance(anchor, client)
+    search = _Search(symmetry, floating(anchor), dict(client), radii or {}, prior)
+    sweeps = search.run(max_sweeps)
+    transform = Transform(symmetry, search.elements)
+    reports = tuple(search.report(site) for site in symmetry.sites)
+    after = before if transform.is_identity else distance(anchor, search.state)
+    return Alignment(search.state, transform, AlignmentReport(reports, sweeps, before, after))
+
+
+@dataclass
+class _Search:
+    """The state of one ascent: what has been applied so far, and the client as it is under that."""
+
+    symmetry: Symmetry
+    anchor: Mapping[str, Tensor]
+    state: dict[str, Tensor]
+    radii: Radii
+    prior: float
+
+    def __post_init__(self) -> None:
+        self.elements = {site.name: site.group.identity() for site in self.symmetry.sites}
+        self.gains = dict.fromkeys(self.elements, 0.0)
+        self.certified: set[str] = set()
+        self.neighbours = _neighbours(self.symmetry)
+
+    def run(self, max_sweeps: int) -> int:
+        """Visit the sites in order until none can gain; returns the number of sweeps.
+
+        A site is visited again only when a neighbour has moved since: otherwise its score is the same.
+        """
+        pending = set(self.elements)
+        sweeps = 0
+        while pending and sweeps < max_sweeps:
+            sweeps += 1
+            for site in self.symmetry.sites:
+                if site.name in pending:
+                    pending.discard(site.name)
+                    if self.visit(site):
+                        pending |= self.neighbours[site.name]
+        return sweeps
+
+    def visit(self, site: Site) -> bool:
+        """Replace the site's element by the best one; whether that was any progress."""
+        self.certified.discard(site.name)
+        if is_certified(site, self.anchor, self.state, self.radii):
+            self.certified.add(site.name)
+            return False
+        scores = _scores(site, self.anchor, self.state)
+        step = site.group.maximiser(scores, self.prior)
+        held = site.group.value(scores, site.group.identity())
+        gain = site.group.value(scores, step) - held
+        scale = sum(float(torch.linalg.vector_norm(score)) for score in scores)
+        if gain <= _PROGRESS * scale:
+            return False
+        return self._apply(site, step, gain)
+
+    def _apply(self, site: Site, step: Element, gain: float) -> bool:
+        moved = {m.tensor: self.state[m.tensor] for m in site.members}
+        for member in site.members:
+            moved[member.tensor] = member.act(step, moved[member.tensor])
+        if site.quadratic:
+            # A tensor with the site on both axes makes J quadratic: take the step only if J really rose.
+            gain = self._objective(site, moved) - self._objective(site, self.state)
+            if gain <= 0:
+                return False
+        self.state.update(moved)
+        self.elements[site.name] = step.after(self.elements[site.name])
+        self.gains[site.name] += gain
+        return True
+
+    def _objective(self, site: Site, state: State) -> float:
+        names = {member.tensor for member in site.scored}
+        return sum(float((self.anchor[n].double() * state[n].double()).sum()) for n in names)
+
+    def report(self, site: Site) -> SiteReport:
+        """The site's share of the alignment report."""
+        gain = self.gains[site.name]
+        if gain:
+            names = {member.tensor for member in site.scored}
+            gain /= _norm(self.anchor, names) * _norm(self.state, names)
+        certified = site.name in self.certified
+        return SiteReport(site.name, certified, self.elements[site.name].moved(), gain)
+
+
+def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:
+    """For each site the sites whose score it changes when it moves: those that share a tensor with it."""
+    tensors = {site.name: {member.tensor for member in site.scored} for site in symmetry.sites}
+    return {
+        site.name: {
+            other
+            for other, names in tensors.items()
+            if names & tensors[site.name] and (other != site.name or site.quadratic)
+        }
+        for site in symmetry.sites
+    }
+
+
+def _scores(site: Site, anchor: State, client: State) -> tuple[Tensor, ...]:
+    """M of every leg, summed over the site's tensors."""
+    totals: list[Tensor | None] = [None] * len(site.group.sizes)
+    for member in site.scored:
+        width = site.width(member.leg)
+        ours = _at_least_single(member.rows(anchor[member.tensor], width))
+        theirs = _at_least_single(member.rows(client[member.tensor], width))
+        score = site.group.score(ours, theirs, member.leg)
+        total = totals[member.leg]
+        totals[member.leg] = score if total is None else total.add_(score)
+    missing = [leg for leg, total in enumerate(totals) if total is None]
+    if missing:
+        raise ValueError(f"site {site.name!r} has no scored tensor on leg {missing[0]}")
+    return tuple(total for total in totals if total is not None)
+
+
+def _norm(state: State, names: set[str]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(state[name])) for name in names))
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

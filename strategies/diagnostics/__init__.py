@@ -1,0 +1,1 @@
+"""How far apart models are: loss barriers along the path between them."""

@@ -1,0 +1,30 @@
+"""The state of a model: its tensors by name, as `torch.nn.Module.state_dict` gives them."""
+
+import math
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = Mapping[str, Tensor]
+
+
+def floating(state: State) -> dict[str, Tensor]:
+    """The tensors that can be averaged; counters and indices are left to the anchor."""
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def distance(a: State, b: State) -> float:
+    """Euclidean distance of the floating tensors that `a` and `b` share."""
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(a[name] - b[name])) for name in floating(a) if name in b)
+    )
+
+
+def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:
+    """The point `(1 - t) a + t b`; tensors that are not floating come from `b`."""
+    return {
+        name: torch.lerp(a[name], tensor, t) if tensor.is_floating_point() else tensor
+        for name, tensor in b.items()
+    }

@@ -1,0 +1,95 @@
+"""A group element as a block-monomial matrix: a permutation of blocks and an orthogonal map in each.
+
+    T = sum_i  e_i e_order[i]^T (x) blocks[i]        so      (T z)_i = blocks[i] z_order[i]
+
+One type serves every group of the project: a permutation is blocks of size one, a rotation is one block,
+rotated heads are an identity order, exchanged heads with their rotations are both. A *leg* is one feature
+space that the element acts on; a head has two (query-key and value-output), which are exchanged together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Element:
+    """What one site does to its feature spaces, the legs.
+
+    Attributes:
+        order: block `order[i]` of the argument becomes block `i`.
+        blocks: for each leg the orthogonal maps, or None where every block stays as it is.
+        sizes: block size of each leg.
+    """
+
+    order: Int[Tensor, " count"]
+    blocks: tuple[Float[Tensor, "count size size"] | None, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether entries are only moved, not mixed."""
+        return all(b is None or bool(((b == 0) | (b == 1)).all()) for b in self.blocks)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is changed."""
+        in_place = torch.equal(self.order, torch.arange(len(self.order)))
+        return in_place and all(
+            block is None or torch.equal(block, torch.eye(block.shape[-1]).expand_as(block))
+            for block in self.blocks
+        )
+
+    def act(self, tensor: Tensor, axis: int, leg: int = 0) -> Tensor:
+        """Apply T along one axis, whose length is a multiple of `count * size`.
+
+        The multiple is the number of consecutive entries that one unit owns, as the pixels of a channel
+        do after a flatten: they move together.
+        """
+        length = tensor.shape[axis]
+        order = self.order.to(tensor.device)
+        owned = length // len(order)
+        blocks = self.blocks[leg]
+        if blocks is None:
+            offsets = torch.arange(owned, device=tensor.device)
+            return tensor.index_select(axis, (order[:, None] * owned + offsets).reshape(-1))
+        moved = tensor.movedim(axis, 0)
+        units = moved.reshape(len(order), self.sizes[leg], -1)[order]
+        # Half precision is mixed in single and rounded once.
+        compute = torch.promote_types(tensor.dtype, torch.float32)
+        mixed = torch.bmm(blocks.to(tensor.device, compute), units.to(compute))
+        return mixed.to(tensor.dtype).reshape(moved.shape).movedim(0, axis)
+
+    def inverse(self) -> "Element":
+        """The element that undoes this one."""
+        back = torch.argsort(self.order)
+        blocks = tuple(None if b is None else b[back].mT.contiguous() for b in self.blocks)
+        return Element(back, blocks, self.sizes)
+
+    def after(self, first: "Element") -> "Element":
+        """The product: `first` acts, then `self`."""
+        pairs = zip(self.blocks, first.blocks, strict=True)
+        blocks = tuple(_product(own, other, self.order) for own, other in pairs)
+        return Element(first.order[self.order], blocks, self.sizes)
+
+    def moved(self) -> float:
+        """How far from the identity, from 0 to 1: the share of displaced blocks, or
+        `||T - I||_F / (2 sqrt(n))` of the leg that turns most, whichever is more.
+        """
+        home = self.order == torch.arange(len(self.order))
+        displaced = 1.0 - float(home.double().mean())
+        turned = [
+            float(torch.linalg.matrix_norm(b - torch.eye(b.shape[-1])).square().mean().sqrt())
+            / (2 * b.shape[-1] ** 0.5)
+            for b in self.blocks
+            if b is not None
+        ]
+        return max([displaced, *turned])
+
+
+def _product(outer: Tensor | None, inner: Tensor | None, order: Tensor) -> Tensor | None:
+    if inner is None:
+        return outer
+    return inner[order] if outer is None else outer @ inner[order]

@@ -1,0 +1,113 @@
+"""A transform: one group element for every site, acting on whole updates.
+
+    theta -> g . theta        G -> T G T^T        F -> F[p]
+
+Statistics move with the weights, so a transform acts on parameters and precision alike (`act` and
+`act_on_inputs`). A diagonal is closed under permutation only: under a rotation no diagonal is right, so it is
+refused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.element import Element
+from fedbasin.strategies.symmetry.sites import Member, Symmetry
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """One element per site; sites without an entry stay as they are.
+
+    Laws: `g.inverse().act(g.act(s)) == s`, `g.after(h).act(s) == g.act(h.act(s))`, and `act` keeps the
+    model's function.
+    """
+
+    symmetry: Symmetry
+    elements: Mapping[str, Element]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether no site is changed."""
+        return all(element.is_identity for element in self.elements.values())
+
+    def act(self, state: State) -> dict[str, Tensor]:
+        """The transformed state; tensors that no site touches are the same objects."""
+        result = dict(state)
+        for site in self.symmetry.sites:
+            if site.name in self.elements:
+                for member in site.members:
+                    if member.tensor in result:
+                        moved = member.act(self.elements[site.name], result[member.tensor])
+                        result[member.tensor] = moved
+        return result
+
+    def act_on_inputs(self, tensor: str, gram: Tensor, inputs: int) -> Tensor:
+        """Move a Gram matrix with the layer whose inputs it sums, `G -> T G T^T`.
+
+        Args:
+            tensor: name of the layer's weight.
+            gram: `[n, n]`, or `[n + 1, n + 1]` with the ones column last.
+            inputs: input channels of the weight, a divisor of n (a convolution has a run for each).
+        """
+        owned = gram.shape[0] // inputs
+        for element, member in self._readers(tensor):
+            start, stop = member.part or (0, inputs)
+            for axis in (0, 1):
+                run = Member(tensor, axis, (start * owned, stop * owned), member.leg)
+                gram = run.act(element, gram)
+        return gram
+
+    def mixes(self, tensor: str) -> bool:
+        """Whether a rotation touches the tensor, so that no diagonal can follow it."""
+        return any(
+            not self.elements[site.name].is_permutation
+            for site in self.symmetry.sites
+            if site.name in self.elements
+            for member in site.members
+            if member.tensor == tensor
+        )
+
+    def inverse(self) -> "Transform":
+        """The transform that undoes this one."""
+        return Transform(self.symmetry, {n: e.inverse() for n, e in self.elements.items()})
+
+    def after(self, first: "Transform") -> "Transform":
+        """The product: `first` acts, then `self`."""
+        names = {**first.elements, **self.elements}
+        return Transform(
+            self.symmetry,
+            {name: _product(self.elements.get(name), first.elements.get(name)) for name in names},
+        )
+
+    def _readers(self, tensor: str) -> list[tuple[Element, Member]]:
+        return [
+            (self.elements[site.name], member)
+            for site in self.symmetry.sites
+            if site.name in self.elements
+            for member in site.members
+            if member.tensor == tensor and member.axis == 1
+        ]
+
+
+def identity(symmetry: Symmetry) -> Transform:
+    """The transform that changes nothing."""
+    return Transform(symmetry, {site.name: site.group.identity() for site in symmetry.sites})
+
+
+def random(symmetry: Symmetry, generator: torch.Generator) -> Transform:
+    """A uniformly drawn transform, for checks and planted problems."""
+    drawn = {site.name: site.group.random(generator) for site in symmetry.sites}
+    return Transform(symmetry, drawn)
+
+
+def _product(outer: Element | None, inner: Element | None) -> Element:
+    if outer is None or inner is None:
+        present = outer or inner
+        if present is None:
+            raise KeyError("neither factor has the site")
+        return present
+    return outer.after(inner)
