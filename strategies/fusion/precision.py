@@ -1,0 +1,131 @@
+"""What a client knows about its own weights: the precision Lambda of one sum.
+
+    theta* = (sum_k Lambda_k)^-1  sum_k Lambda_k . theta_k
+
+    Scalar(n)      n examples                              FedAvg   (McMahan et al. 2017, arXiv 1602.05629)
+    Diagonal(F)    diagonal Fisher information             Fisher   (Matena and Raffel 2022, arXiv 2111.09832)
+    Gram(X^T X)    second moments of a layer's inputs      RegMean  (Jin et al. 2023, arXiv 2212.09849)
+
+Laws: `p.solve(p.weigh(theta)) = theta` for a positive definite p; addition is commutative and associative.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class SingularSumError(ValueError):
+    """The clients together know nothing of some direction, so the sum has no single solution."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the summed precision is singular; fuse with a ridge (regulariser) above zero"
+        )
+
+
+class Precision(Protocol):
+    """A symmetric positive semi-definite map on one block of weights."""
+
+    def weigh(self, theta: Tensor) -> Tensor:
+        """`Lambda . theta`: the moment that a client adds."""
+        ...
+
+    def solve(self, moment: Tensor) -> Tensor:
+        """`Lambda^-1 . moment`: the weights that a sum stands for."""
+        ...
+
+    def __add__(self, other: Self) -> Self:
+        """The precision of both together."""
+        ...
+
+    def scaled(self, factor: float) -> Self:
+        """`factor . Lambda`."""
+        ...
+
+    def isotropic(self, strength: float) -> "Scalar":
+        """`strength` times the mean of the diagonal, on every weight: a ridge that knows the scale."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """Every weight is known equally well, in proportion to the number of examples."""
+
+    weight: float
+
+    def weigh(self, theta: Tensor) -> Tensor:
+        return theta * self.weight
+
+    def solve(self, moment: Tensor) -> Tensor:
+        return moment / self.weight
+
+    def __add__(self, other: Self) -> "Scalar":
+        return Scalar(self.weight + other.weight)
+
+    def scaled(self, factor: float) -> "Scalar":
+        return Scalar(self.weight * factor)
+
+    def isotropic(self, strength: float) -> "Scalar":
+        return Scalar(self.weight * strength)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """Every weight is known to its own degree; as many values as the block has weights."""
+
+    values: Float[Tensor, "..."]
+
+    def weigh(self, theta: Tensor) -> Tensor:
+        return theta * self.values.reshape(theta.shape)
+
+    def solve(self, moment: Tensor) -> Tensor:
+        if not bool((self.values > 0).all()):
+            raise SingularSumError
+        return moment / self.values.reshape(moment.shape)
+
+    def __add__(self, other: "Diagonal | Scalar") -> "Diagonal":
+        return Diagonal(self.values + _diagonal_of(other))
+
+    def scaled(self, factor: float) -> "Diagonal":
+        return Diagonal(self.values * factor)
+
+    def isotropic(self, strength: float) -> Scalar:
+        return Scalar(strength * float(self.values.double().mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """A layer is known along the inputs that it has seen: `G = sum_x x x^T`, x with a one for the bias.
+
+    The block is the matrix `[out, in]`, or `[out, in + 1]` with the bias as the last column.
+    """
+
+    matrix: Float[Tensor, "inputs inputs"]
+
+    def weigh(self, theta: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+        return theta.to(self.matrix.dtype) @ self.matrix
+
+    def solve(self, moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+        # Cholesky and never an inverse; float64 because a Gram's condition is the square of its data's.
+        factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
+        if failed:
+            raise SingularSumError
+        return torch.cholesky_solve(moment.double().mT, factor).mT
+
+    def __add__(self, other: "Gram | Scalar") -> "Gram":
+        if isinstance(other, Scalar):
+            return Gram(self.matrix + other.weight * torch.eye(len(self.matrix)).to(self.matrix))
+        return Gram(self.matrix + other.matrix)
+
+    def scaled(self, factor: float) -> "Gram":
+        return Gram(self.matrix * factor)
+
+    def isotropic(self, strength: float) -> Scalar:
+        return Scalar(strength * float(self.matrix.diagonal().double().mean()))
+
+
+def _diagonal_of(precision: Diagonal | Scalar) -> Tensor | float:
+    return precision.weight if isinstance(precision, Scalar) else precision.values

@@ -1,0 +1,130 @@
+"""The running sum of a round: replies are folded one by one, and memory does not grow with clients.
+
+    sum_k Lambda_k        sum_k Lambda_k . theta_k
+
+A commutative monoid: `Tally.zero`, `lift`, `merge`, `finalize`. Sums may be merged in a tree or split by
+tensor. The regulariser is one more client: the mean (or the anchor) with an isotropic precision, so there
+is no singular sum.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.fusion.precision import Precision
+from fedbasin.strategies.fusion.update import Block, Update, join, split
+from fedbasin.strategies.state import State, floating
+
+# Elements that fit the cache in both precisions: a mixed-type sum over a whole tensor leaves the fast path.
+_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The regulariser of a fused block: one more client, that knows every weight equally well.
+
+    Attributes:
+        strength: its precision, relative to the mean diagonal of the clients' sum.
+        target: whose weights it holds: the clients' weighted mean, or the anchor.
+    """
+
+    strength: float = 1e-3
+    target: Literal["mean", "anchor"] = "mean"
+
+
+@dataclass(eq=False)
+class Tally:
+    """The sums over the clients so far. The one mutable value of the strategies.
+
+    Laws: `merge` is associative and commutative up to rounding, with `zero` neutral; K equal updates give
+    that update; no updates give the anchor; `finalize(g . u) = g . finalize(u)` where statistics can follow.
+
+    Attributes:
+        mean: `sum_k n_k theta_k` of every floating tensor.
+        examples: `sum_k n_k`.
+        blocks: for each block `(sum Lambda, sum Lambda . theta)`.
+        clients: number of updates.
+    """
+
+    mean: dict[str, Tensor]
+    examples: float = 0.0
+    blocks: dict[Block, tuple[Precision, Tensor]] = field(default_factory=dict)
+    clients: int = 0
+
+    @classmethod
+    def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "Tally":
+        """The empty sum over the anchor's floating tensors.
+
+        Args:
+            anchor: gives names and shapes.
+            dtype: of the sums. In float64 the result, rounded to float32, does not depend on the order
+                of arrival; float32 is faster and does.
+        """
+        return cls({n: torch.zeros(t.shape, dtype=dtype) for n, t in floating(anchor).items()})
+
+    def fold(self, update: Update) -> None:
+        """Add one client, in place; the update is not kept."""
+        for name, total in self.mean.items():
+            add_scaled(total, update.parameters[name], update.examples)
+        for block, precision in update.precisions.items():
+            self._add(block, precision, precision.weigh(join(block, update.parameters).double()))
+        self.examples += update.examples
+        self.clients += 1
+
+    def merge(self, other: "Tally") -> None:
+        """Add another tally's clients, in place."""
+        for name, total in self.mean.items():
+            total += other.mean[name]
+        for block, (precision, moment) in other.blocks.items():
+            self._add(block, precision, moment)
+        self.examples += other.examples
+        self.clients += other.clients
+
+    def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
+        """The fused model, in the anchor's dtypes; what cannot be averaged stays as the anchor has it."""
+        if not self.clients:
+            return dict(anchor)
+        means = {n: (s / self.examples).to(anchor[n].dtype) for n, s in self.mean.items()}
+        fused = {**anchor, **means}
+        targets = dict(fused) if ridge is None or ridge.target == "mean" else anchor
+        for block in self.blocks:
+            fused.update(split(block, self._solution(block, targets, ridge), anchor))
+        return fused
+
+    def _add(self, block: Block, precision: Precision, moment: Tensor) -> None:
+        if block in self.blocks:
+            before, moments = self.blocks[block]
+            self.blocks[block] = (before + precision, moments.add_(moment))
+        else:
+            self.blocks[block] = (precision, moment.clone())
+
+    def _solution(self, block: Block, targets: State, ridge: Ridge | None) -> Tensor:
+        precision, moment = self.blocks[block]
+        if ridge is None:
+            return precision.solve(moment)
+        prior = precision.isotropic(ridge.strength)
+        target = join(block, targets).to(moment.dtype)
+        return (precision + prior).solve(moment + prior.weigh(target))
+
+
+def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:
+    """All of a round's arithmetic in one call, for updates that are at hand."""
+    tally = Tally.zero(anchor)
+    for update in updates:
+        tally.fold(update)
+    return tally.finalize(anchor, ridge)
+
+
+def add_scaled(total: Tensor, value: Tensor, weight: float) -> None:
+    """`total += weight * value`, through a buffer of the total's dtype where they differ."""
+    if total.dtype == value.dtype:
+        total.add_(value, alpha=weight)
+        return
+    sums, values = total.view(-1), value.reshape(-1)
+    buffer = torch.empty(min(_CHUNK, len(sums)), dtype=total.dtype)
+    for start in range(0, len(sums), _CHUNK):
+        part = values[start : start + _CHUNK]
+        sums[start : start + len(part)].add_(buffer[: len(part)].copy_(part), alpha=weight)

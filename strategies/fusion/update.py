@@ -1,0 +1,76 @@
+"""One client's contribution: its weights, how many examples they saw, and what it knows about them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.transform import Transform
+
+# The tensors that one precision speaks of: a weight, or a weight and its bias.
+Block: TypeAlias = tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one client adds to the sum.
+
+    Attributes:
+        parameters: the floating tensors of its model.
+        examples: the weight of every tensor that has no precision of its own.
+        precisions: what is known beyond that, block by block.
+    """
+
+    parameters: State
+    examples: float
+    precisions: Mapping[Block, Precision] = field(default_factory=dict)
+
+    def moved(self, transform: Transform) -> "Update":
+        """The update in another frame: weights and statistics together.
+
+        Raises:
+            ValueError: a Diagonal would have to follow a rotation, which no diagonal can.
+        """
+        precisions = {
+            block: _moved(block, precision, self.parameters, transform)
+            for block, precision in self.precisions.items()
+        }
+        return Update(transform.act(self.parameters), self.examples, precisions)
+
+
+def join(block: Block, state: State) -> Tensor:
+    """The block as one tensor: a vector, a matrix `[out, in]`, or `[out, in + 1]` with the bias last."""
+    weight = state[block[0]]
+    matrix = weight.flatten(1) if weight.dim() > 1 else weight
+    return matrix if len(block) == 1 else torch.cat([matrix, state[block[1]][:, None]], dim=1)
+
+
+def split(block: Block, joined: Tensor, like: State) -> dict[str, Tensor]:
+    """Undo `join`, with the shapes and dtypes of `like`."""
+    weight = like[block[0]]
+    if len(block) == 1:
+        return {block[0]: joined.reshape(weight.shape).to(weight.dtype)}
+    bias = like[block[1]]
+    return {
+        block[0]: joined[:, :-1].reshape(weight.shape).to(weight.dtype).contiguous(),
+        block[1]: joined[:, -1].to(bias.dtype).contiguous(),
+    }
+
+
+def _moved(block: Block, precision: Precision, state: State, transform: Transform) -> Precision:
+    weight = block[0]
+    if isinstance(precision, Gram):
+        inputs = state[weight].shape[1]
+        return Gram(transform.act_on_inputs(weight, precision.matrix, inputs))
+    if isinstance(precision, Diagonal):
+        if transform.mixes(weight):
+            raise ValueError(
+                f"{weight}: a diagonal precision cannot follow a rotation; collect it on the aligned "
+                "model (align on the client), or restrict the symmetry to permutations"
+            )
+        return Diagonal(transform.act({weight: precision.values})[weight])
+    return precision

@@ -1,0 +1,51 @@
+"""What can become of a client's update: one word for the exception, the report and the metric's label."""
+
+from enum import Enum
+
+
+class Outcome(Enum):
+    """The fate of one reply. The name is the label, the value is the advice."""
+
+    accepted = "the update is in the sum"
+    client_error = "the client app raised; its traceback is in the SuperNode's log"
+    timeout = (
+        "no reply before the deadline; raise round-timeout-seconds or look at the client's load"
+    )
+    unavailable = (
+        "the SuperLink lost the node or the message; the client takes part again when it is back"
+    )
+    malformed = "the reply has no readable fedbasin header; add the mod fedbasin.client.basin to the ClientApp"
+    schema_version = "client and server speak different versions; install the same fedbasin on both"
+    wrong_round = "the reply answers another round or stage; it came late, nothing is to be done"
+    duplicate = "this client is already in the sum of this stage; the first reply counts"
+    wrong_anchor = "the client worked from another global model than this round's"
+    symmetry_mismatch = "the client moved its model by another symmetry than the server sent"
+    missing_tensor = "a tensor of the global model is not in the update; send the whole state dict"
+    unexpected_tensor = (
+        "the update has a tensor that the global model lacks; use the same model class"
+    )
+    wrong_shape = "a tensor has another shape than in the global model; use the same model settings"
+    wrong_dtype = "a tensor has another dtype than in the global model; convert it on the client"
+    non_finite = "a tensor has NaN or infinite entries; lower the learning rate or clip gradients"
+    bad_weight = "the number of examples must be finite and above zero; send `num-examples`"
+    missing_statistic = (
+        "the recipe needs statistics that are not in the update; give the mod its data"
+    )
+    unexpected_statistic = "the update has statistics that the recipe did not ask for"
+    not_symmetric = "a Gram matrix is not symmetric; collect it with fedbasin.client"
+    not_positive = "a Fisher diagonal is negative or a Gram matrix is not positive semi-definite"
+    too_large = "the update has more bytes than max-update-bytes allows"
+
+
+class Refusal(ValueError):  # noqa: N818 - the word of the reports, not an accident
+    """An update that must not touch the sum.
+
+    Attributes:
+        outcome: why.
+        detail: what and where, in one line.
+    """
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(f"{outcome.name}: {detail}; {outcome.value}")
+        self.outcome = outcome
+        self.detail = detail

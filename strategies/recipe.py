@@ -1,0 +1,41 @@
+"""The named catalogue: a recipe is a point in matcher x precision x step, a value with a name."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from fedbasin.strategies.fusion.tally import Ridge
+
+
+class Statistic(Enum):
+    """What a client sends beside its weights and its number of examples."""
+
+    none = "nothing: the number of examples is all that is known"
+    fisher = "the diagonal Fisher information of every parameter"
+    gram = "the Gram matrix of every linear and convolutional layer's inputs"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a round's updates become the next global model.
+
+    Attributes:
+        name: as in the configuration.
+        statistic: what clients collect, on the aligned model.
+        ridge: the regulariser of the fused blocks; None where no statistic is collected.
+        shrink: factor on the off-diagonal of Gram matrices (RegMean's alpha); 1 leaves them.
+    """
+
+    name: str
+    statistic: Statistic = Statistic.none
+    ridge: Ridge | None = None
+    shrink: float = 1.0
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("fedavg"),
+        Recipe("fisher", Statistic.fisher, Ridge(1e-3)),
+        Recipe("regmean", Statistic.gram, Ridge(1e-3)),
+    )
+}
