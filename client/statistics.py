@@ -1,0 +1,277 @@
+"""What a client's data says about its weights: Gram matrices of inputs and the diagonal Fisher information.
+
+    G = sum over rows of  [x; 1] [x; 1]^T
+    F = sum over examples of  sum_y p(y | x) (d log p(y | x) / d theta)^2
+
+Source: Gram matrices, Jin et al. 2023 (RegMean), arXiv 2212.09849; diagonal Fisher information, Matena and
+Raffel 2022, arXiv 2111.09832. Both are sums over examples, so those of two data sets add up to those of both
+together, and both belong to the weights that the model has now: collect them after aligning.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from operator import itemgetter
+from typing import Literal, TypeAlias, TypeGuard
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import one_hot, pad, unfold
+
+from fedbasin.client.data import Batch, Batches, Inputs, evaluating, forward, read
+from fedbasin.strategies.state import State
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+Block: TypeAlias = tuple[str, ...]
+Probabilities: TypeAlias = Float[Tensor, "batch classes"]
+Labels: TypeAlias = Int[Tensor, "batch labels"]
+
+# Numbers held at once beside the model and its activations: 2^22 float64 are 32 MiB, 2^24 float32 are 64 MiB.
+ROW_ELEMENTS = 2**22
+GRADIENT_ELEMENTS = 2**24
+# Each gradient also holds activations; small models have more of these than weights.
+MOST_GRADIENTS = 256
+
+
+def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block, Tensor]:
+    """Gram matrices of the inputs of every linear and every ungrouped two-dimensional convolution.
+
+    Keys are the tensors of a layer, `("fc.weight", "fc.bias")` or `("fc.weight",)`. Values are float64,
+    `[in + 1, in + 1]` with the ones last where there is a bias, `[in, in]` where there is none. A row is what
+    the layer multiplies with `weight.flatten(1)`: one vector of a linear layer, one position of one example of
+    a convolution. Rows are summed, not averaged, so least squares over them is least squares over everything
+    that the layer computed, and an image of more positions counts for more.
+
+    Rows that the batch's mask calls padding are left out where they can be told from the input's shape
+    (`[batch, tokens, ..., in]` or `[batch * tokens, in]`). A layer that is used several times, under one name
+    or several, has one Gram under the first name. Left out are weights that another kind of layer uses too (an
+    embedding tied to the head), for which the Gram would be half the story, and layers that were never called.
+
+    Args:
+        model: Runs in evaluation mode; left as it was.
+        batches: The client's data, read once.
+        shrink: Factor on the entries off the diagonal, RegMean's alpha; 1 keeps the Gram as it is.
+
+    Raises:
+        ValueError: There is no data, `shrink` is outside [0, 1], or a mask does not fit a layer's input.
+    """
+    if not 0 <= shrink <= 1:
+        raise ValueError(
+            f"shrink = {shrink}; choose a factor from 0 (diagonal only) to 1 (all of it)"
+        )
+    sums: dict[Block, Tensor] = {}
+    layers = _layers(model)
+    with evaluating(model), torch.no_grad():
+        for batch in read(batches, model):
+            with ExitStack() as hooks:
+                for layer, block in layers.items():
+                    see = partial(_see, sums, block, batch.mask)
+                    hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
+                forward(model, batch)
+    return {block: _finish(gram, shrink) for block, gram in sums.items()}
+
+
+def _layers(model: nn.Module) -> dict[Layer, Block]:
+    """The layers whose weights a Gram describes completely, with the names of their tensors."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    uses: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)].add(_tensors(module))
+    return {
+        module: tuple(names[tensor] for tensor in _tensors(module))
+        for module in model.modules()
+        if _is_layer(module) and all(uses[t] == {_tensors(module)} for t in _tensors(module))
+    }
+
+
+def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def _tensors(module: nn.Module) -> tuple[int, ...]:
+    """Which tensors a layer multiplies its inputs with; none for modules that have no Gram."""
+    if not _is_layer(module):
+        return ()
+    return tuple(id(tensor) for tensor in (module.weight, module.bias) if tensor is not None)
+
+
+def _see(
+    sums: dict[Block, Tensor],
+    block: Block,
+    mask: Tensor | None,
+    layer: Layer,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    output: Tensor,
+) -> None:
+    """A forward hook: add the rows of one call to the sum.
+
+    Products are taken in float64, about three times slower than float32 on a CPU. They are exact for float32
+    inputs and only their sum rounds, so neither the batch size nor the split of the data over clients shows
+    in the result, and a nearly singular Gram stays positive.
+    """
+    inputs = args[0] if args else kwargs["input"]
+    if isinstance(layer, nn.Conv2d):
+        parts = _patches(layer, inputs, positions=output.shape[-2] * output.shape[-1])
+    else:
+        parts = _vectors(_unpadded(inputs, mask, block))
+    for part in parts:
+        rows = part if layer.bias is None else pad(part, (0, 1), value=1.0)
+        if block not in sums:
+            sums[block] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        sums[block].addmm_(rows.T, rows)
+
+
+def _vectors(inputs: Float[Tensor, "rows in"]) -> Iterator[Float[Tensor, "part in"]]:
+    for part in torch.split(inputs, max(1, ROW_ELEMENTS // inputs.shape[1])):
+        yield part.double()
+
+
+def _patches(conv: nn.Conv2d, images: Tensor, positions: int) -> Iterator[Float[Tensor, "part in"]]:
+    """What the kernel sees at each position, in the order of `weight.flatten(1)`."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    batch = images if images.ndim == 4 else images.unsqueeze(0)
+    for part in torch.split(batch, max(1, ROW_ELEMENTS // (conv.weight[0].numel() * positions))):
+        padded = pad(part.double(), _margins(conv), mode=mode)
+        patches = unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+        yield patches.transpose(1, 2).flatten(0, 1)
+
+
+def _margins(conv: nn.Conv2d) -> list[int]:
+    """Padding left, right, top and bottom; where "same" is odd, PyTorch puts the greater half last."""
+    if isinstance(conv.padding, str):
+        reach = zip(conv.kernel_size, conv.dilation, strict=True)
+        total = [d * (k - 1) if conv.padding == "same" else 0 for k, d in reach]
+        return [half for both in reversed(total) for half in (both // 2, both - both // 2)]
+    return [margin for margin in reversed(conv.padding) for _ in range(2)]
+
+
+def _unpadded(inputs: Tensor, mask: Tensor | None, block: Block) -> Float[Tensor, "rows in"]:
+    """The rows of a linear layer's input that are not padding; a pooled `[batch, in]` has none."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if mask is None or inputs.shape[:-1] == mask.shape[:1]:
+        return rows
+    if inputs.shape[:2] == mask.shape and inputs.ndim > 2:
+        return inputs[mask].reshape(-1, inputs.shape[-1])
+    if inputs.shape[:-1] == (mask.numel(),):
+        return rows[mask.flatten()]
+    raise ValueError(
+        f"the mask is {list(mask.shape)} but {block[0]!r} reads {list(inputs.shape)}, in which padding cannot "
+        "be told; put [batch, tokens] first in the layer's input, or yield batches without padding and mask"
+    )
+
+
+def _finish(gram: Tensor, shrink: float) -> Tensor:
+    symmetric = (gram + gram.T) / 2  # matrix products round the two triangles differently
+    return torch.lerp(torch.diag(symmetric.diagonal()), symmetric, shrink)
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    batches: Batches,
+    classes: Literal["exact", "sampled"] = "exact",
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Diagonal Fisher information of a classifier's trainable parameters, summed over examples.
+
+    The gradient of each example is squared by itself; squaring a batch's mean gradient instead would mix signs
+    and shrink the result with the batch. Only inputs are used: labels come from the model, either every class
+    with its probability or one drawn for each example, which costs a gradient instead of one for each class
+    and is right on average.
+
+    Args:
+        model: Runs in evaluation mode, so that examples do not meet in batch normalisation; left as it was.
+        batches: The client's data, read once.
+        classes: "exact" for every class, "sampled" for one drawn label.
+        generator: Draws the labels, on the model's device.
+
+    Returns:
+        By parameter name, in the parameter's shape and dtype, float32 where that is shorter.
+
+    Raises:
+        ValueError: There is no data, or the model does not give one row of logits for each example.
+    """
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+    gradients = GRADIENT_ELEMENTS // max(1, sum(p.numel() for p in parameters.values()))
+    # Fused attention kernels have no rule for vmap and would be run example by example.
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
+        for batch in read(batches, model):
+            probabilities = _probabilities(model, batch)
+            labels = _every if classes == "exact" else partial(_drawn, generator=generator)
+            for rows, scores in _scores(probabilities, *labels(probabilities), gradients):
+                few = batch.map(itemgetter(rows))
+                square_each = vmap(partial(_squares, model, parameters))
+                squares = square_each(few.inputs, few.targets, scores)
+                for name, square in squares.items():
+                    sums[name] += square.sum(0)
+    return {n: s.to(_widened(parameters[n]).dtype) for n, s in sums.items()}
+
+
+def _probabilities(model: nn.Module, batch: Batch) -> Probabilities:
+    with torch.no_grad():
+        logits = forward(model, batch)
+    if logits.shape[:-1] != batch.targets.shape[:1]:
+        raise ValueError(
+            f"logits {list(logits.shape)} for {len(batch.targets)} examples; the diagonal Fisher information "
+            "is that of a classifier with logits [batch, classes]"
+        )
+    return _widened(logits).softmax(-1)
+
+
+def _every(probabilities: Probabilities) -> tuple[Labels, Tensor]:
+    """Each class, weighted with its probability."""
+    labels = torch.arange(probabilities.shape[1], device=probabilities.device)
+    return labels.expand_as(probabilities), probabilities
+
+
+def _drawn(
+    probabilities: Probabilities, generator: torch.Generator | None
+) -> tuple[Labels, Tensor]:
+    """One class for each example, drawn from the model."""
+    labels = torch.multinomial(probabilities, 1, generator=generator)
+    return labels, torch.ones_like(labels, dtype=probabilities.dtype)
+
+
+def _scores(
+    probabilities: Probabilities, labels: Labels, weights: Tensor, gradients: int
+) -> Iterator[tuple[slice, Float[Tensor, "few some classes"]]]:
+    """`sqrt(weight) d log p(y) / d logits = sqrt(weight) (e_y - p)`, for a few examples and labels at a time."""
+    count, classes = probabilities.shape
+    most = max(1, min(gradients, MOST_GRADIENTS))
+    wide = min(most, labels.shape[1])
+    for start in range(0, count, most // wide):
+        rows = slice(start, start + most // wide)
+        for y, w in zip(
+            torch.split(labels[rows], wide, 1), torch.split(weights[rows], wide, 1), strict=True
+        ):
+            error = one_hot(y, classes) - probabilities[rows].unsqueeze(1)
+            yield rows, w.sqrt().unsqueeze(-1) * error
+
+
+def _squares(
+    model: nn.Module,
+    parameters: State,
+    inputs: Inputs,
+    target: Tensor,
+    scores: Float[Tensor, "some classes"],
+) -> dict[str, Tensor]:
+    """Squared gradients of one example, summed over its labels."""
+    example = Batch(inputs, target).map(lambda tensor: tensor.unsqueeze(0))
+
+    def scored(values: State, score: Tensor) -> Tensor:
+        return _widened(forward(model, example, values)[0]) @ score
+
+    # The forward pass does not depend on the score, so it runs once for all of them.
+    gradients = vmap(grad(scored), in_dims=(None, 0))(parameters, scores)
+    return {name: _widened(gradient).square().sum(0) for name, gradient in gradients.items()}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """At least float32: squares of half precision would underflow."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,135 @@
+"""Loss barriers: how far a path between two models rises above the chord of its ends.
+
+With `L(t)` the loss of `(1 - t) anchor + t client`:
+
+    barrier = max_t [ L(t) - ((1 - t) L(0) + t L(1)) ]
+
+Source: Frankle et al. 2020, arXiv 1912.05671; in this form Entezari et al. 2022, arXiv 2110.06296.
+Losses travel as sums over examples, so that the curves of many clients add up to the curve of their pooled data.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+Curve: TypeAlias = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Sums over examples at points of the straight line from anchor (t = 0) to client (t = 1).
+
+    Law: a commutative monoid under addition with `Path.zero`; the sum of two paths is the path of both
+    data sets together.
+
+    Raises:
+        ValueError: The curves do not fit the points, or hold what no data set can give.
+    """
+
+    points: tuple[float, ...]
+    loss: tuple[float, ...]  # sum of the loss, nats
+    correct: tuple[float, ...]  # number classified correctly
+    examples: float
+
+    def __post_init__(self) -> None:
+        _check("loss", self.points, self.loss)
+        _check("correct", self.points, self.correct)
+        if not 0 <= self.examples < math.inf:
+            raise ValueError(f"a path over {self.examples} examples; count the examples evaluated")
+        if not all(0 <= correct <= self.examples for correct in self.correct):
+            raise ValueError(
+                f"a path has {self.correct} correct of {self.examples} examples; send counts, not shares"
+            )
+
+    @classmethod
+    def zero(cls, points: Curve) -> "Path":
+        """The path over no data."""
+        nothing = (0.0,) * len(points)
+        return cls(tuple(points), nothing, nothing, 0.0)
+
+    def __add__(self, other: "Path") -> "Path":
+        if self.points != other.points:
+            raise ValueError(
+                f"paths evaluated at {self.points} and at {other.points} cannot be added; "
+                "ask every client for the same number of points"
+            )
+        return Path(
+            self.points,
+            _add(self.loss, other.loss),
+            _add(self.correct, other.correct),
+            self.examples + other.examples,
+        )
+
+    @property
+    def mean_loss(self) -> tuple[float, ...]:
+        """Loss per example at each point, nats."""
+        return self._mean(self.loss)
+
+    @property
+    def accuracy(self) -> tuple[float, ...]:
+        """Share classified correctly at each point."""
+        return self._mean(self.correct)
+
+    def _mean(self, sums: Curve) -> tuple[float, ...]:
+        if not self.examples:
+            raise ValueError("a path over no examples has no mean; evaluate it on some data first")
+        return tuple(value / self.examples for value in sums)
+
+
+def linear_barrier(points: Curve, losses: Curve) -> float:
+    """The largest rise above the chord.
+
+    Law: never negative, zero where no point lies above the chord, the same after adding any `a + b t` and
+    after walking the path backwards.
+    """
+    return max(_above_chord(points, losses))
+
+
+def accuracy_barrier(points: Curve, accuracies: Curve) -> float:
+    """The largest fall of the accuracy below the chord; never negative."""
+    return max(-rise for rise in _above_chord(points, accuracies)) + 0.0  # no negative zero
+
+
+def midpoint_gap(points: Curve, losses: Curve) -> float:
+    """`L(1/2) - (L(0) + L(1)) / 2`; negative where the mean of the two models beats the mean of their losses.
+
+    Raises:
+        ValueError: The middle is not among the points.
+    """
+    for t, rise in zip(points, _above_chord(points, losses), strict=True):
+        if math.isclose(t, 0.5):
+            return rise
+    raise ValueError(
+        f"no point at t = 0.5 among {tuple(points)}; evaluate an odd number of equally spaced points"
+    )
+
+
+def area(points: Curve, losses: Curve) -> float:
+    """Signed area between curve and chord, by the trapezoid rule."""
+    rises = list(zip(points, _above_chord(points, losses), strict=True))
+    return sum((t - s) * (low + high) / 2 for (s, low), (t, high) in pairwise(rises))
+
+
+def _above_chord(points: Curve, values: Curve) -> tuple[float, ...]:
+    _check("curve", points, values)
+    first, last = values[0], values[-1]
+    return tuple(v - ((1 - t) * first + t * last) for t, v in zip(points, values, strict=True))
+
+
+def _add(a: Curve, b: Curve) -> tuple[float, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _check(name: str, points: Curve, values: Curve) -> None:
+    """Refuse a curve from which no barrier can be read."""
+    if len(points) < 2 or (points[0], points[-1]) != (0, 1):
+        raise ValueError(f"points {tuple(points)} of a path; start at t = 0 and end at t = 1")
+    if not all(s < t for s, t in pairwise(points)):
+        raise ValueError(f"points {tuple(points)} of a path do not increase; sort them")
+    if len(values) != len(points):
+        raise ValueError(f"{name} has {len(values)} values for {len(points)} points; send one each")
+    for t, value in zip(points, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value} at t = {t}; check the model there for overflow")

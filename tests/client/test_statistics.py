@@ -1,0 +1,361 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import one_hot, pad
+
+from fedbasin.client import statistics
+from fedbasin.client.statistics import diagonal_fisher, grams
+
+W = torch.float64
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def labels(count, classes=3):
+    return torch.zeros(count, dtype=torch.long)
+
+
+def with_ones(rows):
+    return pad(rows.to(W), (0, 1), value=1.0)
+
+
+def outer(rows):
+    return rows.to(W).T @ rows.to(W)
+
+
+def hooks_of(model):
+    return [module for module in model.modules() if module._forward_hooks]
+
+
+class TestGrams:
+    def test_each_linear_layer_has_the_gram_of_its_inputs(self):
+        model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 3, bias=False))
+        x = normal(20, 5)
+        found = grams(model, [(x[:12], labels(12)), (x[12:], labels(8))])
+        assert list(found) == [("0.weight", "0.bias"), ("3.weight",)]
+        hidden = torch.relu(model[0](x)).detach()
+        torch.testing.assert_close(found["0.weight", "0.bias"], outer(with_ones(x)))
+        torch.testing.assert_close(found["3.weight",], outer(hidden), rtol=1e-5, atol=1e-6)
+
+    def test_the_split_into_batches_and_clients_does_not_show(self):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(W)
+        x = normal(30, 5, dtype=W)
+        whole = grams(model, [(x, labels(30))])
+        parts = [grams(model, [(part, labels(10))]) for part in x.split(10)]
+        for block, gram in whole.items():
+            summed = sum(part[block] for part in parts)
+            torch.testing.assert_close(summed, gram, rtol=1e-13, atol=1e-13)
+
+    def test_small_parts_give_the_same_sum(self, monkeypatch):
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 3)).to(W)
+        data = [(normal(9, 2, 6, 6, dtype=W), labels(9))]
+        whole = grams(model, data)
+        monkeypatch.setattr(statistics, "ROW_ELEMENTS", 1)
+        for block, gram in grams(model, data).items():
+            torch.testing.assert_close(gram, whole[block], rtol=1e-13, atol=1e-13)
+
+    @pytest.mark.parametrize(
+        ("kernel", "stride", "padding", "dilation", "mode", "bias"),
+        [
+            (3, 1, 0, 1, "zeros", True),
+            ((3, 2), (2, 1), (1, 0), 1, "zeros", True),
+            (3, 2, 2, (1, 2), "zeros", False),
+            (3, 1, "same", 1, "zeros", True),
+            ((4, 3), 1, "same", (1, 2), "zeros", True),
+            (2, 1, "valid", 2, "zeros", True),
+            (3, 1, (2, 1), 1, "reflect", True),
+            ((4, 2), 1, "same", 1, "circular", True),
+        ],
+    )
+    def test_solving_with_a_convolutions_gram_gives_its_weights_back(
+        self, kernel, stride, padding, dilation, mode, bias
+    ):
+        # The strongest statement about rows: least squares from them to the outputs is the layer itself.
+        conv = nn.Conv2d(
+            2, 3, kernel, stride, padding, dilation, bias=bias, padding_mode=mode, dtype=W
+        )
+        x = normal(10, 2, 8, 9, dtype=W)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # PyTorch: "same" padding of an even kernel makes a copy
+            found = grams(nn.Sequential(conv), [(x, labels(10))])
+            outputs = conv(x).detach().transpose(0, 1).flatten(1)
+        (gram,) = found.values()
+        weight = conv.weight.detach().flatten(1)
+        if bias:
+            weight = torch.cat([weight, conv.bias.detach().unsqueeze(1)], 1)
+            assert gram[-1, -1] == outputs.shape[1]
+        # |y|^2 = w G w^T for every output channel, and for their sums and differences.
+        torch.testing.assert_close(weight @ gram @ weight.T, outputs @ outputs.T)
+
+    def test_a_convolution_sees_the_patches_in_the_order_of_its_weights(self):
+        conv = nn.Conv2d(2, 3, (2, 3), dtype=W)
+        x = normal(4, 2, 2, 3, dtype=W)
+        (gram,) = grams(nn.Sequential(conv), [(x, labels(4))]).values()
+        torch.testing.assert_close(gram, outer(with_ones(x.flatten(1))))
+
+    def test_grouped_convolutions_have_none(self):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
+        assert list(grams(model, [(normal(2, 4, 5, 5), labels(2))])) == [("1.weight", "1.bias")]
+
+    def test_padding_is_left_out(self):
+        class Classifier(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.tokens, self.flat = nn.Linear(4, 6), nn.Linear(6, 5)
+                self.heads, self.pooled = nn.Linear(5, 5), nn.Linear(5, 3)
+
+            def forward(self, x):
+                x = self.tokens(x)
+                x = self.flat(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+                x = self.heads(x.unsqueeze(2).expand(-1, -1, 2, -1))
+                return self.pooled(x[:, 0, 0])
+
+        model = Classifier().to(W)
+        x = normal(3, 4, 4, dtype=W)
+        mask = torch.arange(4) < torch.tensor([4, 1, 2]).unsqueeze(1)
+        found = grams(model, [(x, labels(3), mask)])
+        torch.testing.assert_close(found["tokens.weight", "tokens.bias"], outer(with_ones(x[mask])))
+        counts = {block[0]: gram[-1, -1].item() for block, gram in found.items()}
+        assert counts == {
+            "tokens.weight": 7,
+            "flat.weight": 7,
+            "heads.weight": 14,
+            "pooled.weight": 3,
+        }
+        noise = x.masked_fill(~mask.unsqueeze(-1), 1e6)
+        noisy = grams(model, [(noise, labels(3), mask)])
+        assert torch.equal(
+            noisy["tokens.weight", "tokens.bias"], found["tokens.weight", "tokens.bias"]
+        )
+
+    def test_a_mask_that_does_not_fit_is_refused_by_name(self):
+        model = nn.Sequential(nn.Linear(4, 2))
+        mask = torch.ones(3, 5, dtype=torch.bool)
+        with pytest.raises(ValueError, match=r"'0.weight' reads \[5, 3, 4\]"):
+            grams(model, [(normal(5, 3, 4), labels(3), mask)])
+        assert not hooks_of(model)
+
+    def test_a_layer_used_twice_adds_both_uses(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = self.again = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.again(input=self.layer(x))
+
+        model, x = Twice().to(W), normal(6, 4, dtype=W)
+        found = grams(model, [(x, labels(6))])
+        second = model.layer(x).detach()
+        assert list(found) == [("layer.weight", "layer.bias")]
+        expected = outer(with_ones(torch.cat([x, second])))
+        torch.testing.assert_close(found["layer.weight", "layer.bias"], expected)
+
+    def test_layers_that_share_a_weight_have_one_gram(self):
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).to(W)
+        model[1].weight = model[0].weight
+        x = normal(6, 4, dtype=W)
+        found = grams(model, [(x, labels(6))])
+        assert list(found) == [("0.weight",)]
+        torch.testing.assert_close(found["0.weight",], outer(torch.cat([x, model[0](x).detach()])))
+
+    def test_weights_that_have_another_use_have_none(self):
+        head_tied_to_embedding = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+        head_tied_to_embedding[1].weight = head_tied_to_embedding[0].weight
+        tokens = torch.randint(7, (3, 5))
+        assert not grams(head_tied_to_embedding, [(tokens, labels(3))])
+
+        two_biases = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        two_biases[1].weight = two_biases[0].weight
+        assert list(grams(two_biases, [(normal(3, 4), labels(3))])) == [("2.weight", "2.bias")]
+
+    def test_parametrized_weights_have_none(self):
+        model = nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2)
+        )
+        assert list(grams(model, [(normal(3, 4), labels(3))])) == [("1.weight", "1.bias")]
+
+    def test_layers_that_were_never_called_have_none(self):
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        found = grams(encoder, [(normal(3, 5, 8), labels(3))])
+        # nn.MultiheadAttention multiplies with its weights itself; the fast path stays off under hooks.
+        assert [block[0] for block in found] == ["linear1.weight", "linear2.weight"]
+        assert found["linear1.weight", "linear1.bias"][-1, -1] == 15
+
+    def test_shrinking_leaves_the_diagonal(self):
+        model, data = nn.Sequential(nn.Linear(4, 2)), [(normal(9, 4), labels(9))]
+        (full,) = grams(model, data).values()
+        (shrunk,) = grams(model, data, shrink=0.3).values()
+        diagonal = torch.diag(full.diagonal())
+        torch.testing.assert_close(
+            shrunk, diagonal + 0.3 * (full - diagonal), rtol=1e-13, atol=1e-13
+        )
+        assert torch.equal(shrunk.diagonal(), full.diagonal())
+        assert torch.linalg.eigvalsh(shrunk).min() >= 0
+        with pytest.raises(ValueError, match=r"shrink = 1\.1"):
+            grams(model, data, shrink=1.1)
+
+    def test_grams_are_exactly_symmetric(self):
+        model = nn.Sequential(nn.Linear(33, 2))
+        (gram,) = grams(model, [(normal(50, 33), labels(50))]).values()
+        assert torch.equal(gram, gram.T)
+
+    def test_the_model_is_left_as_it_was_even_after_an_error(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        grams(model, [(normal(5, 4), labels(5))])
+        with pytest.raises(RuntimeError):
+            grams(model, [(normal(5, 3), labels(5))])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(module.training for module in model.modules())
+        assert not hooks_of(model)
+
+    def test_no_data_is_refused(self):
+        with pytest.raises(ValueError, match="no examples"):
+            grams(nn.Linear(4, 2), [])
+
+
+def slow_fisher(model, batches):
+    """One backward pass for each example and class."""
+    model.eval()
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for inputs, _ in batches:
+        for x in inputs:
+            logs = model(x.unsqueeze(0)).log_softmax(-1)[0]
+            for log in logs:
+                gradients = torch.autograd.grad(
+                    log, list(model.parameters()), retain_graph=True, allow_unused=True
+                )
+                for name, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:
+                        sums[name] += log.exp().detach() * gradient**2
+    return sums
+
+
+def convolutional():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+
+
+class TestDiagonalFisher:
+    def test_it_equals_the_loop_over_examples_and_classes(self):
+        model = convolutional().to(W)
+        model(normal(8, 1, 4, 4, dtype=W))  # running statistics that are not those of a new layer
+        data = [
+            (normal(5, 1, 4, 4, dtype=W), labels(5)),
+            (normal(2, 1, 4, 4, seed=1, dtype=W), labels(2)),
+        ]
+        found = diagonal_fisher(model, data)
+        expected = slow_fisher(model, data)
+        assert list(found) == [name for name, _ in model.named_parameters()]
+        for name, fisher in found.items():
+            torch.testing.assert_close(fisher, expected[name], rtol=1e-10, atol=1e-14)
+
+    def test_it_equals_the_closed_form_of_softmax_regression(self):
+        model, x = nn.Linear(5, 4).to(W), normal(30, 5, dtype=W)
+        p = model(x).softmax(-1).detach()
+        # sum_y p_y (1[y=c] - p_c)^2 = p_c (1 - p_c)
+        variance = p * (1 - p)
+        found = diagonal_fisher(model, [(x, labels(30))])
+        torch.testing.assert_close(found["weight"], variance.T @ x**2, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(found["bias"], variance.sum(0), rtol=1e-10, atol=1e-14)
+
+    @pytest.mark.parametrize(("elements", "most"), [(1, 256), (150, 256), (2**24, 1), (2**24, 3)])
+    def test_bounded_memory_gives_the_same_sum(self, monkeypatch, elements, most):
+        model, data = nn.Linear(5, 4).to(W), [(normal(7, 5, dtype=W), labels(7))]
+        whole = diagonal_fisher(model, data)
+        monkeypatch.setattr(statistics, "GRADIENT_ELEMENTS", elements)
+        monkeypatch.setattr(statistics, "MOST_GRADIENTS", most)
+        for name, fisher in diagonal_fisher(model, data).items():
+            torch.testing.assert_close(fisher, whole[name], rtol=1e-12, atol=1e-14)
+
+    def test_the_batch_size_does_not_show(self):
+        model, x = convolutional().to(W), normal(12, 1, 4, 4, dtype=W)
+        whole = diagonal_fisher(model, [(x, labels(12))])
+        single = diagonal_fisher(model, [(part, labels(1)) for part in x.split(1)])
+        for name, fisher in whole.items():
+            torch.testing.assert_close(single[name], fisher, rtol=1e-10, atol=1e-14)
+
+    def test_drawn_labels_are_right_on_average(self):
+        model, x = nn.Linear(3, 3).to(W), normal(4, 3, dtype=W)
+        exact = diagonal_fisher(model, [(x, labels(4))])["weight"]
+        many = [(x.repeat(5000, 1), labels(20000))]
+        generator = torch.Generator().manual_seed(0)
+        drawn = diagonal_fisher(model, many, "sampled", generator)["weight"] / 5000
+        torch.testing.assert_close(drawn, exact, rtol=0.05, atol=0.0)
+
+    def test_drawn_labels_follow_the_generator(self):
+        model, data = nn.Linear(3, 3), [(normal(9, 3), labels(9))]
+        once, again, other = (
+            diagonal_fisher(model, data, "sampled", torch.Generator().manual_seed(seed))["bias"]
+            for seed in (1, 1, 2)
+        )
+        assert torch.equal(once, again)
+        assert not torch.equal(once, other)
+
+    def test_a_drawn_label_gives_its_own_squared_gradient(self):
+        model, x = nn.Linear(3, 3).to(W), normal(1, 3, dtype=W)
+        found = diagonal_fisher(model, [(x, labels(1))], "sampled")["bias"]
+        p = model(x).softmax(-1).detach()
+        candidates = (one_hot(torch.arange(3), 3) - p) ** 2
+        assert any(torch.allclose(found, candidate) for candidate in candidates)
+
+    def test_only_trainable_parameters_are_described_and_tied_ones_once(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).to(W)
+        model[2].weight = model[0].weight
+        model[3].weight.requires_grad_(False)
+        data = [(normal(5, 4, dtype=W), labels(5))]
+        found = diagonal_fisher(model, data)
+        model[3].weight.requires_grad_(True)
+        expected = slow_fisher(model, data)
+        assert list(found) == ["0.weight", "0.bias", "2.bias", "3.bias"]
+        for name, fisher in found.items():
+            torch.testing.assert_close(fisher, expected[name], rtol=1e-10, atol=1e-14)
+
+    def test_transformers_and_inputs_by_name_are_read_too(self):
+        class Classifier(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+                self.head = nn.Linear(8, 3)
+
+            def forward(self, x):
+                return self.head(self.body(x).mean(1))
+
+        model, x = Classifier().to(W), normal(4, 5, 8, dtype=W)
+        found = diagonal_fisher(model, [({"x": x}, labels(4))])
+        expected = slow_fisher(model, [(x, labels(4))])
+        for name, fisher in found.items():
+            torch.testing.assert_close(fisher, expected[name], rtol=1e-8, atol=1e-14)
+
+    def test_half_precision_comes_back_as_float32(self):
+        model = nn.Linear(4, 3).to(torch.bfloat16)
+        found = diagonal_fisher(model, [(normal(5, 4).to(torch.bfloat16), labels(5))])
+        assert {fisher.dtype for fisher in found.values()} == {torch.float32}
+
+    def test_the_model_is_left_as_it_was(self):
+        model = convolutional()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        diagonal_fisher(model, [(normal(5, 1, 4, 4), labels(5))])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(module.training for module in model.modules())
+
+    def test_what_is_no_classifier_is_refused(self):
+        with pytest.raises(ValueError, match=r"logits \[2, 5, 3\] for 2 examples"):
+            diagonal_fisher(nn.Linear(4, 3), [(normal(2, 5, 4), labels(2))])
+        with pytest.raises(ValueError, match="no examples"):
+            diagonal_fisher(nn.Linear(4, 3), [])

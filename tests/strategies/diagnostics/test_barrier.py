@@ -1,0 +1,158 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbasin.strategies.diagnostics.barrier import (
+    Path,
+    accuracy_barrier,
+    area,
+    linear_barrier,
+    midpoint_gap,
+)
+
+THIRDS = (0.0, 0.5, 1.0)
+losses = st.floats(-1e3, 1e3)
+
+
+@st.composite
+def curves(draw):
+    inner = sorted(draw(st.sets(st.floats(0.001, 0.999), max_size=8)))
+    points = (0.0, *inner, 1.0)
+    return points, tuple(draw(losses) for _ in points)
+
+
+@st.composite
+def paths(draw):
+    examples = draw(st.integers(0, 1000))
+    counts = st.integers(0, examples).map(float)
+    loss, correct = (tuple(draw(s) for _ in THIRDS) for s in (losses, counts))
+    return Path(THIRDS, loss, correct, float(examples))
+
+
+def close(a, b):
+    return a == pytest.approx(b, abs=1e-9, rel=1e-9)
+
+
+def test_the_barrier_is_the_largest_rise_above_the_chord():
+    points = (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert linear_barrier(points, (1.0, 1.0, 4.0, 4.0, 3.0)) == 2.0
+    assert midpoint_gap(points, (1.0, 1.0, 4.0, 4.0, 3.0)) == 2.0
+    assert area(points, (1.0, 1.0, 4.0, 4.0, 3.0)) == pytest.approx((-0.5 + 2 + 1.5) / 4)
+
+
+def test_unequal_ends_are_judged_by_the_chord_and_not_by_their_mean():
+    # The rise above the mean of the ends would be 1.5 at t = 1, where there is no barrier at all.
+    assert linear_barrier(THIRDS, (0.0, 1.5, 3.0)) == 0.0
+
+
+@given(curves())
+def test_the_barrier_is_never_negative(curve):
+    assert linear_barrier(*curve) >= 0
+    assert accuracy_barrier(*curve) >= 0
+
+
+@given(curves(), losses, losses)
+def test_adding_a_line_changes_nothing(curve, a, b):
+    points, values = curve
+    lifted = [v + a + b * t for t, v in zip(points, values, strict=True)]
+    assert close(linear_barrier(points, lifted), linear_barrier(points, values))
+    assert close(area(points, lifted), area(points, values))
+
+
+@given(curves())
+def test_walking_backwards_changes_nothing(curve):
+    points, values = curve
+    back = [1 - t for t in reversed(points)]
+    assert close(linear_barrier(back, values[::-1]), linear_barrier(points, values))
+
+
+@given(curves())
+def test_accuracies_fall_as_losses_rise(curve):
+    points, values = curve
+    assert accuracy_barrier(points, [-v for v in values]) == linear_barrier(points, values)
+
+
+@given(losses, losses)
+def test_a_line_has_no_barrier_no_gap_and_no_area(a, b):
+    points = tuple(i / 10 for i in range(11))
+    line = [a + b * t for t in points]
+    assert close(linear_barrier(points, line), 0)
+    assert close(midpoint_gap(points, line), 0)
+    assert close(area(points, line), 0)
+
+
+def test_a_valley_has_a_negative_gap_and_no_barrier():
+    assert linear_barrier(THIRDS, (1.0, 0.0, 1.0)) == 0.0
+    assert midpoint_gap(THIRDS, (1.0, 0.0, 1.0)) == -1.0
+    assert area(THIRDS, (1.0, 0.0, 1.0)) == -0.5
+
+
+@given(paths(), paths(), paths())
+def test_paths_are_a_commutative_monoid(a, b, c):
+    assert a + b == b + a
+    assert a + Path.zero(THIRDS) == a
+    left, right = (a + b) + c, a + (b + c)
+    assert left.loss == pytest.approx(right.loss, abs=1e-9)
+    assert (left.correct, left.examples) == (right.correct, right.examples)
+
+
+def test_the_mean_of_a_sum_is_weighted_by_examples():
+    small = Path(THIRDS, (3.0, 3.0, 3.0), (1.0, 0.0, 1.0), 1.0)
+    large = Path(THIRDS, (1.0, 2.0, 1.0), (2.0, 3.0, 0.0), 3.0)
+    both = small + large
+    assert both.mean_loss == (1.0, 1.25, 1.0)
+    assert both.accuracy == (0.75, 0.75, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("points", "curve", "message"),
+    [
+        ((0.0,), (1.0,), "start at t = 0"),
+        ((0.1, 1.0), (1.0, 1.0), "start at t = 0"),
+        ((0.0, 0.9), (1.0, 1.0), "end at t = 1"),
+        ((0.0, 0.6, 0.4, 1.0), (1.0,) * 4, "do not increase"),
+        (THIRDS, (1.0, 1.0), "2 values for 3 points"),
+        (THIRDS, (1.0, math.nan, 1.0), "nan at t = 0.5"),
+        (THIRDS, (1.0, 1.0, math.inf), "inf at t = 1.0"),
+    ],
+)
+def test_a_curve_that_cannot_be_read_is_refused(points, curve, message):
+    with pytest.raises(ValueError, match=message):
+        linear_barrier(points, curve)
+
+
+def test_a_missing_middle_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="odd number"):
+        midpoint_gap((0.0, 1 / 3, 2 / 3, 1.0), (1.0,) * 4)
+
+
+@pytest.mark.parametrize("points", [3, 5, 11, 101])
+def test_an_odd_number_of_equal_steps_has_a_middle(points):
+    grid = [i / (points - 1) for i in range(points)]
+    assert midpoint_gap(grid, [4 * t * (1 - t) for t in grid]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("correct", "examples", "message"),
+    [
+        ((1.0, 3.0, 1.0), 2.0, "counts, not shares"),
+        ((1.0, -1.0, 1.0), 2.0, "counts, not shares"),
+        ((0.0, 0.0, 0.0), -1.0, "count the examples"),
+        ((0.0, 0.0, 0.0), math.nan, "count the examples"),
+    ],
+)
+def test_counts_that_no_data_can_give_are_refused(correct, examples, message):
+    with pytest.raises(ValueError, match=message):
+        Path(THIRDS, (1.0,) * 3, correct, examples)
+
+
+def test_paths_with_other_points_are_not_added():
+    with pytest.raises(ValueError, match="same number of points"):
+        Path.zero(THIRDS) + Path.zero((0.0, 1.0))
+
+
+def test_a_path_over_no_data_has_no_mean():
+    with pytest.raises(ValueError, match="no examples"):
+        _ = Path.zero(THIRDS).mean_loss
