@@ -30,9 +30,8 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
     Raises:
         Refusal: with the outcome, and the tensor where it happened.
     """
-    if not (math.isfinite(update.examples) and update.examples > 0):
-        raise Refusal(Outcome.bad_weight, f"examples = {update.examples}")
-    _check_names(update.parameters, floating(anchor))
+    check_examples(update.examples)
+    _check_names(update.parameters, anchor)
     for name, tensor in update.parameters.items():
         _check_tensor(name, tensor, anchor[name])
     _check_blocks(update.precisions, blocks, anchor)
@@ -40,11 +39,18 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
         _check_precision(block, precision, anchor)
 
 
-def _check_names(parameters: State, expected: State) -> None:
-    missing = sorted(expected.keys() - parameters.keys())
+def check_examples(examples: float) -> None:
+    """Check a client's weight; raises a Refusal as `check_update` does."""
+    if not (math.isfinite(examples) and examples > 0):
+        raise Refusal(Outcome.bad_weight, f"examples = {examples}")
+
+
+def _check_names(parameters: State, anchor: State) -> None:
+    # Counters and indices may stay at home: they are never averaged.
+    missing = sorted(floating(anchor).keys() - parameters.keys())
     if missing:
         raise Refusal(Outcome.missing_tensor, _list(missing))
-    unexpected = sorted(parameters.keys() - expected.keys())
+    unexpected = sorted(parameters.keys() - anchor.keys())
     if unexpected:
         raise Refusal(Outcome.unexpected_tensor, _list(unexpected))
 

@@ -107,6 +107,9 @@ class Tally:
             return precision.solve(moment)
         prior = precision.isotropic(ridge.strength)
         target = join(block, targets).to(moment.dtype)
+        if not prior.weight:
+            # Nobody knows anything of the block, as of a layer that no example reaches.
+            return target
         return (precision + prior).solve(moment + prior.weigh(target))
 
 

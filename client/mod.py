@@ -1,0 +1,103 @@
+"""The mod: an existing ClientApp takes part in fedbasin without a changed line in its own functions.
+
+    app = ClientApp(mods=[basin(model=lambda context: Net(), data=lambda context: loader(context))])
+
+On the way in the packed anchor becomes the ordinary ArrayRecord that the app expects (its own initial
+weights, where clients never shared a start); on the way out the app's trained model is aligned, statistics
+are collected on it, and the reply is packed.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+from flwr.app import Context, Message, RecordDict
+from torch import Tensor, nn
+
+from fedbasin.client.context import forget, keep, kept
+from fedbasin.client.data import Batches
+from fedbasin.client.reply import Request, build_reply, read_request
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import plain, wire
+
+Next: TypeAlias = Callable[[Message, Context], Message]
+Mod: TypeAlias = Callable[[Message, Context, Next], Message]
+
+
+class AppReplyError(ValueError):
+    """The app's own reply is not what the mod can build on."""
+
+
+def basin(
+    model: Callable[[Context], nn.Module],
+    data: Callable[[Context], Batches] | None = None,
+) -> Mod:
+    """The client's share of fedbasin, as a Flower mod.
+
+    Messages of other servers pass through untouched.
+
+    Args:
+        model: makes the app's model; its initial weights are the client's own start.
+        data: makes the client's training batches, `(inputs, targets)` or with a padding mask; called once
+            for every pass. Needed for Fisher, RegMean and barriers.
+    """
+
+    def mod(message: Message, context: Context, call_next: Next) -> Message:
+        if not wire.has_header(message.content):
+            return call_next(message, context)
+        request = read_request(message.content)
+        if message.metadata.message_type.startswith("evaluate"):
+            message.content = _for_app(message.content, request.anchor)
+            return call_next(message, context)
+        own = model(context)
+        started = time.perf_counter()
+        trained = _train(request, message, context, call_next, own)
+        if isinstance(trained, Message):
+            return trained
+        seconds = time.perf_counter() - started
+        batches = None if data is None else lambda: data(context)
+        content = build_reply(request, *trained, own, batches, train_seconds=seconds)
+        return Message(content=content, reply_to=message)
+
+    return mod
+
+
+def _train(
+    request: Request, message: Message, context: Context, call_next: Next, own: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, float]] | Message:
+    """The model that this round has trained, now or in an earlier stage; or the app's error reply."""
+    header = request.header
+    before = kept(context, header.round)
+    if not (before and header.keep):
+        forget(context)
+    if before:
+        return before
+    is_own = header.start == pb.START_OWN
+    start = dict(own.state_dict()) if is_own else request.anchor
+    message.content = _for_app(message.content, start)
+    out = call_next(message, context)
+    if out.has_error():
+        return out
+    state, metrics = _from_app(out.content)
+    if header.keep:
+        keep(context, header.round, state, metrics)
+    return state, metrics
+
+
+def _for_app(content: RecordDict, state: dict[str, Tensor]) -> RecordDict:
+    """The message as the app knows it: an ordinary ArrayRecord, and the app's own config."""
+    known = {name: record for name, record in content.items() if name != wire.HEADER}
+    known.pop(wire.RADII, None)
+    return RecordDict({**known, wire.ARRAYS: plain.write(state)})
+
+
+def _from_app(content: RecordDict) -> tuple[dict[str, Tensor], dict[str, float]]:
+    if len(content.array_records) != 1 or len(content.metric_records) != 1:
+        raise AppReplyError(
+            f"the app replied with {len(content.array_records)} ArrayRecords and "
+            f"{len(content.metric_records)} MetricRecords; reply with one of each: the model's state dict, "
+            "and metrics with 'num-examples'"
+        )
+    (arrays,) = content.array_records.values()
+    (record,) = content.metric_records.values()
+    return plain.read(arrays), wire.numbers(record)

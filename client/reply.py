@@ -1,0 +1,195 @@
+"""Building a client's reply: align the trained model, collect statistics on it, probe the path, pack.
+
+anchor, trained  ->  aligned, precision, path, header
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from flwr.app import MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from fedbasin.client.data import Batches
+from fedbasin.client.probe import path_losses
+from fedbasin.client.statistics import diagonal_fisher, grams
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, plain, wire
+from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.messages import alignment_message
+from fedbasin.strategies.state import State, floating
+from fedbasin.strategies.symmetry.sites import parse
+
+Data = Callable[[], Batches]
+
+
+class MissingDataError(ValueError):
+    """The server asks for what only the client's data can say, and the mod was given none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A stage's question, read from a message.
+
+    Attributes:
+        header: as sent.
+        anchor: the global model.
+        radii: the anchor's identity radii, by site.
+    """
+
+    header: pb.Request
+    anchor: dict[str, Tensor]
+    radii: dict[str, Tensor]
+
+
+def read_request(content: RecordDict) -> Request:
+    """Read a message that `fedbasin.server` sent.
+
+    Raises:
+        WireError: it is no such message, or of another version.
+        PackingError: its tensors do not parse.
+    """
+    header = wire.read_request(content)
+    arrays = content.array_records[wire.ARRAYS]
+    anchor = packing.unpack(arrays, header.anchor) if header.anchor else plain.read(arrays)
+    radii = packing.unpack(content.array_records[wire.RADII], header.radii) if header.radii else {}
+    return Request(header, anchor, radii)
+
+
+def build_reply(
+    request: Request,
+    trained: State,
+    metrics: dict[str, float],
+    model: nn.Module,
+    data: Data | None = None,
+    *,
+    train_seconds: float = 0.0,
+) -> RecordDict:
+    """The reply to a stage: the model in the anchor's frame, and what the client knows about it.
+
+    Args:
+        request: the question.
+        trained: the client's own model.
+        metrics: what the app measured; `num-examples` is the client's weight.
+        model: to run; its tensors are replaced.
+        data: gives the client's own examples, afresh at every call.
+        train_seconds: how long training took, for the round's report.
+
+    Raises:
+        MissingDataError: the stage needs data and there is none.
+        KeyError: the metrics have no `num-examples`.
+    """
+    header = pb.UpdateHeader(
+        round=request.header.round,
+        stage=request.header.stage,
+        anchor_digest=request.header.anchor_digest,
+        examples=_examples(metrics),
+        train_seconds=train_seconds,
+    )
+    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    aligned = _align(request, trained, header)
+    _probe(request, trained, aligned, model, data, header)
+    _collect(request, aligned, model, data, header, content)
+    if request.header.anchor:
+        content[wire.ARRAYS], specs = packing.pack(floating(aligned))
+        header.tensors.extend(specs)
+    else:
+        content[wire.ARRAYS] = plain.write({name: aligned[name] for name in request.anchor})
+    wire.write(content, header)
+    return content
+
+
+def _examples(metrics: dict[str, float]) -> float:
+    if "num-examples" not in metrics:
+        raise KeyError(
+            "the reply's metrics lack 'num-examples', the weight of this client's update"
+        )
+    return metrics["num-examples"]
+
+
+def _align(request: Request, trained: State, header: pb.UpdateHeader) -> State:
+    if not request.header.align:
+        return trained
+    symmetry = parse(request.header.symmetry)
+    started = time.perf_counter()
+    found = match_weights(symmetry, request.anchor, trained, request.radii)
+    header.symmetry_digest = symmetry.digest
+    seconds = time.perf_counter() - started
+    header.alignment.CopyFrom(alignment_message(found.report, seconds))
+    return found.state
+
+
+def _probe(
+    request: Request,
+    trained: State,
+    aligned: State,
+    model: nn.Module,
+    data: Data | None,
+    header: pb.UpdateHeader,
+) -> None:
+    points = request.header.path_points
+    if not points:
+        return
+    batches = _required(data, "the barrier to the anchor")
+    before = path_losses(model, request.anchor, trained, batches(), points)
+    after = before
+    if aligned is not trained:
+        after = path_losses(model, request.anchor, aligned, batches(), points)
+    header.path.CopyFrom(_sums(before, after))
+
+
+def _sums(before: Path, after: Path) -> pb.PathSums:
+    return pb.PathSums(
+        points=before.points,
+        loss_before=before.loss,
+        loss_after=after.loss,
+        correct_before=before.correct,
+        correct_after=after.correct,
+        examples=before.examples,
+    )
+
+
+def _collect(
+    request: Request,
+    aligned: State,
+    model: nn.Module,
+    data: Data | None,
+    header: pb.UpdateHeader,
+    content: RecordDict,
+) -> None:
+    kind = request.header.precision
+    if kind == pb.PRECISION_KIND_SCALAR:
+        return
+    batches = _required(data, pb.PrecisionKind.Name(kind))
+    model.load_state_dict(dict(aligned))
+    if kind == pb.PRECISION_KIND_GRAM:
+        statistics = grams(model, batches(), request.header.shrink)
+    else:
+        fisher = diagonal_fisher(model, batches())
+        statistics = {(name,): _normalised(f, header.examples) for name, f in fisher.items()}
+    named = {"+".join(block): value.float() for block, value in statistics.items()}
+    content[wire.STATISTICS], specs = packing.pack(named)
+    for block, spec in zip(statistics, specs, strict=True):
+        header.precisions.add(tensors=block, kind=kind, statistic=spec)
+
+
+def _normalised(fisher: Tensor, examples: float) -> Tensor:
+    """Fisher information with mean `examples`: clients weigh by their data, entries by what it says.
+
+    A confident client's Fisher information is orders of magnitude below a hesitant one's, which says
+    nothing about whose weights are right.
+    """
+    mean = fisher.double().mean()
+    if not mean > 0:
+        return torch.full_like(fisher, examples)
+    return fisher * (examples / mean).to(fisher.dtype)
+
+
+def _required(data: Data | None, what: str) -> Data:
+    if data is None:
+        raise MissingDataError(
+            f"{what} needs the client's data; pass `data` to fedbasin.client.basin"
+        )
+    return data

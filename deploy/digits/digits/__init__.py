@@ -1,0 +1,1 @@
+"""The digits example: an ordinary Flower app with fedbasin in it."""

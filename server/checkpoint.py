@@ -1,0 +1,109 @@
+"""A run's folder: the global model after every round, and its reports.
+
+    runs/<run>/global.safetensors    the last finished round's model; round and settings in its metadata
+    runs/<run>/rounds.jsonl          one round report a line
+
+The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import json_format
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedbasin.proto import fedbasin_pb2 as pb
+
+MODEL = "global.safetensors"
+REPORTS = "rounds.jsonl"
+
+
+class CheckpointError(ValueError):
+    """A folder that a run cannot go on from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a run between two rounds.
+
+    Attributes:
+        server_round: the last finished one.
+        model: the global model after it.
+        settings: what decides the result, as text; a run can only go on with the same.
+    """
+
+    server_round: int
+    model: dict[str, Tensor]
+    settings: str
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint in place of the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"round": str(checkpoint.server_round), "settings": checkpoint.settings}
+    part = folder / f"{MODEL}.part"
+    model = {name: tensor.contiguous() for name, tensor in _unshared(checkpoint.model).items()}
+    save_file(model, part, metadata)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(folder / MODEL)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read the last checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none, or it does not parse.
+    """
+    path = folder / MODEL
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is not there; resume takes the folder of a run with a finished round"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return Checkpoint(int(metadata["round"]), model, metadata["settings"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of fedbasin: {error}") from error
+
+
+def append_report(folder: Path, report: pb.RoundReport) -> None:
+    """Add a round's report as one line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(json_format.MessageToDict(report, preserving_proto_field_name=True))
+    with (folder / REPORTS).open("a") as file:
+        file.write(line + "\n")
+
+
+def read_reports(folder: Path) -> list[pb.RoundReport]:
+    """The reports of a run, one for each round; of a round that was repeated, the last.
+
+    A last line that was cut off is left out.
+    """
+    path = folder / REPORTS
+    reports: dict[int, pb.RoundReport] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            report = json_format.Parse(line, pb.RoundReport())
+        except json_format.ParseError:
+            continue
+        reports[report.round] = report
+    return [reports[number] for number in sorted(reports)]
+
+
+def _unshared(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors written out in full: safetensors refuses storage that two names share."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in model.items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor.clone() if shared else tensor
+    return result

@@ -1,0 +1,310 @@
+"""A run: rounds of stages over a Flower grid, with checkpoints, reports and resume.
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    result = serve(grid, context, model=Net(), rounds=3, symmetry=trace(Net(), example))
+"""
+
+import logging
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid
+from google.protobuf.timestamp_pb2 import Timestamp
+from torch import Tensor, nn
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, wire
+from fedbasin.server import checkpoint
+from fedbasin.server.grid import StreamingGrid, available
+from fedbasin.server.push import push
+from fedbasin.server.rounds import Budget, Observe, Question, StageResult, run_stage
+from fedbasin.server.settings import Settings, SettingsError, read_settings
+from fedbasin.strategies.fusion.layers import known_blocks
+from fedbasin.strategies.outcome import Outcome
+from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Stage, Start, plan
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.sites import Symmetry
+
+# A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
+_LOG = logging.getLogger("flwr.fedbasin")
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run ended in.
+
+    Attributes:
+        model: the global model after the last round.
+        reports: of every round, those before a resume included.
+        folder: where the model and the reports are.
+    """
+
+    model: dict[str, Tensor]
+    reports: list[pb.RoundReport]
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Hooks:
+    """What the app may add to a run.
+
+    Attributes:
+        evaluate: metrics of each new global model, by round; round 0 is the anchor that a run starts from.
+        observe: metrics of one client's accepted model, by node id; called as it is folded.
+        score: of a model, lower is better; for `bootstrap = "best"`.
+    """
+
+    evaluate: Callable[[int, State], Metrics] | None = None
+    observe: Observe | None = None
+    score: Callable[[State], float] | None = None
+
+
+def serve(
+    grid: Grid,
+    context: Context,
+    model: nn.Module,
+    rounds: int,
+    *,
+    symmetry: Symmetry | None = None,
+    train_config: ConfigRecord | None = None,
+    hooks: Hooks | None = None,
+) -> Result:
+    """Run all rounds, as the run config's `fedbasin.*` keys say.
+
+    Args:
+        grid: Flower's.
+        context: Flower's; its run config has the settings.
+        model: its state is the first anchor; its layers say which statistics clients owe.
+        rounds: how many the run has, those before a resume included.
+        symmetry: of the model; needed unless `fedbasin.align` is off.
+        train_config: the app's own settings for its clients.
+        hooks: what the app adds.
+
+    Raises:
+        SettingsError: before the first message, for a configuration that cannot be run.
+        QuorumLostError: a stage failed; the rounds before it are in the run's folder.
+    """
+    settings = read_settings(context.run_config)
+    run = _prepare(settings, context, model, rounds, symmetry, hooks or Hooks())
+    streaming = StreamingGrid(grid, settings.poll_seconds)
+    return run.all_rounds(streaming, train_config or ConfigRecord())
+
+
+def _prepare(
+    settings: Settings,
+    context: Context,
+    model: nn.Module,
+    rounds: int,
+    symmetry: Symmetry | None,
+    hooks: Hooks,
+) -> "_Run":
+    """Everything that can be refused before work starts."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if settings.align != "off":
+        if symmetry is None:
+            raise SettingsError(
+                f"fedbasin.align = {settings.align!r} needs the model's symmetry; pass "
+                "symmetry=trace(model, example_input) to serve, or set fedbasin.align = 'off'"
+            )
+        symmetry.check(state)
+    if settings.bootstrap == "best" and hooks.score is None:
+        raise SettingsError(
+            "fedbasin.bootstrap = 'best' needs a score; pass Hooks(score=...) to serve"
+        )
+    blocks = known_blocks(model, settings.composed.statistic)
+    folder, start = settings.folder / str(context.run_id), 0
+    if settings.resume:
+        folder = Path(settings.resume)
+        state, start = _resumed(folder, settings, state)
+    return _Run(
+        settings, str(context.run_id), rounds, symmetry, hooks, blocks, folder, start, state
+    )
+
+
+def _resumed(folder: Path, settings: Settings, state: State) -> tuple[dict[str, Tensor], int]:
+    found = checkpoint.load(folder)
+    ours, theirs = decisive(settings), found.settings
+    if ours != theirs:
+        raise SettingsError(
+            f"{folder} was made with {theirs}, and this run has {ours}; use the same settings"
+        )
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in found.model.items()}:
+        raise SettingsError(
+            f"{folder} holds another model; resume with the model class that made it"
+        )
+    return {name: found.model[name] for name in state}, found.server_round
+
+
+def decisive(settings: Settings) -> str:
+    """The settings that decide what a run computes; a run can only be resumed with the same."""
+    keys = {
+        "recipe",
+        "ridge",
+        "shrink",
+        "align",
+        "start",
+        "bootstrap",
+        "sum",
+        "fraction_train",
+        "seed",
+    }
+    return settings.model_dump_json(include=keys)
+
+
+@dataclass(eq=False)
+class _Run:
+    """The state of a run between two rounds."""
+
+    settings: Settings
+    run_id: str
+    rounds: int
+    symmetry: Symmetry | None
+    hooks: Hooks
+    blocks: list[tuple[str, ...]] | None
+    folder: Path
+    done: int
+    model: dict[str, Tensor]
+
+    def all_rounds(self, grid: StreamingGrid, config: ConfigRecord) -> Result:
+        if not self.done:
+            self._evaluated(0)
+        for number in range(self.done + 1, self.rounds + 1):
+            report = self._round(grid, number, config)
+            self._finish_round(report)
+        return Result(self.model, checkpoint.read_reports(self.folder), self.folder)
+
+    def _round(self, grid: StreamingGrid, number: int, config: ConfigRecord) -> pb.RoundReport:
+        started = time.perf_counter()
+        online = available(grid, self.settings.nodes, self.settings.wait_timeout_seconds)
+        nodes = self._sampled(online, number, self.settings.fraction_train)
+        results = list(self._stages(grid, number, config, nodes))
+        fused = results[-1]
+        self.model = fused.model
+        metrics = dict(fused.metrics)
+        if self.settings.fraction_evaluate:
+            asked = self._sampled(online, number, self.settings.fraction_evaluate)
+            results.append(self._ask(grid, lambda: Evaluate(self.model), number, config, asked))
+            metrics |= results[-1].metrics
+        metrics |= self._evaluated(number)
+        return self._report(number, results, fused.path, metrics, time.perf_counter() - started)
+
+    def _stages(
+        self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
+    ) -> Iterator[StageResult]:
+        own = number == 1 and self.settings.start == "own"
+        if own and self.settings.align != "off":
+            found = self._bootstrap(grid, number, config, nodes)
+            self.model = found.model
+            yield found
+        ask = Ask(
+            start=Start.own if own else Start.shared,
+            symmetry=self.symmetry,
+            path_points=self.settings.barrier_points,
+        )
+        yield self._ask(grid, lambda: self._fuse(ask), number, config, nodes, self.hooks.observe)
+
+    def _fuse(self, ask: Ask) -> Stage:
+        dtype = torch.float64 if self.settings.sum == "reproducible" else torch.float32
+        recipe, align = self.settings.composed, self.settings.align
+        return plan(self.model, recipe, ask, align, self.blocks, dtype)
+
+    def _bootstrap(
+        self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
+    ) -> StageResult:
+        choice, score = self.settings.bootstrap, self.hooks.score
+        asked = nodes[:1] if choice == "first" else nodes
+
+        def make() -> Stage:
+            return Bootstrap(self.model, choice, self.symmetry, score)
+
+        return self._ask(grid, make, number, config, asked)
+
+    def _ask(
+        self,
+        grid: StreamingGrid,
+        make: Callable[[], Stage],
+        number: int,
+        config: ConfigRecord,
+        nodes: list[int],
+        observe: Observe | None = None,
+    ) -> StageResult:
+        settings = self.settings
+        budget = Budget(
+            settings.round_timeout_seconds,
+            settings.quorum,
+            settings.attempts,
+            settings.max_update_bytes,
+            settings.grace_seconds,
+        )
+        question = Question(make, self.model, number, config, observe)
+        result = run_stage(grid, question, nodes, budget)
+        _LOG.info("round %d/%d %s", number, self.rounds, summary(result.report))
+        return result
+
+    def _sampled(self, online: list[int], number: int, share: float) -> list[int]:
+        """The same nodes for the same round, also after a resume."""
+        size = max(1, round(share * len(online)))
+        return sorted(random.Random(f"{self.settings.seed}/{number}").sample(online, size))  # noqa: S311 - no secret
+
+    def _evaluated(self, number: int) -> dict[str, float]:
+        if self.hooks.evaluate is None:
+            return {}
+        return dict(self.hooks.evaluate(number, self.model))
+
+    def _report(
+        self,
+        number: int,
+        results: list[StageResult],
+        path: pb.PathSums,
+        metrics: dict[str, float],
+        seconds: float,
+    ) -> pb.RoundReport:
+        finished = Timestamp()
+        finished.GetCurrentTime()
+        return pb.RoundReport(
+            schema_version=wire.SCHEMA_VERSION,
+            run_id=self.run_id,
+            round=number,
+            rounds=self.rounds,
+            recipe=self.settings.recipe,
+            finished=finished,
+            seconds=seconds,
+            stages=[result.report for result in results],
+            path=path,
+            metrics=metrics,
+            model_digest=packing.digest(self.model),
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            last=number == self.rounds,
+        )
+
+    def _finish_round(self, report: pb.RoundReport) -> None:
+        # The report first: a round without its model is repeated, a model without its report is not.
+        checkpoint.append_report(self.folder, report)
+        kept = checkpoint.Checkpoint(report.round, self.model, decisive(self.settings))
+        checkpoint.save(self.folder, kept)
+        self.done = report.round
+        if self.settings.observer and not push(self.settings.observer, report):
+            _LOG.warning(
+                "the observer %s did not take round %d", self.settings.observer, report.round
+            )
+
+
+def summary(report: pb.StageReport) -> str:
+    """One line about a stage, for the log."""
+    outcomes = [client.outcome for client in report.clients]
+    accepted = outcomes.count(Outcome.accepted.name)
+    refused = ", ".join(sorted({o for o in outcomes if o != Outcome.accepted.name}))
+    line = f"{report.stage}: {accepted} of {len(outcomes)} clients in {report.seconds:.1f} s"
+    return f"{line} ({refused})" if refused else line

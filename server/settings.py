@@ -1,0 +1,137 @@
+"""Configuration: the keys `fedbasin.*` of Flower's run config, checked before the first message.
+
+[tool.flwr.app.config.fedbasin]
+recipe = "regmean"
+align = "client"
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedbasin.strategies.recipe import RECIPES, Recipe
+
+PREFIX = "fedbasin."
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class SettingsError(ValueError):
+    """A configuration that cannot be run; the message names key, value and remedy."""
+
+
+class Settings(BaseModel):
+    """One run's settings. Every key may stand in pyproject.toml or in `flwr run --run-config`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True,
+    )
+
+    recipe: str = Field("fedavg", description="how updates are fused: fedavg, fisher or regmean")
+    ridge: float | None = Field(
+        None, gt=0, description="strength of the regulariser, relative; the recipe's own if unset"
+    )
+    shrink: float = Field(
+        1.0, ge=0, le=1, description="factor on the off-diagonal of Gram matrices (RegMean's alpha)"
+    )
+    align: Literal["client", "server", "off"] = Field(
+        "client", description="who moves a client's model into the anchor's basin"
+    )
+    start: Literal["shared", "own"] = Field(
+        "shared", description="own: clients begin from weights of their own in round 1"
+    )
+    bootstrap: Literal["first", "medoid", "best"] = Field(
+        "first", description="whose model becomes the first anchor where starts are own"
+    )
+    sum: Literal["reproducible", "fast"] = Field(
+        "reproducible",
+        description="float64 sums, or float32 sums that depend on the order of arrival",
+    )
+    barrier_points: int = Field(
+        0,
+        ge=0,
+        le=101,
+        description="points of the path to the anchor that clients evaluate; 0 for none",
+    )
+    nodes: int = Field(2, ge=1, description="nodes to wait for before a round")
+    fraction_train: Share = Field(1.0, description="share of the nodes that a round asks")
+    fraction_evaluate: float = Field(
+        1.0, ge=0, le=1, description="share of the nodes that evaluate the new model"
+    )
+    quorum: Share = Field(0.5, description="share of the asked that must be accepted")
+    grace_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="wait for the rest once a quorum has answered; the deadline if unset",
+    )
+    attempts: int = Field(2, ge=1, description="how often a stage without a quorum is asked anew")
+    round_timeout_seconds: Seconds = Field(3600.0, description="deadline of one stage")
+    wait_timeout_seconds: Seconds = Field(300.0, description="how long to wait for nodes")
+    poll_seconds: Seconds = Field(0.2, description="shortest time between two looks for replies")
+    max_update_bytes: int = Field(2**31, gt=0, description="larger replies are refused")
+    seed: int = Field(0, ge=0, description="of the sampling of nodes")
+    folder: Path = Field(Path("runs"), description="where the run's folder is made")
+    resume: str = Field("", description="a run's folder: go on after its last finished round")
+    observer: str = Field("", description="host:port of `fedbasin observe`; empty for none")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe = {self.recipe!r}: choose one of {', '.join(RECIPES)}")
+        if self.ridge is not None and RECIPES[self.recipe].ridge is None:
+            raise ValueError(
+                f"ridge = {self.ridge}: {self.recipe} has nothing to regularise; unset it"
+            )
+        if self.recipe == "fisher" and self.align == "server":
+            raise ValueError(
+                "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "
+                "the aligned model; set align = 'client'"
+            )
+        if self.barrier_points == 1:
+            raise ValueError(
+                "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
+            )
+        return self
+
+    @property
+    def composed(self) -> Recipe:
+        """The recipe with this run's regulariser."""
+        recipe = RECIPES[self.recipe]
+        if recipe.ridge is None:
+            return recipe
+        strength = self.ridge or recipe.ridge.strength
+        ridge = type(recipe.ridge)(strength, recipe.ridge.target)
+        return Recipe(recipe.name, recipe.statistic, ridge, self.shrink)
+
+
+def read_settings(run_config: Mapping[str, bool | float | int | str]) -> Settings:
+    """The settings among the keys of a Flower run config; keys without the prefix are the app's own.
+
+    Raises:
+        SettingsError: a key is unknown or a value cannot be used.
+    """
+    own = {key.removeprefix(PREFIX): v for key, v in run_config.items() if key.startswith(PREFIX)}
+    try:
+        return Settings.model_validate(own, by_name=False, by_alias=True)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    known = ", ".join(sorted(field.alias or name for name, field in Settings.model_fields.items()))
+    lines = []
+    for problem in error.errors():
+        key = PREFIX + ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: there is no such setting; known are {known}")
+        elif problem["loc"]:
+            lines.append(f"{key} = {problem['input']!r}: {problem['msg']}")
+        else:
+            lines.append(PREFIX + problem["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)

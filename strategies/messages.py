@@ -1,0 +1,211 @@
+"""Stages as Flower messages: `requests` writes a stage's question, `receive` reads one answer.
+
+An answer becomes an `Update`, or is refused by name.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, plain, wire
+from fedbasin.strategies.alignment.matching import AlignmentReport
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.update import Block, Update
+from fedbasin.strategies.outcome import Outcome, Refusal
+from fedbasin.strategies.recipe import Statistic
+from fedbasin.strategies.stages import Kind, Stage, Start
+from fedbasin.strategies.state import State
+
+_START = {Start.shared: pb.START_SHARED, Start.own: pb.START_OWN}
+_KIND = {
+    Statistic.none: pb.PRECISION_KIND_SCALAR,
+    Statistic.fisher: pb.PRECISION_KIND_DIAGONAL,
+    Statistic.gram: pb.PRECISION_KIND_GRAM,
+}
+_PRECISION: dict[int, Callable[[Tensor], Precision]] = {
+    pb.PRECISION_KIND_DIAGONAL: Diagonal,
+    pb.PRECISION_KIND_GRAM: Gram,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast:
+    """One stage's question, written once for all clients.
+
+    Attributes:
+        kind: which of the app's functions answers.
+        content: what every message carries.
+        header: the request in it.
+        payload_bytes: size of the tensors in it.
+    """
+
+    kind: Kind
+    content: RecordDict
+    header: pb.Request
+    payload_bytes: int
+
+
+def broadcast(
+    stage: Stage,
+    anchor: State,
+    server_round: int,
+    config: ConfigRecord,
+    *,
+    packed: bool = True,
+) -> Broadcast:
+    """Write a stage's question.
+
+    Args:
+        stage: whose question it is.
+        anchor: the global model of this round.
+        server_round: from 1.
+        config: the app's own settings for its clients; "server-round" is added to a copy.
+        packed: lay the tensors out as few flat arrays. Flower's wrappers compare messages tensor by
+            tensor and need them plain; a deployed round is then slower by the number of tensors.
+    """
+    ask = stage.ask
+    header = pb.Request(
+        round=server_round,
+        stage=stage.name,
+        start=_START[ask.start],
+        anchor_digest=packing.digest(anchor),
+        align=ask.symmetry is not None,
+        symmetry=str(ask.symmetry or ""),
+        precision=_KIND[ask.statistic],
+        shrink=ask.shrink,
+        path_points=ask.path_points,
+        keep=ask.keep,
+    )
+    content = RecordDict({"config": ConfigRecord({**config, "server-round": server_round})})
+    if packed:
+        content[wire.ARRAYS], specs = packing.pack(anchor)
+        header.anchor.extend(specs)
+    else:
+        content[wire.ARRAYS] = plain.write(anchor)
+    if ask.radii:
+        content[wire.RADII], specs = packing.pack(ask.radii)
+        header.radii.extend(specs)
+    wire.write(content, header)
+    size = sum(packing.nbytes(record) for record in content.array_records.values())
+    return Broadcast(stage.kind, content, header, size)
+
+
+def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
+    """One message for every node, all with the same content, which Flower uploads once."""
+    return [
+        Message(
+            content=sent.content,
+            dst_node_id=node,
+            message_type=sent.kind,
+            group_id=str(sent.header.round),
+        )
+        for node in nodes
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """One client's answer, decoded but not yet checked against the anchor's numbers."""
+
+    update: Update
+    header: pb.UpdateHeader
+    metrics: dict[str, float]
+    payload_bytes: int
+
+
+def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
+    """Decode one reply to a stage's question; tensors are views of the reply's own bytes.
+
+    Raises:
+        Refusal: the reply is an error, does not parse, answers something else or is too large.
+    """
+    if message.has_error():
+        raise Refusal(*_error(message))
+    content = message.content
+    metrics = {
+        name: value
+        for record in content.metric_records.values()
+        for name, value in wire.numbers(record).items()
+    }
+    examples = metrics.pop("num-examples", 0.0)
+    if sent.kind == "evaluate":
+        return Received(Update({}, examples), pb.UpdateHeader(examples=examples), metrics, 0)
+    header = _header(content, sent.header)
+    size = sum(packing.nbytes(record) for record in content.array_records.values())
+    if size > max_bytes:
+        raise Refusal(Outcome.too_large, f"{size} bytes where {max_bytes} are allowed")
+    try:
+        parameters = _parameters(content, header)
+        precisions = dict(_precisions(content, header, sent.header.precision))
+    except packing.PackingError as error:
+        raise Refusal(Outcome.malformed, str(error)) from error
+    return Received(Update(parameters, header.examples, precisions), header, metrics, size)
+
+
+def _error(message: Message) -> tuple[Outcome, str]:
+    code, reason = message.error.code, message.error.reason or "no reason given"
+    outcome = Outcome.client_error if code == 2 else Outcome.unavailable
+    return outcome, f"error {code}: {reason}"
+
+
+def _header(content: RecordDict, asked: pb.Request) -> pb.UpdateHeader:
+    try:
+        header = wire.read_update(content)
+    except wire.SchemaVersionError as error:
+        raise Refusal(Outcome.schema_version, str(error)) from error
+    except wire.WireError as error:
+        raise Refusal(Outcome.malformed, str(error)) from error
+    if (header.round, header.stage) != (asked.round, asked.stage):
+        answered = f"round {header.round}, {header.stage or 'no stage'}"
+        raise Refusal(
+            Outcome.wrong_round, f"{answered}; this is round {asked.round}, {asked.stage}"
+        )
+    if header.anchor_digest != asked.anchor_digest:
+        raise Refusal(
+            Outcome.wrong_anchor, f"digest {header.anchor_digest.hex()[:12] or 'missing'}"
+        )
+    symmetry = hashlib.sha256(asked.symmetry.encode()).digest() if asked.align else b""
+    if header.symmetry_digest != symmetry:
+        raise Refusal(Outcome.symmetry_mismatch, f"digest {header.symmetry_digest.hex()[:12]!r}")
+    return header
+
+
+def _parameters(content: RecordDict, header: pb.UpdateHeader) -> dict[str, Tensor]:
+    if wire.ARRAYS not in content.array_records:
+        raise Refusal(Outcome.missing_tensor, f"the reply has no record {wire.ARRAYS!r}")
+    record = content.array_records[wire.ARRAYS]
+    return packing.unpack(record, header.tensors) if header.tensors else plain.read(record)
+
+
+def _precisions(
+    content: RecordDict, header: pb.UpdateHeader, kind: int
+) -> Iterable[tuple[Block, Precision]]:
+    if not header.precisions:
+        return
+    if wire.STATISTICS not in content.array_records:
+        raise Refusal(Outcome.missing_statistic, f"no record {wire.STATISTICS!r}")
+    specs = [entry.statistic for entry in header.precisions]
+    tensors = packing.unpack(content.array_records[wire.STATISTICS], specs)
+    for entry in header.precisions:
+        block = tuple(entry.tensors)
+        if entry.kind != kind or kind not in _PRECISION:
+            raise Refusal(Outcome.unexpected_statistic, "+".join(block))
+        yield block, _PRECISION[kind](tensors[entry.statistic.name].double())
+
+
+def alignment_message(report: AlignmentReport, seconds: float = 0.0) -> pb.AlignmentReport:
+    """How an alignment went, as it is sent and reported."""
+    return pb.AlignmentReport(
+        sites=[
+            pb.SiteReport(site=s.site, certified=s.certified, moved=s.moved, gain=s.gain)
+            for s in report.sites
+        ],
+        sweeps=report.sweeps,
+        distance_before=report.distance_before,
+        distance_after=report.distance_after,
+        seconds=seconds,
+    )

@@ -1,0 +1,251 @@
+"""A round is a short list of stages: each asks clients one thing, folds what comes back, and ends in a value.
+
+    bootstrap   give me your model, so that one client's becomes the anchor
+    fuse        train, align to this anchor, say what you know; the sum becomes the global model
+    evaluate    say how the new model does on your data
+
+A stage knows what to ask and how to fold. How the question travels, who is asked, how long to wait and what
+to do with a refusal is written once, for all stages, by whoever runs them.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.alignment.certificate import Radii, identity_radii
+from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
+from fedbasin.strategies.fusion.tally import Tally
+from fedbasin.strategies.fusion.update import Block, Update
+from fedbasin.strategies.recipe import Recipe, Statistic
+from fedbasin.strategies.state import State, floating
+from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.strategies.validation import check_examples, check_update
+
+
+class Start(Enum):
+    """Where a client's training begins."""
+
+    shared = "from the anchor"
+    own = "from the client's own initial weights; the anchor is only aligned to"
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What a stage wants from every client.
+
+    Attributes:
+        start: where training begins.
+        symmetry: the client aligns its model to the anchor by this symmetry; None leaves it.
+        radii: the anchor's identity radii, so that a client near the anchor has nothing to search.
+        statistic: what to collect on the aligned model.
+        shrink: factor on the off-diagonal of Gram matrices.
+        path_points: points of the path from the anchor to the client at which it evaluates the loss.
+        keep: another stage of the round follows, for which the client keeps its trained model.
+    """
+
+    start: Start = Start.shared
+    symmetry: Symmetry | None = None
+    radii: Radii = field(default_factory=dict)
+    statistic: Statistic = Statistic.none
+    shrink: float = 1.0
+    path_points: int = 0
+    keep: bool = False
+
+
+Kind = Literal["train", "evaluate"]
+
+
+class Stage(Protocol):
+    """One question to some clients. `accept` checks first and folds then: a refusal leaves no trace.
+
+    Attributes:
+        name: as in messages and reports.
+        kind: which of the app's functions answers.
+        ask: what is wanted.
+    """
+
+    name: str
+    kind: Kind
+    ask: Ask
+
+    def accept(self, node: int, update: Update) -> AlignmentReport | None:
+        """Fold one client; the update is not kept.
+
+        Returns:
+            how the server's own alignment went, where the stage aligns.
+
+        Raises:
+            Refusal: the update does not belong into the sum.
+        """
+        ...
+
+    def finish(self) -> dict[str, Tensor]:
+        """The value that the stage ends in: a model."""
+        ...
+
+
+class Fuse:
+    """Train, align and fuse: FedAvg, Fisher and RegMean are this stage with another statistic."""
+
+    name = "fuse"
+    kind: Kind = "train"
+
+    def __init__(
+        self,
+        anchor: State,
+        recipe: Recipe,
+        ask: Ask,
+        blocks: Collection[Block] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.ask = ask
+        self._anchor = anchor
+        self._recipe = recipe
+        self._blocks = () if recipe.statistic is Statistic.none else blocks
+        self._tally = Tally.zero(anchor, dtype)
+
+    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        expected = self._blocks
+        if expected is None and self._tally.clients:
+            expected = self._tally.blocks
+        check_update(update, self._anchor, expected)
+        self._tally.fold(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        return self._tally.finalize(self._anchor, self._recipe.ridge)
+
+
+class AlignedFuse:
+    """The same, for clients that cannot align themselves: the server does, one reply at a time."""
+
+    name = "fuse"
+    kind: Kind = "train"
+
+    def __init__(self, fuse: Fuse, anchor: State, symmetry: Symmetry) -> None:
+        self.ask = fuse.ask
+        self._fuse = fuse
+        self._anchor = anchor
+        self._symmetry = symmetry
+        self._radii = identity_radii(symmetry, anchor)
+
+    def accept(self, node: int, update: Update) -> AlignmentReport:
+        # Checked before it is aligned: an assignment over NaN has no answer.
+        check_update(update, self._anchor)
+        found = match_weights(self._symmetry, self._anchor, update.parameters, self._radii)
+        self._fuse.accept(node, update.moved(found.transform))
+        return found.report
+
+    def finish(self) -> dict[str, Tensor]:
+        return self._fuse.finish()
+
+
+Align = Literal["client", "server", "off"]
+Choice = Literal["first", "medoid", "best"]
+
+
+class Bootstrap:
+    """Find an anchor among clients that never shared a start: a random global model is none.
+
+    Attributes:
+        choice: `first` takes the client with the lowest node id; `medoid` the one that is closest to all
+            others after aligning every pair; `best` the one with the lowest score.
+    """
+
+    name = "bootstrap"
+    kind: Kind = "train"
+
+    def __init__(
+        self,
+        template: State,
+        choice: Choice = "first",
+        symmetry: Symmetry | None = None,
+        score: Callable[[State], float] | None = None,
+    ) -> None:
+        self.ask = Ask(start=Start.own, keep=True)
+        self._template = template
+        self._choice = choice
+        self._symmetry = symmetry
+        self._score = score
+        # Not a sum: choosing needs the models themselves, so this stage does not stream.
+        self._models: dict[int, dict[str, Tensor]] = {}
+
+    def accept(self, node: int, update: Update) -> None:
+        check_update(update, self._template, ())
+        if self._choice == "first" and self._models and node > min(self._models):
+            return
+        if self._choice == "first":
+            self._models.clear()
+        self._models[node] = {name: t.clone() for name, t in floating(update.parameters).items()}
+
+    def finish(self) -> dict[str, Tensor]:
+        if not self._models:
+            return dict(self._template)
+        return {**self._template, **self._models[self._chosen()]}
+
+    def _chosen(self) -> int:
+        """Ties go to the lowest node id."""
+        return min(sorted(self._models), key=self._cost)
+
+    def _cost(self, node: int) -> float:
+        if self._choice == "best" and self._score is not None:
+            return self._score({**self._template, **self._models[node]})
+        if self._choice == "medoid" and self._symmetry is not None:
+            return self._distance_to_all(node, self._symmetry)
+        return node
+
+    def _distance_to_all(self, node: int, symmetry: Symmetry) -> float:
+        anchor = self._models[node]
+        others = (model for other, model in self._models.items() if other != node)
+        return math.fsum(
+            match_weights(symmetry, anchor, model).report.distance_after for model in others
+        )
+
+
+class Evaluate:
+    """Let clients evaluate a model as their app does; only their metrics come back."""
+
+    name = "evaluate"
+    kind: Kind = "evaluate"
+
+    def __init__(self, model: State) -> None:
+        self.ask = Ask()
+        self._model = model
+
+    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here
+        check_examples(update.examples)
+
+    def finish(self) -> dict[str, Tensor]:
+        return dict(self._model)
+
+
+def plan(
+    anchor: State,
+    recipe: Recipe,
+    ask: Ask,
+    align: Align,
+    blocks: Collection[Block] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Stage:
+    """The fusing stage of a round, with alignment where it is wanted.
+
+    Args:
+        anchor: the global model of this round.
+        recipe: what clients send and how it is fused.
+        ask: with the symmetry that alignment needs.
+        align: who aligns.
+        blocks: the blocks that every client must know something about; None lets the first decide.
+        dtype: of the sums.
+    """
+    symmetry = ask.symmetry if align != "off" else None
+    asked = replace(ask, symmetry=None, statistic=recipe.statistic, shrink=recipe.shrink)
+    if align == "client" and symmetry is not None:
+        asked = replace(asked, symmetry=symmetry, radii=identity_radii(symmetry, anchor))
+    fuse = Fuse(anchor, recipe, asked, blocks, dtype)
+    if align == "server" and symmetry is not None:
+        return AlignedFuse(fuse, anchor, symmetry)
+    return fuse
