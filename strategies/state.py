@@ -18,7 +18,12 @@ def floating(state: State) -> dict[str, Tensor]:
 def distance(a: State, b: State) -> float:
     """Euclidean distance of the floating tensors that `a` and `b` share."""
     return math.hypot(
-        *(float(torch.linalg.vector_norm(a[name] - b[name])) for name in floating(a) if name in b)
+        *(
+            # Summed in double: a half-precision norm overflows at 65504.
+            float(torch.linalg.vector_norm(tensor - b[name], dtype=torch.float64))
+            for name, tensor in floating(a).items()
+            if name in b
+        )
     )
 
 

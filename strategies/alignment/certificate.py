@@ -18,12 +18,15 @@ from torch import Tensor
 
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.groups import Permutation
-from fedbasin.strategies.symmetry.sites import Site, Symmetry
+from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
 
 Radii = Mapping[str, Float[Tensor, " units"]]
 
 # A radius that rounding could have made too large proves nothing.
 _SLACK = 1 - 1e-4
+
+# Units compared at a time, so that memory does not grow with the square of the width.
+_ROWS = 1024
 
 
 def identity_radii(symmetry: Symmetry, anchor: State) -> dict[str, Tensor]:
@@ -39,23 +42,36 @@ def is_certified(site: Site, anchor: State, client: State, radii: Radii) -> bool
     """Whether the identity is proven optimal at this site. False proves nothing."""
     if site.name not in radii:
         return False
-    squares = torch.zeros_like(radii[site.name])
-    for member in site.scored:
-        change = member.view(client[member.tensor] - anchor[member.tensor])
-        units = change.unflatten(member.axis, (site.width(), -1))
-        others = [axis for axis in range(units.dim()) if axis != member.axis]
-        squares += torch.linalg.vector_norm(units, dim=others).to(squares.dtype) ** 2
-    return bool((squares.sqrt() < radii[site.name] * _SLACK).all())
+    drift = torch.stack([_drift(member, site.width(), anchor, client) for member in site.scored])
+    radius = radii[site.name].to(drift.device)
+    return bool((torch.linalg.vector_norm(drift, dim=0) < radius * _SLACK).all())
+
+
+def _drift(member: Member, width: int, anchor: State, client: State) -> Float[Tensor, " units"]:
+    ours, theirs = member.view(anchor[member.tensor]), member.view(client[member.tensor])
+    # A difference of two halves is rounded to half; the proof cannot spare those digits.
+    change = theirs - ours.to(torch.promote_types(ours.dtype, torch.float32))
+    rows = change.movedim(member.axis, 0).reshape(width, -1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
 def _units(site: Site, state: State) -> Float[Tensor, "units features"]:
-    return torch.cat([m.rows(state[m.tensor], site.width()) for m in site.scored], dim=1)
+    return torch.cat([m.rows(state[m.tensor], site.width()).double() for m in site.scored], dim=1)
 
 
 def _half_separation(units: Float[Tensor, "units features"]) -> Float[Tensor, " units"]:
     # ||x_i - x_j||^2 loses its digits where the two are close; what is lost can only be given away.
     squares = units.square().sum(1)
-    gaps = squares[:, None] + squares[None, :] - 2 * units @ units.mT
-    doubt = 8 * torch.finfo(units.dtype).eps * (squares[:, None] + squares[None, :])
-    gaps = (gaps - doubt).clamp_min(0).fill_diagonal_(torch.inf)
-    return gaps.amin(1).sqrt() / 2
+    doubt = (units.shape[1] + 8) * torch.finfo(units.dtype).eps
+    nearest = [
+        _gaps(start, rows, units, squares, doubt).amin(1)
+        for start, rows in zip(range(0, len(units), _ROWS), units.split(_ROWS), strict=True)
+    ]
+    return (torch.cat(nearest).sqrt() / 2).float()
+
+
+def _gaps(start: int, rows: Tensor, units: Tensor, squares: Tensor, doubt: float) -> Tensor:
+    sums = squares[start : start + len(rows), None] + squares
+    gaps = (sums * (1 - doubt) - 2 * rows @ units.mT).clamp_min(0)
+    gaps.diagonal(start).fill_(torch.inf)
+    return gaps

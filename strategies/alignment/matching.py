@@ -31,7 +31,7 @@ class SiteReport:
 
     Attributes:
         site: its name.
-        certified: whether the identity was proven optimal, so that nothing was searched.
+        certified: whether the identity was proven optimal and the site stayed as it was.
         moved: distance of the element from the identity, 0 to 1.
         gain: rise of J, as a share of `||anchor|| ||client||` over the site's tensors.
     """
@@ -44,7 +44,15 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """How the whole alignment went; distances are Euclidean, client to anchor."""
+    """How the whole alignment went.
+
+    Attributes:
+        sites: how each site went, in the symmetry's order.
+        sweeps: passes over the sites.
+        distance_before: Euclidean, client to anchor, over all tensors that count in matching; running
+            statistics do not.
+        distance_after: the same after alignment, never more.
+    """
 
     sites: tuple[SiteReport, ...]
     sweeps: int
@@ -83,12 +91,13 @@ def match_weights(
         prior: strength of the preference for the identity.
         max_sweeps: bound on the passes over all sites.
     """
-    before = distance(anchor, client)
+    counted = _counted(symmetry, anchor)
+    before = distance(counted, client)
     search = _Search(symmetry, floating(anchor), dict(client), radii or {}, prior)
     sweeps = search.run(max_sweeps)
     transform = Transform(symmetry, search.elements)
     reports = tuple(search.report(site) for site in symmetry.sites)
-    after = before if transform.is_identity else distance(anchor, search.state)
+    after = before if transform.is_identity else distance(counted, search.state)
     return Alignment(search.state, transform, AlignmentReport(reports, sweeps, before, after))
 
 
@@ -163,42 +172,47 @@ class _Search:
         if gain:
             names = {member.tensor for member in site.scored}
             gain /= _norm(self.anchor, names) * _norm(self.state, names)
-        certified = site.name in self.certified
-        return SiteReport(site.name, certified, self.elements[site.name].moved(), gain)
+        element = self.elements[site.name]
+        certified = site.name in self.certified and element.is_identity
+        return SiteReport(site.name, certified, element.moved(), gain)
 
 
 def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:
     """For each site the sites whose score it changes when it moves: those that share a tensor with it."""
-    tensors = {site.name: {member.tensor for member in site.scored} for site in symmetry.sites}
+    moved = {site.name: {member.tensor for member in site.members} for site in symmetry.sites}
+    read = {site.name: {member.tensor for member in site.scored} for site in symmetry.sites}
     return {
         site.name: {
             other
-            for other, names in tensors.items()
-            if names & tensors[site.name] and (other != site.name or site.quadratic)
+            for other, names in read.items()
+            if names & moved[site.name] and (other != site.name or site.quadratic)
         }
         for site in symmetry.sites
     }
 
 
+def _counted(symmetry: Symmetry, anchor: State) -> dict[str, Tensor]:
+    """The tensors whose distance the search can only lower."""
+    silent = {m.tensor for site in symmetry.sites for m in site.members if not m.scored}
+    return {name: tensor for name, tensor in floating(anchor).items() if name not in silent}
+
+
 def _scores(site: Site, anchor: State, client: State) -> tuple[Tensor, ...]:
-    """M of every leg, summed over the site's tensors."""
+    """M of every leg, summed over the site's tensors: products in single, the sum in double.
+
+    They end on the CPU, where the assignment problem is solved.
+    """
     totals: list[Tensor | None] = [None] * len(site.group.sizes)
     for member in site.scored:
         width = site.width(member.leg)
-        ours = _at_least_single(member.rows(anchor[member.tensor], width))
-        theirs = _at_least_single(member.rows(client[member.tensor], width))
-        score = site.group.score(ours, theirs, member.leg)
+        ours, theirs = (member.rows(state[member.tensor], width) for state in (anchor, client))
+        single = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
+        score = site.group.score(ours.to(single), theirs.to(single), member.leg).double().cpu()
         total = totals[member.leg]
         totals[member.leg] = score if total is None else total.add_(score)
-    missing = [leg for leg, total in enumerate(totals) if total is None]
-    if missing:
-        raise ValueError(f"site {site.name!r} has no scored tensor on leg {missing[0]}")
     return tuple(total for total in totals if total is not None)
 
 
 def _norm(state: State, names: set[str]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(state[name])) for name in names))
-
-
-def _at_least_single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    norms = [torch.linalg.vector_norm(state[name], dtype=torch.float64) for name in names]
+    return math.hypot(*map(float, norms))

@@ -75,8 +75,10 @@ class Element:
         return Element(first.order[self.order], blocks, self.sizes)
 
     def moved(self) -> float:
-        """How far from the identity, from 0 to 1: the share of displaced blocks, or
-        `||T - I||_F / (2 sqrt(n))` of the leg that turns most, whichever is more.
+        """How far from the identity, from 0 to 1.
+
+        The share of displaced blocks, or `||T - I||_F / (2 sqrt(n))` of the leg that turns most,
+        whichever is more.
         """
         home = self.order == torch.arange(len(self.order))
         displaced = 1.0 - float(home.double().mean())

@@ -10,7 +10,8 @@ unit `j` of the client, summed over all tensors of the site. Each group knows it
                          assignment over blocks whose entry is the inner maximum
 
 The identity prior adds `epsilon ||M|| / sqrt(n)` to the diagonal of M: the MAP estimate under a ridge on
-`T - I`. It decides ties (dead units, rank-deficient heads) for the identity and changes nothing else.
+`T - I`. It decides ties (dead units, rank-deficient heads) for the identity and changes nothing else. Scores
+are in float64 on the CPU: the prior is below float32's rounding.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from torch import Tensor
 from fedbasin.strategies.symmetry.element import Element
 
 Rows = Float[Tensor, "width features"]
+
+# Keeps a score of zeros at the identity.
+_NORM_FLOOR = 1e-30
 
 
 class Group(Protocol):
@@ -148,8 +152,7 @@ class Orthogonal:
 
     def inner_maximisers(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """The orthogonal matrix that attains it: the polar factor."""
-        # In float64: the prior of a rank-deficient block is below float32's rounding.
-        left, _, right = torch.linalg.svd(scores.double())
+        left, _, right = torch.linalg.svd(scores)
         return left @ right
 
     def inner_random(self, count: int, generator: torch.Generator) -> Tensor:
@@ -161,7 +164,12 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class Wreath:
-    """`inner wr S(count)`: whole blocks change places, each with one inner element for every leg."""
+    """`inner wr S(count)`: whole blocks change places, each with one inner element for every leg.
+
+    Attributes:
+        inners: the group inside a block, leg by leg; an `Orthogonal` of one block.
+        count: number of blocks.
+    """
 
     inners: tuple[Permutation | Orthogonal, ...]
     count: int
@@ -208,9 +216,10 @@ class Wreath:
 
     def _with_prior(self, score: Tensor, prior: float) -> Tensor:
         size = score.shape[-1]
-        favour = prior * torch.linalg.vector_norm(score) / (self.count * size) ** 0.5
-        home = torch.eye(self.count, dtype=score.dtype, device=score.device)[:, :, None, None]
-        return score + favour * home * torch.eye(size, dtype=score.dtype, device=score.device)
+        norm = torch.linalg.vector_norm(score).clamp_min(_NORM_FLOOR)
+        home = torch.eye(self.count, dtype=score.dtype)[:, :, None, None]
+        eye = torch.eye(size, dtype=score.dtype)
+        return score + prior * norm / (self.count * size) ** 0.5 * home * eye
 
 
 def assign(score: Float[Tensor, "n n"]) -> Tensor:
@@ -221,9 +230,8 @@ def assign(score: Float[Tensor, "n n"]) -> Tensor:
 
 def _with_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:
     size = score.shape[-1]
-    # The floor keeps a block of zeros at the identity.
-    norm = torch.linalg.matrix_norm(score)[..., None, None].clamp_min(1e-30)
-    eye = torch.eye(size, dtype=score.dtype, device=score.device)
+    norm = torch.linalg.matrix_norm(score)[..., None, None].clamp_min(_NORM_FLOOR)
+    eye = torch.eye(size, dtype=score.dtype)
     return score + prior * norm / size**0.5 * eye
 
 

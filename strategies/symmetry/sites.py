@@ -114,6 +114,9 @@ class Symmetry:
             raise SymmetryError(
                 f"site {twice[0]!r} stands twice; every site needs a name of its own"
             )
+        for site in self.sites:
+            if str(_site(str(site))) != str(site):
+                raise SymmetryError(f"site {site.name!r} cannot be written down: {site}")
 
     def __str__(self) -> str:
         return "".join(f"{site}\n" for site in self.sites)
@@ -127,11 +130,14 @@ class Symmetry:
         """Check that every member fits the tensors of a model.
 
         Raises:
-            SymmetryError: a tensor is missing, or an axis is not a multiple of its site's width.
+            SymmetryError: a tensor is missing or not floating, an axis is not a multiple of its site's
+                width, a leg has nothing to match by, or two members overlap.
         """
         for site in self.sites:
+            _check_legs(site)
             for member in site.members:
                 _check(site, member, state)
+        _check_overlaps(self, state)
 
 
 def _check(site: Site, member: Member, state: State) -> None:
@@ -139,6 +145,10 @@ def _check(site: Site, member: Member, state: State) -> None:
     if member.tensor not in state:
         raise SymmetryError(
             f"{where}: the model has no such tensor; was it made for another model?"
+        )
+    if not state[member.tensor].is_floating_point():
+        raise SymmetryError(
+            f"{where}: the tensor is {state[member.tensor].dtype}; only floating tensors can be matched"
         )
     shape = tuple(state[member.tensor].shape)
     if not -1 < member.axis < len(shape):
@@ -154,12 +164,35 @@ def _check(site: Site, member: Member, state: State) -> None:
         )
 
 
+def _check_legs(site: Site) -> None:
+    silent = set(range(len(site.group.sizes))) - {member.leg for member in site.scored}
+    if silent:
+        raise SymmetryError(
+            f"site {site.name!r} has no scored member on leg {min(silent)}; add one to match by"
+        )
+
+
+def _check_overlaps(symmetry: Symmetry, state: State) -> None:
+    claimed: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+    for site in symmetry.sites:
+        for member in site.members:
+            start, stop = member.part or (0, state[member.tensor].shape[member.axis])
+            taken = claimed.setdefault((member.tensor, member.axis), [])
+            for other_start, other_stop, other in taken:
+                if start < other_stop and other_start < stop:
+                    raise SymmetryError(
+                        f"site {site.name!r}, member {member}: site {other!r} already moves entries of "
+                        f"this axis; give each entry to one site"
+                    )
+            taken.append((start, stop, site.name))
+
+
 _MEMBER = re.compile(
     r"(?P<open>\()?(?P<tensor>[^\s\[\]()]+)\[(?P<axis>\d+)(?:,(?P<start>\d+):(?P<stop>\d+))?\]"
     r"(?:@(?P<leg>\d+))?(?P<close>\))?"
 )
 _GROUP = re.compile(r"[SO]\(\d+\)(?:\^\d+)?(?:\*[SO]\(\d+\))*(?: wr S\(\d+\))?")
-_LINE = re.compile(rf"(?P<name>\S+)\s+(?P<group>{_GROUP.pattern})\s+(?P<members>.+)")
+_LINE = re.compile(rf"(?P<name>[^\s#]\S*)\s+(?P<group>{_GROUP.pattern})\s+(?P<members>.+)")
 
 
 def parse(text: str) -> Symmetry:
@@ -177,7 +210,7 @@ def _site(line: str) -> Site:
     if match is None:
         raise SymmetryError(f"not a site: {line!r}; write `name  S(8)  tensor[axis] ...`")
     members = tuple(_member(word, line) for word in match["members"].split())
-    return Site(match["name"], _group(match["group"]), members)
+    return Site(match["name"], _group(match["group"], line), members)
 
 
 def _member(word: str, line: str) -> Member:
@@ -189,14 +222,23 @@ def _member(word: str, line: str) -> Member:
     return Member(match["tensor"], int(match["axis"]), part, int(match["leg"] or 0), scored)
 
 
-def _group(text: str) -> Group:
+def _group(text: str, line: str) -> Group:
     inner, _, outer = text.partition(" wr ")
+    if re.search(r"(?<!\d)0", text):
+        raise SymmetryError(f"a group without units: {text!r} in {line!r}")
+    if outer and "^" in inner:
+        raise SymmetryError(
+            f"{text!r} repeats blocks and exchanges them in {line!r}; write the block once"
+        )
     if outer:
-        inners = tuple(_factor(factor) for factor in inner.split("*"))
-        return Wreath(inners, int(outer[2:-1]))
+        return Wreath(tuple(map(_factor, inner.split("*"))), int(outer[2:-1]))
     if "*" in inner:
         raise SymmetryError(
-            f"{text!r} has several legs but nothing exchanges them; write two sites"
+            f"{text!r} has several legs but nothing exchanges them in {line!r}; write two sites"
+        )
+    if inner[0] == "S" and "^" in inner:
+        raise SymmetryError(
+            f"{text!r} in {line!r}: only rotations repeat; permutations in blocks need a site each"
         )
     return _factor(inner)
 
@@ -204,10 +246,4 @@ def _group(text: str) -> Group:
 def _factor(text: str) -> Permutation | Orthogonal:
     base, _, count = text.partition("^")
     size = int(base[2:-1])
-    if base[0] == "O":
-        return Orthogonal(size, int(count or 1))
-    if count:
-        raise SymmetryError(
-            f"{text!r}: only rotations repeat; permutations in blocks need a site each"
-        )
-    return Permutation(size)
+    return Orthogonal(size, int(count or 1)) if base[0] == "O" else Permutation(size)

@@ -1,0 +1,189 @@
+"""Proof by execution: a symmetry's random elements must leave the model's function as it was.
+
+    f(theta, x) == f(g . theta, x)        for random g and x, in float64 and in float32
+
+The parameters are shaken first: units that are still equal, as the scales of a fresh normalisation layer are,
+would hide a member that was left behind.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.transform import Transform, random
+
+DOUBLE_TOLERANCE = 1e-10
+SINGLE_TOLERANCE = 1e-4
+
+_SHAKE = 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One random transform: the relative change of the outputs in both precisions."""
+
+    double_error: float
+    single_error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are rounding; not a number is not."""
+        return self.double_error < DOUBLE_TOLERANCE and self.single_error < SINGLE_TOLERANCE
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the trials found.
+
+    Attributes:
+        trials: the errors, trial by trial.
+        guilty: the sites that change the function when they act alone; searched only after a failure.
+    """
+
+    trials: tuple[Trial, ...]
+    guilty: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the function was left as it was in every trial."""
+        return all(trial.passed for trial in self.trials)
+
+
+def check(
+    model: nn.Module, symmetry: Symmetry, *inputs: Tensor, trials: int = 3, seed: int = 0
+) -> CheckReport:
+    """Compare the model with randomly transformed copies of itself, in eval mode.
+
+    The model is left untouched, and so is the global random state.
+
+    Args:
+        model: the model; its parameters give the scales, not the values.
+        symmetry: what should leave its function unchanged.
+        inputs: an example; floating inputs are drawn anew with the same shapes, others are kept.
+        trials: how many random transforms.
+        seed: for transforms, inputs and parameters.
+
+    Raises:
+        SymmetryError: a member does not fit the model, or the model returns no floating tensor.
+    """
+    state = _parameters(model)
+    symmetry.check(state)
+    with torch.random.fork_rng(), in_mode(model, training=False), torch.no_grad():
+        found = tuple(_trial(model, symmetry, inputs, seed + trial) for trial in range(trials))
+        suspects = () if all(trial.passed for trial in found) else symmetry.sites
+        guilty = tuple(
+            site.name
+            for site in suspects
+            if not _trial(model, Symmetry((site,)), inputs, seed).passed
+        )
+    return CheckReport(found, guilty)
+
+
+def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], seed: int) -> Trial:
+    generator = torch.Generator().manual_seed(seed)
+    state = _shaken(_parameters(model), generator)
+    drawn = tuple(_redrawn(tensor, generator) for tensor in inputs)
+    transform = random(symmetry, generator)
+    return Trial(
+        _error(model, transform, state, drawn, torch.float64),
+        _error(model, transform, state, drawn, torch.float32),
+    )
+
+
+def _error(
+    model: nn.Module,
+    transform: Transform,
+    state: State,
+    inputs: tuple[Tensor, ...],
+    dtype: torch.dtype,
+) -> float:
+    original = {name: _cast(tensor, dtype) for name, tensor in state.items()}
+    arguments = tuple(_cast(tensor, dtype) for tensor in inputs)
+    before = _outputs(model, original, arguments)
+    after = _outputs(model, transform.act(original), arguments)
+    scale = _largest(before)
+    worst = _largest([a - b for a, b in zip(before, after, strict=True)])
+    return worst / scale if scale > 0 else worst
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    # torch's maximum is not a number if any entry is; Python's is not.
+    return float(torch.stack([tensor.abs().max().cpu() for tensor in tensors]).max())
+
+
+def _outputs(model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    # A model that draws noise draws the same noise every time.
+    torch.manual_seed(0)
+    # Buffers may be written to in the forward pass; tied names are given one by one.
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    outputs = list(_tensors(functional_call(model, copies, inputs, tie_weights=False)))
+    if not outputs:
+        raise SymmetryError(
+            f"{type(model).__name__} returned no floating tensor, so its function cannot be compared; "
+            "wrap it so that it returns its logits"
+        )
+    return outputs
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names, those that are not saved included."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name: tensor.detach() for name, tensor in [*parameters, *buffers]}
+
+
+def _shaken(state: State, generator: torch.Generator) -> dict[str, Tensor]:
+    """Generic values of the same size and sign; tensors that share memory stay equal."""
+    seen: dict[tuple[object, ...], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if key not in seen:
+            seen[key] = _shake(tensor, generator) if tensor.is_floating_point() else tensor
+        result[name] = seen[key]
+    return result
+
+
+def _shake(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    return torch.where(tensor == 0, _SHAKE * noise.abs(), tensor * torch.exp(_SHAKE * noise))
+
+
+def _redrawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode, and every module back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
