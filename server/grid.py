@@ -279,18 +279,18 @@ class _Pull(threading.Thread):
         super().__init__(name=f"pull {message_id}", daemon=True)
         self._grid = grid
         self._message_id = message_id
-        self._outcome: list[Message] | Exception = []
+        self._outcome: list[Message] | BaseException = []
         self.start()
 
     def run(self) -> None:
         try:
             self._outcome = list(self._grid.pull_messages([self._message_id]))
-        except Exception as error:  # noqa: BLE001 - take() raises it, in the thread that asked
+        except BaseException as error:  # noqa: BLE001 - take() raises it, in the thread that asked
             self._outcome = error
 
     def take(self) -> Message | None:
         outcome, self._outcome = self._outcome, []
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         answers = (m for m in outcome if m.metadata.reply_to_message_id == self._message_id)
         return next(answers, None)

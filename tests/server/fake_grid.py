@@ -37,9 +37,9 @@ class FakeGrid(Grid):
         answer: Callable[[Message], Message | None],
         latency: Callable[[int], float] = lambda node_id: 0.0,
         *,
-        push_failures: Iterable[Exception] = (),
-        pull_failures: Iterable[Exception] = (),
-        node_failures: Iterable[Exception] = (),
+        push_failures: Iterable[BaseException] = (),
+        pull_failures: Iterable[BaseException] = (),
+        node_failures: Iterable[BaseException] = (),
         upload_seconds: Callable[[int], float] = lambda node_id: 0.0,
         duplicates: bool = False,
         strays: Iterable[Message] = (),
@@ -108,6 +108,6 @@ class FakeGrid(Grid):
         raise NotImplementedError
 
 
-def _raise_next(failures: list[Exception]) -> None:
+def _raise_next(failures: list[BaseException]) -> None:
     if failures:
         raise failures.pop(0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.run import RunNotRunningException
 
 from fedbasin.server.grid import Quorum, Reply, StreamingGrid, TooFewNodesError, available
 from tests.server.fake_grid import SUPERLINK_NODE_ID, FakeGrid, http_error
@@ -124,9 +125,10 @@ def test_a_refusal_is_raised_and_not_retried():
         streaming([2], echo, push_failures=[http_error(403)]).stream(to([2]), 5)
 
 
-def test_any_other_failure_of_a_pull_reaches_the_caller():
-    with pytest.raises(RuntimeError, match="run stopped"):
-        list(streaming([2], echo, pull_failures=[RuntimeError("run stopped")]).stream(to([2]), 5))
+@pytest.mark.parametrize("failure", [RuntimeError, RunNotRunningException])
+def test_any_other_failure_of_a_pull_reaches_the_caller(failure):
+    with pytest.raises(failure):
+        list(streaming([2], echo, pull_failures=[failure()]).stream(to([2]), 5))
 
 
 def test_a_superlink_that_stays_broken_is_named_as_the_reason_for_silence():
