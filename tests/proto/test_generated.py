@@ -1,6 +1,7 @@
 """The committed code is what the .proto file says."""
 
 import pytest
+
 from fedbasin.proto import generate
 
 NAMES = ["fedbasin_pb2.py", "fedbasin_pb2.pyi", "fedbasin_pb2_grpc.py", "fedbasin_pb2_grpc.pyi"]

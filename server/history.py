@@ -1,0 +1,172 @@
+"""The rounds an observer remembers: one shared log that any number of watchers read at their own pace.
+
+Nothing is queued for a watcher. It keeps the number of the last report that it has seen and asks the log for
+what came after, so one that is slow or dead costs nothing and holds up nobody. All of it runs on one asyncio
+loop.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from typing import TypeVar
+
+from fedbasin.proto.fedbasin_pb2 import RoundReport, RunSummary
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class ConflictError(ValueError):
+    """A second, different report for a round that is already known."""
+
+
+class ClosedError(RuntimeError):
+    """The log will not grow any more, and a watcher was waiting for it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is remembered: of too many runs the longest silent goes, of too many rounds the oldest."""
+
+    runs: int = 100
+    rounds: int = 2000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A report and its number in the whole log."""
+
+    number: int
+    report: RoundReport
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the number of its first report, and its entries by round, in order of arrival."""
+
+    began: int
+    entries: dict[int, Entry] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> Entry:
+        """The last to arrive."""
+        return next(reversed(self.entries.values()))
+
+    def reports(self, after: int = -1) -> list[RoundReport]:
+        """The reports that arrived after that number, in order."""
+        newer = takewhile(lambda entry: entry.number > after, reversed(self.entries.values()))
+        return [entry.report for entry in newer][::-1]
+
+    def summary(self) -> RunSummary:
+        """The run in one line, as its newest report has it."""
+        report = self.newest.report
+        return RunSummary(
+            run_id=report.run_id,
+            recipe=report.recipe,
+            rounds_done=max(self.entries),
+            rounds=report.rounds,
+            finished=report.last,
+        )
+
+
+class History:
+    """What was pushed, within limits, and a signal for those who wait for more."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._runs: dict[str, Run] = {}  # the longest silent first
+        self._numbers = count()
+        self._changed = asyncio.Condition()
+        self._closed = False
+
+    def knows(self, report: RoundReport) -> bool:
+        """Whether this very report is in the log.
+
+        Raises:
+            ConflictError: the round is known, with other contents.
+        """
+        run = self._runs.get(report.run_id)
+        known = run.entries.get(report.round) if run else None
+        if known and _contents(known.report) != _contents(report):
+            raise ConflictError(
+                f"run_id '{report.run_id}' has another report for round {report.round} already, and the "
+                "first one counts; give every run an id of its own"
+            )
+        return known is not None
+
+    def add(self, report: RoundReport) -> None:
+        """Appends a report that is new; watchers hear of it from `tell`."""
+        number = next(self._numbers)
+        run = self._runs.pop(report.run_id, None) or Run(began=number)
+        self._runs[report.run_id] = run
+        run.entries[report.round] = Entry(number, report)
+        _forget_oldest(run.entries, self._limits.rounds)
+        _forget_oldest(self._runs, self._limits.runs)
+
+    async def tell(self) -> None:
+        """Wakes the watchers."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Sends the watchers home."""
+        self._closed = True
+        await self.tell()
+
+    def runs(self) -> list[RunSummary]:
+        """The runs, in the order in which they began."""
+        return [run.summary() for run in sorted(self._runs.values(), key=lambda run: run.began)]
+
+    def rounds(self, run_id: str, from_round: int = 0) -> list[RoundReport]:
+        """What is remembered of a run; an empty id means the newest run, if there is any.
+
+        Raises:
+            KeyError: there is no run of that name.
+        """
+        if run_id and run_id not in self._runs:
+            raise KeyError(run_id)
+        return [report for report in self._after(run_id, -1) if report.round >= from_round]
+
+    async def watch(self, run_id: str, from_round: int = 0) -> AsyncIterator[RoundReport]:
+        """The rounds so far and then each as it comes, until the run's last.
+
+        A run that has not reported yet is waited for; an empty id means the newest run, or the first to come.
+
+        Raises:
+            ClosedError: the log was closed before the run's last report.
+        """
+        seen = -1
+        while True:
+            reports = await self._wait_for_more(run_id, seen)
+            run_id = reports[-1].run_id
+            seen = self._runs[run_id].newest.number
+            for report in reports:
+                if report.round >= from_round:
+                    yield report
+            if reports[-1].last:
+                return
+
+    async def _wait_for_more(self, run_id: str, seen: int) -> list[RoundReport]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or self._after(run_id, seen))
+        if self._closed:
+            raise ClosedError
+        return self._after(run_id, seen)
+
+    def _after(self, run_id: str, number: int) -> list[RoundReport]:
+        run = self._runs.get(run_id) if run_id else self._newest()
+        return run.reports(number) if run else []
+
+    def _newest(self) -> Run | None:
+        return max(self._runs.values(), key=lambda run: run.began, default=None)
+
+
+def _forget_oldest(entries: dict[K, V], most: int) -> None:
+    while len(entries) > most:
+        del entries[next(iter(entries))]
+
+
+def _contents(report: RoundReport) -> bytes:
+    """What can be compared: unlike `==`, also where a metric is NaN."""
+    return report.SerializeToString(deterministic=True)

@@ -1,0 +1,224 @@
+"""The process that outlives the runs: ServerApps push round reports, anyone reads, watches or scrapes them.
+
+A ServerApp ends with its run, and a metrics endpoint inside it would too. This one stays, behind the service
+`Observer` of fedbasin.proto, the standard gRPC health service, and a page for Prometheus. It has no login:
+whoever reaches its ports can read and push.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, start_http_server
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import fedbasin_pb2_grpc as rpc
+from fedbasin.server.history import ClosedError, ConflictError, History
+from fedbasin.server.push import LARGEST_REPORT_BYTES
+from fedbasin.server.store import Store
+from fedbasin.server.telemetry import Telemetry
+
+SERVICE = "fedbasin.v1.Observer"
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # or a second observer would quietly take half of the calls
+    ("grpc.max_receive_message_length", LARGEST_REPORT_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 60_000),  # finds watchers whose machine is gone
+)
+_GRACE_SECONDS = 0.5  # for pushes under way, and for watchers to take in that it is over
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where to listen and what to keep; port 0 means a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 9470
+    metrics_port: int = 9471
+    store: Path | None = None
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where an observer listens."""
+
+    observer: str
+    metrics: str
+
+
+class Observer(rpc.ObserverServicer):
+    """The service: pushes go to the store, the history and the metrics, in this order, once each."""
+
+    def __init__(self, telemetry: Telemetry, store: Store | None = None) -> None:
+        self._history = History()
+        self._telemetry = telemetry
+        self._store = store
+        for report in store.load() if store else ():
+            if not refusal(report) and not self._history.knows(report):
+                self._remember(report)
+
+    async def PushRound(  # noqa: N802 - the name in the .proto
+        self, request: pb.RoundReport, context: aio.ServicerContext
+    ) -> pb.PushReply:
+        """Takes a report; the same one again changes nothing."""
+        if reason := refusal(request):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+        try:
+            if not self._history.knows(request):
+                if self._store:
+                    self._store.append(request)
+                self._remember(request)
+                await self._history.tell()
+        except ConflictError as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+        except OSError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, f"the store cannot be written: {error}")
+        return pb.PushReply()
+
+    async def ListRuns(  # noqa: N802 - the name in the .proto
+        self, request: pb.ListRunsRequest, context: aio.ServicerContext
+    ) -> pb.ListRunsReply:
+        """Lists the runs, in the order in which they began."""
+        del request, context
+        return pb.ListRunsReply(runs=self._history.runs())
+
+    async def GetRounds(  # noqa: N802 - the name in the .proto
+        self, request: pb.RoundsRequest, context: aio.ServicerContext
+    ) -> pb.RoundsReply:
+        """Gives the rounds of a run so far."""
+        try:
+            reports = self._history.rounds(request.run_id, request.from_round)
+        except KeyError:
+            known = ", ".join(run.run_id for run in self._history.runs()) or "none"
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no run '{request.run_id}' here; there are: {known}"
+            )
+        return pb.RoundsReply(reports=reports)
+
+    async def WatchRounds(  # noqa: N802 - the name in the .proto
+        self, request: pb.RoundsRequest, context: aio.ServicerContext
+    ) -> AsyncIterator[pb.RoundReport]:
+        """Streams the rounds of a run, past and to come."""
+        try:
+            async for report in self._history.watch(request.run_id, request.from_round):
+                yield report
+        except ClosedError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the observer is stopping")
+
+    async def close(self) -> None:
+        """Ends every watch."""
+        await self._history.close()
+
+    def _remember(self, report: pb.RoundReport) -> None:
+        self._history.add(report)
+        self._telemetry.observe(report)
+
+
+def refusal(report: pb.RoundReport) -> str:
+    """Why a report cannot be taken; empty where it can."""
+    if report.schema_version != pb.SCHEMA_VERSION:
+        return (
+            f"schema_version is {report.schema_version} and this observer speaks {pb.SCHEMA_VERSION}; "
+            "install the same fedbasin on both sides"
+        )
+    if not report.run_id:
+        return "run_id is empty; give the run a name"
+    if not report.round:
+        return "round is 0; rounds count from 1"
+    try:
+        report.finished.ToJsonString()
+    except ValueError as error:
+        return f"finished is no time: {error}"
+    return ""
+
+
+async def observe(settings: Settings, announce: Callable[[Addresses], None]) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Args:
+        settings: where to listen and what to keep.
+        announce: called once, when everything listens.
+
+    Raises:
+        OSError: a port is taken, or the store cannot be opened.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with serving(settings) as addresses:
+        announce(addresses)
+        await stop.wait()
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Addresses]:
+    """An observer that listens as long as the context is open.
+
+    Raises:
+        OSError: a port is taken, or the store cannot be opened.
+    """
+    registry = CollectorRegistry()
+    with _opened(settings.store) as store:
+        observer = Observer(Telemetry(registry), store)
+        with _metrics(settings, registry) as metrics:
+            async with _service(settings, observer) as address:
+                yield Addresses(address, metrics)
+
+
+@contextmanager
+def _opened(folder: Path | None) -> Iterator[Store | None]:
+    if folder is None:
+        yield None
+        return
+    with Store(folder) as store:
+        yield store
+
+
+@contextmanager
+def _metrics(settings: Settings, registry: CollectorRegistry) -> Iterator[str]:
+    wanted = _joined(settings.host, settings.metrics_port)
+    try:
+        server, thread = start_http_server(settings.metrics_port, settings.host, registry)
+    except OSError as error:
+        raise OSError(f"cannot listen on {wanted} for Prometheus: {error.strerror}") from error
+    try:
+        yield f"http://{_joined(settings.host, server.server_port)}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@asynccontextmanager
+async def _service(settings: Settings, observer: Observer) -> AsyncIterator[str]:
+    server = aio.server(options=_OPTIONS)
+    rpc.add_ObserverServicer_to_server(observer, server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    address = _joined(settings.host, _bound(server, _joined(settings.host, settings.port)))
+    await server.start()
+    for name in ("", SERVICE):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield address
+    finally:
+        await checks.enter_graceful_shutdown()
+        await observer.close()
+        await server.stop(_GRACE_SECONDS)
+
+
+def _bound(server: aio.Server, address: str) -> int:
+    try:
+        return int(server.add_insecure_port(address))
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}; it may be taken, or not be ours") from error
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,87 @@
+"""Round reports on disk, one line of JSON each, so that an observer that restarts has its history.
+
+A process that dies while it writes leaves a line without an end. Opening the store cuts it off; every line
+before it is whole.
+"""
+
+import errno
+import fcntl
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from google.protobuf.json_format import MessageToJson, Parse, ParseError
+
+from fedbasin.proto.fedbasin_pb2 import RoundReport
+
+FILE = "rounds.jsonl"
+
+_log = logging.getLogger(__name__)
+
+
+def to_line(report: RoundReport) -> str:
+    """A report as one line of JSON, with the field names of the .proto."""
+    return MessageToJson(report, indent=None, preserving_proto_field_name=True)
+
+
+class Store:
+    """A file that only grows, open for this process alone.
+
+    Raises:
+        OSError: the folder cannot be made or written, or another observer has it open.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE
+        # Unbuffered: what was acknowledged has left this process.
+        self._file: BinaryIO = self.path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise BlockingIOError(
+                error.errno,
+                "another observer writes here; give each a folder of its own",
+                str(folder),
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def load(self) -> Iterator[RoundReport]:
+        """Reads every whole line; one that is no report is skipped with a warning, half a line is cut off."""
+        self._file.seek(0)
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                _log.warning("%s:%d: half a line, cut off", self.path, number)
+                self._file.truncate(whole)
+                return
+            whole += len(line)
+            try:
+                yield Parse(line, RoundReport(), ignore_unknown_fields=True)
+            except (ParseError, UnicodeDecodeError) as error:
+                _log.warning("%s:%d: no round report, skipped: %s", self.path, number, error)
+
+    def append(self, report: RoundReport) -> None:
+        """Writes a report.
+
+        Raises:
+            OSError: the disk is full or gone; nothing of the report stays in the file.
+        """
+        line = to_line(report).encode() + b"\n"
+        end = self._file.seek(0, 2)
+        if self._file.write(line) != len(line):
+            self._file.truncate(end)
+            raise OSError(errno.ENOSPC, "no room for a round report", str(self.path))

@@ -1,0 +1,191 @@
+"""The command line as a user has it: real processes, real ports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+
+import pytest
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server.push import push
+
+FEDBASIN = [sys.executable, "-m", "fedbasin.server.cli"]
+
+
+def fedbasin(*arguments):
+    return subprocess.run(
+        [*FEDBASIN, *arguments],
+        env=os.environ | {"TZ": "Asia/Tokyo", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@contextmanager
+def observing(*arguments):
+    """`fedbasin observe` in a process of its own; yields the process and its two addresses."""
+    command = [*FEDBASIN, "observe", "--port", "0", "--metrics-port", "0", "--json", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process, json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def report(round_, **fields):
+    clients = [
+        pb.ClientReport(outcome="accepted", bytes_up=1_500_000),
+        pb.ClientReport(outcome="non_finite", bytes_up=1_500_000),
+    ]
+    path = pb.PathSums(
+        points=[0, 0.5, 1], loss_before=[1, 3, 1], loss_after=[1, 1.25, 1], examples=1
+    )
+    return pb.RoundReport(
+        schema_version=pb.SCHEMA_VERSION,
+        run_id="run-1",
+        round=round_,
+        rounds=2,
+        seconds=3.21,
+        stages=[pb.StageReport(stage="train", clients=clients)],
+        path=path,
+        metrics={"accuracy": 0.875},
+        finished=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        **fields,
+    )
+
+
+@pytest.fixture(scope="module")
+def address():
+    """An observer that has a finished run of two rounds."""
+    with observing() as (_, addresses):
+        assert push(addresses["observer"], report(1))
+        assert push(addresses["observer"], report(2, last=True))
+        yield addresses["observer"]
+
+
+def test_the_version_is_the_installed_one():
+    assert fedbasin("version").stdout.strip() == metadata.version("fedbasin")
+
+
+def test_help_needs_neither_torch_nor_flower_nor_grpc():
+    code = (
+        "import sys; from fedbasin.server import cli\n"
+        "try: cli.main()\n"
+        "finally: assert not {'torch', 'flwr', 'grpc'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "observe" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_observer_that_is_told_to_stop_ends_well_though_it_is_watched(number):
+    with observing() as (process, addresses):
+        watching = subprocess.Popen(
+            [*FEDBASIN, "rounds", addresses["observer"], "--watch", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with watching:
+            push(addresses["observer"], report(1))
+            assert json.loads(watching.stdout.readline())["round"] == 1
+            process.send_signal(number)
+            assert process.wait(10) == 0
+            assert process.stderr.read() == ""
+            assert watching.wait(10) == 1
+            assert watching.stderr.read().count("\n") == 1
+
+
+def test_the_metrics_outlive_the_run(address):
+    with observing() as (_, addresses):
+        push(addresses["observer"], report(1, last=True))
+        with urllib.request.urlopen(addresses["metrics"], timeout=10) as page:
+            assert b"fedbasin_runs_finished_total{" in page.read()
+
+
+def test_a_killed_observer_comes_back_with_its_store(tmp_path):
+    with observing("--store", str(tmp_path)) as (process, addresses):
+        push(addresses["observer"], report(1))
+        process.kill()
+        process.wait(10)
+    with observing("--store", str(tmp_path)) as (_, addresses):
+        (line,) = fedbasin("rounds", addresses["observer"], "--json").stdout.splitlines()
+        assert json.loads(line)["round"] == 1
+
+
+def test_a_port_that_is_taken_gives_one_line_and_1(address):
+    port = address.rpartition(":")[2]
+    done = fedbasin("observe", "--port", port, "--metrics-port", "0")
+    assert done.returncode == 1
+    assert f"cannot listen on {address}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_metrics_port_that_is_taken_gives_one_line_and_1(address):
+    done = fedbasin("observe", "--port", "0", "--metrics-port", address.rpartition(":")[2])
+    assert done.returncode == 1
+    assert f"cannot listen on {address} for Prometheus" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_store_that_cannot_be_made_gives_one_line_and_1(tmp_path):
+    (tmp_path / "file").touch()
+    done = fedbasin(
+        "observe", "--port", "0", "--metrics-port", "0", "--store", f"{tmp_path}/file/x"
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path}/file" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--watch"], ["--run", "run-1"]])
+def test_the_table_tells_a_round_in_a_row(address, flags):
+    done = fedbasin("rounds", address, *flags)
+    assert done.returncode == 0
+    heading, first, *_ = done.stdout.splitlines()
+    assert heading.split() == [
+        "round",
+        "ended",
+        "seconds",
+        "updates",
+        "received",
+        "barrier",
+        "model",
+    ]
+    assert " ".join(first.split()) == "1/2 12:04:05 3.2 1/2 3 MB 2 → 0.25 accuracy 0.875"
+    for word in ("2/2", "1 non_finite"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--watch"]])
+def test_json_gives_one_report_per_line(address, flags):
+    lines = fedbasin("rounds", address, "--json", *flags).stdout.splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2]
+    assert json.loads(lines[1])["last"] is True
+
+
+def test_an_observer_out_of_reach_gives_one_line_with_advice_and_1():
+    done = fedbasin("rounds", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "fedbasin observe" in done.stderr
+
+
+def test_an_unknown_run_is_a_wrong_usage(address):
+    done = fedbasin("rounds", address, "--run", "nonsense")
+    assert done.returncode == 2
+    assert "run-1" in done.stderr
+
+
+def test_an_unknown_flag_is_a_wrong_usage():
+    assert fedbasin("rounds", "--nonsense").returncode == 2

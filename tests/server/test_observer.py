@@ -1,0 +1,341 @@
+"""A real observer on loopback: pushes, watchers, health, metrics, and what survives a restart."""
+
+import asyncio
+import math
+import socket
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+from fedbasin.server.history import History, Limits
+from fedbasin.server.observer import SERVICE, Settings, serving
+from fedbasin.server.push import connect, push
+from fedbasin.server.store import FILE
+
+
+@contextmanager
+def observer(port=0, store=None):
+    """An observer on a loop of its own; yields its addresses."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    context = serving(Settings(port=port, metrics_port=0, store=store))
+    try:
+        yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def served(**settings):
+    """An observer and a client of it."""
+    with observer(**settings) as addresses, connect(addresses.observer) as channel:
+        yield addresses, ObserverStub(channel)
+
+
+def report(round_, run="run", **fields):
+    given = {"schema_version": pb.SCHEMA_VERSION, "rounds": 9, "recipe": "fedavg"} | fields
+    return pb.RoundReport(run_id=run, round=round_, **given)
+
+
+def numbers(reports):
+    return [one.round for one in reports]
+
+
+def rounds_of(stub, run="", first=0):
+    return numbers(stub.GetRounds(pb.RoundsRequest(run_id=run, from_round=first)).reports)
+
+
+def scrape(addresses):
+    with urllib.request.urlopen(addresses.metrics, timeout=10) as page:
+        families = text_string_to_metric_families(page.read().decode())
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def refused(call, *arguments):
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments)
+    return caught.value.code(), caught.value.details()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with served() as pair:
+        yield pair
+
+
+def test_a_pushed_report_comes_back_as_it_was(shared):
+    addresses, stub = shared
+    told = report(
+        1, "as-it-was", metrics={"loss": math.nan, "accuracy": 0.5}, model_digest=b"\0\xff"
+    )
+    assert push(addresses.observer, told)
+    (heard,) = stub.GetRounds(pb.RoundsRequest(run_id="as-it-was")).reports
+    assert heard.SerializeToString(deterministic=True) == told.SerializeToString(deterministic=True)
+
+
+def test_the_same_report_again_changes_nothing():
+    with served() as (addresses, stub):
+        told = report(1, metrics={"loss": math.nan})
+        assert push(addresses.observer, told)
+        assert push(addresses.observer, told)
+        assert rounds_of(stub) == [1]
+        assert scrape(addresses)["fedbasin_rounds_total"] == 1
+
+
+def test_another_report_for_a_known_round_is_refused(shared):
+    _, stub = shared
+    stub.PushRound(report(1, "twice"))
+    code, details = refused(stub.PushRound, report(1, "twice", seconds=2))
+    assert code == grpc.StatusCode.ALREADY_EXISTS
+    assert "'twice'" in details
+    assert "round 1" in details
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (report(1, schema_version=2), "schema_version"),
+        (report(1, schema_version=0), "schema_version"),
+        (report(1, run=""), "run_id"),
+        (report(0), "round"),
+        (report(1, finished={"seconds": 2**60}), "finished"),
+    ],
+)
+def test_a_bad_report_is_refused_and_the_message_names_the_field(shared, bad, field):
+    addresses, stub = shared
+    code, details = refused(stub.PushRound, bad)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith(field)
+    assert not push(addresses.observer, bad)
+
+
+def test_rounds_are_given_from_the_one_asked_for(shared):
+    _, stub = shared
+    for number in (1, 2, 3):
+        stub.PushRound(report(number, "ranged"))
+    assert rounds_of(stub, "ranged", first=2) == [2, 3]
+
+
+def test_an_unknown_run_is_not_found_and_the_message_lists_the_known(shared):
+    _, stub = shared
+    stub.PushRound(report(1, "known"))
+    code, details = refused(stub.GetRounds, pb.RoundsRequest(run_id="unknown"))
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert "known" in details.split("there are:")[1]
+
+
+def test_runs_are_listed_as_they_began_and_no_name_means_the_newest():
+    with served() as (_, stub):
+        assert rounds_of(stub) == []
+        stub.PushRound(report(1, "old"))
+        stub.PushRound(report(1, "new", last=True))
+        stub.PushRound(report(2, "old"))
+        runs = stub.ListRuns(pb.ListRunsRequest()).runs
+        assert [(run.run_id, run.rounds_done, run.finished) for run in runs] == [
+            ("old", 2, False),
+            ("new", 1, True),
+        ]
+        assert rounds_of(stub) == [1]
+
+
+def test_reports_larger_than_grpc_allows_by_default_travel_both_ways(shared):
+    addresses, stub = shared
+    clients = [
+        pb.ClientReport(node_id=i, outcome="accepted", detail="x" * 500) for i in range(12_000)
+    ]
+    large = report(1, "large", stages=[pb.StageReport(stage="train", clients=clients)])
+    assert large.ByteSize() > 6_000_000
+    assert push(addresses.observer, large, timeout_seconds=20)
+    assert rounds_of(stub, "large") == [1]
+
+
+def test_twenty_watchers_see_every_report_in_order():
+    with served() as (addresses, stub):
+
+        def watch(seen):
+            with connect(addresses.observer) as channel:
+                request = pb.RoundsRequest(run_id="run")
+                seen.extend(numbers(ObserverStub(channel).WatchRounds(request, timeout=60)))
+
+        stub.PushRound(report(1))  # some of it is history, the rest comes live
+        views = [[] for _ in range(20)]
+        threads = [threading.Thread(target=watch, args=(view,)) for view in views]
+        for thread in threads:
+            thread.start()
+        for number in range(2, 60):
+            stub.PushRound(report(number))
+        stub.PushRound(report(60, last=True))
+        for thread in threads:
+            thread.join()
+        assert views == [list(range(1, 61))] * 20
+
+
+def test_a_watcher_may_come_before_the_run():
+    with served() as (addresses, stub):
+        stream = stub.WatchRounds(pb.RoundsRequest(from_round=2), timeout=30)
+        for number in (1, 2):
+            push(addresses.observer, report(number, last=number == 2))
+        assert numbers(stream) == [2]
+
+
+def test_watching_a_finished_run_ends_at_once(shared):
+    _, stub = shared
+    stub.PushRound(report(1, "over"))
+    stub.PushRound(report(2, "over", last=True))
+    assert numbers(stub.WatchRounds(pb.RoundsRequest(run_id="over"), timeout=10)) == [1, 2]
+    later = pb.RoundsRequest(run_id="over", from_round=3)
+    assert numbers(stub.WatchRounds(later, timeout=10)) == []
+
+
+def test_watchers_that_never_read_hold_up_no_push():
+    with served() as (addresses, stub):
+        channels = [connect(addresses.observer) for _ in range(20)]
+        # gRPC reads ahead at most a few 64 KiB windows: 20 MB in all cannot be on their way.
+        stuck = [
+            ObserverStub(channel).WatchRounds(pb.RoundsRequest(run_id="run"))
+            for channel in channels
+        ]
+        filling = [pb.StageReport(stage="x" * 100_000)]
+        begun = time.monotonic()
+        for number in range(1, 201):
+            assert push(addresses.observer, report(number, stages=filling))
+        assert time.monotonic() - begun < 30
+        assert rounds_of(stub) == list(range(1, 201))
+        for stream, channel in zip(stuck, channels, strict=True):
+            stream.cancel()
+            channel.close()
+
+
+def test_health_is_serving(shared):
+    addresses, _ = shared
+    with grpc.insecure_channel(addresses.observer) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE):
+            status = health.Check(health_pb2.HealthCheckRequest(service=name)).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_second_observer_on_the_same_port_says_so(shared):
+    addresses, _ = shared
+    port = int(addresses.observer.rpartition(":")[2])
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"), observer(port=port):
+        pass
+
+
+def test_a_push_into_the_void_is_false_and_nothing_worse(caplog):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: refused for sure
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert not push(address, report(7))
+    assert "round 7" in caplog.text
+    assert address in caplog.text
+
+
+def test_a_push_to_one_who_never_answers_ends_with_its_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begun = time.monotonic()
+        assert not push(f"127.0.0.1:{silent.getsockname()[1]}", report(1), timeout_seconds=0.5)
+        assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("address", ["", "::::", "http://nowhere:1", "127.0.0.1"])
+def test_a_push_to_no_address_is_false(address):
+    assert not push(address, report(1), timeout_seconds=1)
+
+
+def test_a_push_outlasts_an_observer_that_starts_late():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = []
+    big = report(1, stages=[pb.StageReport(stage="x" * 1_000_000)])
+    early = threading.Thread(target=lambda: results.append(push(f"127.0.0.1:{port}", big)))
+    early.start()
+    time.sleep(0.3)
+    with served(port=port) as (_, stub):
+        early.join()
+        assert results == [True]
+        assert rounds_of(stub) == [1]
+
+
+def test_a_restarted_observer_has_its_history_and_its_counters(tmp_path):
+    with served(store=tmp_path) as (_, stub):
+        for number in (1, 2):
+            stub.PushRound(report(number, metrics={"loss": math.nan}))
+    with served(store=tmp_path) as (addresses, stub):
+        assert rounds_of(stub) == [1, 2]
+        stub.PushRound(
+            report(2, metrics={"loss": math.nan})
+        )  # known: pushed again after a lost reply
+        stub.PushRound(report(3))
+        assert scrape(addresses)["fedbasin_rounds_total"] == 3
+    assert len((tmp_path / FILE).read_text().splitlines()) == 3
+
+
+def test_a_half_written_last_line_is_survived(tmp_path):
+    with served(store=tmp_path) as (_, stub):
+        for number in (1, 2):
+            stub.PushRound(report(number))
+    file = tmp_path / FILE
+    file.write_bytes(file.read_bytes()[:-20])
+    with served(store=tmp_path) as (_, stub):
+        assert rounds_of(stub) == [1]
+        stub.PushRound(report(3))
+    with served(store=tmp_path) as (_, stub):
+        assert rounds_of(stub) == [1, 3]
+
+
+def test_a_line_that_is_no_report_is_skipped_by_name(tmp_path, caplog):
+    good = b'{"schema_version": 1, "run_id": "run", "round": 1, "from_the_future": 1}\n'
+    (tmp_path / FILE).write_bytes(b'{"round": "\xff"}\n' + b"not json\n" + good)
+    with served(store=tmp_path) as (_, stub):
+        assert rounds_of(stub) == [1]
+    assert f"{FILE}:1" in caplog.text
+    assert f"{FILE}:2" in caplog.text
+
+
+def test_two_observers_do_not_share_a_store(tmp_path):
+    with (
+        observer(store=tmp_path),
+        pytest.raises(BlockingIOError, match="another observer"),
+        observer(store=tmp_path),
+    ):
+        pass
+
+
+def test_the_history_is_bounded_by_runs_and_by_rounds():
+    history = History(Limits(runs=2, rounds=3))
+    for run in ("a", "b"):
+        for number in range(1, 6):
+            history.add(report(number, run))
+    history.add(report(6, "a"))
+    history.add(report(1, "c"))  # b has been silent for longest
+    assert [run.run_id for run in history.runs()] == ["a", "c"]
+    assert numbers(history.rounds("a")) == [4, 5, 6]
+
+
+def test_a_watcher_that_falls_behind_the_bound_goes_on_with_what_is_left():
+    async def story():
+        history = History(Limits(rounds=2))
+        history.add(report(1))
+        seen = []
+        async for one in history.watch("run"):
+            seen.append(one.round)
+            if one.round == 1:
+                for number in range(2, 6):
+                    history.add(report(number, last=number == 5))
+        return seen
+
+    assert asyncio.run(story()) == [1, 4, 5]

@@ -1,0 +1,192 @@
+"""What a scrape says after a round, read by Prometheus' own parser."""
+
+import math
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server.telemetry import Telemetry
+from fedbasin.strategies.outcome import Outcome
+
+
+def alignment(certified, gain, before, after):
+    sites = [pb.SiteReport(site=f"s{i}", certified=c, gain=gain) for i, c in enumerate(certified)]
+    return pb.AlignmentReport(sites=sites, distance_before=before, distance_after=after)
+
+
+def report(**changes):
+    clients = [
+        pb.ClientReport(
+            node_id=2**60 + 1,
+            outcome="accepted",
+            bytes_up=1000,
+            bytes_down=600,
+            seconds=4,
+            alignment=alignment([True, False], gain=2.0, before=10, after=4),
+        ),
+        pb.ClientReport(
+            node_id=2**60 + 2,
+            outcome="accepted",
+            bytes_up=1000,
+            bytes_down=600,
+            seconds=6,
+            alignment=alignment([False, False], gain=1.0, before=20, after=6),
+        ),
+        pb.ClientReport(node_id=2**60 + 3, outcome="wrong_shape", bytes_up=10, bytes_down=600),
+    ]
+    path = pb.PathSums(
+        points=[0, 0.25, 1],
+        loss_before=[20, 80, 40],  # mean 2, 8, 4: above the line 2, 2.5, 4 by 5.5
+        loss_after=[20, 21, 40],  # below the line
+        correct_before=[9, 2, 5],  # shares 0.9, 0.2, 0.5: below the line 0.9, 0.8, 0.5 by 0.6
+        correct_after=[9, 9, 5],
+        examples=10,
+    )
+    made = pb.RoundReport(
+        schema_version=1,
+        run_id="secret-run",
+        round=3,
+        rounds=5,
+        recipe="regmean",
+        seconds=7.5,
+        stages=[pb.StageReport(stage="train", seconds=7, server_seconds=0.5, clients=clients)],
+        path=path,
+        metrics={"accuracy": 0.9},
+        peak_rss_bytes=12345,
+    )
+    made.finished.FromJsonString("2026-01-02T03:04:05.5Z")
+    made.MergeFrom(pb.RoundReport(**changes))
+    return made
+
+
+def page(*reports):
+    registry = CollectorRegistry()
+    telemetry = Telemetry(registry)
+    for one in reports:
+        telemetry.observe(one)
+    return generate_latest(registry).decode()
+
+
+def samples(text):
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(text, name, /, **labels):
+    return samples(text)[f"fedbasin_{name}", frozenset({"recipe": "regmean", **labels}.items())]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "expected"),
+    [
+        ("rounds_total", {}, 1),
+        ("runs_finished_total", {}, 0),
+        ("updates_total", {"outcome": "accepted"}, 2),
+        ("updates_total", {"outcome": "wrong_shape"}, 1),
+        ("updates_total", {"outcome": "timeout"}, 0),
+        ("received_bytes_total", {}, 2010),
+        ("sent_bytes_total", {}, 1800),
+        ("round_duration_seconds_sum", {}, 7.5),
+        ("stage_duration_seconds_sum", {"stage": "train"}, 7),
+        ("server_seconds_sum", {"stage": "train"}, 0.5),
+        ("client_duration_seconds_count", {"stage": "train"}, 2),
+        ("client_duration_seconds_sum", {"stage": "train"}, 10),
+        ("round", {}, 3),
+        ("last_round_timestamp_seconds", {}, 1767323045.5),
+        ("server_peak_rss_bytes", {}, 12345),
+        ("barrier_loss", {"when": "before"}, 5.5),
+        ("barrier_loss", {"when": "after"}, 0),
+        ("barrier_accuracy", {"when": "before"}, 0.6),
+        ("barrier_accuracy", {"when": "after"}, 0),
+        ("alignment_gain", {}, 3),  # (2 + 2 + 1 + 1) / 2
+        ("certified_sites_ratio", {}, 0.25),
+        ("anchor_distance", {"when": "before"}, 15),
+        ("anchor_distance", {"when": "after"}, 5),
+        ("model_metric", {"name": "accuracy"}, 0.9),
+    ],
+)
+def test_a_metric_has_the_value_computed_by_hand(name, labels, expected):
+    assert value(page(report()), name, **labels) == pytest.approx(expected)
+
+
+def test_counters_add_up_and_gauges_follow():
+    text = page(report(), report(round=4, metrics={"accuracy": 0.95}, last=True))
+    assert value(text, "rounds_total") == 2
+    assert value(text, "runs_finished_total") == 1
+    assert value(text, "updates_total", outcome="accepted") == 4
+    assert value(text, "model_metric", name="accuracy") == 0.95
+
+
+def test_a_gauge_keeps_its_value_where_a_round_does_not_measure_it():
+    bare = pb.RoundReport(schema_version=1, run_id="r", round=4, recipe="regmean")
+    assert value(page(report(), bare), "barrier_loss", when="before") == pytest.approx(5.5)
+
+
+def test_a_round_that_measured_nothing_is_only_counted():
+    text = page(pb.RoundReport(schema_version=1, run_id="r", round=1, recipe="regmean"))
+    assert value(text, "rounds_total") == 1
+    assert not [name for name, _ in samples(text) if "barrier" in name or "alignment" in name]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pb.PathSums(points=[0, 1], loss_before=[1, math.inf], examples=1),
+        pb.PathSums(points=[0, 0.5, 1], loss_before=[1, 2], examples=1),
+        pb.PathSums(points=[0.5], loss_before=[1], examples=1),
+    ],
+)
+def test_a_path_without_a_barrier_says_so_instead_of_inventing_one(path):
+    text = page(pb.RoundReport(schema_version=1, run_id="r", round=1, recipe="regmean", path=path))
+    assert math.isnan(value(text, "barrier_loss", when="before"))
+
+
+def test_no_client_and_no_run_becomes_a_label():
+    text = page(report())
+    assert "secret-run" not in text
+    assert str(2**60 + 1) not in text
+
+
+def test_every_outcome_has_a_label_from_the_first_round_on():
+    outcomes = {
+        dict(labels)["outcome"]
+        for name, labels in samples(page(report()))
+        if name == "fedbasin_updates_total"
+    }
+    assert outcomes == set(Outcome.__members__)
+
+
+def test_words_from_outside_are_bounded():
+    reports = [
+        pb.RoundReport(
+            recipe=f"recipe-{i}",
+            metrics={f"metric-{i}": 1},
+            stages=[
+                pb.StageReport(stage=f"stage-{i}", clients=[pb.ClientReport(outcome=f"fate-{i}")])
+            ],
+        )
+        for i in range(500)
+    ]
+    labels = [dict(labels) for _, labels in samples(page(*reports))]
+    for label, most in (("recipe", 33), ("name", 65), ("stage", 33), ("outcome", len(Outcome) + 1)):
+        words = {pairs[label] for pairs in labels if label in pairs}
+        assert "other" in words
+        assert len(words) == most or label == "outcome"
+        assert len(words) <= most
+
+
+def test_prometheus_own_lint_has_nothing_to_say():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not on PATH; it comes with Prometheus")
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=page(report()), text=True, capture_output=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
