@@ -9,12 +9,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from typing import TypeVar
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport, RunSummary
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class ConflictError(ValueError):
@@ -27,10 +23,17 @@ class ClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is remembered: of too many runs the longest silent goes, of too many rounds the oldest."""
+    """How much is remembered; the oldest round of the run that has been silent for longest goes first.
+
+    Attributes:
+        runs: most runs.
+        rounds: most rounds of one run; of more, its own oldest go.
+        wire_bytes: most bytes of all reports as they came; in memory they take about three times as many.
+    """
 
     runs: int = 100
     rounds: int = 2000
+    wire_bytes: int = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class History:
         self._runs: dict[str, Run] = {}  # the longest silent first
         self._numbers = count()
         self._changed = asyncio.Condition()
+        self._wire_bytes = 0
         self._closed = False
 
     def knows(self, report: RoundReport) -> bool:
@@ -101,8 +105,11 @@ class History:
         run = self._runs.pop(report.run_id, None) or Run(began=number)
         self._runs[report.run_id] = run
         run.entries[report.round] = Entry(number, report)
-        _forget_oldest(run.entries, self._limits.rounds)
-        _forget_oldest(self._runs, self._limits.runs)
+        self._wire_bytes += report.ByteSize()
+        if len(run.entries) > self._limits.rounds:
+            self._forget(report.run_id)
+        while self._wire_bytes > self._limits.wire_bytes or len(self._runs) > self._limits.runs:
+            self._forget(next(iter(self._runs)))
 
     async def tell(self) -> None:
         """Wakes the watchers."""
@@ -158,13 +165,15 @@ class History:
         run = self._runs.get(run_id) if run_id else self._newest()
         return run.reports(number) if run else []
 
+    def _forget(self, run_id: str) -> None:
+        entries = self._runs[run_id].entries
+        entry = entries.pop(next(iter(entries)))
+        self._wire_bytes -= entry.report.ByteSize()
+        if not entries:
+            del self._runs[run_id]
+
     def _newest(self) -> Run | None:
         return max(self._runs.values(), key=lambda run: run.began, default=None)
-
-
-def _forget_oldest(entries: dict[K, V], most: int) -> None:
-    while len(entries) > most:
-        del entries[next(iter(entries))]
 
 
 def _contents(report: RoundReport) -> bytes:

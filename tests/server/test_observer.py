@@ -326,6 +326,21 @@ def test_the_history_is_bounded_by_runs_and_by_rounds():
     assert numbers(history.rounds("a")) == [4, 5, 6]
 
 
+def test_the_history_is_bounded_by_bytes():
+    size = report(1, "a").ByteSize()
+    history = History(Limits(wire_bytes=4 * size))
+    for number in (1, 2, 3):
+        history.add(report(number, "a"))
+    for number in (1, 2):
+        history.add(report(number, "b"))
+    assert numbers(history.rounds("a")) == [2, 3]
+    history.add(report(3, "b"))
+    history.add(report(4, "b"))
+    assert [run.run_id for run in history.runs()] == ["b"]
+    history.add(report(5, "b"))
+    assert numbers(history.rounds("b")) == [2, 3, 4, 5]
+
+
 def test_a_watcher_that_falls_behind_the_bound_goes_on_with_what_is_left():
     async def story():
         history = History(Limits(rounds=2))
@@ -339,3 +354,18 @@ def test_a_watcher_that_falls_behind_the_bound_goes_on_with_what_is_left():
         return seen
 
     assert asyncio.run(story()) == [1, 4, 5]
+
+
+def test_a_watcher_of_a_forgotten_run_hears_of_it_again_when_it_speaks():
+    async def story():
+        history = History(Limits(runs=1))
+        history.add(report(1, "a"))
+        seen = []
+        async for one in history.watch("a"):
+            seen.append(one.round)
+            if one.round == 1:
+                history.add(report(1, "b"))
+                history.add(report(2, "a", last=True))
+        return seen
+
+    assert asyncio.run(story()) == [1, 2]
