@@ -10,7 +10,7 @@ together, and both belong to the weights that the model has now: collect them af
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Literal, TypeAlias, TypeGuard
@@ -65,7 +65,7 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
         )
     sums: dict[Block, Tensor] = {}
     layers = _layers(model)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), _layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
             with ExitStack() as hooks:
                 for layer, block in layers.items():
@@ -73,6 +73,21 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
                     hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
                 forward(model, batch)
     return {block: _finish(gram, shrink) for block, gram in sums.items()}
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """PyTorch's own encoder without its fused evaluation path, as it is trained.
+
+    That path turns padded batches into nested tensors, whose shapes hooks cannot read and vmap cannot batch.
+    The switch is the process's own, so it is put back.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _layers(model: nn.Module) -> dict[Layer, Block]:
@@ -200,7 +215,7 @@ def diagonal_fisher(
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
     gradients = GRADIENT_ELEMENTS // max(1, sum(p.numel() for p in parameters.values()))
     # Fused attention kernels have no rule for vmap and would be run example by example.
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), _layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read(batches, model):
             probabilities = _probabilities(model, batch)
             labels = _every if classes == "exact" else partial(_drawn, generator=generator)

@@ -221,6 +221,30 @@ class TestGrams:
             grams(nn.Linear(4, 2), [])
 
 
+class Encoder(nn.Module):
+    """PyTorch's own encoder, which has a fused path for padded batches in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x, padding):
+        return self.head(self.body(x, src_key_padding_mask=padding)[:, 0])
+
+
+def test_padded_encoders_are_read_layer_by_layer():
+    model = Encoder()
+    keep = torch.arange(5) < torch.tensor([5, 2, 3, 1]).unsqueeze(1)
+    data = [({"x": normal(4, 5, 8), "padding": ~keep}, labels(4), keep)]
+    found = grams(model, data)
+    counts = {block[0]: gram[-1, -1].item() for block, gram in found.items()}
+    inner = {f"body.layers.{i}.linear{j}.weight": 11 for i in (0, 1) for j in (1, 2)}
+    assert counts == inner | {"head.weight": 4}
+    assert diagonal_fisher(model, data).keys() == dict(model.named_parameters()).keys()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def slow_fisher(model, batches):
     """One backward pass for each example and class."""
     model.eval()

@@ -18,8 +18,8 @@ losses = st.floats(-1e3, 1e3)
 
 @st.composite
 def curves(draw):
-    inner = sorted(draw(st.sets(st.floats(0.001, 0.999), max_size=8)))
-    points = (0.0, *inner, 1.0)
+    inner = sorted(draw(st.sets(st.integers(1, 999), max_size=8)))
+    points = (0.0, *(thousandths / 1000 for thousandths in inner), 1.0)
     return points, tuple(draw(losses) for _ in points)
 
 
