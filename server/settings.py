@@ -34,8 +34,8 @@ class Settings(BaseModel):
     )
 
     recipe: str = Field("fedavg", description="how updates are fused: fedavg, fisher or regmean")
-    ridge: float | None = Field(
-        None, gt=0, description="strength of the regulariser, relative; the recipe's own if unset"
+    ridge: float = Field(
+        0.0, ge=0, description="strength of the regulariser, relative; 0 for the recipe's own"
     )
     shrink: float = Field(
         1.0, ge=0, le=1, description="factor on the off-diagonal of Gram matrices (RegMean's alpha)"
@@ -84,10 +84,6 @@ class Settings(BaseModel):
     def _consistent(self) -> "Settings":
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe = {self.recipe!r}: choose one of {', '.join(RECIPES)}")
-        if self.ridge is not None and RECIPES[self.recipe].ridge is None:
-            raise ValueError(
-                f"ridge = {self.ridge}: {self.recipe} has nothing to regularise; unset it"
-            )
         if self.recipe == "fisher" and self.align == "server":
             raise ValueError(
                 "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "

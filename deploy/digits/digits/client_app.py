@@ -36,13 +36,11 @@ def train_app(message: Message, context: Context) -> Message:
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     examples = own_examples(context)
     config = context.run_config
-    server_round = message.content.config_records["config"]["server-round"]
-    seed = int(f"{server_round}000") + int(context.node_config["partition-id"])
+    server_round = int(str(message.content.config_records["config"]["server-round"]))
+    seed = 1000 * server_round + int(context.node_config["partition-id"])
     loss = train(model, examples, int(config["epochs"]), int(config["batch-size"]), seed)
-    metrics = {"train-loss": loss, "num-examples": len(examples[0])}
-    content = RecordDict(
-        {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)}
-    )
+    metrics = MetricRecord({"train-loss": loss, "num-examples": len(examples[0])})
+    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=message)
 
 
@@ -52,5 +50,7 @@ def evaluate_app(message: Message, context: Context) -> Message:
     model = own_model(context)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     loss, accuracy = evaluate(model, load_split()[1])
-    metrics = {"loss": loss, "accuracy": accuracy, "num-examples": len(load_split()[1][0])}
-    return Message(content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+    metrics = MetricRecord(
+        {"loss": loss, "accuracy": accuracy, "num-examples": len(load_split()[1][0])}
+    )
+    return Message(content=RecordDict({"metrics": metrics}), reply_to=message)

@@ -1,0 +1,184 @@
+"""The demo: five clients that never shared a start, fused with and without alignment, by real processes.
+
+Three runs of the digits app on one local Flower deployment; one table, one folder, one picture.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbasin.deploy.local import Deployment, DeploymentError, deployment
+from fedbasin.deploy.picture import draw_paths
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server.checkpoint import read_reports
+from fedbasin.strategies.diagnostics.barrier import linear_barrier
+
+CLIENTS = 5
+APP = Path(__file__).parent / "digits"
+
+Config = dict[str, str | int | float]
+
+RUNS: dict[str, Config] = {
+    "plain FedAvg": {
+        "fedbasin.recipe": "fedavg",
+        "fedbasin.align": "off",
+        "fedbasin.barrier-points": 0,
+    },
+    "aligned FedAvg": {"fedbasin.recipe": "fedavg"},
+    "aligned RegMean": {"fedbasin.recipe": "regmean"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; None where a column does not apply.
+
+    Attributes:
+        name: what was fused, and how.
+        accuracy: on the test images.
+        barrier_before: linear barrier of the loss from the anchor to the clients as trained, nats.
+        barrier_after: the same to the clients as aligned.
+        sent_bytes: tensors down and up, all clients.
+        seconds: of the round, processes included.
+    """
+
+    name: str
+    accuracy: float
+    barrier_before: float | None = None
+    barrier_after: float | None = None
+    sent_bytes: int | None = None
+    seconds: float | None = None
+
+
+def main(
+    folder: Annotated[Path | None, typer.Option(help="Where to put the results.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Fuse five clients that never shared a start: plain FedAvg, aligned FedAvg, aligned RegMean."""
+    console = Console(stderr=as_json, highlight=False)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    target = (folder or Path("runs") / f"demo-{stamp}").resolve()
+    try:
+        reports = _all_runs(target, console)
+    except DeploymentError as error:
+        console.print(f"[red]The demo failed.[/red] {error}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; every process is ended. What was done is in {target}.")
+        raise typer.Exit(130) from None
+    rows = table_rows(reports)
+    _write(target, rows, reports)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
+    else:
+        console.print(_table(rows))
+        console.print(f"Models, reports and the picture of the barriers: {target}", soft_wrap=True)
+
+
+def _all_runs(target: Path, console: Console) -> dict[str, pb.RoundReport]:
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:6.1f} s[/dim]  {text}", soft_wrap=True)
+
+    say(f"starting a SuperLink and {CLIENTS} SuperNodes on loopback")
+    with (
+        console.status("working: Ctrl-C ends every process"),
+        deployment(CLIENTS, _node_config, target / "processes") as flower,
+    ):
+        say(f"{CLIENTS} SuperNodes are online at {flower.address}")
+        return {name: _run(flower, name, target, say) for name in RUNS}
+
+
+def _node_config(index: int) -> str:
+    return f"partition-id={index} num-partitions={CLIENTS}"
+
+
+def _run(flower: Deployment, name: str, target: Path, say: Callable[[str], None]) -> pb.RoundReport:
+    folder = target / name.replace(" ", "-").lower()
+    say(f"[bold]{name}[/bold]: every client trains from its own random weights")
+    flower.run(
+        APP, {**RUNS[name], "fedbasin.folder": str(folder)}, lambda line: _progress(line, say)
+    )
+    (made,) = (path.parent for path in folder.glob("*/rounds.jsonl"))
+    return read_reports(made)[-1]
+
+
+def _progress(line: str, say: Callable[[str], None]) -> None:
+    _, found, rest = line.partition("round ")
+    if found and "clients in" in rest:
+        say(f"  {rest}")
+
+
+def table_rows(reports: dict[str, pb.RoundReport]) -> list[Row]:
+    """The demo's table from the last round of each run."""
+    rows = [_row(name, report) for name, report in reports.items()]
+    last = next(reversed(reports.values()))
+    alone = [client.metrics["test-accuracy"] for client in last.stages[-1].clients]
+    return [
+        *rows,
+        Row("clients alone, mean", sum(alone) / len(alone)),
+        Row("clients alone, best", max(alone)),
+        Row("their ensemble (five models)", last.metrics["ensemble-accuracy"]),
+    ]
+
+
+def _row(name: str, report: pb.RoundReport) -> Row:
+    clients = [client for stage in report.stages for client in stage.clients]
+    path = report.path
+    return Row(
+        name,
+        report.metrics["test-accuracy"],
+        linear_barrier(path.points, _mean(path.loss_before, path)) if path.points else None,
+        linear_barrier(path.points, _mean(path.loss_after, path)) if path.points else None,
+        sum(client.bytes_up + client.bytes_down for client in clients),
+        report.seconds,
+    )
+
+
+def _mean(sums: list[float], path: pb.PathSums) -> list[float]:
+    return [value / path.examples for value in sums]
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="Digits, five clients, own starts, one round")
+    for column in ("", "accuracy", "barrier before", "barrier after", "MB sent", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row as text."""
+    return (
+        row.name,
+        f"{row.accuracy:.3f}",
+        "" if row.barrier_before is None else f"{row.barrier_before:.3f}",
+        "" if row.barrier_after is None else f"{row.barrier_after:.3f}",
+        "" if row.sent_bytes is None else f"{row.sent_bytes / 1e6:.1f}",
+        "" if row.seconds is None else f"{row.seconds:.1f}",
+    )
+
+
+def _write(target: Path, rows: list[Row], reports: dict[str, pb.RoundReport]) -> None:
+    head = "| | accuracy | barrier before | barrier after | MB sent | seconds |\n|---|---|---|---|---|---|\n"
+    lines = "".join("| " + " | ".join(cells(row)) + " |\n" for row in rows)
+    (target / "report.md").write_text(
+        f"# Digits, five clients, own starts, one round\n\n{head}{lines}"
+    )
+    (target / "report.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    draw_paths(target / "barriers.png", reports["aligned RegMean"].path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

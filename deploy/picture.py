@@ -1,0 +1,38 @@
+"""The picture of a round's barriers: loss and accuracy on the way from the anchor to the clients."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fedbasin.proto import fedbasin_pb2 as pb
+
+_BEFORE, _AFTER = "#c2410c", "#1d4ed8"
+
+
+def draw_paths(target: Path, path: pb.PathSums) -> None:
+    """Draw both curves before and after alignment into a PNG file.
+
+    Raises:
+        ValueError: the round evaluated no path.
+    """
+    if not path.points:
+        raise ValueError("the round has no path; set fedbasin.barrier-points to at least 2")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    curves = (
+        (loss, path.loss_before, path.loss_after, "mean loss of the clients' own data (nats)"),
+        (accuracy, path.correct_before, path.correct_after, "accuracy on the clients' own data"),
+    )
+    for axes, before, after, label in curves:
+        axes.plot(path.points, _means(before, path), "o-", color=_BEFORE, label="as trained")
+        axes.plot(path.points, _means(after, path), "s-", color=_AFTER, label="aligned")
+        axes.set_xlabel("anchor (0) to client (1)")
+        axes.set_ylabel(label)
+        axes.grid(visible=True, alpha=0.3)
+    loss.legend(frameon=False)
+    figure.suptitle("The straight line from the anchor to each client, summed over clients")
+    figure.savefig(target, dpi=120)
+
+
+def _means(sums: list[float], path: pb.PathSums) -> list[float]:
+    return [value / path.examples for value in sums]
