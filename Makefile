@@ -36,6 +36,15 @@ contracts: .venv/ready ## which room may import which
 tests: .venv/ready ## the test suite
 	$(BIN)/pytest
 
+bench: .venv/ready ## measure against peers in the same run; writes docs/benchmarks.md
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks
+
+faults: .venv/ready ## kill servers, clients and the demo in the middle of a round
+	$(BIN)/pytest -m 'slow and deployed' tests/faults
+
+e2e: .venv/ready ## the compose file on a real Docker engine
+	FEDBASIN_E2E=1 $(BIN)/pytest tests/deploy/test_compose.py
+
 proto: .venv/ready ## generate code from the .proto files
 	$(BIN)/python -m fedbasin.proto.generate
 

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from fedbasin.proto import fedbasin_pb2 as pb
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: int = pb.SCHEMA_VERSION
 
 HEADER = "fedbasin"
 ARRAYS = "arrays"
