@@ -128,7 +128,7 @@ def table_rows(reports: dict[str, pb.RoundReport]) -> list[Row]:
         *rows,
         Row("clients alone, mean", sum(alone) / len(alone)),
         Row("clients alone, best", max(alone)),
-        Row("their ensemble (five models)", last.metrics["ensemble-accuracy"]),
+        Row("ensemble of the five", last.metrics["ensemble-accuracy"]),
     ]
 
 
@@ -151,8 +151,9 @@ def _mean(sums: list[float], path: pb.PathSums) -> list[float]:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(title="Digits, five clients, own starts, one round")
-    for column in ("", "accuracy", "barrier before", "barrier after", "MB sent", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column("", no_wrap=True)
+    for column in ("accuracy", "barrier\nbefore", "barrier\nafter", "MB\nsent", "seconds"):
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*cells(row))
     return table

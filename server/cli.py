@@ -1,4 +1,4 @@
-"""The command line: `fedbasin observe`, `fedbasin rounds`, `fedbasin version`.
+"""The command line: `fedbasin observe`, `fedbasin rounds`, `fedbasin settings`, `fedbasin version`.
 
 What a command needs is imported in the command, so that help comes at once.
 """
@@ -107,6 +107,21 @@ def rounds(
             f"no observer answers at {address} ({error.code().name}); start one with `fedbasin observe`, "
             "or name yours: `fedbasin rounds HOST:PORT`"
         ) from error
+
+
+@app.command()
+def settings(as_json: Json = False) -> None:
+    """Show every setting of a run, with its default and what it does, as a Markdown table.
+
+    Settings stand in the app's pyproject.toml, or in `flwr run --run-config`.
+    """
+    from fedbasin.server.settings import described
+
+    if not as_json:
+        typer.echo("| setting | default | what it does |\n|---|---|---|")
+    for key, default, text in described():
+        line = {"setting": key, "default": default, "help": text}
+        typer.echo(json.dumps(line) if as_json else f"| `{key}` | `{default}` | {text} |")
 
 
 @app.command()

@@ -5,6 +5,7 @@ recipe = "regmean"
 align = "client"
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -131,3 +132,17 @@ def _explain(error: ValidationError) -> str:
         else:
             lines.append(PREFIX + problem["msg"].removeprefix("Value error, "))
     return "; ".join(lines)
+
+
+def described() -> list[tuple[str, str, str]]:
+    """Every setting: its key in the run config, its default as TOML has it, and what it does."""
+    return [
+        (PREFIX + str(field.alias), _toml(field.default), str(field.description))
+        for field in Settings.model_fields.values()
+    ]
+
+
+def _toml(default: object) -> str:
+    if default is None:
+        return "unset"
+    return json.dumps(str(default) if isinstance(default, Path) else default)
