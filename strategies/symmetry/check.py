@@ -16,12 +16,13 @@ from torch.func import functional_call
 
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError
-from fedbasin.strategies.symmetry.transform import Transform, random
+from fedbasin.strategies.symmetry.transform import Transform
 
 DOUBLE_TOLERANCE = 1e-10
 SINGLE_TOLERANCE = 1e-4
 
-_SHAKE = 0.1
+_SHAKE = 0.3
+_DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -72,28 +73,37 @@ def check(
     Raises:
         SymmetryError: a member does not fit the model, or the model returns no floating tensor.
     """
-    state = _parameters(model)
-    symmetry.check(state)
+    symmetry.check(_tensors_of(model))
     with torch.random.fork_rng(), in_mode(model, training=False), torch.no_grad():
-        found = tuple(_trial(model, symmetry, inputs, seed + trial) for trial in range(trials))
+        seeds = range(seed, seed + trials)
+        found = tuple(_trial(model, symmetry, inputs, each) for each in seeds)
         suspects = () if all(trial.passed for trial in found) else symmetry.sites
         guilty = tuple(
             site.name
             for site in suspects
-            if not _trial(model, Symmetry((site,)), inputs, seed).passed
+            if not all(_trial(model, Symmetry((site,)), inputs, each).passed for each in seeds)
         )
     return CheckReport(found, guilty)
 
 
 def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], seed: int) -> Trial:
     generator = torch.Generator().manual_seed(seed)
-    state = _shaken(_parameters(model), generator)
+    state = _shaken(model, generator)
     drawn = tuple(_redrawn(tensor, generator) for tensor in inputs)
-    transform = random(symmetry, generator)
+    transform = _moving(symmetry, generator)
     return Trial(
         _error(model, transform, state, drawn, torch.float64),
         _error(model, transform, state, drawn, torch.float32),
     )
+
+
+def _moving(symmetry: Symmetry, generator: torch.Generator) -> Transform:
+    """A random transform; a draw that leaves a site in place would prove nothing about it."""
+    elements = {}
+    for site in symmetry.sites:
+        draws = (site.group.random(generator) for _ in range(_DRAWS))
+        elements[site.name] = next((e for e in draws if not e.is_identity), site.group.identity())
+    return Transform(symmetry, elements)
 
 
 def _error(
@@ -122,10 +132,19 @@ def _outputs(model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> list
     torch.manual_seed(0)
     # Buffers may be written to in the forward pass; tied names are given one by one.
     copies = {name: tensor.clone() for name, tensor in state.items()}
-    outputs = list(_tensors(functional_call(model, copies, inputs, tie_weights=False)))
+    kind = type(model).__name__
+    try:
+        output = functional_call(model, copies, inputs, tie_weights=False)
+    except RuntimeError as error:
+        dtypes = {str(tensor.dtype) for tensor in inputs}
+        raise SymmetryError(
+            f"{kind} does not run on inputs of {', '.join(dtypes)} with parameters to match: {error}; "
+            "let what it makes itself follow the dtype of its input"
+        ) from error
+    outputs = list(_tensors(output))
     if not outputs:
         raise SymmetryError(
-            f"{type(model).__name__} returned no floating tensor, so its function cannot be compared; "
+            f"{kind} returned no floating tensor, so its function cannot be compared; "
             "wrap it so that it returns its logits"
         )
     return outputs
@@ -143,18 +162,18 @@ def _tensors(output: object) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all their names, those that are not saved included."""
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
-    return {name: tensor.detach() for name, tensor in [*parameters, *buffers]}
+    return dict([*parameters, *buffers])
 
 
-def _shaken(state: State, generator: torch.Generator) -> dict[str, Tensor]:
-    """Generic values of the same size and sign; tensors that share memory stay equal."""
+def _shaken(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Generic values of the same size; tensors that share memory stay equal."""
     seen: dict[tuple[object, ...], Tensor] = {}
     result = {}
-    for name, tensor in state.items():
+    for name, tensor in _tensors_of(model).items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         if key not in seen:
             seen[key] = _shake(tensor, generator) if tensor.is_floating_point() else tensor
@@ -164,7 +183,11 @@ def _shaken(state: State, generator: torch.Generator) -> dict[str, Tensor]:
 
 def _shake(tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-    return torch.where(tensor == 0, _SHAKE * noise.abs(), tensor * torch.exp(_SHAKE * noise))
+    if not isinstance(tensor, nn.Parameter):
+        # A variance must stay positive.
+        return torch.where(tensor == 0, _SHAKE * noise.abs(), tensor * torch.exp(_SHAKE * noise))
+    scale = float(tensor.double().square().mean().sqrt())
+    return tensor + _SHAKE * noise * (scale or 1.0)
 
 
 def _redrawn(tensor: Tensor, generator: torch.Generator) -> Tensor:

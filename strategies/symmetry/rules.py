@@ -204,13 +204,9 @@ def reshaped(walk: Walk, node: fx.Node) -> Feature | None:
     before = math.prod(_shape(_source(node))[: feature.axis])
     for axis, length in enumerate(_shape(node)):
         begins = math.prod(_shape(node)[:axis]) == before
-        if begins and length and length % feature.space.width == 0 and not _casts(node):
+        if begins and length and length % feature.space.width == 0:
             return Feature(feature.space, axis)
     return walk.leave(node)
-
-
-def _casts(node: fx.Node) -> bool:
-    return any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
 
 
 def viewed(walk: Walk, node: fx.Node) -> Feature | None:

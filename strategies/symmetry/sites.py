@@ -192,7 +192,7 @@ _MEMBER = re.compile(
     r"(?:@(?P<leg>\d+))?(?P<close>\))?"
 )
 _GROUP = re.compile(r"[SO]\(\d+\)(?:\^\d+)?(?:\*[SO]\(\d+\))*(?: wr S\(\d+\))?")
-_LINE = re.compile(rf"(?P<name>[^\s#]\S*)\s+(?P<group>{_GROUP.pattern})\s+(?P<members>.+)")
+_LINE = re.compile(rf"(?P<name>[^\s#]\S*)\s+(?P<group>{_GROUP.pattern})\s+(?P<members>\S.*)")
 
 
 def parse(text: str) -> Symmetry:

@@ -62,7 +62,7 @@ def _graph(model: nn.Module, *, training: bool) -> fx.Graph:
             return fx.Tracer().trace(model)
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             raise SymmetryError(
-                f"{kind} cannot be traced by torch.fx: {error}; keep the forward pass free of decisions "
+                f"{kind} cannot be traced by torch.fx: {_cause(error)}; keep the forward pass free of decisions "
                 f"that depend on data, or write the symmetry in the notation and read it with `parse`"
             ) from error
 
@@ -75,12 +75,17 @@ def _follow(walk: Walk, model: nn.Module, graph: fx.Graph, inputs: tuple[Tensor,
         except Exception as error:  # the model's own code may raise anything
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
             raise SymmetryError(
-                f"{type(model).__name__} does not run on example inputs of shape {shapes}: {error}"
+                f"{type(model).__name__} does not run on example inputs of shape {shapes}: {_cause(error)}"
             ) from error
     for node in traced.graph.nodes:
         feature = _feature(walk, node)
         if feature is not None:
             walk.features[node] = feature
+
+
+def _cause(error: Exception) -> str:
+    """The first line of a message; torch.fx adds a dump of the graph."""
+    return str(error).partition("\n")[0]
 
 
 class _Shapes(fx.Interpreter):
@@ -118,7 +123,7 @@ def _plain(walk: Walk, node: fx.Node, rule: Rule | None) -> Feature | None:
     """Apply a rule for an operation without parameters."""
     if rule is asked:
         return None
-    if rule is None or shape(node) is None or "out" in node.kwargs:
+    if rule is None or shape(node) is None or node.kwargs.get("out") is not None:
         return walk.leave(node)
     if rule is not elementwise and not (node.args and node.args[0] in walk.features):
         return walk.leave(node)
