@@ -529,6 +529,7 @@ class RoundReport(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     PEAK_RSS_BYTES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
@@ -540,6 +541,8 @@ class RoundReport(_message.Message):
     peak_rss_bytes: _builtins.int
     """of the ServerApp process"""
     last: _builtins.bool
+    problem: _builtins.str
+    """Why the run ended in this round, without a new model; empty where the round succeeded."""
     @_builtins.property
     def finished(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -568,10 +571,11 @@ class RoundReport(_message.Message):
         model_digest: _builtins.bytes = ...,
         peak_rss_bytes: _builtins.int = ...,
         last: _builtins.bool = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "last", b"last", "metrics", b"metrics", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "last", b"last", "metrics", b"metrics", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,11 +620,14 @@ class RunSummary(_message.Message):
     ROUNDS_DONE_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     recipe: _builtins.str
     rounds_done: _builtins.int
     rounds: _builtins.int
     finished: _builtins.bool
+    problem: _builtins.str
+    """why the run ended before its last round; empty where it did not"""
     def __init__(
         self,
         *,
@@ -629,10 +636,11 @@ class RunSummary(_message.Message):
         rounds_done: _builtins.int = ...,
         rounds: _builtins.int = ...,
         finished: _builtins.bool = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "recipe", b"recipe", "rounds", b"rounds", "rounds_done", b"rounds_done", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "problem", b"problem", "recipe", b"recipe", "rounds", b"rounds", "rounds_done", b"rounds_done", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -700,3 +708,61 @@ class RoundsReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundsReply: _TypeAlias = RoundsReply  # noqa: Y015
+
+@_typing.final
+class ModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """the name of the run's folder; a resumed run goes on in the folder it was given"""
+    round: _builtins.int
+    """0: whichever is kept"""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelRequest: _TypeAlias = ModelRequest  # noqa: Y015
+
+@_typing.final
+class ModelChunk(_message.Message):
+    """A piece of the file global.safetensors, in order, without gaps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    data: _builtins.bytes
+    total_bytes: _builtins.int
+    round: _builtins.int
+    sha256: _builtins.bytes
+    """of the whole file; in the last chunk alone"""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        total_bytes: _builtins.int = ...,
+        round: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset", "round", b"round", "sha256", b"sha256", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelChunk: _TypeAlias = ModelChunk  # noqa: Y015

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ObserverStub:
-    """Served by `fedbasin observe`: ServerApps push, anyone reads.
+    """Served by `fedbasin observe`: ServerApps push, others read. Where it has a token, every call carries it:
+    metadata `authorization: Bearer TOKEN`.
     """
 
     def __init__(self, channel):
@@ -55,10 +56,16 @@ class ObserverStub:
                 request_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.RoundsRequest.SerializeToString,
                 response_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.RoundReport.FromString,
                 _registered_method=True)
+        self.GetModel = channel.unary_stream(
+                '/fedbasin.v1.Observer/GetModel',
+                request_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.ModelRequest.SerializeToString,
+                response_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.ModelChunk.FromString,
+                _registered_method=True)
 
 
 class ObserverServicer:
-    """Served by `fedbasin observe`: ServerApps push, anyone reads.
+    """Served by `fedbasin observe`: ServerApps push, others read. Where it has a token, every call carries it:
+    metadata `authorization: Bearer TOKEN`.
     """
 
     def PushRound(self, request, context):
@@ -81,7 +88,14 @@ class ObserverServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRounds(self, request, context):
-        """The rounds stored so far and then each as it comes, until the run's last.
+        """The rounds stored so far and then each as it comes, until the run's last or the one that ended it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """The global model of a run, as its last finished round left it; older ones are not kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +124,11 @@ def add_ObserverServicer_to_server(servicer, server):
                     request_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.RoundsRequest.FromString,
                     response_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.RoundReport.SerializeToString,
             ),
+            'GetModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.ModelRequest.FromString,
+                    response_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.ModelChunk.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fedbasin.v1.Observer', rpc_method_handlers)
@@ -119,7 +138,8 @@ def add_ObserverServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Observer:
-    """Served by `fedbasin observe`: ServerApps push, anyone reads.
+    """Served by `fedbasin observe`: ServerApps push, others read. Where it has a token, every call carries it:
+    metadata `authorization: Bearer TOKEN`.
     """
 
     @staticmethod
@@ -220,6 +240,33 @@ class Observer:
             '/fedbasin.v1.Observer/WatchRounds',
             fedbasin_dot_proto_dot_fedbasin__pb2.RoundsRequest.SerializeToString,
             fedbasin_dot_proto_dot_fedbasin__pb2.RoundReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedbasin.v1.Observer/GetModel',
+            fedbasin_dot_proto_dot_fedbasin__pb2.ModelRequest.SerializeToString,
+            fedbasin_dot_proto_dot_fedbasin__pb2.ModelChunk.FromString,
             options,
             channel_credentials,
             insecure,

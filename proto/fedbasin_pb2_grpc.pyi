@@ -31,7 +31,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ObserverStub:
-    """Served by `fedbasin observe`: ServerApps push, anyone reads."""
+    """Served by `fedbasin observe`: ServerApps push, others read. Where it has a token, every call carries it:
+    metadata `authorization: Bearer TOKEN`.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,11 +44,15 @@ class ObserverStub:
     GetRounds: _grpc.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundsRequest, _fedbasin_pb2.RoundsReply]
     """The rounds stored so far."""
     WatchRounds: _grpc.UnaryStreamMultiCallable[_fedbasin_pb2.RoundsRequest, _fedbasin_pb2.RoundReport]
-    """The rounds stored so far and then each as it comes, until the run's last."""
+    """The rounds stored so far and then each as it comes, until the run's last or the one that ended it."""
+    GetModel: _grpc.UnaryStreamMultiCallable[_fedbasin_pb2.ModelRequest, _fedbasin_pb2.ModelChunk]
+    """The global model of a run, as its last finished round left it; older ones are not kept."""
 
 @_typing.type_check_only
 class ObserverAsyncStub(ObserverStub):
-    """Served by `fedbasin observe`: ServerApps push, anyone reads."""
+    """Served by `fedbasin observe`: ServerApps push, others read. Where it has a token, every call carries it:
+    metadata `authorization: Bearer TOKEN`.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PushRound: _aio.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundReport, _fedbasin_pb2.PushReply]  # type: ignore[assignment]
@@ -54,10 +60,14 @@ class ObserverAsyncStub(ObserverStub):
     GetRounds: _aio.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundsRequest, _fedbasin_pb2.RoundsReply]  # type: ignore[assignment]
     """The rounds stored so far."""
     WatchRounds: _aio.UnaryStreamMultiCallable[_fedbasin_pb2.RoundsRequest, _fedbasin_pb2.RoundReport]  # type: ignore[assignment]
-    """The rounds stored so far and then each as it comes, until the run's last."""
+    """The rounds stored so far and then each as it comes, until the run's last or the one that ended it."""
+    GetModel: _aio.UnaryStreamMultiCallable[_fedbasin_pb2.ModelRequest, _fedbasin_pb2.ModelChunk]  # type: ignore[assignment]
+    """The global model of a run, as its last finished round left it; older ones are not kept."""
 
 class ObserverServicer(metaclass=_abc_1.ABCMeta):
-    """Served by `fedbasin observe`: ServerApps push, anyone reads."""
+    """Served by `fedbasin observe`: ServerApps push, others read. Where it has a token, every call carries it:
+    metadata `authorization: Bearer TOKEN`.
+    """
 
     @_abc_1.abstractmethod
     def PushRound(
@@ -87,6 +97,14 @@ class ObserverServicer(metaclass=_abc_1.ABCMeta):
         request: _fedbasin_pb2.RoundsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fedbasin_pb2.RoundReport], _abc.AsyncIterator[_fedbasin_pb2.RoundReport]]:
-        """The rounds stored so far and then each as it comes, until the run's last."""
+        """The rounds stored so far and then each as it comes, until the run's last or the one that ended it."""
+
+    @_abc_1.abstractmethod
+    def GetModel(
+        self,
+        request: _fedbasin_pb2.ModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fedbasin_pb2.ModelChunk], _abc.AsyncIterator[_fedbasin_pb2.ModelChunk]]:
+        """The global model of a run, as its last finished round left it; older ones are not kept."""
 
 def add_ObserverServicer_to_server(servicer: ObserverServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

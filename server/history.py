@@ -64,12 +64,14 @@ class Run:
     def summary(self) -> RunSummary:
         """The run in one line, as its newest report has it."""
         report = self.newest.report
+        done = (number for number, entry in self.entries.items() if not entry.report.problem)
         return RunSummary(
             run_id=report.run_id,
             recipe=report.recipe,
-            rounds_done=max(self.entries),
+            rounds_done=max(done, default=0),
             rounds=report.rounds,
             finished=report.last,
+            problem=report.problem,
         )
 
 
@@ -136,12 +138,12 @@ class History:
         return [report for report in self._after(run_id, -1) if report.round >= from_round]
 
     async def watch(self, run_id: str, from_round: int = 0) -> AsyncIterator[RoundReport]:
-        """The rounds so far and then each as it comes, until the run's last.
+        """The rounds so far and then each as it comes, until the run's last or the one that ended it.
 
         A run that has not reported yet is waited for; an empty id means the newest run, or the first to come.
 
         Raises:
-            ClosedError: the log was closed before the run's last report.
+            ClosedError: the log was closed before the run's end.
         """
         seen = -1
         while True:
@@ -151,7 +153,7 @@ class History:
             for report in reports:
                 if report.round >= from_round:
                     yield report
-            if reports[-1].last:
+            if reports[-1].last or reports[-1].problem:
                 return
 
     async def _wait_for_more(self, run_id: str, seen: int) -> list[RoundReport]:

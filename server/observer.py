@@ -1,30 +1,34 @@
 """The process that outlives the runs: ServerApps push round reports, anyone reads, watches or scrapes them.
 
 A ServerApp ends with its run, and a metrics endpoint inside it would too. This one stays, behind the service
-`Observer` of fedbasin.proto, the standard gRPC health service, and a page for Prometheus. It has no login:
-whoever reaches its ports can read and push.
+`Observer` of fedbasin.proto, the standard gRPC services for health and reflection, and a page for Prometheus.
+Without a guard it has no login: whoever reaches its ports can read and push.
 """
 
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, start_http_server
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import fedbasin_pb2_grpc as rpc
+from fedbasin.server.access import Guard
 from fedbasin.server.history import ClosedError, ConflictError, History
+from fedbasin.server.models import Models, NoModelError
 from fedbasin.server.push import LARGEST_REPORT_BYTES
 from fedbasin.server.store import Store
 from fedbasin.server.telemetry import Telemetry
 
 SERVICE = "fedbasin.v1.Observer"
+_STANDARD_SERVICES = (health.SERVICE_NAME, reflection.SERVICE_NAME)
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # or a second observer would quietly take half of the calls
     ("grpc.max_receive_message_length", LARGEST_REPORT_BYTES),
@@ -36,12 +40,23 @@ _GRACE_SECONDS = 0.5  # for pushes under way, and for watchers to take in that i
 
 @dataclass(frozen=True)
 class Settings:
-    """Where to listen and what to keep; port 0 means a free one."""
+    """Where to listen and what to keep; port 0 means a free one.
+
+    Attributes:
+        host: address of both ports.
+        port: of the gRPC service.
+        metrics_port: of the page for Prometheus.
+        store: folder for the reports; None keeps them in memory only.
+        models: folder with run folders, whose global models may be downloaded; None hands out none.
+        guard: what the gRPC service asks of its callers.
+    """
 
     host: str = "127.0.0.1"
     port: int = 9470
     metrics_port: int = 9471
     store: Path | None = None
+    models: Path | None = None
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True)
@@ -55,10 +70,11 @@ class Addresses:
 class Observer(rpc.ObserverServicer):
     """The service: pushes go to the store, the history and the metrics, in this order, once each."""
 
-    def __init__(self, telemetry: Telemetry, store: Store | None = None) -> None:
+    def __init__(self, telemetry: Telemetry, store: Store | None, models: Models) -> None:
         self._history = History()
         self._telemetry = telemetry
         self._store = store
+        self._models = models
         for report in store.load() if store else ():
             if not refusal(report) and not self._history.knows(report):
                 self._remember(report)
@@ -111,6 +127,18 @@ class Observer(rpc.ObserverServicer):
         except ClosedError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the observer is stopping")
 
+    async def GetModel(  # noqa: N802 - the name in the .proto
+        self, request: pb.ModelRequest, context: aio.ServicerContext
+    ) -> AsyncIterator[pb.ModelChunk]:
+        """Streams the global model of a run."""
+        try:
+            async for chunk in self._models.read(request.run_id, request.round):
+                yield chunk
+        except NoModelError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except OSError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, f"the model cannot be read: {error}")
+
     async def close(self) -> None:
         """Ends every watch."""
         await self._history.close()
@@ -147,6 +175,7 @@ async def observe(settings: Settings, announce: Callable[[Addresses], None]) -> 
 
     Raises:
         OSError: a port is taken, or the store cannot be opened.
+        AccessError: the guard has files that cannot be used, or is none.
     """
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -162,10 +191,13 @@ async def serving(settings: Settings) -> AsyncIterator[Addresses]:
 
     Raises:
         OSError: a port is taken, or the store cannot be opened.
+        AccessError: the guard has files that cannot be used, or is none.
     """
+    settings.guard.check(settings.host)
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
     with _opened(settings.store) as store:
-        observer = Observer(Telemetry(registry), store)
+        observer = Observer(Telemetry(registry), store, Models(settings.models))
         with _metrics(settings, registry) as metrics:
             async with _service(settings, observer) as address:
                 yield Addresses(address, metrics)
@@ -197,11 +229,12 @@ def _metrics(settings: Settings, registry: CollectorRegistry) -> Iterator[str]:
 
 @asynccontextmanager
 async def _service(settings: Settings, observer: Observer) -> AsyncIterator[str]:
-    server = aio.server(options=_OPTIONS)
+    server = aio.server(options=_OPTIONS, interceptors=settings.guard.interceptors())
     rpc.add_ObserverServicer_to_server(observer, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    address = _joined(settings.host, _bound(server, _joined(settings.host, settings.port)))
+    reflection.enable_server_reflection((SERVICE, *_STANDARD_SERVICES), server)
+    address = _joined(settings.host, _bound(server, settings))
     await server.start()
     for name in ("", SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -213,9 +246,13 @@ async def _service(settings: Settings, observer: Observer) -> AsyncIterator[str]
         await server.stop(_GRACE_SECONDS)
 
 
-def _bound(server: aio.Server, address: str) -> int:
+def _bound(server: aio.Server, settings: Settings) -> int:
+    address = _joined(settings.host, settings.port)
+    credentials = settings.guard.credentials()
     try:
-        return int(server.add_insecure_port(address))
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}; it may be taken, or not be ours") from error
 

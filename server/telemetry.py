@@ -1,23 +1,32 @@
-"""What Prometheus sees of a round: one catalogue of metrics, all computed from the round's report.
+"""What Prometheus sees of a round: the metrics of the catalogue, all computed from the round's report.
 
-No label holds a client or a run: their number has no bound. Recipes, stages and the names of model metrics
-come from outside, so beyond the first few of each the rest is counted as "other". A gauge keeps its value
-until a round of that recipe measures it again.
+Recipes, stages and the names of model metrics come from outside, so beyond the first few of each the rest is
+counted as "other". A gauge keeps its value until a round of that recipe measures it again. Where a page is asked
+for as OpenMetrics, counters and histograms carry the run and the round that moved them last as exemplars.
 """
 
 import math
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from statistics import fmean
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from fedbasin.proto.fedbasin_pb2 import AlignmentReport, ClientReport, PathSums, RoundReport
+from fedbasin.proto.fedbasin_pb2 import (
+    AlignmentReport,
+    ClientReport,
+    PathSums,
+    RoundReport,
+    StageReport,
+)
+from fedbasin.server import catalogue as of
 from fedbasin.strategies.diagnostics.barrier import Curve, accuracy_barrier, linear_barrier
 from fedbasin.strategies.outcome import Outcome
 
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _OTHER = "other"
+_LONGEST_RUN_ID = 100  # OpenMetrics allows an exemplar 128 characters, names included
 
 
 class Vocabulary:
@@ -38,96 +47,85 @@ class Telemetry:
     """The metrics, registered once; `observe` brings them up to date with a round."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"fedbasin_{name}", text, ("recipe", *labels), registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"fedbasin_{name}", text, ("recipe", *labels), registry=registry)
-
-        def seconds(name: str, text: str, *labels: str) -> Histogram:
-            labels = ("recipe", *labels)
-            return Histogram(f"fedbasin_{name}", text, labels, registry=registry, buckets=_SECONDS)
-
-        self.rounds = counter("rounds_total", "Rounds finished.")
-        self.runs = counter("runs_finished_total", "Runs that came to their last round.")
-        self.updates = counter(
-            "updates_total", "Clients' replies by what became of them.", "outcome"
-        )
-        self.received = counter("received_bytes_total", "Bytes received from clients.")
-        self.sent = counter("sent_bytes_total", "Bytes sent to clients.")
-        self.round_seconds = seconds("round_duration_seconds", "From a round's start to its end.")
-        self.stage_seconds = seconds(
-            "stage_duration_seconds", "From the first request of a stage to its value.", "stage"
-        )
-        self.server_seconds = seconds(
-            "server_seconds", "Decoding, validating, folding and solving in a stage.", "stage"
-        )
-        self.client_seconds = seconds(
-            "client_duration_seconds", "From a request to its accepted reply.", "stage"
-        )
-        self.round = gauge("round", "Number of the last round finished.")
-        self.finished = gauge("last_round_timestamp_seconds", "When the last round finished.")
-        self.memory = gauge("server_peak_rss_bytes", "Peak resident memory of the ServerApp.")
-        self.barrier_loss = gauge(
-            "barrier_loss",
-            "Rise of the mean loss above the straight line between anchor and clients, "
-            "before and after alignment, when it was last probed.",
-            "when",
-        )
-        self.barrier_accuracy = gauge(
-            "barrier_accuracy",
-            "Fall of the accuracy below the straight line between anchor and clients, "
-            "before and after alignment, when it was last probed.",
-            "when",
-        )
-        self.gain = gauge(
-            "alignment_gain", "Rise of the matching objective, summed over sites, mean of clients."
-        )
-        self.certified = gauge(
-            "certified_sites_ratio", "Share of sites whose identity alignment was proven optimal."
-        )
-        self.distance = gauge(
-            "anchor_distance", "L2 distance from client to anchor, mean of clients.", "when"
-        )
-        self.model = gauge("model_metric", "Metrics of the new global model.", "name")
-        self._recipes = Vocabulary(32)
+        self._counters = {
+            metric: Counter(of.PREFIX + metric.name, metric.text, metric.labels, registry=registry)
+            for metric in of.COUNTERS
+        }
+        self._gauges = {
+            metric: Gauge(of.PREFIX + metric.name, metric.text, metric.labels, registry=registry)
+            for metric in of.GAUGES
+        }
+        self._histograms = {
+            metric: Histogram(
+                of.PREFIX + metric.name,
+                metric.text,
+                metric.labels,
+                registry=registry,
+                buckets=metric.buckets,
+            )
+            for metric in of.HISTOGRAMS
+        }
+        self._recipes = Vocabulary(32, of.RECIPES)
         self._stages = Vocabulary(32)
         self._names = Vocabulary(64)
         self._outcomes = Vocabulary(len(Outcome), (outcome.name for outcome in Outcome))
+        self._set(of.BUILD, 1, metadata.version("fedbasin"))
+        for recipe in of.RECIPES:
+            self._begin(recipe)
 
     def observe(self, report: RoundReport) -> None:
         """Counts a round. To be called once for each."""
-        recipe = self._recipes.admit(report.recipe)
-        self._observe_progress(recipe, report)
-        self._observe_stages(recipe, report)
+        source = _Source(self._recipes.admit(report.recipe), _exemplar(report))
+        self._begin(source.recipe)
+        self._observe_progress(source, report)
+        for stage in report.stages:
+            self._observe_clients(source, self._stages.admit(stage.stage), stage)
+        if not report.problem:
+            self._observe_success(source, report)
+
+    def _begin(self, recipe: str) -> None:
+        """Makes a recipe's counters, at zero where they are new: a rate needs a first value."""
+        for metric in of.COUNTERS:
+            if metric is not of.UPDATES:
+                self._counters[metric].labels(recipe)
+        for outcome in Outcome.__members__:
+            self._counters[of.UPDATES].labels(recipe, outcome)
+        self._histograms[of.ROUND_SECONDS].labels(recipe)
+
+    def _observe_progress(self, source: "_Source", report: RoundReport) -> None:
+        state = "failed" if report.problem else "finished" if report.last else "running"
+        for one in of.STATES:
+            self._set(of.STATE, one == state, source.recipe, one)
+        if state != "running":
+            self._count(of.RUNS_FAILED if report.problem else of.RUNS_FINISHED, source, 1)
+        self._set(of.PLANNED, report.rounds, source.recipe)
+
+    def _observe_success(self, source: "_Source", report: RoundReport) -> None:
+        """What only a round has that came to its end."""
+        recipe = source.recipe
+        self._count(of.ROUNDS, source, 1)
+        self._time(of.ROUND_SECONDS, source, report.seconds)
+        for stage in report.stages:
+            name = self._stages.admit(stage.stage)
+            self._time(of.STAGE_SECONDS, source, stage.seconds, name)
+            self._time(of.SERVER_SECONDS, source, stage.server_seconds, name)
+        self._set(of.ROUND, report.round, recipe)
+        self._set(of.FINISHED, report.finished.seconds + report.finished.nanos / 1e9, recipe)
+        self._set(of.LAST_SECONDS, report.seconds, recipe)
+        self._set(of.MEMORY, report.peak_rss_bytes, recipe)
         self._observe_barriers(recipe, report.path)
         self._observe_alignments(recipe, alignments(report))
         for name, value in report.metrics.items():
-            self.model.labels(recipe, self._names.admit(name)).set(value)
+            self._set(of.MODEL, value, recipe, self._names.admit(name))
 
-    def _observe_progress(self, recipe: str, report: RoundReport) -> None:
-        self.rounds.labels(recipe).inc()
-        self.runs.labels(recipe).inc(report.last)
-        self.round.labels(recipe).set(report.round)
-        self.round_seconds.labels(recipe).observe(report.seconds)
-        self.finished.labels(recipe).set(report.finished.seconds + report.finished.nanos / 1e9)
-        self.memory.labels(recipe).set(report.peak_rss_bytes)
-
-    def _observe_stages(self, recipe: str, report: RoundReport) -> None:
-        for stage in report.stages:
-            name = self._stages.admit(stage.stage)
-            self.stage_seconds.labels(recipe, name).observe(stage.seconds)
-            self.server_seconds.labels(recipe, name).observe(stage.server_seconds)
-            self._observe_clients(recipe, name, stage.clients)
-
-    def _observe_clients(self, recipe: str, stage: str, clients: Sequence[ClientReport]) -> None:
-        fates = Tally(self._outcomes.admit(client.outcome) for client in clients)
-        for outcome in (*Outcome.__members__, *fates):  # also the zeros: a rate needs a first value
-            self.updates.labels(recipe, outcome).inc(fates.pop(outcome, 0))
-        self.received.labels(recipe).inc(sum(client.bytes_up for client in clients))
-        self.sent.labels(recipe).inc(sum(client.bytes_down for client in clients))
-        for client in accepted(clients):
-            self.client_seconds.labels(recipe, stage).observe(client.seconds)
+    def _observe_clients(self, source: "_Source", name: str, stage: StageReport) -> None:
+        fates = Tally(self._outcomes.admit(client.outcome) for client in stage.clients)
+        for outcome, number in fates.items():
+            self._count(of.UPDATES, source, number, outcome)
+        self._count(of.RECEIVED, source, sum(client.bytes_up for client in stage.clients))
+        self._count(of.SENT, source, sum(client.bytes_down for client in stage.clients))
+        for client in accepted(stage.clients):
+            self._time(of.CLIENT_SECONDS, source, client.seconds, name)
 
     def _observe_barriers(self, recipe: str, path: PathSums) -> None:
         for when, loss, correct in (
@@ -135,21 +133,42 @@ class Telemetry:
             ("after", path.loss_after, path.correct_after),
         ):
             if loss and path.examples:
-                rise = height(linear_barrier, path, loss)
-                self.barrier_loss.labels(recipe, when).set(rise)
+                self._set(of.BARRIER_LOSS, height(linear_barrier, path, loss), recipe, when)
             if correct and path.examples:
                 fall = height(accuracy_barrier, path, correct)
-                self.barrier_accuracy.labels(recipe, when).set(fall)
+                self._set(of.BARRIER_ACCURACY, fall, recipe, when)
 
     def _observe_alignments(self, recipe: str, moves: Sequence[AlignmentReport]) -> None:
         if not moves:
             return
         sites = [site for move in moves for site in move.sites]
-        self.gain.labels(recipe).set(sum(site.gain for site in sites) / len(moves))
-        self.distance.labels(recipe, "before").set(fmean(move.distance_before for move in moves))
-        self.distance.labels(recipe, "after").set(fmean(move.distance_after for move in moves))
+        self._set(of.GAIN, sum(site.gain for site in sites) / len(moves), recipe)
+        self._set(of.DISTANCE, fmean(move.distance_before for move in moves), recipe, "before")
+        self._set(of.DISTANCE, fmean(move.distance_after for move in moves), recipe, "after")
         if sites:
-            self.certified.labels(recipe).set(fmean(site.certified for site in sites))
+            self._set(of.CERTIFIED, fmean(site.certified for site in sites), recipe)
+
+    def _count(self, metric: of.Metric, source: "_Source", amount: float, *labels: str) -> None:
+        self._counters[metric].labels(source.recipe, *labels).inc(amount, source.exemplar)
+
+    def _time(self, metric: of.Metric, source: "_Source", seconds: float, *labels: str) -> None:
+        timed = self._histograms[metric].labels(source.recipe, *labels)
+        timed.observe(seconds, source.exemplar)
+
+    def _set(self, metric: of.Metric, value: float, *labels: str) -> None:
+        self._gauges[metric].labels(*labels).set(value)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a round's numbers belong: the recipe's label, and the exemplar that names run and round."""
+
+    recipe: str
+    exemplar: dict[str, str]
+
+
+def _exemplar(report: RoundReport) -> dict[str, str]:
+    return {"run": report.run_id[:_LONGEST_RUN_ID], "round": str(report.round)}
 
 
 def height(

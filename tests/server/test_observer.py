@@ -60,7 +60,8 @@ def rounds_of(stub, run="", first=0):
 def scrape(addresses):
     with urllib.request.urlopen(addresses.metrics, timeout=10) as page:
         families = text_string_to_metric_families(page.read().decode())
-    return {sample.name: sample.value for family in families for sample in family.samples}
+    samples = [sample for family in families for sample in family.samples]
+    return {one.name: one.value for one in samples if one.labels.get("recipe") == "fedavg"}
 
 
 def refused(call, *arguments):

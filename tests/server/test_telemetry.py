@@ -6,11 +6,14 @@ import subprocess
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server import catalogue
 from fedbasin.server.telemetry import Telemetry
 from fedbasin.strategies.outcome import Outcome
+from fedbasin.strategies.recipe import RECIPES
 
 
 def alignment(certified, gain, before, after):
@@ -63,12 +66,16 @@ def report(**changes):
     return made
 
 
-def page(*reports):
+def filled(*reports):
     registry = CollectorRegistry()
     telemetry = Telemetry(registry)
     for one in reports:
         telemetry.observe(one)
-    return generate_latest(registry).decode()
+    return registry
+
+
+def page(*reports):
+    return generate_latest(filled(*reports)).decode()
 
 
 def samples(text):
@@ -95,16 +102,21 @@ def value(text, name, /, **labels):
         ("sent_bytes_total", {}, 1800),
         ("round_duration_seconds_sum", {}, 7.5),
         ("stage_duration_seconds_sum", {"stage": "train"}, 7),
-        ("server_seconds_sum", {"stage": "train"}, 0.5),
+        ("server_duration_seconds_sum", {"stage": "train"}, 0.5),
         ("client_duration_seconds_count", {"stage": "train"}, 2),
         ("client_duration_seconds_sum", {"stage": "train"}, 10),
+        ("runs_failed_total", {}, 0),
+        ("run_state", {"state": "running"}, 1),
+        ("run_state", {"state": "failed"}, 0),
+        ("planned_rounds", {}, 5),
+        ("last_round_duration_seconds", {}, 7.5),
         ("round", {}, 3),
         ("last_round_timestamp_seconds", {}, 1767323045.5),
         ("server_peak_rss_bytes", {}, 12345),
         ("barrier_loss", {"when": "before"}, 5.5),
         ("barrier_loss", {"when": "after"}, 0),
-        ("barrier_accuracy", {"when": "before"}, 0.6),
-        ("barrier_accuracy", {"when": "after"}, 0),
+        ("barrier_accuracy_ratio", {"when": "before"}, 0.6),
+        ("barrier_accuracy_ratio", {"when": "after"}, 0),
         ("alignment_gain", {}, 3),  # (2 + 2 + 1 + 1) / 2
         ("certified_sites_ratio", {}, 0.25),
         ("anchor_distance", {"when": "before"}, 15),
@@ -122,6 +134,64 @@ def test_counters_add_up_and_gauges_follow():
     assert value(text, "runs_finished_total") == 1
     assert value(text, "updates_total", outcome="accepted") == 4
     assert value(text, "model_metric", name="accuracy") == 0.95
+
+
+def test_a_run_that_failed_counts_its_replies_and_no_round():
+    text = page(report(), report(round=4, problem="QuorumLostError: 1 of 3 accepted"))
+    assert value(text, "rounds_total") == 1
+    assert value(text, "round") == 3
+    assert value(text, "round_duration_seconds_count") == 1
+    assert value(text, "runs_failed_total") == 1
+    assert value(text, "runs_finished_total") == 0
+    assert value(text, "updates_total", outcome="wrong_shape") == 2
+    assert value(text, "run_state", state="failed") == 1
+    assert value(text, "run_state", state="running") == 0
+    assert "QuorumLostError" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"), [({"last": True}, "finished"), ({"problem": "x"}, "failed")]
+)
+def test_a_run_that_follows_takes_the_state_over(changes, state):
+    text = page(report(**changes))
+    assert value(text, "run_state", state=state) == 1
+    text = page(report(**changes), report(run_id="next"))
+    assert value(text, "run_state", state=state) == 0
+    assert value(text, "run_state", state="running") == 1
+
+
+def test_the_counters_of_every_recipe_are_there_before_its_first_round():
+    assert set(catalogue.RECIPES) == set(RECIPES)
+    there = samples(page())
+    for recipe in RECIPES:
+        assert there["fedbasin_rounds_total", frozenset({("recipe", recipe)})] == 0
+        refused = frozenset({("recipe", recipe), ("outcome", "wrong_shape")})
+        assert there["fedbasin_updates_total", refused] == 0
+
+
+def test_what_is_scraped_is_what_the_catalogue_says_and_all_of_it():
+    families = text_string_to_metric_families(page(report()))
+    seen = {family.name: family for family in families if not family.name.endswith("_created")}
+    entries = (*catalogue.COUNTERS, *catalogue.GAUGES, *catalogue.HISTOGRAMS)
+    listed = {catalogue.PREFIX + metric.name.removesuffix("_total"): metric for metric in entries}
+    assert seen.keys() == listed.keys()
+    for name, metric in listed.items():
+        labels = {label for sample in seen[name].samples for label in sample.labels}
+        assert seen[name].documentation == metric.text
+        assert labels - {"le"} == set(metric.labels)
+
+
+def test_openmetrics_has_the_run_and_the_round_as_exemplars():
+    text = exposition.generate_latest(filled(report(run_id="r" * 300))).decode()
+    exemplars = {
+        sample.name: sample.exemplar.labels
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.exemplar
+    }
+    expected = {"run": "r" * 100, "round": "3"}  # as long as the format allows
+    for name in ("rounds_total", "updates_total", "round_duration_seconds_bucket"):
+        assert exemplars[f"fedbasin_{name}"] == expected
 
 
 def test_a_gauge_keeps_its_value_where_a_round_does_not_measure_it():

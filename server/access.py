@@ -1,0 +1,213 @@
+"""Who may talk to an observer: TLS on both sides, and a token that every call but the health check carries."""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+from grpc import aio
+
+_HEADER = "authorization"
+_OPEN = "/grpc.health.v1.Health/"  # probes have no secrets
+_SHORTEST_TOKEN = 16
+
+
+class AccessError(ValueError):
+    """Files or choices that give no secure connection; the message names them and the remedy."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What an observer asks of its callers; nothing by default.
+
+    Attributes:
+        cert: its certificate chain, PEM; with it the service speaks TLS only.
+        key: the certificate's private key, PEM.
+        client_ca: PEM of the authorities whose client certificates are let in; None asks for none.
+        token_file: holds the token on its only line.
+    """
+
+    cert: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+    token_file: Path | None = None
+
+    def check(self, host: str) -> None:
+        """Refuses what would look safe and is not.
+
+        Raises:
+            AccessError: half of a pair of files, or a token that would cross a network in plain text.
+        """
+        if (self.cert is None) != (self.key is None):
+            raise AccessError("a certificate needs its key; give --tls-cert and --tls-key together")
+        if self.client_ca and not self.cert:
+            raise AccessError("client certificates need TLS; give --tls-cert and --tls-key too")
+        if self.token_file and not self.cert and not _is_loopback(host):
+            raise AccessError(
+                f"on {host} without TLS, everyone on the way could read the token; give --tls-cert and "
+                "--tls-key, or listen on 127.0.0.1"
+            )
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """For a port; None for plain text.
+
+        Raises:
+            AccessError: a file cannot be read.
+        """
+        if not (self.cert and self.key):
+            return None
+        pair = (_read(self.key), _read(self.cert))
+        authorities = _read(self.client_ca) if self.client_ca else None
+        return grpc.ssl_server_credentials([pair], authorities, authorities is not None)
+
+    def interceptors(self) -> list[aio.ServerInterceptor]:
+        """What looks at every call before the service does.
+
+        Raises:
+            AccessError: the token cannot be read, or can be guessed.
+        """
+        return [_TokenCheck(read_token(self.token_file))] if self.token_file else []
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a caller of an observer shows; nothing by default.
+
+    Attributes:
+        ca: PEM of the authorities that may have signed the observer's certificate; with it the channel is TLS.
+        token_file: holds the token on its only line.
+        cert: the caller's own certificate chain, PEM, where the observer asks for one.
+        key: its private key, PEM.
+    """
+
+    ca: Path | None = None
+    token_file: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def channel(self, address: str, options: tuple[tuple[str, Any], ...]) -> grpc.Channel:
+        """A channel to an observer; nothing is sent yet.
+
+        Raises:
+            AccessError: a file cannot be read, or the token would cross a network in plain text.
+        """
+        if not self.ca:
+            return self._with_token(address, grpc.insecure_channel(address, options))
+        own = (_read(self.key), _read(self.cert)) if self.key and self.cert else (None, None)
+        credentials = grpc.ssl_channel_credentials(_read(self.ca), *own)
+        return self._with_token(address, grpc.secure_channel(address, credentials, options))
+
+    def _with_token(self, address: str, channel: grpc.Channel) -> grpc.Channel:
+        if not self.token_file:
+            return channel
+        if not self.ca and not _is_loopback(address.rpartition(":")[0].strip("[]")):
+            raise AccessError(
+                f"the token for {address} would go out in plain text; name the authority of the observer's "
+                "certificate too"
+            )
+        return grpc.intercept_channel(channel, _TokenBearer(read_token(self.token_file)))
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, without the end of its line.
+
+    Raises:
+        AccessError: the file cannot be read, or holds no token of at least 16 printable ASCII characters.
+    """
+    token = _read(path).decode("ascii", errors="replace").strip()
+    if len(token) < _SHORTEST_TOKEN or not all("!" <= letter <= "~" for letter in token):
+        raise AccessError(
+            f"{path} has no token: one line of at least {_SHORTEST_TOKEN} printable characters; "
+            f"make one with `openssl rand -hex 32 > {path}`"
+        )
+    return token
+
+
+class _TokenCheck(aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
+    """Lets a call pass that carries the token; the comparison takes the same time wherever it differs."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Hands on the service's own handler, or one that only refuses."""
+        shown = dict(handler_call_details.invocation_metadata).get(_HEADER, "")
+        if handler_call_details.method.startswith(_OPEN) or hmac.compare_digest(
+            shown.encode(), self._expected
+        ):
+            return await continuation(handler_call_details)
+        return grpc.unary_unary_rpc_method_handler(_refuse if shown else _ask)
+
+
+async def _ask(request: bytes, context: aio.ServicerContext) -> None:
+    del request
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "this observer wants a token: metadata `authorization: Bearer TOKEN`, with the token of its --token-file",
+    )
+
+
+async def _refuse(request: bytes, context: aio.ServicerContext) -> None:
+    del request
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the token is not this observer's; compare the caller's token file with its --token-file",
+    )
+
+
+class _Call(NamedTuple):
+    """What grpc wants of a call; it reads these attributes."""
+
+    method: str
+    timeout: float | None
+    metadata: list[tuple[str, str | bytes]]
+    credentials: grpc.CallCredentials | None
+    wait_for_ready: bool | None
+    compression: grpc.Compression | None
+
+
+class _TokenBearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc] # grpc ships no types
+    """Adds the token to every call of a channel."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = (_HEADER, f"Bearer {token}")
+
+    def intercept_unary_unary(
+        self, continuation: Any, client_call_details: Any, request: Any
+    ) -> Any:
+        """For calls with one reply."""
+        return continuation(self._signed(client_call_details), request)
+
+    intercept_unary_stream = intercept_unary_unary
+
+    def _signed(self, call: Any) -> _Call:
+        metadata = [*(call.metadata or ()), self._metadata]
+        return _Call(
+            call.method,
+            call.timeout,
+            metadata,
+            call.credentials,
+            call.wait_for_ready,
+            call.compression,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AccessError(f"{path} cannot be read: {error.strerror}") from error
