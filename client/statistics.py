@@ -8,12 +8,11 @@ Raffel 2022, arXiv 2111.09832. Both are sums over examples, so those of two data
 together, and both belong to the weights that the model has now: collect them after aligning.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import itemgetter
-from typing import Literal, TypeAlias, TypeGuard
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -23,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot, pad, unfold
 
 from fedbasin.client.data import Batch, Batches, Inputs, evaluating, forward, read
+from fedbasin.strategies.fusion.layers import Layer, gram_layers
+from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.state import State
 
-Layer: TypeAlias = nn.Linear | nn.Conv2d
-Block: TypeAlias = tuple[str, ...]
 Probabilities: TypeAlias = Float[Tensor, "batch classes"]
 Labels: TypeAlias = Int[Tensor, "batch labels"]
 
@@ -49,7 +48,8 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
     Rows that the batch's mask calls padding are left out where they can be told from the input's shape
     (`[batch, tokens, ..., in]` or `[batch * tokens, in]`). A layer that is used several times, under one name
     or several, has one Gram under the first name. Left out are weights that another kind of layer uses too (an
-    embedding tied to the head), for which the Gram would be half the story, and layers that were never called.
+    embedding tied to the head), for which the Gram would be half the story. A layer that was never called has a
+    Gram of zeros, so that every client says something of the same layers.
 
     Args:
         model: Runs in evaluation mode; left as it was.
@@ -63,8 +63,8 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
         raise ValueError(
             f"shrink = {shrink}; choose a factor from 0 (diagonal only) to 1 (all of it)"
         )
-    sums: dict[Block, Tensor] = {}
-    layers = _layers(model)
+    layers = gram_layers(model)
+    sums = {block: _nothing(layer) for layer, block in layers.items()}
     with evaluating(model), _layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
             with ExitStack() as hooks:
@@ -90,29 +90,10 @@ def _layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _layers(model: nn.Module) -> dict[Layer, Block]:
-    """The layers whose weights a Gram describes completely, with the names of their tensors."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    uses: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)].add(_tensors(module))
-    return {
-        module: tuple(names[tensor] for tensor in _tensors(module))
-        for module in model.modules()
-        if _is_layer(module) and all(uses[t] == {_tensors(module)} for t in _tensors(module))
-    }
-
-
-def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-
-
-def _tensors(module: nn.Module) -> tuple[int, ...]:
-    """Which tensors a layer multiplies its inputs with; none for modules that have no Gram."""
-    if not _is_layer(module):
-        return ()
-    return tuple(id(tensor) for tensor in (module.weight, module.bias) if tensor is not None)
+def _nothing(layer: Layer) -> Tensor:
+    """The Gram of no rows."""
+    inputs = layer.weight[0].numel() + (layer.bias is not None)
+    return torch.zeros(inputs, inputs, dtype=torch.float64, device=layer.weight.device)
 
 
 def _see(
@@ -137,8 +118,6 @@ def _see(
         parts = _vectors(_unpadded(inputs, mask, block))
     for part in parts:
         rows = part if layer.bias is None else pad(part, (0, 1), value=1.0)
-        if block not in sums:
-            sums[block] = rows.new_zeros(rows.shape[1], rows.shape[1])
         sums[block].addmm_(rows.T, rows)
 
 

@@ -181,11 +181,13 @@ class TestGrams:
         )
         assert list(grams(model, [(normal(3, 4), labels(3))])) == [("1.weight", "1.bias")]
 
-    def test_layers_that_were_never_called_have_none(self):
+    def test_layers_that_were_never_called_have_zeros(self):
         encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         found = grams(encoder, [(normal(3, 5, 8), labels(3))])
         # nn.MultiheadAttention multiplies with its weights itself; the fast path stays off under hooks.
-        assert [block[0] for block in found] == ["linear1.weight", "linear2.weight"]
+        names = ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+        assert [block[0] for block in found] == names
+        assert not found["self_attn.out_proj.weight", "self_attn.out_proj.bias"].any()
         assert found["linear1.weight", "linear1.bias"][-1, -1] == 15
 
     def test_shrinking_leaves_the_diagonal(self):
@@ -240,7 +242,9 @@ def test_padded_encoders_are_read_layer_by_layer():
     found = grams(model, data)
     counts = {block[0]: gram[-1, -1].item() for block, gram in found.items()}
     inner = {f"body.layers.{i}.linear{j}.weight": 11 for i in (0, 1) for j in (1, 2)}
-    assert counts == inner | {"head.weight": 4}
+    # Attention multiplies with its output projection itself, out of a hook's sight.
+    outer = {f"body.layers.{i}.self_attn.out_proj.weight": 0 for i in (0, 1)}
+    assert counts == inner | outer | {"head.weight": 4}
     assert diagonal_fisher(model, data).keys() == dict(model.named_parameters()).keys()
     assert torch.backends.mha.get_fastpath_enabled()
 
