@@ -67,7 +67,8 @@ def header_bytes(content: RecordDict, record: str = HEADER) -> bytes:
     Raises:
         WireError: there is none.
     """
-    data = content.config_records[record].get("header") if record in content else None
+    records = content.config_records
+    data = records[record].get("header") if record in records else None
     if not isinstance(data, bytes):
         raise WireError(f"the content has no record {record!r} with bytes under 'header'")
     return data
