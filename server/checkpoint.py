@@ -6,7 +6,6 @@
 The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server.store import to_line
 
 MODEL = "global.safetensors"
 REPORTS = "rounds.jsonl"
@@ -70,29 +70,32 @@ def load(folder: Path) -> Checkpoint:
             metadata = file.metadata() or {}
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return Checkpoint(int(metadata["round"]), model, metadata["settings"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of fedbasin: {error}") from error
 
 
 def append_report(folder: Path, report: pb.RoundReport) -> None:
-    """Add a round's report as one line."""
+    """Add a round's report as one line, after a line that was cut off if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(json_format.MessageToDict(report, preserving_proto_field_name=True))
-    with (folder / REPORTS).open("a") as file:
-        file.write(line + "\n")
+    with (folder / REPORTS).open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        whole = file.read() in (b"", b"\n")
+        file.write(b"" if whole else b"\n")
+        file.write(to_line(report).encode() + b"\n")
 
 
 def read_reports(folder: Path) -> list[pb.RoundReport]:
     """The reports of a run, one for each round; of a round that was repeated, the last.
 
-    A last line that was cut off is left out.
+    A line that was cut off is left out.
     """
     path = folder / REPORTS
     reports: dict[int, pb.RoundReport] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            report = json_format.Parse(line, pb.RoundReport())
-        except json_format.ParseError:
+            report = json_format.Parse(line, pb.RoundReport(), ignore_unknown_fields=True)
+        except (json_format.ParseError, UnicodeDecodeError):
             continue
         reports[report.round] = report
     return [reports[number] for number in sorted(reports)]

@@ -6,7 +6,8 @@ answered well is asked anew, and after the last attempt the round ends with an e
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord
@@ -15,6 +16,7 @@ from torch import Tensor
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.server.grid import Quorum, Reply, StreamingGrid
 from fedbasin.strategies.alignment.matching import AlignmentReport
+from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.messages import (
     Broadcast,
     Received,
@@ -32,7 +34,21 @@ Observe = Callable[[int, State], Mapping[str, float]]
 
 
 class QuorumLostError(RuntimeError):
-    """Too few clients' replies were accepted, in every attempt."""
+    """Too few clients' replies were accepted, in every attempt.
+
+    Attributes:
+        report: of the last attempt.
+    """
+
+    def __init__(self, report: pb.StageReport, needed: int, attempts: int) -> None:
+        refused = [c for c in report.clients if c.outcome != Outcome.accepted.name]
+        reasons = "; ".join(f"node {c.node_id}: {c.outcome}, {c.detail}" for c in refused)
+        super().__init__(
+            f"stage {report.stage}: {len(report.clients) - len(refused)} of {len(report.clients)} "
+            f"clients accepted, {needed} needed, in each of {attempts} attempts ({reasons}); mend the "
+            "clients, or lower fedbasin.quorum, and resume"
+        )
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -111,20 +127,10 @@ def run_stage(
     needed = budget.needed(len(nodes))
     for _ in range(budget.attempts):
         attempt = _Attempt(question, budget)
-        result = attempt.run(grid, nodes)
+        report = attempt.ask(grid, nodes)
         if attempt.accepted >= needed:
-            return result
-    raise QuorumLostError(_lost(result.report, needed, budget.attempts))
-
-
-def _lost(report: pb.StageReport, needed: int, attempts: int) -> str:
-    refused = [c for c in report.clients if c.outcome != Outcome.accepted.name]
-    reasons = "; ".join(f"node {c.node_id}: {c.outcome}, {c.detail}" for c in refused)
-    return (
-        f"stage {report.stage}: {len(report.clients) - len(refused)} of {len(report.clients)} clients "
-        f"accepted, {needed} needed, in each of {attempts} attempts ({reasons}); mend the clients, or lower "
-        "fedbasin.quorum, and resume"
-    )
+            return attempt.finish()
+    raise QuorumLostError(report, needed, budget.attempts)
 
 
 @dataclass(eq=False)
@@ -133,56 +139,67 @@ class _Attempt:
 
     question: Question
     budget: Budget
-    accepted: int = 0
-    server_seconds: float = 0.0
-    seen: set[int] = field(default_factory=set)
     metrics: WeightedMeans = field(default_factory=WeightedMeans)
     path: pb.PathSums = field(default_factory=pb.PathSums)
 
-    def run(self, grid: StreamingGrid, nodes: Sequence[int]) -> StageResult:
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+        self.stage = self.question.make()
+        self.report = pb.StageReport(stage=self.stage.name)
+        self.seen: set[int] = set()
+
+    @property
+    def accepted(self) -> int:
+        """How many clients are in the sum."""
+        return len(self.seen)
+
+    def ask(self, grid: StreamingGrid, nodes: Sequence[int]) -> pb.StageReport:
         """Ask every node once and fold what comes back."""
-        started = time.perf_counter()
-        stage = self.question.make()
-        sent = broadcast(
-            stage, self.question.anchor, self.question.server_round, self.question.config
-        )
-        self.server_seconds += time.perf_counter() - started
-        report = pb.StageReport(stage=stage.name)
-        early_end = self.budget.early_end(len(nodes))
-        for reply in grid.stream(requests(sent, nodes), self.budget.timeout_seconds, early_end):
-            report.clients.append(self._client(stage, sent, reply))
+        question, timeout = self.question, self.budget.timeout_seconds
+        with self._working():
+            sent = broadcast(self.stage, question.anchor, question.server_round, question.config)
+        for reply in grid.stream(requests(sent, nodes), timeout, self.budget.early_end(len(nodes))):
+            with self._working():
+                self.report.clients.append(self._client(sent, reply))
             # Not to be held while the next one is awaited.
             del reply
-        finishing = time.perf_counter()
-        model = stage.finish()
-        ended = time.perf_counter()
-        report.seconds = ended - started
-        report.server_seconds = self.server_seconds + ended - finishing
-        return StageResult(model, report, self.metrics.means(), self.path)
+        return self.report
 
-    def _client(self, stage: Stage, sent: Broadcast, reply: Reply) -> pb.ClientReport:
+    def finish(self) -> StageResult:
+        """The stage's value, once enough clients are in it."""
+        with self._working():
+            model = self.stage.finish()
+        return StageResult(model, self.report, self.metrics.means(), self.path)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Count the server's own time."""
+        began = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        self.report.server_seconds += ended - began
+        self.report.seconds = ended - self.started
+
+    def _client(self, sent: Broadcast, reply: Reply) -> pb.ClientReport:
         report = pb.ClientReport(
             node_id=reply.node_id, seconds=reply.seconds, bytes_down=sent.payload_bytes
         )
-        started = time.perf_counter()
         try:
-            self._fold(stage, sent, reply, report)
+            self._fold(sent, reply, report)
             report.outcome = Outcome.accepted.name
-            self.accepted += 1
         except Refusal as refusal:
             report.outcome, report.detail = refusal.outcome.name, refusal.detail
-        self.server_seconds += time.perf_counter() - started
         return report
 
-    def _fold(self, stage: Stage, sent: Broadcast, reply: Reply, report: pb.ClientReport) -> None:
+    def _fold(self, sent: Broadcast, reply: Reply, report: pb.ClientReport) -> None:
         if reply.message is None:
             raise Refusal(Outcome.timeout, reply.problem)
         if reply.node_id in self.seen:
             raise Refusal(Outcome.duplicate, f"node {reply.node_id}")
         received = receive(reply.message, sent, self.budget.max_update_bytes)
         report.bytes_up = received.payload_bytes
-        path = _checked_path(received.header.path, sent.header)
-        aligned = stage.accept(reply.node_id, received.update)
+        path = _checked_path(received.header.path, sent.header.path_points)
+        aligned = self.stage.accept(reply.node_id, received.update)
         self.seen.add(reply.node_id)
         _describe(report, received, aligned)
         if self.question.observe is not None:
@@ -201,23 +218,26 @@ def _describe(report: pb.ClientReport, received: Received, aligned: AlignmentRep
         report.alignment.CopyFrom(alignment_message(aligned))
 
 
-def _checked_path(path: pb.PathSums, asked: pb.Request) -> pb.PathSums:
+def _checked_path(sums: pb.PathSums, count: int) -> pb.PathSums:
     """The client's path sums, if they are what was asked for: a bad number would spoil everybody's."""
-    curves = (
-        path.points,
-        path.loss_before,
-        path.loss_after,
-        path.correct_before,
-        path.correct_after,
-    )
-    if any(len(curve) != asked.path_points for curve in curves):
+    if not count:
+        return pb.PathSums()
+    points = [index / (count - 1) for index in range(count)]
+    if list(sums.points) != points:
         raise Refusal(
-            Outcome.missing_statistic,
-            f"the path has {len(path.points)} of {asked.path_points} points",
+            Outcome.missing_statistic, f"the path has points {sums.points}, not {count} from 0 to 1"
         )
-    if not all(math.isfinite(value) for curve in (*curves, [path.examples]) for value in curve):
-        raise Refusal(Outcome.non_finite, "the path's losses")
-    return path
+    for name, loss, correct in (
+        ("before", sums.loss_before, sums.correct_before),
+        ("after", sums.loss_after, sums.correct_after),
+    ):
+        try:
+            Path(tuple(points), tuple(loss), tuple(correct), sums.examples)
+        except ValueError as error:
+            finite = all(map(math.isfinite, (*loss, *correct, sums.examples)))
+            outcome = Outcome.malformed if finite else Outcome.non_finite
+            raise Refusal(outcome, f"the path {name} alignment: {error}") from error
+    return sums
 
 
 def add_path(total: pb.PathSums, path: pb.PathSums) -> None:

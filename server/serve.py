@@ -26,12 +26,20 @@ from fedbasin.proto import packing, wire
 from fedbasin.server import checkpoint
 from fedbasin.server.grid import StreamingGrid, available
 from fedbasin.server.push import push
-from fedbasin.server.rounds import Budget, Observe, Question, StageResult, run_stage
+from fedbasin.server.rounds import (
+    Budget,
+    Observe,
+    Question,
+    QuorumLostError,
+    StageResult,
+    run_stage,
+)
 from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.fusion.layers import known_blocks
+from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome
 from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Stage, Start, plan
-from fedbasin.strategies.state import State
+from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.sites import Symmetry
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
@@ -93,6 +101,8 @@ def serve(
 
     Raises:
         SettingsError: before the first message, for a configuration that cannot be run.
+        SymmetryError: before the first message, for a symmetry of another model.
+        CheckpointError: before the first message, for a folder that cannot be resumed.
         QuorumLostError: a stage failed; the rounds before it are in the run's folder.
     """
     settings = read_settings(context.run_config)
@@ -110,7 +120,8 @@ def _prepare(
     hooks: Hooks,
 ) -> "_Run":
     """Everything that can be refused before work starts."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # A copy, because the app may go on working with its model.
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     if settings.align != "off":
         if symmetry is None:
             raise SettingsError(
@@ -128,7 +139,16 @@ def _prepare(
         folder = Path(settings.resume)
         state, start = _resumed(folder, settings, state)
     return _Run(
-        settings, str(context.run_id), rounds, symmetry, hooks, blocks, folder, start, state
+        settings,
+        str(context.run_id),
+        rounds,
+        symmetry,
+        hooks,
+        blocks,
+        tied(model.state_dict()),
+        folder,
+        start,
+        state,
     )
 
 
@@ -172,7 +192,8 @@ class _Run:
     rounds: int
     symmetry: Symmetry | None
     hooks: Hooks
-    blocks: list[tuple[str, ...]] | None
+    blocks: list[Block]
+    ties: Mapping[str, str]
     folder: Path
     done: int
     model: dict[str, Tensor]
@@ -191,14 +212,25 @@ class _Run:
         nodes = self._sampled(online, number, self.settings.fraction_train)
         results = list(self._stages(grid, number, config, nodes))
         fused = results[-1]
-        self.model = fused.model
+        # A statistic speaks of a tensor under its first name; the others are the same tensor.
+        self.model = {name: fused.model[self.ties[name]] for name in fused.model}
         metrics = dict(fused.metrics)
         if self.settings.fraction_evaluate:
             asked = self._sampled(online, number, self.settings.fraction_evaluate)
-            results.append(self._ask(grid, lambda: Evaluate(self.model), number, config, asked))
+            results.append(self._federated_evaluation(grid, number, config, asked))
             metrics |= results[-1].metrics
         metrics |= self._evaluated(number)
         return self._report(number, results, fused.path, metrics, time.perf_counter() - started)
+
+    def _federated_evaluation(
+        self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
+    ) -> StageResult:
+        """The clients' metrics of the new model, which stands also where too few could evaluate it."""
+        try:
+            return self._ask(grid, lambda: Evaluate(self.model), number, config, nodes)
+        except QuorumLostError as lost:
+            _LOG.warning("round %d/%d %s", number, self.rounds, lost)
+            return StageResult(self.model, lost.report, {}, pb.PathSums())
 
     def _stages(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
@@ -224,12 +256,23 @@ class _Run:
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
     ) -> StageResult:
         choice, score = self.settings.bootstrap, self.hooks.score
-        asked = nodes[:1] if choice == "first" else nodes
 
         def make() -> Stage:
             return Bootstrap(self.model, choice, self.symmetry, score)
 
-        return self._ask(grid, make, number, config, asked)
+        if choice != "first":
+            return self._ask(grid, make, number, config, nodes)
+        failed = pb.StageReport(stage=Bootstrap.name)
+        for node in nodes:
+            try:
+                found = self._ask(grid, make, number, config, [node])
+            except QuorumLostError as lost:
+                _LOG.warning("round %d/%d %s", number, self.rounds, lost)
+                failed.clients.extend(lost.report.clients)
+            else:
+                found.report.clients.extend(failed.clients)
+                return found
+        raise QuorumLostError(failed, needed=1, attempts=self.settings.attempts)
 
     def _ask(
         self,

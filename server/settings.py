@@ -30,6 +30,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        allow_inf_nan=False,
         alias_generator=lambda name: name.replace("_", "-"),
         validate_by_name=True,
     )
@@ -85,11 +86,7 @@ class Settings(BaseModel):
     def _consistent(self) -> "Settings":
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe = {self.recipe!r}: choose one of {', '.join(RECIPES)}")
-        if self.recipe == "fisher" and self.align == "server":
-            raise ValueError(
-                "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "
-                "the aligned model; set align = 'client'"
-            )
+        RECIPES[self.recipe].check_align(self.align)
         if self.barrier_points == 1:
             raise ValueError(
                 "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
@@ -126,7 +123,9 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors():
         key = PREFIX + ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: there is no such setting; known are {known}")
+            lines.append(
+                f"{key} = {problem['input']!r}: there is no such setting; known are {known}"
+            )
         elif problem["loc"]:
             lines.append(f"{key} = {problem['input']!r}: {problem['msg']}")
         else:

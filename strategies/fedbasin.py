@@ -1,7 +1,8 @@
 """The Flower Strategy `FedBasin`: a thin adapter from Flower's calls to a stage."""
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -9,23 +10,46 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedbasin.proto import plain
 from fedbasin.strategies.fusion.update import Block
-from fedbasin.strategies.messages import Broadcast, broadcast, receive, requests
+from fedbasin.strategies.messages import (
+    Broadcast,
+    Received,
+    broadcast,
+    receive,
+    receive_metrics,
+    requests,
+)
 from fedbasin.strategies.metrics import WeightedMeans
-from fedbasin.strategies.outcome import Refusal
+from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import RECIPES
 from fedbasin.strategies.stages import Align, Ask, Stage, plan
 from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.strategies.validation import check_examples
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
 _LOG = logging.getLogger("flwr.fedbasin")
 
 
+class _Asked(NamedTuple):
+    """What the last `configure_train` sent."""
+
+    stage: Stage
+    sent: Broadcast
+    messages: list[Message]
+
+
 class FedBasin(Strategy):
-    """A Flower Strategy that aligns and fuses; everything else is Flower's FedAvg.
+    """A Flower Strategy that aligns and fuses; nodes are sampled by Flower's FedAvg.
 
     For Flower's own `start` and for its wrappers, which call only `configure_*` and `aggregate_*`. The
     whole server, with streaming, deadlines, checkpoints and reports, is `fedbasin.server.serve`. Recipes
     of several stages and own starts need that; this adapter runs those of one stage.
+
+    Differential privacy by Flower's fixed-clipping wrappers works with the recipe `fedavg` and `packed`
+    off: statistics are neither clipped nor noised. On the client the order is
+    `mods=[basin(...), fixedclipping_mod]`: alignment then follows clipping, and never takes a model
+    further from the anchor. Flower's clipping raises on buffers of integers that have more than zero
+    dimensions (a scalar counter, as BatchNorm's, passes): keep such buffers out of the state dict with
+    `register_buffer(..., persistent=False)`. A client's error makes those wrappers skip the round.
 
     Attributes:
         refusals: of the last round, by node id.
@@ -52,13 +76,14 @@ class FedBasin(Strategy):
             packed: few flat arrays instead of one array per tensor. Faster where many tensors travel;
                 Flower's differential-privacy wrappers and mods need them plain.
             max_update_bytes: larger replies are refused.
-            sampling: the FedAvg that samples nodes and runs evaluation; Flower's defaults if None.
+            sampling: the FedAvg that samples nodes; Flower's defaults if None.
 
         Raises:
-            ValueError: no recipe has that name.
+            ValueError: no recipe has that name, or its statistics cannot follow where `align` takes them.
         """
         if recipe not in RECIPES:
             raise ValueError(f"no recipe is called {recipe!r}; there are {', '.join(RECIPES)}")
+        RECIPES[recipe].check_align(align)
         self.refusals: dict[int, Refusal] = {}
         self._recipe = RECIPES[recipe]
         self._symmetry = symmetry
@@ -67,7 +92,7 @@ class FedBasin(Strategy):
         self._packed = packed
         self._max_update_bytes = max_update_bytes
         self._flower = sampling or FedAvg()
-        self._stage: tuple[Stage, Broadcast] | None = None
+        self._asked: _Asked | None = None
 
     def summary(self) -> None:
         """Log how the strategy is composed, and Flower's sampling."""
@@ -84,32 +109,37 @@ class FedBasin(Strategy):
         ask = Ask(symmetry=self._symmetry)
         stage = plan(anchor, self._recipe, ask, self._align, self._blocks)
         sent = broadcast(stage, anchor, server_round, config, packed=self._packed)
-        self._stage = stage, sent
-        return requests(sent, nodes)
+        self._asked = _Asked(stage, sent, requests(sent, nodes))
+        return self._asked.messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies one by one; bad ones are refused by name and the round goes on."""
-        if self._stage is None:
+        if self._asked is None:
             raise RuntimeError(
                 f"round {server_round} was not configured; call configure_train first"
             )
-        stage, sent = self._stage
-        self._stage, self.refusals = None, {}
+        asked, self._asked, self.refusals = self._asked, None, {}
         metrics = WeightedMeans()
-        for reply in replies:
+        for node, reply in _by_node(asked.messages, replies):
             try:
-                received = receive(reply, sent, self._max_update_bytes)
-                stage.accept(reply.metadata.src_node_id, received.update)
+                received = self._folded(asked, node, reply)
             except Refusal as refusal:
-                _LOG.warning("node %d: %s", reply.metadata.src_node_id, refusal)
-                self.refusals[reply.metadata.src_node_id] = refusal
+                _LOG.warning("node %d: %s", node, refusal)
+                self.refusals[node] = refusal
             else:
                 metrics.add(received.metrics, received.update.examples)
         if not metrics.weight:
             return None, None
-        return plain.write(stage.finish()), MetricRecord({**metrics.means()})
+        return plain.write(asked.stage.finish()), MetricRecord({**metrics.means()})
+
+    def _folded(self, asked: _Asked, node: int, reply: Message | None) -> Received:
+        if reply is None:
+            raise Refusal(Outcome.timeout, "no reply")
+        received = receive(reply, asked.sent, self._max_update_bytes)
+        asked.stage.accept(node, received.update)
+        return received
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -118,7 +148,34 @@ class FedBasin(Strategy):
         return self._flower.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
+        self,
+        server_round: int,  # noqa: ARG002 - Flower's signature
+        replies: Iterable[Message],
     ) -> MetricRecord | None:
-        """As Flower's FedAvg does."""
-        return self._flower.aggregate_evaluate(server_round, replies)
+        """Means of the clients' metrics, weighted by their examples; bad replies are left out."""
+        metrics = WeightedMeans()
+        for reply in replies:
+            try:
+                received = receive_metrics(reply)
+                check_examples(received.update.examples)
+            except Refusal as refusal:
+                _LOG.warning("node %d: %s", reply.metadata.src_node_id, refusal)
+            else:
+                metrics.add(received.metrics, received.update.examples)
+        return MetricRecord({**metrics.means()}) if metrics.weight else None
+
+
+def _by_node(
+    messages: Iterable[Message], replies: Iterable[Message]
+) -> Iterator[tuple[int, Message | None]]:
+    """The first reply to each message with the node that was asked; None for silent nodes, last.
+
+    The SuperLink signs the errors that it makes with its own id, so the sender says too little.
+    """
+    waiting = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    for reply in replies:
+        node = waiting.pop(reply.metadata.reply_to_message_id, None)
+        if node is not None:
+            yield node, reply
+    for node in waiting.values():
+        yield node, None

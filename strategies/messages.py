@@ -123,17 +123,10 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
     Raises:
         Refusal: the reply is an error, does not parse, answers something else or is too large.
     """
-    if message.has_error():
-        raise Refusal(*_error(message))
-    content = message.content
-    metrics = {
-        name: value
-        for record in content.metric_records.values()
-        for name, value in wire.numbers(record).items()
-    }
-    examples = metrics.pop("num-examples", 0.0)
     if sent.kind == "evaluate":
-        return Received(Update({}, examples), pb.UpdateHeader(examples=examples), metrics, 0)
+        return receive_metrics(message)
+    metrics = receive_metrics(message).metrics
+    content = message.content
     header = _header(content, sent.header)
     size = sum(packing.nbytes(record) for record in content.array_records.values())
     if size > max_bytes:
@@ -144,6 +137,23 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
     except packing.PackingError as error:
         raise Refusal(Outcome.malformed, str(error)) from error
     return Received(Update(parameters, header.examples, precisions), header, metrics, size)
+
+
+def receive_metrics(message: Message) -> Received:
+    """Decode a reply of which only the metrics are wanted, as an evaluation's.
+
+    Raises:
+        Refusal: the reply is an error.
+    """
+    if message.has_error():
+        raise Refusal(*_error(message))
+    metrics = {
+        name: value
+        for record in message.content.metric_records.values()
+        for name, value in wire.numbers(record).items()
+    }
+    examples = metrics.pop("num-examples", 0.0)
+    return Received(Update({}, examples), pb.UpdateHeader(examples=examples), metrics, 0)
 
 
 def _error(message: Message) -> tuple[Outcome, str]:
@@ -190,8 +200,12 @@ def _precisions(
         raise Refusal(Outcome.missing_statistic, f"no record {wire.STATISTICS!r}")
     specs = [entry.statistic for entry in header.precisions]
     tensors = packing.unpack(content.array_records[wire.STATISTICS], specs)
+    seen: set[Block] = set()
     for entry in header.precisions:
         block = tuple(entry.tensors)
+        if block in seen:
+            raise Refusal(Outcome.unexpected_statistic, f"{'+'.join(block)} stands twice")
+        seen.add(block)
         if entry.kind != kind or kind not in _PRECISION:
             raise Refusal(Outcome.unexpected_statistic, "+".join(block))
         yield block, _PRECISION[kind](tensors[entry.statistic.name].double())

@@ -27,7 +27,7 @@ class Outcome(Enum):
     wrong_shape = "a tensor has another shape than in the global model; use the same model settings"
     wrong_dtype = "a tensor has another dtype than in the global model; convert it on the client"
     non_finite = "a tensor has NaN or infinite entries; lower the learning rate or clip gradients"
-    bad_weight = "the number of examples must be finite and above zero; send `num-examples`"
+    bad_weight = "the number of examples must be a finite count above zero; send `num-examples`"
     missing_statistic = (
         "the recipe needs statistics that are not in the update; give the mod its data"
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from fedbasin.strategies.fusion.tally import Ridge
 
@@ -29,6 +30,18 @@ class Recipe:
     statistic: Statistic = Statistic.none
     ridge: Ridge | None = None
     shrink: float = 1.0
+
+    def check_align(self, align: Literal["client", "server", "off"]) -> None:
+        """Check that the statistics can be collected where they are needed.
+
+        Raises:
+            ValueError: the server would have to turn a Fisher diagonal.
+        """
+        if self.statistic is Statistic.fisher and align == "server":
+            raise ValueError(
+                "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "
+                "the aligned model; set align = 'client'"
+            )
 
 
 RECIPES = {

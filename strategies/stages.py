@@ -21,6 +21,7 @@ from fedbasin.strategies.alignment.certificate import Radii, identity_radii
 from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
 from fedbasin.strategies.fusion.tally import Tally
 from fedbasin.strategies.fusion.update import Block, Update
+from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import Recipe, Statistic
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.sites import Symmetry
@@ -113,6 +114,9 @@ class Fuse:
         expected = self._blocks
         if expected is None and self._tally.clients:
             expected = self._tally.blocks
+        if expected is None and not update.precisions:
+            wanted = self._recipe.statistic
+            raise Refusal(Outcome.missing_statistic, f"the recipe needs {wanted.value}")
         check_update(update, self._anchor, expected)
         self._tally.fold(update)
 

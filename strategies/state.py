@@ -15,6 +15,20 @@ def floating(state: State) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
+def tied(state: State) -> dict[str, str]:
+    """For each name the first name of the same tensor, where a model uses one under several names.
+
+    Args:
+        state: of a model itself, whose tensors still share their memory.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    return {
+        # An empty tensor has no memory to share.
+        name: first.setdefault((t.data_ptr(), t.shape, t.stride()), name) if t.numel() else name
+        for name, t in state.items()
+    }
+
+
 def distance(a: State, b: State) -> float:
     """Euclidean distance of the floating tensors that `a` and `b` share."""
     return math.hypot(
