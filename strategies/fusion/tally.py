@@ -14,12 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.chunks import add_scaled, divided
 from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.update import Block, Update, join, split
 from fedbasin.strategies.state import State, floating
-
-# Elements that fit the cache in both precisions: a mixed-type sum over a whole tensor leaves the fast path.
-_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Tally:
 
     def fold(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
-        for name, total in self.mean.items():
-            add_scaled(total, update.parameters[name], update.examples)
+        pairs = ((total, update.parameters[name]) for name, total in self.mean.items())
+        add_scaled(pairs, update.examples)
         for block, precision in update.precisions.items():
             self._add(block, precision, precision.weigh(join(block, update.parameters).double()))
         self.examples += update.examples
@@ -87,8 +85,7 @@ class Tally:
         """The fused model, in the anchor's dtypes; what cannot be averaged stays as the anchor has it."""
         if not self.clients:
             return dict(anchor)
-        means = {n: (s / self.examples).to(anchor[n].dtype) for n, s in self.mean.items()}
-        fused = {**anchor, **means}
+        fused = {**anchor, **divided(self.mean, self.examples, anchor)}
         targets = dict(fused) if ridge is None or ridge.target == "mean" else anchor
         for block in self.blocks:
             fused.update(split(block, self._solution(block, targets, ridge), anchor))
@@ -119,15 +116,3 @@ def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -
     for update in updates:
         tally.fold(update)
     return tally.finalize(anchor, ridge)
-
-
-def add_scaled(total: Tensor, value: Tensor, weight: float) -> None:
-    """`total += weight * value`, through a buffer of the total's dtype where they differ."""
-    if total.dtype == value.dtype:
-        total.add_(value, alpha=weight)
-        return
-    sums, values = total.view(-1), value.reshape(-1)
-    buffer = torch.empty(min(_CHUNK, len(sums)), dtype=total.dtype)
-    for start in range(0, len(sums), _CHUNK):
-        part = values[start : start + _CHUNK]
-        sums[start : start + len(part)].add_(buffer[: len(part)].copy_(part), alpha=weight)
