@@ -4,19 +4,25 @@ Shapes, dtypes and names are compared with the anchor; numbers must be finite; s
 their kind promises: a diagonal is not negative, a Gram matrix is symmetric and positive semi-definite.
 """
 
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.chunks import is_finite
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
 from fedbasin.strategies.fusion.update import Block, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.state import State, floating
 
-# Relative slack for statistics that were summed and sent in float32.
-_ROUNDING = 1e-5
+# A count beyond this is none, and its product with a weight could overflow the sum.
+_MOST_EXAMPLES = 2**53
+
+# How far a Gram matrix that was summed and sent in float32 may be from symmetric, relative to its largest
+# entry, and from positive semi-definite, relative to its mean diagonal. The latter is below every ridge of the
+# catalogue: what passes cannot make the regularised sum singular.
+_ASYMMETRY = 1e-5
+_INDEFINITENESS = 1e-4
 
 
 def check_update(update: Update, anchor: State, blocks: Collection[Block] | None = None) -> None:
@@ -41,7 +47,7 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
 
 def check_examples(examples: float) -> None:
     """Check a client's weight; raises a Refusal as `check_update` does."""
-    if not (math.isfinite(examples) and examples > 0):
+    if not 0 < examples <= _MOST_EXAMPLES:
         raise Refusal(Outcome.bad_weight, f"examples = {examples}")
 
 
@@ -61,61 +67,72 @@ def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
         raise Refusal(Outcome.wrong_shape, f"{name} is {sizes}")
     if tensor.dtype != like.dtype:
         raise Refusal(Outcome.wrong_dtype, f"{name} is {tensor.dtype}, not {like.dtype}")
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise Refusal(Outcome.non_finite, name)
 
 
 def _check_blocks(
     precisions: Collection[Block], expected: Collection[Block] | None, anchor: State
 ) -> None:
-    unknown = [block for block in precisions if not all(name in anchor for name in block)]
+    known = [block for block in precisions if _is_block(block, anchor)]
     if expected is not None:
-        unknown += [block for block in precisions if block not in expected]
-    if unknown:
-        raise Refusal(Outcome.unexpected_statistic, _list(["+".join(b) for b in unknown]))
-    missing = [block for block in expected or () if block not in precisions]
-    if missing:
-        raise Refusal(Outcome.missing_statistic, _list(["+".join(b) for b in missing]))
+        known = [block for block in known if block in expected]
+    _refuse(Outcome.unexpected_statistic, [block for block in precisions if block not in known])
+    _refuse(Outcome.missing_statistic, [block for block in expected or () if block not in known])
+    names = [name for block in known for name in block]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Refusal(Outcome.unexpected_statistic, f"{_list(twice)} in more than one block")
+
+
+def _is_block(block: Block, anchor: State) -> bool:
+    """Whether the names can be joined: a weight, or a matrix and its bias."""
+    tensors = [anchor[name] for name in block if name in floating(anchor)]
+    shapes = [tensor.shape for tensor in tensors]
+    if len(tensors) < len(block):
+        return False
+    return len(shapes) == 1 or (
+        len(shapes) == 2 and len(shapes[0]) > 1 and shapes[1] == shapes[0][:1]
+    )
+
+
+def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
+    if names := ["+".join(block) for block in blocks]:
+        raise Refusal(outcome, _list(names))
 
 
 def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
-    name = "+".join(block)
+    name, weight = "+".join(block), anchor[block[0]]
     if isinstance(precision, Diagonal):
-        _check_statistic(name, precision.values, join(block, anchor).numel())
+        if len(block) > 1:
+            raise Refusal(Outcome.unexpected_statistic, f"a Fisher diagonal of {name} together")
+        _check_statistic(name, precision.values, tuple(weight.shape))
         if bool((precision.values < 0).any()):
             raise Refusal(Outcome.not_positive, f"the Fisher diagonal of {name}")
     if isinstance(precision, Gram):
-        inputs = join(block, anchor).shape[-1]
-        _check_statistic(name, precision.matrix, inputs * inputs)
+        if weight.dim() < 2:
+            raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
+        inputs = join(block, anchor).shape[1]
+        _check_statistic(name, precision.matrix, (inputs, inputs))
         _check_gram(name, precision.matrix)
 
 
-def _check_statistic(name: str, values: Tensor, size: int) -> None:
-    if values.numel() != size:
-        raise Refusal(
-            Outcome.wrong_shape, f"the statistic of {name} has {values.numel()} entries, not {size}"
-        )
-    if not _is_finite(values):
+def _check_statistic(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        sizes = f"{tuple(values.shape)}, not {shape}"
+        raise Refusal(Outcome.wrong_shape, f"the statistic of {name} is {sizes}")
+    if not is_finite(values):
         raise Refusal(Outcome.non_finite, f"the statistic of {name}")
 
 
 def _check_gram(name: str, matrix: Tensor) -> None:
     scale = float(matrix.abs().max())
-    if float((matrix - matrix.mT).abs().max()) > _ROUNDING * scale:
+    if float((matrix - matrix.mT).abs().max()) > _ASYMMETRY * scale:
         raise Refusal(Outcome.not_symmetric, f"the Gram matrix of {name}")
-    # Rounding can push the smallest eigenvalue below zero by this much, and no further.
-    slack = max(_ROUNDING * scale, torch.finfo(torch.float64).tiny)
-    lifted = matrix.double() + slack * torch.eye(len(matrix), dtype=torch.float64)
+    lifted = matrix.double().clone()
+    slack = _INDEFINITENESS * float(lifted.diagonal().mean())
+    lifted.diagonal().add_(max(slack, torch.finfo(torch.float64).tiny))
     if int(torch.linalg.cholesky_ex(lifted).info):
         raise Refusal(Outcome.not_positive, f"the Gram matrix of {name}")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # One sum instead of a mask as large as the tensor; it is not finite if any entry is not. A finite
-    # tensor whose sum overflows is looked at entry by entry.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(
-        torch.isfinite(tensor).all()
-    )
 
 
 def _list(names: list[str]) -> str:
