@@ -89,10 +89,7 @@ def _dims(node: fx.Node) -> int:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
-        raise TypeError(f"{node.target} is called on {source!r}, which is no value of the graph")
-    return source
+    return node.all_input_nodes[0]
 
 
 # Modules
@@ -180,8 +177,6 @@ def elementwise(walk: Walk, node: fx.Node) -> Feature | None:
     axis = _dims(node) + min(places)
     if len(places) > 1 or not all(_fits(walk, n, node, axis) for n in values):
         return walk.leave(node)
-    if _writes_in_place(node) and _source(node) not in featured:
-        return walk.leave(node)
     spaces = [walk.features[n].space for n in featured]
     return Feature(reduce(walk.spaces.join, spaces), axis)
 
@@ -191,11 +186,6 @@ def _fits(walk: Walk, value: fx.Node, node: fx.Node, axis: int) -> bool:
     own = axis - _dims(node) + _dims(value)
     length = _shape(value)[own] if own >= 0 else 1
     return length == (_shape(node)[axis] if value in walk.features else 1)
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or node.target in _IN_PLACE
 
 
 def reshaped(walk: Walk, node: fx.Node) -> Feature | None:

@@ -115,7 +115,7 @@ class Symmetry:
                 f"site {twice[0]!r} stands twice; every site needs a name of its own"
             )
         for site in self.sites:
-            if str(_site(str(site))) != str(site):
+            if _site(str(site)) != site:
                 raise SymmetryError(f"site {site.name!r} cannot be written down: {site}")
 
     def __str__(self) -> str:

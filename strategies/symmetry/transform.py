@@ -77,11 +77,9 @@ class Transform:
 
     def after(self, first: "Transform") -> "Transform":
         """The product: `first` acts, then `self`."""
-        names = {**first.elements, **self.elements}
-        return Transform(
-            self.symmetry,
-            {name: _product(self.elements.get(name), first.elements.get(name)) for name in names},
-        )
+        both = self.elements.keys() & first.elements.keys()
+        products = {name: self.elements[name].after(first.elements[name]) for name in both}
+        return Transform(self.symmetry, {**first.elements, **self.elements, **products})
 
     def _readers(self, tensor: str) -> list[tuple[Element, Member]]:
         return [
@@ -102,12 +100,3 @@ def random(symmetry: Symmetry, generator: torch.Generator) -> Transform:
     """A uniformly drawn transform, for checks and planted problems."""
     drawn = {site.name: site.group.random(generator) for site in symmetry.sites}
     return Transform(symmetry, drawn)
-
-
-def _product(outer: Element | None, inner: Element | None) -> Element:
-    if outer is None or inner is None:
-        present = outer or inner
-        if present is None:
-            raise KeyError("neither factor has the site")
-        return present
-    return outer.after(inner)

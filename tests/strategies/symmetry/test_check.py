@@ -141,9 +141,9 @@ class Noisy(nn.Module):
         self.net = mlp()
         self.divisor = divisor
 
-    def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
+    def forward(self, x: Tensor) -> dict[str, list[Tensor] | None]:
         logits = self.net(x) + torch.randn(3, dtype=x.dtype)
-        return {"logits": [logits / self.divisor], "classes": [logits.argmax(1)]}
+        return {"logits": [logits / self.divisor], "classes": [logits.argmax(1)], "loss": None}
 
 
 HIDDEN = parse("hidden S(8) net.0.weight[0] net.0.bias[0] net.2.weight[1]")
@@ -164,6 +164,15 @@ def test_a_model_without_floating_outputs_is_refused() -> None:
 
     with pytest.raises(SymmetryError, match="no floating tensor"):
         check(Classes(*mlp()), parse("h S(8) 0.weight[0]"), torch.zeros(3, 6))
+
+
+def test_a_model_that_cannot_run_in_double_is_refused_with_a_remedy() -> None:
+    class Single(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    with pytest.raises(SymmetryError, match=r"does not run .*float64.* follow the dtype"):
+        check(Single(*mlp()), parse("h S(8) 0.weight[0]"), torch.zeros(3, 6))
 
 
 def test_a_symmetry_of_another_model_is_refused() -> None:

@@ -24,7 +24,7 @@ PERMUTATIONS = [Permutation(4), Wreath((Permutation(2),), 3), Wreath((Permutatio
 
 every_group = pytest.mark.parametrize("group", GROUPS, ids=str)
 seeds = given(seed=st.integers(0, 2**32 - 1))
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=8, deadline=None)
 
 
 def drawn(seed: int) -> torch.Generator:

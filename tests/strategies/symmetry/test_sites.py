@@ -85,6 +85,7 @@ def test_a_site_stands_once() -> None:
         Site("two words", Permutation(2), (Member("w", 0),)),
         Site("a", Permutation(2), (Member("w 1", 0),)),
         Site("a", Permutation(2), ()),
+        Site("a", Orthogonal(2, 0), (Member("w", 0),)),
         Site("a", Wreath((Orthogonal(2, 3),), 2), (Member("w", 0),)),
     ],
 )

@@ -247,6 +247,39 @@ NASTY: dict[str, tuple[list[str], Callable[[Net, Tensor], object], dict[str, nn.
         {"act": nn.PReLU(1)},
     ),
     "training only": (FREE, training_only, {}),
+    "shape asked": (
+        ["a", "b"],
+        lambda n, x: n.out(n.a(x).view(n.a(x).shape[0], n.b(n.a(x)).size(1))),
+        {},
+    ),
+    "resized": (
+        FREE,
+        lambda n, x: n.out(F.interpolate(n.a(x)[:, :, None], scale_factor=2.0).mean(2)),
+        {},
+    ),
+    "resized units": ([], lambda n, x: n.out(F.interpolate(n.a(x)[:, None], size=6)[:, 0]), {}),
+    "some units": ([], lambda n, x: n.out(n.a(x)[:, : x.size(0) + 2]), {}),
+    "asked axis": (
+        FREE,
+        lambda n, x: n.out(n.a(x)) + n.b(n.a(x)).sum(x.dim() - 1, keepdim=True),
+        {},
+    ),
+    "named argument": (
+        [],
+        lambda n, x: n.out(torch.flatten(input=n.a(x)[:, :, None], start_dim=1)),
+        {},
+    ),
+    "input activated": (FREE, lambda n, x: n.out(n.a(n.act(x))), {"act": nn.PReLU()}),
+    "groups of outputs of a channel": (
+        [],
+        lambda n, x: n.mean(n.norm(n.conv(n.a(x)[:, :, None]))),
+        {"conv": nn.Conv1d(6, 12, 1, groups=6), "norm": nn.GroupNorm(3, 12), "mean": nn.Flatten()},
+    ),
+    "grouped later": (
+        FREE,
+        lambda n, x: n.out(n.a(x) + n.two(n.b(x[:, :1] * n.seen))),
+        {"two": nn.GroupNorm(2, 6)},
+    ),
 }
 
 

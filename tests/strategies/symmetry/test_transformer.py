@@ -93,6 +93,20 @@ def test_any_naming_fits() -> None:
     assert check(model, symmetry, torch.arange(10).reshape(2, 5)).passed
 
 
+def test_a_single_block_needs_no_number() -> None:
+    names = Names(query="blocks.0.attention.query")
+    sites = preln_transformer(Transformer().state_dict(), 4, names).sites
+    assert [site.name for site in sites] == ["residual", "heads.0", "mlp.0"]
+
+
+def test_a_model_without_a_head_has_one_member_less() -> None:
+    state = Transformer().state_dict()
+    (whole, *_), (bare, *_) = (
+        preln_transformer(state, 4, names).sites for names in (Names(), Names(head=None))
+    )
+    assert [m.tensor for m in whole.members if m not in bare.members] == ["head.weight"]
+
+
 def changed(**tensors: Tensor | None) -> Mapping[str, Tensor]:
     state = dict(Transformer().state_dict())
     for name, tensor in tensors.items():

@@ -1,0 +1,136 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fedbasin.strategies.alignment.certificate import identity_radii, is_certified
+from fedbasin.strategies.symmetry.sites import Symmetry, parse
+
+SYMMETRY = parse("hidden S(7) in.weight[0] in.bias[0] (mean[0]) out.weight[1]")
+(HIDDEN,) = SYMMETRY.sites
+State = dict[str, Tensor]
+seeds = st.integers(0, 2**32 - 1)
+many = settings(max_examples=150, deadline=None)
+
+
+def drawn(generator: torch.Generator, dtype: torch.dtype) -> State:
+    shapes = {"in.weight": (7, 3), "in.bias": (7,), "mean": (7,), "out.weight": (2, 14)}
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+
+
+def scaled(state: State, factor: float) -> State:
+    return {name: tensor * factor for name, tensor in state.items()}
+
+
+def added(a: State, b: State) -> State:
+    return {name: tensor + b[name] for name, tensor in a.items()}
+
+
+def best_order(anchor: State, client: State) -> list[int]:
+    """Straight from the definition: every unit against every unit, in double."""
+
+    def units(state: State) -> Tensor:
+        out = state["out.weight"].double().reshape(2, 7, 2).movedim(1, 0).reshape(7, -1)
+        parts = [state["in.weight"].double(), state["in.bias"].double()[:, None], out]
+        return torch.cat(parts, 1)
+
+    cost = (units(anchor)[:, None] - units(client)[None]).square().sum(-1)
+    return linear_sum_assignment(cost.numpy())[1].tolist()
+
+
+def certified(anchor: State, client: State) -> bool:
+    return is_certified(HIDDEN, anchor, client, identity_radii(SYMMETRY, anchor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@many
+@given(seed=seeds, noise=st.floats(0.01, 1.0), size=st.sampled_from([1e-3, 1.0, 100.0]))
+def test_whenever_it_holds_the_assignment_is_the_identity(
+    dtype: torch.dtype, seed: int, noise: float, size: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    anchor = scaled(drawn(generator, dtype), size)
+    client = added(anchor, scaled(drawn(generator, dtype), size * noise))
+    if certified(anchor, client):
+        assert best_order(anchor, client) == list(range(7))
+
+
+@many
+@given(seed=seeds, gap=st.floats(0, 1e-2), noise=st.floats(0, 1e-2), offset=st.floats(0, 1e4))
+def test_it_stays_sound_for_near_duplicates_far_from_the_origin(
+    seed: int, gap: float, noise: float, offset: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    anchor = drawn(generator, torch.float32)
+    for tensor, axis in (("in.weight", 0), ("in.bias", 0)):
+        first = anchor[tensor].narrow(axis, 0, 1) + offset
+        anchor[tensor] = first.expand_as(anchor[tensor]) + gap * anchor[tensor]
+    anchor["out.weight"] = anchor["out.weight"][:, :1].expand(2, 14).clone()
+    client = added(anchor, scaled(drawn(generator, torch.float32), noise * gap))
+    if certified(anchor, client):
+        assert best_order(anchor, client) == list(range(7))
+
+
+@many
+@given(seed=seeds)
+def test_no_change_below_the_radius_escapes_it(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    anchor, change = (drawn(generator, torch.float32) for _ in range(2))
+    radius = float(identity_radii(SYMMETRY, anchor)["hidden"].min())
+    length = float(torch.cat([change[n].flatten() for n in change if n != "mean"]).norm())
+    assert certified(anchor, added(anchor, scaled(change, 0.99 * radius / length)))
+
+
+def test_equal_models_of_distinct_units_are_certified() -> None:
+    anchor = drawn(torch.Generator().manual_seed(0), torch.float32)
+    assert certified(anchor, dict(anchor))
+
+
+def test_duplicate_units_are_never_certified() -> None:
+    anchor = drawn(torch.Generator().manual_seed(0), torch.float32)
+    for tensor, width in (("in.weight", 1), ("in.bias", 1)):
+        anchor[tensor][1:2] = anchor[tensor][:width]
+    anchor["out.weight"][:, 2:4] = anchor["out.weight"][:, :2]
+    assert not certified(anchor, dict(anchor))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_never_certified(value: float) -> None:
+    anchor = drawn(torch.Generator().manual_seed(0), torch.float32)
+    broken = {**anchor, "in.bias": torch.full((7,), value)}
+    assert not certified(anchor, broken)
+    assert not certified(broken, anchor)
+
+
+def test_running_statistics_do_not_count() -> None:
+    anchor = drawn(torch.Generator().manual_seed(0), torch.float32)
+    assert certified(anchor, {**anchor, "mean": 1e6 * anchor["mean"]})
+
+
+def test_only_plain_permutations_have_radii() -> None:
+    symmetry = parse(
+        "plain S(4) a[0]\nturned O(4) b[0]\ngroups S(2) wr S(2) c[0]\ntwice S(4) d[0] d[1]"
+    )
+    state = {name: torch.randn(4, 4) for name in "abcd"}
+    radii = identity_radii(symmetry, state)
+    assert set(radii) == {"plain"}
+    assert radii["plain"].shape == (4,)
+    assert not is_certified(symmetry.sites[1], state, state, radii)
+
+
+def test_a_wide_site_is_compared_in_pieces_with_the_same_radii() -> None:
+    units = torch.randn(1500, 3, generator=torch.Generator().manual_seed(0))
+    symmetry: Symmetry = parse("wide S(1500) w[0]")
+    apart = torch.cdist(units.double(), units.double()).fill_diagonal_(torch.inf)
+    found = identity_radii(symmetry, {"w": units})["wide"].double()
+    torch.testing.assert_close(found, apart.amin(1) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_a_single_unit_has_nowhere_to_go() -> None:
+    symmetry = parse("one S(1) w[0]")
+    state = {"w": torch.randn(1, 3)}
+    assert is_certified(
+        symmetry.sites[0], state, {"w": state["w"] + 9}, identity_radii(symmetry, state)
+    )

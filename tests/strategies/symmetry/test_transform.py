@@ -1,0 +1,165 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fedbasin.strategies.state import State, distance
+from fedbasin.strategies.symmetry.groups import Orthogonal
+from fedbasin.strategies.symmetry.sites import Symmetry, parse
+from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.transform import Transform, identity, random
+from fedbasin.strategies.symmetry.transformer import preln_transformer
+from tests.strategies.symmetry.families import FAMILIES, Transformer
+
+
+def family(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
+    make, example = FAMILIES[name]
+    torch.manual_seed(0)
+    model = make().double().eval()
+    inputs = torch.randn(example.shape).double() if example.is_floating_point() else example
+    symmetry = (
+        preln_transformer(model.state_dict(), heads=4)
+        if isinstance(model, Transformer)
+        else trace(model, inputs)
+    )
+    return model, symmetry, inputs
+
+
+def drawn(symmetry: Symmetry, seed: int = 0) -> Transform:
+    return random(symmetry, torch.Generator().manual_seed(seed))
+
+
+def gram(layer: nn.Module, inputs: Tensor, *, ones: bool) -> Tensor:
+    """Sum of `x x^T` over all that a layer reads; a convolution reads patches."""
+    if isinstance(layer, nn.Conv2d):
+        patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        rows = patches.transpose(1, 2).flatten(0, 1)
+    else:
+        rows = inputs.flatten(0, -2)
+    if ones:
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
+    return rows.mT @ rows
+
+
+@contextmanager
+def recording(model: nn.Module, grams: dict[str, Tensor], *, ones: bool) -> Iterator[None]:
+    def hook(name: str):
+        def note(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            grams[name] = grams.get(name, 0) + gram(layer, inputs[0], ones=ones)
+
+        return note
+
+    handles = [
+        layer.register_forward_hook(hook(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def grams_of(model: nn.Module, state: State, inputs: Tensor, *, ones: bool) -> dict[str, Tensor]:
+    grams: dict[str, Tensor] = {}
+    with recording(model, grams, ones=ones), torch.no_grad():
+        functional_call(model, dict(state), (inputs,), tie_weights=False)
+    return grams
+
+
+@pytest.mark.parametrize("ones", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grams_move_with_the_layers_that_read_them(name: str, ones: bool) -> None:
+    model, symmetry, inputs = family(name)
+    transform, state = drawn(symmetry), model.state_dict()
+    before = grams_of(model, state, inputs, ones=ones)
+    after = grams_of(model, transform.act(state), inputs, ones=ones)
+    assert before
+    for layer, own in before.items():
+        weight = f"{layer}.weight"
+        moved = transform.act_on_inputs(weight, own, state[weight].shape[1])
+        torch.testing.assert_close(moved, after[layer])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_inverse_undoes_a_transform(name: str) -> None:
+    model, symmetry, _ = family(name)
+    transform, state = drawn(symmetry), model.state_dict()
+    moved = transform.act(state)
+    assert distance(state, moved) > 0
+    assert distance(state, transform.inverse().act(moved)) < 1e-12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_product_acts_like_its_factors_in_turn(name: str) -> None:
+    model, symmetry, _ = family(name)
+    first, then, state = drawn(symmetry), drawn(symmetry, 1), model.state_dict()
+    product = then.after(first)
+    assert distance(product.act(state), then.act(first.act(state))) < 1e-12
+
+
+def test_sites_without_an_element_stay_as_they_are() -> None:
+    model, symmetry, _ = family("mlp")
+    state, site = model.state_dict(), symmetry.sites[1]
+    whole = drawn(symmetry)
+    partial = Transform(symmetry, {site.name: whole.elements[site.name]})
+    moved = partial.act(state)
+    assert moved["0.weight"] is state["0.weight"]
+    assert not torch.equal(moved["4.weight"], state["4.weight"])
+    other = Transform(symmetry, {"0": whole.elements["0"]})
+    assert distance(other.after(partial).act(state), whole.act(state)) == 0
+    assert distance(partial.after(other).act(state), whole.act(state)) == 0
+
+
+def test_the_identity_changes_nothing() -> None:
+    model, symmetry, _ = family("transformer")
+    state = model.state_dict()
+    assert identity(symmetry).is_identity
+    assert distance(identity(symmetry).act(state), state) == 0
+    assert not drawn(symmetry).is_identity
+
+
+def test_a_state_with_some_of_the_tensors_moves_those() -> None:
+    model, symmetry, _ = family("mlp")
+    transform, state = drawn(symmetry), model.state_dict()
+    part = {"0.bias": state["0.bias"]}
+    assert torch.equal(transform.act(part)["0.bias"], transform.act(state)["0.bias"])
+
+
+def test_only_rotations_mix_entries() -> None:
+    _, symmetry, _ = family("transformer")
+    transform = drawn(symmetry)
+    assert transform.mixes("blocks.0.attention.output.weight")
+    assert not transform.mixes("blocks.0.mlp.up.weight")
+    assert not identity(symmetry).mixes("blocks.0.attention.output.weight")
+
+
+def test_parts_of_a_fused_tensor_move_alone() -> None:
+    symmetry = parse("q O(2)^2 in.weight[0,0:4]\nv S(4) in.weight[0,8:12] out.weight[1,4:8]")
+    generator = torch.Generator().manual_seed(0)
+    state = {"in.weight": torch.randn(12, 3), "out.weight": torch.randn(2, 8)}
+    moved = random(symmetry, generator).act(state)
+    assert torch.equal(moved["in.weight"][4:8], state["in.weight"][4:8])
+    assert not torch.equal(moved["in.weight"][:4], state["in.weight"][:4])
+    assert torch.equal(moved["out.weight"][:, :4], state["out.weight"][:, :4])
+    rows = state["in.weight"][8:].tolist()
+    assert sorted(rows) == sorted(moved["in.weight"][8:].tolist())
+
+
+def test_the_gram_of_a_part_moves_alone() -> None:
+    symmetry = parse("v O(4) out.weight[1,4:8]")
+    transform = Transform(symmetry, {"v": Orthogonal(4).random(torch.Generator().manual_seed(0))})
+    features = torch.randn(20, 9, dtype=torch.float64)
+    turned = torch.cat(
+        [
+            features[:, :4],
+            transform.elements["v"].act(features[:, 4:8], 1),
+            features[:, 8:],
+        ],
+        1,
+    )
+    moved = transform.act_on_inputs("out.weight", features.mT @ features, inputs=8)
+    torch.testing.assert_close(moved, turned.mT @ turned)
