@@ -86,9 +86,8 @@ class Tally:
         if not self.clients:
             return dict(anchor)
         fused = {**anchor, **divided(self.mean, self.examples, anchor)}
-        targets = dict(fused) if ridge is None or ridge.target == "mean" else anchor
         for block in self.blocks:
-            fused.update(split(block, self._solution(block, targets, ridge), anchor))
+            fused.update(split(block, self._solution(block, anchor, ridge), anchor))
         return fused
 
     def _add(self, block: Block, precision: Precision, moment: Tensor) -> None:
@@ -96,18 +95,24 @@ class Tally:
             before, moments = self.blocks[block]
             self.blocks[block] = (before + precision, moments.add_(moment))
         else:
-            self.blocks[block] = (precision, moment.clone())
+            # A copy: the update is let go, and with it the reply that it may be a view of.
+            self.blocks[block] = (precision.scaled(1.0), moment.clone())
 
-    def _solution(self, block: Block, targets: State, ridge: Ridge | None) -> Tensor:
+    def _solution(self, block: Block, anchor: State, ridge: Ridge | None) -> Tensor:
         precision, moment = self.blocks[block]
         if ridge is None:
             return precision.solve(moment)
         prior = precision.isotropic(ridge.strength)
-        target = join(block, targets).to(moment.dtype)
+        target = self._target(block, anchor, ridge).to(moment.dtype)
         if not prior.weight:
             # Nobody knows anything of the block, as of a layer that no example reaches.
             return target
         return (precision + prior).solve(moment + prior.weigh(target))
+
+    def _target(self, block: Block, anchor: State, ridge: Ridge) -> Tensor:
+        if ridge.target == "anchor":
+            return join(block, anchor)
+        return join(block, {name: self.mean[name] / self.examples for name in block})
 
 
 def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:

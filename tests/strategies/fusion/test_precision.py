@@ -1,0 +1,128 @@
+"""One suite of laws for every precision: what a client knows about its weights, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar, SingularSumError
+from fedbasin.strategies.fusion.update import join
+
+W = torch.float64
+
+
+def normal(draw, *shape):
+    return torch.randn(*shape, dtype=W, generator=draw)
+
+
+def scalar(draw):
+    return Scalar(float(torch.rand((), dtype=W, generator=draw)) * 99 + 1)
+
+
+def diagonal(draw):
+    return Diagonal(torch.rand(3, 5, dtype=W, generator=draw) + 0.1)
+
+
+def gram_of(rows):
+    return Gram(rows.T @ rows)
+
+
+def gram(draw):
+    return gram_of(normal(draw, 20, 5))
+
+
+def gram_with_bias(draw):
+    return gram_of(torch.cat([normal(draw, 20, 4), torch.ones(20, 1, dtype=W)], dim=1))
+
+
+def gram_of_convolution(draw):
+    return gram_of(normal(draw, 30, 2 * 3 * 2))
+
+
+def matrix(draw):
+    return normal(draw, 3, 5)
+
+
+def with_bias(draw):
+    return join(("w", "b"), {"w": normal(draw, 3, 4), "b": normal(draw, 3)})
+
+
+def convolution(draw):
+    return join(("w",), {"w": normal(draw, 3, 2, 3, 2)})
+
+
+KINDS = {
+    "scalar": (scalar, matrix),
+    "diagonal": (diagonal, matrix),
+    "gram": (gram, matrix),
+    "gram with bias": (gram_with_bias, with_bias),
+    "gram of a convolution": (gram_of_convolution, convolution),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+quickly = settings(max_examples=20, deadline=None)
+draws = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@every_kind
+@quickly
+@given(draw=draws)
+def test_solving_undoes_weighing(kind, draw):
+    precision, theta = (make(draw) for make in KINDS[kind])
+    close(precision.solve(precision.weigh(theta)), theta)
+
+
+@every_kind
+@quickly
+@given(draw=draws)
+def test_addition_is_that_of_the_maps(kind, draw):
+    make, make_theta = KINDS[kind]
+    a, b, c, theta = make(draw), make(draw), make(draw), make_theta(draw)
+    close((a + b).weigh(theta), a.weigh(theta) + b.weigh(theta))
+    close((a + b).weigh(theta), (b + a).weigh(theta))
+    close(((a + b) + c).weigh(theta), (a + (b + c)).weigh(theta))
+
+
+@every_kind
+@quickly
+@given(draw=draws)
+def test_sums_and_multiples_stay_positive(kind, draw):
+    make, make_theta = KINDS[kind]
+    a, b, theta = make(draw), make(draw), make_theta(draw)
+    for precision in (a, a + b, a.scaled(0.5), a + a.isotropic(1e-3)):
+        assert float((theta * precision.weigh(theta)).sum()) > 0
+
+
+@every_kind
+@quickly
+@given(draw=draws, factor=st.floats(1e-3, 1e3))
+def test_scaling_is_that_of_the_map(kind, draw, factor):
+    precision, theta = (make(draw) for make in KINDS[kind])
+    close(precision.scaled(factor).weigh(theta), precision.weigh(theta) * factor)
+
+
+@every_kind
+@quickly
+@given(draw=draws)
+def test_a_ridge_adds_its_strength_times_the_mean_diagonal_to_every_weight(kind, draw):
+    precision, theta = (make(draw) for make in KINDS[kind])
+    prior = precision.isotropic(0.25)
+    basis = torch.eye(theta.numel(), dtype=W).reshape(-1, *theta.shape)
+    diagonal = torch.stack([(unit * precision.weigh(unit)).sum() for unit in basis])
+    assert prior.weight == pytest.approx(0.25 * float(diagonal.mean()))
+    close((precision + prior).weigh(theta), precision.weigh(theta) + prior.weight * theta)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Diagonal(torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=W)),
+        Gram(torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=W)),
+    ],
+)
+def test_a_direction_that_nobody_knows_is_refused_with_the_remedy(precision):
+    with pytest.raises(SingularSumError, match="ridge"):
+        precision.solve(torch.ones(2, 2, dtype=W))
