@@ -1,0 +1,177 @@
+"""The compose file against the real command lines, and, with FEDBASIN_E2E=1, on a real Docker engine."""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from fedbasin.deploy.processes import SCRIPTS, plain
+from fedbasin.server.settings import read_settings
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+PROMETHEUS = ROOT / "deploy/prometheus.yml"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DIGITS = tomllib.loads((ROOT / "deploy/digits/pyproject.toml").read_text())["tool"]["flwr"]["app"]
+SERVICES = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if "fedbasin" in service["image"]}
+NODES = [name for name in SERVICES if name.startswith("supernode-")]
+
+
+def command(service):
+    return shlex.split(SERVICES[service]["command"])
+
+
+def option(service, name):
+    words = command(service)
+    return words[words.index(name) + 1]
+
+
+@pytest.mark.parametrize("service", [name for name in OURS if name not in NODES[1:]])
+def test_every_command_is_one_that_its_program_takes(service):
+    program, *arguments = command(service)
+    asked = subprocess.run(
+        [SCRIPTS / program, *arguments, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        timeout=60,
+    )
+    assert asked.returncode == 0, asked.stderr
+    known = set(re.findall(r"--[a-z][a-z-]+", plain(asked.stdout)))
+    assert {word for word in arguments if word.startswith("--")} <= known
+
+
+def test_images_are_pinned_and_ours_carries_the_version_of_the_project():
+    tags = {service["image"].partition(":")[2] for service in SERVICES.values()}
+    assert all(re.match(r"v?\d+\.\d+\.\d+$", tag) for tag in tags)
+    assert {service["image"] for service in OURS.values()} == {f"fedbasin:{PROJECT['version']}"}
+
+
+def test_the_one_published_port_is_for_this_machine_only():
+    published = {name: ports for name, s in SERVICES.items() if (ports := s.get("ports"))}
+    assert list(published) == ["prometheus"]
+    assert all(port.startswith("127.0.0.1:") for port in published["prometheus"])
+
+
+def test_the_port_that_runs_code_is_on_the_internal_network_alone():
+    assert SERVICES["superlink"]["networks"] == ["federation"]
+    assert COMPOSE["networks"]["federation"]["internal"] is True
+
+
+def test_whatever_stays_up_is_watched_limited_and_restarted():
+    for name, service in SERVICES.items():
+        if "profiles" not in service:
+            assert service["healthcheck"]["test"], name
+            assert service["restart"] == "unless-stopped", name
+        assert service["deploy"]["resources"]["limits"]["memory"], name
+
+
+def test_nodes_differ_in_their_partition_alone_and_are_as_many_as_a_round_waits_for():
+    (rest,) = {tuple(command(node)[:-1]) for node in NODES}
+    assert rest[-1] == "--node-config"
+    configs = {option(node, "--node-config") for node in NODES}
+    count = DIGITS["config"]["fedbasin"]["nodes"]
+    assert configs == {f"partition-id={i} num-partitions={count}" for i in range(count)}
+
+
+def test_everyone_finds_the_superlink_where_it_listens():
+    address = f"superlink:{option('superlink', '--port')}"
+    flower = tomllib.loads(COMPOSE["configs"]["flower"]["content"])
+    assert flower["superlink"]["compose"]["address"] == address
+    assert option("superexec", "--runtime-api-address") == address
+    assert {option(node, "--superlink") for node in NODES} == {address}
+
+
+def test_runs_report_to_the_observer_where_it_listens():
+    given = tomllib.loads(option("cli", "--run-config"))["fedbasin"]
+    settings = read_settings({f"fedbasin.{key}": value for key, value in given.items()})
+    assert settings.observer == f"observer:{option('observer', '--port')}"
+    assert given.keys() <= DIGITS["config"]["fedbasin"].keys()
+
+
+def test_prometheus_scrapes_the_observer_where_it_shows_its_metrics():
+    jobs = {
+        job["job_name"]: job for job in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]
+    }
+    (static,) = jobs["fedbasin"]["static_configs"]
+    assert static["targets"] == [f"observer:{option('observer', '--metrics-port')}"]
+
+
+def test_prometheus_is_given_every_rule_file_that_it_reads():
+    mounted = [volume.split(":") for volume in SERVICES["prometheus"]["volumes"]]
+    folders = {inside: ROOT / "deploy" / outside for outside, inside, *_ in mounted}
+    for rules in yaml.safe_load(PROMETHEUS.read_text())["rule_files"]:
+        assert folders[f"/etc/prometheus/{rules}"].is_file()
+
+
+def test_volumes_lie_where_the_image_made_folders_that_its_user_may_write():
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    for service in OURS.values():
+        for volume in service.get("volumes", ()):
+            assert volume.partition(":")[2] in dockerfile
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+def test_prometheus_takes_its_configuration():
+    subprocess.run(["promtool", "check", "config", PROMETHEUS], check=True, timeout=60)
+
+
+@pytest.mark.deployed
+@pytest.mark.skipif(os.environ.get("FEDBASIN_E2E") != "1", reason="FEDBASIN_E2E=1 asks for Docker")
+def test_a_run_in_containers_reaches_prometheus():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with composed(port) as compose:
+        health = compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
+        assert sorted(health) == sorted(f"{s} healthy" for s in SERVICES if s != "cli")
+        config = 'fedbasin.observer="observer:9470" epochs=2 num-server-rounds=2'
+        log = compose("run", "--rm", "-T", "cli", *command("cli")[:5], "--run-config", config)
+        assert wait_for(port, 'fedbasin_rounds_total{recipe="regmean"} == 2'), log
+        assert wait_for(port, 'fedbasin_runs_finished_total{recipe="regmean"} == 1'), log
+
+
+@contextmanager
+def composed(prometheus_port):
+    """The compose file, up and healthy, under a name of its own; nothing of it is left."""
+    environment = {**os.environ, "FEDBASIN_PROMETHEUS_PORT": str(prometheus_port)}
+
+    def compose(*arguments):
+        done = subprocess.run(
+            ["docker", "compose", "-p", f"fedbasin-e2e-{os.getpid()}", *arguments],
+            cwd=ROOT / "deploy",
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=1800,  # the first build downloads gigabytes
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    try:
+        compose("up", "--build", "--wait", "--wait-timeout", "300")
+        yield compose
+    finally:
+        compose("--profile", "cli", "down", "--volumes", "--timeout", "10")
+
+
+def wait_for(port, query, seconds=60):
+    """Whether a comparison comes to hold; Prometheus scrapes four times a minute."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query})
+        if answer.raise_for_status().json()["data"]["result"]:
+            return True
+        time.sleep(1)
+    return False
