@@ -4,17 +4,24 @@ With `L(t)` the loss of `(1 - t) anchor + t client`:
 
     barrier = max_t [ L(t) - ((1 - t) L(0) + t L(1)) ]
 
-Source: Frankle et al. 2020, arXiv 1912.05671; in this form Entezari et al. 2022, arXiv 2110.06296.
+Source: Frankle et al. 2020, arXiv 1912.05671; in this form Entezari et al. 2022, arXiv 2110.06296. That is the
+barrier wherever this project says the word alone; the others here are named after what they measure instead.
 Losses travel as sums over examples, so that the curves of many clients add up to the curve of their pooled data.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
+from fedbasin.strategies.state import State
+
 Curve: TypeAlias = Sequence[float]
+
+# Over some examples: loss in nats, number classified correctly, number of examples.
+Sums: TypeAlias = tuple[float, float, float]
+Evaluate: TypeAlias = Callable[[State], Sums]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,21 @@ class Path:
         nothing = (0.0,) * len(points)
         return cls(tuple(points), nothing, nothing, 0.0)
 
+    @classmethod
+    def of(cls, points: Curve, sums: Sequence[Sums]) -> "Path":
+        """The path with these sums at its points.
+
+        Raises:
+            ValueError: The points were not evaluated on the same number of examples.
+        """
+        loss, correct, examples = zip(*sums, strict=True)
+        if len(set(examples)) > 1:
+            raise ValueError(
+                f"the data held {examples} examples at the points of one path; "
+                "evaluate every point on the same data"
+            )
+        return cls(tuple(points), loss, correct, examples[0])
+
     def __add__(self, other: "Path") -> "Path":
         if self.points != other.points:
             raise ValueError(
@@ -78,6 +100,62 @@ class Path:
         return tuple(value / self.examples for value in sums)
 
 
+@dataclass(frozen=True)
+class Barriers:
+    """Every number of this page for one path.
+
+    Attributes:
+        linear: `linear_barrier` of the mean loss, nats.
+        above_mean: `mean_barrier` of the mean loss, nats.
+        midpoint: `midpoint_gap` of the mean loss, nats; None where the middle was not evaluated.
+        area: `area` of the mean loss, nats.
+        accuracy: `accuracy_barrier`, a share.
+        midpoint_accuracy: `midpoint_gap` of the accuracy: how much the mean of the two models gains on the
+            mean of their accuracies; None where the middle was not evaluated.
+    """
+
+    linear: float
+    above_mean: float
+    midpoint: float | None
+    area: float
+    accuracy: float
+    midpoint_accuracy: float | None
+
+
+def barriers(path: Path) -> Barriers:
+    """All barriers of a path, per example."""
+    points, losses, accuracy = path.points, path.mean_loss, path.accuracy
+    return Barriers(
+        linear=linear_barrier(points, losses),
+        above_mean=mean_barrier(points, losses),
+        midpoint=_middle(points, losses),
+        area=area(points, losses),
+        accuracy=accuracy_barrier(points, accuracy),
+        midpoint_accuracy=_middle(points, accuracy),
+    )
+
+
+def grid(points: int) -> tuple[float, ...]:
+    """Equally spaced points from 0 to 1.
+
+    Raises:
+        ValueError: Fewer than two.
+    """
+    if points < 2:
+        raise ValueError(f"a path of {points} points; ask for at least the two ends")
+    return tuple(i / (points - 1) for i in range(points))
+
+
+def along(at: Callable[[float], State], evaluate: Evaluate, points: int) -> Path:
+    """Walk any curve of states, straight or bent, and evaluate each of its points.
+
+    Raises:
+        ValueError: Fewer than two points, or data that is not the same each time.
+    """
+    steps = grid(points)
+    return Path.of(steps, [evaluate(at(t)) for t in steps])
+
+
 def linear_barrier(points: Curve, losses: Curve) -> float:
     """The largest rise above the chord.
 
@@ -85,6 +163,16 @@ def linear_barrier(points: Curve, losses: Curve) -> float:
     after walking the path backwards.
     """
     return max(_above_chord(points, losses))
+
+
+def mean_barrier(points: Curve, losses: Curve) -> float:
+    """`max_t L(t) - (L(0) + L(1)) / 2`, the barrier of Git Re-Basin (Ainsworth et al. 2023, arXiv 2209.04836).
+
+    Laws: `linear_barrier` where the ends are equal; at least half the difference of the ends, however straight
+    the loss between them.
+    """
+    _check("curve", points, losses)
+    return max(losses) - (losses[0] + losses[-1]) / 2
 
 
 def accuracy_barrier(points: Curve, accuracies: Curve) -> float:
@@ -98,18 +186,23 @@ def midpoint_gap(points: Curve, losses: Curve) -> float:
     Raises:
         ValueError: The middle is not among the points.
     """
-    for t, rise in zip(points, _above_chord(points, losses), strict=True):
-        if math.isclose(t, 0.5):
-            return rise
-    raise ValueError(
-        f"no point at t = 0.5 among {tuple(points)}; evaluate an odd number of equally spaced points"
-    )
+    middle = _middle(points, losses)
+    if middle is None:
+        raise ValueError(
+            f"no point at t = 0.5 among {tuple(points)}; evaluate an odd number of equally spaced points"
+        )
+    return middle
 
 
 def area(points: Curve, losses: Curve) -> float:
     """Signed area between curve and chord, by the trapezoid rule."""
     rises = list(zip(points, _above_chord(points, losses), strict=True))
     return sum((t - s) * (low + high) / 2 for (s, low), (t, high) in pairwise(rises))
+
+
+def _middle(points: Curve, values: Curve) -> float | None:
+    rises = zip(points, _above_chord(points, values), strict=True)
+    return next((rise for t, rise in rises if math.isclose(t, 0.5)), None)
 
 
 def _above_chord(points: Curve, values: Curve) -> tuple[float, ...]:
