@@ -1,74 +1,81 @@
-"""Arithmetic over long tensors, by chunks that fit a core's cache, shared among threads.
+"""Arithmetic over long tensors that leaves no temporary behind and waits for no thread.
 
     totals += weight * values          means = totals / weight          are all values finite?
 
-Two things make torch slow at this. Where two dtypes meet, it first writes a converted copy of the whole
-tensor to memory; here the copy is as long as a chunk. And its threads meet after every operation, so that
-all wait whenever the machine gives one of them a rest; here they meet once.
+Memory is the limit here, and one core nearly reaches it. torch's threads meet after every operation, so
+that all of them wait whenever the machine gives one a rest: here they are not used. Where two dtypes
+meet, torch first writes a converted copy of the whole tensor: here the copy is as long as a chunk that
+stays in the cache. And fresh memory is taken in huge pages, because the kernel clears it page by page.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.state import State
 
-T = TypeVar("T")
+# Elements that are converted at a time.
+_CHUNK = 2**18
 
-# Elements of one operation: with more, torch starts threads of its own.
-_CHUNK = 32_768
 
-# Elements that one thread takes at a time.
-_SHARE = 128 * _CHUNK
+def zeros(like: State, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A zero of this dtype for each tensor; they lie side by side in one piece of memory."""
+    sizes = [tensor.numel() for tensor in like.values()]
+    flat = _memory(sum(sizes), dtype).split(sizes) if sizes else ()
+    return {name: part.view(like[name].shape) for name, part in zip(like, flat, strict=True)}
 
 
 def add_scaled(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
     """`total += weight * value` for each pair, in the total's dtype; totals are contiguous."""
+    with _one_core():
+        for total, value in pairs:
+            if total.dtype == value.dtype:
+                total.add_(value, alpha=weight)
+                continue
+            for sums, values, buffer in _chunks(total, value):
+                sums.add_(buffer.copy_(values), alpha=weight)
 
-    def add(total: Tensor, value: Tensor) -> None:
-        for sums, values in _cut(_CHUNK, total, value):
-            sums.add_(values.to(sums.dtype), alpha=weight)
 
-    _share(add, *zip(*pairs, strict=True))
-
-
-def divided(totals: State, weight: float, like: State) -> dict[str, Tensor]:
-    """`total / weight` for each tensor, in the total's dtype, then rounded to that of `like`."""
-    means = {name: torch.empty_like(t, dtype=like[name].dtype) for name, t in totals.items()}
-
-    def divide(total: Tensor, mean: Tensor) -> None:
-        for sums, out in _cut(_CHUNK, total, mean):
-            out.copy_(sums / weight)
-
-    _share(divide, list(totals.values()), list(means.values()))
-    return means
+def divided(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """`total / weight`, computed in the total's dtype and rounded once."""
+    mean = _memory(total.numel(), dtype).view(total.shape)
+    with _one_core():
+        for sums, rounded, buffer in _chunks(total, mean):
+            rounded.copy_(torch.div(sums, weight, out=buffer))
+    return mean
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is infinite or not a number."""
-    return all(_share(_has_finite_sums, [tensor]))
+    with _one_core():
+        # A sum instead of a mask as large as the tensor: it is not finite if any entry is not. A finite
+        # tensor whose sum overflows is looked at entry by entry.
+        total = tensor.sum(dtype=torch.float32)
+        return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
-def _has_finite_sums(tensor: Tensor) -> bool:
-    # Sums instead of a mask as large as the tensor: one is not finite if any of its entries is not.
-    sums = [values.sum(dtype=torch.float32) for (values,) in _cut(_CHUNK, tensor)]
-    # Finite entries whose sum overflows are looked at one by one.
-    return bool(torch.stack(sums).isfinite().all()) or bool(tensor.isfinite().all())
+@contextmanager
+def _one_core() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _share(work: Callable[..., T], *columns: Iterable[Tensor]) -> list[T]:
-    """What the work returns for each share of the tensors, which stand side by side in columns."""
-    shares = [share for row in zip(*columns, strict=True) for share in _cut(_SHARE, *row)]
-    threads = min(torch.get_num_threads(), len(shares))
-    if threads < 2:
-        return [work(*share) for share in shares]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda share: work(*share), shares))
+def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Both tensors a chunk at a time, and a buffer of the first one's dtype that is as long."""
+    buffer = torch.empty(min(_CHUNK, first.numel()), dtype=first.dtype)
+    chunks = (tensor.detach().reshape(-1).split(_CHUNK) for tensor in (first, second))
+    for ours, theirs in zip(*chunks, strict=True):
+        yield ours, theirs, buffer[: len(ours)]
 
 
-def _cut(length: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of this length, side by side, without their shape."""
-    return zip(*(tensor.detach().reshape(-1).split(length) for tensor in tensors), strict=True)
+def _memory(elements: int, dtype: torch.dtype) -> Tensor:
+    # NumPy asks for huge pages where torch does not. One element too many: no view is taken of nothing.
+    memory = np.zeros((elements + 1) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype)[:elements]
