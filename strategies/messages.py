@@ -26,6 +26,9 @@ _KIND = {
     Statistic.fisher: pb.PRECISION_KIND_DIAGONAL,
     Statistic.gram: pb.PRECISION_KIND_GRAM,
 }
+# Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed;
+# the others are the SuperLink's.
+_CLIENT_ERRORS = {1, 2, 6, 7, 8}
 _PRECISION: dict[int, Callable[[Tensor], Precision]] = {
     pb.PRECISION_KIND_DIAGONAL: Diagonal,
     pb.PRECISION_KIND_GRAM: Gram,
@@ -158,7 +161,7 @@ def receive_metrics(message: Message) -> Received:
 
 def _error(message: Message) -> tuple[Outcome, str]:
     code, reason = message.error.code, message.error.reason or "no reason given"
-    outcome = Outcome.client_error if code == 2 else Outcome.unavailable
+    outcome = Outcome.client_error if code in _CLIENT_ERRORS else Outcome.unavailable
     return outcome, f"error {code}: {reason}"
 
 

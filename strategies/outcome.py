@@ -7,7 +7,7 @@ class Outcome(Enum):
     """The fate of one reply. The name is the label, the value is the advice."""
 
     accepted = "the update is in the sum"
-    client_error = "the client app raised; its traceback is in the SuperNode's log"
+    client_error = "the client app failed; its traceback is in the SuperNode's log"
     timeout = (
         "no reply before the deadline; raise round-timeout-seconds or look at the client's load"
     )
