@@ -66,7 +66,7 @@ class Telemetry:
             for metric in of.HISTOGRAMS
         }
         self._recipes = Vocabulary(32, of.RECIPES)
-        self._stages = Vocabulary(32)
+        self._stages = Vocabulary(32, of.STAGES)
         self._names = Vocabulary(64)
         self._outcomes = Vocabulary(len(Outcome), (outcome.name for outcome in Outcome))
         self._set(of.BUILD, 1, metadata.version("fedbasin"))
@@ -84,13 +84,16 @@ class Telemetry:
             self._observe_success(source, report)
 
     def _begin(self, recipe: str) -> None:
-        """Makes a recipe's counters, at zero where they are new: a rate needs a first value."""
+        """Makes a recipe's series, at zero where they are new: a rate needs a first value."""
         for metric in of.COUNTERS:
             if metric is not of.UPDATES:
                 self._counters[metric].labels(recipe)
         for outcome in Outcome.__members__:
             self._counters[of.UPDATES].labels(recipe, outcome)
         self._histograms[of.ROUND_SECONDS].labels(recipe)
+        for stage in of.STAGES:
+            for metric in (of.STAGE_SECONDS, of.SERVER_SECONDS, of.CLIENT_SECONDS):
+                self._histograms[metric].labels(recipe, stage)
 
     def _observe_progress(self, source: "_Source", report: RoundReport) -> None:
         state = "failed" if report.problem else "finished" if report.last else "running"

@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -16,37 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
 from fedbasin.server.history import History, Limits
-from fedbasin.server.observer import SERVICE, Settings, serving
+from fedbasin.server.observer import SERVICE
 from fedbasin.server.push import connect, push
 from fedbasin.server.store import FILE
-
-
-@contextmanager
-def observer(port=0, store=None):
-    """An observer on a loop of its own; yields its addresses."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    context = serving(Settings(port=port, metrics_port=0, store=store))
-    try:
-        yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
-        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-@contextmanager
-def served(**settings):
-    """An observer and a client of it."""
-    with observer(**settings) as addresses, connect(addresses.observer) as channel:
-        yield addresses, ObserverStub(channel)
-
-
-def report(round_, run="run", **fields):
-    given = {"schema_version": pb.SCHEMA_VERSION, "rounds": 9, "recipe": "fedavg"} | fields
-    return pb.RoundReport(run_id=run, round=round_, **given)
+from tests.observing import observer, report, served
 
 
 def numbers(reports):

@@ -14,6 +14,7 @@ from fedbasin.server import catalogue
 from fedbasin.server.telemetry import Telemetry
 from fedbasin.strategies.outcome import Outcome
 from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.stages import AlignedFuse, Bootstrap, Evaluate, Fuse
 
 
 def alignment(certified, gain, before, after):
@@ -160,13 +161,16 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
     assert value(text, "run_state", state="running") == 1
 
 
-def test_the_counters_of_every_recipe_are_there_before_its_first_round():
+def test_the_series_of_every_recipe_are_there_before_its_first_round():
     assert set(catalogue.RECIPES) == set(RECIPES)
+    assert set(catalogue.STAGES) == {one.name for one in (Bootstrap, Fuse, AlignedFuse, Evaluate)}
     there = samples(page())
     for recipe in RECIPES:
         assert there["fedbasin_rounds_total", frozenset({("recipe", recipe)})] == 0
         refused = frozenset({("recipe", recipe), ("outcome", "wrong_shape")})
         assert there["fedbasin_updates_total", refused] == 0
+        stage = frozenset({("recipe", recipe), ("stage", "bootstrap")})
+        assert there["fedbasin_client_duration_seconds_count", stage] == 0
 
 
 def test_what_is_scraped_is_what_the_catalogue_says_and_all_of_it():
