@@ -1,0 +1,116 @@
+"""Every wrong setting is refused before anything is sent, by key, value and remedy."""
+
+import math
+
+import pytest
+
+from fedbasin.server.serve import Hooks, serve
+from fedbasin.server.settings import Settings, SettingsError, read_settings
+from fedbasin.strategies.recipe import RECIPES
+from tests import tiny
+
+# key, value, what the message says beside them
+WRONG = [
+    ("recipe", "fedprox", "choose one of fedavg, fisher, regmean"),
+    ("recipe", 3, "string"),
+    ("ridge", -0.1, "greater than or equal to 0"),
+    ("ridge", math.inf, "finite"),
+    ("ridge", "much", "number"),
+    ("shrink", 1.5, "less than or equal to 1"),
+    ("align", "both", "'client', 'server' or 'off'"),
+    ("align", True, "'client', 'server' or 'off'"),
+    ("start", "cold", "'shared' or 'own'"),
+    ("bootstrap", "random", "'first', 'medoid' or 'best'"),
+    ("sum", "exact", "'reproducible' or 'fast'"),
+    ("barrier-points", 1, "a path has two ends"),
+    ("barrier-points", 500, "less than or equal to 101"),
+    ("nodes", 0, "greater than or equal to 1"),
+    ("nodes", 2.5, "integer"),
+    ("fraction-train", 0, "greater than 0"),
+    ("fraction-train", 1.1, "less than or equal to 1"),
+    ("fraction-evaluate", -1, "greater than or equal to 0"),
+    ("quorum", 0, "greater than 0"),
+    ("quorum", math.nan, "finite"),
+    ("grace-seconds", -1, "greater than or equal to 0"),
+    ("attempts", 0, "greater than or equal to 1"),
+    ("round-timeout-seconds", 0, "greater than 0"),
+    ("wait-timeout-seconds", -3, "greater than 0"),
+    ("poll-seconds", 0, "greater than 0"),
+    ("max-update-bytes", 0, "greater than 0"),
+    ("seed", -1, "greater than or equal to 0"),
+    ("folder", 7, "path"),
+    ("resume", 1, "string"),
+    ("observer", 1, "string"),
+    ("colour", "red", "there is no such setting; known are align, attempts"),
+    ("barrier_points", 3, "there is no such setting; known are"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "remedy"), WRONG, ids=[f"{k}={v}" for k, v, _ in WRONG])
+def test_a_wrong_value_is_refused_before_anything_is_sent(key, value, remedy):
+    federation = tiny.federation()
+    grid = federation.grid()
+    context = federation.server_context(**{f"fedbasin.{key}": value})
+    with pytest.raises(SettingsError) as refused:
+        serve(grid, context, tiny.net(), 1, symmetry=tiny.symmetry())
+    message = str(refused.value)
+    assert f"fedbasin.{key} = {value!r}" in message
+    assert remedy in message
+    assert grid.pushed == 0
+
+
+def test_every_key_has_a_wrong_value_in_the_table():
+    keys = {field.alias for field in Settings.model_fields.values()}
+    assert {key for key, _, _ in WRONG} >= keys
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({"recipe": "fisher", "align": "server"}, {}, "align = 'server'.*set align = 'client'"),
+        ({"align": "client"}, {"symmetry": None}, "align = 'client' needs.*pass symmetry=trace"),
+        ({"bootstrap": "best"}, {"hooks": Hooks()}, r"'best' needs a score; pass Hooks\(score"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(config, arguments, message):
+    federation = tiny.federation(**config)
+    grid = federation.grid()
+    with pytest.raises(SettingsError, match=message):
+        serve(
+            grid,
+            federation.server_context(),
+            tiny.net(),
+            1,
+            **{"symmetry": tiny.symmetry(), **arguments},
+        )
+    assert grid.pushed == 0
+
+
+def test_all_wrong_values_are_named_at_once():
+    with pytest.raises(SettingsError, match=r"fedbasin\.nodes = 0.*; fedbasin\.seed = -1"):
+        read_settings({"fedbasin.nodes": 0, "fedbasin.seed": -1})
+
+
+def test_an_app_that_sets_nothing_has_defaults_that_run():
+    settings = read_settings({})
+    assert settings == Settings()
+    assert settings.composed == RECIPES["fedavg"]
+    assert (settings.start, settings.resume, settings.observer) == ("shared", "", "")
+
+
+def test_keys_of_the_app_are_its_own():
+    assert read_settings({"lr": 0.1, "recipe": "?", "fedbasin.nodes": 5}).nodes == 5
+
+
+def test_a_regulariser_replaces_the_recipes_own():
+    own, given = Settings(recipe="regmean"), Settings(recipe="regmean", ridge=0.5, shrink=0.9)
+    assert own.composed == RECIPES["regmean"]
+    assert (given.composed.ridge.strength, given.composed.shrink) == (0.5, 0.9)
+    assert given.composed.statistic is own.composed.statistic
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_says_what_it_does(name):
+    description = Settings.model_fields[name].description
+    assert description
+    assert len(description.split()) >= 3
