@@ -1,6 +1,7 @@
 """Who may talk to an observer: TLS on both sides, and a token that every call but the health check carries."""
 
 import hmac
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -36,20 +37,25 @@ class Guard:
     token_file: Path | None = None
 
     def check(self, host: str) -> None:
-        """Refuses what would look safe and is not.
+        """Refuses what cannot be used, and what would look safe and is not.
 
         Raises:
-            AccessError: half of a pair of files, or a token that would cross a network in plain text.
+            AccessError: half of a pair of files, a file that is not what it should be, or a token that would
+                cross a network in plain text.
         """
         if (self.cert is None) != (self.key is None):
             raise AccessError("a certificate needs its key; give --tls-cert and --tls-key together")
         if self.client_ca and not self.cert:
             raise AccessError("client certificates need TLS; give --tls-cert and --tls-key too")
-        if self.token_file and not self.cert and not _is_loopback(host):
+        if self.token_file and not self.cert and not is_loopback(host):
             raise AccessError(
                 f"on {host} without TLS, everyone on the way could read the token; give --tls-cert and "
                 "--tls-key, or listen on 127.0.0.1"
             )
+        if self.token_file:
+            read_token(self.token_file)
+        if self.cert and self.key:
+            _check_files(self.cert, self.key, self.client_ca)
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """For a port; None for plain text.
@@ -103,7 +109,7 @@ class Pass:
     def _with_token(self, address: str, channel: grpc.Channel) -> grpc.Channel:
         if not self.token_file:
             return channel
-        if not self.ca and not _is_loopback(address.rpartition(":")[0].strip("[]")):
+        if not self.ca and not is_loopback(address.rpartition(":")[0].strip("[]")):
             raise AccessError(
                 f"the token for {address} would go out in plain text; name the authority of the observer's "
                 "certificate too"
@@ -199,11 +205,30 @@ class _TokenBearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_files(cert: Path, key: Path, client_ca: Path | None) -> None:
+    """OpenSSL's opinion, because gRPC's own would only be that the port cannot be opened."""
+    for path in filter(None, (cert, key, client_ca)):
+        _read(path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        raise AccessError(
+            f"{cert} and {key} are no certificate with its key, PEM: {error}"
+        ) from error
+    try:
+        if client_ca:
+            context.load_verify_locations(client_ca)
+    except ssl.SSLError as error:
+        raise AccessError(f"{client_ca} has no authority's certificate, PEM: {error}") from error
 
 
 def _read(path: Path) -> bytes:

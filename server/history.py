@@ -6,7 +6,7 @@ loop.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 
@@ -137,7 +137,7 @@ class History:
             raise KeyError(run_id)
         return [report for report in self._after(run_id, -1) if report.round >= from_round]
 
-    async def watch(self, run_id: str, from_round: int = 0) -> AsyncIterator[RoundReport]:
+    async def watch(self, run_id: str, from_round: int = 0) -> AsyncGenerator[RoundReport, None]:
         """The rounds so far and then each as it comes, until the run's last or the one that ended it.
 
         A run that has not reported yet is waited for; an empty id means the newest run, or the first to come.

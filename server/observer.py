@@ -1,7 +1,8 @@
 """The process that outlives the runs: ServerApps push round reports, anyone reads, watches or scrapes them.
 
 A ServerApp ends with its run, and a metrics endpoint inside it would too. This one stays, behind the service
-`Observer` of fedbasin.proto, the standard gRPC services for health and reflection, and a page for Prometheus.
+`Observer` of fedbasin.proto, the standard gRPC services for health and reflection, a page for people and one for
+Prometheus.
 Without a guard it has no login: whoever reaches its ports can read and push.
 """
 
@@ -16,13 +17,16 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import fedbasin_pb2_grpc as rpc
 from fedbasin.server.access import Guard
 from fedbasin.server.history import ClosedError, ConflictError, History
 from fedbasin.server.models import Models, NoModelError
+from fedbasin.server.page.access import guards
+from fedbasin.server.page.app import application
+from fedbasin.server.page.listen import listening
 from fedbasin.server.push import LARGEST_REPORT_BYTES
 from fedbasin.server.store import Store
 from fedbasin.server.telemetry import Telemetry
@@ -45,10 +49,10 @@ class Settings:
     Attributes:
         host: address of both ports.
         port: of the gRPC service.
-        metrics_port: of the page for Prometheus.
+        metrics_port: of the page and of /metrics.
         store: folder for the reports; None keeps them in memory only.
         models: folder with run folders, whose global models may be downloaded; None hands out none.
-        guard: what the gRPC service asks of its callers.
+        guard: what both ports ask of their callers.
     """
 
     host: str = "127.0.0.1"
@@ -65,18 +69,19 @@ class Addresses:
 
     observer: str
     metrics: str
+    page: str
 
 
 class Observer(rpc.ObserverServicer):
     """The service: pushes go to the store, the history and the metrics, in this order, once each."""
 
     def __init__(self, telemetry: Telemetry, store: Store | None, models: Models) -> None:
-        self._history = History()
+        self.history = History()
         self._telemetry = telemetry
         self._store = store
         self._models = models
         for report in store.load() if store else ():
-            if not refusal(report) and not self._history.knows(report):
+            if not refusal(report) and not self.history.knows(report):
                 self._remember(report)
 
     async def PushRound(  # noqa: N802 - the name in the .proto
@@ -86,11 +91,11 @@ class Observer(rpc.ObserverServicer):
         if reason := refusal(request):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
         try:
-            if not self._history.knows(request):
+            if not self.history.knows(request):
                 if self._store:
                     self._store.append(request)
                 self._remember(request)
-                await self._history.tell()
+                await self.history.tell()
         except ConflictError as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         except OSError as error:
@@ -102,16 +107,16 @@ class Observer(rpc.ObserverServicer):
     ) -> pb.ListRunsReply:
         """Lists the runs, in the order in which they began."""
         del request, context
-        return pb.ListRunsReply(runs=self._history.runs())
+        return pb.ListRunsReply(runs=self.history.runs())
 
     async def GetRounds(  # noqa: N802 - the name in the .proto
         self, request: pb.RoundsRequest, context: aio.ServicerContext
     ) -> pb.RoundsReply:
         """Gives the rounds of a run so far."""
         try:
-            reports = self._history.rounds(request.run_id, request.from_round)
+            reports = self.history.rounds(request.run_id, request.from_round)
         except KeyError:
-            known = ", ".join(run.run_id for run in self._history.runs()) or "none"
+            known = ", ".join(run.run_id for run in self.history.runs()) or "none"
             await context.abort(
                 grpc.StatusCode.NOT_FOUND, f"no run '{request.run_id}' here; there are: {known}"
             )
@@ -122,7 +127,7 @@ class Observer(rpc.ObserverServicer):
     ) -> AsyncIterator[pb.RoundReport]:
         """Streams the rounds of a run, past and to come."""
         try:
-            async for report in self._history.watch(request.run_id, request.from_round):
+            async for report in self.history.watch(request.run_id, request.from_round):
                 yield report
         except ClosedError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the observer is stopping")
@@ -141,10 +146,10 @@ class Observer(rpc.ObserverServicer):
 
     async def close(self) -> None:
         """Ends every watch."""
-        await self._history.close()
+        await self.history.close()
 
     def _remember(self, report: pb.RoundReport) -> None:
-        self._history.add(report)
+        self.history.add(report)
         self._telemetry.observe(report)
 
 
@@ -198,9 +203,11 @@ async def serving(settings: Settings) -> AsyncIterator[Addresses]:
     ProcessCollector(registry=registry)
     with _opened(settings.store) as store:
         observer = Observer(Telemetry(registry), store, Models(settings.models))
-        with _metrics(settings, registry) as metrics:
-            async with _service(settings, observer) as address:
-                yield Addresses(address, metrics)
+        async with (
+            _http(settings, observer.history, registry) as site,
+            _service(settings, observer) as address,
+        ):
+            yield Addresses(address, f"{site}/metrics", f"{site}/")
 
 
 @contextmanager
@@ -212,19 +219,14 @@ def _opened(folder: Path | None) -> Iterator[Store | None]:
         yield store
 
 
-@contextmanager
-def _metrics(settings: Settings, registry: CollectorRegistry) -> Iterator[str]:
-    wanted = _joined(settings.host, settings.metrics_port)
-    try:
-        server, thread = start_http_server(settings.metrics_port, settings.host, registry)
-    except OSError as error:
-        raise OSError(f"cannot listen on {wanted} for Prometheus: {error.strerror}") from error
-    try:
-        yield f"http://{_joined(settings.host, server.server_port)}/metrics"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+@asynccontextmanager
+async def _http(
+    settings: Settings, history: History, registry: CollectorRegistry
+) -> AsyncIterator[str]:
+    app = application(history, registry, guards(settings.guard, settings.host))
+    async with listening(app, settings.host, settings.metrics_port, settings.guard) as port:
+        scheme = "https" if settings.guard.cert else "http"
+        yield f"{scheme}://{_joined(settings.host, port)}"
 
 
 @asynccontextmanager

@@ -1,0 +1,1 @@
+"""What the observer shows over HTTP: a page for people, a small JSON API behind it, and /metrics."""

@@ -1,0 +1,148 @@
+"""The HTTP application of an observer.
+
+    /                            the page
+    /sites?run=                  the heat maps of a run, a part of the page that is fetched when it is there
+    /api/runs                    the runs
+    /api/runs/{id}/rounds?from=  rounds in brief
+    /api/runs/{id}/events?from=  the same as server-sent events, past and to come
+    /api/events                  of the newest run, or of the first to come
+    /metrics                     for Prometheus
+
+Starlette and uvicorn, which Flower brings, serve it on the loop that holds the history: a watcher is a coroutine
+and not a thread, and the history needs no lock.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToDict
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.server.history import History
+from fedbasin.server.page.headers import SecurityHeaders
+from fedbasin.server.page.stream import events
+from fedbasin.server.page.view import Choice, page
+from fedbasin.server.report.alignment import alignment
+from fedbasin.server.report.document import style
+from fedbasin.server.report.run import Run
+from fedbasin.server.report.summary import as_json, summarise
+
+_STATIC = Path(__file__).parent / "static"
+_RUNS_KEPT = 8  # whose summaries are not made anew for every request
+
+
+def application(
+    history: History, registry: CollectorRegistry, guards: Sequence[Middleware] = ()
+) -> Starlette:
+    """The application over a history and its metrics.
+
+    Args:
+        history: read on the loop that serves.
+        registry: behind /metrics.
+        guards: what looks at a request first.
+    """
+    site = _Site(history, registry)
+    routes = [
+        Route("/", site.page),
+        Route("/sites", site.sites),
+        Route("/metrics", site.metrics),
+        Route("/api/runs", site.runs),
+        Route("/api/runs/{run_id:path}/rounds", site.rounds),
+        Route("/api/runs/{run_id:path}/events", site.events),
+        Route("/api/events", site.events),
+        Route("/static/style.css", _style),  # the report's own, shared
+        Mount("/static", StaticFiles(directory=_STATIC)),
+    ]
+    zipped = Middleware(GZipMiddleware, compresslevel=5)
+    return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), *guards, zipped])
+
+
+class _Site:
+    """The pages over one history."""
+
+    def __init__(self, history: History, registry: CollectorRegistry) -> None:
+        self._history = history
+        self._registry = registry
+        self._seen: dict[str, Run] = {}
+
+    async def page(self, request: Request) -> Response:
+        choice = Choice.read(request.query_params)
+        summaries = self._history.runs()
+        runs = [await self._run(choice.run)] if summaries else []
+        if runs and choice.other not in ("", runs[0].name):
+            runs.append(await self._run(choice.other))
+        return HTMLResponse(await run_in_threadpool(page, summaries, runs, choice))
+
+    async def sites(self, request: Request) -> Response:
+        run = await self._run(request.query_params.get("run", ""))
+        return HTMLResponse(await run_in_threadpool(alignment, run))
+
+    async def metrics(self, request: Request) -> Response:
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._registry), media_type=media_type)
+
+    async def runs(self, request: Request) -> Response:
+        del request
+        return JSONResponse(
+            [
+                MessageToDict(
+                    one, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+                )
+                for one in self._history.runs()
+            ]
+        )
+
+    async def rounds(self, request: Request) -> Response:
+        reports = self._reports(request.path_params["run_id"])
+        first = _from(request)
+        return JSONResponse([as_json(summarise(one)) for one in reports if one.round >= first])
+
+    async def events(self, request: Request) -> Response:
+        run_id = request.path_params.get("run_id", "")
+        if run_id:
+            self._reports(run_id)
+        seen = request.headers.get("last-event-id", "")
+        first = int(seen) + 1 if seen.isdecimal() else _from(request)
+        stream = events(self._history, run_id, first)
+        return StreamingResponse(stream, media_type="text/event-stream")
+
+    async def _run(self, run_id: str) -> Run:
+        reports = self._reports(run_id)
+        name = reports[0].run_id
+        before = self._seen.pop(name, None)
+        run = self._seen[name] = await run_in_threadpool(Run.of, reports, before)
+        while len(self._seen) > _RUNS_KEPT:
+            del self._seen[next(iter(self._seen))]
+        return run
+
+    def _reports(self, run_id: str) -> list[RoundReport]:
+        try:
+            found = self._history.rounds(run_id)
+        except KeyError:
+            raise HTTPException(404, f"no run '{run_id}' here; /api/runs lists them") from None
+        if not found:
+            raise HTTPException(404, "no run has reported yet")
+        return sorted(found, key=lambda report: report.round)
+
+
+async def _style(request: Request) -> Response:
+    del request
+    return Response(style(), media_type="text/css")
+
+
+def _from(request: Request) -> int:
+    text = request.query_params.get("from", "0")
+    if not text.isdecimal():
+        raise HTTPException(400, f"from is '{text}'; give the number of a round")
+    return int(text)

@@ -1,0 +1,70 @@
+"""An HTTP application on a port, served by the loop that is already running."""
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from fedbasin.server.access import Guard
+
+_GRACE_SECONDS = 1
+
+
+class _Server(uvicorn.Server):
+    """One that leaves the process's signals to its owner."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override] # a generator there
+        return nullcontext()
+
+
+@asynccontextmanager
+async def listening(app: ASGIApp, host: str, port: int, guard: Guard) -> AsyncIterator[int]:
+    """Serves as long as the context is open; yields the port.
+
+    Raises:
+        OSError: the port is taken, or the certificate cannot be used.
+    """
+    with _bound(host, port) as listener:
+        server = _Server(_config(app, guard))
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            while not (server.started or serving.done()):
+                await asyncio.sleep(0.005)
+            if serving.done():
+                serving.result()
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        wanted = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"cannot listen on {wanted} for Prometheus and the page: {reason}") from error
+
+
+def _config(app: ASGIApp, guard: Guard) -> uvicorn.Config:
+    """Nothing is logged, and TLS asks for what the gRPC port asks for."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        ssl_certfile=guard.cert,
+        ssl_keyfile=guard.key,
+        ssl_ca_certs=str(guard.client_ca) if guard.client_ca else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if guard.client_ca else ssl.CERT_NONE,
+    )

@@ -1,0 +1,44 @@
+"""Loss and accuracy on the straight way from the anchor to the clients, in one round."""
+
+from collections.abc import Sequence
+
+from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport
+from fedbasin.server.report import figures
+from fedbasin.server.report.chart import Axis, Line
+from fedbasin.server.report.figures import Words
+from fedbasin.server.report.markup import Html, join, tag
+
+
+def path(report: RoundReport, whose: str = "") -> Html:
+    """Both curves, as trained and as aligned.
+
+    Args:
+        report: the round's.
+        whose: stands before each heading.
+    """
+    sums = report.path
+    if not (sums.points and sums.examples):
+        return tag("p", f"{whose}Round {report.round} evaluated no path.", class_="note")
+    counted = f"{sums.examples:,.0f} examples of the clients’ own"
+    panels = (
+        ("loss", f"Mean in nats, {counted}.", sums.loss_before, sums.loss_after),
+        ("accuracy", f"Share of {counted}.", sums.correct_before, sums.correct_after),
+    )
+    return join(
+        figures.curves(
+            Words(f"{whose}Round {report.round}: {name}", note, "anchor (0) to client (1)"),
+            _lines(sums, before, after),
+            Axis(0, 1),
+        )
+        for name, note, before, after in panels
+        if before or after
+    )
+
+
+def _lines(path: PathSums, before: Sequence[float], after: Sequence[float]) -> list[Line]:
+    drawn = (("as trained", before, "before"), ("aligned", after, "after"))
+    return [
+        Line(label, [(t, y / path.examples) for t, y in zip(path.points, sums, strict=False)], when)
+        for label, sums, when in drawn
+        if sums
+    ]

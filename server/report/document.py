@@ -1,0 +1,103 @@
+"""A whole HTML document: the report of a run in one file, which needs no script, no server and no network."""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+
+from fedbasin.server.report.alignment import alignment
+from fedbasin.server.report.barriers import path
+from fedbasin.server.report.markup import Html, join, tag, trusted
+from fedbasin.server.report.progress import barriers, metrics, overview, rounds
+from fedbasin.server.report.replies import costs, outcomes
+from fedbasin.server.report.run import Run
+from fedbasin.server.report.table import table
+
+
+def style() -> str:
+    """The style sheet of report and page."""
+    return (files(__package__) / "style.css").read_text(encoding="utf-8")
+
+
+def report(run: Run, settings: str = "") -> str:
+    """The report of a run.
+
+    Args:
+        run: its rounds.
+        settings: what decides its result, as JSON; empty where it is not known.
+    """
+    body = (
+        tag("header", title(run.name, run.newest.recipe), themes()),
+        tag("main", overview(run), *parts([run], alignment(run)), _settings(settings), id="main"),
+    )
+    return document(f"{run.name} · fedbasin", tag("style", trusted(style())), *body)
+
+
+def parts(runs: Sequence[Run], heat_maps: Html, number: int | None = None) -> list[Html]:
+    """The sections that page and report share, from the barriers to the rounds.
+
+    Args:
+        runs: one, or two to compare; what cannot be laid over each other shows the first alone.
+        heat_maps: the sites of the first run.
+        number: of the round whose curves and clients are shown; the newest that was probed if None.
+    """
+    run, whose = runs[0], f" of {runs[0].name}" if len(runs) > 1 else ""
+    paths = (path(one.shown(number), f"{one.name}, " if whose else "") for one in runs)
+    tables = (tag("div", rounds(one), class_="card") for one in runs)
+    return [
+        _section("progress", "By round", _grid(barriers(runs), metrics(runs))),
+        _section("path", "From the anchor to the clients", _grid(*paths)),
+        _section("alignment", f"Alignment by site{whose}", heat_maps),
+        _section("outcomes", f"Replies{whose}", outcomes(run, run.shown(number))),
+        _section("costs", f"Seconds and bytes{whose}", _grid(costs(run))),
+        _section("rounds", "Rounds", *tables),
+    ]
+
+
+def document(title: str, head: Html, *body: Html) -> str:
+    """A page of HTML."""
+    inner = join(
+        [
+            tag("meta", charset="utf-8"),
+            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            tag("title", title),
+            head,
+        ]
+    )
+    page = tag("html", tag("head", inner), tag("body", *body), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def title(name: str, note: str) -> Html:
+    """The heading of the document."""
+    return tag("h1", name, " ", tag("small", note))
+
+
+def themes() -> Html:
+    """The choice between light and dark: plain radio buttons, read by the style sheet."""
+    choices = (
+        tag(
+            "label",
+            tag("input", type="radio", name="theme", id=f"theme-{key}", checked=key == "auto"),
+            key.capitalize(),
+        )
+        for key in ("auto", "light", "dark")
+    )
+    return tag("fieldset", tag("legend", "Colours", class_="hidden"), *choices, class_="theme")
+
+
+def _section(key: str, name: str, *content: Html) -> Html:
+    heading = tag("h2", name, id=f"{key}-title")
+    return tag("section", heading, *content, id=key, aria_labelledby=f"{key}-title")
+
+
+def _grid(*figures: Html) -> Html:
+    return tag("div", *figures, class_="grid")
+
+
+def _settings(text: str) -> Html:
+    if not text:
+        return Html()
+    rows = ((key, json.dumps(value)) for key, value in json.loads(text).items())
+    content = table("The settings that decide the result", ("setting", "value"), rows)
+    card = tag("div", content, class_="card settings")
+    return _section("settings", "What was run", card)

@@ -1,0 +1,45 @@
+"""HTML that cannot be injected into: whatever is not `Html` already is escaped."""
+
+from collections.abc import Iterable
+from html import escape
+from typing import TypeAlias
+
+Attribute: TypeAlias = str | float | bool | None
+
+_VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})
+
+
+class Html(str):
+    """Text that is HTML. Only this module makes it from other text."""
+
+    __slots__ = ()
+
+
+def tag(name: str, /, *content: object, **attributes: Attribute) -> Html:
+    """An element.
+
+    Args:
+        name: of the element.
+        content: `Html` as it is, anything else as escaped text.
+        attributes: `class_` is `class`, `aria_label` is `aria-label`; None and False are left out, True is
+            the bare name.
+    """
+    head = name + "".join(_attribute(key, value) for key, value in attributes.items())
+    return Html(f"<{head}>" if name in _VOID else f"<{head}>{join(content)}</{name}>")
+
+
+def join(parts: Iterable[object]) -> Html:
+    """Parts one after the other."""
+    return Html("".join(part if type(part) is Html else escape(str(part)) for part in parts))
+
+
+def trusted(text: str) -> Html:
+    """Text of this project's own files, such as its style sheet, taken as HTML."""
+    return Html(text)
+
+
+def _attribute(key: str, value: Attribute) -> str:
+    if value is None or value is False:
+        return ""
+    name = key.rstrip("_").replace("_", "-")
+    return f" {name}" if value is True else f' {name}="{escape(str(value))}"'

@@ -1,0 +1,117 @@
+"""Round reports as a real run would send them: losses that fall, clients that fail, sites that settle."""
+
+import math
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+
+from fedbasin.proto import fedbasin_pb2 as pb
+
+SITES = ("stem.hidden", "blocks.0.attention.heads", "blocks.0.ffn.hidden", "blocks.1.attention.heads",
+         "blocks.1.ffn.hidden", "head.hidden")  # fmt: skip
+BEGAN = datetime(2026, 11, 22, 9, 30, tzinfo=UTC)
+
+
+def run_of(
+    run_id="regmean-aligned",
+    rounds=12,
+    clients=6,
+    sites=SITES,
+    recipe="regmean",
+    seed=0,
+    of=None,
+):
+    """A run's reports; unfinished where `of` is more than `rounds`."""
+    random = np.random.default_rng(seed)
+    of = of or rounds
+    return [
+        _round(random, run_id, number, of, clients, sites, recipe)
+        for number in range(1, rounds + 1)
+    ]
+
+
+def many_sites(number):
+    return tuple(f"encoder.layer.{index:02}.ffn.hidden" for index in range(number))
+
+
+def _round(random, run_id, number, of, clients, sites, recipe):
+    skill = 1 - math.exp(-number / (0.25 * of + 1))
+    stages = [_stage(random, name, number, clients, sites, skill) for name in _stages(number)]
+    accuracy = 0.31 + 0.62 * skill + random.normal(0, 0.004)
+    return pb.RoundReport(
+        schema_version=pb.SCHEMA_VERSION,
+        run_id=run_id,
+        round=number,
+        rounds=of,
+        recipe=recipe,
+        finished=BEGAN + timedelta(seconds=41 * number),
+        seconds=sum(stage.seconds for stage in stages) + 0.2,
+        stages=stages,
+        path=_path(random, skill, 60 * clients),
+        metrics={"test-accuracy": accuracy, "test-loss": 2.1 * (1 - skill) + 0.21},
+        model_digest=bytes(random.bytes(32)),
+        peak_rss_bytes=int(812e6 + 1e6 * number),
+        last=number == of,
+    )
+
+
+def _stages(number):
+    return ("bootstrap", "fuse", "evaluate") if number == 1 else ("fuse", "evaluate")
+
+
+def _stage(random, name, number, clients, sites, skill):
+    told = [_client(random, name, node, sites, skill) for node in range(1, clients + 1)]
+    slowest = max(client.seconds for client in told)
+    return pb.StageReport(
+        stage=name, seconds=slowest + 0.4, server_seconds=0.4 * random.random(), clients=told
+    )
+
+
+def _client(random, stage, node, sites, skill):
+    client = pb.ClientReport(
+        node_id=10**18 + 7919 * node,
+        outcome="accepted",
+        examples=200 + 40 * node,
+        bytes_up=4_200_000 if stage == "fuse" else 900,
+        bytes_down=2_100_000,
+        seconds={"bootstrap": 9, "fuse": 22, "evaluate": 3}.get(stage, 1)
+        * random.uniform(0.7, 1.1),
+    )
+    if stage == "fuse":
+        _fuse(random, client, node, sites, skill)
+    return client
+
+
+def _fuse(random, client, node, sites, skill):
+    if random.random() < 0.06:
+        outcome = random.choice(["timeout", "non_finite", "wrong_round"])
+        detail = {"non_finite": "blocks.0.ffn.weight has 3 NaN of 4096"}.get(str(outcome), "")
+        client.outcome, client.detail = str(outcome), detail
+        return
+    client.alignment.sweeps = 4
+    for index, name in enumerate(sites):
+        moved = max(0.0, (1 - skill) * (0.95 - 0.6 * index / len(sites)) + random.normal(0, 0.03))
+        client.alignment.sites.add(
+            site=name,
+            certified=moved < 0.08,
+            moved=min(moved, 1.0),
+            gain=40 * moved * (1 + index % 3),
+        )
+
+
+def _path(random, skill, examples):
+    points = [index / 10 for index in range(11)]
+    ends = [2.2 * (1 - skill) + 0.3 - 0.25 * (1 - skill) * t for t in points]
+    bump = [4 * t * (1 - t) for t in points]
+    far, near = 1.9 * (1 - 0.55 * skill), 0.22 * (1 - skill) + 0.01 * random.random()
+    right = [0.3 + 0.6 * skill + 0.05 * t for t in points]
+    return pb.PathSums(
+        points=points,
+        loss_before=[examples * (end + far * up) for end, up in zip(ends, bump, strict=True)],
+        loss_after=[examples * (end + near * up) for end, up in zip(ends, bump, strict=True)],
+        correct_before=[
+            examples * max(y - 0.5 * skill * up, 0.1) for y, up in zip(right, bump, strict=True)
+        ],
+        correct_after=[examples * (y - 0.03 * up) for y, up in zip(right, bump, strict=True)],
+        examples=examples,
+    )
