@@ -111,5 +111,5 @@ def _loss(model: nn.Module, state: State, batch: Batch, t: float) -> Tensor:
         return predictions.sum()
     loss = cross_entropy(predictions, targets)
     if not loss.isfinite():
-        raise ValueError(f"the loss is {float(loss)} at t = {t}; bend with a smaller learning rate")
+        raise ValueError(f"the loss is {loss.item()} at t = {t}; bend with a smaller learning rate")
     return loss

@@ -1,16 +1,29 @@
 import math
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
+from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import (
+    Barriers,
     Path,
     accuracy_barrier,
+    along,
     area,
+    barriers,
+    grid,
     linear_barrier,
+    mean_barrier,
     midpoint_gap,
 )
+from fedbasin.strategies.state import interpolate
+from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.transform import random
+from tests.strategies.diagnostics.models import SITES, examples, learnt, mlp, on
 
 THIRDS = (0.0, 0.5, 1.0)
 losses = st.floats(-1e3, 1e3)
@@ -156,3 +169,89 @@ def test_paths_with_other_points_are_not_added():
 def test_a_path_over_no_data_has_no_mean():
     with pytest.raises(ValueError, match="no examples"):
         _ = Path.zero(THIRDS).mean_loss
+
+
+def test_the_barrier_of_git_re_basin_is_the_rise_above_the_mean_of_the_ends():
+    assert mean_barrier(THIRDS, (1.0, 4.0, 2.0)) == 2.5
+    # A straight loss between unequal ends has no linear barrier, and half their difference here.
+    assert mean_barrier(THIRDS, (0.0, 1.5, 3.0)) == 1.5
+
+
+@given(curves())
+def test_the_rise_above_the_mean_is_at_least_half_the_difference_of_the_ends(curve):
+    points, values = curve
+    assert mean_barrier(points, values) >= abs(values[0] - values[-1]) / 2 - 1e-9
+
+
+@given(curves(), losses)
+def test_both_barriers_agree_where_the_ends_are_equal(curve, end):
+    points, values = curve
+    level = (end, *values[1:-1], end)
+    assert close(mean_barrier(points, level), linear_barrier(points, level))
+
+
+def test_all_barriers_of_a_path_are_per_example():
+    path = Path(THIRDS, (2.0, 8.0, 4.0), (2.0, 1.0, 2.0), 2.0)
+    assert barriers(path) == Barriers(
+        linear=2.5, above_mean=2.5, midpoint=2.5, area=1.25, accuracy=0.5, midpoint_accuracy=-0.5
+    )
+
+
+def test_a_path_without_a_middle_says_so():
+    found = barriers(
+        Path.zero((0.0, 0.25, 1.0)) + Path((0.0, 0.25, 1.0), (1.0,) * 3, (1.0,) * 3, 1.0)
+    )
+    assert found.midpoint is None
+    assert found.midpoint_accuracy is None
+
+
+@pytest.mark.parametrize("points", [0, 1])
+def test_a_path_has_at_least_two_points(points):
+    with pytest.raises(ValueError, match="at least the two ends"):
+        grid(points)
+
+
+def test_barriers_equal_a_direct_computation_on_the_same_two_models():
+    inputs, targets = examples(1)
+    a, b = learnt(1), learnt(2)
+    direct = []
+    for i in range(11):
+        t, model = i / 10, mlp()
+        model.load_state_dict({name: (1 - t) * a[name] + t * b[name] for name in a})
+        with torch.no_grad():
+            direct.append(float(cross_entropy(model(inputs), targets)))
+    chord = [(1 - i / 10) * direct[0] + i / 10 * direct[-1] for i in range(11)]
+    rises = [value - line for value, line in zip(direct, chord, strict=True)]
+    found = barriers(along(partial(interpolate, a, b), on(inputs, targets), 11))
+    assert found.linear == pytest.approx(max(rises), abs=1e-6)
+    assert found.linear > 0.1  # or the example shows nothing
+    assert found.above_mean == pytest.approx(max(direct) - (direct[0] + direct[-1]) / 2, abs=1e-6)
+    assert found.midpoint == pytest.approx(rises[5], abs=1e-6)
+    assert found.area == pytest.approx(sum(rises) / 10, abs=1e-6)
+
+
+def test_paths_of_clients_add_up_to_the_path_of_their_pooled_data():
+    a, b = learnt(1), learnt(2)
+    mine, yours = examples(1, 20), examples(2, 50)
+    pooled = tuple(torch.cat(parts) for parts in zip(mine, yours, strict=True))
+    walk = partial(interpolate, a, b)
+    whole, left, right = (along(walk, on(*data), 5) for data in (pooled, mine, yours))
+    assert (left + right).loss == pytest.approx(whole.loss, rel=1e-12)
+    assert (left + right).correct == whole.correct
+
+
+def test_a_planted_permutation_has_no_barrier_once_it_is_undone():
+    symmetry, anchor = parse(SITES), learnt(1)
+    planted = random(symmetry, torch.Generator().manual_seed(0)).act(anchor)
+    evaluate = on(*examples(1))
+    before = along(partial(interpolate, anchor, planted), evaluate, 11)
+    aligned = match_weights(symmetry, anchor, planted).state
+    after = along(partial(interpolate, anchor, aligned), evaluate, 11)
+    assert barriers(before).linear > 0.1
+    assert barriers(after).linear == pytest.approx(0, abs=1e-12)
+
+
+def test_data_that_changes_along_a_path_is_refused():
+    sizes = iter((3.0, 4.0))
+    with pytest.raises(ValueError, match="on the same data"):
+        along(lambda t: {}, lambda state: (0.0, 0.0, next(sizes)), 2)
