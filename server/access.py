@@ -98,8 +98,10 @@ class Pass:
         """A channel to an observer; nothing is sent yet.
 
         Raises:
-            AccessError: a file cannot be read, or the token would cross a network in plain text.
+            AccessError: a file is missing, or the token would cross a network in plain text.
         """
+        if (self.cert is None) != (self.key is None):
+            raise AccessError("a certificate needs its key; name both files, or none")
         if not self.ca:
             return self._with_token(address, grpc.insecure_channel(address, options))
         own = (_read(self.key), _read(self.cert)) if self.key and self.cert else (None, None)
