@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.chunks import add_scaled, divided
+from fedbasin.strategies.chunks import add_scaled, divided, zeros
 from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.update import Block, Update, join, split
 from fedbasin.strategies.state import State, floating
@@ -61,7 +61,7 @@ class Tally:
             dtype: of the sums. In float64 the result, rounded to float32, does not depend on the order
                 of arrival; float32 is faster and does.
         """
-        return cls({n: torch.zeros(t.shape, dtype=dtype) for n, t in floating(anchor).items()})
+        return cls(zeros(floating(anchor), dtype))
 
     def fold(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
@@ -85,7 +85,8 @@ class Tally:
         """The fused model, in the anchor's dtypes; what cannot be averaged stays as the anchor has it."""
         if not self.clients:
             return dict(anchor)
-        fused = {**anchor, **divided(self.mean, self.examples, anchor)}
+        means = {n: divided(s, self.examples, anchor[n].dtype) for n, s in self.mean.items()}
+        fused = {**anchor, **means}
         for block in self.blocks:
             fused.update(split(block, self._solution(block, anchor, ridge), anchor))
         return fused
