@@ -30,7 +30,7 @@ def zeros(like: State, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def add_scaled(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
     """`total += weight * value` for each pair, in the total's dtype; totals are contiguous."""
-    with _one_core():
+    with one_core():
         for total, value in pairs:
             if total.dtype == value.dtype:
                 total.add_(value, alpha=weight)
@@ -42,7 +42,7 @@ def add_scaled(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
 def divided(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
     """`total / weight`, computed in the total's dtype and rounded once."""
     mean = _memory(total.numel(), dtype).view(total.shape)
-    with _one_core():
+    with one_core():
         for sums, rounded, buffer in _chunks(total, mean):
             rounded.copy_(torch.div(sums, weight, out=buffer))
     return mean
@@ -50,7 +50,7 @@ def divided(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is infinite or not a number."""
-    with _one_core():
+    with one_core():
         # A sum instead of a mask as large as the tensor: it is not finite if any entry is not. A finite
         # tensor whose sum overflows is looked at entry by entry.
         total = tensor.sum(dtype=torch.float32)
@@ -58,7 +58,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _one_core() -> Iterator[None]:
+def one_core() -> Iterator[None]:
+    """Keep torch on one core, for work that waits for memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.alignment.certificate import Radii, is_certified
+from fedbasin.strategies.chunks import one_core
 from fedbasin.strategies.state import State, distance, floating
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.sites import Site, Symmetry
@@ -92,7 +93,8 @@ def match_weights(
         max_sweeps: bound on the passes over all sites.
     """
     counted = _counted(symmetry, anchor)
-    before = distance(counted, client)
+    with one_core():
+        before = distance(counted, client)
     search = _Search(symmetry, floating(anchor), dict(client), radii or {}, prior)
     sweeps = search.run(max_sweeps)
     transform = Transform(symmetry, search.elements)
