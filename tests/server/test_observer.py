@@ -163,6 +163,37 @@ def test_a_watcher_may_come_before_the_run():
         assert numbers(stream) == [2]
 
 
+def test_a_run_that_failed_is_listed_with_its_problem_and_ends_every_watch(shared):
+    _, stub = shared
+    stream = stub.WatchRounds(pb.RoundsRequest(run_id="failed"), timeout=10)
+    stub.PushRound(report(1, "failed"))
+    stub.PushRound(report(2, "failed", problem="QuorumLostError: stage fuse: 1 of 3"))
+    assert numbers(stream) == [1, 2]
+    (run,) = [run for run in stub.ListRuns(pb.ListRunsRequest()).runs if run.run_id == "failed"]
+    assert (run.rounds_done, run.finished) == (1, False)
+    assert run.problem.startswith("QuorumLostError")
+
+
+def test_a_run_that_failed_in_its_first_round_has_done_none(shared):
+    _, stub = shared
+    stub.PushRound(report(1, "stillborn", problem="TooFewNodesError"))
+    runs = {run.run_id: run for run in stub.ListRuns(pb.ListRunsRequest()).runs}
+    assert runs["stillborn"].rounds_done == 0
+
+
+def test_prometheus_is_given_exemplars_where_it_asks_for_openmetrics(shared):
+    addresses, stub = shared
+    stub.PushRound(report(7, "exemplary"))
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    asked = urllib.request.Request(addresses.metrics, headers=accept)
+    with urllib.request.urlopen(asked, timeout=10) as page:
+        assert page.headers["Content-Type"].startswith("application/openmetrics-text")
+        assert '# {round="7",run="exemplary"}' in page.read().decode()
+    with urllib.request.urlopen(addresses.metrics, timeout=10) as page:
+        assert page.headers["Content-Type"].startswith("text/plain")
+        assert "exemplary" not in page.read().decode()
+
+
 def test_watching_a_finished_run_ends_at_once(shared):
     _, stub = shared
     stub.PushRound(report(1, "over"))

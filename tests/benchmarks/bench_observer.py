@@ -1,0 +1,184 @@
+"""How an observer bears many readers: pushes, watches and scrapes at once, each side a process of its own.
+
+`PYTHONPATH=. .venv/bin/python -m tests.benchmarks.bench_observer` prints the figures; about a minute.
+"""
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from grpc import aio
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+from fedbasin.server.push import connect
+
+ROUNDS = 1000
+READERS = 100
+SLOW_READERS = 10  # of these, beside the others: one report every tenth of a second
+CLIENTS = 50
+KEPT_ROUNDS = 2000  # the history's own limit
+
+
+@contextmanager
+def observer_process():
+    """`fedbasin observe` as a user starts it; yields its addresses."""
+    command = [sys.executable, "-m", "fedbasin.server.cli", "observe", "--json"]
+    process = subprocess.Popen(
+        [*command, "--port", "0", "--metrics-port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def report(number, run, last=False):
+    """What a round of fifty clients with an aligned model each says: about 10 kB."""
+    sites = [pb.SiteReport(site=f"layer.{i}", moved=0.5, gain=1.5) for i in range(4)]
+    alignment = pb.AlignmentReport(sites=sites, distance_before=2, distance_after=1)
+    clients = [
+        pb.ClientReport(
+            node_id=2**60 + i, outcome="accepted", bytes_up=10**6, seconds=2, alignment=alignment
+        )
+        for i in range(CLIENTS)
+    ]
+    stage = pb.StageReport(stage="fuse", seconds=3, server_seconds=0.1, clients=clients)
+    return pb.RoundReport(
+        schema_version=1,
+        run_id=run,
+        round=number,
+        rounds=ROUNDS,
+        recipe="fedavg",
+        stages=[stage],
+        last=last,
+    )
+
+
+@dataclass
+class Scraper(threading.Thread):
+    """Scrapes without a pause but for a twentieth of a second."""
+
+    url: str
+    seconds: list[float] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        super().__init__(daemon=True)
+
+    __hash__ = threading.Thread.__hash__
+
+    def run(self):
+        while not self.stop.wait(0.05):
+            began = time.perf_counter()
+            page(self.url)
+            self.seconds.append(time.perf_counter() - began)
+
+
+def page(url):
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.read().decode()
+
+
+def memory(url):
+    """The observer's resident memory, MB, in its own words."""
+    (line,) = [x for x in page(url).splitlines() if x.startswith("process_resident_memory_bytes ")]
+    return float(line.split()[1]) / 1e6
+
+
+async def read(address, pause):
+    """One reader on a channel of its own: the rounds in the order in which it saw them."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    seen = []
+    async with aio.insecure_channel(address, options) as channel:
+        request = pb.RoundsRequest(run_id="load")
+        async for one in ObserverStub(channel).WatchRounds(request):
+            seen.append(one.round)
+            if pause:
+                await asyncio.sleep(pause)
+    return seen
+
+
+def push_all(address, rounds, run="load"):
+    """Seconds of each push, one after the other."""
+    seconds = []
+    with connect(address) as channel:
+        stub = ObserverStub(channel)
+        for number in range(1, rounds + 1):
+            one = report(number, run, last=number == rounds)
+            began = time.perf_counter()
+            stub.PushRound(one, timeout=60)
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+async def push_to(addresses, readers, slow):
+    """Pushes while all of them read, and waits until the last has the last."""
+    watching = [asyncio.create_task(read(addresses["observer"], 0)) for _ in range(readers)]
+    lagging = [asyncio.create_task(read(addresses["observer"], 0.1)) for _ in range(slow)]
+    await asyncio.sleep(1)
+    seconds = await asyncio.to_thread(push_all, addresses["observer"], ROUNDS)
+    lag = time.perf_counter()
+    views = await asyncio.gather(*watching)
+    lag = time.perf_counter() - lag
+    for task in lagging:
+        task.cancel()
+    await asyncio.gather(*lagging, return_exceptions=True)
+    return seconds, views, lag
+
+
+def share(seconds, percent):
+    """A percentile, in milliseconds."""
+    return 1000 * statistics.quantiles(seconds, n=100)[percent - 1]
+
+
+def load(readers, slow):
+    with observer_process() as addresses:
+        before = memory(addresses["metrics"])
+        scraper = Scraper(addresses["metrics"])
+        scraper.start()
+        seconds, views, lag = asyncio.run(push_to(addresses, readers, slow))
+        scraper.stop.set()
+        scraper.join()
+        after = memory(addresses["metrics"])
+    lost = sum(view != list(range(1, ROUNDS + 1)) for view in views)
+    print(
+        f"{readers:3} readers, {slow:2} slow: {ROUNDS} pushes in {sum(seconds):.1f} s "
+        f"(median {share(seconds, 50):.1f}, p99 {share(seconds, 99):.1f} ms); "
+        f"readers that lost a report: {lost}; the last is done {lag:.2f} s after the last push; "
+        f"scrape p50 {share(scraper.seconds, 50):.1f}, p99 {share(scraper.seconds, 99):.1f} ms "
+        f"of {len(scraper.seconds)}; memory {before:.0f} to {after:.0f} MB"
+    )
+    return lost
+
+
+def beyond_the_limit():
+    """Memory where the history is full and goes on forgetting."""
+    with observer_process() as addresses:
+        sizes = []
+        with connect(addresses["observer"]) as channel:
+            for number in range(1, 3 * KEPT_ROUNDS + 1):
+                ObserverStub(channel).PushRound(report(number, "long"), timeout=60)
+                if number % KEPT_ROUNDS == 0:
+                    sizes.append(memory(addresses["metrics"]))
+    kept = ", ".join(f"{size:.0f}" for size in sizes)
+    print(f"memory after each {KEPT_ROUNDS} of {3 * KEPT_ROUNDS} reports of one run: {kept} MB")
+
+
+def main():
+    print(f"a report of {CLIENTS} clients has {report(1, 'load').ByteSize()} bytes")
+    lost = load(0, 0) + load(READERS, 0) + load(READERS, SLOW_READERS)
+    beyond_the_limit()
+    sys.exit(bool(lost))
+
+
+if __name__ == "__main__":
+    main()
