@@ -19,7 +19,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Weighted sum of some models' probabilities on the same examples, in float64.
+    """Weighted sum of some models' probabilities on the same examples, in float64 and on the CPU.
 
     Law: a commutative monoid under addition with `Ensemble.zero`.
     """
@@ -41,8 +41,8 @@ class Ensemble:
         Raises:
             ValueError: Rows that are no probabilities, or a weight that is none.
         """
-        wide = probabilities.detach().double()
-        one = torch.ones(len(wide), dtype=torch.float64, device=wide.device)
+        wide = probabilities.detach().cpu().double()
+        one = torch.ones(len(wide), dtype=torch.float64)
         # Half precision rounds each class by itself.
         slack = 8 * torch.finfo(probabilities.dtype).eps * wide.shape[-1]
         if not (wide >= 0).all() or not torch.allclose(wide.sum(-1), one, rtol=0, atol=slack):
@@ -72,12 +72,12 @@ class Ensemble:
 
     def accuracy(self, targets: Int[Tensor, " examples"]) -> float:
         """Share classified correctly."""
-        return float((self.probabilities.argmax(-1) == targets).double().mean())
+        return float((self.probabilities.argmax(-1) == targets.cpu()).double().mean())
 
     def loss(self, targets: Int[Tensor, " examples"]) -> float:
         """Cross entropy per example, nats.
 
         Law: never more than the weighted mean of the models' own losses.
         """
-        chosen = self.probabilities.gather(-1, targets[:, None])
+        chosen = self.probabilities.gather(-1, targets.cpu()[:, None])
         return float(-chosen.clamp_min(_TINY).log().mean())

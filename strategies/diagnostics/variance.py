@@ -20,7 +20,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over rows of a layer's preactivations, in float64.
+    """Sums over rows of a layer's preactivations, in float64 and on the CPU.
 
     Law: a commutative monoid under addition with `Moments.zero`.
 
@@ -44,7 +44,7 @@ class Moments:
     def of(cls, values: Float[Tensor, "rows channels"]) -> "Moments":
         """The moments of some rows."""
         wide = values.double()
-        return cls(float(len(wide)), wide.sum(0), wide.square().sum(0))
+        return cls(float(len(wide)), wide.sum(0).cpu(), wide.square().sum(0).cpu())
 
     def __add__(self, other: "Moments") -> "Moments":
         if self.total.shape != other.total.shape:

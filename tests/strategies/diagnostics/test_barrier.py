@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
@@ -24,6 +24,8 @@ from fedbasin.strategies.state import interpolate
 from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.diagnostics.models import SITES, examples, learnt, mlp, on
+
+quickly = settings(max_examples=25, deadline=None)
 
 THIRDS = (0.0, 0.5, 1.0)
 losses = st.floats(-1e3, 1e3)
@@ -60,12 +62,14 @@ def test_unequal_ends_are_judged_by_the_chord_and_not_by_their_mean():
     assert linear_barrier(THIRDS, (0.0, 1.5, 3.0)) == 0.0
 
 
+@quickly
 @given(curves())
 def test_the_barrier_is_never_negative(curve):
     assert linear_barrier(*curve) >= 0
     assert accuracy_barrier(*curve) >= 0
 
 
+@quickly
 @given(curves(), losses, losses)
 def test_adding_a_line_changes_nothing(curve, a, b):
     points, values = curve
@@ -74,6 +78,7 @@ def test_adding_a_line_changes_nothing(curve, a, b):
     assert close(area(points, lifted), area(points, values))
 
 
+@quickly
 @given(curves())
 def test_walking_backwards_changes_nothing(curve):
     points, values = curve
@@ -81,12 +86,14 @@ def test_walking_backwards_changes_nothing(curve):
     assert close(linear_barrier(back, values[::-1]), linear_barrier(points, values))
 
 
+@quickly
 @given(curves())
 def test_accuracies_fall_as_losses_rise(curve):
     points, values = curve
     assert accuracy_barrier(points, [-v for v in values]) == linear_barrier(points, values)
 
 
+@quickly
 @given(losses, losses)
 def test_a_line_has_no_barrier_no_gap_and_no_area(a, b):
     points = tuple(i / 10 for i in range(11))
@@ -102,6 +109,7 @@ def test_a_valley_has_a_negative_gap_and_no_barrier():
     assert area(THIRDS, (1.0, 0.0, 1.0)) == -0.5
 
 
+@quickly
 @given(paths(), paths(), paths())
 def test_paths_are_a_commutative_monoid(a, b, c):
     assert a + b == b + a
@@ -177,12 +185,14 @@ def test_the_barrier_of_git_re_basin_is_the_rise_above_the_mean_of_the_ends():
     assert mean_barrier(THIRDS, (0.0, 1.5, 3.0)) == 1.5
 
 
+@quickly
 @given(curves())
 def test_the_rise_above_the_mean_is_at_least_half_the_difference_of_the_ends(curve):
     points, values = curve
     assert mean_barrier(points, values) >= abs(values[0] - values[-1]) / 2 - 1e-9
 
 
+@quickly
 @given(curves(), losses)
 def test_both_barriers_agree_where_the_ends_are_equal(curve, end):
     points, values = curve

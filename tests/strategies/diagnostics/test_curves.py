@@ -1,10 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.curves import Bent, straight
 from fedbasin.strategies.state import interpolate
+
+quickly = settings(max_examples=25, deadline=None)
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3)
 times = st.floats(0, 1)
@@ -16,6 +18,7 @@ def state(numbers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@quickly
 @given(values, values, times)
 def test_an_untrained_bend_in_the_middle_is_the_straight_line(kind, a, b, t):
     curve, line = straight(state(a), state(b), kind).at(t), interpolate(state(a), state(b), t)
@@ -23,6 +26,7 @@ def test_an_untrained_bend_in_the_middle_is_the_straight_line(kind, a, b, t):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@quickly
 @given(values, values, values)
 def test_the_ends_are_exact_wherever_the_bend_is(kind, a, bend, b):
     curve = Bent(kind, state(a), state(bend), state(b))
@@ -30,6 +34,7 @@ def test_the_ends_are_exact_wherever_the_bend_is(kind, a, bend, b):
     assert torch.equal(curve.at(1)["w"], state(b)["w"])
 
 
+@quickly
 @given(values, values, values, times)
 def test_a_bezier_curve_is_its_polynomial(a, bend, b, t):
     found = Bent("bezier", state(a), state(bend), state(b)).at(t)["w"]
@@ -38,6 +43,7 @@ def test_a_bezier_curve_is_its_polynomial(a, bend, b, t):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+@quickly
 @given(values, values, values)
 def test_a_chain_goes_through_its_bend_and_straight_to_it(a, bend, b):
     curve = Bent("chain", state(a), state(bend), state(b))

@@ -1,10 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import nll_loss
 
 from fedbasin.strategies.diagnostics.ensemble import Ensemble
+
+quickly = settings(max_examples=25, deadline=None)
 
 seeds = st.integers(0, 2**16)
 weights = st.floats(0.1, 100)
@@ -16,6 +18,7 @@ def probabilities(seed, dtype=torch.float64):
     return torch.randn(5, 3, generator=generator, dtype=torch.float64).softmax(-1).to(dtype)
 
 
+@quickly
 @given(seeds, weights, weights)
 def test_ensembles_are_a_commutative_monoid(seed, v, w):
     a, b, c = (Ensemble.of(probabilities(seed + i), x) for i, x in enumerate((v, w, 1.0)))
@@ -24,6 +27,7 @@ def test_ensembles_are_a_commutative_monoid(seed, v, w):
     torch.testing.assert_close((a + Ensemble.zero(5, 3)).probabilities, a.probabilities)
 
 
+@quickly
 @given(seeds, weights, weights)
 def test_an_ensemble_is_the_weighted_mean_of_probabilities(seed, v, w):
     a, b = probabilities(seed), probabilities(seed + 1)
@@ -34,6 +38,7 @@ def test_an_ensemble_is_the_weighted_mean_of_probabilities(seed, v, w):
     assert both.accuracy(TARGETS) == float((mean.argmax(1) == TARGETS).double().mean())
 
 
+@quickly
 @given(seeds, weights)
 def test_an_ensemble_is_never_worse_than_its_models_on_average(seed, w):
     a, b = Ensemble.of(probabilities(seed)), Ensemble.of(probabilities(seed + 1), w)

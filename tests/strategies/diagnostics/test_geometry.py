@@ -22,6 +22,8 @@ from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.diagnostics.models import SITES, learnt
 
+quickly = settings(max_examples=25, deadline=None)
+
 ROTATED = "inner  O(4)^2  q.weight[0] k.weight[0]"
 HEADS = "heads  O(3)*O(2) wr S(4)  q[0] k[0] v[0]@1 o[1]@1"
 seeds = st.integers(0, 2**16)
@@ -55,7 +57,7 @@ def test_the_cosine_is_that_of_the_updates_and_not_of_the_models():
     assert cosine(anchor, west, east) == pytest.approx(-1)
 
 
-@settings(deadline=None)
+@quickly
 @given(seeds)
 def test_the_gain_is_the_fall_of_the_squared_distance(seed):
     symmetry = parse(ROTATED)
@@ -114,6 +116,7 @@ def test_a_reflection_is_half_a_turn_and_directions_that_stay_have_none():
     assert found[0].tolist() == pytest.approx([0, 0, math.pi])
 
 
+@quickly
 @given(seeds)
 def test_angles_give_back_the_distance_from_the_identity(seed):
     element = Orthogonal(5, 2).random(torch.Generator().manual_seed(seed))
@@ -123,6 +126,7 @@ def test_angles_give_back_the_distance_from_the_identity(seed):
     torch.testing.assert_close(chord, direct, rtol=0, atol=1e-9)
 
 
+@quickly
 @given(seeds)
 def test_fixed_points_of_a_permutation_are_counted(seed):
     element = Permutation(7).random(torch.Generator().manual_seed(seed))

@@ -11,6 +11,8 @@ from fedbasin.strategies.diagnostics.pairs import from_fused, pairwise, simplex
 from fedbasin.strategies.state import interpolate
 from tests.strategies.diagnostics.models import examples, learnt, on
 
+quickly = settings(max_examples=25, deadline=None)
+
 STATES = {name: learnt(seed) for seed, name in enumerate("abc", 1)}
 EVALUATE = on(*examples(1))
 
@@ -85,7 +87,7 @@ def test_two_models_fused_alike_have_the_gap_of_their_middle():
     assert found.fusion == pytest.approx(found.middles["a", "b"], abs=1e-12)
 
 
-@settings(deadline=None, max_examples=20)
+@quickly
 @given(st.integers(0, 2))
 def test_a_vertex_has_no_gap_and_a_barrier_is_never_negative(vertex):
     weights = {name: float(i == vertex) for i, name in enumerate(STATES)}

@@ -10,6 +10,8 @@ from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.diagnostics.models import SITES, learnt
 
+quickly = settings(max_examples=25, deadline=None)
+
 ROTATED = "hidden  O(16)  0.weight[0] 0.bias[0] 2.weight[1]"
 seeds = st.integers(0, 2**16)
 gammas = st.sampled_from([0.0, 0.3, 0.9, 1.0])
@@ -23,6 +25,7 @@ def state(seed, *shapes):
     }
 
 
+@quickly
 @given(seeds, gammas)
 def test_equal_models_agree_completely(seed, gamma):
     found = spectral_alignment(state(seed), state(seed), gamma)
@@ -30,6 +33,7 @@ def test_equal_models_agree_completely(seed, gamma):
     assert found.layers == pytest.approx({"0.weight": 1, "1.weight": 1})
 
 
+@quickly
 @given(seeds, gammas)
 def test_agreement_is_symmetric_and_at_most_one(seed, gamma):
     a, b = state(seed), state(seed + 1)
@@ -38,6 +42,7 @@ def test_agreement_is_symmetric_and_at_most_one(seed, gamma):
     assert all(abs(value) <= 1 + 1e-9 for value in (there.total, *there.layers.values()))
 
 
+@quickly
 @given(seeds, gammas)
 def test_signs_and_scales_of_layers_are_not_directions(seed, gamma):
     a, b = state(seed), state(seed + 1)
@@ -51,6 +56,7 @@ def test_signs_and_scales_of_layers_are_not_directions(seed, gamma):
     )
 
 
+@quickly
 @given(seeds, gammas)
 def test_singular_vectors_that_change_sign_together_change_nothing(seed, gamma):
     a, b = state(seed), state(seed + 1)
@@ -63,7 +69,7 @@ def test_singular_vectors_that_change_sign_together_change_nothing(seed, gamma):
     assert spectral_alignment(a, rebuilt, gamma).total == pytest.approx(expected, abs=1e-9)
 
 
-@settings(deadline=None)
+@quickly
 @given(seeds, gammas, st.sampled_from([SITES, ROTATED]))
 def test_a_transform_of_both_models_changes_nothing(seed, gamma, sites):
     a, b = learnt(1, 2), learnt(2, 2)
@@ -76,6 +82,7 @@ def test_a_transform_of_both_models_changes_nothing(seed, gamma, sites):
     assert after.layers == pytest.approx(before.layers, abs=1e-9)
 
 
+@quickly
 @given(seeds)
 def test_repeated_singular_values_may_choose_any_basis(seed):
     generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,11 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.variance import Moments, variance_ratio, variance_ratios
+
+quickly = settings(max_examples=25, deadline=None)
 
 seeds = st.integers(0, 2**16)
 
@@ -13,6 +15,7 @@ def rows(seed, count=200, channels=4):
     return torch.randn(count, channels, generator=generator, dtype=torch.float64)
 
 
+@quickly
 @given(seeds, st.integers(1, 9), st.integers(1, 9))
 def test_moments_of_parts_add_up_to_the_moments_of_all(seed, first, second):
     a, b = rows(seed, first), rows(seed + 1, second)
@@ -24,6 +27,7 @@ def test_moments_of_parts_add_up_to_the_moments_of_all(seed, first, second):
     torch.testing.assert_close(summed.variance, both.variance)
 
 
+@quickly
 @given(seeds)
 def test_moments_give_the_mean_and_the_variance(seed):
     values = 3 * rows(seed) + 5
@@ -36,6 +40,7 @@ def test_a_constant_channel_does_not_vary():
     assert Moments.of(torch.full((1000, 2), 0.1)).variance.tolist() == [0, 0]
 
 
+@quickly
 @given(seeds)
 def test_a_model_keeps_its_own_variance(seed):
     moments = Moments.of(rows(seed))
