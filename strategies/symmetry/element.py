@@ -52,9 +52,10 @@ class Element:
         order = self.order.to(tensor.device)
         owned = length // len(order)
         blocks = self.blocks[leg]
-        if blocks is None:
+        if blocks is None or self.sizes[leg] == 1:
             offsets = torch.arange(owned, device=tensor.device)
-            return tensor.index_select(axis, (order[:, None] * owned + offsets).reshape(-1))
+            moved = tensor.index_select(axis, (order[:, None] * owned + offsets).reshape(-1))
+            return moved if blocks is None else _scaled(moved, blocks.reshape(-1), axis)
         moved = tensor.movedim(axis, 0)
         units = moved.reshape(len(order), self.sizes[leg], -1)[order]
         # Half precision is mixed in single and rounded once.
@@ -89,6 +90,12 @@ class Element:
             if b is not None
         ]
         return max([displaced, *turned])
+
+
+def _scaled(tensor: Tensor, signs: Float[Tensor, " count"], axis: int) -> Tensor:
+    """Every unit's entries times its sign: no product of small matrices, and no rounding."""
+    spread = signs.to(tensor).repeat_interleave(tensor.shape[axis] // len(signs))
+    return tensor * spread.reshape(-1, *(1,) * (tensor.dim() - axis - 1))
 
 
 def _product(outer: Tensor | None, inner: Tensor | None, order: Tensor) -> Tensor | None:

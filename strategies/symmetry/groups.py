@@ -7,7 +7,8 @@ unit `j` of the client, summed over all tensors of the site. Each group knows it
     O(d)^h               a rotation or reflection in each of h heads: polar factor (Schönemann 1966; for
                          attention Zhang et al. 2025, arXiv 2502.00264)
     A*B wr S(h)          h blocks that are exchanged, each with its own inner elements, one for each leg:
-                         assignment over blocks whose entry is the inner maximum
+                         assignment over blocks whose entry is the inner maximum; the inner groups are in
+                         `inner.py`. With O(1), a sign, inside: the signed permutations B(n) = O(1) wr S(n)
 
 The identity prior adds `epsilon ||M|| / sqrt(n)` to the diagonal of M: the MAP estimate under a ridge on
 `T - I`. It decides ties (dead units, rank-deficient heads) for the identity and changes nothing else. Scores
@@ -17,13 +18,21 @@ are in float64 on the CPU: the prior is below float32's rounding.
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.element import Element
+from fedbasin.strategies.symmetry.inner import (
+    Inner,
+    Scores,
+    SingleLeg,
+    assign,
+    assign_all,
+    inner_maximisers,
+    inner_values,
+    widths_of,
+)
 
 Rows = Float[Tensor, "width features"]
 
@@ -69,7 +78,7 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
-class Permutation:
+class Permutation(SingleLeg):
     """S(n): units change places."""
 
     count: int
@@ -97,25 +106,26 @@ class Permutation:
         (score,) = scores
         return float(score[torch.arange(self.count), element.order].double().sum())
 
-    def inner_values(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
-        """The largest `<T, M>` of each matrix of a batch."""
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.count,)
+
+    def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
         return (self.inner_maximisers(scores) * scores).sum((-2, -1))
 
-    def inner_maximisers(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
-        """The permutation matrix that attains it, in float64."""
-        flat = scores.reshape(-1, self.count, self.count)
-        eye = torch.eye(self.count, dtype=torch.float64)
-        return torch.stack([eye[assign(score)] for score in flat]).reshape(scores.shape)
+    def inner_maximisers(self, scores: Scores) -> Scores:
+        if self.count == 1:
+            return torch.ones_like(scores)
+        return torch.eye(self.count, dtype=torch.float64)[assign_all(scores)]
 
     def inner_random(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` drawn permutation matrices."""
         eye = torch.eye(self.count, dtype=torch.float64)
         drawn = [eye[torch.randperm(self.count, generator=generator)] for _ in range(count)]
         return torch.stack(drawn)
 
 
 @dataclass(frozen=True)
-class Orthogonal:
+class Orthogonal(SingleLeg):
     """O(size)^count: every block is turned or reflected by itself, and stays in its place."""
 
     size: int
@@ -146,12 +156,20 @@ class Orthogonal:
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         return _inner_product(element.blocks[0], scores[0])
 
-    def inner_values(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
-        """The largest `<T, M>` of each matrix of a batch: its nuclear norm."""
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.size * self.count,)
+
+    def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
+        """The nuclear norm of each matrix of a batch."""
+        if self.size == 1:
+            return scores[..., 0, 0].abs()
         return torch.linalg.svdvals(scores).sum(-1)
 
-    def inner_maximisers(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
-        """The orthogonal matrix that attains it: the polar factor."""
+    def inner_maximisers(self, scores: Scores) -> Scores:
+        """The polar factors."""
+        if self.size == 1:
+            return (scores >= 0).to(scores.dtype) * 2 - 1
         left, _, right = torch.linalg.svd(scores)
         return left @ right
 
@@ -164,48 +182,46 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class Wreath:
-    """`inner wr S(count)`: whole blocks change places, each with one inner element for every leg.
+    """`inners wr S(count)`: whole blocks change places, each with an element of every inner group.
+
+    A wreath product may itself be an inner group: experts change places, and in each of them its units.
 
     Attributes:
-        inners: the group inside a block, leg by leg; an `Orthogonal` of one block.
+        inners: the groups inside a block; their legs are the legs of the product, in this order.
         count: number of blocks.
     """
 
-    inners: tuple[Permutation | Orthogonal, ...]
+    inners: tuple[Inner, ...]
     count: int
 
     def __str__(self) -> str:
-        return "*".join(map(str, self.inners)) + f" wr S({self.count})"
+        return "*".join(map(_factor, self.inners)) + f" wr S({self.count})"
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(_width(inner) for inner in self.inners)
+        return widths_of(self.inners)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.count * size for size in self.sizes)
 
     def identity(self) -> Element:
-        return Element(torch.arange(self.count), (None,) * len(self.inners), self.sizes)
+        return Element(torch.arange(self.count), (None,) * len(self.sizes), self.sizes)
 
     def random(self, generator: torch.Generator) -> Element:
         order = torch.randperm(self.count, generator=generator)
-        blocks = tuple(inner.inner_random(self.count, generator) for inner in self.inners)
-        return Element(order, blocks, self.sizes)
+        drawn = (inner.draw(self.count, generator) for inner in self.inners)
+        return Element(order, tuple(leg for legs in drawn for leg in legs), self.sizes)
 
     def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
         """`[count, count, size, size]`: every block of the anchor against every block of the client."""
-        size = self.sizes[leg]
-        matrix = (anchor @ client.mT).reshape(self.count, size, self.count, size)
-        return matrix.permute(0, 2, 1, 3)
+        return self._by_block(anchor @ client.mT, self.sizes[leg])
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        favoured = [self._with_prior(score, prior) for score in scores]
-        values = sum(
-            inner.inner_values(score) for inner, score in zip(self.inners, favoured, strict=True)
-        )
-        order = assign(torch.as_tensor(values))
-        chosen = [score[torch.arange(self.count), order] for score in favoured]
-        blocks = tuple(
-            inner.inner_maximisers(score) for inner, score in zip(self.inners, chosen, strict=True)
-        )
-        return Element(order, blocks, self.sizes)
+        favoured = tuple(self._with_prior(score, prior) for score in scores)
+        order = assign(inner_values(self.inners, favoured))
+        chosen = tuple(score[torch.arange(self.count), order] for score in favoured)
+        return Element(order, inner_maximisers(self.inners, chosen), self.sizes)
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         rows = torch.arange(self.count)
@@ -213,6 +229,34 @@ class Wreath:
             _inner_product(block, score[rows, element.order])
             for block, score in zip(element.blocks, scores, strict=True)
         )
+
+    def values(self, scores: tuple[Tensor, ...]) -> Float[Tensor, "*batch"]:
+        found = self.maximisers(scores)
+        pairs = zip(found, scores, strict=True)
+        return torch.stack([(leg * score).sum((-2, -1)) for leg, score in pairs]).sum(0)
+
+    def maximisers(self, scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        batch = scores[0].shape[:-2]
+        flat = [score.reshape(-1, *score.shape[-2:]) for score in scores]
+        found = [self._dense(self._best(each)) for each in zip(*flat, strict=True)]
+        return tuple(torch.stack(leg).unflatten(0, batch) for leg in zip(*found, strict=True))
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        drawn = [self._dense(self.random(generator)) for _ in range(count)]
+        return tuple(torch.stack(leg) for leg in zip(*drawn, strict=True))
+
+    def _best(self, scores: tuple[Tensor, ...]) -> Element:
+        blocks = (self._by_block(*pair) for pair in zip(scores, self.sizes, strict=True))
+        return self.maximiser(tuple(blocks), prior=0.0)
+
+    def _dense(self, element: Element) -> tuple[Tensor, ...]:
+        return tuple(
+            element.act(torch.eye(width, dtype=torch.float64), 0, leg)
+            for leg, width in enumerate(self.widths)
+        )
+
+    def _by_block(self, matrix: Float[Tensor, "n n"], size: int) -> Tensor:
+        return matrix.reshape(self.count, size, self.count, size).permute(0, 2, 1, 3)
 
     def _with_prior(self, score: Tensor, prior: float) -> Tensor:
         size = score.shape[-1]
@@ -222,10 +266,26 @@ class Wreath:
         return score + prior * norm / (self.count * size) ** 0.5 * home * eye
 
 
-def assign(score: Float[Tensor, "n n"]) -> Tensor:
-    """The order that maximises `sum_i score[i, order[i]]`: the linear assignment problem."""
-    columns = linear_sum_assignment(score.detach().cpu().numpy(), maximize=True)[1]
-    return torch.from_numpy(columns.astype(np.int64))
+def signed(count: int, *, scales: bool = False) -> Wreath:
+    """The signed permutations `O(1) wr S(count)`, what a root mean square norm leaves of a stream.
+
+    Args:
+        count: number of units.
+        scales: adds a second leg that only follows the order: a norm's weight has no sign.
+    """
+    return Wreath((Orthogonal(1), Permutation(1)) if scales else (Orthogonal(1),), count)
+
+
+def gated(count: int) -> Wreath:
+    """The hidden units of `down(act(gate(x)) * up(x))`: they change places and, as `up` is linear, signs.
+
+    Legs: 0 is the gate, 1 are up and down.
+    """
+    return Wreath((Permutation(1), Orthogonal(1)), count)
+
+
+def _factor(inner: Inner) -> str:
+    return f"({inner})" if isinstance(inner, Wreath) else str(inner)
 
 
 def _with_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:
@@ -239,7 +299,3 @@ def _inner_product(blocks: Tensor | None, score: Float[Tensor, "count n n"]) -> 
     if blocks is None:
         return float(score.diagonal(dim1=-2, dim2=-1).double().sum())
     return float((blocks.to(score.dtype) * score).double().sum())
-
-
-def _width(inner: Permutation | Orthogonal) -> int:
-    return inner.count if isinstance(inner, Permutation) else inner.size

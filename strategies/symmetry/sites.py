@@ -7,22 +7,29 @@ on every tensor that writes or reads the space. In the notation a site is one li
     conv1    S(16)               conv.weight[0] bn.weight[0] bn.bias[0] (bn.running_mean[0]) fc.weight[1]
     heads.0  O(8)*O(8) wr S(4)   q.weight[0]@0 q.bias[0]@0 k.weight[0]@0 v.weight[0]@1 o.weight[1]@1
     fused.0  O(8)^4              in_proj.weight[0,0:32] in_proj.weight[0,32:64]
+    heads.1  O(8) wr S(4)        qkv.weight[0,0:8/24] qkv.weight[0,8:16/24]
+    moe.0    S(16) wr S(4)       experts.up[0.1] experts.down[0.2]
 
-`tensor[axis]` is the axis that the site owns and `tensor[axis,start:stop]` a part of it; `@leg` says which
-of the group's feature spaces it is; parentheses mark what moves with the site but does not count in matching.
-An axis that is longer than the site gives every unit a run of consecutive entries (a flattened channel).
+`tensor[axis]` is the axis that the site owns and `tensor[axis,start:stop]` a part of it; with `/period` that
+part of every run of `period` entries (heads whose query, key and value are interleaved), and with `outer.` before
+the axis that part of every slice along the outer axis (stacked experts). `@leg` says which of the group's
+feature spaces it is; parentheses mark what moves with the site but does not count in matching. An axis that is
+longer than the site gives every unit a run of consecutive entries (a flattened channel).
 """
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.groups import Group
+from fedbasin.strategies.symmetry.notation import NotationError, read
 
 
 class SymmetryError(ValueError):
@@ -40,6 +47,8 @@ class Member:
         leg: which of the group's feature spaces it is.
         scored: whether it counts in matching. Running statistics move with their unit, but their size
             says nothing about which unit it is.
+        period: the part is that of every run of so many entries, not of the axis.
+        outer: an axis whose slices hold the blocks one after the other, before those of `axis`.
     """
 
     tensor: str
@@ -47,31 +56,54 @@ class Member:
     part: tuple[int, int] | None = None
     leg: int = 0
     scored: bool = True
+    period: int | None = None
+    outer: int | None = None
 
     def __str__(self) -> str:
-        part = f",{self.part[0]}:{self.part[1]}" if self.part else ""
+        outer = "" if self.outer is None else f"{self.outer}."
+        period = "" if self.period is None else f"/{self.period}"
+        part = f",{self.part[0]}:{self.part[1]}{period}" if self.part else ""
         leg = f"@{self.leg}" if self.leg else ""
-        text = f"{self.tensor}[{self.axis}{part}]{leg}"
+        text = f"{self.tensor}[{outer}{self.axis}{part}]{leg}"
         return text if self.scored else f"({text})"
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor` that the site owns."""
+        """The part of `tensor` that the site owns, sharing its memory."""
         if self.part is None:
             return tensor
         start, stop = self.part
-        return tensor.narrow(self.axis, start, stop - start)
+        if self.period is None:
+            return tensor.narrow(self.axis, start, stop - start)
+        runs = tensor.unflatten(self.axis, (-1, self.period))
+        return runs.narrow(self.axis + 1, start, stop - start)
 
     def rows(self, tensor: Tensor, width: int) -> Tensor:
         """The part as a matrix `[width, features]`: one row for every unit of the site."""
-        return self.view(tensor).movedim(self.axis, 0).reshape(width, -1)
+        return self._units(tensor).reshape(width, -1)
 
     def act(self, element: Element, tensor: Tensor) -> Tensor:
         """`tensor` with the element applied to the part."""
-        if self.part is None:
+        if self.part is None and self.outer is None:
             return element.act(tensor, self.axis, self.leg)
         result = tensor.clone()
-        self.view(result).copy_(element.act(self.view(tensor), self.axis, self.leg))
+        units = self._units(result)
+        moved = element.act(units.flatten(0, self._depth - 1), 0, self.leg)
+        units.copy_(moved.reshape(units.shape))
         return result
+
+    @property
+    def _depth(self) -> int:
+        """How many axes of the view number the units."""
+        return 1 + (self.period is not None) + (self.outer is not None)
+
+    def _units(self, tensor: Tensor) -> Tensor:
+        """The view with the axes that number the units first, from the outermost in."""
+        view = self.view(tensor)
+        runs = self._depth - (self.outer is not None)
+        outer = [] if self.outer is None else [self.outer + (runs - 1) * (self.outer > self.axis)]
+        return view.movedim(
+            (*outer, *range(self.axis, self.axis + runs)), tuple(range(self._depth))
+        )
 
 
 @dataclass(frozen=True)
@@ -155,11 +187,25 @@ def _check(site: Site, member: Member, state: State) -> None:
         raise SymmetryError(f"{where}: the tensor has shape {shape} and no axis {member.axis}")
     if not member.leg < len(site.group.sizes):
         raise SymmetryError(f"{where}: {site.group} has legs 0 to {len(site.group.sizes) - 1}")
-    start, stop = member.part or (0, shape[member.axis])
-    width = site.width(member.leg)
-    if not 0 <= start < stop <= shape[member.axis] or (stop - start) % width:
+    _check_part(where, site.width(member.leg), member, shape)
+
+
+def _check_part(where: str, width: int, member: Member, shape: tuple[int, ...]) -> None:
+    length = shape[member.axis]
+    period = member.period or length
+    start, stop = member.part or (0, period)
+    if length % period:
+        raise SymmetryError(f"{where}: an axis of {length} does not fall into runs of {period}")
+    if member.outer is not None and (
+        member.outer == member.axis or not -1 < member.outer < len(shape)
+    ):
         raise SymmetryError(
-            f"{where}: entries {start} to {stop} of an axis of {shape[member.axis]} are not a multiple "
+            f"{where}: the tensor has shape {shape} and no outer axis {member.outer}"
+        )
+    slices = 1 if member.outer is None else shape[member.outer]
+    if not 0 <= start < stop <= period or (stop - start) * (length // period) * slices % width:
+        raise SymmetryError(
+            f"{where}: entries {start} to {stop} of an axis of {length} are not a multiple "
             f"of the site's {width} units"
         )
 
@@ -173,26 +219,42 @@ def _check_legs(site: Site) -> None:
 
 
 def _check_overlaps(symmetry: Symmetry, state: State) -> None:
-    claimed: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
-    for site in symmetry.sites:
+    owners: dict[tuple[str, int], Tensor] = {}
+    for number, site in enumerate(symmetry.sites):
         for member in site.members:
-            start, stop = member.part or (0, state[member.tensor].shape[member.axis])
-            taken = claimed.setdefault((member.tensor, member.axis), [])
-            for other_start, other_stop, other in taken:
-                if start < other_stop and other_start < stop:
+            for axis, claim in _claims(member):
+                length = state[member.tensor].shape[axis]
+                whole = owners.setdefault((member.tensor, axis), torch.full((length,), -1))
+                entries = claim.view(whole)
+                # Members of one site may have an outer axis in common: all move along it together.
+                taken = entries[entries != (-1 if axis == member.axis else -2 - number)]
+                taken = taken[taken != -1]
+                if taken.numel():
+                    other = _owner(symmetry, int(taken[0]))
                     raise SymmetryError(
                         f"site {site.name!r}, member {member}: site {other!r} already moves entries of "
                         f"this axis; give each entry to one site"
                     )
-            taken.append((start, stop, site.name))
+                entries.fill_(number if axis == member.axis else -2 - number)
+
+
+def _claims(member: Member) -> Iterator[tuple[int, Member]]:
+    """The axes along which a member moves entries, with its part of them as a vector."""
+    yield member.axis, Member(member.tensor, 0, member.part, period=member.period)
+    if member.outer is not None:
+        yield member.outer, Member(member.tensor, 0)
+
+
+def _owner(symmetry: Symmetry, code: int) -> str:
+    return symmetry.sites[code if code >= 0 else -2 - code].name
 
 
 _MEMBER = re.compile(
-    r"(?P<open>\()?(?P<tensor>[^\s\[\]()]+)\[(?P<axis>\d+)(?:,(?P<start>\d+):(?P<stop>\d+))?\]"
-    r"(?:@(?P<leg>\d+))?(?P<close>\))?"
+    r"(?P<open>\()?(?P<tensor>[^\s\[\]()]+)\[(?:(?P<outer>\d+)\.)?(?P<axis>\d+)"
+    r"(?:,(?P<start>\d+):(?P<stop>\d+)(?:/(?P<period>\d+))?)?\](?:@(?P<leg>\d+))?(?P<close>\))?"
 )
-_GROUP = re.compile(r"[SO]\(\d+\)(?:\^\d+)?(?:\*[SO]\(\d+\))*(?: wr S\(\d+\))?")
-_LINE = re.compile(rf"(?P<name>[^\s#]\S*)\s+(?P<group>{_GROUP.pattern})\s+(?P<members>\S.*)")
+# Members have brackets and groups have none.
+_LINE = re.compile(r"(?P<name>[^\s#]\S*)\s+(?P<group>[^\[\]]*\S)\s+(?P<members>[^\s\[\]]+\[.*)")
 
 
 def parse(text: str) -> Symmetry:
@@ -218,32 +280,19 @@ def _member(word: str, line: str) -> Member:
     if match is None or (match["open"] is None) != (match["close"] is None):
         raise SymmetryError(f"not a member: {word!r} in {line!r}; write `tensor[axis]`")
     part = (int(match["start"]), int(match["stop"])) if match["start"] else None
-    scored = match["open"] is None
-    return Member(match["tensor"], int(match["axis"]), part, int(match["leg"] or 0), scored)
+    return Member(
+        tensor=match["tensor"],
+        axis=int(match["axis"]),
+        part=part,
+        leg=int(match["leg"] or 0),
+        scored=match["open"] is None,
+        period=int(match["period"]) if match["period"] else None,
+        outer=int(match["outer"]) if match["outer"] else None,
+    )
 
 
 def _group(text: str, line: str) -> Group:
-    inner, _, outer = text.partition(" wr ")
-    if re.search(r"(?<!\d)0", text):
-        raise SymmetryError(f"a group without units: {text!r} in {line!r}")
-    if outer and "^" in inner:
-        raise SymmetryError(
-            f"{text!r} repeats blocks and exchanges them in {line!r}; write the block once"
-        )
-    if outer:
-        return Wreath(tuple(map(_factor, inner.split("*"))), int(outer[2:-1]))
-    if "*" in inner:
-        raise SymmetryError(
-            f"{text!r} has several legs but nothing exchanges them in {line!r}; write two sites"
-        )
-    if inner[0] == "S" and "^" in inner:
-        raise SymmetryError(
-            f"{text!r} in {line!r}: only rotations repeat; permutations in blocks need a site each"
-        )
-    return _factor(inner)
-
-
-def _factor(text: str) -> Permutation | Orthogonal:
-    base, _, count = text.partition("^")
-    size = int(base[2:-1])
-    return Orthogonal(size, int(count or 1)) if base[0] == "O" else Permutation(size)
+    try:
+        return read(text)
+    except NotationError as error:
+        raise SymmetryError(f"{error} in {line!r}") from error

@@ -56,9 +56,10 @@ class Transform:
         owned = gram.shape[0] // inputs
         for element, member in self._readers(tensor):
             start, stop = member.part or (0, inputs)
+            period = member.period and member.period * owned
             for axis in (0, 1):
-                run = Member(tensor, axis, (start * owned, stop * owned), member.leg)
-                gram = run.act(element, gram)
+                part = (start * owned, stop * owned)
+                gram = Member(tensor, axis, part, member.leg, period=period).act(element, gram)
         return gram
 
     def mixes(self, tensor: str) -> bool:
