@@ -197,7 +197,8 @@ class Bootstrap:
 
     def _cost(self, node: int) -> float:
         if self._choice == "best" and self._score is not None:
-            return self._score({**self._template, **self._models[node]})
+            score = self._score({**self._template, **self._models[node]})
+            return math.inf if math.isnan(score) else score
         if self._choice == "medoid" and self._symmetry is not None:
             return self._distance_to_all(node, self._symmetry)
         return node
