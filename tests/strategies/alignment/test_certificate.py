@@ -83,6 +83,22 @@ def test_no_change_below_the_radius_escapes_it(seed: int) -> None:
     assert certified(anchor, added(anchor, scaled(change, 0.99 * radius / length)))
 
 
+@many
+@given(seed=seeds, step=st.floats(0.4, 0.6))
+def test_it_ends_where_two_units_that_walk_towards_each_other_meet(seed: int, step: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randn(7, 3, generator=generator)
+    nearest = torch.cdist(units, units).fill_diagonal_(torch.inf).argmin()
+    i, j = int(nearest) // 7, int(nearest) % 7
+    moved = units.clone()
+    moved[i] += step * (units[j] - units[i])
+    moved[j] += step * (units[i] - units[j])
+    symmetry = parse("walk S(7) w[0]")
+    radii = identity_radii(symmetry, {"w": units})
+    holds = is_certified(symmetry.sites[0], {"w": units}, {"w": moved}, radii)
+    assert holds == (step < 0.5) or abs(step - 0.5) < 1e-3
+
+
 def test_equal_models_of_distinct_units_are_certified() -> None:
     anchor = drawn(torch.Generator().manual_seed(0), torch.float32)
     assert certified(anchor, dict(anchor))

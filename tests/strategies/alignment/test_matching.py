@@ -223,6 +223,16 @@ def test_a_quadratic_site_is_improved_until_it_stops() -> None:
     assert found.report.distance_after < found.report.distance_before
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds)
+def test_a_step_at_a_quadratic_site_is_taken_only_if_it_helps(seed: int) -> None:
+    symmetry, generator = parse("loop S(5) w[0] w[1]"), drawn(seed)
+    anchor, client = ({"w": torch.randn(5, 5, generator=generator)} for _ in range(2))
+    found = match_weights(symmetry, anchor, client)
+    assert found.report.distance_after <= found.report.distance_before
+    assert match_weights(symmetry, anchor, found.state).transform.is_identity
+
+
 def test_running_statistics_do_not_decide_but_follow() -> None:
     symmetry, anchor = family("convnet")
     client = random(symmetry, drawn(1)).act(anchor)

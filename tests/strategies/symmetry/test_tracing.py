@@ -128,6 +128,11 @@ def training_only(net: Net, x: Tensor) -> object:
     return (net.out(hidden), net.b(hidden)[:, 0]) if net.training else net.out(hidden)
 
 
+def crossed(x: Tensor) -> Tensor:
+    wide = x[:, :, None].expand(4, 6, 6)
+    return wide * wide.transpose(1, 2)
+
+
 def squared(width: int) -> nn.Linear:
     torch.manual_seed(1)
     return nn.Linear(width, width)
@@ -247,6 +252,7 @@ NASTY: dict[str, tuple[list[str], Callable[[Net, Tensor], object], dict[str, nn.
         {"act": nn.PReLU(1)},
     ),
     "training only": (FREE, training_only, {}),
+    "units on two axes": ([], lambda n, x: n.out(crossed(n.a(x)).amax(2)), {}),
     "shape asked": (
         ["a", "b"],
         lambda n, x: n.out(n.a(x).view(n.a(x).shape[0], n.b(n.a(x)).size(1))),
