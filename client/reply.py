@@ -52,9 +52,11 @@ def read_request(content: RecordDict) -> Request:
         PackingError: its tensors do not parse.
     """
     header = wire.read_request(content)
-    arrays = content.array_records[wire.ARRAYS]
+    arrays = wire.arrays(content, wire.ARRAYS)
     anchor = packing.unpack(arrays, header.anchor) if header.anchor else plain.read(arrays)
-    radii = packing.unpack(content.array_records[wire.RADII], header.radii) if header.radii else {}
+    radii = {}
+    if header.radii:
+        radii = packing.unpack(wire.arrays(content, wire.RADII), header.radii)
     return Request(header, anchor, radii)
 
 

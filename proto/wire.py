@@ -12,7 +12,7 @@ and whatever the app puts there itself (`config`, `metrics`).
 
 from typing import TypeVar
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
 
 from fedbasin.proto import fedbasin_pb2 as pb
@@ -25,6 +25,7 @@ STATISTICS = "statistics"
 RADII = "radii"
 
 _Header = TypeVar("_Header", pb.Request, pb.UpdateHeader)
+_Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 class WireError(ValueError):
@@ -35,6 +36,15 @@ class SchemaVersionError(WireError):
     """A header of another schema version."""
 
 
+def records(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:
+    """A content's records of one kind, by name.
+
+    As `content.array_records` and its like, which refer to themselves: whoever looks through them keeps
+    the content, with every tensor in it, until the garbage collector comes by.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
 def write(content: RecordDict, header: pb.Request | pb.UpdateHeader) -> None:
     """Put the header into a message's content, with this schema version."""
     header.schema_version = SCHEMA_VERSION
@@ -43,7 +53,7 @@ def write(content: RecordDict, header: pb.Request | pb.UpdateHeader) -> None:
 
 def has_header(content: RecordDict) -> bool:
     """Whether the content speaks fedbasin at all."""
-    return HEADER in content.config_records
+    return HEADER in records(content, ConfigRecord)
 
 
 def read_request(content: RecordDict) -> pb.Request:
@@ -67,11 +77,23 @@ def header_bytes(content: RecordDict, record: str = HEADER) -> bytes:
     Raises:
         WireError: there is none.
     """
-    records = content.config_records
-    data = records[record].get("header") if record in records else None
+    found = records(content, ConfigRecord).get(record)
+    data = found.get("header") if found else None
     if not isinstance(data, bytes):
         raise WireError(f"the content has no record {record!r} with bytes under 'header'")
     return data
+
+
+def arrays(content: RecordDict, record: str) -> ArrayRecord:
+    """The arrays in a record.
+
+    Raises:
+        WireError: there is no such record.
+    """
+    found = records(content, ArrayRecord).get(record)
+    if found is None:
+        raise WireError(f"the content has no record {record!r} of arrays")
+    return found
 
 
 def numbers(record: MetricRecord) -> dict[str, float]:

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from flwr.app import Context, MetricRecord, RecordDict
+
+from fedbasin.client.context import forget, keep, kept
+
+STATE = {"w": torch.randn(2, 3), "half": torch.randn(2).bfloat16(), "count": torch.tensor(3)}
+METRICS = {"loss": 0.5, "num-examples": 9.0}
+
+
+@pytest.fixture
+def context():
+    return Context(1, 7, {}, RecordDict(), {})
+
+
+def test_what_is_kept_comes_back_in_its_round(context):
+    keep(context, 3, STATE, METRICS)
+    state, metrics = kept(context, 3)
+    assert metrics == METRICS
+    assert state.keys() == STATE.keys()
+    assert all(torch.equal(state[name], STATE[name]) for name in STATE)
+
+
+def test_of_another_round_there_is_nothing(context):
+    assert kept(context, 3) is None
+    keep(context, 3, STATE, METRICS)
+    assert kept(context, 4) is None
+
+
+def test_the_newest_replaces_the_one_before(context):
+    keep(context, 3, STATE, METRICS)
+    keep(context, 4, {"w": torch.zeros(1)}, {"num-examples": 1.0})
+    assert kept(context, 3) is None
+    assert list(kept(context, 4)[0]) == ["w"]
+
+
+def test_what_is_forgotten_is_gone_and_the_apps_own_state_stays(context):
+    context.state["mine"] = MetricRecord({"rounds": 1})
+    forget(context)
+    keep(context, 3, STATE, METRICS)
+    forget(context)
+    assert kept(context, 3) is None
+    assert list(context.state) == ["mine"]
