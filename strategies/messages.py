@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
@@ -93,8 +93,7 @@ def broadcast(
         content[wire.RADII], specs = packing.pack(ask.radii)
         header.radii.extend(specs)
     wire.write(content, header)
-    size = sum(packing.nbytes(record) for record in content.array_records.values())
-    return Broadcast(stage.kind, content, header, size)
+    return Broadcast(stage.kind, content, header, _nbytes(content))
 
 
 def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
@@ -131,7 +130,7 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
     metrics = receive_metrics(message).metrics
     content = message.content
     header = _header(content, sent.header)
-    size = sum(packing.nbytes(record) for record in content.array_records.values())
+    size = _nbytes(content)
     if size > max_bytes:
         raise Refusal(Outcome.too_large, f"{size} bytes where {max_bytes} are allowed")
     try:
@@ -152,11 +151,15 @@ def receive_metrics(message: Message) -> Received:
         raise Refusal(*_error(message))
     metrics = {
         name: value
-        for record in message.content.metric_records.values()
+        for record in wire.records(message.content, MetricRecord).values()
         for name, value in wire.numbers(record).items()
     }
     examples = metrics.pop("num-examples", 0.0)
     return Received(Update({}, examples), pb.UpdateHeader(examples=examples), metrics, 0)
+
+
+def _nbytes(content: RecordDict) -> int:
+    return sum(packing.nbytes(record) for record in wire.records(content, ArrayRecord).values())
 
 
 def _error(message: Message) -> tuple[Outcome, str]:
@@ -188,9 +191,9 @@ def _header(content: RecordDict, asked: pb.Request) -> pb.UpdateHeader:
 
 
 def _parameters(content: RecordDict, header: pb.UpdateHeader) -> dict[str, Tensor]:
-    if wire.ARRAYS not in content.array_records:
+    record = wire.records(content, ArrayRecord).get(wire.ARRAYS)
+    if record is None:
         raise Refusal(Outcome.missing_tensor, f"the reply has no record {wire.ARRAYS!r}")
-    record = content.array_records[wire.ARRAYS]
     return packing.unpack(record, header.tensors) if header.tensors else plain.read(record)
 
 
@@ -199,10 +202,11 @@ def _precisions(
 ) -> Iterable[tuple[Block, Precision]]:
     if not header.precisions:
         return
-    if wire.STATISTICS not in content.array_records:
+    record = wire.records(content, ArrayRecord).get(wire.STATISTICS)
+    if record is None:
         raise Refusal(Outcome.missing_statistic, f"no record {wire.STATISTICS!r}")
     specs = [entry.statistic for entry in header.precisions]
-    tensors = packing.unpack(content.array_records[wire.STATISTICS], specs)
+    tensors = packing.unpack(record, specs)
     seen: set[Block] = set()
     for entry in header.precisions:
         block = tuple(entry.tensors)
