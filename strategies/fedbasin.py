@@ -45,8 +45,8 @@ class FedBasin(Strategy):
     of several stages and own starts need that; this adapter runs those of one stage.
 
     Differential privacy by Flower's fixed-clipping wrappers works with the recipe `fedavg` and `packed`
-    off: statistics are neither clipped nor noised. On the client the order is
-    `mods=[basin(...), fixedclipping_mod]`: alignment then follows clipping, and never takes a model
+    off: statistics are neither clipped nor noised. On the client, `ClientApp(mods=[basin(...)])` and
+    `@app.train(mods=[fixedclipping_mod])`: alignment then follows clipping, and never takes a model
     further from the anchor. Flower's clipping raises on buffers of integers that have more than zero
     dimensions (a scalar counter, as BatchNorm's, passes): keep such buffers out of the state dict with
     `register_buffer(..., persistent=False)`. A client's error makes those wrappers skip the round.

@@ -41,12 +41,12 @@ def batches(context):
     return [examples(context)]
 
 
-def make_app(mods=None):
+def make_app(mods=None, train_mods=None):
     """The app; `app.trained` lists node and round of every training."""
     app = ClientApp(mods=[basin(model=own_net, data=batches)] if mods is None else mods)
     app.trained = []
 
-    @app.train()
+    @app.train(mods=train_mods)
     def train(message: Message, context: Context) -> Message:
         if context.run_config.get("fail"):
             raise RuntimeError("out of memory")
