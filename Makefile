@@ -2,7 +2,7 @@
 PYTHON ?= $(firstword $(shell command -v python3.12) $(shell command -v python3.11) python3)
 BIN := .venv/bin
 
-.PHONY: help demo test lint types contracts tests bench faults e2e proto clean
+.PHONY: help demo test lint types contracts tests bench faults e2e proto pages clean
 
 help: ## show this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ e2e: .venv/ready ## the compose file on a real Docker engine
 
 proto: .venv/ready ## generate code from the .proto files
 	$(BIN)/python -m fedbasin.proto.generate
+
+pages: .venv/ready ## write what is generated: metrics, dashboard, settings
+	$(BIN)/python -m fedbasin.deploy.metrics_page
+	$(BIN)/python -m fedbasin.deploy.dashboard
 
 clean: ## remove what make made
 	rm -rf .venv .links build runs *.egg-info

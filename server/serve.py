@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.server import checkpoint
+from fedbasin.server.access import AccessError
 from fedbasin.server.grid import StreamingGrid, available
-from fedbasin.server.push import push
+from fedbasin.server.push import connect, push
 from fedbasin.server.rounds import (
     Budget,
     Observe,
@@ -129,6 +130,7 @@ def _prepare(
                 "symmetry=trace(model, example_input) to serve, or set fedbasin.align = 'off'"
             )
         symmetry.check(state)
+    _check_observer(settings)
     if settings.bootstrap == "best" and hooks.score is None:
         raise SettingsError(
             "fedbasin.bootstrap = 'best' needs a score; pass Hooks(score=...) to serve"
@@ -150,6 +152,15 @@ def _prepare(
         start,
         state,
     )
+
+
+def _check_observer(settings: Settings) -> None:
+    """Whether what the run is to show its observer can be used; whether that answers is no condition."""
+    try:
+        if settings.observer:
+            connect(settings.observer, settings.observer_pass).close()
+    except AccessError as error:
+        raise SettingsError(f"fedbasin.observer = {settings.observer!r}: {error}") from error
 
 
 def _resumed(folder: Path, settings: Settings, state: State) -> tuple[dict[str, Tensor], int]:
@@ -202,7 +213,11 @@ class _Run:
         if not self.done:
             self._evaluated(0)
         for number in range(self.done + 1, self.rounds + 1):
-            report = self._round(grid, number, config)
+            try:
+                report = self._round(grid, number, config)
+            except BaseException as error:  # Flower ends apps with one that is no Exception
+                self._push(self._failure(number, error))
+                raise
             self._finish_round(report)
         return Result(self.model, checkpoint.read_reports(self.folder), self.folder)
 
@@ -332,16 +347,33 @@ class _Run:
             last=number == self.rounds,
         )
 
+    def _failure(self, number: int, error: BaseException) -> pb.RoundReport:
+        """What the observer is told of a round that ended the run; the run's folder stays as it was."""
+        finished = Timestamp()
+        finished.GetCurrentTime()
+        return pb.RoundReport(
+            schema_version=wire.SCHEMA_VERSION,
+            run_id=self.run_id,
+            round=number,
+            rounds=self.rounds,
+            recipe=self.settings.recipe,
+            finished=finished,
+            stages=[error.report] if isinstance(error, QuorumLostError) else [],
+            problem=f"{type(error).__name__}: {error}",
+        )
+
+    def _push(self, report: pb.RoundReport) -> None:
+        observer = self.settings.observer
+        if observer and not push(observer, report, own=self.settings.observer_pass):
+            _LOG.warning("the observer %s did not take round %d", observer, report.round)
+
     def _finish_round(self, report: pb.RoundReport) -> None:
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self.folder, report)
         kept = checkpoint.Checkpoint(report.round, self.model, decisive(self.settings))
         checkpoint.save(self.folder, kept)
         self.done = report.round
-        if self.settings.observer and not push(self.settings.observer, report):
-            _LOG.warning(
-                "the observer %s did not take round %d", self.settings.observer, report.round
-            )
+        self._push(report)
 
 
 def summary(report: pb.StageReport) -> str:

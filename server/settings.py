@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedbasin.server.access import Pass
 from fedbasin.strategies.recipe import RECIPES, Recipe
 
 PREFIX = "fedbasin."
@@ -81,6 +82,14 @@ class Settings(BaseModel):
     folder: Path = Field(Path("runs"), description="where the run's folder is made")
     resume: str = Field("", description="a run's folder: go on after its last finished round")
     observer: str = Field("", description="host:port of `fedbasin observe`; empty for none")
+    observer_ca: str = Field(
+        "", description="file with the authority of the observer's certificate; with it, TLS"
+    )
+    observer_token_file: str = Field("", description="file with the observer's token")
+    observer_cert: str = Field(
+        "", description="file with this run's own certificate, where the observer asks for one"
+    )
+    observer_key: str = Field("", description="file with its key")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -92,6 +101,12 @@ class Settings(BaseModel):
                 "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
             )
         return self
+
+    @property
+    def observer_pass(self) -> Pass:
+        """What the run shows its observer."""
+        files = (self.observer_ca, self.observer_token_file, self.observer_cert, self.observer_key)
+        return Pass(*(Path(file) if file else None for file in files))
 
     @property
     def composed(self) -> Recipe:

@@ -41,6 +41,10 @@ WRONG = [
     ("folder", 7, "path"),
     ("resume", 1, "string"),
     ("observer", 1, "string"),
+    ("observer-ca", 1, "string"),
+    ("observer-token-file", 1, "string"),
+    ("observer-cert", 1, "string"),
+    ("observer-key", 1, "string"),
     ("colour", "red", "there is no such setting; known are align, attempts"),
     ("barrier_points", 3, "there is no such setting; known are"),
 ]
