@@ -16,10 +16,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedbasin.deploy.local import Deployment, DeploymentError, deployment
+from fedbasin.deploy.local import Deployment, deployment
 from fedbasin.deploy.picture import draw_paths
+from fedbasin.deploy.processes import DeploymentError
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.server.checkpoint import read_reports
+from fedbasin.server.telemetry import height
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
 CLIENTS = 5
@@ -138,15 +140,11 @@ def _row(name: str, report: pb.RoundReport) -> Row:
     return Row(
         name,
         report.metrics["test-accuracy"],
-        linear_barrier(path.points, _mean(path.loss_before, path)) if path.points else None,
-        linear_barrier(path.points, _mean(path.loss_after, path)) if path.points else None,
+        height(linear_barrier, path, path.loss_before) if path.points else None,
+        height(linear_barrier, path, path.loss_after) if path.points else None,
         sum(client.bytes_up + client.bytes_down for client in clients),
         report.seconds,
     )
-
-
-def _mean(sums: list[float], path: pb.PathSums) -> list[float]:
-    return [value / path.examples for value in sums]
 
 
 def _table(rows: list[Row]) -> Table:

@@ -1,5 +1,6 @@
 """The picture of a round's barriers: loss and accuracy on the way from the anchor to the clients."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,5 +35,5 @@ def draw_paths(target: Path, path: pb.PathSums) -> None:
     figure.savefig(target, dpi=120)
 
 
-def _means(sums: list[float], path: pb.PathSums) -> list[float]:
+def _means(sums: Sequence[float], path: pb.PathSums) -> list[float]:
     return [value / path.examples for value in sums]

@@ -13,15 +13,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from fedbasin.strategies.state import State
+if TYPE_CHECKING:  # the observer draws barriers and needs no torch for it
+    from fedbasin.strategies.state import State
 
 Curve: TypeAlias = Sequence[float]
 
 # Over some examples: loss in nats, number classified correctly, number of examples.
 Sums: TypeAlias = tuple[float, float, float]
-Evaluate: TypeAlias = Callable[[State], Sums]
+Evaluate: TypeAlias = Callable[["State"], Sums]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def grid(points: int) -> tuple[float, ...]:
     return tuple(i / (points - 1) for i in range(points))
 
 
-def along(at: Callable[[float], State], evaluate: Evaluate, points: int) -> Path:
+def along(at: "Callable[[float], State]", evaluate: Evaluate, points: int) -> Path:
     """Walk any curve of states, straight or bent, and evaluate each of its points.
 
     Raises:
