@@ -1,4 +1,4 @@
-"""The command line: `fedbasin observe`, `fedbasin rounds`, `fedbasin settings`, `fedbasin version`.
+"""The command line: `fedbasin observe`, `rounds`, `watch`, `report`, `settings` and `version`.
 
 What a command needs is imported in the command, so that help comes at once.
 """
@@ -6,6 +6,8 @@ What a command needs is imported in the command, so that help comes at once.
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fedbasin.proto.fedbasin_pb2 import RoundReport
+    from rich.console import Console
+
+    from fedbasin.proto.fedbasin_pb2 import RoundReport, RoundsRequest
+    from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
     from fedbasin.server.observer import Addresses
 
 _HERE = "127.0.0.1:9470"
@@ -43,7 +48,9 @@ def observe(
     ] = 9470,
     metrics_port: Annotated[
         int,
-        typer.Option(min=0, max=65535, help="Port of the page for Prometheus; 0 picks a free one."),
+        typer.Option(
+            min=0, max=65535, help="Port of the page and of /metrics; 0 picks a free one."
+        ),
     ] = 9471,
     store: Annotated[
         Path | None,
@@ -56,10 +63,11 @@ def observe(
 ) -> None:
     """Collect the round reports of all runs, until Ctrl-C or SIGTERM.
 
-    ServerApps push their reports here (the setting `observer` of a run) and Prometheus scrapes /metrics here. A
-    ServerApp ends with its run; this process stays, so the last round can still be scraped and read.
+    ServerApps push their reports here (the setting `observer` of a run), Prometheus scrapes /metrics here, and a
+    browser shows the runs, live. A ServerApp ends with its run; this process stays, so the last round can still
+    be scraped and read.
 
-    Prints the two addresses when both listen. Ends with 0 when told to stop, with 1 where it cannot listen or
+    Prints the addresses when all listen. Ends with 0 when told to stop, with 1 where it cannot listen or
     cannot open the store.
     """
     import asyncio
@@ -67,7 +75,7 @@ def observe(
     from fedbasin.server import observer
 
     def announce(addresses: "Addresses") -> None:
-        lines = {"observer": addresses.observer, "metrics": addresses.metrics}
+        lines = asdict(addresses)
         text = json.dumps(lines) if as_json else "\n".join(f"{k:9} {v}" for k, v in lines.items())
         typer.echo(text)
 
@@ -77,18 +85,12 @@ def observe(
         raise _failure(f"{error}; see --port, --metrics-port and --store") from error
 
 
+Address = Annotated[str, typer.Argument(metavar="[HOST:PORT]", help="Of `fedbasin observe`.")]
+RunId = Annotated[str, typer.Option(help="Id of the run; the newest where left out.")]
+
+
 @app.command()
-def rounds(
-    address: Annotated[
-        str, typer.Argument(metavar="[HOST:PORT]", help="Of `fedbasin observe`.")
-    ] = _HERE,
-    run: Annotated[str, typer.Option(help="Id of the run; the newest where left out.")] = "",
-    watch: Annotated[
-        bool,
-        typer.Option("--watch", help="Go on with each round as it ends, until the run's last."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def rounds(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> None:
     """Show the rounds of a run: replies, bytes, loss barrier before → after alignment, the new model's metrics.
 
     A loss barrier is how far the loss rises above the straight line between the global model and the clients'
@@ -96,17 +98,76 @@ def rounds(
 
     Ends with 0, with 1 where the observer cannot be reached, and with 2 where it has no such run.
     """
-    import grpc
+    from rich.console import Console
 
+    from fedbasin.server.store import to_line
+    from fedbasin.server.table import table
+
+    with _asking(address) as observer:
+        found = observer.GetRounds(_request(run), timeout=30).reports
+    if as_json:
+        typer.echo("".join(f"{to_line(one)}\n" for one in found), nl=False)
+    else:
+        Console().print(table(found))
+
+
+@app.command()
+def watch(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> None:
+    """Watch a run: the rounds so far and then each as it ends, until the run's last.
+
+    A run that has not reported yet is waited for. In a terminal the screen is drawn anew for each round;
+    elsewhere each round is a line.
+
+    Ends with 0 after the last round, with 1 where the observer cannot be reached or the run failed, and with 130
+    on Ctrl-C.
+    """
+    from rich.console import Console
+
+    from fedbasin.server.live import show_live
+
+    console = Console()
     try:
-        _show(_reports(address, run, watch=watch), as_json=as_json, live=watch)
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.NOT_FOUND:
-            raise typer.BadParameter(error.details(), param_hint="--run") from error
-        raise _failure(
-            f"no observer answers at {address} ({error.code().name}); start one with `fedbasin observe`, "
-            "or name yours: `fedbasin rounds HOST:PORT`"
-        ) from error
+        with _asking(address) as observer:
+            reports = observer.WatchRounds(_request(run))
+            live = console.is_terminal and not as_json
+            shown = show_live(console, reports) if live else _lines(console, reports, as_json)
+            problem = [one.problem for one in shown][-1:]
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if any(problem):
+        raise _failure(f"the run ended early: {problem[0]}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write; RUN/report.html where left out."),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="A summary to paste.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the report of a run from its folder: one HTML file that needs nothing else.
+
+    Markdown and JSON are printed, unless --output names a file.
+
+    Ends with 0, and with 1 where the folder has no report or the file cannot be written.
+    """
+    from fedbasin.server.report import file
+
+    if as_markdown and as_json:
+        raise typer.BadParameter("choose one form", param_hint="--markdown and --json")
+    form = file.text if as_markdown else file.lines if as_json else file.html
+    try:
+        if output is None and form is not file.html:
+            typer.echo(form(folder), nl=False)
+            return
+        target = output or folder / "report.html"
+        file.write(folder, target, form)
+    except (file.NoRunError, OSError) as error:
+        raise _failure(str(error)) from error
+    typer.echo(target)
 
 
 @app.command()
@@ -130,36 +191,46 @@ def version() -> None:
     typer.echo(metadata.version("fedbasin"))
 
 
-def _reports(address: str, run: str, *, watch: bool) -> "Iterator[RoundReport]":
-    from fedbasin.proto.fedbasin_pb2 import RoundsRequest
+@contextmanager
+def _asking(address: str) -> "Iterator[ObserverStub]":
+    """An observer to be asked; what goes wrong becomes one line."""
+    import grpc
+
     from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
     from fedbasin.server.push import connect
 
-    request = RoundsRequest(run_id=run)
-    with connect(address) as channel:
-        stub = ObserverStub(channel)
-        yield from (
-            stub.WatchRounds(request) if watch else stub.GetRounds(request, timeout=30).reports
-        )
+    try:
+        with connect(address) as channel:
+            yield ObserverStub(channel)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.NOT_FOUND:
+            raise typer.BadParameter(error.details(), param_hint="--run") from error
+        raise _failure(
+            f"no observer answers at {address} ({error.code().name}); start one with `fedbasin observe`, "
+            "or name yours: HOST:PORT"
+        ) from error
 
 
-def _show(reports: "Iterable[RoundReport]", *, as_json: bool, live: bool) -> None:
-    from rich.console import Console
+def _request(run: str) -> "RoundsRequest":
+    from fedbasin.proto.fedbasin_pb2 import RoundsRequest
 
+    return RoundsRequest(run_id=run)
+
+
+def _lines(
+    console: "Console", reports: "Iterable[RoundReport]", as_json: bool
+) -> "Iterator[RoundReport]":
     from fedbasin.server.store import to_line
     from fedbasin.server.table import table
 
-    if as_json:
-        for report in reports:
-            typer.echo(to_line(report))
-        return
-    console = Console()
-    if not live:
-        console.print(table(reports))
-        return
-    console.print(table([]))
-    for report in reports:
-        console.print(table([report], heading=False))
+    if not as_json:
+        console.print(table([]))
+    for one in reports:
+        if as_json:
+            typer.echo(to_line(one))
+        else:
+            console.print(table([one], heading=False))
+        yield one
 
 
 def _failure(message: str) -> typer.Exit:

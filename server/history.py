@@ -143,6 +143,17 @@ class History:
             raise KeyError(run_id)
         return [report for report in self._after(run_id, -1) if report.round >= from_round]
 
+    def entries(self, run_id: str) -> list[Entry]:
+        """The same, not parsed yet: for those who read few of them, or on another thread.
+
+        Raises:
+            KeyError: there is no run of that name.
+        """
+        if run_id and run_id not in self._runs:
+            raise KeyError(run_id)
+        run = self._run(run_id)
+        return list(run.entries.values()) if run else []
+
     async def watch(self, run_id: str, from_round: int = 0) -> AsyncGenerator[RoundReport, None]:
         """The rounds so far and then each as it comes, until the run's last or the one that ended it.
 

@@ -7,6 +7,7 @@ from datetime import UTC
 from rich.table import Table
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.server.report.text import size
 from fedbasin.server.telemetry import height
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 from fedbasin.strategies.outcome import Outcome
@@ -40,7 +41,7 @@ def _cells(report: RoundReport) -> tuple[str, ...]:
         f"{report.finished.ToDatetime(UTC).astimezone():%H:%M:%S}",
         f"{report.seconds:.1f}",
         _updates(Counter(client.outcome for client in clients)),
-        _size(sum(client.bytes_up for client in clients)),
+        size(sum(client.bytes_up for client in clients)),
         _barrier(report),
         "\n".join(f"{name} {value:.4g}" for name, value in sorted(report.metrics.items())),
     )
@@ -60,11 +61,3 @@ def _barrier(report: RoundReport) -> str:
     path = report.path
     curves = [sums for sums in (path.loss_before, path.loss_after) if sums and path.examples]
     return " → ".join(f"{height(linear_barrier, path, sums):.3g}" for sums in curves)
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

@@ -28,18 +28,17 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
 from fedbasin.server.history import History
 from fedbasin.server.page.headers import SecurityHeaders
+from fedbasin.server.page.runs import Runs
 from fedbasin.server.page.stream import events
 from fedbasin.server.page.view import Choice, page
 from fedbasin.server.report.alignment import alignment
 from fedbasin.server.report.document import style
 from fedbasin.server.report.run import Run
-from fedbasin.server.report.summary import as_json, summarise
+from fedbasin.server.report.summary import as_json
 
 _STATIC = Path(__file__).parent / "static"
-_RUNS_KEPT = 8  # whose summaries are not made anew for every request
 
 
 def application(
@@ -73,8 +72,8 @@ class _Site:
 
     def __init__(self, history: History, registry: CollectorRegistry) -> None:
         self._history = history
+        self._runs = Runs(history)
         self._registry = registry
-        self._seen: dict[str, Run] = {}
 
     async def page(self, request: Request) -> Response:
         choice = Choice.read(request.query_params)
@@ -104,36 +103,23 @@ class _Site:
         )
 
     async def rounds(self, request: Request) -> Response:
-        reports = self._reports(request.path_params["run_id"])
-        first = _from(request)
-        return JSONResponse([as_json(summarise(one)) for one in reports if one.round >= first])
+        run, first = await self._run(request.path_params["run_id"]), _from(request)
+        return JSONResponse([as_json(one) for one in run.rounds if one.number >= first])
 
     async def events(self, request: Request) -> Response:
         run_id = request.path_params.get("run_id", "")
         if run_id:
-            self._reports(run_id)
+            await self._run(run_id)  # or the stream would wait for one that never comes
         seen = request.headers.get("last-event-id", "")
         first = int(seen) + 1 if seen.isdecimal() else _from(request)
         stream = events(self._history, run_id, first)
         return StreamingResponse(stream, media_type="text/event-stream")
 
     async def _run(self, run_id: str) -> Run:
-        reports = self._reports(run_id)
-        name = reports[0].run_id
-        before = self._seen.pop(name, None)
-        run = self._seen[name] = await run_in_threadpool(Run.of, reports, before)
-        while len(self._seen) > _RUNS_KEPT:
-            del self._seen[next(iter(self._seen))]
-        return run
-
-    def _reports(self, run_id: str) -> list[RoundReport]:
         try:
-            found = self._history.rounds(run_id)
+            return await self._runs.get(run_id)
         except KeyError:
             raise HTTPException(404, f"no run '{run_id}' here; /api/runs lists them") from None
-        if not found:
-            raise HTTPException(404, "no run has reported yet")
-        return sorted(found, key=lambda report: report.round)
 
 
 async def _style(request: Request) -> Response:

@@ -5,7 +5,7 @@ Each event carries its round's number as id, so that a browser that reconnects g
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
@@ -15,19 +15,24 @@ from fedbasin.server.report.summary import as_json, summarise
 SILENCE_SECONDS = 15.0  # proxies give up a connection that says nothing for longer
 
 
-async def events(history: History, run_id: str, from_round: int) -> AsyncIterator[str]:
+async def events(history: History, run_id: str, from_round: int) -> AsyncGenerator[str, None]:
     """The stream of one reader; `event: end` says that nothing more will come."""
     yield ": connected\n\n"  # or the browser would wait for the answer's head as long as for a round
     try:
-        async with aclosing(history.watch(run_id, from_round)) as reports:
-            async for report in _with_silence(reports):
+        async with (
+            aclosing(history.watch(run_id, from_round)) as reports,
+            aclosing(_with_silence(reports)) as heard,
+        ):
+            async for report in heard:
                 yield _event(report) if report else ": still here\n\n"
     except ClosedError:
         return  # the observer stops: the reader's browser tries again
     yield "event: end\ndata: {}\n\n"
 
 
-async def _with_silence(reports: AsyncIterator[RoundReport]) -> AsyncIterator[RoundReport | None]:
+async def _with_silence(
+    reports: AsyncIterator[RoundReport],
+) -> AsyncGenerator[RoundReport | None, None]:
     """The same reports, and None whenever nothing came for a while."""
     coming = asyncio.ensure_future(anext(reports, None))
     try:

@@ -102,6 +102,7 @@ def _chooser(summaries: Sequence[RunSummary], runs: list[Run], choice: Choice) -
         _select("round", "Curves and clients of round", numbers, shown),
         tag("button", "Show"),
         class_="choose",
+        aria_label="What to show",  # a form with a name is a landmark
         id="choose",
         data_run=run.name,
         data_newest=run.newest.number,

@@ -18,7 +18,7 @@ def path(report: RoundReport, whose: str = "") -> Html:
     """
     sums = report.path
     if not (sums.points and sums.examples):
-        return tag("p", f"{whose}Round {report.round} evaluated no path.", class_="note")
+        return tag("p", f"{whose}{_round(report, whose)} evaluated no path.", class_="note")
     counted = f"{sums.examples:,.0f} examples of the clients’ own"
     panels = (
         ("loss", f"Mean in nats, {counted}.", sums.loss_before, sums.loss_after),
@@ -26,13 +26,17 @@ def path(report: RoundReport, whose: str = "") -> Html:
     )
     return join(
         figures.curves(
-            Words(f"{whose}Round {report.round}: {name}", note, "anchor (0) to client (1)"),
+            Words(f"{whose}{_round(report, whose)}: {name}", note, "anchor (0) to client (1)"),
             _lines(sums, before, after),
             Axis(0, 1),
         )
         for name, note, before, after in panels
         if before or after
     )
+
+
+def _round(report: RoundReport, whose: str) -> str:
+    return f"{'round' if whose else 'Round'} {report.round}"
 
 
 def _lines(path: PathSums, before: Sequence[float], after: Sequence[float]) -> list[Line]:

@@ -6,7 +6,7 @@ script or an inline style.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from fedbasin.server.report.markup import Html, join, tag
@@ -14,6 +14,7 @@ from fedbasin.server.report.text import number
 
 Point: TypeAlias = tuple[float, float]
 
+_LARGEST = 1e100  # beyond it a number is drawn as a gap: it says no more than an overflow
 _INNER = 1000  # units of the stretched drawing inside
 _DOTS = 40  # over more rounds, lines are drawn without dots
 
@@ -63,13 +64,15 @@ class Axis:
 
 def axis(values: Sequence[float], show: Callable[[float], str] = number) -> Axis:
     """A scale that holds all finite values, with round ends; zero is one of them where it is near."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(finite), max(finite)
-    low = 0.0 if 0 <= low <= 0.6 * high or low == high > 0 else low
-    step = _step((high - low) / 4 or abs(high) or 1.0)
-    return Axis(
-        math.floor(low / step + 1e-9) * step, (math.ceil(high / step - 1e-9) or 1) * step, show
-    )
+    drawn = [value for value in values if _drawable(value)] or [0.0, 1.0]
+    low, high = min(drawn), max(drawn)
+    if high - low < 1e-9 * max(abs(low), abs(high)) or high - low < 1 / _LARGEST:
+        low, high = min(low, 0.0), max(high, 0.0)  # one value: seen from zero
+    elif 0 <= low <= 0.6 * high:
+        low = 0.0
+    step = _step(max((high - low) / 4, 1 / _LARGEST))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Axis(first * step, max(last, first + 1) * step, show)
 
 
 def line_chart(
@@ -95,6 +98,9 @@ def bar_chart(
     show: Callable[[float], str] = number,
 ) -> Html:
     """Stacked bars, one stack a round, from round `first` on."""
+    stack = [
+        replace(bars, heights=[h if _drawable(h) else 0.0 for h in bars.heights]) for bars in stack
+    ]
     totals = [sum(heights) for heights in zip(*(bars.heights for bars in stack), strict=True)]
     across = Axis(first - 0.5, first + len(totals) - 0.5, lambda value: f"{value:.0f}")
     up = axis([0.0, *totals], show)
@@ -169,7 +175,7 @@ def _mark(place: float, text: str) -> Html:
 def _curve(line: Line, across: Axis, up: Axis) -> Html:
     steps, pen = [], "M"
     for x, y in line.points:
-        if not math.isfinite(y):
+        if not _drawable(y):
             pen = "M"
             continue
         steps.append(f"{pen}{_inner(across.place(x))} {_inner(1 - up.place(y))}")
@@ -188,7 +194,7 @@ def _dots(line: Line, across: Axis, up: Axis) -> Html:
             class_=f"fill {line.style}",
         )
         for x, y in line.points
-        if math.isfinite(y)
+        if _drawable(y)
     )
 
 
@@ -202,6 +208,10 @@ def _bars(bars: Bars, floor: Sequence[float], up: Axis) -> Html:
             top, tall = _inner(1 - up.place(low + height)), _inner(up.place(height))
             steps.append(f"M{left} {top}h{width:.4g}v{tall}h-{width:.4g}z")
     return tag("path", d="".join(steps), class_=f"fill {bars.style}")
+
+
+def _drawable(value: float) -> bool:
+    return abs(value) < _LARGEST  # NaN is not
 
 
 def _step(rough: float) -> float:

@@ -44,11 +44,11 @@ def parts(runs: Sequence[Run], heat_maps: Html, number: int | None = None) -> li
     paths = (path(one.shown(number), f"{one.name}, " if whose else "") for one in runs)
     tables = (tag("div", rounds(one), class_="card") for one in runs)
     return [
-        _section("progress", "By round", _grid(barriers(runs), metrics(runs))),
-        _section("path", "From the anchor to the clients", _grid(*paths)),
+        _section("progress", "By round", tag("div", barriers(runs), metrics(runs), class_="grid")),
+        _section("path", "From the anchor to the clients", tag("div", *paths, class_="grid pairs")),
         _section("alignment", f"Alignment by site{whose}", heat_maps),
         _section("outcomes", f"Replies{whose}", outcomes(run, run.shown(number))),
-        _section("costs", f"Seconds and bytes{whose}", _grid(costs(run))),
+        _section("costs", f"Seconds and bytes{whose}", tag("div", costs(run), class_="grid pairs")),
         _section("rounds", "Rounds", *tables),
     ]
 
@@ -88,10 +88,6 @@ def themes() -> Html:
 def _section(key: str, name: str, *content: Html) -> Html:
     heading = tag("h2", name, id=f"{key}-title")
     return tag("section", heading, *content, id=key, aria_labelledby=f"{key}-title")
-
-
-def _grid(*figures: Html) -> Html:
-    return tag("div", *figures, class_="grid")
 
 
 def _settings(text: str) -> Html:

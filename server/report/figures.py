@@ -48,7 +48,9 @@ def curves(
 def bars(
     words: Words, stack: Sequence[Bars], rounds: Sequence[int], show: Callable[[float], str]
 ) -> Html:
-    """Stacked bars by round."""
+    """Stacked bars by round; nothing where there is nothing to stack."""
+    if not stack:
+        return Html()
     chart = bar_chart(stack, rounds[0], _spoken_bars(words, stack, show), show)
     columns = ([show(height) for height in one.heights] for one in stack)
     rows = list(zip(rounds, *columns, strict=True))

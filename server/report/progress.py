@@ -12,6 +12,8 @@ from fedbasin.server.report.summary import ACCEPTED, Round
 from fedbasin.server.report.table import scrolled, table
 from fedbasin.server.report.text import arrow, duration, number, size
 
+_RECENT = 50  # rounds whose rows are laid out at once
+
 
 def overview(run: Run) -> Html:
     """Where the run is, in six numbers."""
@@ -47,11 +49,20 @@ def metrics(runs: Sequence[Run]) -> Html:
 
 
 def rounds(run: Run) -> Html:
-    """One row per round, the newest first."""
-    names = list(dict.fromkeys(name for one in run.rounds for name in one.metrics))
+    """One row per round, the newest first; of a long run, the earlier ones are behind a disclosure."""
+    newest_first = run.rounds[::-1]
+    recent, earlier = newest_first[:_RECENT], newest_first[_RECENT:]
+    table_ = _rounds(f"Rounds of {run.name}, newest first", recent)
+    if not earlier:
+        return table_
+    rest = _rounds(f"Earlier rounds of {run.name}", earlier)
+    return join([table_, tag("details", tag("summary", f"{len(earlier)} earlier rounds"), rest)])
+
+
+def _rounds(title: str, rounds: Sequence[Round]) -> Html:
+    names = list(dict.fromkeys(name for one in rounds for name in one.metrics))
     columns = ("round", "ended, UTC", "seconds", "accepted", "refused", "up", "down", "barrier")
-    title = f"Rounds of {run.name}, newest first"
-    rows = (_row(one, names) for one in reversed(run.rounds))
+    rows = (_row(one, names) for one in rounds)
     return scrolled(table(title, (*columns, *names), rows), title)
 
 

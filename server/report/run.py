@@ -1,6 +1,6 @@
-"""A run to be shown: its reports and their summaries."""
+"""A run to be shown: its rounds in brief, and their reports for the little that needs them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
@@ -12,7 +12,7 @@ class Run:
     """At least one round.
 
     Attributes:
-        reports: by round.
+        reports: by round; a sequence that may read a report only when it is asked for.
         rounds: the same in brief.
     """
 
@@ -20,19 +20,9 @@ class Run:
     rounds: Sequence[Round]
 
     @classmethod
-    def of(cls, reports: Sequence[RoundReport], before: "Run | None" = None) -> "Run":
-        """A run from its reports.
-
-        Args:
-            reports: by round.
-            before: the run as it was; the summaries of reports that it has too are taken from it.
-        """
-        known = {id(report): brief for report, brief in before.pairs()} if before else {}
-        return cls(reports, [known.get(id(report)) or summarise(report) for report in reports])
-
-    def pairs(self) -> Iterator[tuple[RoundReport, Round]]:
-        """Each report with its summary."""
-        return zip(self.reports, self.rounds, strict=True)
+    def of(cls, reports: Sequence[RoundReport]) -> "Run":
+        """A run from its reports."""
+        return cls(reports, [summarise(report) for report in reports])
 
     @property
     def name(self) -> str:
@@ -46,6 +36,7 @@ class Run:
 
     def shown(self, number: int | None = None) -> RoundReport:
         """The report of a round; without one, of the newest whose path was evaluated, or of the newest."""
-        asked = [one for one in self.reports if one.round == number]
-        probed = [one for one in self.reports if one.path.points and one.path.examples]
-        return (asked or probed or list(self.reports))[-1]
+        places = range(len(self.rounds))
+        asked = [place for place in places if self.rounds[place].number == number]
+        probed = [place for place in places if self.rounds[place].probed]
+        return self.reports[(asked or probed or [-1])[-1]]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport, StageReport
 from fedbasin.server.telemetry import height
@@ -58,6 +59,7 @@ class Round:
         ended: when.
         seconds: from start to end.
         stages: what each took, in order.
+        probed: whether clients evaluated the path to the anchor.
         barrier: of the mean loss from anchor to clients, nats.
         accuracy_barrier: the same of the accuracy, a share.
         metrics: of the new global model.
@@ -73,6 +75,7 @@ class Round:
     ended: datetime
     seconds: float
     stages: tuple[Stage, ...]
+    probed: bool
     barrier: Pair
     accuracy_barrier: Pair
     metrics: Mapping[str, float]
@@ -85,7 +88,7 @@ class Round:
         """Of the run after this round: running, finished or failed."""
         return "failed" if self.problem else "finished" if self.last else "running"
 
-    @property
+    @cached_property
     def outcomes(self) -> Counter[str]:
         """Replies of all stages by what became of them."""
         return sum((Counter(stage.outcomes) for stage in self.stages), Counter())
@@ -122,6 +125,7 @@ def summarise(report: RoundReport) -> Round:
         report.finished.ToDatetime(UTC),
         report.seconds,
         tuple(_stage(stage) for stage in report.stages),
+        bool(path.points and path.examples),
         Pair(
             _height(linear_barrier, path, path.loss_before),
             _height(linear_barrier, path, path.loss_after),
@@ -145,7 +149,7 @@ def as_json(of: Round) -> dict[str, object]:
         "rounds": of.of,
         "recipe": of.recipe,
         "ended": of.ended.isoformat(),
-        "seconds": of.seconds,
+        "seconds": _or_null(of.seconds),
         "accepted": of.accepted,
         "outcomes": dict(of.outcomes),
         "bytes_up": of.bytes_up,
@@ -156,7 +160,11 @@ def as_json(of: Round) -> dict[str, object]:
         ),
         "metrics": _finite(of.metrics),
         "stages": [
-            {"stage": stage.name, "seconds": stage.seconds, "server_seconds": stage.server_seconds}
+            {
+                "stage": stage.name,
+                "seconds": _or_null(stage.seconds),
+                "server_seconds": _or_null(stage.server_seconds),
+            }
             for stage in of.stages
         ],
         "state": of.state,
@@ -182,4 +190,8 @@ def _height(
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+    return {key: _or_null(value) for key, value in values.items()}
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None

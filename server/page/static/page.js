@@ -31,9 +31,11 @@ async function refresh() {
   clearTimeout(pending);
   pending = undefined;
   refreshed = Date.now();
-  const answer = await fetch(location.href).catch(() => undefined);
+  const address = location.href;
+  const answer = await fetch(address).catch(() => undefined);
   if (!answer?.ok) return say("lost", "the observer does not answer");
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (address !== location.href) return; // chosen anew in the meantime: that answer is on its way
   if (!form() || !page.getElementById("choose")) {
     if (page.getElementById("choose")) location.reload();
     return;
@@ -76,8 +78,9 @@ function keepingPlace(part, change) {
 function replaceChoices(fresh) {
   for (const select of fresh.querySelectorAll("select")) {
     const old = document.getElementById(select.id);
+    const { value } = select; // before its options move
     if (old.innerHTML !== select.innerHTML) old.replaceChildren(...select.childNodes);
-    old.value = select.value;
+    old.value = value;
   }
   const moved = form().dataset.run !== fresh.dataset.run;
   Object.assign(form().dataset, fresh.dataset);

@@ -1,0 +1,90 @@
+"""A run in the terminal while it goes on: where it is, how its barrier fell, its last rounds, its refusals."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.server.report.summary import ACCEPTED, Round, summarise
+from fedbasin.server.report.text import arrow
+from fedbasin.server.table import table
+from fedbasin.strategies.outcome import Outcome
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_SPARKS = 40  # rounds of a sparkline
+_AROUND = 12  # lines of the screen that are not rounds
+
+
+def show_live(console: Console, reports: Iterable[RoundReport]) -> Iterator[RoundReport]:
+    """Draws each report as it comes, and hands it on."""
+    seen: list[RoundReport] = []
+    brief: list[Round] = []
+    with Live(Text("waiting for the first round"), console=console, auto_refresh=False) as live:
+        for report in reports:
+            seen.append(report)
+            brief.append(summarise(report))
+            live.update(screen(seen, brief, console.height - _AROUND), refresh=True)
+            yield report
+
+
+def screen(reports: Sequence[RoundReport], rounds: Sequence[Round], rows: int) -> RenderableType:
+    """All that is known of a run, in at most so many rows of rounds."""
+    newest = rounds[-1]
+    last = list(reports)[-max(rows, 3) :]
+    parts = [_head(newest), Text(), *_barrier(rounds), table(last), Text(), *_refusals(rounds)]
+    if newest.problem:
+        parts.append(Text(f"The run ended early: {newest.problem}", style="red"))
+    return Group(*parts)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values as blocks from zero to the highest; a dot where there is none."""
+    highest = max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
+    return "".join(
+        _BLOCKS[round(max(value, 0.0) / highest * (len(_BLOCKS) - 1))]
+        if math.isfinite(value)
+        else "·"
+        for value in values
+    )
+
+
+def _head(newest: Round) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(
+        Text(newest.run_id, style="bold"),
+        newest.recipe,
+        f"round {newest.number} of {newest.of}",
+        ProgressBar(total=max(newest.of, 1), completed=newest.number, width=24),
+        newest.state,
+    )
+    return grid
+
+
+def _barrier(rounds: Sequence[Round]) -> list[RenderableType]:
+    """Before and after on one scale, so that the difference shows."""
+    shown = [one.barrier for one in rounds if math.isfinite(one.barrier.before)][-_SPARKS:]
+    if not shown:
+        return []
+    both = sparkline([*(one.before for one in shown), *(one.after for one in shown)])
+    newest = arrow(shown[-1].before, shown[-1].after)
+    return [
+        Text.assemble("barrier as trained  ", (both[: len(shown)], "dark_orange"), f"  {newest}"),
+        Text.assemble("barrier aligned     ", (both[len(shown) :], "dodger_blue1")),
+        Text(),
+    ]
+
+
+def _refusals(rounds: Sequence[Round]) -> list[RenderableType]:
+    """What was refused so far, and what to do about it."""
+    total = sum((one.outcomes for one in rounds), Counter[str]())
+    return [
+        Text(f"{number} {kind}: {Outcome[kind].value if kind in Outcome.__members__ else ''}")
+        for kind, number in total.most_common()
+        if kind != ACCEPTED
+    ]

@@ -1,0 +1,227 @@
+"""The report of a run: one file, nothing hidden, nothing injected, nothing fetched."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server.checkpoint import REPORTS, append_report
+from fedbasin.server.report.chart import Axis, Bars, Line, axis, bar_chart, line_chart
+from fedbasin.server.report.document import report
+from fedbasin.server.report.file import NoRunError, html, lines, read, text
+from fedbasin.server.report.markdown import escaped, markdown
+from fedbasin.server.report.markup import tag
+from fedbasin.server.report.run import Run
+from fedbasin.server.report.sites import binned, sites
+from fedbasin.strategies.outcome import Outcome
+from tests.server.reports import SITES, run_of
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`"
+
+
+class Elements(HTMLParser):
+    """The elements of a document, and whether each is closed in its turn."""
+
+    def __init__(self, document):
+        super().__init__()
+        self.open, self.found = [], []
+        self.feed(document)
+
+    def handle_starttag(self, name, attributes):
+        self.found.append((name, dict(attributes)))
+        if name not in ("meta", "link", "input"):
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for one in run_of(rounds=4):
+        append_report(tmp_path, one)
+    return tmp_path
+
+
+def fedbasin(*arguments):
+    command = [sys.executable, "-m", "fedbasin.server.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_report_is_well_formed_and_needs_neither_script_nor_network(folder):
+    elements = Elements(html(folder))
+    assert elements.open == []
+    names = {name for name, _ in elements.found}
+    assert not names & {"script", "link", "img", "iframe", "object"}
+    outside = ("href", "src", "style")
+    assert not [a for _, given in elements.found for a in given if a in outside]
+
+
+def test_every_chart_has_words_and_its_numbers_as_a_table(folder):
+    document = html(folder)
+    figures = re.findall(r"<figure>.*?</figure>", document)
+    assert len(figures) >= 9
+    for figure in figures:
+        label = re.search(r'role="img" aria-label="([^"]+)"', figure)[1]
+        assert label.startswith(("Line chart", "Bar chart", "Heat map"))
+        if not label.startswith("Heat map"):  # the three share one
+            assert "<details>" in figure
+            assert "<caption>" in figure
+
+
+def test_the_report_says_what_to_do_about_refused_replies():
+    (one,) = run_of(rounds=1)
+    one.stages[0].clients[0].outcome = "non_finite"
+    run = Run.of([one])
+    assert Outcome.non_finite.value in report(run)
+    assert escaped(Outcome.non_finite.value) in markdown(run)
+
+
+def hostile_run():
+    (one,) = run_of(rounds=1, run_id=HOSTILE, recipe=HOSTILE)
+    one.metrics[HOSTILE] = 1.0
+    one.problem = HOSTILE
+    client = one.stages[1].clients[0]
+    client.outcome, client.detail = HOSTILE, HOSTILE
+    one.stages[0].stage = HOSTILE
+    one.stages[1].clients[1].alignment.sites[0].site = HOSTILE
+    return Run.of([one])
+
+
+def test_nothing_that_a_client_or_a_run_says_becomes_an_element_or_an_attribute():
+    document = report(hostile_run(), json.dumps({"recipe": HOSTILE}))
+    elements = Elements(document)
+    assert elements.open == []
+    assert not {"script", "img"} & {name for name, _ in elements.found}
+    assert not [key for _, given in elements.found for key in given if key.startswith("on")]
+
+
+def test_markdown_keeps_hostile_words_in_their_cells():
+    written = markdown(hostile_run())
+    assert "<script>" not in written.replace("\\<script", "")
+    for block in re.findall(r"(?:^\|.*\n)+", written, re.MULTILINE):
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(columns) == 1
+
+
+@given(st.text())
+def test_text_and_attributes_come_back_as_they_were(given_text):
+    shown = given_text.replace("\r", "\n").replace("\0", "")
+    document = tag("p", shown, title=shown)
+    elements = Elements(document)
+    assert [name for name, _ in elements.found] == ["p"]
+    assert elements.found[0][1]["title"] == shown
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=50))
+def test_any_numbers_give_a_chart_within_its_frame(values):
+    drawn = line_chart(
+        [Line("a", list(enumerate(values)), "c1")], Axis(0, max(len(values) - 1, 1)), "x", "a chart"
+    )
+    path = re.search(r'<path d="([^"]*)"', drawn)[1]
+    coordinates = [float(number) for number in re.findall(r"-?[\d.]+(?:e[+-]?\d+)?", path)]
+    assert all(-1 <= number <= 1001 for number in coordinates)
+    assert path.count("M") + path.count("L") == sum(abs(value) < 1e100 for value in values)
+
+
+@given(st.floats(-1e99, 1e99), st.floats(-1e99, 1e99))
+def test_a_scale_holds_its_values_and_has_ticks(one, other):
+    scale = axis([one, other])
+    assert scale.low < scale.high
+    assert -1e-9 <= scale.place(min(one, other)) <= scale.place(max(one, other)) <= 1 + 1e-9
+    assert 2 <= len(scale.ticks()) <= 12
+
+
+def test_bars_stack_from_zero():
+    drawn = bar_chart([Bars("a", [1.0], "c1"), Bars("b", [3.0], "c2")], 1, "bars")
+    tops = [float(y) for y in re.findall(r'd="M[\d.]+ ([\d.]+)h', drawn)]
+    assert tops == [750.0, 0.0]
+
+
+def test_many_rounds_share_columns_and_their_means():
+    found = [(one.round, sites(one)) for one in run_of(rounds=10)]
+    columns = binned(found, 4)
+    assert [(span.start, span.stop) for span, _ in columns] == [(1, 4), (4, 7), (7, 10), (10, 11)]
+    name = SITES[0]
+    mean = sum(given[name].moved for _, given in found[:3]) / 3
+    assert columns[0][1][name].moved == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("key", ["path", "stages", "metrics"])
+def test_a_run_that_measured_less_has_a_report_too(key):
+    (one,) = run_of(rounds=1)
+    one.ClearField(key)
+    run = Run.of([one])
+    assert Elements(report(run)).open == []
+    assert markdown(run)
+
+
+def test_a_loss_that_overflowed_is_a_gap_and_null():
+    one, other = run_of(rounds=2)
+    one.path.loss_before[3] = math.inf
+    run = Run.of([one, other])
+    assert math.isnan(run.rounds[0].barrier.before)
+    assert "NaN" not in report(run)
+    assert "nan" not in markdown(run)
+
+
+def test_json_is_one_round_a_line_and_strict(folder):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    parsed = [json.loads(line, parse_constant=refuse) for line in lines(folder).splitlines()]
+    assert [one["round"] for one in parsed] == [1, 2, 3, 4]
+    assert parsed[-1]["state"] == "finished"
+
+
+def test_the_command_writes_beside_the_run_or_where_it_is_told(folder, tmp_path):
+    done = fedbasin("report", folder)
+    assert done.returncode == 0
+    assert done.stdout.strip() == str(folder / "report.html")
+    assert (folder / "report.html").read_text() == html(folder)
+    target = tmp_path / "summary.md"
+    assert fedbasin("report", folder, "--markdown", "-o", target).returncode == 0
+    assert target.read_text() == text(folder)
+
+
+def test_markdown_and_json_are_printed(folder):
+    assert fedbasin("report", folder, "--markdown").stdout == text(folder)
+    assert fedbasin("report", folder, "--json").stdout == lines(folder)
+    assert fedbasin("report", folder, "--json", "--markdown").returncode == 2
+
+
+def test_no_folder_is_one_line_and_1(tmp_path):
+    done = fedbasin("report", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "give a run's" in done.stderr
+
+
+def test_a_folder_of_runs_names_them(folder):
+    with pytest.raises(NoRunError, match=re.escape(str(folder))):
+        read(folder.parent)
+
+
+def test_a_folder_without_rounds_says_so(tmp_path):
+    with pytest.raises(NoRunError, match="no round has ended yet"):
+        read(tmp_path)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / REPORTS).write_bytes(b"\xff\xfe\0")
+    with pytest.raises(NoRunError, match=REPORTS):
+        read(tmp_path)
+
+
+def test_a_store_of_several_runs_is_not_mixed(tmp_path):
+    for name in ("one", "two"):
+        append_report(tmp_path, pb.RoundReport(run_id=name, round=1 + (name == "two")))
+    with pytest.raises(NoRunError, match="several runs"):
+        read(tmp_path)
