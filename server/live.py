@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -33,14 +34,20 @@ def show_live(console: Console, reports: Iterable[RoundReport]) -> Iterator[Roun
             yield report
 
 
-def screen(reports: Sequence[RoundReport], rounds: Sequence[Round], rows: int) -> RenderableType:
-    """All that is known of a run, in at most so many rows of rounds."""
+def screen(reports: Sequence[RoundReport], rounds: Sequence[Round], lines: int) -> RenderableType:
+    """All that is known of a run, with as many of the last rounds as fit into so many lines."""
     newest = rounds[-1]
-    last = list(reports)[-max(rows, 3) :]
-    parts = [_head(newest), Text(), *_barrier(rounds), table(last), Text(), *_refusals(rounds)]
+    last = table(reports[-_fitting(rounds, lines) :])
+    parts = [_head(newest), Text(), *_barrier(rounds), last, Text(), *_refusals(rounds)]
     if newest.problem:
         parts.append(Text(f"The run ended early: {newest.problem}", style="red"))
     return Group(*parts)
+
+
+def _fitting(rounds: Sequence[Round], lines: int) -> int:
+    """How many of the last rounds fit; at least one. A row has a line for each metric, and for each outcome."""
+    heights = (max(len(one.metrics), len(one.outcomes), 1) for one in reversed(rounds))
+    return max(1, sum(total <= lines for total in accumulate(heights)))
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -19,7 +19,7 @@ _COLUMNS = {
     "seconds": 7,
     "updates": 15,
     "received": 8,
-    "barrier": 13,
+    "barrier": 15,
     "model": None,
 }
 
