@@ -1,0 +1,34 @@
+"""`python -m tests.benchmarks [NAME ...]`: measure all figures, or these, and write docs/benchmarks.md."""
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from tests.benchmarks import bench_certificate, bench_fold, bench_memory, bench_tensors
+from tests.benchmarks.figures import PAGE, Figure, Say, show, write
+
+BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
+    "fold": bench_fold.measure,
+    "memory": bench_memory.measure,
+    "tensors": bench_tensors.measure,
+    "certificate": bench_certificate.measure,
+}
+
+
+def main(names: list[str]) -> int:
+    console = Console(highlight=False)
+    if unknown := sorted(set(names) - BENCHMARKS.keys()):
+        console.print(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+        return 2
+    for name in names or BENCHMARKS:
+        figure = BENCHMARKS[name](lambda text: console.print(f"[dim]{text}[/dim]", soft_wrap=True))
+        show(figure, console)
+        # At once: an interrupted run keeps what it has measured.
+        write({name: figure}, list(BENCHMARKS))
+    console.print(f"written to {PAGE}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

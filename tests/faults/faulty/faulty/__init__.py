@@ -1,0 +1,1 @@
+"""Clients that fail as they are told."""
