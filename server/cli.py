@@ -34,13 +34,20 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 
+TokenFile = Annotated[
+    Path | None, typer.Option(help="File with the observer's token; every call then carries it.")
+]
+Ca = Annotated[
+    Path | None, typer.Option(help="Authority of the observer's certificate, PEM; with it, TLS.")
+]
+
 
 @app.command()
 def observe(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. There is no login: open it to trusted networks only."
+            help="Address to listen on. Without --token-file, whoever reaches it can read and push."
         ),
     ] = "127.0.0.1",
     port: Annotated[
@@ -59,6 +66,21 @@ def observe(
             help="Folder for the reports. With it, history and counters survive a restart.",
         ),
     ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Folder with run folders, whose global models may be downloaded."
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain, PEM; with it both ports speak TLS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(help="Authorities, PEM; only callers with a certificate of theirs come in."),
+    ] = None,
+    token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
     """Collect the round reports of all runs, until Ctrl-C or SIGTERM.
@@ -67,20 +89,25 @@ def observe(
     browser shows the runs, live. A ServerApp ends with its run; this process stays, so the last round can still
     be scraped and read.
 
-    Prints the addresses when all listen. Ends with 0 when told to stop, with 1 where it cannot listen or
-    cannot open the store.
+    Prints the addresses when all listen. Ends with 0 when told to stop, with 1 where it cannot listen, cannot
+    open the store or cannot use a certificate or the token.
     """
     import asyncio
 
     from fedbasin.server import observer
+    from fedbasin.server.access import AccessError, Guard
 
     def announce(addresses: "Addresses") -> None:
         lines = asdict(addresses)
         text = json.dumps(lines) if as_json else "\n".join(f"{k:9} {v}" for k, v in lines.items())
         typer.echo(text)
 
+    guard = Guard(tls_cert, tls_key, client_ca, token_file)
+    wanted = observer.Settings(host, port, metrics_port, store, models, guard)
     try:
-        asyncio.run(observer.observe(observer.Settings(host, port, metrics_port, store), announce))
+        asyncio.run(observer.observe(wanted, announce))
+    except AccessError as error:
+        raise _failure(str(error)) from error
     except OSError as error:
         raise _failure(f"{error}; see --port, --metrics-port and --store") from error
 
@@ -90,7 +117,13 @@ RunId = Annotated[str, typer.Option(help="Id of the run; the newest where left o
 
 
 @app.command()
-def rounds(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> None:
+def rounds(
+    address: Address = _HERE,
+    run: RunId = "",
+    ca: Ca = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
     """Show the rounds of a run: replies, bytes, loss barrier before → after alignment, the new model's metrics.
 
     A loss barrier is how far the loss rises above the straight line between the global model and the clients'
@@ -103,7 +136,7 @@ def rounds(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> 
     from fedbasin.server.store import to_line
     from fedbasin.server.table import table
 
-    with _asking(address) as observer:
+    with _asking(address, ca, token_file) as observer:
         found = observer.GetRounds(_request(run), timeout=30).reports
     if as_json:
         typer.echo("".join(f"{to_line(one)}\n" for one in found), nl=False)
@@ -112,7 +145,13 @@ def rounds(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> 
 
 
 @app.command()
-def watch(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> None:
+def watch(
+    address: Address = _HERE,
+    run: RunId = "",
+    ca: Ca = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
     """Watch a run: the rounds so far and then each as it ends, until the run's last.
 
     A run that has not reported yet is waited for. In a terminal the screen is drawn anew for each round;
@@ -127,7 +166,7 @@ def watch(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> N
 
     console = Console()
     try:
-        with _asking(address) as observer:
+        with _asking(address, ca, token_file) as observer:
             reports = observer.WatchRounds(_request(run))
             live = console.is_terminal and not as_json
             shown = show_live(console, reports) if live else _lines(console, reports, as_json)
@@ -136,6 +175,31 @@ def watch(address: Address = _HERE, run: RunId = "", as_json: Json = False) -> N
         raise typer.Exit(130) from None
     if any(problem):
         raise _failure(f"the run ended early: {problem[0]}")
+
+
+@app.command()
+def download(
+    run: Annotated[str, typer.Argument(help="Name of the run's folder.")],
+    address: Address = _HERE,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write; replaced in one step.")
+    ] = Path("global.safetensors"),
+    ca: Ca = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Fetch a run's newest global model from an observer that was started with --models.
+
+    Prints the round. Ends with 0, and with 1 where there is no such model or it did not arrive whole.
+    """
+    from fedbasin.server.access import AccessError, Pass
+    from fedbasin.server.download import DownloadError
+    from fedbasin.server.download import download as fetch
+
+    try:
+        found = fetch(address, run, output, own=Pass(ca, token_file))
+    except (AccessError, DownloadError, OSError) as error:
+        raise _failure(str(error)) from error
+    typer.echo(f"{output}: round {found}")
 
 
 @app.command()
@@ -192,17 +256,22 @@ def version() -> None:
 
 
 @contextmanager
-def _asking(address: str) -> "Iterator[ObserverStub]":
+def _asking(address: str, ca: Path | None, token_file: Path | None) -> "Iterator[ObserverStub]":
     """An observer to be asked; what goes wrong becomes one line."""
     import grpc
 
     from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+    from fedbasin.server.access import AccessError, Pass
     from fedbasin.server.push import connect
 
     try:
-        with connect(address) as channel:
+        with connect(address, Pass(ca, token_file)) as channel:
             yield ObserverStub(channel)
+    except AccessError as error:
+        raise _failure(str(error)) from error
     except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise _failure(f"{error.details()}; see --token-file") from error
         if error.code() == grpc.StatusCode.NOT_FOUND:
             raise typer.BadParameter(error.details(), param_hint="--run") from error
         raise _failure(
