@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import shutil
+import ssl
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fedbasin.server.page import stream
 from fedbasin.server.push import push
 from tests.observing import observer
 from tests.server.reports import many_sites, run_of
+from tests.server.test_observer_access import Authority
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = [
@@ -218,6 +220,29 @@ def test_a_token_guards_the_page_but_not_the_metrics(tmp_path):
         bearer = {"authorization": "Bearer 0123456789abcdef0123"}
         assert client.get(addresses.page, headers=bearer).status_code == 200
         assert client.get(addresses.metrics).status_code == 200
+
+
+def test_with_a_certificate_the_page_speaks_https(tmp_path):
+    authority = Authority(tmp_path, "ours")
+    cert, key = authority.issue("observer")
+    trusting = ssl.create_default_context(cafile=authority.ca)
+    with observer(guard=Guard(cert=cert, key=key)) as addresses:
+        assert addresses.page.startswith("https://")
+        for address in (addresses.page, addresses.metrics):
+            assert httpx.get(address, verify=trusting, trust_env=False).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(addresses.page.replace("https", "http"), trust_env=False)
+
+
+def test_with_an_authority_the_page_asks_for_a_certificate_too(tmp_path):
+    authority = Authority(tmp_path, "ours")
+    cert, key = authority.issue("observer")
+    without, own = (ssl.create_default_context(cafile=authority.ca) for _ in range(2))
+    own.load_cert_chain(*authority.issue("reader"))
+    with observer(guard=Guard(cert=cert, key=key, client_ca=authority.ca)) as addresses:
+        assert httpx.get(addresses.page, verify=own, trust_env=False).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(addresses.page, verify=without, trust_env=False)
 
 
 @pytest.fixture(scope="module")
