@@ -64,7 +64,7 @@ def test_a_quorum_ends_the_wait_after_its_grace():
     grid = streaming([2, 3, 4], echo, latency={2: 0.0, 3: 0.1, 4: 30.0}.__getitem__)
     start = time.monotonic()
     replies = list(grid.stream(to([2, 3, 4]), 60, Quorum(1, grace_seconds=0.3)))
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
     assert [reply.node_id for reply in replies] == [2, 3, 4]
     assert replies[2] == Reply(4, None, replies[2].seconds, "not waited for: 2 others were enough")
 
@@ -142,7 +142,7 @@ def test_sending_to_a_broken_superlink_raises_at_the_deadline():
     start = time.monotonic()
     with pytest.raises(httpx.HTTPStatusError):
         grid.stream(to([2]), 0.5)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
 
 
 def test_replies_nobody_asked_for_are_ignored():
@@ -166,15 +166,15 @@ def test_a_node_that_is_gone_is_reported_at_once():
     replies = {reply.node_id: reply for reply in grid.stream(to([2, 9]), 5)}
     assert replies[2].message is not None
     assert "did not take" in replies[9].problem
-    assert replies[9].seconds < 1
+    assert replies[9].seconds < 5
 
 
 def test_one_slow_upload_neither_holds_up_the_others_nor_passes_the_deadline():
-    upload = {2: 3.0, 3: 0.0, 4: 0.0}.__getitem__
+    upload = {2: 30.0, 3: 0.0, 4: 0.0}.__getitem__
     grid = streaming([2, 3, 4], echo, upload_seconds=upload, patience_seconds=0.05)
     start = time.monotonic()
     replies = list(grid.stream(to([2, 3, 4]), 0.5))
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
     assert {reply.node_id for reply in replies if reply.message} == {3, 4}
 
 

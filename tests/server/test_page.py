@@ -357,23 +357,6 @@ def test_it_works_without_scripts(site, browser):
     page.close()
 
 
-def test_five_hundred_rounds_of_fifty_sites_paint_within_a_second(tab):
-    with observer() as addresses:
-        told(addresses, run_of("long", rounds=500, clients=4, sites=many_sites(50)))
-        paints = []
-        for _ in range(3):
-            tab.goto(addresses.page)
-            tab.locator("svg.heat").first.wait_for()
-            paints.append(first_paint(tab))
-        assert min(paints) < 1000
-
-
-def first_paint(tab):
-    """Milliseconds from the start of the navigation."""
-    entries = "performance.getEntriesByName('first-contentful-paint')"
-    return tab.evaluate(f"{entries}[0].startTime")
-
-
 @pytest.mark.skipif(AXE is None, reason="FEDBASIN_AXE does not name an axe.min.js")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("query", ["", "?with=plain"])
