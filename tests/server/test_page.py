@@ -19,7 +19,7 @@ from fedbasin.server.history import History
 from fedbasin.server.page import stream
 from fedbasin.server.push import push
 from tests.observing import observer
-from tests.server.reports import many_sites, run_of
+from tests.server.reports import run_of
 from tests.server.test_observer_access import Authority
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
