@@ -1,0 +1,1 @@
+"""Symmetries of published transformer architectures, read from a model's config and parameter names."""
