@@ -8,14 +8,18 @@ meet, torch first writes a converted copy of the whole tensor: here the copy is 
 stays in the cache. And fresh memory is taken in huge pages, because the kernel clears it page by page.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.state import State
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
 
 # Elements that are converted at a time.
 _CHUNK = 2**18
@@ -28,24 +32,32 @@ def zeros(like: State, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: part.view(like[name].shape) for name, part in zip(like, flat, strict=True)}
 
 
-def add_scaled(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
+def add_scaled(pairs: Iterable[Pair], weight: float) -> None:
     """`total += weight * value` for each pair, in the total's dtype; totals are contiguous."""
+    mixed = []
     with one_core():
         for total, value in pairs:
             if total.dtype == value.dtype:
                 total.add_(value, alpha=weight)
-                continue
-            for sums, values, buffer in _chunks(total, value):
-                sums.add_(buffer.copy_(values), alpha=weight)
+            else:
+                mixed.append((total, value))
+        for sums, values, buffer in _chunks(mixed):
+            sums.add_(buffer.copy_(values), alpha=weight)
 
 
-def divided(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """`total / weight`, computed in the total's dtype and rounded once."""
-    mean = _memory(total.numel(), dtype).view(total.shape)
+def divided(totals: State, weight: float, like: State) -> dict[str, Tensor]:
+    """`total / weight` for each tensor, in the total's dtype, then rounded once to that of `like`."""
+    means = {n: _memory(t.numel(), like[n].dtype).view(t.shape) for n, t in totals.items()}
+    mixed = []
     with one_core():
-        for sums, rounded, buffer in _chunks(total, mean):
+        for name, total in totals.items():
+            if total.dtype == means[name].dtype:
+                torch.div(total, weight, out=means[name])
+            else:
+                mixed.append((total, means[name]))
+        for sums, rounded, buffer in _chunks(mixed):
             rounded.copy_(torch.div(sums, weight, out=buffer))
-    return mean
+    return means
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -53,8 +65,8 @@ def is_finite(tensor: Tensor) -> bool:
     with one_core():
         # A sum instead of a mask as large as the tensor: it is not finite if any entry is not. A finite
         # tensor whose sum overflows is looked at entry by entry.
-        total = tensor.sum(dtype=torch.float32)
-        return bool(total.isfinite()) or bool(tensor.isfinite().all())
+        total = float(tensor.sum(dtype=torch.float32))
+        return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
 @contextmanager
@@ -68,12 +80,16 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Both tensors a chunk at a time, and a buffer of the first one's dtype that is as long."""
-    buffer = torch.empty(min(_CHUNK, first.numel()), dtype=first.dtype)
-    chunks = (tensor.detach().reshape(-1).split(_CHUNK) for tensor in (first, second))
-    for ours, theirs in zip(*chunks, strict=True):
-        yield ours, theirs, buffer[: len(ours)]
+def _chunks(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each pair a chunk at a time, and a buffer of the first one's dtype that is as long."""
+    buffer = torch.empty(0)
+    for pair in pairs:
+        first, second = (tensor.detach().reshape(-1) for tensor in pair)
+        if buffer.dtype != first.dtype or not len(buffer):
+            buffer = torch.empty(_CHUNK, dtype=first.dtype)
+        for start in range(0, len(first), _CHUNK):
+            part = first[start : start + _CHUNK]
+            yield part, second[start : start + _CHUNK], buffer[: len(part)]
 
 
 def _memory(elements: int, dtype: torch.dtype) -> Tensor:

@@ -85,8 +85,7 @@ class Tally:
         """The fused model, in the anchor's dtypes; what cannot be averaged stays as the anchor has it."""
         if not self.clients:
             return dict(anchor)
-        means = {n: divided(s, self.examples, anchor[n].dtype) for n, s in self.mean.items()}
-        fused = {**anchor, **means}
+        fused = {**anchor, **divided(self.mean, self.examples, anchor)}
         for block in self.blocks:
             fused.update(split(block, self._solution(block, anchor, ridge), anchor))
         return fused
