@@ -261,9 +261,10 @@ class Wreath:
     def _with_prior(self, score: Tensor, prior: float) -> Tensor:
         size = score.shape[-1]
         norm = torch.linalg.vector_norm(score).clamp_min(_NORM_FLOOR)
-        home = torch.eye(self.count, dtype=score.dtype)[:, :, None, None]
+        favoured, home = score.clone(), torch.arange(self.count)
         eye = torch.eye(size, dtype=score.dtype)
-        return score + prior * norm / (self.count * size) ** 0.5 * home * eye
+        favoured[home, home] += prior * norm / (self.count * size) ** 0.5 * eye
+        return favoured
 
 
 def signed(count: int, *, scales: bool = False) -> Wreath:

@@ -11,6 +11,7 @@ from fedbasin.strategies.state import distance
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.sites import Site, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform, random
+from tests.strategies.symmetry.test_transform import grams_of
 from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -97,3 +98,19 @@ def test_an_inverse_undoes_and_a_product_acts_in_turn(name: str) -> None:
     assert distance(first.inverse().act(moved), anchor) < 1e-12
     product: Transform = then.after(first)
     assert distance(product.act(anchor), then.act(moved)) < 1e-12
+
+
+@pytest.mark.parametrize("ones", [True, False])
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "gpt_neox", "mixtral", "deberta_v2"])
+def test_grams_move_with_the_layers_that_read_them(name: str, ones: bool) -> None:
+    model = MODELS[name].model().double()
+    symmetry, state = symmetry_of(model), model.state_dict()
+    (tokens,) = MODELS[name].inputs.values()
+    transform = random(symmetry, torch.Generator().manual_seed(5))
+    before = grams_of(model, state, tokens, ones=ones)
+    after = grams_of(model, transform.act(state), tokens, ones=ones)
+    assert len(before) > 7
+    for layer, own in before.items():
+        weight = f"{layer}.weight"
+        moved = transform.act_on_inputs(weight, own, state[weight].shape[1])
+        torch.testing.assert_close(moved, after[layer])
