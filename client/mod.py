@@ -14,9 +14,9 @@ from typing import TypeAlias
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 
-from fedbasin.client.context import forget, keep, kept
+from fedbasin.client.context import forget, keep, keep_sent, kept, sent
 from fedbasin.client.data import Batches
-from fedbasin.client.reply import Request, build_reply, read_request
+from fedbasin.client.reply import Data, Request, build_reply, fused_path, read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import plain, wire
 
@@ -46,17 +46,22 @@ def basin(
         if not wire.has_header(message.content):
             return call_next(message, context)
         request = read_request(message.content)
+        batches = None if data is None else lambda: data(context)
         if message.metadata.message_type.startswith("evaluate"):
             message.content = _for_app(message.content, request.anchor)
-            return call_next(message, context)
+            reply = call_next(message, context)
+            if request.header.path_points and not reply.has_error():
+                _probe_fused(request, reply, context, model, batches)
+            return reply
         own = model(context)
         started = time.perf_counter()
         trained = _train(request, message, context, call_next, own)
         if isinstance(trained, Message):
             return trained
         seconds = time.perf_counter() - started
-        batches = None if data is None else lambda: data(context)
         content = build_reply(request, *trained, own, batches, train_seconds=seconds)
+        if request.header.keep and wire.ARRAYS in content:
+            keep_sent(context, content)
         return Message(content=content, reply_to=message)
 
     return mod
@@ -82,6 +87,21 @@ def _train(
     if header.keep:
         keep(context, header.round, state, metrics)
     return state, metrics
+
+
+def _probe_fused(
+    request: Request,
+    reply: Message,
+    context: Context,
+    model: Callable[[Context], nn.Module],
+    data: Data | None,
+) -> None:
+    """Add the path from the fused model to the one that this client sent, if it still has that."""
+    own = sent(context, request.header.round)
+    if not request.header.keep:
+        forget(context)
+    if own is not None:
+        wire.write(reply.content, fused_path(request, own, model(context), data))
 
 
 def _for_app(content: RecordDict, state: dict[str, Tensor]) -> RecordDict:

@@ -1,6 +1,8 @@
 """Building a client's reply: align the trained model, collect statistics on it, probe the path, pack.
 
 anchor, trained  ->  aligned, precision, path, header
+
+A model that alignment has made another function of is not sent: the reply says so, in place of the tensors.
 """
 
 import time
@@ -18,6 +20,7 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.diagnostics.endpoints import Verdict, endpoint_error
 from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.sites import parse
@@ -83,24 +86,55 @@ def build_reply(
         MissingDataError: the stage needs data and there is none.
         KeyError: the metrics have no `num-examples`.
     """
-    header = pb.UpdateHeader(
-        round=request.header.round,
-        stage=request.header.stage,
-        anchor_digest=request.header.anchor_digest,
-        examples=_examples(metrics),
-        train_seconds=train_seconds,
-    )
+    header = _answer(request)
+    header.examples = _examples(metrics)
+    header.train_seconds = train_seconds
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
     aligned = _align(request, trained, header)
     _probe(request, trained, aligned, model, data, header)
-    _collect(request, aligned, model, data, header, content)
+    if not header.function_changed:
+        _collect(request, aligned, model, data, header, content)
+        _pack(request, aligned, header, content)
+    wire.write(content, header)
+    return content
+
+
+def fused_path(
+    request: Request, own: State, model: nn.Module, data: Data | None
+) -> pb.UpdateHeader:
+    """What goes with an evaluation: the path from the model that is evaluated to the client's own.
+
+    Args:
+        request: the question; its anchor is the new global model.
+        own: the floating tensors that this client sent in the same round.
+        model: to run; it is left as it was.
+        data: gives the client's own examples, afresh at every call.
+
+    Raises:
+        MissingDataError: there is no data.
+    """
+    batches = _required(data, "the path from the fused model")
+    end = {**request.anchor, **own}
+    path = path_losses(model, request.anchor, end, batches(), request.header.path_points)
+    header = _answer(request)
+    header.path.points.extend(path.points)
+    header.path.loss_after.extend(path.loss)
+    header.path.correct_after.extend(path.correct)
+    header.path.examples = path.examples
+    return header
+
+
+def _answer(request: Request) -> pb.UpdateHeader:
+    asked = request.header
+    return pb.UpdateHeader(round=asked.round, stage=asked.stage, anchor_digest=asked.anchor_digest)
+
+
+def _pack(request: Request, aligned: State, header: pb.UpdateHeader, content: RecordDict) -> None:
     if request.header.anchor:
         content[wire.ARRAYS], specs = packing.pack(floating(aligned))
         header.tensors.extend(specs)
     else:
         content[wire.ARRAYS] = plain.write({name: aligned[name] for name in request.anchor})
-    wire.write(content, header)
-    return content
 
 
 def _examples(metrics: dict[str, float]) -> float:
@@ -140,6 +174,18 @@ def _probe(
     if aligned is not trained:
         after = path_losses(model, request.anchor, aligned, batches(), points)
     header.path.CopyFrom(_sums(before, after))
+    if request.header.align:
+        _prove(before, after, trained, header)
+
+
+def _prove(before: Path, after: Path, trained: State, header: pb.UpdateHeader) -> None:
+    """Say how far alignment moved the client's own loss, and whether that is more than rounding."""
+    dtypes = {tensor.dtype for tensor in floating(trained).values()}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    error = endpoint_error(before, after, coarsest)
+    if error.verdict is not Verdict.undecided:
+        header.alignment.endpoint_error = error.client
+    header.function_changed = error.verdict is Verdict.broken
 
 
 def _sums(before: Path, after: Path) -> pb.PathSums:

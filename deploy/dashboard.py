@@ -136,6 +136,19 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "percentunit",
                 (f"fedbasin_barrier_accuracy_ratio{{{_MINE}}}", "{{recipe}} {{when}}"),
             ),
+            curves(
+                "From the new global model to the clients",
+                "Barrier of the path, and the gap in its middle: negative where mixing both would help.",
+                "none",
+                (f"fedbasin_fused_barrier_loss{{{_MINE}}}", "{{recipe}} barrier"),
+                (f"fedbasin_fused_midpoint_gap_loss{{{_MINE}}}", "{{recipe}} gap in the middle"),
+            ),
+            curves(
+                "Endpoint error",
+                "By how much alignment changed a client's own loss, at most: rounding, or no number here counts.",
+                "none",
+                (f"fedbasin_endpoint_error_ratio{{{_MINE}}}", "{{recipe}}"),
+            ),
         ),
     ),
     (

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64\x62\x61sin/proto/fedbasin.proto\x12\x0b\x66\x65\x64\x62\x61sin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"H\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\xcd\x02\n\x07Request\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12!\n\x05start\x18\x04 \x01(\x0e\x32\x12.fedbasin.v1.Start\x12\'\n\x06\x61nchor\x18\x05 \x03(\x0b\x32\x17.fedbasin.v1.TensorSpec\x12\x15\n\ranchor_digest\x18\x06 \x01(\x0c\x12\r\n\x05\x61lign\x18\x07 \x01(\x08\x12\x10\n\x08symmetry\x18\x08 \x01(\t\x12-\n\tprecision\x18\t \x01(\x0e\x32\x1a.fedbasin.v1.PrecisionKind\x12\x0e\n\x06shrink\x18\n \x01(\x01\x12\x13\n\x0bpath_points\x18\x0b \x01(\r\x12\x0c\n\x04keep\x18\x0c \x01(\x08\x12&\n\x05radii\x18\r \x03(\x0b\x32\x17.fedbasin.v1.TensorSpec\"r\n\tPrecision\x12\x0f\n\x07tensors\x18\x01 \x03(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.fedbasin.v1.PrecisionKind\x12*\n\tstatistic\x18\x03 \x01(\x0b\x32\x17.fedbasin.v1.TensorSpec\"J\n\nSiteReport\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x11\n\tcertified\x18\x02 \x01(\x08\x12\r\n\x05moved\x18\x03 \x01(\x01\x12\x0c\n\x04gain\x18\x04 \x01(\x01\"\x8b\x01\n\x0f\x41lignmentReport\x12&\n\x05sites\x18\x01 \x03(\x0b\x32\x17.fedbasin.v1.SiteReport\x12\x0e\n\x06sweeps\x18\x02 \x01(\r\x12\x17\n\x0f\x64istance_before\x18\x03 \x01(\x01\x12\x16\n\x0e\x64istance_after\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"\x84\x01\n\x08PathSums\x12\x0e\n\x06points\x18\x01 \x03(\x01\x12\x13\n\x0bloss_before\x18\x02 \x03(\x01\x12\x12\n\nloss_after\x18\x03 \x03(\x01\x12\x16\n\x0e\x63orrect_before\x18\x04 \x03(\x01\x12\x15\n\rcorrect_after\x18\x05 \x03(\x01\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x01\"\xc9\x02\n\x0cUpdateHeader\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x15\n\ranchor_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fsymmetry_digest\x18\x05 \x01(\x0c\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x01\x12(\n\x07tensors\x18\x07 \x03(\x0b\x32\x17.fedbasin.v1.TensorSpec\x12*\n\nprecisions\x18\x08 \x03(\x0b\x32\x16.fedbasin.v1.Precision\x12/\n\talignment\x18\t \x01(\x0b\x32\x1c.fedbasin.v1.AlignmentReport\x12#\n\x04path\x18\n \x01(\x0b\x32\x15.fedbasin.v1.PathSums\x12\x15\n\rtrain_seconds\x18\x0b \x01(\x01\"\xba\x02\n\x0c\x43lientReport\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08\x65xamples\x18\x04 \x01(\x01\x12\x10\n\x08\x62ytes_up\x18\x05 \x01(\x04\x12\x12\n\nbytes_down\x18\x06 \x01(\x04\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x15\n\rtrain_seconds\x18\x08 \x01(\x01\x12/\n\talignment\x18\t \x01(\x0b\x32\x1c.fedbasin.v1.AlignmentReport\x12\x37\n\x07metrics\x18\n \x03(\x0b\x32&.fedbasin.v1.ClientReport.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"q\n\x0bStageReport\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x16\n\x0eserver_seconds\x18\x03 \x01(\x01\x12*\n\x07\x63lients\x18\x04 \x03(\x0b\x32\x19.fedbasin.v1.ClientReport\"\xa7\x03\n\x0bRoundReport\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0e\n\x06recipe\x18\x05 \x01(\t\x12,\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12(\n\x06stages\x18\x08 \x03(\x0b\x32\x18.fedbasin.v1.StageReport\x12#\n\x04path\x18\t \x01(\x0b\x32\x15.fedbasin.v1.PathSums\x12\x36\n\x07metrics\x18\n \x03(\x0b\x32%.fedbasin.v1.RoundReport.MetricsEntry\x12\x14\n\x0cmodel_digest\x18\x0b \x01(\x0c\x12\x16\n\x0epeak_rss_bytes\x18\x0c \x01(\x04\x12\x0c\n\x04last\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0b\n\tPushReply\"\x11\n\x0fListRunsRequest\"t\n\nRunSummary\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06recipe\x18\x02 \x01(\t\x12\x13\n\x0brounds_done\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x10\n\x08\x66inished\x18\x05 \x01(\x08\x12\x0f\n\x07problem\x18\x06 \x01(\t\"6\n\rListRunsReply\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.fedbasin.v1.RunSummary\"3\n\rRoundsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfrom_round\x18\x02 \x01(\r\"8\n\x0bRoundsReply\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.fedbasin.v1.RoundReport\"-\n\x0cModelRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"^\n\nModelChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c*4\n\x06Schema\x12\x16\n\x12SCHEMA_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCHEMA_VERSION\x10\x01*?\n\x05Start\x12\x15\n\x11START_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTART_SHARED\x10\x01\x12\r\n\tSTART_OWN\x10\x02*\x80\x01\n\rPrecisionKind\x12\x1e\n\x1aPRECISION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15PRECISION_KIND_SCALAR\x10\x01\x12\x1b\n\x17PRECISION_KIND_DIAGONAL\x10\x02\x12\x17\n\x13PRECISION_KIND_GRAM\x10\x03\x32\xdb\x02\n\x08Observer\x12=\n\tPushRound\x12\x18.fedbasin.v1.RoundReport\x1a\x16.fedbasin.v1.PushReply\x12\x44\n\x08ListRuns\x12\x1c.fedbasin.v1.ListRunsRequest\x1a\x1a.fedbasin.v1.ListRunsReply\x12\x41\n\tGetRounds\x12\x1a.fedbasin.v1.RoundsRequest\x1a\x18.fedbasin.v1.RoundsReply\x12\x45\n\x0bWatchRounds\x12\x1a.fedbasin.v1.RoundsRequest\x1a\x18.fedbasin.v1.RoundReport0\x01\x12@\n\x08GetModel\x12\x19.fedbasin.v1.ModelRequest\x1a\x17.fedbasin.v1.ModelChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64\x62\x61sin/proto/fedbasin.proto\x12\x0b\x66\x65\x64\x62\x61sin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"H\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\xcd\x02\n\x07Request\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12!\n\x05start\x18\x04 \x01(\x0e\x32\x12.fedbasin.v1.Start\x12\'\n\x06\x61nchor\x18\x05 \x03(\x0b\x32\x17.fedbasin.v1.TensorSpec\x12\x15\n\ranchor_digest\x18\x06 \x01(\x0c\x12\r\n\x05\x61lign\x18\x07 \x01(\x08\x12\x10\n\x08symmetry\x18\x08 \x01(\t\x12-\n\tprecision\x18\t \x01(\x0e\x32\x1a.fedbasin.v1.PrecisionKind\x12\x0e\n\x06shrink\x18\n \x01(\x01\x12\x13\n\x0bpath_points\x18\x0b \x01(\r\x12\x0c\n\x04keep\x18\x0c \x01(\x08\x12&\n\x05radii\x18\r \x03(\x0b\x32\x17.fedbasin.v1.TensorSpec\"r\n\tPrecision\x12\x0f\n\x07tensors\x18\x01 \x03(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.fedbasin.v1.PrecisionKind\x12*\n\tstatistic\x18\x03 \x01(\x0b\x32\x17.fedbasin.v1.TensorSpec\"J\n\nSiteReport\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x11\n\tcertified\x18\x02 \x01(\x08\x12\r\n\x05moved\x18\x03 \x01(\x01\x12\x0c\n\x04gain\x18\x04 \x01(\x01\"\xbb\x01\n\x0f\x41lignmentReport\x12&\n\x05sites\x18\x01 \x03(\x0b\x32\x17.fedbasin.v1.SiteReport\x12\x0e\n\x06sweeps\x18\x02 \x01(\r\x12\x17\n\x0f\x64istance_before\x18\x03 \x01(\x01\x12\x16\n\x0e\x64istance_after\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x1b\n\x0e\x65ndpoint_error\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_endpoint_error\"\x95\x01\n\x08PathSums\x12\x0e\n\x06points\x18\x01 \x03(\x01\x12\x13\n\x0bloss_before\x18\x02 \x03(\x01\x12\x12\n\nloss_after\x18\x03 \x03(\x01\x12\x16\n\x0e\x63orrect_before\x18\x04 \x03(\x01\x12\x15\n\rcorrect_after\x18\x05 \x03(\x01\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x01\x12\x0f\n\x07\x63lients\x18\x07 \x01(\r\"\xe3\x02\n\x0cUpdateHeader\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x15\n\ranchor_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fsymmetry_digest\x18\x05 \x01(\x0c\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x01\x12(\n\x07tensors\x18\x07 \x03(\x0b\x32\x17.fedbasin.v1.TensorSpec\x12*\n\nprecisions\x18\x08 \x03(\x0b\x32\x16.fedbasin.v1.Precision\x12/\n\talignment\x18\t \x01(\x0b\x32\x1c.fedbasin.v1.AlignmentReport\x12#\n\x04path\x18\n \x01(\x0b\x32\x15.fedbasin.v1.PathSums\x12\x15\n\rtrain_seconds\x18\x0b \x01(\x01\x12\x18\n\x10\x66unction_changed\x18\x0c \x01(\x08\"\xba\x02\n\x0c\x43lientReport\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08\x65xamples\x18\x04 \x01(\x01\x12\x10\n\x08\x62ytes_up\x18\x05 \x01(\x04\x12\x12\n\nbytes_down\x18\x06 \x01(\x04\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x15\n\rtrain_seconds\x18\x08 \x01(\x01\x12/\n\talignment\x18\t \x01(\x0b\x32\x1c.fedbasin.v1.AlignmentReport\x12\x37\n\x07metrics\x18\n \x03(\x0b\x32&.fedbasin.v1.ClientReport.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"q\n\x0bStageReport\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x16\n\x0eserver_seconds\x18\x03 \x01(\x01\x12*\n\x07\x63lients\x18\x04 \x03(\x0b\x32\x19.fedbasin.v1.ClientReport\"\xd2\x03\n\x0bRoundReport\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0e\n\x06recipe\x18\x05 \x01(\t\x12,\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12(\n\x06stages\x18\x08 \x03(\x0b\x32\x18.fedbasin.v1.StageReport\x12#\n\x04path\x18\t \x01(\x0b\x32\x15.fedbasin.v1.PathSums\x12\x36\n\x07metrics\x18\n \x03(\x0b\x32%.fedbasin.v1.RoundReport.MetricsEntry\x12\x14\n\x0cmodel_digest\x18\x0b \x01(\x0c\x12\x16\n\x0epeak_rss_bytes\x18\x0c \x01(\x04\x12\x0c\n\x04last\x18\r \x01(\x08\x12\x0f\n\x07problem\x18\x0e \x01(\t\x12)\n\nfused_path\x18\x0f \x01(\x0b\x32\x15.fedbasin.v1.PathSums\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0b\n\tPushReply\"\x11\n\x0fListRunsRequest\"t\n\nRunSummary\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06recipe\x18\x02 \x01(\t\x12\x13\n\x0brounds_done\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x10\n\x08\x66inished\x18\x05 \x01(\x08\x12\x0f\n\x07problem\x18\x06 \x01(\t\"6\n\rListRunsReply\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.fedbasin.v1.RunSummary\"3\n\rRoundsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfrom_round\x18\x02 \x01(\r\"8\n\x0bRoundsReply\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.fedbasin.v1.RoundReport\"-\n\x0cModelRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"^\n\nModelChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c*4\n\x06Schema\x12\x16\n\x12SCHEMA_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCHEMA_VERSION\x10\x01*?\n\x05Start\x12\x15\n\x11START_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTART_SHARED\x10\x01\x12\r\n\tSTART_OWN\x10\x02*\x80\x01\n\rPrecisionKind\x12\x1e\n\x1aPRECISION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15PRECISION_KIND_SCALAR\x10\x01\x12\x1b\n\x17PRECISION_KIND_DIAGONAL\x10\x02\x12\x17\n\x13PRECISION_KIND_GRAM\x10\x03\x32\xdb\x02\n\x08Observer\x12=\n\tPushRound\x12\x18.fedbasin.v1.RoundReport\x1a\x16.fedbasin.v1.PushReply\x12\x44\n\x08ListRuns\x12\x1c.fedbasin.v1.ListRunsRequest\x1a\x1a.fedbasin.v1.ListRunsReply\x12\x41\n\tGetRounds\x12\x1a.fedbasin.v1.RoundsRequest\x1a\x18.fedbasin.v1.RoundsReply\x12\x45\n\x0bWatchRounds\x12\x1a.fedbasin.v1.RoundsRequest\x1a\x18.fedbasin.v1.RoundReport0\x01\x12@\n\x08GetModel\x12\x19.fedbasin.v1.ModelRequest\x1a\x17.fedbasin.v1.ModelChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLIENTREPORT_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_ROUNDREPORT_METRICSENTRY']._loaded_options = None
   _globals['_ROUNDREPORT_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_SCHEMA']._serialized_start=2608
-  _globals['_SCHEMA']._serialized_end=2660
-  _globals['_START']._serialized_start=2662
-  _globals['_START']._serialized_end=2725
-  _globals['_PRECISIONKIND']._serialized_start=2728
-  _globals['_PRECISIONKIND']._serialized_end=2856
+  _globals['_SCHEMA']._serialized_start=2742
+  _globals['_SCHEMA']._serialized_end=2794
+  _globals['_START']._serialized_start=2796
+  _globals['_START']._serialized_end=2859
+  _globals['_PRECISIONKIND']._serialized_start=2862
+  _globals['_PRECISIONKIND']._serialized_end=2990
   _globals['_TENSORSPEC']._serialized_start=79
   _globals['_TENSORSPEC']._serialized_end=151
   _globals['_REQUEST']._serialized_start=154
@@ -51,37 +51,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SITEREPORT']._serialized_start=605
   _globals['_SITEREPORT']._serialized_end=679
   _globals['_ALIGNMENTREPORT']._serialized_start=682
-  _globals['_ALIGNMENTREPORT']._serialized_end=821
-  _globals['_PATHSUMS']._serialized_start=824
-  _globals['_PATHSUMS']._serialized_end=956
-  _globals['_UPDATEHEADER']._serialized_start=959
-  _globals['_UPDATEHEADER']._serialized_end=1288
-  _globals['_CLIENTREPORT']._serialized_start=1291
-  _globals['_CLIENTREPORT']._serialized_end=1605
-  _globals['_CLIENTREPORT_METRICSENTRY']._serialized_start=1559
-  _globals['_CLIENTREPORT_METRICSENTRY']._serialized_end=1605
-  _globals['_STAGEREPORT']._serialized_start=1607
-  _globals['_STAGEREPORT']._serialized_end=1720
-  _globals['_ROUNDREPORT']._serialized_start=1723
-  _globals['_ROUNDREPORT']._serialized_end=2146
-  _globals['_ROUNDREPORT_METRICSENTRY']._serialized_start=1559
-  _globals['_ROUNDREPORT_METRICSENTRY']._serialized_end=1605
-  _globals['_PUSHREPLY']._serialized_start=2148
-  _globals['_PUSHREPLY']._serialized_end=2159
-  _globals['_LISTRUNSREQUEST']._serialized_start=2161
-  _globals['_LISTRUNSREQUEST']._serialized_end=2178
-  _globals['_RUNSUMMARY']._serialized_start=2180
-  _globals['_RUNSUMMARY']._serialized_end=2296
-  _globals['_LISTRUNSREPLY']._serialized_start=2298
-  _globals['_LISTRUNSREPLY']._serialized_end=2352
-  _globals['_ROUNDSREQUEST']._serialized_start=2354
-  _globals['_ROUNDSREQUEST']._serialized_end=2405
-  _globals['_ROUNDSREPLY']._serialized_start=2407
-  _globals['_ROUNDSREPLY']._serialized_end=2463
-  _globals['_MODELREQUEST']._serialized_start=2465
-  _globals['_MODELREQUEST']._serialized_end=2510
-  _globals['_MODELCHUNK']._serialized_start=2512
-  _globals['_MODELCHUNK']._serialized_end=2606
-  _globals['_OBSERVER']._serialized_start=2859
-  _globals['_OBSERVER']._serialized_end=3206
+  _globals['_ALIGNMENTREPORT']._serialized_end=869
+  _globals['_PATHSUMS']._serialized_start=872
+  _globals['_PATHSUMS']._serialized_end=1021
+  _globals['_UPDATEHEADER']._serialized_start=1024
+  _globals['_UPDATEHEADER']._serialized_end=1379
+  _globals['_CLIENTREPORT']._serialized_start=1382
+  _globals['_CLIENTREPORT']._serialized_end=1696
+  _globals['_CLIENTREPORT_METRICSENTRY']._serialized_start=1650
+  _globals['_CLIENTREPORT_METRICSENTRY']._serialized_end=1696
+  _globals['_STAGEREPORT']._serialized_start=1698
+  _globals['_STAGEREPORT']._serialized_end=1811
+  _globals['_ROUNDREPORT']._serialized_start=1814
+  _globals['_ROUNDREPORT']._serialized_end=2280
+  _globals['_ROUNDREPORT_METRICSENTRY']._serialized_start=1650
+  _globals['_ROUNDREPORT_METRICSENTRY']._serialized_end=1696
+  _globals['_PUSHREPLY']._serialized_start=2282
+  _globals['_PUSHREPLY']._serialized_end=2293
+  _globals['_LISTRUNSREQUEST']._serialized_start=2295
+  _globals['_LISTRUNSREQUEST']._serialized_end=2312
+  _globals['_RUNSUMMARY']._serialized_start=2314
+  _globals['_RUNSUMMARY']._serialized_end=2430
+  _globals['_LISTRUNSREPLY']._serialized_start=2432
+  _globals['_LISTRUNSREPLY']._serialized_end=2486
+  _globals['_ROUNDSREQUEST']._serialized_start=2488
+  _globals['_ROUNDSREQUEST']._serialized_end=2539
+  _globals['_ROUNDSREPLY']._serialized_start=2541
+  _globals['_ROUNDSREPLY']._serialized_end=2597
+  _globals['_MODELREQUEST']._serialized_start=2599
+  _globals['_MODELREQUEST']._serialized_end=2644
+  _globals['_MODELCHUNK']._serialized_start=2646
+  _globals['_MODELCHUNK']._serialized_end=2740
+  _globals['_OBSERVER']._serialized_start=2993
+  _globals['_OBSERVER']._serialized_end=3340
 # @@protoc_insertion_point(module_scope)

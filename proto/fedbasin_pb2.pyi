@@ -154,7 +154,7 @@ class Request(_message.Message):
     path_points: _builtins.int
     """points of the path anchor to client to evaluate; 0 for none"""
     keep: _builtins.bool
-    """another stage of this round follows: keep the trained model"""
+    """another stage of this round follows: keep the model, as trained and as sent"""
     @_builtins.property
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -259,11 +259,16 @@ class AlignmentReport(_message.Message):
     DISTANCE_BEFORE_FIELD_NUMBER: _builtins.int
     DISTANCE_AFTER_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    ENDPOINT_ERROR_FIELD_NUMBER: _builtins.int
     sweeps: _builtins.int
     distance_before: _builtins.float
     """L2, client to anchor"""
     distance_after: _builtins.float
     seconds: _builtins.float
+    endpoint_error: _builtins.float
+    """Relative difference of the client's own loss before and after, which only rounding may make; absent where
+    no path was probed, or where the data is not the same each time it is read.
+    """
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteReport]: ...
     def __init__(
@@ -274,18 +279,23 @@ class AlignmentReport(_message.Message):
         distance_before: _builtins.float = ...,
         distance_after: _builtins.float = ...,
         seconds: _builtins.float = ...,
+        endpoint_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "endpoint_error", b"endpoint_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distance_after", b"distance_after", "distance_before", b"distance_before", "seconds", b"seconds", "sites", b"sites", "sweeps", b"sweeps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "sites", b"sites", "sweeps", b"sweeps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__endpoint_error: _TypeAlias = _typing.Literal["endpoint_error"]  # noqa: Y015
+    _WhichOneofArgType__endpoint_error: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__endpoint_error) -> _WhichOneofReturnType__endpoint_error | None: ...
 
 Global___AlignmentReport: _TypeAlias = AlignmentReport  # noqa: Y015
 
 @_typing.final
 class PathSums(_message.Message):
-    """Sums over one or more clients' own examples, along the straight line anchor (t = 0) to client (t = 1)."""
+    """Sums over one or more clients' own examples, along the straight line anchor (t = 0) to client (t = 1). In the
+    path from the fused model, which stands in the anchor's place, the curves `before` are empty.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -295,7 +305,10 @@ class PathSums(_message.Message):
     CORRECT_BEFORE_FIELD_NUMBER: _builtins.int
     CORRECT_AFTER_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
     examples: _builtins.float
+    clients: _builtins.int
+    """in the sums; counted by the server"""
     @_builtins.property
     def points(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """t"""
@@ -323,10 +336,11 @@ class PathSums(_message.Message):
         correct_before: _abc.Iterable[_builtins.float] | None = ...,
         correct_after: _abc.Iterable[_builtins.float] | None = ...,
         examples: _builtins.float = ...,
+        clients: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["correct_after", b"correct_after", "correct_before", b"correct_before", "examples", b"examples", "loss_after", b"loss_after", "loss_before", b"loss_before", "points", b"points"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "correct_after", b"correct_after", "correct_before", b"correct_before", "examples", b"examples", "loss_after", b"loss_after", "loss_before", b"loss_before", "points", b"points"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,7 +348,7 @@ Global___PathSums: _TypeAlias = PathSums  # noqa: Y015
 
 @_typing.final
 class UpdateHeader(_message.Message):
-    """Client to server, with the update."""
+    """Client to server, with the update, or with the metrics of an evaluation where a path was asked for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -349,6 +363,7 @@ class UpdateHeader(_message.Message):
     ALIGNMENT_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     TRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    FUNCTION_CHANGED_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -357,6 +372,8 @@ class UpdateHeader(_message.Message):
     """empty where nothing was aligned"""
     examples: _builtins.float
     train_seconds: _builtins.float
+    function_changed: _builtins.bool
+    """Alignment made another function of the model, so no tensors are sent."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -379,10 +396,11 @@ class UpdateHeader(_message.Message):
         alignment: Global___AlignmentReport | None = ...,
         path: Global___PathSums | None = ...,
         train_seconds: _builtins.float = ...,
+        function_changed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "path", b"path", "precisions", b"precisions", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "path", b"path", "precisions", b"precisions", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,6 +548,7 @@ class RoundReport(_message.Message):
     PEAK_RSS_BYTES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    FUSED_PATH_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
@@ -555,6 +574,10 @@ class RoundReport(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """of the new global model: weighted means of the clients' and the server's own"""
 
+    @_builtins.property
+    def fused_path(self) -> Global___PathSums:
+        """From the new global model to each client's own as it was sent; over the clients that still had theirs."""
+
     def __init__(
         self,
         *,
@@ -572,10 +595,11 @@ class RoundReport(_message.Message):
         peak_rss_bytes: _builtins.int = ...,
         last: _builtins.bool = ...,
         problem: _builtins.str = ...,
+        fused_path: Global___PathSums | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "path", b"path"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "fused_path", b"fused_path", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "last", b"last", "metrics", b"metrics", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "fused_path", b"fused_path", "last", b"last", "metrics", b"metrics", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

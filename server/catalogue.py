@@ -92,6 +92,21 @@ BARRIER_ACCURACY = Metric(
     "when it was last probed.",
     ("recipe", "when"),
 )
+ENDPOINT_ERROR = Metric(
+    "endpoint_error_ratio",
+    "Relative difference of a client's own loss before and after alignment, which only rounding may make; maximum "
+    "of the accepted clients that probed a path.",
+)
+FUSED_BARRIER = Metric(
+    "fused_barrier_loss",
+    "Rise of the mean loss, in the app's unit, above the straight line between the new global model and the "
+    "clients' own, when it was last probed.",
+)
+FUSED_GAP = Metric(
+    "fused_midpoint_gap_loss",
+    "Mean loss in the middle between the new global model and the clients' own, less the mean of the losses at "
+    "the ends, when it was last probed; negative where mixing helps.",
+)
 GAIN = Metric(
     "alignment_gain", "Rise of the matching objective, summed over sites, mean of clients."
 )
@@ -114,6 +129,9 @@ GAUGES = (
     MEMORY,
     BARRIER_LOSS,
     BARRIER_ACCURACY,
+    ENDPOINT_ERROR,
+    FUSED_BARRIER,
+    FUSED_GAP,
     GAIN,
     CERTIFIED,
     DISTANCE,

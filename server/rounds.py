@@ -198,7 +198,7 @@ class _Attempt:
             raise Refusal(Outcome.duplicate, f"node {reply.node_id}")
         received = receive(reply.message, sent, self.budget.max_update_bytes)
         report.bytes_up = received.payload_bytes
-        path = _checked_path(received.header.path, sent.header.path_points)
+        path = _checked_path(received.header.path, sent)
         aligned = self.stage.accept(reply.node_id, received.update)
         self.seen.add(reply.node_id)
         _describe(report, received, aligned)
@@ -218,26 +218,34 @@ def _describe(report: pb.ClientReport, received: Received, aligned: AlignmentRep
         report.alignment.CopyFrom(alignment_message(aligned))
 
 
-def _checked_path(sums: pb.PathSums, count: int) -> pb.PathSums:
-    """The client's path sums, if they are what was asked for: a bad number would spoil everybody's."""
-    if not count:
+def _checked_path(sums: pb.PathSums, sent: Broadcast) -> pb.PathSums:
+    """One client's path sums, if they are what was asked for: a bad number would spoil everybody's."""
+    count = sent.header.path_points
+    # A client that has lost its model since training still evaluates the new one.
+    if not count or (sent.kind == "evaluate" and not sums.points):
         return pb.PathSums()
     points = [index / (count - 1) for index in range(count)]
     if list(sums.points) != points:
         raise Refusal(
             Outcome.missing_statistic, f"the path has points {sums.points}, not {count} from 0 to 1"
         )
-    for name, loss, correct in (
-        ("before", sums.loss_before, sums.correct_before),
-        ("after", sums.loss_after, sums.correct_after),
-    ):
-        try:
-            Path(tuple(points), tuple(loss), tuple(correct), sums.examples)
-        except ValueError as error:
-            finite = all(map(math.isfinite, (*loss, *correct, sums.examples)))
-            outcome = Outcome.malformed if finite else Outcome.non_finite
-            raise Refusal(outcome, f"the path {name} alignment: {error}") from error
-    return sums
+    checked = pb.PathSums(points=points, examples=sums.examples, clients=1)
+    for when in ("after",) if sent.kind == "evaluate" else ("before", "after"):
+        for name, curve in _checked_curves(sums, when).items():
+            getattr(checked, name).extend(curve)
+    return checked
+
+
+def _checked_curves(sums: pb.PathSums, when: str) -> dict[str, tuple[float, ...]]:
+    names = f"loss_{when}", f"correct_{when}"
+    loss, correct = (tuple(getattr(sums, name)) for name in names)
+    try:
+        Path(tuple(sums.points), loss, correct, sums.examples)
+    except ValueError as error:
+        finite = all(map(math.isfinite, (*loss, *correct, sums.examples)))
+        outcome = Outcome.malformed if finite else Outcome.non_finite
+        raise Refusal(outcome, f"the path {when} alignment: {error}") from error
+    return dict(zip(names, (loss, correct), strict=True))
 
 
 def add_path(total: pb.PathSums, path: pb.PathSums) -> None:
@@ -250,3 +258,4 @@ def add_path(total: pb.PathSums, path: pb.PathSums) -> None:
         for index, value in enumerate(getattr(path, name)):
             sums[index] += value
     total.examples += path.examples
+    total.clients += path.clients

@@ -39,7 +39,7 @@ from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.fusion.layers import known_blocks
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Stage, Start, plan
+from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Fuse, Stage, Start, plan
 from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.sites import Symmetry
 
@@ -235,14 +235,15 @@ class _Run:
             results.append(self._federated_evaluation(grid, number, config, asked))
             metrics |= results[-1].metrics
         metrics |= self._evaluated(number)
-        return self._report(number, results, fused.path, metrics, time.perf_counter() - started)
+        return self._report(number, results, metrics, time.perf_counter() - started)
 
     def _federated_evaluation(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
     ) -> StageResult:
         """The clients' metrics of the new model, which stands also where too few could evaluate it."""
         try:
-            return self._ask(grid, lambda: Evaluate(self.model), number, config, nodes)
+            points = self.settings.fused_points
+            return self._ask(grid, lambda: Evaluate(self.model, points), number, config, nodes)
         except QuorumLostError as lost:
             _LOG.warning("round %d/%d %s", number, self.rounds, lost)
             return StageResult(self.model, lost.report, {}, pb.PathSums())
@@ -259,6 +260,7 @@ class _Run:
             start=Start.own if own else Start.shared,
             symmetry=self.symmetry,
             path_points=self.settings.barrier_points,
+            keep=self.settings.fused_points > 0,
         )
         yield self._ask(grid, lambda: self._fuse(ask), number, config, nodes, self.hooks.observe)
 
@@ -325,10 +327,10 @@ class _Run:
         self,
         number: int,
         results: list[StageResult],
-        path: pb.PathSums,
         metrics: dict[str, float],
         seconds: float,
     ) -> pb.RoundReport:
+        paths = {result.report.stage: result.path for result in results}
         finished = Timestamp()
         finished.GetCurrentTime()
         return pb.RoundReport(
@@ -340,7 +342,8 @@ class _Run:
             finished=finished,
             seconds=seconds,
             stages=[result.report for result in results],
-            path=path,
+            path=paths[Fuse.name],
+            fused_path=paths.get(Evaluate.name),
             metrics=metrics,
             model_digest=packing.digest(self.model),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -62,6 +62,13 @@ class Settings(BaseModel):
         le=101,
         description="points of the path to the anchor that clients evaluate; 0 for none",
     )
+    fused_points: int = Field(
+        0,
+        ge=0,
+        le=101,
+        description="points of the path from the new global model to the clients' own that they evaluate with it; "
+        "0 for none",
+    )
     nodes: int = Field(2, ge=1, description="nodes to wait for before a round")
     fraction_train: Share = Field(1.0, description="share of the nodes that a round asks")
     fraction_evaluate: float = Field(
@@ -100,7 +107,28 @@ class Settings(BaseModel):
             raise ValueError(
                 "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
             )
+        self._check_fused_points()
         return self
+
+    def _check_fused_points(self) -> None:
+        points = self.fused_points
+        if not points:
+            return
+        if points < 3 or points % 2 == 0:
+            raise ValueError(
+                f"fused-points = {points}: the middle of the path is one of them; set 0 for none, or an odd "
+                "number from 3 on"
+            )
+        if self.align == "server":
+            raise ValueError(
+                f"fused-points = {points} with align = 'server': a client then never sees its own aligned model; "
+                "set align = 'client', or fused-points = 0"
+            )
+        if not self.fraction_evaluate:
+            raise ValueError(
+                f"fused-points = {points} with fraction-evaluate = 0: nobody evaluates the new model; "
+                "set a fraction above 0, or fused-points = 0"
+            )
 
     @property
     def observer_pass(self) -> Pass:

@@ -22,7 +22,12 @@ from fedbasin.proto.fedbasin_pb2 import (
     StageReport,
 )
 from fedbasin.server import catalogue as of
-from fedbasin.strategies.diagnostics.barrier import Curve, accuracy_barrier, linear_barrier
+from fedbasin.strategies.diagnostics.barrier import (
+    Curve,
+    accuracy_barrier,
+    linear_barrier,
+    midpoint_gap,
+)
 from fedbasin.strategies.outcome import Outcome
 
 _OTHER = "other"
@@ -117,6 +122,7 @@ class Telemetry:
         self._set(of.LAST_SECONDS, report.seconds, recipe)
         self._set(of.MEMORY, report.peak_rss_bytes, recipe)
         self._observe_barriers(recipe, report.path)
+        self._observe_fused(recipe, report.fused_path)
         self._observe_alignments(recipe, alignments(report))
         for name, value in report.metrics.items():
             self._set(of.MODEL, value, recipe, self._names.admit(name))
@@ -141,6 +147,12 @@ class Telemetry:
                 fall = height(accuracy_barrier, path, correct)
                 self._set(of.BARRIER_ACCURACY, fall, recipe, when)
 
+    def _observe_fused(self, recipe: str, path: PathSums) -> None:
+        if path.loss_after and path.examples:
+            rise = height(linear_barrier, path, path.loss_after)
+            self._set(of.FUSED_BARRIER, rise, recipe)
+            self._set(of.FUSED_GAP, height(midpoint_gap, path, path.loss_after), recipe)
+
     def _observe_alignments(self, recipe: str, moves: Sequence[AlignmentReport]) -> None:
         if not moves:
             return
@@ -150,6 +162,8 @@ class Telemetry:
         self._set(of.DISTANCE, fmean(move.distance_after for move in moves), recipe, "after")
         if sites:
             self._set(of.CERTIFIED, fmean(site.certified for site in sites), recipe)
+        if errors := [m.endpoint_error for m in moves if m.HasField("endpoint_error")]:
+            self._set(of.ENDPOINT_ERROR, max(errors), recipe)
 
     def _count(self, metric: of.Metric, source: "_Source", amount: float, *labels: str) -> None:
         self._counters[metric].labels(source.recipe, *labels).inc(amount, source.exemplar)

@@ -5,7 +5,7 @@ An answer becomes an `Update`, or is refused by name.
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
@@ -126,7 +126,7 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
         Refusal: the reply is an error, does not parse, answers something else or is too large.
     """
     if sent.kind == "evaluate":
-        return receive_metrics(message)
+        return _receive_evaluation(message, sent.header)
     metrics = receive_metrics(message).metrics
     content = message.content
     header = _header(content, sent.header)
@@ -139,6 +139,15 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
     except packing.PackingError as error:
         raise Refusal(Outcome.malformed, str(error)) from error
     return Received(Update(parameters, header.examples, precisions), header, metrics, size)
+
+
+def _receive_evaluation(message: Message, asked: pb.Request) -> Received:
+    """Metrics, and the path to the client's own model where it was asked for and the client still has that."""
+    received = receive_metrics(message)
+    if not (asked.path_points and wire.has_header(message.content)):
+        return received
+    path = _header(message.content, asked).path
+    return replace(received, header=pb.UpdateHeader(examples=received.update.examples, path=path))
 
 
 def receive_metrics(message: Message) -> Received:
@@ -187,6 +196,9 @@ def _header(content: RecordDict, asked: pb.Request) -> pb.UpdateHeader:
     symmetry = hashlib.sha256(asked.symmetry.encode()).digest() if asked.align else b""
     if header.symmetry_digest != symmetry:
         raise Refusal(Outcome.symmetry_mismatch, f"digest {header.symmetry_digest.hex()[:12]!r}")
+    if header.function_changed:
+        change = header.alignment.endpoint_error
+        raise Refusal(Outcome.function_changed, f"its own loss changed by {change:.2g} of itself")
     return header
 
 

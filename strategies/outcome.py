@@ -19,6 +19,10 @@ class Outcome(Enum):
     wrong_round = "the reply answers another round or stage; it came late, nothing is to be done"
     duplicate = "this client is already in the sum of this stage; the first reply counts"
     wrong_anchor = "the client worked from another global model than this round's"
+    function_changed = (
+        "alignment made another function of the client's model: the symmetry does not fit it; run "
+        "fedbasin.strategies.symmetry.check on it, and set fedbasin.align = 'off' until it passes"
+    )
     symmetry_mismatch = "the client moved its model by another symmetry than the server sent"
     missing_tensor = "a tensor of the global model is not in the update; send the whole state dict"
     unexpected_tensor = (

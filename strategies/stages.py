@@ -45,8 +45,8 @@ class Ask:
         radii: the anchor's identity radii, so that a client near the anchor has nothing to search.
         statistic: what to collect on the aligned model.
         shrink: factor on the off-diagonal of Gram matrices.
-        path_points: points of the path from the anchor to the client at which it evaluates the loss.
-        keep: another stage of the round follows, for which the client keeps its trained model.
+        path_points: points of the path from the model that is sent to the client's at which it evaluates the loss.
+        keep: another stage of the round follows, for which the client keeps its model, as trained and as sent.
     """
 
     start: Start = Start.shared
@@ -212,13 +212,16 @@ class Bootstrap:
 
 
 class Evaluate:
-    """Let clients evaluate a model as their app does; only their metrics come back."""
+    """Let clients evaluate a model as their app does, and the path from it to the model that they sent.
+
+    Only metrics and sums come back. A client that has lost its model since leaves the path out.
+    """
 
     name = "evaluate"
     kind: Kind = "evaluate"
 
-    def __init__(self, model: State) -> None:
-        self.ask = Ask()
+    def __init__(self, model: State, path_points: int = 0) -> None:
+        self.ask = Ask(path_points=path_points)
         self._model = model
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here

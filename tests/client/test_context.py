@@ -2,7 +2,9 @@ import pytest
 import torch
 from flwr.app import Context, MetricRecord, RecordDict
 
-from fedbasin.client.context import forget, keep, kept
+from fedbasin.client.context import forget, keep, keep_sent, kept, sent
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, wire
 
 STATE = {"w": torch.randn(2, 3), "half": torch.randn(2).bfloat16(), "count": torch.tensor(3)}
 METRICS = {"loss": 0.5, "num-examples": 9.0}
@@ -34,10 +36,29 @@ def test_the_newest_replaces_the_one_before(context):
     assert list(kept(context, 4)[0]) == ["w"]
 
 
+def reply(server_round):
+    arrays, specs = packing.pack(STATE)
+    content = RecordDict({wire.ARRAYS: arrays})
+    wire.write(content, pb.UpdateHeader(round=server_round, tensors=specs))
+    return content
+
+
+def test_what_was_sent_comes_back_in_its_round_alone(context):
+    assert sent(context, 3) is None
+    keep_sent(context, reply(3))
+    found = sent(context, 3)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], STATE[name]) for name in STATE)
+    assert kept(context, 3) is None
+    assert sent(context, 4) is None
+
+
 def test_what_is_forgotten_is_gone_and_the_apps_own_state_stays(context):
     context.state["mine"] = MetricRecord({"rounds": 1})
     forget(context)
     keep(context, 3, STATE, METRICS)
+    keep_sent(context, reply(3))
     forget(context)
     assert kept(context, 3) is None
+    assert sent(context, 3) is None
     assert list(context.state) == ["mine"]

@@ -13,6 +13,7 @@ from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.messages import broadcast
 from fedbasin.strategies.recipe import RECIPES
 from fedbasin.strategies.stages import Ask, plan
+from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests import tiny
 
@@ -135,6 +136,52 @@ def test_the_path_is_probed_before_and_after_alignment():
     assert header.path.loss_before[2] == pytest.approx(header.path.loss_after[2], rel=1e-5)
     assert header.path.loss_before[1] != pytest.approx(header.path.loss_after[1])
     assert (list(header.path.points), header.path.examples) == ([0, 0.5, 1], 21)
+
+
+class TestTheProofOfAnAlignment:
+    # The bias of the hidden units and their normalisation are forgotten.
+    FORGETFUL = parse("hidden  S(6)  0.weight[0] 3.weight[1]")
+
+    def asked(self, symmetry=None, **more):
+        anchor, ask = tiny.net().state_dict(), Ask(symmetry=symmetry or tiny.symmetry(), **more)
+        stage = plan(anchor, RECIPES["regmean"], ask, "client")
+        return read_request(broadcast(stage, anchor, 1, ConfigRecord()).content)
+
+    def test_is_that_the_clients_own_loss_stays(self):
+        _, header = reply(self.asked(path_points=2))
+        error = header.alignment.endpoint_error
+        before, after = header.path.loss_before[-1], header.path.loss_after[-1]
+        assert error == pytest.approx(abs(after - before) / max(after, before))
+        assert error < 1e-5
+        assert not header.function_changed
+
+    def test_that_fails_keeps_the_model_at_home(self):
+        content, header = reply(self.asked(self.FORGETFUL, path_points=2))
+        assert header.function_changed
+        assert header.alignment.endpoint_error > 1e-3
+        assert set(content) == {"metrics", wire.HEADER}
+        assert not header.tensors
+        assert not header.precisions
+
+    def test_says_nothing_where_the_data_is_not_the_same_each_time(self):
+        draw = torch.Generator().manual_seed(3)
+
+        def augmented():
+            return [(torch.randn(21, 4, generator=draw), torch.arange(21) % 3)]
+
+        content, header = reply(self.asked(path_points=2), own_data=augmented)
+        assert not header.alignment.HasField("endpoint_error")
+        assert not header.function_changed
+        assert wire.ARRAYS in content
+
+    def test_is_not_made_where_no_path_is_asked_for(self):
+        _, header = reply(self.asked(self.FORGETFUL))
+        assert not header.alignment.HasField("endpoint_error")
+
+    def test_is_not_asked_of_a_model_that_nobody_moved(self):
+        asked = request(align="off", path_points=2)
+        _, header = reply(asked)
+        assert not header.HasField("alignment")
 
 
 @pytest.mark.parametrize(

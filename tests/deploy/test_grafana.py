@@ -119,6 +119,7 @@ def reports(tmp_path_factory):
         "fedbasin.start": "own",
         "fedbasin.nodes": 3,
         "fedbasin.barrier-points": 3,
+        "fedbasin.fused-points": 3,
         "fedbasin.poll-seconds": 0.01,
         "fedbasin.grace-seconds": 0.0,
         "fedbasin.folder": str(tmp_path_factory.mktemp("runs")),

@@ -24,6 +24,7 @@ WRONG = [
     ("sum", "exact", "'reproducible' or 'fast'"),
     ("barrier-points", 1, "a path has two ends"),
     ("barrier-points", 500, "less than or equal to 101"),
+    ("fused-points", 102, "less than or equal to 101"),
     ("nodes", 0, "greater than or equal to 1"),
     ("nodes", 2.5, "integer"),
     ("fraction-train", 0, "greater than 0"),
@@ -73,6 +74,10 @@ def test_every_key_has_a_wrong_value_in_the_table():
     [
         ({"recipe": "fisher", "align": "server"}, {}, "align = 'server'.*set align = 'client'"),
         ({"align": "client"}, {"symmetry": None}, "align = 'client' needs.*pass symmetry=trace"),
+        ({"fused_points": 1}, {}, "fused-points = 1: the middle.*an odd number from 3 on"),
+        ({"fused_points": 4}, {}, "fused-points = 4: the middle.*an odd number from 3 on"),
+        ({"fused_points": 3, "align": "server"}, {}, "never sees.*set align = 'client'"),
+        ({"fused_points": 3, "fraction_evaluate": 0.0}, {}, "nobody evaluates.*set a fraction"),
         ({"bootstrap": "best"}, {"hooks": Hooks()}, r"'best' needs a score; pass Hooks\(score"),
     ],
 )

@@ -17,9 +17,11 @@ from fedbasin.strategies.recipe import RECIPES
 from fedbasin.strategies.stages import AlignedFuse, Bootstrap, Evaluate, Fuse
 
 
-def alignment(certified, gain, before, after):
+def alignment(certified, gain, before, after, error):
     sites = [pb.SiteReport(site=f"s{i}", certified=c, gain=gain) for i, c in enumerate(certified)]
-    return pb.AlignmentReport(sites=sites, distance_before=before, distance_after=after)
+    return pb.AlignmentReport(
+        sites=sites, distance_before=before, distance_after=after, endpoint_error=error
+    )
 
 
 def report(**changes):
@@ -30,7 +32,7 @@ def report(**changes):
             bytes_up=1000,
             bytes_down=600,
             seconds=4,
-            alignment=alignment([True, False], gain=2.0, before=10, after=4),
+            alignment=alignment([True, False], gain=2.0, before=10, after=4, error=2e-7),
         ),
         pb.ClientReport(
             node_id=2**60 + 2,
@@ -38,7 +40,7 @@ def report(**changes):
             bytes_up=1000,
             bytes_down=600,
             seconds=6,
-            alignment=alignment([False, False], gain=1.0, before=20, after=6),
+            alignment=alignment([False, False], gain=1.0, before=20, after=6, error=3e-7),
         ),
         pb.ClientReport(node_id=2**60 + 3, outcome="wrong_shape", bytes_up=10, bytes_down=600),
     ]
@@ -50,6 +52,12 @@ def report(**changes):
         correct_after=[9, 9, 5],
         examples=10,
     )
+    fused_path = pb.PathSums(
+        points=[0, 0.5, 1],
+        loss_after=[20, 60, 40],  # mean 2, 6, 4: above the line 2, 3, 4 by 3
+        correct_after=[9, 5, 9],
+        examples=10,
+    )
     made = pb.RoundReport(
         schema_version=1,
         run_id="secret-run",
@@ -59,6 +67,7 @@ def report(**changes):
         seconds=7.5,
         stages=[pb.StageReport(stage="train", seconds=7, server_seconds=0.5, clients=clients)],
         path=path,
+        fused_path=fused_path,
         metrics={"accuracy": 0.9},
         peak_rss_bytes=12345,
     )
@@ -118,6 +127,9 @@ def value(text, name, /, **labels):
         ("barrier_loss", {"when": "after"}, 0),
         ("barrier_accuracy_ratio", {"when": "before"}, 0.6),
         ("barrier_accuracy_ratio", {"when": "after"}, 0),
+        ("endpoint_error_ratio", {}, 3e-7),
+        ("fused_barrier_loss", {}, 3),
+        ("fused_midpoint_gap_loss", {}, 3),
         ("alignment_gain", {}, 3),  # (2 + 2 + 1 + 1) / 2
         ("certified_sites_ratio", {}, 0.25),
         ("anchor_distance", {"when": "before"}, 15),
@@ -207,6 +219,13 @@ def test_a_round_that_measured_nothing_is_only_counted():
     text = page(pb.RoundReport(schema_version=1, run_id="r", round=1, recipe="regmean"))
     assert value(text, "rounds_total") == 1
     assert not [name for name, _ in samples(text) if "barrier" in name or "alignment" in name]
+
+
+def test_a_gap_in_the_middle_keeps_its_sign_and_a_barrier_is_never_below_zero():
+    path = pb.PathSums(points=[0, 0.5, 1], loss_after=[20, 10, 40], examples=10)
+    bare = pb.RoundReport(schema_version=1, round=1, recipe="regmean", fused_path=path)
+    assert value(page(bare), "fused_midpoint_gap_loss") == pytest.approx(-2)
+    assert value(page(bare), "fused_barrier_loss") == 0
 
 
 @pytest.mark.parametrize(

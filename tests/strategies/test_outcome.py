@@ -230,6 +230,7 @@ CASES = {
     ),
     "another anchor": Case(O.wrong_anchor, field(anchor_digest=b"x" * 32)),
     "no anchor": Case(O.wrong_anchor, header(lambda h: h.ClearField("anchor_digest"))),
+    "another function": Case(O.function_changed, field(function_changed=True), detail="own loss"),
     "another symmetry": Case(O.symmetry_mismatch, field(symmetry_digest=b"x" * 32)),
     "not aligned": Case(O.symmetry_mismatch, header(lambda h: h.ClearField("symmetry_digest"))),
     "no arrays": Case(O.missing_tensor, content(lambda c: c.pop(wire.ARRAYS)), detail="arrays"),
