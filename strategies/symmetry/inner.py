@@ -28,7 +28,7 @@ Legs = tuple[Tensor, ...]
 Scores = Float[Tensor, "*batch n n"]
 
 # Up to this many heads on one key every order is tried, so that the maximum is the best of all.
-_ALL_ORDERS = 4
+_ALL_ORDERS = 3
 
 
 class Inner(Protocol):
@@ -211,8 +211,8 @@ class Shared:
     Legs: first the single heads of `inners` (key, value), then the heads that share them (query, output).
     The latter carry `P (x) T`: the order of the heads and the one element.
 
-    With more than four heads the order is climbed to, from the identity and from the assignment in which
-    every pair of heads has an element of its own, and may be a local maximum.
+    With more than three heads the order is climbed to, from the identity and from the order that suits the
+    best element of the single heads alone, and may be a local maximum.
     """
 
     inners: tuple[Inner, ...]
@@ -255,21 +255,25 @@ class Shared:
 
     def _climbed(self, scores: Legs) -> list[Tensor]:
         """Orders that no exchange with the inner elements held, nor the reverse, makes better."""
-        batch = scores[0].shape[:-2]
-        home = torch.arange(self.heads).expand(*batch, self.heads)
-        each = inner_values(self.inners, self._by_head(scores))
-        return [self._climb(scores, start) for start in (home, assign_all(each))]
+        home = torch.arange(self.heads).expand(*scores[0].shape[:-2], self.heads)
+        single = scores[: len(widths_of(self.inners))]
+        start = self._order_under(scores, inner_maximisers(self.inners, single))
+        return [self._climb(scores, orders) for orders in (home, start)]
 
     def _climb(self, scores: Legs, orders: Tensor) -> Tensor:
         for _ in range(self.heads * self.heads):
             elements = inner_maximisers(self.inners, self._joined(scores, orders))
-            pairs = zip(elements, self._by_head(scores), strict=True)
-            gains = [(element[..., None, None, :, :] * own).sum((-2, -1)) for element, own in pairs]
-            better = assign_all(torch.stack(gains).sum(0))
+            better = self._order_under(scores, elements)
             if torch.equal(better, orders):
                 break
             orders = better
         return orders
+
+    def _order_under(self, scores: Legs, elements: Legs) -> Tensor:
+        """The best order of the heads when the element that they share is given."""
+        pairs = zip(elements, self._by_head(scores), strict=True)
+        gains = [torch.einsum("...ij,...acij->...ac", element, own) for element, own in pairs]
+        return assign_all(torch.stack(gains).sum(0))
 
     def _by_head(self, scores: Legs) -> Legs:
         """The sharing legs as `[*batch, heads, heads, width, width]`: anchor's head by client's."""

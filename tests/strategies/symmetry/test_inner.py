@@ -213,7 +213,7 @@ def test_signs_of_pairs_are_two_for_each_pair() -> None:
     assert diagonals == {(a, b, a, b) for a in (-1.0, 1.0) for b in (-1.0, 1.0)}
 
 
-@pytest.mark.parametrize("heads", [5, 6])
+@pytest.mark.parametrize("heads", [4, 5, 6])
 def test_many_heads_on_one_key_are_put_back(heads: int) -> None:
     group = Wreath((Shared((Rotary(4, 2), Orthogonal(2)), heads),), 2)
     legs = range(4)
