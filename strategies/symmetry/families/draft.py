@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fedbasin.strategies.state import State
+from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Wreath
 from fedbasin.strategies.symmetry.inner import Inner, Shared
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry, SymmetryError
@@ -92,9 +92,11 @@ class Draft:
         """The symmetry without the sites that are `left_out`.
 
         Raises:
-            SymmetryError: naming a tensor that no site moves and that is not known to stay.
+            SymmetryError: naming a tensor that no site moves and that is not known to stay, or two names of
+                one tensor that would move apart.
         """
         self._refuse_forgotten()
+        self._refuse_torn()
         found = Symmetry(tuple(site for name, site in self.sites.items() if name not in left_out))
         found.check(self.state)
         return found
@@ -107,6 +109,21 @@ class Draft:
                 raise SymmetryError(
                     f"{tensor!r} is no tensor of this architecture, so what it reads and writes is unknown; "
                     "leave it out of the state or write the symmetry as text"
+                )
+
+    def _refuse_torn(self) -> None:
+        moves: dict[str, set[tuple[str, Member]]] = {}
+        for site in self.sites.values():
+            for member in site.members:
+                move = (site.name, replace(member, tensor="", scored=True))
+                moves.setdefault(member.tensor, set()).add(move)
+        # Tensors without memory share none.
+        real = {name: tensor for name, tensor in self.state.items() if not tensor.is_meta}
+        for name, first in tied(real).items():
+            if moves.get(name) != moves.get(first):
+                raise SymmetryError(
+                    f"{first!r} and {name!r} are one tensor, which this config would move in two ways; "
+                    "is its tie_word_embeddings the model's own?"
                 )
 
     def _staying(self) -> Iterable[str]:

@@ -153,6 +153,21 @@ def test_a_model_without_a_head_hands_its_stream_out(model: Any, config: Any) ->
     assert names == ["heads.0", "mlp.0"]
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "deberta_v2"])
+def test_one_tensor_under_two_names_cannot_move_in_two_ways(name: str) -> None:
+    model, _, _ = made(name)
+    config: Any = model.config
+    untied = config.to_dict() | {"tie_word_embeddings": False}
+    with pytest.raises(SymmetryError, match=r"word_embeddings.* are one tensor"):
+        family(config.model_type, untied, model.state_dict())
+
+
+def test_names_and_shapes_are_enough() -> None:
+    model, symmetry, _ = made("bert_untied")
+    shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    assert family("bert", model.config, shapes) == symmetry
+
+
 def test_half_a_pair_cannot_turn() -> None:
     model, _, _ = made("gpt_neox")
     config: Any = model.config
