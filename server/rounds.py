@@ -107,6 +107,7 @@ class Question:
         server_round: from 1.
         config: the app's own settings for its clients.
         observe: called with each accepted client's node id and parameters; its metrics are reported.
+        digest: of the anchor, where it is known.
     """
 
     make: Callable[[], Stage]
@@ -114,6 +115,7 @@ class Question:
     server_round: int
     config: ConfigRecord
     observe: Observe | None = None
+    digest: bytes | None = None
 
 
 def run_stage(
@@ -157,7 +159,13 @@ class _Attempt:
         """Ask every node once and fold what comes back."""
         question, timeout = self.question, self.budget.timeout_seconds
         with self._working():
-            sent = broadcast(self.stage, question.anchor, question.server_round, question.config)
+            sent = broadcast(
+                self.stage,
+                question.anchor,
+                question.server_round,
+                question.config,
+                digest=question.digest,
+            )
         for reply in grid.stream(requests(sent, nodes), timeout, self.budget.early_end(len(nodes))):
             with self._working():
                 self.report.clients.append(self._client(sent, reply))

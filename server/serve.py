@@ -209,6 +209,13 @@ class _Run:
     done: int
     model: dict[str, Tensor]
 
+    def __post_init__(self) -> None:
+        self._take(self.model)
+
+    def _take(self, model: dict[str, Tensor]) -> None:
+        """A new global model; hashed once, for the requests that carry it and for the report."""
+        self.model, self.digest = model, packing.digest(model)
+
     def all_rounds(self, grid: StreamingGrid, config: ConfigRecord) -> Result:
         if not self.done:
             self._evaluated(0)
@@ -228,7 +235,7 @@ class _Run:
         results = list(self._stages(grid, number, config, nodes))
         fused = results[-1]
         # A statistic speaks of a tensor under its first name; the others are the same tensor.
-        self.model = {name: fused.model[self.ties[name]] for name in fused.model}
+        self._take({name: fused.model[self.ties[name]] for name in fused.model})
         metrics = dict(fused.metrics)
         if self.settings.fraction_evaluate:
             asked = self._sampled(online, number, self.settings.fraction_evaluate)
@@ -254,7 +261,7 @@ class _Run:
         own = number == 1 and self.settings.start == "own"
         if own and self.settings.align != "off":
             found = self._bootstrap(grid, number, config, nodes)
-            self.model = found.model
+            self._take(found.model)
             yield found
         ask = Ask(
             start=Start.own if own else Start.shared,
@@ -308,7 +315,7 @@ class _Run:
             settings.max_update_bytes,
             settings.grace_seconds,
         )
-        question = Question(make, self.model, number, config, observe)
+        question = Question(make, self.model, number, config, observe, self.digest)
         result = run_stage(grid, question, nodes, budget)
         _LOG.info("round %d/%d %s", number, self.rounds, summary(result.report))
         return result
@@ -345,7 +352,7 @@ class _Run:
             path=paths[Fuse.name],
             fused_path=paths.get(Evaluate.name),
             metrics=metrics,
-            model_digest=packing.digest(self.model),
+            model_digest=self.digest,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             last=number == self.rounds,
         )

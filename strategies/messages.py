@@ -59,6 +59,7 @@ def broadcast(
     config: ConfigRecord,
     *,
     packed: bool = True,
+    digest: bytes | None = None,
 ) -> Broadcast:
     """Write a stage's question.
 
@@ -69,13 +70,14 @@ def broadcast(
         config: the app's own settings for its clients; "server-round" is added to a copy.
         packed: lay the tensors out as few flat arrays. Flower's wrappers compare messages tensor by
             tensor and need them plain; a deployed round is then slower by the number of tensors.
+        digest: of the anchor, where it is known.
     """
     ask = stage.ask
     header = pb.Request(
         round=server_round,
         stage=stage.name,
         start=_START[ask.start],
-        anchor_digest=packing.digest(anchor),
+        anchor_digest=digest or packing.digest(anchor),
         align=ask.symmetry is not None,
         symmetry=str(ask.symmetry or ""),
         precision=_KIND[ask.statistic],
