@@ -1,5 +1,8 @@
 # Everything a person types. `make demo` and `make test` need Python 3.11 or later, make and a C compiler.
-PYTHON ?= $(firstword $(shell command -v python3.12) $(shell command -v python3.11) python3)
+# The first Python that runs and is new enough; `make PYTHON=...` chooses another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
 .PHONY: help demo test lint types contracts tests bench faults e2e proto pages clean
@@ -9,7 +12,7 @@ help: ## show this list
 
 # The environment is rebuilt when what it installs has changed.
 .venv/ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("fedbasin needs Python 3.11 or later; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	@test -n "$(PYTHON)" || { echo 'fedbasin needs Python 3.11 or later; install it, or set PYTHON='; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	mkdir -p .links/fedbasin
