@@ -102,11 +102,9 @@ def read_reports(folder: Path) -> list[pb.RoundReport]:
 
 
 def _unshared(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors written out in full: safetensors refuses storage that two names share."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in model.items():
-        shared = tensor.untyped_storage().data_ptr() in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor.clone() if shared else tensor
+    """Tied tensors written out in full: safetensors refuses memory that two names share."""
+    result, end = {}, 0
+    for name, tensor in sorted(model.items(), key=lambda item: item[1].data_ptr()):
+        result[name] = tensor.clone() if tensor.data_ptr() < end else tensor
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
     return result
