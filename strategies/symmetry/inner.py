@@ -15,6 +15,7 @@ A *leg* is one feature space. Elements are dense matrices, one for each leg.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,20 +56,20 @@ class Inner(Protocol):
         ...
 
 
-class SingleLeg:
+class SingleLeg(ABC):
     """An inner group with one leg: matrices instead of tuples of matrices."""
 
+    @abstractmethod
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
         """The largest `<T, M>` of each matrix of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inner_maximisers(self, scores: Scores) -> Scores:
         """The matrix that attains it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inner_random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n n"]:
         """`count` drawn matrices, in float64."""
-        raise NotImplementedError
 
     def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
         (score,) = scores

@@ -92,10 +92,8 @@ def _interleaved_heads(config: Config, draft: Draft, name: str, attention: str) 
 
 def _partly_turned(config: Config, size: int) -> Inner:
     turned = int(size * _rotary_share(config))
-    if turned % 2:
+    if turned % 2 or not turned:
         raise SymmetryError(f"{turned} of the {size} entries of a head turn, which are no pairs")
-    if turned == 0:
-        return Orthogonal(size)
     rotary = Rotary(turned, turned // 2)
     return rotary if turned == size else DirectSum((rotary, Orthogonal(size - turned)))
 

@@ -168,6 +168,16 @@ def test_names_and_shapes_are_enough() -> None:
     assert family("bert", model.config, shapes) == symmetry
 
 
+def test_a_tied_table_may_be_saved_under_one_name() -> None:
+    model, symmetry, _ = made("bert")
+    config: Any = model.config
+    decoder = "cls.predictions.decoder.weight"
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != decoder}
+    (whole, *rest), (less, *others) = symmetry.sites, family("bert", config, state).sites
+    assert [m.tensor for m in whole.members if m not in less.members] == [decoder]
+    assert rest == others
+
+
 def test_half_a_pair_cannot_turn() -> None:
     model, _, _ = made("gpt_neox")
     config: Any = model.config
@@ -241,6 +251,20 @@ def test_a_config_of_another_model_is_refused(
     config: Any = model.config
     with pytest.raises(SymmetryError, match=message):
         family(config.model_type, config.to_dict() | change, model.state_dict())
+
+
+def test_an_encoder_alone_has_its_heads_and_units() -> None:
+    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 10, "num_layers": 1, "num_heads": 3}
+    encoder = hf.T5EncoderModel(hf.T5Config(**sizes, vocab_size=31))
+    assert [site.name for site in symmetry_of(encoder).sites] == ["encoder.heads", "encoder.mlp.0"]
+
+
+def test_a_vision_tower_alone_hands_its_stream_out() -> None:
+    model, _, _ = made("clip")
+    config: Any = model.config
+    state = {n: t for n, t in model.state_dict().items() if n.startswith("vision_model")}
+    found = family("clip", config.vision_config, state)
+    assert found.sites[0].name == "vision.heads.0"
 
 
 def test_a_frozen_stream_of_a_single_tower_is_handed_out() -> None:

@@ -156,6 +156,12 @@ MODELS: dict[str, Tiny] = {
     "distilbert_classes": text(
         hf.DistilBertForSequenceClassification, hf.DistilBertConfig, **DISTIL
     ),
+    "distilbert_tokens": text(hf.DistilBertForTokenClassification, hf.DistilBertConfig, **DISTIL),
+    "bert_spans": Tiny(
+        lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)),
+        {"input_ids": TOKENS},
+        lambda found: (found.start_logits, found.end_logits),
+    ),
     "vit": Tiny(
         lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION, num_labels=5)),
         {"pixel_values": PIXELS},
@@ -199,6 +205,11 @@ MODELS: dict[str, Tiny] = {
     "deberta_v2": text(hf.DebertaV2ForMaskedLM, hf.DebertaV2Config, **DEBERTA, share_att_key=False),
     "deberta_v2_shared": text(
         hf.DebertaV2ForSequenceClassification, hf.DebertaV2Config, **DEBERTA, share_att_key=True
+    ),
+    "deberta_v2_one_way": text(
+        hf.DebertaV2ForMaskedLM,
+        hf.DebertaV2Config,
+        **{**DEBERTA, "pos_att_type": ["c2p"], "norm_rel_ebd": "none"},
     ),
     "deberta_v2_plain": text(hf.DebertaV2ForTokenClassification, hf.DebertaV2Config, **TEXT),
 }
