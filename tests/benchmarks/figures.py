@@ -104,12 +104,18 @@ def machine() -> str:
 
 
 def in_fresh_process(module: str, *arguments: object) -> Any:
-    """What a module prints as JSON on its last line."""
+    """What a module prints as JSON on its last line.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
     path = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | path, stdout=subprocess.PIPE, text=True, check=True
+        command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
