@@ -239,7 +239,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             curves(
                 "Seconds of the server's own work",
-                "Decoding, validating, folding and solving, a stage.",
+                "Preparing, decoding, validating, folding and solving, a stage.",
                 "s",
                 *_quantiles("fedbasin_server_duration_seconds", "stage"),
             ),

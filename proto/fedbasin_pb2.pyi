@@ -491,7 +491,7 @@ class StageReport(_message.Message):
     stage: _builtins.str
     seconds: _builtins.float
     server_seconds: _builtins.float
-    """decoding, validating, folding and solving"""
+    """preparing, decoding, validating, folding and solving"""
     @_builtins.property
     def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientReport]: ...
     def __init__(

@@ -57,7 +57,7 @@ STAGE_SECONDS = Metric(
 )
 SERVER_SECONDS = Metric(
     "server_duration_seconds",
-    "Decoding, validating, folding and solving in a stage.",
+    "Preparing, decoding, validating, folding and solving in a stage.",
     ("recipe", "stage"),
     _COMPUTE_BUCKETS,
 )

@@ -146,8 +146,10 @@ class _Attempt:
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
-        self.stage = self.question.make()
-        self.report = pb.StageReport(stage=self.stage.name)
+        self.report = pb.StageReport()
+        with self._working():
+            self.stage = self.question.make()
+        self.report.stage = self.stage.name
         self.seen: set[int] = set()
 
     @property

@@ -155,6 +155,16 @@ def test_the_report_counts_bytes_and_seconds():
     assert 0 < report.server_seconds <= report.seconds
 
 
+def test_preparing_a_stage_counts_as_the_servers_own_work():
+    anchor = tiny.net().state_dict()
+
+    def slowly():
+        time.sleep(0.2)
+        return Evaluate(anchor)
+
+    assert run(tiny.federation(), make=slowly).report.server_seconds > 0.2
+
+
 def test_the_apps_own_settings_and_the_round_reach_its_clients():
     federation = tiny.federation()
     run(federation)
