@@ -1,0 +1,209 @@
+"""What telemetry takes of the server's time in a round, and what probing barriers takes of a client's."""
+
+import hashlib
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from unittest.mock import patch
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedbasin.client.probe import path_losses
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import wire
+from fedbasin.server import checkpoint, rounds, serve
+from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
+from fedbasin.strategies.symmetry.tracing import trace
+from tests.benchmarks.bench_observer import observer_process
+from tests.benchmarks.figures import Figure, Goal, Say
+from tests.benchmarks.grid import PulledGrid
+
+CLIENTS = 10
+ROUNDS = 5
+RUNS = 3
+HIDDEN = 12
+WIDTHS = (784, *[1024] * HIDDEN, 10)  # 49 MB
+POINTS = 11
+EXAMPLES = 512
+SHARE = 0.02
+
+HOW = f"""`serve` over {ROUNDS} rounds, the median of {RUNS} runs, with {CLIENTS} clients and a network of 49 MB with {HIDDEN} hidden
+layers: once with every diagnostic on (each client reports the alignment of all layers and paths of {POINTS} points to the
+anchor and from the fused model), once without alignment and paths. The grid is in the same process and makes each
+reply's bytes when it is pulled, which does not count. Telemetry is building the reports, checking and adding the
+clients' paths, writing rounds.jsonl and pushing to `fedbasin observe`, a process of its own on loopback. The rest of the
+server's work is the anchor's identity radii, decoding, validating, folding, solving, the model's digest and the
+checkpoint. A client's point was timed in turns with an epoch of training of the same network, {EXAMPLES} examples in
+batches of 64; a barrier evaluates each point before and after alignment."""
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "every diagnostic": {"fedbasin.barrier-points": POINTS, "fedbasin.fused-points": POINTS},
+    "no alignment": {"fedbasin.align": "off"},
+}
+
+# Where telemetry happens in the server: (row, owner, attribute).
+_TELEMETRY = (
+    ("reports of clients", rounds, "_describe"),
+    ("paths of clients", rounds, "_checked_path"),
+    ("paths of clients", rounds, "add_path"),
+    ("report of the round", serve._Run, "_report"),
+    ("rounds.jsonl", checkpoint, "append_report"),
+    ("push", serve, "push"),
+)
+# What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
+# the checkpoint.
+_WORK = ((serve._Run, "_take"), (checkpoint, "save"))
+_ROWS = (*dict.fromkeys(row for row, *_ in _TELEMETRY), "work")
+
+
+class ReportingGrid(PulledGrid):
+    """Every client says all that it is asked for."""
+
+    def _answer(self, message: Message) -> Message:
+        asked = wire.read_request(message.content)
+        reply = super()._answer(message)
+        header = wire.read_update(reply.content)
+        if asked.align:
+            header.symmetry_digest = hashlib.sha256(asked.symmetry.encode()).digest()
+            header.alignment.CopyFrom(alignment())
+        if asked.path_points:
+            header.path.CopyFrom(path(asked.path_points))
+        wire.write(reply.content, header)
+        return reply
+
+
+def alignment() -> pb.AlignmentReport:
+    sites = [pb.SiteReport(site=f"{2 * i}.out", moved=0.5, gain=1.5) for i in range(HIDDEN)]
+    return pb.AlignmentReport(sites=sites, distance_before=2, distance_after=1, endpoint_error=0)
+
+
+def path(points: int) -> pb.PathSums:
+    curve = [10.0] * points
+    return pb.PathSums(
+        points=equally_spaced(points),
+        loss_before=curve,
+        loss_after=curve,
+        correct_before=curve,
+        correct_after=curve,
+        examples=10,
+    )
+
+
+def network() -> nn.Sequential:
+    layers = [m for i, o in pairwise(WIDTHS) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+@contextmanager
+def timed(seconds: dict[str, float], row: str, owner: object, name: str) -> Iterator[None]:
+    """Add up what the calls of a function take."""
+    function: Callable[..., object] = getattr(owner, name)
+
+    def measured(*args: object, **more: object) -> object:
+        began = time.perf_counter()
+        try:
+            return function(*args, **more)
+        finally:
+            seconds[row] += time.perf_counter() - began
+
+    with patch.object(owner, name, measured):
+        yield
+
+
+def server_seconds(settings: Mapping[str, object]) -> dict[str, float]:
+    """Seconds of a round by what they go to; the rest of the server's work under "work"."""
+    model, seconds = network(), defaultdict[str, float](float)
+    elements = sum(p.numel() for p in model.parameters())
+    with ExitStack() as stack:
+        observer = stack.enter_context(observer_process())["observer"]
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for row, owner, name in (*_TELEMETRY, *(("work", *place) for place in _WORK)):
+            stack.enter_context(timed(seconds, row, owner, name))
+        config = {"fedbasin.folder": folder, "fedbasin.observer": observer, **settings}
+        context = Context(1, 1, {}, RecordDict(), config)
+        symmetry = trace(model, torch.zeros(1, WIDTHS[0]))
+        grid = ReportingGrid(CLIENTS, elements)
+        reports = serve.serve(grid, context, model, ROUNDS, symmetry=symmetry).reports
+    clients = [c for report in reports for stage in report.stages for c in stage.clients]
+    if any(client.outcome != "accepted" for client in clients):
+        raise RuntimeError(f"a client was refused: {clients[0].outcome}, {clients[0].detail}")
+    inside = seconds["reports of clients"] + seconds["paths of clients"]
+    stages = sum(stage.server_seconds for report in reports for stage in report.stages)
+    seconds["work"] += stages - inside
+    return {row: value / ROUNDS for row, value in seconds.items()}
+
+
+def client_seconds() -> dict[str, float]:
+    """Seconds of one epoch of training, and of what the diagnostics evaluate on the same data."""
+    torch.manual_seed(0)
+    model, anchor = network(), network().state_dict()
+    inputs, targets = torch.randn(EXAMPLES, WIDTHS[0]), torch.randint(10, (EXAMPLES,))
+    batches = list(zip(inputs.split(64), targets.split(64), strict=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def train() -> None:
+        for x, y in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    def walk() -> None:
+        path_losses(model, anchor, model.state_dict(), batches, 3)
+
+    train()
+    walk()
+    turns = [(seconds_of(train), seconds_of(walk) / 3) for _ in range(RUNS)]
+    epoch, point = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    return {
+        "an epoch of training": epoch,
+        "a point of a path": point,
+        "barrier, 3 points": 6 * point,
+        f"barrier, {POINTS} points": 2 * POINTS * point,
+        "path from the fused model, 3 points": 3 * point,
+    }
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(say: Say) -> Figure:
+    spent = {}
+    for name, settings in SETTINGS.items():
+        say(f"telemetry: {RUNS} runs of {ROUNDS} rounds with {CLIENTS} clients, {name}")
+        runs = sorted((server_seconds(settings) for _ in range(RUNS)), key=telemetry_share)
+        spent[name] = runs[RUNS // 2]
+    shares = {name: telemetry_share(seconds) for name, seconds in spent.items()}
+    say("telemetry: probing on a client")
+    client = client_seconds()
+    epoch = client["an epoch of training"]
+    rows = [
+        *(_server_row(row, [seconds.get(row, 0.0) for seconds in spent.values()]) for row in _ROWS),
+        ("server: share of telemetry", *(f"{share:.2%}" for share in shares.values())),
+        *(
+            (f"client: {name}", f"{1000 * took:.0f}", f"{took / epoch:.0%} of an epoch")
+            for name, took in client.items()
+        ),
+    ]
+    worst = max(shares.values())
+    goal = Goal(
+        f"less than {SHARE:.0%} of the server's time in a round", f"{worst:.2%}", worst < SHARE
+    )
+    return Figure("Telemetry", HOW, ("ms, a round", *SETTINGS), rows, [goal])
+
+
+def telemetry_share(seconds: Mapping[str, float]) -> float:
+    return 1 - seconds["work"] / sum(seconds.values())
+
+
+def _server_row(name: str, seconds: list[float]) -> tuple[str, ...]:
+    return f"server: {name}", *(f"{1000 * value:.1f}" for value in seconds)
