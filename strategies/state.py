@@ -9,6 +9,8 @@ from torch import Tensor
 
 State: TypeAlias = Mapping[str, Tensor]
 
+_PIECE = 2**18  # elements
+
 
 def floating(state: State) -> dict[str, Tensor]:
     """The tensors that can be averaged; counters and indices are left to the anchor."""
@@ -34,11 +36,17 @@ def distance(a: State, b: State) -> float:
     return math.hypot(
         *(
             # Summed in double: a half-precision norm overflows at 65504.
-            float(torch.linalg.vector_norm(tensor - b[name], dtype=torch.float64))
+            float(torch.linalg.vector_norm(ours - theirs, dtype=torch.float64))
             for name, tensor in floating(a).items()
             if name in b
+            for ours, theirs in zip(_pieces(tensor), _pieces(b[name]), strict=True)
         )
     )
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """In parts whose difference stays in the cache."""
+    return tensor.reshape(-1).split(_PIECE)
 
 
 def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:
