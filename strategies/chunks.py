@@ -48,12 +48,12 @@ def add_scaled(pairs: Iterable[Pair], weight: float) -> None:
         total.add_(buffer.copy_(value), alpha=weight)
 
     mixed = []
-    for total, value in pairs:
-        if total.dtype == value.dtype:
-            with one_core():
+    with one_core():
+        for total, value in pairs:
+            if total.dtype == value.dtype:
                 total.add_(value, alpha=weight)
-        else:
-            mixed.append((total, value))
+            else:
+                mixed.append((total, value))
     _by_chunks(mixed, add)
 
 
@@ -71,12 +71,11 @@ def divided(totals: State, weight: float, like: State) -> dict[str, Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is infinite or not a number."""
-    with one_core():
-        # A sum instead of a mask as large as the tensor: it is not finite if any entry is not. A finite
-        # tensor whose sum overflows is looked at entry by entry.
-        total = float(tensor.sum(dtype=torch.float32))
-        return math.isfinite(total) or bool(tensor.isfinite().all())
+    """Whether no entry is infinite or not a number; many tensors are best asked on `one_core`."""
+    # A sum instead of a mask as large as the tensor: it is not finite if any entry is not. A finite
+    # tensor whose sum overflows is looked at entry by entry.
+    total = tensor.sum(dtype=torch.float32).item()
+    return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
 @contextmanager

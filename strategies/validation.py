@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.chunks import is_finite
+from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
 from fedbasin.strategies.fusion.update import Block, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
@@ -38,8 +38,9 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
     """
     check_examples(update.examples)
     _check_names(update.parameters, anchor)
-    for name, tensor in update.parameters.items():
-        _check_tensor(name, tensor, anchor[name])
+    with one_core():
+        for name, tensor in update.parameters.items():
+            _check_tensor(name, tensor, anchor[name])
     _check_blocks(update.precisions, blocks, anchor)
     for block, precision in update.precisions.items():
         _check_precision(block, precision, anchor)
