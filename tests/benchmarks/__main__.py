@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from tests.benchmarks import bench_certificate, bench_fold, bench_memory, bench_tensors
+from tests.benchmarks import (
+    bench_certificate,
+    bench_fold,
+    bench_memory,
+    bench_observer,
+    bench_page,
+    bench_telemetry,
+    bench_tensors,
+)
 from tests.benchmarks.figures import PAGE, Figure, Say, show, write
 
 BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
@@ -13,6 +21,9 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "memory": bench_memory.measure,
     "tensors": bench_tensors.measure,
     "certificate": bench_certificate.measure,
+    "telemetry": bench_telemetry.measure,
+    "observer": bench_observer.measure,
+    "page": bench_page.measure,
 }
 
 

@@ -1,7 +1,4 @@
-"""How an observer bears many readers: pushes, watches and scrapes at once, each side a process of its own.
-
-`PYTHONPATH=. .venv/bin/python -m tests.benchmarks.bench_observer` prints the figures; about a minute.
-"""
+"""How an observer bears many readers: pushes, watches and scrapes at once."""
 
 import asyncio
 import json
@@ -19,6 +16,7 @@ from grpc import aio
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
 from fedbasin.server.push import connect
+from tests.benchmarks.figures import Figure, Goal, Say
 
 ROUNDS = 1000
 READERS = 100
@@ -140,28 +138,44 @@ def share(seconds, percent):
     return 1000 * statistics.quantiles(seconds, n=100)[percent - 1]
 
 
-def load(readers, slow):
+@dataclass(frozen=True)
+class Load:
+    """What one load did to the observer: milliseconds, megabytes, and readers that missed something."""
+
+    readers: int
+    slow: int
+    push: tuple[float, float]
+    scrape: tuple[float, float]
+    lost: int
+    memory: tuple[float, float]
+
+    def row(self) -> tuple[str, ...]:
+        return (
+            f"{self.readers} readers, {self.slow} slow",
+            "{:.1f} / {:.1f}".format(*self.push),
+            "{:.1f} / {:.1f}".format(*self.scrape),
+            str(self.lost),
+            "{:.0f} to {:.0f}".format(*self.memory),
+        )
+
+
+def load(readers: int, slow: int) -> Load:
     with observer_process() as addresses:
         before = memory(addresses["metrics"])
         scraper = Scraper(addresses["metrics"])
         scraper.start()
-        seconds, views, lag = asyncio.run(push_to(addresses, readers, slow))
+        seconds, views, _ = asyncio.run(push_to(addresses, readers, slow))
         scraper.stop.set()
         scraper.join()
         after = memory(addresses["metrics"])
     lost = sum(view != list(range(1, ROUNDS + 1)) for view in views)
-    print(
-        f"{readers:3} readers, {slow:2} slow: {ROUNDS} pushes in {sum(seconds):.1f} s "
-        f"(median {share(seconds, 50):.1f}, p99 {share(seconds, 99):.1f} ms); "
-        f"readers that lost a report: {lost}; the last is done {lag:.2f} s after the last push; "
-        f"scrape p50 {share(scraper.seconds, 50):.1f}, p99 {share(scraper.seconds, 99):.1f} ms "
-        f"of {len(scraper.seconds)}; memory {before:.0f} to {after:.0f} MB"
-    )
-    return lost
+    push = (share(seconds, 50), share(seconds, 99))
+    scrape = (share(scraper.seconds, 50), share(scraper.seconds, 99))
+    return Load(readers, slow, push, scrape, lost, (before, after))
 
 
-def beyond_the_limit():
-    """Memory where the history is full and goes on forgetting."""
+def beyond_the_limit() -> list[float]:
+    """Memory where the history is full and goes on forgetting, MB after each full length."""
     with observer_process() as addresses:
         sizes = []
         with connect(addresses["observer"]) as channel:
@@ -169,16 +183,46 @@ def beyond_the_limit():
                 ObserverStub(channel).PushRound(report(number, "long"), timeout=60)
                 if number % KEPT_ROUNDS == 0:
                     sizes.append(memory(addresses["metrics"]))
-    kept = ", ".join(f"{size:.0f}" for size in sizes)
-    print(f"memory after each {KEPT_ROUNDS} of {3 * KEPT_ROUNDS} reports of one run: {kept} MB")
+    return sizes
 
 
-def main():
-    print(f"a report of {CLIENTS} clients has {report(1, 'load').ByteSize()} bytes")
-    lost = load(0, 0) + load(READERS, 0) + load(READERS, SLOW_READERS)
-    beyond_the_limit()
-    sys.exit(bool(lost))
-
-
-if __name__ == "__main__":
-    main()
+def measure(say: Say) -> Figure:
+    """Pushes, scrapes and memory without readers, with a hundred, and with ten slow ones beside them."""
+    loads = []
+    for readers, slow in ((0, 0), (READERS, 0), (READERS, SLOW_READERS)):
+        say(f"observer: {ROUNDS} reports, {readers} readers, {slow} slow")
+        loads.append(load(readers, slow))
+    say("observer: a history beyond its limit")
+    sizes = beyond_the_limit()
+    growth = sizes[-1] / sizes[0] - 1
+    crowded = loads[1]
+    return Figure(
+        "The observer under many readers",
+        f"`fedbasin observe` as a process, {ROUNDS} reports of {report(1, 'load').ByteSize()} bytes pushed one after "
+        "the other while all read and somebody scrapes; readers and pusher share the two cores with it. Memory of a "
+        f"full history after {KEPT_ROUNDS}, {2 * KEPT_ROUNDS} and {3 * KEPT_ROUNDS} reports of one run: "
+        f"{', '.join(f'{size:.0f}' for size in sizes)} MB.",
+        (
+            "",
+            "push median / p99, ms",
+            "scrape median / p99, ms",
+            "readers that lost a report",
+            "memory, MB",
+        ),
+        [one.row() for one in loads],
+        [
+            Goal(
+                "no reader loses a report",
+                f"{sum(one.lost for one in loads)}",
+                not any(x.lost for x in loads),
+            ),
+            Goal(
+                "p99 of a scrape below 50 ms with 100 readers",
+                f"{crowded.scrape[1]:.0f} ms",
+                crowded.scrape[1] < 50,
+            ),
+            Goal(
+                "memory of a full history grows by less than 5 %", f"{growth:+.1%}", growth < 0.05
+            ),
+        ],
+    )
