@@ -7,76 +7,23 @@ def main(grid, context):
     result = serve(grid, context, model=Net(), rounds=3, symmetry=trace(Net(), example))
 """
 
-import logging
-import random
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid
-from google.protobuf.timestamp_pb2 import Timestamp
 from torch import Tensor, nn
 
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import packing, wire
 from fedbasin.server import checkpoint
 from fedbasin.server.access import AccessError
-from fedbasin.server.grid import StreamingGrid, available
-from fedbasin.server.push import connect, push
-from fedbasin.server.rounds import (
-    Budget,
-    Observe,
-    Question,
-    QuorumLostError,
-    StageResult,
-    run_stage,
-)
+from fedbasin.server.grid import StreamingGrid
+from fedbasin.server.push import connect
+from fedbasin.server.run import Hooks as Hooks
+from fedbasin.server.run import Result as Result
+from fedbasin.server.run import Run, decisive
 from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.fusion.layers import known_blocks
-from fedbasin.strategies.fusion.update import Block
-from fedbasin.strategies.outcome import Outcome
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Fuse, Stage, Start, plan
 from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.sites import Symmetry
-
-# A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
-_LOG = logging.getLogger("flwr.fedbasin")
-
-Metrics = Mapping[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What a run ended in.
-
-    Attributes:
-        model: the global model after the last round.
-        reports: of every round, those before a resume included.
-        folder: where the model and the reports are.
-    """
-
-    model: dict[str, Tensor]
-    reports: list[pb.RoundReport]
-    folder: Path
-
-
-@dataclass(frozen=True, eq=False)
-class Hooks:
-    """What the app may add to a run.
-
-    Attributes:
-        evaluate: metrics of each new global model, by round; round 0 is the anchor that a run starts from.
-        observe: metrics of one client's accepted model, by node id; called as it is folded.
-        score: of a model, lower is better; for `bootstrap = "best"`.
-    """
-
-    evaluate: Callable[[int, State], Metrics] | None = None
-    observe: Observe | None = None
-    score: Callable[[State], float] | None = None
 
 
 def serve(
@@ -119,7 +66,7 @@ def _prepare(
     rounds: int,
     symmetry: Symmetry | None,
     hooks: Hooks,
-) -> "_Run":
+) -> Run:
     """Everything that can be refused before work starts."""
     # A copy, because the app may go on working with its model.
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -140,7 +87,7 @@ def _prepare(
     if settings.resume:
         folder = Path(settings.resume)
         state, start = _resumed(folder, settings, state)
-    return _Run(
+    return Run(
         settings,
         str(context.run_id),
         rounds,
@@ -176,220 +123,3 @@ def _resumed(folder: Path, settings: Settings, state: State) -> tuple[dict[str, 
             f"{folder} holds another model; resume with the model class that made it"
         )
     return {name: found.model[name] for name in state}, found.server_round
-
-
-def decisive(settings: Settings) -> str:
-    """The settings that decide what a run computes; a run can only be resumed with the same."""
-    keys = {
-        "recipe",
-        "ridge",
-        "shrink",
-        "align",
-        "start",
-        "bootstrap",
-        "sum",
-        "fraction_train",
-        "seed",
-    }
-    return settings.model_dump_json(include=keys)
-
-
-@dataclass(eq=False)
-class _Run:
-    """The state of a run between two rounds."""
-
-    settings: Settings
-    run_id: str
-    rounds: int
-    symmetry: Symmetry | None
-    hooks: Hooks
-    blocks: list[Block]
-    ties: Mapping[str, str]
-    folder: Path
-    done: int
-    model: dict[str, Tensor]
-
-    def __post_init__(self) -> None:
-        self._take(self.model)
-
-    def _take(self, model: dict[str, Tensor]) -> None:
-        """A new global model; hashed once, for the requests that carry it and for the report."""
-        self.model, self.digest = model, packing.digest(model)
-
-    def all_rounds(self, grid: StreamingGrid, config: ConfigRecord) -> Result:
-        if not self.done:
-            self._evaluated(0)
-        for number in range(self.done + 1, self.rounds + 1):
-            try:
-                report = self._round(grid, number, config)
-            except BaseException as error:  # Flower ends apps with one that is no Exception
-                self._push(self._failure(number, error))
-                raise
-            self._finish_round(report)
-        return Result(self.model, checkpoint.read_reports(self.folder), self.folder)
-
-    def _round(self, grid: StreamingGrid, number: int, config: ConfigRecord) -> pb.RoundReport:
-        started = time.perf_counter()
-        online = available(grid, self.settings.nodes, self.settings.wait_timeout_seconds)
-        nodes = self._sampled(online, number, self.settings.fraction_train)
-        results = list(self._stages(grid, number, config, nodes))
-        fused = results[-1]
-        # A statistic speaks of a tensor under its first name; the others are the same tensor.
-        self._take({name: fused.model[self.ties[name]] for name in fused.model})
-        metrics = dict(fused.metrics)
-        if self.settings.fraction_evaluate:
-            asked = self._sampled(online, number, self.settings.fraction_evaluate)
-            results.append(self._federated_evaluation(grid, number, config, asked))
-            metrics |= results[-1].metrics
-        metrics |= self._evaluated(number)
-        return self._report(number, results, metrics, time.perf_counter() - started)
-
-    def _federated_evaluation(
-        self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
-    ) -> StageResult:
-        """The clients' metrics of the new model, which stands also where too few could evaluate it."""
-        try:
-            points = self.settings.fused_points
-            return self._ask(grid, lambda: Evaluate(self.model, points), number, config, nodes)
-        except QuorumLostError as lost:
-            _LOG.warning("round %d/%d %s", number, self.rounds, lost)
-            return StageResult(self.model, lost.report, {}, pb.PathSums())
-
-    def _stages(
-        self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
-    ) -> Iterator[StageResult]:
-        own = number == 1 and self.settings.start == "own"
-        if own and self.settings.align != "off":
-            found = self._bootstrap(grid, number, config, nodes)
-            self._take(found.model)
-            yield found
-        ask = Ask(
-            start=Start.own if own else Start.shared,
-            symmetry=self.symmetry,
-            path_points=self.settings.barrier_points,
-            keep=self.settings.fused_points > 0,
-        )
-        yield self._ask(grid, lambda: self._fuse(ask), number, config, nodes, self.hooks.observe)
-
-    def _fuse(self, ask: Ask) -> Stage:
-        dtype = torch.float64 if self.settings.sum == "reproducible" else torch.float32
-        recipe, align = self.settings.composed, self.settings.align
-        return plan(self.model, recipe, ask, align, self.blocks, dtype)
-
-    def _bootstrap(
-        self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
-    ) -> StageResult:
-        choice, score = self.settings.bootstrap, self.hooks.score
-
-        def make() -> Stage:
-            return Bootstrap(self.model, choice, self.symmetry, score)
-
-        if choice != "first":
-            return self._ask(grid, make, number, config, nodes)
-        failed = pb.StageReport(stage=Bootstrap.name)
-        for node in nodes:
-            try:
-                found = self._ask(grid, make, number, config, [node])
-            except QuorumLostError as lost:
-                _LOG.warning("round %d/%d %s", number, self.rounds, lost)
-                failed.clients.extend(lost.report.clients)
-            else:
-                found.report.clients.extend(failed.clients)
-                return found
-        raise QuorumLostError(failed, needed=1, attempts=self.settings.attempts)
-
-    def _ask(
-        self,
-        grid: StreamingGrid,
-        make: Callable[[], Stage],
-        number: int,
-        config: ConfigRecord,
-        nodes: list[int],
-        observe: Observe | None = None,
-    ) -> StageResult:
-        settings = self.settings
-        budget = Budget(
-            settings.round_timeout_seconds,
-            settings.quorum,
-            settings.attempts,
-            settings.max_update_bytes,
-            settings.grace_seconds,
-        )
-        question = Question(make, self.model, number, config, observe, self.digest)
-        result = run_stage(grid, question, nodes, budget)
-        _LOG.info("round %d/%d %s", number, self.rounds, summary(result.report))
-        return result
-
-    def _sampled(self, online: list[int], number: int, share: float) -> list[int]:
-        """The same nodes for the same round, also after a resume."""
-        size = max(1, round(share * len(online)))
-        return sorted(random.Random(f"{self.settings.seed}/{number}").sample(online, size))  # noqa: S311 - no secret
-
-    def _evaluated(self, number: int) -> dict[str, float]:
-        if self.hooks.evaluate is None:
-            return {}
-        return dict(self.hooks.evaluate(number, self.model))
-
-    def _report(
-        self,
-        number: int,
-        results: list[StageResult],
-        metrics: dict[str, float],
-        seconds: float,
-    ) -> pb.RoundReport:
-        paths = {result.report.stage: result.path for result in results}
-        finished = Timestamp()
-        finished.GetCurrentTime()
-        return pb.RoundReport(
-            schema_version=wire.SCHEMA_VERSION,
-            run_id=self.run_id,
-            round=number,
-            rounds=self.rounds,
-            recipe=self.settings.recipe,
-            finished=finished,
-            seconds=seconds,
-            stages=[result.report for result in results],
-            path=paths[Fuse.name],
-            fused_path=paths.get(Evaluate.name),
-            metrics=metrics,
-            model_digest=self.digest,
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            last=number == self.rounds,
-        )
-
-    def _failure(self, number: int, error: BaseException) -> pb.RoundReport:
-        """What the observer is told of a round that ended the run; the run's folder stays as it was."""
-        finished = Timestamp()
-        finished.GetCurrentTime()
-        return pb.RoundReport(
-            schema_version=wire.SCHEMA_VERSION,
-            run_id=self.run_id,
-            round=number,
-            rounds=self.rounds,
-            recipe=self.settings.recipe,
-            finished=finished,
-            stages=[error.report] if isinstance(error, QuorumLostError) else [],
-            problem=f"{type(error).__name__}: {error}",
-        )
-
-    def _push(self, report: pb.RoundReport) -> None:
-        observer = self.settings.observer
-        if observer and not push(observer, report, own=self.settings.observer_pass):
-            _LOG.warning("the observer %s did not take round %d", observer, report.round)
-
-    def _finish_round(self, report: pb.RoundReport) -> None:
-        # The report first: a round without its model is repeated, a model without its report is not.
-        checkpoint.append_report(self.folder, report)
-        kept = checkpoint.Checkpoint(report.round, self.model, decisive(self.settings))
-        checkpoint.save(self.folder, kept)
-        self.done = report.round
-        self._push(report)
-
-
-def summary(report: pb.StageReport) -> str:
-    """One line about a stage, for the log."""
-    outcomes = [client.outcome for client in report.clients]
-    accepted = outcomes.count(Outcome.accepted.name)
-    refused = ", ".join(sorted({o for o in outcomes if o != Outcome.accepted.name}))
-    line = f"{report.stage}: {accepted} of {len(outcomes)} clients in {report.seconds:.1f} s"
-    return f"{line} ({refused})" if refused else line

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from fedbasin.client.probe import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
-from fedbasin.server import checkpoint, rounds, serve
+from fedbasin.server import checkpoint, rounds, run, serve
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
@@ -53,13 +53,13 @@ _TELEMETRY = (
     ("reports of clients", rounds, "_describe"),
     ("paths of clients", rounds, "_checked_path"),
     ("paths of clients", rounds, "add_path"),
-    ("report of the round", serve._Run, "_report"),
+    ("report of the round", run.Run, "_report"),
     ("rounds.jsonl", checkpoint, "append_report"),
-    ("push", serve, "push"),
+    ("push", run, "push"),
 )
 # What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
 # the checkpoint.
-_WORK = ((serve._Run, "_take"), (checkpoint, "save"))
+_WORK = ((run.Run, "_take"), (checkpoint, "save"))
 _ROWS = (*dict.fromkeys(row for row, *_ in _TELEMETRY), "work")
 
 

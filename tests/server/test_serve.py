@@ -13,7 +13,8 @@ from fedbasin.proto import packing
 from fedbasin.server import checkpoint
 from fedbasin.server.checkpoint import CheckpointError
 from fedbasin.server.rounds import QuorumLostError
-from fedbasin.server.serve import Hooks, serve, summary
+from fedbasin.server.run import summary
+from fedbasin.server.serve import Hooks, serve
 from fedbasin.server.settings import SettingsError
 from fedbasin.strategies.symmetry.sites import SymmetryError, parse
 from fedbasin.strategies.symmetry.tracing import trace
