@@ -96,8 +96,8 @@ def test_clients_that_never_shared_a_start_average_to_noise_until_they_are_align
     plain = [accuracy(measure("fedavg", "off", False, seed)) for seed in SEEDS]
     aligned = [accuracy(measure("fedavg", "client", False, seed)) for seed in SEEDS]
     assert max(plain) < 0.6
-    # Over the seeds 0 to 7 it is 0.944 to 0.956, in the mean 0.952; another CPU may round some images away.
-    assert fmean(aligned) >= 0.947
+    # Single seeds differ by a few images: 0.944 to 0.956 over the seeds 0 to 7, 0.952 in the mean.
+    assert fmean(aligned) >= 0.95
 
 
 def test_regmean_brings_them_to_their_ensemble(measure):
