@@ -138,6 +138,7 @@ class Request(_message.Message):
     PATH_POINTS_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     RADII_FIELD_NUMBER: _builtins.int
+    PROBE_BOUND_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -155,6 +156,8 @@ class Request(_message.Message):
     """points of the path anchor to client to evaluate; 0 for none"""
     keep: _builtins.bool
     """another stage of this round follows: keep the model, as trained and as sent"""
+    probe_bound: _builtins.int
+    """Only clients whose draw of this round is at most this evaluate a path; absent: all."""
     @_builtins.property
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -177,12 +180,15 @@ class Request(_message.Message):
         path_points: _builtins.int = ...,
         keep: _builtins.bool = ...,
         radii: _abc.Iterable[Global___TensorSpec] | None = ...,
+        probe_bound: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "probe_bound", b"probe_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "keep", b"keep", "path_points", b"path_points", "precision", b"precision", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "keep", b"keep", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
+    _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probe_bound) -> _WhichOneofReturnType__probe_bound | None: ...
 
 Global___Request: _TypeAlias = Request  # noqa: Y015
 
@@ -227,6 +233,10 @@ class SiteReport(_message.Message):
     CERTIFIED_FIELD_NUMBER: _builtins.int
     MOVED_FIELD_NUMBER: _builtins.int
     GAIN_FIELD_NUMBER: _builtins.int
+    FIXED_POINTS_FIELD_NUMBER: _builtins.int
+    LARGEST_ANGLE_FIELD_NUMBER: _builtins.int
+    SKEW_BEFORE_FIELD_NUMBER: _builtins.int
+    SKEW_AFTER_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     certified: _builtins.bool
     """the identity was proven optimal, nothing was searched"""
@@ -234,6 +244,13 @@ class SiteReport(_message.Message):
     """share of the units that changed place, or of the rotation's Frobenius norm"""
     gain: _builtins.float
     """rise of the matching objective"""
+    fixed_points: _builtins.float
+    """share of the units that stayed in their place"""
+    largest_angle: _builtins.float
+    """of the site's rotations, radians; absent where units only change places"""
+    skew_before: _builtins.float
+    """How far the agreement of anchor and client is from symmetric, 0 to 2; absent where nothing can turn."""
+    skew_after: _builtins.float
     def __init__(
         self,
         *,
@@ -241,12 +258,31 @@ class SiteReport(_message.Message):
         certified: _builtins.bool = ...,
         moved: _builtins.float = ...,
         gain: _builtins.float = ...,
+        fixed_points: _builtins.float | None = ...,
+        largest_angle: _builtins.float | None = ...,
+        skew_before: _builtins.float | None = ...,
+        skew_after: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points", "_largest_angle", b"_largest_angle", "_skew_after", b"_skew_after", "_skew_before", b"_skew_before", "fixed_points", b"fixed_points", "largest_angle", b"largest_angle", "skew_after", b"skew_after", "skew_before", b"skew_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certified", b"certified", "gain", b"gain", "moved", b"moved", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points", "_largest_angle", b"_largest_angle", "_skew_after", b"_skew_after", "_skew_before", b"_skew_before", "certified", b"certified", "fixed_points", b"fixed_points", "gain", b"gain", "largest_angle", b"largest_angle", "moved", b"moved", "site", b"site", "skew_after", b"skew_after", "skew_before", b"skew_before"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__fixed_points: _TypeAlias = _typing.Literal["fixed_points"]  # noqa: Y015
+    _WhichOneofArgType__fixed_points: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points"]  # noqa: Y015
+    _WhichOneofReturnType__largest_angle: _TypeAlias = _typing.Literal["largest_angle"]  # noqa: Y015
+    _WhichOneofArgType__largest_angle: _TypeAlias = _typing.Literal["_largest_angle", b"_largest_angle"]  # noqa: Y015
+    _WhichOneofReturnType__skew_after: _TypeAlias = _typing.Literal["skew_after"]  # noqa: Y015
+    _WhichOneofArgType__skew_after: _TypeAlias = _typing.Literal["_skew_after", b"_skew_after"]  # noqa: Y015
+    _WhichOneofReturnType__skew_before: _TypeAlias = _typing.Literal["skew_before"]  # noqa: Y015
+    _WhichOneofArgType__skew_before: _TypeAlias = _typing.Literal["_skew_before", b"_skew_before"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_points) -> _WhichOneofReturnType__fixed_points | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__largest_angle) -> _WhichOneofReturnType__largest_angle | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skew_after) -> _WhichOneofReturnType__skew_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skew_before) -> _WhichOneofReturnType__skew_before | None: ...
 
 Global___SiteReport: _TypeAlias = SiteReport  # noqa: Y015
 
@@ -260,6 +296,7 @@ class AlignmentReport(_message.Message):
     DISTANCE_AFTER_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     ENDPOINT_ERROR_FIELD_NUMBER: _builtins.int
+    SPECTRAL_FIELD_NUMBER: _builtins.int
     sweeps: _builtins.int
     distance_before: _builtins.float
     """L2, client to anchor"""
@@ -271,6 +308,10 @@ class AlignmentReport(_message.Message):
     """
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteReport]: ...
+    @_builtins.property
+    def spectral(self) -> Global___Spectral:
+        """absent where it was not measured"""
+
     def __init__(
         self,
         *,
@@ -280,16 +321,74 @@ class AlignmentReport(_message.Message):
         distance_after: _builtins.float = ...,
         seconds: _builtins.float = ...,
         endpoint_error: _builtins.float | None = ...,
+        spectral: Global___Spectral | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "endpoint_error", b"endpoint_error"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "endpoint_error", b"endpoint_error", "spectral", b"spectral"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "sites", b"sites", "sweeps", b"sweeps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "sites", b"sites", "spectral", b"spectral", "sweeps", b"sweeps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__endpoint_error: _TypeAlias = _typing.Literal["endpoint_error"]  # noqa: Y015
     _WhichOneofArgType__endpoint_error: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__endpoint_error) -> _WhichOneofReturnType__endpoint_error | None: ...
 
 Global___AlignmentReport: _TypeAlias = AlignmentReport  # noqa: Y015
+
+@_typing.final
+class Spectral(_message.Message):
+    """Singular-vector alignment R with the anchor, over the matrices that its budget paid for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    MATRICES_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
+    before: _builtins.float
+    after: _builtins.float
+    matrices: _builtins.int
+    """measured"""
+    of: _builtins.int
+    """there are"""
+    def __init__(
+        self,
+        *,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+        matrices: _builtins.int = ...,
+        of: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "matrices", b"matrices", "of", b"of"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spectral: _TypeAlias = Spectral  # noqa: Y015
+
+@_typing.final
+class VarianceRatio(_message.Message):
+    """Of one layer: variance of the fused model's preactivations over the squared deviation of the client's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """name of its weight"""
+    ratio: _builtins.float
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str = ...,
+        ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VarianceRatio: _TypeAlias = VarianceRatio  # noqa: Y015
 
 @_typing.final
 class PathSums(_message.Message):
@@ -364,6 +463,8 @@ class UpdateHeader(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     TRAIN_SECONDS_FIELD_NUMBER: _builtins.int
     FUNCTION_CHANGED_FIELD_NUMBER: _builtins.int
+    PROBE_SECONDS_FIELD_NUMBER: _builtins.int
+    VARIANCE_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -374,6 +475,8 @@ class UpdateHeader(_message.Message):
     train_seconds: _builtins.float
     function_changed: _builtins.bool
     """Alignment made another function of the model, so no tensors are sent."""
+    probe_seconds: _builtins.float
+    """paths, variances and singular vectors"""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -382,6 +485,10 @@ class UpdateHeader(_message.Message):
     def alignment(self) -> Global___AlignmentReport: ...
     @_builtins.property
     def path(self) -> Global___PathSums: ...
+    @_builtins.property
+    def variance(self) -> _containers.RepeatedCompositeFieldContainer[Global___VarianceRatio]:
+        """with the path from the fused model"""
+
     def __init__(
         self,
         *,
@@ -397,10 +504,12 @@ class UpdateHeader(_message.Message):
         path: Global___PathSums | None = ...,
         train_seconds: _builtins.float = ...,
         function_changed: _builtins.bool = ...,
+        probe_seconds: _builtins.float = ...,
+        variance: _abc.Iterable[Global___VarianceRatio] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "path", b"path", "precisions", b"precisions", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "path", b"path", "precisions", b"precisions", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,6 +551,10 @@ class ClientReport(_message.Message):
     TRAIN_SECONDS_FIELD_NUMBER: _builtins.int
     ALIGNMENT_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    PROBE_SECONDS_FIELD_NUMBER: _builtins.int
+    PROBE_BYTES_FIELD_NUMBER: _builtins.int
+    UPDATE_NORM_FIELD_NUMBER: _builtins.int
+    UPDATE_COSINE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     outcome: _builtins.str
     detail: _builtins.str
@@ -452,6 +565,14 @@ class ClientReport(_message.Message):
     """from sending the request to receiving the reply"""
     train_seconds: _builtins.float
     """as the client says"""
+    probe_seconds: _builtins.float
+    """as the client says"""
+    probe_bytes: _builtins.int
+    """of the header: what the probes' answers take"""
+    update_norm: _builtins.float
+    """L2 of its update, client less anchor"""
+    update_cosine: _builtins.float
+    """of its update and what the round before moved the global model by"""
     @_builtins.property
     def alignment(self) -> Global___AlignmentReport: ...
     @_builtins.property
@@ -471,12 +592,23 @@ class ClientReport(_message.Message):
         train_seconds: _builtins.float = ...,
         alignment: Global___AlignmentReport | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        probe_seconds: _builtins.float = ...,
+        probe_bytes: _builtins.int = ...,
+        update_norm: _builtins.float | None = ...,
+        update_cosine: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine", "_update_norm", b"_update_norm", "alignment", b"alignment", "update_cosine", b"update_cosine", "update_norm", b"update_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "detail", b"detail", "examples", b"examples", "metrics", b"metrics", "node_id", b"node_id", "outcome", b"outcome", "seconds", b"seconds", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine", "_update_norm", b"_update_norm", "alignment", b"alignment", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "detail", b"detail", "examples", b"examples", "metrics", b"metrics", "node_id", b"node_id", "outcome", b"outcome", "probe_bytes", b"probe_bytes", "probe_seconds", b"probe_seconds", "seconds", b"seconds", "train_seconds", b"train_seconds", "update_cosine", b"update_cosine", "update_norm", b"update_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__update_cosine: _TypeAlias = _typing.Literal["update_cosine"]  # noqa: Y015
+    _WhichOneofArgType__update_cosine: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine"]  # noqa: Y015
+    _WhichOneofReturnType__update_norm: _TypeAlias = _typing.Literal["update_norm"]  # noqa: Y015
+    _WhichOneofArgType__update_norm: _TypeAlias = _typing.Literal["_update_norm", b"_update_norm"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_cosine) -> _WhichOneofReturnType__update_cosine | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_norm) -> _WhichOneofReturnType__update_norm | None: ...
 
 Global___ClientReport: _TypeAlias = ClientReport  # noqa: Y015
 
@@ -509,6 +641,149 @@ class StageReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageReport: _TypeAlias = StageReport  # noqa: Y015
+
+@_typing.final
+class Drift(_message.Message):
+    """How the accepted clients' updates lie to one another: cosines, from the same few entries of every update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
+    FUSED_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    CLIENTS_MEAN_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    clients: _builtins.int
+    entries: _builtins.int
+    """looked at"""
+    of: _builtins.int
+    """there are"""
+    norm: _builtins.float
+    """L2 of an update, mean of clients"""
+    fused: _builtins.float
+    """with what the new global model moved by, mean of clients"""
+    previous: _builtins.float
+    """with what the round before moved by, mean of clients"""
+    clients_mean: _builtins.float
+    """between two clients, mean of all pairs"""
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        clients: _builtins.int = ...,
+        entries: _builtins.int = ...,
+        of: _builtins.int = ...,
+        norm: _builtins.float | None = ...,
+        fused: _builtins.float | None = ...,
+        previous: _builtins.float | None = ...,
+        clients_mean: _builtins.float | None = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clients_mean", b"_clients_mean", "_fused", b"_fused", "_norm", b"_norm", "_previous", b"_previous", "clients_mean", b"clients_mean", "fused", b"fused", "norm", b"norm", "previous", b"previous"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clients_mean", b"_clients_mean", "_fused", b"_fused", "_norm", b"_norm", "_previous", b"_previous", "clients", b"clients", "clients_mean", b"clients_mean", "entries", b"entries", "fused", b"fused", "norm", b"norm", "of", b"of", "previous", b"previous", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clients_mean: _TypeAlias = _typing.Literal["clients_mean"]  # noqa: Y015
+    _WhichOneofArgType__clients_mean: _TypeAlias = _typing.Literal["_clients_mean", b"_clients_mean"]  # noqa: Y015
+    _WhichOneofReturnType__fused: _TypeAlias = _typing.Literal["fused"]  # noqa: Y015
+    _WhichOneofArgType__fused: _TypeAlias = _typing.Literal["_fused", b"_fused"]  # noqa: Y015
+    _WhichOneofReturnType__norm: _TypeAlias = _typing.Literal["norm"]  # noqa: Y015
+    _WhichOneofArgType__norm: _TypeAlias = _typing.Literal["_norm", b"_norm"]  # noqa: Y015
+    _WhichOneofReturnType__previous: _TypeAlias = _typing.Literal["previous"]  # noqa: Y015
+    _WhichOneofArgType__previous: _TypeAlias = _typing.Literal["_previous", b"_previous"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clients_mean) -> _WhichOneofReturnType__clients_mean | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fused) -> _WhichOneofReturnType__fused | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__norm) -> _WhichOneofReturnType__norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous) -> _WhichOneofReturnType__previous | None: ...
+
+Global___Drift: _TypeAlias = Drift  # noqa: Y015
+
+@_typing.final
+class ProbedPath(_message.Message):
+    """The path between two models on the server's probe set: only the curves `after` are filled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    A_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    a: _builtins.int
+    """node id at t = 0; 0 for the fused model"""
+    b: _builtins.int
+    """node id at t = 1"""
+    @_builtins.property
+    def path(self) -> Global___PathSums: ...
+    def __init__(
+        self,
+        *,
+        a: _builtins.int = ...,
+        b: _builtins.int = ...,
+        path: Global___PathSums | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "b", b"b", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbedPath: _TypeAlias = ProbedPath  # noqa: Y015
+
+@_typing.final
+class ServerProbe(_message.Message):
+    """What the server measured of some accepted clients' aligned models on its own probe set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    FUSED_FIELD_NUMBER: _builtins.int
+    ENSEMBLE_LOSS_FIELD_NUMBER: _builtins.int
+    ENSEMBLE_ACCURACY_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    SPOOLED_BYTES_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.int
+    """clients that there were"""
+    ensemble_loss: _builtins.float
+    """of the kept models' mean probability"""
+    ensemble_accuracy: _builtins.float
+    seconds: _builtins.float
+    spooled_bytes: _builtins.int
+    """written to disk"""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """whose models were kept for it"""
+
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbedPath]: ...
+    @_builtins.property
+    def fused(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbedPath]: ...
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[_builtins.int] | None = ...,
+        accepted: _builtins.int = ...,
+        pairs: _abc.Iterable[Global___ProbedPath] | None = ...,
+        fused: _abc.Iterable[Global___ProbedPath] | None = ...,
+        ensemble_loss: _builtins.float = ...,
+        ensemble_accuracy: _builtins.float = ...,
+        seconds: _builtins.float = ...,
+        spooled_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ensemble_accuracy", b"ensemble_accuracy", "ensemble_loss", b"ensemble_loss", "fused", b"fused", "nodes", b"nodes", "pairs", b"pairs", "seconds", b"seconds", "spooled_bytes", b"spooled_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerProbe: _TypeAlias = ServerProbe  # noqa: Y015
 
 @_typing.final
 class RoundReport(_message.Message):
@@ -549,6 +824,9 @@ class RoundReport(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     FUSED_PATH_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    VARIANCE_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
@@ -578,6 +856,14 @@ class RoundReport(_message.Message):
     def fused_path(self) -> Global___PathSums:
         """From the new global model to each client's own as it was sent; over the clients that still had theirs."""
 
+    @_builtins.property
+    def drift(self) -> Global___Drift: ...
+    @_builtins.property
+    def variance(self) -> _containers.RepeatedCompositeFieldContainer[Global___VarianceRatio]:
+        """means over the clients that walked the path from the fused model"""
+
+    @_builtins.property
+    def probe(self) -> Global___ServerProbe: ...
     def __init__(
         self,
         *,
@@ -596,10 +882,13 @@ class RoundReport(_message.Message):
         last: _builtins.bool = ...,
         problem: _builtins.str = ...,
         fused_path: Global___PathSums | None = ...,
+        drift: Global___Drift | None = ...,
+        variance: _abc.Iterable[Global___VarianceRatio] | None = ...,
+        probe: Global___ServerProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "fused_path", b"fused_path", "path", b"path"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift", "finished", b"finished", "fused_path", b"fused_path", "path", b"path", "probe", b"probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "fused_path", b"fused_path", "last", b"last", "metrics", b"metrics", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift", "finished", b"finished", "fused_path", b"fused_path", "last", b"last", "metrics", b"metrics", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "stages", b"stages", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
