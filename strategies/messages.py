@@ -236,7 +236,16 @@ def alignment_message(report: AlignmentReport, seconds: float = 0.0) -> pb.Align
     """How an alignment went, as it is sent and reported."""
     return pb.AlignmentReport(
         sites=[
-            pb.SiteReport(site=s.site, certified=s.certified, moved=s.moved, gain=s.gain)
+            pb.SiteReport(
+                site=s.site,
+                certified=s.certified,
+                moved=s.moved,
+                gain=s.gain,
+                fixed_points=s.fixed_points,
+                largest_angle=s.largest_angle,
+                skew_before=s.skew_before,
+                skew_after=s.skew_after,
+            )
             for s in report.sites
         ],
         sweeps=report.sweeps,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedbasin.strategies.alignment.certificate import Radii, is_certified
 from fedbasin.strategies.chunks import one_core
+from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle, skew
 from fedbasin.strategies.state import State, distance, floating
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.sites import Site, Symmetry
@@ -35,12 +36,20 @@ class SiteReport:
         certified: whether the identity was proven optimal and the site stayed as it was.
         moved: distance of the element from the identity, 0 to 1.
         gain: rise of J, as a share of `||anchor|| ||client||` over the site's tensors.
+        fixed_points: share of the units that stayed in their place.
+        largest_angle: of the rotations, radians; None where units only change places.
+        skew_before: skew ratio when the search came to the site, 0 to 2; None where nothing can turn.
+        skew_after: the same where it ended; near 0 where a rotation was found exactly.
     """
 
     site: str
     certified: bool
     moved: float
     gain: float
+    fixed_points: float = 1.0
+    largest_angle: float | None = None
+    skew_before: float | None = None
+    skew_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ class _Search:
         self.elements = {site.name: site.group.identity() for site in self.symmetry.sites}
         self.gains = dict.fromkeys(self.elements, 0.0)
         self.certified: set[str] = set()
+        self.first_skews: dict[str, float] = {}
+        self.last_skews: dict[str, float] = {}
         self.neighbours = _neighbours(self.symmetry)
 
     def run(self, max_sweeps: int) -> int:
@@ -142,6 +153,9 @@ class _Search:
             self.certified.add(site.name)
             return False
         scores = _scores(site, self.anchor, self.state)
+        if _turns(site):
+            self.last_skews[site.name] = skew(scores)
+            self.first_skews.setdefault(site.name, self.last_skews[site.name])
         step = site.group.maximiser(scores, self.prior)
         held = site.group.value(scores, site.group.identity())
         gain = site.group.value(scores, step) - held
@@ -160,6 +174,7 @@ class _Search:
             if gain <= 0:
                 return False
         self.state.update(moved)
+        self.last_skews.pop(site.name, None)
         self.elements[site.name] = step.after(self.elements[site.name])
         self.gains[site.name] += gain
         return True
@@ -175,8 +190,27 @@ class _Search:
             names = {member.tensor for member in site.scored}
             gain /= _norm(self.anchor, names) * _norm(self.state, names)
         element = self.elements[site.name]
-        certified = site.name in self.certified and element.is_identity
-        return SiteReport(site.name, certified, element.moved(), gain)
+        return SiteReport(
+            site=site.name,
+            certified=site.name in self.certified and element.is_identity,
+            moved=element.moved(),
+            gain=gain,
+            fixed_points=fixed_points(element),
+            largest_angle=largest_angle(element),
+            skew_before=self.first_skews.get(site.name),
+            skew_after=self._last_skew(site),
+        )
+
+    def _last_skew(self, site: Site) -> float | None:
+        """Where the last visit ended in a step, the score is another one since."""
+        if site.name in self.last_skews or not _turns(site):
+            return self.last_skews.get(site.name)
+        return skew(_scores(site, self.anchor, self.state))
+
+
+def _turns(site: Site) -> bool:
+    """Whether its units can mix: where they only change places, skewness says nothing that they do not."""
+    return max(site.group.sizes) > 1
 
 
 def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:

@@ -9,17 +9,17 @@ and before aligning how far the client has turned. Clients that took a single SG
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.alignment.matching import Alignment
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
+from fedbasin.strategies.symmetry.transform import Transform
 
 Angles = Float[Tensor, "count size"]
 
@@ -47,17 +47,20 @@ class SiteGeometry:
     skew_after: float
 
 
-def site_geometry(anchor: State, client: State, alignment: Alignment) -> tuple[SiteGeometry, ...]:
+def site_geometry(
+    transform: Transform, anchor: State, before: State, after: State
+) -> tuple[SiteGeometry, ...]:
     """The geometry of every site of an alignment, in the symmetry's order.
 
     Args:
+        transform: what the alignment found.
         anchor: what was aligned to.
-        client: the client as it was.
-        alignment: what came of it.
+        before: the client as it was.
+        after: the client under the transform.
     """
     return tuple(
-        _describe(site, alignment.transform.elements[site.name], anchor, client, alignment.state)
-        for site in alignment.transform.symmetry.sites
+        _describe(site, transform.elements[site.name], anchor, before, after)
+        for site in transform.symmetry.sites
     )
 
 
@@ -69,7 +72,7 @@ def _describe(
         distance_before=site_distance(site, anchor, before),
         distance_after=site_distance(site, anchor, after),
         fixed_points=fixed_points(element),
-        largest_angle=max((float(a.max()) for a in rotation_angles(element)), default=0.0),
+        largest_angle=largest_angle(element) or 0.0,
         skew_before=skew_ratio(site, anchor, before),
         skew_after=skew_ratio(site, anchor, after),
     )
@@ -117,6 +120,11 @@ def _unmoved(blocks: Float[Tensor, "count size size"]) -> Float[Tensor, " count"
     return blocks.diagonal(dim1=-2, dim2=-1).double().mean(-1)
 
 
+def largest_angle(element: Element) -> float | None:
+    """Of all rotations in the element, radians from 0 to pi; None where units only change places."""
+    return max((float(angles.max()) for angles in rotation_angles(element)), default=None)
+
+
 def rotation_angles(element: Element) -> list[Angles]:
     """The angles by which the blocks turn, for each leg that has rotations.
 
@@ -127,12 +135,18 @@ def rotation_angles(element: Element) -> list[Angles]:
 
 
 def _angles(blocks: Float[Tensor, "count size size"]) -> Angles:
-    return torch.linalg.eigvals(blocks.double()).angle().abs().sort(-1).values
+    # An orthogonal map is normal: its symmetric part has the cosines, at a tenth of the cost of its eigenvalues.
+    symmetric = (blocks.double() + blocks.double().mT) / 2
+    return torch.linalg.eigvalsh(symmetric).clamp(-1, 1).acos().sort(-1).values
 
 
 def skew_ratio(site: Site, anchor: State, client: State) -> float:
     """How far the agreement of anchor and client at a site is from symmetric: 0 to 2, all legs together."""
-    scores = [_agreement(site, leg, anchor, client) for leg in range(len(site.group.sizes))]
+    return skew([_agreement(site, leg, anchor, client) for leg in range(len(site.group.sizes))])
+
+
+def skew(scores: Sequence[Tensor]) -> float:
+    """`||M - M^T|| / ||M||` of the agreements M of all legs, as the site's group keeps them."""
     size = _norm(scores)
     return _norm(score - _transposed(score) for score in scores) / size if size else 0.0
 

@@ -77,7 +77,8 @@ def test_the_gain_is_the_fall_of_the_squared_distance(seed):
 def test_a_planted_transform_leaves_no_distance_and_no_skew(sites, state):
     symmetry = parse(sites)
     planted = random(symmetry, torch.Generator().manual_seed(5)).act(state)
-    (site,) = site_geometry(state, planted, match_weights(symmetry, state, planted))
+    found = match_weights(symmetry, state, planted)
+    (site,) = site_geometry(found.transform, state, planted, found.state)
     assert site.distance_before > 0.1
     assert site.skew_before > 0.1
     assert site.distance_after < 1e-4 * site.distance_before
@@ -90,13 +91,15 @@ def test_a_site_reports_what_its_element_did():
     order[:4] = torch.tensor([1, 2, 3, 0])
     planted = {**anchor, "0.weight": anchor["0.weight"][order], "0.bias": anchor["0.bias"][order]}
     planted["2.weight"] = anchor["2.weight"][:, order]
-    (site,) = site_geometry(anchor, planted, match_weights(symmetry, anchor, planted))
+    found = match_weights(symmetry, anchor, planted)
+    (site,) = site_geometry(found.transform, anchor, planted, found.state)
     assert (site.site, site.fixed_points, site.largest_angle) == ("hidden", 0.75, 0.0)
 
 
 def test_identical_models_have_nothing_to_report():
     state = attention(1)
-    (site,) = site_geometry(state, state, match_weights(parse(ROTATED), state, state))
+    found = match_weights(parse(ROTATED), state, state)
+    (site,) = site_geometry(found.transform, state, state, found.state)
     assert (site.distance_before, site.fixed_points, site.largest_angle) == (0.0, 1.0, 0.0)
     assert site.skew_before == pytest.approx(0, abs=1e-12)
 
@@ -181,3 +184,21 @@ def test_a_tensor_that_a_site_owns_twice_is_measured_once():
     a = {"w": torch.zeros(3, 3), "mean": torch.zeros(3)}
     b = {"w": torch.ones(3, 3), "mean": torch.ones(3)}
     assert site_distance(site, a, b) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("sites", "state"), [(SITES, learnt(1)), (ROTATED, attention(1)), (HEADS, heads(1))]
+)
+def test_a_search_reports_the_geometry_of_what_it_found(sites, state):
+    symmetry = parse(sites)
+    planted = random(symmetry, torch.Generator().manual_seed(5)).act(state)
+    found = match_weights(symmetry, state, planted)
+    (said,) = found.report.sites
+    (site,) = site_geometry(found.transform, state, planted, found.state)
+    assert said.fixed_points == site.fixed_points
+    assert said.largest_angle == (site.largest_angle or None)
+    if said.skew_before is None:
+        assert max(symmetry.sites[0].group.sizes) == 1
+    else:
+        assert said.skew_before == pytest.approx(site.skew_before, rel=1e-5)
+        assert said.skew_after == pytest.approx(site.skew_after, abs=1e-5)
