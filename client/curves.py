@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
-from fedbasin.client.data import Batch, Batches, evaluating, forward, read
-from fedbasin.client.probe import _bind, _counted, evaluate
+from fedbasin.strategies.batches import Batch, Batches, evaluating, forward, read
 from fedbasin.strategies.diagnostics.barrier import Path, along
 from fedbasin.strategies.diagnostics.curves import Bent, Kind, straight
+from fedbasin.strategies.diagnostics.evaluation import bind, counted, evaluate
 from fedbasin.strategies.state import State
 
 
@@ -58,7 +58,7 @@ def train_bend(
     """
     if isinstance(batches, Iterator):
         raise TypeError("a bend reads its batches many times; pass a list or a DataLoader")
-    curve = straight(_bind(model, start), _bind(model, end), kind)
+    curve = straight(bind(model, start), bind(model, end), kind)
     learnt = _parameters(model, curve.bend)
     curve = replace(curve, bend={**curve.bend, **learnt})
     descent = optimizer(list(learnt.values()), lr=lr)
@@ -106,7 +106,7 @@ def _forever(batches: Batches, model: nn.Module) -> Iterator[Batch]:
 
 
 def _loss(model: nn.Module, state: State, batch: Batch, t: float) -> Tensor:
-    predictions, targets = _counted(forward(model, batch, state), batch)
+    predictions, targets = counted(forward(model, batch, state), batch)
     if not len(targets):
         return predictions.sum()
     loss = cross_entropy(predictions, targets)
