@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedbasin.client.data import Batches, evaluating, forward, read
-from fedbasin.client.probe import _bind
-from fedbasin.client.statistics import _layer_by_layer, _unpadded
+from fedbasin.client.products import layer_by_layer, unpadded
+from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.diagnostics.variance import Moments
 from fedbasin.strategies.state import State
 
@@ -33,8 +33,8 @@ def preactivation_moments(model: nn.Module, state: State, batches: Batches) -> d
         ValueError: There is no data, or the state does not fit the model.
     """
     sums: dict[str, Moments] = {}
-    bound = _bind(model, state)
-    with evaluating(model), _layer_by_layer(), torch.no_grad():
+    bound = bind(model, state)
+    with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
             with ExitStack() as hooks:
                 for name, layer in _layers(model):
@@ -66,6 +66,6 @@ def _rows(
     layer: nn.Module, output: Tensor, mask: Tensor | None, name: str
 ) -> Float[Tensor, "rows channels"]:
     if isinstance(layer, nn.Linear):
-        return _unpadded(output, mask, (name,))
+        return unpadded(output, mask, name)
     axis = output.ndim - len(layer.kernel_size) - 1  # type: ignore[arg-type] # every convolution has one
     return output.movedim(axis, -1).flatten(0, -2)

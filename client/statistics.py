@@ -9,7 +9,6 @@ together, and both belong to the weights that the model has now: collect them af
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Literal, TypeAlias
@@ -19,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import one_hot, pad, unfold
+from torch.nn.functional import one_hot
 
 from fedbasin.client.data import Batch, Batches, Inputs, evaluating, forward, read
+from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.state import State
@@ -29,20 +29,19 @@ from fedbasin.strategies.state import State
 Probabilities: TypeAlias = Float[Tensor, "batch classes"]
 Labels: TypeAlias = Int[Tensor, "batch labels"]
 
-# Numbers held at once beside the model and its activations: 2^22 float64 are 32 MiB, 2^24 float32 are 64 MiB.
-ROW_ELEMENTS = 2**22
+# Numbers held at once beside the model and its activations: 2^24 float32 are 64 MiB.
 GRADIENT_ELEMENTS = 2**24
 # Each gradient also holds activations; small models have more of these than weights.
 MOST_GRADIENTS = 256
 
 
 def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block, Tensor]:
-    """Gram matrices of the inputs of every linear and every ungrouped two-dimensional convolution.
+    """Gram matrices of the inputs of every linear map and every two-dimensional convolution.
 
     Keys are the tensors of a layer, `("fc.weight", "fc.bias")` or `("fc.weight",)`. Values are float64,
-    `[in + 1, in + 1]` with the ones last where there is a bias, `[in, in]` where there is none. A row is what
-    the layer multiplies with `weight.flatten(1)`: one vector of a linear layer, one position of one example of
-    a convolution. Rows are summed, not averaged, so least squares over them is least squares over everything
+    `[in + 1, in + 1]` with the ones last where there is a bias, `[in, in]` where there is none, and one such
+    matrix for each group of a grouped convolution. A row is what the layer multiplies with `weight.flatten(1)`:
+    one vector of a linear layer, one position of one example of a convolution. Rows are summed, not averaged, so least squares over them is least squares over everything
     that the layer computed, and an image of more positions counts for more.
 
     Rows that the batch's mask calls padding are left out where they can be told from the input's shape
@@ -64,105 +63,37 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
             f"shrink = {shrink}; choose a factor from 0 (diagonal only) to 1 (all of it)"
         )
     layers = gram_layers(model)
-    sums = {block: _nothing(layer) for layer, block in layers.items()}
-    with evaluating(model), _layer_by_layer(), torch.no_grad():
+    sums = {layer.block: _nothing(layer, model) for layer in layers}
+    with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
-            with ExitStack() as hooks:
-                for layer, block in layers.items():
-                    see = partial(_see, sums, block, batch.mask)
-                    hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
+            with Products(model, layers, partial(_add, sums, batch.mask)):
                 forward(model, batch)
     return {block: _finish(gram, shrink) for block, gram in sums.items()}
 
 
-@contextmanager
-def _layer_by_layer() -> Iterator[None]:
-    """PyTorch's own encoder without its fused evaluation path, as it is trained.
-
-    That path turns padded batches into nested tensors, whose shapes hooks cannot read and vmap cannot batch.
-    The switch is the process's own, so it is put back.
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _nothing(layer: Layer) -> Tensor:
+def _nothing(layer: Layer, model: nn.Module) -> Tensor:
     """The Gram of no rows."""
-    inputs = layer.weight[0].numel() + (layer.bias is not None)
-    return torch.zeros(inputs, inputs, dtype=torch.float64, device=layer.weight.device)
+    shape = (layer.groups,) if layer.groups > 1 else ()
+    device = model.get_parameter(layer.block[0]).device
+    return torch.zeros(*shape, layer.inputs, layer.inputs, dtype=torch.float64, device=device)
 
 
-def _see(
-    sums: dict[Block, Tensor],
-    block: Block,
-    mask: Tensor | None,
-    layer: Layer,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
-) -> None:
-    """A forward hook: add the rows of one call to the sum.
+def _add(sums: dict[Block, Tensor], mask: Tensor | None, product: Product) -> None:
+    """Add the rows of one product to its layer's sum.
 
     Products are taken in float64, about three times slower than float32 on a CPU. They are exact for float32
     inputs and only their sum rounds, so neither the batch size nor the split of the data over clients shows
     in the result, and a nearly singular Gram stays positive.
     """
-    inputs = args[0] if args else kwargs["input"]
-    if isinstance(layer, nn.Conv2d):
-        parts = _patches(layer, inputs, positions=output.shape[-2] * output.shape[-1])
-    else:
-        parts = _vectors(_unpadded(inputs, mask, block))
-    for part in parts:
-        rows = part if layer.bias is None else pad(part, (0, 1), value=1.0)
-        sums[block].addmm_(rows.T, rows)
-
-
-def _vectors(inputs: Float[Tensor, "rows in"]) -> Iterator[Float[Tensor, "part in"]]:
-    for part in torch.split(inputs, max(1, ROW_ELEMENTS // inputs.shape[1])):
-        yield part.double()
-
-
-def _patches(conv: nn.Conv2d, images: Tensor, positions: int) -> Iterator[Float[Tensor, "part in"]]:
-    """What the kernel sees at each position, in the order of `weight.flatten(1)`."""
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    batch = images if images.ndim == 4 else images.unsqueeze(0)
-    for part in torch.split(batch, max(1, ROW_ELEMENTS // (conv.weight[0].numel() * positions))):
-        padded = pad(part.double(), _margins(conv), mode=mode)
-        patches = unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
-        yield patches.transpose(1, 2).flatten(0, 1)
-
-
-def _margins(conv: nn.Conv2d) -> list[int]:
-    """Padding left, right, top and bottom; where "same" is odd, PyTorch puts the greater half last."""
-    if isinstance(conv.padding, str):
-        reach = zip(conv.kernel_size, conv.dilation, strict=True)
-        total = [d * (k - 1) if conv.padding == "same" else 0 for k, d in reach]
-        return [half for both in reversed(total) for half in (both // 2, both - both // 2)]
-    return [margin for margin in reversed(conv.padding) for _ in range(2)]
-
-
-def _unpadded(inputs: Tensor, mask: Tensor | None, block: Block) -> Float[Tensor, "rows in"]:
-    """The rows of a linear layer's input that are not padding; a pooled `[batch, in]` has none."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if mask is None or inputs.shape[:-1] == mask.shape[:1]:
-        return rows
-    if inputs.shape[:2] == mask.shape and inputs.ndim > 2:
-        return inputs[mask].reshape(-1, inputs.shape[-1])
-    if inputs.shape[:-1] == (mask.numel(),):
-        return rows[mask.flatten()]
-    raise ValueError(
-        f"the mask is {list(mask.shape)} but {block[0]!r} reads {list(inputs.shape)}, in which padding cannot "
-        "be told; put [batch, tokens] first in the layer's input, or yield batches without padding and mask"
-    )
+    total = sums[product.layer.block]
+    grouped = total.view(-1, *total.shape[-2:])
+    for rows in product.rows(mask):
+        grouped.baddbmm_(rows.mT, rows)
 
 
 def _finish(gram: Tensor, shrink: float) -> Tensor:
-    symmetric = (gram + gram.T) / 2  # matrix products round the two triangles differently
-    return torch.lerp(torch.diag(symmetric.diagonal()), symmetric, shrink)
+    symmetric = (gram + gram.mT) / 2  # matrix products round the two triangles differently
+    return torch.lerp(torch.diag_embed(symmetric.diagonal(dim1=-2, dim2=-1)), symmetric, shrink)
 
 
 def diagonal_fisher(
@@ -194,7 +125,7 @@ def diagonal_fisher(
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
     gradients = GRADIENT_ELEMENTS // max(1, sum(p.numel() for p in parameters.values()))
     # Fused attention kernels have no rule for vmap and would be run example by example.
-    with evaluating(model), _layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read(batches, model):
             probabilities = _probabilities(model, batch)
             labels = _every if classes == "exact" else partial(_drawn, generator=generator)

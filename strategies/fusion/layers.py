@@ -1,32 +1,49 @@
 """Which blocks of a model a statistic speaks of: read from its modules, the same on server and client."""
 
 from collections import defaultdict
-from typing import TypeAlias, TypeGuard
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.recipe import Statistic
 
-Layer: TypeAlias = nn.Linear | nn.Conv2d
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is multiplied with inputs, alone or with its bias.
+
+    Attributes:
+        block: the names of its tensors, the weight first.
+        inputs: numbers that one output is computed from, a one for the bias included.
+        groups: parts of a convolution that read channels of their own.
+    """
+
+    block: Block
+    inputs: int
+    groups: int = 1
 
 
-def gram_layers(model: nn.Module) -> dict[Layer, Block]:
-    """The layers whose weights a Gram matrix describes completely, with the names of their tensors.
+def gram_layers(model: nn.Module) -> list[Layer]:
+    """The layers whose weights a Gram matrix describes completely, in the order of their modules.
 
-    Linear layers and ungrouped two-dimensional convolutions, unless another kind of module multiplies with
-    the same weight (an embedding tied to the head).
+    Linear layers, two-dimensional convolutions and the joint projection of `nn.MultiheadAttention`, unless
+    another kind of module multiplies with the same weight (an embedding tied to the head).
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     uses: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
     for module in model.modules():
+        known = {id(t): tuple(map(id, pair)) for pair in _products(module) for t in pair}
         for parameter in module.parameters(recurse=False):
-            uses[id(parameter)].add(_tensors(module))
-    return {
-        module: tuple(names[tensor] for tensor in _tensors(module))
+            uses[id(parameter)].add(known.get(id(parameter), ()))
+    layers = [
+        _layer(module, pair, names)
         for module in model.modules()
-        if _is_layer(module) and all(uses[t] == {_tensors(module)} for t in _tensors(module))
-    }
+        for pair in _products(module)
+        if all(uses[id(tensor)] == {tuple(map(id, pair))} for tensor in pair)
+    ]
+    return list({layer.block: layer for layer in layers}.values())
 
 
 def known_blocks(model: nn.Module, statistic: Statistic) -> list[Block]:
@@ -37,15 +54,25 @@ def known_blocks(model: nn.Module, statistic: Statistic) -> list[Block]:
         case Statistic.fisher:
             return [(name,) for name, p in model.named_parameters() if p.requires_grad]
         case Statistic.gram:
-            return list(dict.fromkeys(gram_layers(model).values()))
+            return [layer.block for layer in gram_layers(model)]
 
 
-def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+def _products(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """The weights that a module multiplies its inputs with, each with its bias."""
+    pair: tuple[Tensor | None, Tensor | None]
+    match module:
+        case nn.Linear() | nn.Conv2d():
+            pair = module.weight, module.bias
+        case nn.MultiheadAttention():
+            pair = module.in_proj_weight, module.in_proj_bias
+        case _:
+            return
+    present = tuple(tensor for tensor in pair if tensor is not None)
+    if pair[0] is not None:
+        yield present
 
 
-def _tensors(module: nn.Module) -> tuple[int, ...]:
-    """Which tensors a layer multiplies its inputs with; none for modules that have no Gram."""
-    if not _is_layer(module):
-        return ()
-    return tuple(id(tensor) for tensor in (module.weight, module.bias) if tensor is not None)
+def _layer(module: nn.Module, pair: tuple[Tensor, ...], names: dict[int, str]) -> Layer:
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    inputs = pair[0][0].numel() + len(pair) - 1
+    return Layer(tuple(names[id(tensor)] for tensor in pair), inputs, groups)

@@ -100,31 +100,37 @@ class Diagonal:
 class Gram:
     """A layer is known along the inputs that it has seen: `G = sum_x x x^T`, x with a one for the bias.
 
-    The block is the matrix `[out, in]`, or `[out, in + 1]` with the bias as the last column.
+    The block is the matrix `[out, in]`, or `[out, in + 1]` with the bias as the last column. Where a convolution's
+    groups read channels of their own, each has its own matrix and its own part of the outputs.
     """
 
-    matrix: Float[Tensor, "inputs inputs"]
+    matrix: Float[Tensor, "*groups inputs inputs"]
 
     def weigh(self, theta: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
-        return theta.to(self.matrix.dtype) @ self.matrix
+        return (self._grouped(theta).to(self.matrix.dtype) @ self.matrix).reshape(theta.shape)
 
     def solve(self, moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
         # Cholesky and never an inverse; float64 because a Gram's condition is the square of its data's.
         factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
-        if failed:
+        if failed.any():
             raise SingularSumError
-        return torch.cholesky_solve(moment.double().mT, factor).mT
+        grouped = self._grouped(moment).double()
+        return torch.cholesky_solve(grouped.mT, factor).mT.reshape(moment.shape)
 
     def __add__(self, other: "Gram | Scalar") -> "Gram":
         if isinstance(other, Scalar):
-            return Gram(self.matrix + other.weight * torch.eye(len(self.matrix)).to(self.matrix))
+            identity = torch.eye(self.matrix.shape[-1]).to(self.matrix)
+            return Gram(self.matrix + other.weight * identity)
         return Gram(self.matrix + other.matrix)
 
     def scaled(self, factor: float) -> "Gram":
         return Gram(self.matrix * factor)
 
     def isotropic(self, strength: float) -> Scalar:
-        return Scalar(strength * float(self.matrix.diagonal().double().mean()))
+        return Scalar(strength * float(self.matrix.diagonal(dim1=-2, dim2=-1).double().mean()))
+
+    def _grouped(self, theta: Tensor) -> Tensor:
+        return theta.unflatten(0, (*self.matrix.shape[:-2], -1)) if self.matrix.dim() > 2 else theta
 
 
 def _diagonal_of(precision: Diagonal | Scalar) -> Tensor | float:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot, pad
 
-from fedbasin.client import statistics
+from fedbasin.client import products, statistics
 from fedbasin.client.statistics import diagonal_fisher, grams
 
 W = torch.float64
@@ -54,7 +54,7 @@ class TestGrams:
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 3)).to(W)
         data = [(normal(9, 2, 6, 6, dtype=W), labels(9))]
         whole = grams(model, data)
-        monkeypatch.setattr(statistics, "ROW_ELEMENTS", 1)
+        monkeypatch.setattr(products, "ROW_ELEMENTS", 1)
         for block, gram in grams(model, data).items():
             torch.testing.assert_close(gram, whole[block], rtol=1e-13, atol=1e-13)
 
@@ -99,9 +99,17 @@ class TestGrams:
         (gram,) = grams(nn.Sequential(conv), [(x, labels(4))]).values()
         torch.testing.assert_close(gram, outer(with_ones(x.flatten(1))))
 
-    def test_grouped_convolutions_have_none(self):
-        model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
-        assert list(grams(model, [(normal(2, 4, 5, 5), labels(2))])) == [("1.weight", "1.bias")]
+    @pytest.mark.parametrize("groups", [2, 4])
+    def test_a_grouped_convolution_has_a_gram_for_each_group(self, groups):
+        conv = nn.Conv2d(4, 8, 3, groups=groups, dtype=W)
+        x = normal(3, 4, 5, 6, dtype=W)
+        (found,) = grams(nn.Sequential(conv), [(x, labels(3))]).values()
+        alone = [
+            grams(nn.Sequential(nn.Conv2d(4 // groups, 2, 3, dtype=W)), [(part, labels(3))])
+            for part in x.chunk(groups, 1)
+        ]
+        expected = torch.stack([gram for part in alone for gram in part.values()])
+        torch.testing.assert_close(found, expected)
 
     def test_padding_is_left_out(self):
         class Classifier(nn.Module):
@@ -182,13 +190,34 @@ class TestGrams:
         assert list(grams(model, [(normal(3, 4), labels(3))])) == [("1.weight", "1.bias")]
 
     def test_layers_that_were_never_called_have_zeros(self):
-        encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        found = grams(encoder, [(normal(3, 5, 8), labels(3))])
-        # nn.MultiheadAttention multiplies with its weights itself; the fast path stays off under hooks.
-        names = ["self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
-        assert [block[0] for block in found] == names
-        assert not found["self_attn.out_proj.weight", "self_attn.out_proj.bias"].any()
-        assert found["linear1.weight", "linear1.bias"][-1, -1] == 15
+        model = nn.Sequential(nn.Linear(4, 2))
+        model.unused = nn.Linear(3, 3)
+        model.forward = model[0].forward
+        found = grams(model, [(normal(3, 4), labels(3))])
+        assert not found["unused.weight", "unused.bias"].any()
+        assert found["0.weight", "0.bias"][-1, -1] == 3
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    def test_projections_inside_attention_have_grams(self, batch_first):
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, dtype=W).eval()
+        x = normal(3, 5, 8, dtype=W)
+        found = grams(encoder, [(x, labels(3))])
+        names = ["self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"]
+        assert {block[0].rsplit("weight")[0].rstrip("._") for block in found} == set(names)
+        expected = outer(with_ones(x.flatten(0, 1)))
+        torch.testing.assert_close(
+            found["self_attn.in_proj_weight", "self_attn.in_proj_bias"], expected
+        )
+        out = found["self_attn.out_proj.weight", "self_attn.out_proj.bias"]
+        assert out[-1, -1] == 15
+        # What the output projection reads, from the attention's own output.
+        attention = encoder.self_attn
+        y = (
+            attention(x, x, x, need_weights=False)[0].detach().flatten(0, 1)
+            - attention.out_proj.bias
+        )
+        rows = torch.linalg.solve(attention.out_proj.weight, y.T).T.detach()
+        torch.testing.assert_close(out, outer(with_ones(rows)), rtol=1e-6, atol=1e-8)
 
     def test_shrinking_leaves_the_diagonal(self):
         model, data = nn.Sequential(nn.Linear(4, 2)), [(normal(9, 4), labels(9))]
@@ -241,10 +270,14 @@ def test_padded_encoders_are_read_layer_by_layer():
     data = [({"x": normal(4, 5, 8), "padding": ~keep}, labels(4), keep)]
     found = grams(model, data)
     counts = {block[0]: gram[-1, -1].item() for block, gram in found.items()}
-    inner = {f"body.layers.{i}.linear{j}.weight": 11 for i in (0, 1) for j in (1, 2)}
-    # Attention multiplies with its output projection itself, out of a hook's sight.
-    outer = {f"body.layers.{i}.self_attn.out_proj.weight": 0 for i in (0, 1)}
-    assert counts == inner | outer | {"head.weight": 4}
+    names = (
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj.weight",
+        "linear1.weight",
+        "linear2.weight",
+    )
+    inner = {f"body.layers.{i}.{name}": 11 for i in (0, 1) for name in names}
+    assert counts == inner | {"head.weight": 4}
     assert diagonal_fisher(model, data).keys() == dict(model.named_parameters()).keys()
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -37,6 +37,7 @@ def test_grams_are_owed_for_whole_layers_also_for_those_that_no_example_reaches(
     blocks = known_blocks(Net(), Statistic.gram)
     assert blocks == [
         ("conv.weight", "conv.bias"),
+        ("grouped.weight", "grouped.bias"),
         ("fc.weight", "fc.bias"),
         ("plain.weight",),
         ("unused.weight", "unused.bias"),
@@ -56,4 +57,4 @@ def test_a_fisher_diagonal_is_owed_for_every_trainable_parameter():
 def test_a_weight_that_another_kind_of_module_uses_has_no_gram():
     tied = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False), nn.Linear(7, 2))
     tied[1].weight = tied[0].weight
-    assert list(gram_layers(tied).values()) == [("2.weight", "2.bias")]
+    assert [layer.block for layer in gram_layers(tied)] == [("2.weight", "2.bias")]

@@ -39,6 +39,11 @@ def gram_of_convolution(draw):
     return gram_of(normal(draw, 30, 2 * 3 * 2))
 
 
+def gram_of_groups(draw):
+    rows = normal(draw, 3, 30, 5)
+    return Gram(rows.mT @ rows)
+
+
 def matrix(draw):
     return normal(draw, 3, 5)
 
@@ -51,12 +56,17 @@ def convolution(draw):
     return join(("w",), {"w": normal(draw, 3, 2, 3, 2)})
 
 
+def grouped(draw):
+    return join(("w", "b"), {"w": normal(draw, 6, 4), "b": normal(draw, 6)})
+
+
 KINDS = {
     "scalar": (scalar, matrix),
     "diagonal": (diagonal, matrix),
     "gram": (gram, matrix),
     "gram with bias": (gram_with_bias, with_bias),
     "gram of a convolution": (gram_of_convolution, convolution),
+    "grams of groups": (gram_of_groups, grouped),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 quickly = settings(max_examples=20, deadline=None)
