@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.diagnostics.spectra import spectral_alignment
+from fedbasin.strategies.diagnostics.spectra import affordable, spectral_alignment
 from fedbasin.strategies.symmetry.groups import Orthogonal
 from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
@@ -175,3 +175,17 @@ def test_what_cannot_be_compared_is_refused(options, message):
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="8 and 9 rows"):
         spectral_alignment(state(1, (8, 5)), state(1, (9, 5)))
+
+
+def test_a_budget_pays_for_the_cheapest_matrices_first():
+    state = {
+        "wide": torch.ones(2, 100),
+        "square": torch.ones(10, 10),
+        "kernel": torch.ones(4, 2, 3),
+        "bias": torch.ones(10),
+        "ids": torch.ones(2, 2, dtype=torch.int64),
+    }
+    assert affordable(state, 95) == []
+    assert affordable(state, 96) == ["kernel"]
+    assert affordable(state, 96 + 400) == ["kernel", "wide"]
+    assert affordable(state, 10**6) == ["kernel", "wide", "square"]
