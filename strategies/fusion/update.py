@@ -72,5 +72,5 @@ def _moved(block: Block, precision: Precision, state: State, transform: Transfor
                 f"{weight}: a diagonal precision cannot follow a rotation; collect it on the aligned "
                 "model (align on the client), or restrict the symmetry to permutations"
             )
-        return Diagonal(transform.act({weight: precision.values})[weight])
+        return Diagonal(transform.act_on_squares({weight: precision.values})[weight])
     return precision

@@ -1,10 +1,14 @@
-"""A group element as a block-monomial matrix: a permutation of blocks and an orthogonal map in each.
+"""A group element as a block-monomial matrix: a permutation of blocks and an invertible map in each.
 
     T = sum_i  e_i e_order[i]^T (x) blocks[i]        so      (T z)_i = blocks[i] z_order[i]
 
 One type serves every group of the project: a permutation is blocks of size one, a rotation is one block,
 rotated heads are an identity order, exchanged heads with their rotations are both. A *leg* is one feature
 space that the element acts on; a head has two (query-key and value-output), which are exchanged together.
+
+A map that is not orthogonal comes with its *contragredient*, the inverse transpose, on a leg of its own: what
+writes a space is on the one leg, what reads it on the other, as `(W T^-1)` is `T^-T` on the input axis. An
+orthogonal map is its own contragredient and needs no second leg.
 """
 
 from dataclasses import dataclass
@@ -20,18 +24,25 @@ class Element:
 
     Attributes:
         order: block `order[i]` of the argument becomes block `i`.
-        blocks: for each leg the orthogonal maps, or None where every block stays as it is.
+        blocks: for each leg the maps, or None where every block stays as it is.
         sizes: block size of each leg.
+        duals: for each leg the leg that has the inverse transposes; empty where all maps are orthogonal.
     """
 
     order: Int[Tensor, " count"]
     blocks: tuple[Float[Tensor, "count size size"] | None, ...]
     sizes: tuple[int, ...]
+    duals: tuple[int, ...] = ()
 
     @property
     def is_permutation(self) -> bool:
         """Whether entries are only moved, not mixed."""
         return all(b is None or bool(((b == 0) | (b == 1)).all()) for b in self.blocks)
+
+    @property
+    def is_monomial(self) -> bool:
+        """Whether entries are moved and scaled, not mixed: a diagonal statistic can follow."""
+        return all(b is None or bool(((b != 0).sum(-1) == 1).all()) for b in self.blocks)
 
     @property
     def is_identity(self) -> bool:
@@ -66,20 +77,35 @@ class Element:
     def inverse(self) -> "Element":
         """The element that undoes this one."""
         back = torch.argsort(self.order)
-        blocks = tuple(None if b is None else b[back].mT.contiguous() for b in self.blocks)
-        return Element(back, blocks, self.sizes)
+        undoing = (self.blocks[self.dual(leg)] for leg in range(len(self.sizes)))
+        blocks = tuple(None if b is None else b[back].mT.contiguous() for b in undoing)
+        return Element(back, blocks, self.sizes, self.duals)
 
     def after(self, first: "Element") -> "Element":
         """The product: `first` acts, then `self`."""
         pairs = zip(self.blocks, first.blocks, strict=True)
         blocks = tuple(_product(own, other, self.order) for own, other in pairs)
-        return Element(first.order[self.order], blocks, self.sizes)
+        return Element(first.order[self.order], blocks, self.sizes, self.duals)
+
+    def dual(self, leg: int) -> int:
+        """The leg with the inverse transposes of a leg's maps."""
+        return self.duals[leg] if self.duals else leg
+
+    def squared(self) -> "Element":
+        """What a monomial element does to squared gradients, each on the dual leg of its parameter.
+
+        Signs vanish, and what divides the parameter multiplies its gradient.
+        """
+        legs = (self.blocks[self.dual(leg)] for leg in range(len(self.sizes)))
+        return Element(
+            self.order, tuple(None if b is None else b.square() for b in legs), self.sizes
+        )
 
     def moved(self) -> float:
         """How far from the identity, from 0 to 1.
 
         The share of displaced blocks, or `||T - I||_F / (2 sqrt(n))` of the leg that turns most,
-        whichever is more.
+        whichever is more; at most 1, which a scale may exceed.
         """
         home = self.order == torch.arange(len(self.order))
         displaced = 1.0 - float(home.double().mean())
@@ -89,12 +115,12 @@ class Element:
             for b in self.blocks
             if b is not None
         ]
-        return max([displaced, *turned])
+        return min(1.0, max([displaced, *turned]))
 
 
-def _scaled(tensor: Tensor, signs: Float[Tensor, " count"], axis: int) -> Tensor:
-    """Every unit's entries times its sign: no product of small matrices, and no rounding."""
-    spread = signs.to(tensor).repeat_interleave(tensor.shape[axis] // len(signs))
+def _scaled(tensor: Tensor, scales: Float[Tensor, " count"], axis: int) -> Tensor:
+    """Every unit's entries times its scale: no product of small matrices, and no rounding of a sign."""
+    spread = scales.to(tensor).repeat_interleave(tensor.shape[axis] // len(scales))
     return tensor * spread.reshape(-1, *(1,) * (tensor.dim() - axis - 1))
 
 

@@ -26,9 +26,12 @@ from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.inner import (
     Inner,
     Scores,
+    Shared,
     SingleLeg,
+    agreement,
     assign,
     assign_all,
+    duals_of,
     inner_maximisers,
     inner_values,
     widths_of,
@@ -100,7 +103,7 @@ class Permutation(SingleLeg):
         return anchor @ client.mT
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        return Element(assign(_with_prior(scores[0], prior)), (None,), (1,))
+        return Element(assign(with_prior(scores[0], prior)), (None,), (1,))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         (score,) = scores
@@ -150,7 +153,7 @@ class Orthogonal(SingleLeg):
         return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        blocks = self.inner_maximisers(_with_prior(scores[0], prior))
+        blocks = self.inner_maximisers(with_prior(scores[0], prior))
         return Element(torch.arange(self.count), (blocks,), self.sizes)
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
@@ -189,10 +192,18 @@ class Wreath:
     Attributes:
         inners: the groups inside a block; their legs are the legs of the product, in this order.
         count: number of blocks.
+
+    Raises:
+        ValueError: a nested product stretches, which nothing needs yet.
     """
 
     inners: tuple[Inner, ...]
     count: int
+
+    def __post_init__(self) -> None:
+        nested = [inner for inner in self.inners if isinstance(inner, Wreath | Shared)]
+        if any(dual != leg for inner in nested for leg, dual in enumerate(inner.duals)):
+            raise ValueError(f"{self}: only whole blocks stretch; rotate inside nested blocks")
 
     def __str__(self) -> str:
         return "*".join(map(_factor, self.inners)) + f" wr S({self.count})"
@@ -202,28 +213,40 @@ class Wreath:
         return widths_of(self.inners)
 
     @property
+    def duals(self) -> tuple[int, ...]:
+        return duals_of(self.inners)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.count * size for size in self.sizes)
 
     def identity(self) -> Element:
-        return Element(torch.arange(self.count), (None,) * len(self.sizes), self.sizes)
+        return self._element(torch.arange(self.count), (None,) * len(self.sizes))
 
     def random(self, generator: torch.Generator) -> Element:
         order = torch.randperm(self.count, generator=generator)
         drawn = (inner.draw(self.count, generator) for inner in self.inners)
-        return Element(order, tuple(leg for legs in drawn for leg in legs), self.sizes)
+        return self._element(order, tuple(leg for legs in drawn for leg in legs))
 
     def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
-        """`[count, count, size, size]`: every block of the anchor against every block of the client."""
-        return self._by_block(anchor @ client.mT, self.sizes[leg])
+        """`[count, count, size, size]`: every block of the anchor against every block of the client.
+
+        Where maps stretch `[count, count, size, 2 size]`: and the client's block against itself.
+        """
+        scores = self._by_block(anchor @ client.mT, self.sizes[leg])
+        if self.duals[leg] == leg:
+            return scores
+        blocks = client.reshape(self.count, self.sizes[leg], -1)
+        return torch.cat([scores, (blocks @ blocks.mT).expand_as(scores)], dim=-1)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
         favoured = tuple(self._with_prior(score, prior) for score in scores)
         order = assign(inner_values(self.inners, favoured))
         chosen = tuple(score[torch.arange(self.count), order] for score in favoured)
-        return Element(order, inner_maximisers(self.inners, chosen), self.sizes)
+        return self._element(order, inner_maximisers(self.inners, chosen))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
+        """`<T, M>`; less half the squared norm that is gained, on legs that stretch."""
         rows = torch.arange(self.count)
         return sum(
             _inner_product(block, score[rows, element.order])
@@ -240,6 +263,9 @@ class Wreath:
         flat = [score.reshape(-1, *score.shape[-2:]) for score in scores]
         found = [self._dense(self._best(each)) for each in zip(*flat, strict=True)]
         return tuple(torch.stack(leg).unflatten(0, batch) for leg in zip(*found, strict=True))
+
+    def _element(self, order: Tensor, blocks: tuple[Tensor | None, ...]) -> Element:
+        return Element(order, blocks, self.sizes, self.duals)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         drawn = [self._dense(self.random(generator)) for _ in range(count)]
@@ -259,10 +285,10 @@ class Wreath:
         return matrix.reshape(self.count, size, self.count, size).permute(0, 2, 1, 3)
 
     def _with_prior(self, score: Tensor, prior: float) -> Tensor:
-        size = score.shape[-1]
+        size, width = score.shape[-2:]
         norm = torch.linalg.vector_norm(score).clamp_min(_NORM_FLOOR)
         favoured, home = score.clone(), torch.arange(self.count)
-        eye = torch.eye(size, dtype=score.dtype)
+        eye = torch.eye(size, dtype=score.dtype).repeat(1, width // size)
         favoured[home, home] += prior * norm / (self.count * size) ** 0.5 * eye
         return favoured
 
@@ -289,7 +315,8 @@ def _factor(inner: Inner) -> str:
     return f"({inner})" if isinstance(inner, Wreath) else str(inner)
 
 
-def _with_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:
+def with_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:
+    """A score that prefers the identity by `prior`, relative to its own size."""
     size = score.shape[-1]
     norm = torch.linalg.matrix_norm(score)[..., None, None].clamp_min(_NORM_FLOOR)
     eye = torch.eye(size, dtype=score.dtype)
@@ -298,5 +325,6 @@ def _with_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tenso
 
 def _inner_product(blocks: Tensor | None, score: Float[Tensor, "count n n"]) -> float:
     if blocks is None:
-        return float(score.diagonal(dim1=-2, dim2=-1).double().sum())
-    return float((blocks.to(score.dtype) * score).double().sum())
+        size = score.shape[-2]
+        return float(score[..., :size].diagonal(dim1=-2, dim2=-1).double().sum())
+    return float(agreement(blocks.to(score.dtype), score).double().sum())

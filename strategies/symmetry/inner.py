@@ -43,6 +43,11 @@ class Inner(Protocol):
         """Width of the block, leg by leg."""
         ...
 
+    @property
+    def duals(self) -> tuple[int, ...]:
+        """For each leg the leg with the inverse transposes: itself where the maps are orthogonal."""
+        ...
+
     def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
         """The largest `<T, M>`, summed over the legs, of each member of a batch of scores."""
         ...
@@ -57,7 +62,11 @@ class Inner(Protocol):
 
 
 class SingleLeg(ABC):
-    """An inner group with one leg: matrices instead of tuples of matrices."""
+    """An inner group with one leg, of orthogonal maps: matrices instead of tuples of matrices."""
+
+    @property
+    def duals(self) -> tuple[int, ...]:
+        return (0,)
 
     @abstractmethod
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
@@ -170,6 +179,10 @@ class DirectSum(SingleLeg):
 
     parts: tuple[Inner, ...]
 
+    def __post_init__(self) -> None:
+        if any(len(part.widths) > 1 for part in self.parts):
+            raise ValueError(f"{self}: a sum has one leg; give groups with several a block each")
+
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
 
@@ -226,6 +239,11 @@ class Shared:
     def widths(self) -> tuple[int, ...]:
         single = widths_of(self.inners)
         return (*single, *(self.heads * width for width in single))
+
+    @property
+    def duals(self) -> tuple[int, ...]:
+        single = duals_of(self.inners)
+        return (*single, *(len(single) + dual for dual in single))
 
     def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
         orders = self._orders(scores)
@@ -309,6 +327,25 @@ class Shared:
 def widths_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
     """The widths of all legs, inner group by inner group."""
     return tuple(width for inner in inners for width in inner.widths)
+
+
+def duals_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
+    """For each leg of all inner groups the leg with the inverse transposes."""
+    result: tuple[int, ...] = ()
+    for inner in inners:
+        result += tuple(len(result) + dual for dual in inner.duals)
+    return result
+
+
+def agreement(maps: Scores, scores: Tensor) -> Float[Tensor, "*batch"]:
+    """`<T, M>`, or `<T, M> - (tr T H T^T - tr H) / 2` for scores `[M | H]` of maps that stretch."""
+    size = maps.shape[-1]
+    agreed = (maps * scores[..., :size]).sum((-2, -1))
+    if scores.shape[-1] == size:
+        return agreed
+    grams = scores[..., size:]
+    stretched = (maps @ grams * maps).sum((-2, -1)) - grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return agreed - stretched / 2
 
 
 def inner_values(inners: tuple[Inner, ...], scores: Legs) -> Float[Tensor, "*batch"]:

@@ -1,10 +1,10 @@
 """A transform: one group element for every site, acting on whole updates.
 
-    theta -> g . theta        G -> T G T^T        F -> F[p]
+    theta -> g . theta        G -> T G T^T        F -> F[p] / a^2
 
-Statistics move with the weights, so a transform acts on parameters and precision alike (`act` and
-`act_on_inputs`). A diagonal is closed under permutation only: under a rotation no diagonal is right, so it is
-refused.
+Statistics move with the weights, so a transform acts on parameters and precision alike (`act`,
+`act_on_inputs` and `act_on_squares`). A diagonal follows permutations, signs and scales: under a rotation no
+diagonal is right, so it is refused.
 """
 
 from collections.abc import Mapping
@@ -36,36 +36,40 @@ class Transform:
 
     def act(self, state: State) -> dict[str, Tensor]:
         """The transformed state; tensors that no site touches are the same objects."""
-        result = dict(state)
-        for site in self.symmetry.sites:
-            if site.name in self.elements:
-                for member in site.members:
-                    if member.tensor in result:
-                        moved = member.act(self.elements[site.name], result[member.tensor])
-                        result[member.tensor] = moved
-        return result
+        return _acted(self.symmetry, self.elements, state)
 
-    def act_on_inputs(self, tensor: str, gram: Tensor, inputs: int) -> Tensor:
+    def act_on_squares(self, squares: State) -> dict[str, Tensor]:
+        """Move squared gradients with the parameters that they are named after, `F -> F[p] / a^2`.
+
+        No tensor may be one that `mixes` is true of.
+        """
+        squared = {name: element.squared() for name, element in self.elements.items()}
+        return _acted(self.symmetry, squared, squares)
+
+    def act_on_inputs(self, tensor: str, gram: Tensor, inputs: int, axis: int = 1) -> Tensor:
         """Move a Gram matrix with the layer whose inputs it sums, `G -> T G T^T`.
+
+        What reads a space is on the dual of the leg that the space's features are on.
 
         Args:
             tensor: name of the layer's weight.
             gram: `[n, n]`, or `[n + 1, n + 1]` with the ones column last.
             inputs: input channels of the weight, a divisor of n (a convolution has a run for each).
+            axis: the axis of the weight that reads: 1, or 0 where it is stored `[in, out]`, as in GPT-2.
         """
         owned = gram.shape[0] // inputs
-        for element, member in self._readers(tensor):
+        for element, member in self._readers(tensor, axis):
             start, stop = member.part or (0, inputs)
             period = member.period and member.period * owned
-            for axis in (0, 1):
-                part = (start * owned, stop * owned)
-                gram = Member(tensor, axis, part, member.leg, period=period).act(element, gram)
+            part, leg = (start * owned, stop * owned), element.dual(member.leg)
+            for side in (0, 1):
+                gram = Member(tensor, side, part, leg, period=period).act(element, gram)
         return gram
 
     def mixes(self, tensor: str) -> bool:
         """Whether a rotation touches the tensor, so that no diagonal can follow it."""
         return any(
-            not self.elements[site.name].is_permutation
+            not self.elements[site.name].is_monomial
             for site in self.symmetry.sites
             if site.name in self.elements
             for member in site.members
@@ -82,14 +86,24 @@ class Transform:
         products = {name: self.elements[name].after(first.elements[name]) for name in both}
         return Transform(self.symmetry, {**first.elements, **self.elements, **products})
 
-    def _readers(self, tensor: str) -> list[tuple[Element, Member]]:
+    def _readers(self, tensor: str, axis: int) -> list[tuple[Element, Member]]:
         return [
             (self.elements[site.name], member)
             for site in self.symmetry.sites
             if site.name in self.elements
             for member in site.members
-            if member.tensor == tensor and member.axis == 1
+            if member.tensor == tensor and member.axis == axis
         ]
+
+
+def _acted(symmetry: Symmetry, elements: Mapping[str, Element], state: State) -> dict[str, Tensor]:
+    result = dict(state)
+    for site in symmetry.sites:
+        if site.name in elements:
+            for member in site.members:
+                if member.tensor in result:
+                    result[member.tensor] = member.act(elements[site.name], result[member.tensor])
+    return result
 
 
 def identity(symmetry: Symmetry) -> Transform:

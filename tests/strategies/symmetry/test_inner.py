@@ -14,6 +14,7 @@ from fedbasin.strategies.symmetry.groups import (
 )
 from fedbasin.strategies.symmetry.inner import DirectSum, PairSigns, Rotary, Shared
 from fedbasin.strategies.symmetry.notation import NotationError, read
+from fedbasin.strategies.symmetry.stretching import Conformal, General, Positive
 from tests.strategies.symmetry.test_groups import (
     drawn,
     matrices,
@@ -37,6 +38,13 @@ GROUPS: dict[str, Group] = {
     "(Z(4,2)*O(2))xS(2) wr S(2)": Wreath((Shared((PairSigns(4, 2), Orthogonal(2)), 2),), 2),
     "(S(1)*O(1) wr S(3))*S(1) wr S(3)": Wreath((gated(3), Permutation(1)), 3),
     "(S(3) wr S(2))*O(2) wr S(2)": Wreath((Wreath((Permutation(3),), 2), Orthogonal(2)), 2),
+    "P(1) wr S(6)": Wreath((Positive(1),), 6),
+    "P(1)*S(1) wr S(4)": Wreath((Positive(1), Permutation(1)), 4),
+    "P(3)*O(2) wr S(2)": Wreath((Positive(3), Orthogonal(2)), 2),
+    "S(1)*CO(1) wr S(5)": Wreath((Permutation(1), Conformal(1)), 5),
+    "CO(3)*CO(2) wr S(3)": Wreath((Conformal(3), Conformal(2)), 3),
+    "GL(3) wr S(1)": Wreath((General(3),), 1),
+    "GL(2) wr S(2)": Wreath((General(2),), 2),
 }
 FINITE = [
     signed(3),
@@ -65,15 +73,17 @@ def test_a_group_is_written_and_read_back(text: str) -> None:
 @every_group
 @few
 @seeds
-def test_elements_are_orthogonal_and_compose(group: Group, seed: int) -> None:
+def test_a_dual_leg_has_the_inverse_transposes_and_elements_compose(
+    group: Group, seed: int
+) -> None:
     generator = drawn(seed)
     f, g, h = (group.random(generator) for _ in range(3))
     assert group.identity().is_identity
     for leg in range(len(group.sizes)):
         one, two, product = (matrices(group, e)[leg] for e in (f, g, g.after(f)))
-        torch.testing.assert_close(one @ one.mT, eye(len(one)))
+        torch.testing.assert_close(matrices(group, f)[f.dual(leg)] @ one.mT, eye(len(one)))
         torch.testing.assert_close(product, two @ one)
-        torch.testing.assert_close(matrices(group, f.inverse())[leg], one.mT)
+        torch.testing.assert_close(matrices(group, f.inverse())[leg] @ one, eye(len(one)))
         left, right = h.after(g).after(f), h.after(g.after(f))
         torch.testing.assert_close(matrices(group, left)[leg], matrices(group, right)[leg])
     assert 0 < f.moved() <= 1 or f.is_identity
@@ -89,7 +99,8 @@ def test_products_and_inverses_stay_in_the_group(group: Group, seed: int) -> Non
     legs = range(len(group.sizes))
     scores = scores_of(group, matrices(group, element), [eye(width(group, leg)) for leg in legs])
     best = group.value(scores, group.maximiser(scores, prior=0.0))
-    assert best == pytest.approx(sum(width(group, leg) for leg in legs))
+    norms = sum(float(m.square().sum()) + len(m) for m in matrices(group, element))
+    assert best == pytest.approx(norms / 2)
 
 
 @every_group
@@ -106,16 +117,16 @@ def test_no_element_beats_the_maximiser(group: Group, seed: int) -> None:
 @every_group
 @few
 @seeds
-def test_the_value_is_the_agreement_with_the_anchor(group: Group, seed: int) -> None:
+def test_the_value_falls_with_the_distance_to_the_anchor(group: Group, seed: int) -> None:
     generator = drawn(seed)
     legs = range(len(group.sizes))
     anchor, client = ([rows(group, leg, generator) for leg in legs] for _ in range(2))
     scores = scores_of(group, anchor, client)
+    norms = sum(float(m.square().sum()) for m in (*anchor, *client))
     for element in (group.random(generator), group.identity()):
-        agreement = sum(
-            float((anchor[leg] * element.act(client[leg], 0, leg)).sum()) for leg in legs
-        )
-        assert group.value(scores, element) == pytest.approx(agreement)
+        moved = [element.act(client[leg], 0, leg) for leg in legs]
+        apart = sum(float((a - b).square().sum()) for a, b in zip(anchor, moved, strict=True))
+        assert group.value(scores, element) == pytest.approx((norms - apart) / 2)
 
 
 @every_group
@@ -129,7 +140,7 @@ def test_a_planted_element_is_undone(group: Group, seed: int) -> None:
     client = [planted.act(anchor[leg], 0, leg) for leg in legs]
     found = group.maximiser(scores_of(group, anchor, client), prior=1e-9)
     for one, other in zip(matrices(group, found), matrices(group, planted), strict=True):
-        torch.testing.assert_close(one, other.mT, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one @ other, eye(len(one)), atol=1e-6, rtol=0)
 
 
 @every_group
