@@ -1,5 +1,7 @@
 """The command line: `fedbasin observe`, `rounds`, `watch`, `report`, `settings` and `version`.
 
+The commands on model files, `inspect`, `align`, `apply` and `check`, are in `modelfiles`.
+
 What a command needs is imported in the command, so that help comes at once.
 """
 
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fedbasin.server.modelfiles import commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(commands.app)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 
