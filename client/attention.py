@@ -51,14 +51,12 @@ def attend(
     q, k, v = _project(
         _leading(query), _leading(key), _leading(value), in_proj_weight, in_proj_bias
     )
-    heads = [_heads(part, num_heads) for part in (q, k, v)]
-    bias = _bias(key_padding_mask, attn_mask, heads[0])
+    q, k, v = (_heads(part, num_heads) for part in (q, k, v))
+    bias = _bias(key_padding_mask, attn_mask, q)
     dropped = dropout_p if training else 0.0
-    mixed = F.scaled_dot_product_attention(*heads, bias, dropped)
+    mixed = F.scaled_dot_product_attention(q, k, v, bias, dropped)
     out = F.linear(mixed.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
-    weights = (
-        _weights(heads[0], heads[1], bias, average=average_attn_weights) if need_weights else None
-    )
+    weights = _weights(q, k, bias, average=average_attn_weights) if need_weights else None
     if batched:
         return out.transpose(0, 1), weights
     return out[0], None if weights is None else weights[0]

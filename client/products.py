@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,14 @@ from fedbasin.strategies.fusion.layers import Layer
 # Numbers held at once beside the model and its activations: 2^22 float64 are 32 MiB.
 ROW_ELEMENTS = 2**22
 
-Margins = tuple[int, int, int, int]
+Pair: TypeAlias = tuple[int, int]
+Margins: TypeAlias = tuple[int, int, int, int]
+
+# Where torch's functions have their arguments.
+_ORDER = {
+    F.linear: ("input", "weight", "bias"),
+    torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,9 @@ class Kernel:
         margins: zeros left, right, above and below.
     """
 
-    size: Sequence[int]
-    stride: Sequence[int]
-    dilation: Sequence[int]
+    size: Pair
+    stride: Pair
+    dilation: Pair
     margins: Margins
 
 
@@ -105,7 +112,7 @@ class Product:
             return images
         k = self.kernel
         padded = F.pad(images, k.margins)
-        patches = F.unfold(padded, list(k.size), list(k.dilation), 0, list(k.stride))
+        patches = F.unfold(padded, k.size, k.dilation, 0, k.stride)
         grouped = patches.unflatten(1, (self.layer.groups, -1))
         return grouped.permute(1, 0, 3, 2).flatten(1, 2)
 
@@ -143,39 +150,15 @@ class Products(TorchFunctionMode):
                     return attend(**named)
             args = ()
         output = func(*args, **named)
-        if func is F.linear:
-            self._linear(output, *args, **named)
-        elif func is torch.conv2d:
-            self._convolution(output, *args, **named)
+        if func in _ORDER:
+            self._multiplied(output, dict(zip(_ORDER[func], args, strict=False)) | named)
         return output
 
-    def _linear(
-        self,
-        output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,  # noqa: A002 - torch's name
-    ) -> None:
-        del bias
-        if layer := self._layers.get(id(weight)):
-            self._see(Product(layer, input, output))
-
-    def _convolution(
-        self,
-        output: Tensor,
-        input: Tensor,  # noqa: A002 - torch's name
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Sequence[int] | int = 1,
-        padding: Sequence[int] | int | str = 0,
-        dilation: Sequence[int] | int = 1,
-        groups: int = 1,
-    ) -> None:
-        del bias, groups
-        if layer := self._layers.get(id(weight)):
-            size, reach = weight.shape[-2:], _pair(dilation)
-            kernel = Kernel(size, _pair(stride), reach, _margins(padding, size, reach))
-            self._see(Product(layer, input, output, kernel))
+    def _multiplied(self, output: Tensor, given: Mapping[str, Any]) -> None:
+        layer = self._layers.get(id(given["weight"]))
+        if layer:
+            kernel = _kernel(given) if given["weight"].dim() == 4 else None
+            self._see(Product(layer, given["input"], output, kernel))
 
 
 @contextmanager
@@ -212,13 +195,20 @@ def unpadded(values: Tensor, mask: Tensor | None, name: str) -> Float[Tensor, "r
     )
 
 
-def _pair(value: Sequence[int] | int) -> Sequence[int]:
-    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+def _kernel(given: Mapping[str, Any]) -> Kernel:
+    height, width = given["weight"].shape[-2:]
+    dilation = _pair(given.get("dilation", 1))
+    margins = _margins(given.get("padding", 0), (height, width), dilation)
+    return Kernel((height, width), _pair(given.get("stride", 1)), dilation, margins)
 
 
-def _margins(
-    padding: Sequence[int] | int | str, size: Sequence[int], dilation: Sequence[int]
-) -> Margins:
+def _pair(value: Sequence[int] | int) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    return value[0], value[-1]
+
+
+def _margins(padding: Sequence[int] | int | str, size: Pair, dilation: Pair) -> Margins:
     """Where "same" is odd, PyTorch puts the greater half last."""
     if isinstance(padding, str):
         reach = [
