@@ -8,7 +8,7 @@ module is called and how it is nested plays no part: the function that multiplie
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -65,6 +65,10 @@ class Product:
     inputs: Tensor
     output: Tensor
     kernel: Kernel | None = None
+
+    def copy(self) -> "Product":
+        """The same, safe from later steps that write over what was read or computed."""
+        return replace(self, inputs=self.inputs.clone(), output=self.output.clone())
 
     def rows(self, mask: Tensor | None = None) -> Iterator[Float[Tensor, "groups part in"]]:
         """What the weight multiplied, in double, a one at the end of each row where there is a bias.

@@ -86,6 +86,31 @@ PRECISION_KIND_GRAM: PrecisionKind.ValueType  # 3
 """Gram matrix of a layer's inputs"""
 Global___PrecisionKind: _TypeAlias = PrecisionKind  # noqa: Y015
 
+class _FitTarget:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FitTargetEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FitTarget.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIT_TARGET_UNSPECIFIED: _FitTarget.ValueType  # 0
+    FIT_TARGET_FEATURES: _FitTarget.ValueType  # 1
+    """what the client's own model computes at the layer"""
+    FIT_TARGET_WEIGHTS: _FitTarget.ValueType  # 2
+    """what the client's own weights make of the fused model's features"""
+    FIT_TARGET_LABELS: _FitTarget.ValueType  # 3
+    """the labels"""
+
+class FitTarget(_FitTarget, metaclass=_FitTargetEnumTypeWrapper): ...
+
+FIT_TARGET_UNSPECIFIED: FitTarget.ValueType  # 0
+FIT_TARGET_FEATURES: FitTarget.ValueType  # 1
+"""what the client's own model computes at the layer"""
+FIT_TARGET_WEIGHTS: FitTarget.ValueType  # 2
+"""what the client's own weights make of the fused model's features"""
+FIT_TARGET_LABELS: FitTarget.ValueType  # 3
+"""the labels"""
+Global___FitTarget: _TypeAlias = FitTarget  # noqa: Y015
+
 @_typing.final
 class TensorSpec(_message.Message):
     """One tensor of a packed state: `count(shape)` elements of `dtype`, from element `offset` on, in the array
@@ -120,6 +145,80 @@ class TensorSpec(_message.Message):
 Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
+class Block(_message.Message):
+    """The tensors of one layer: weight, or weight and bias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        tensors: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Block: _TypeAlias = Block  # noqa: Y015
+
+@_typing.final
+class Level(_message.Message):
+    """Layers that read the same tensor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___Block] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Level: _TypeAlias = Level  # noqa: Y015
+
+@_typing.final
+class Fit(_message.Message):
+    """Layers to fit on the features of the model so far. Its tensors travel in pieces: those of sequence 0 are all,
+    those of a later one replace what the client kept of the one before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    target: Global___FitTarget.ValueType
+    sequence: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___Block] | None = ...,
+        target: Global___FitTarget.ValueType = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fit: _TypeAlias = Fit  # noqa: Y015
+
+@_typing.final
 class Request(_message.Message):
     """Server to client, with the anchor."""
 
@@ -139,6 +238,8 @@ class Request(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     RADII_FIELD_NUMBER: _builtins.int
     PROBE_BOUND_FIELD_NUMBER: _builtins.int
+    FIT_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -158,11 +259,17 @@ class Request(_message.Message):
     """another stage of this round follows: keep the model, as trained and as sent"""
     probe_bound: _builtins.int
     """Only clients whose draw of this round is at most this evaluate a path; absent: all."""
+    order: _builtins.bool
+    """say in which order the model uses its layers"""
     @_builtins.property
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
     def radii(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """identity radii of the sites, in the record "radii" """
+
+    @_builtins.property
+    def fit(self) -> Global___Fit:
+        """no training: say how these layers fit"""
 
     def __init__(
         self,
@@ -181,10 +288,12 @@ class Request(_message.Message):
         keep: _builtins.bool = ...,
         radii: _abc.Iterable[Global___TensorSpec] | None = ...,
         probe_bound: _builtins.int | None = ...,
+        fit: Global___Fit | None = ...,
+        order: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "probe_bound", b"probe_bound"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "fit", b"fit", "probe_bound", b"probe_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "keep", b"keep", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "fit", b"fit", "keep", b"keep", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
     _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015
@@ -201,6 +310,7 @@ class Precision(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     STATISTIC_FIELD_NUMBER: _builtins.int
+    MOMENT_FIELD_NUMBER: _builtins.int
     kind: Global___PrecisionKind.ValueType
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -210,16 +320,21 @@ class Precision(_message.Message):
     def statistic(self) -> Global___TensorSpec:
         """in the record "statistics" """
 
+    @_builtins.property
+    def moment(self) -> Global___TensorSpec:
+        """likewise: what was fitted, in place of the client's own weights"""
+
     def __init__(
         self,
         *,
         tensors: _abc.Iterable[_builtins.str] | None = ...,
         kind: Global___PrecisionKind.ValueType = ...,
         statistic: Global___TensorSpec | None = ...,
+        moment: Global___TensorSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["statistic", b"statistic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "statistic", b"statistic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "moment", b"moment", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,6 +580,9 @@ class UpdateHeader(_message.Message):
     FUNCTION_CHANGED_FIELD_NUMBER: _builtins.int
     PROBE_SECONDS_FIELD_NUMBER: _builtins.int
     VARIANCE_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -477,6 +595,8 @@ class UpdateHeader(_message.Message):
     """Alignment made another function of the model, so no tensors are sent."""
     probe_seconds: _builtins.float
     """paths, variances and singular vectors"""
+    lost: _builtins.bool
+    """the client has not kept what the fit builds on"""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -488,6 +608,14 @@ class UpdateHeader(_message.Message):
     @_builtins.property
     def variance(self) -> _containers.RepeatedCompositeFieldContainer[Global___VarianceRatio]:
         """with the path from the fused model"""
+
+    @_builtins.property
+    def levels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Level]:
+        """the order of the layers"""
+
+    @_builtins.property
+    def head(self) -> Global___Block:
+        """the layer that gives the model's own output; absent where none does"""
 
     def __init__(
         self,
@@ -506,10 +634,13 @@ class UpdateHeader(_message.Message):
         function_changed: _builtins.bool = ...,
         probe_seconds: _builtins.float = ...,
         variance: _abc.Iterable[Global___VarianceRatio] | None = ...,
+        levels: _abc.Iterable[Global___Level] | None = ...,
+        head: Global___Block | None = ...,
+        lost: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "path", b"path"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "head", b"head", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "path", b"path", "precisions", b"precisions", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "head", b"head", "levels", b"levels", "lost", b"lost", "path", b"path", "precisions", b"precisions", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,6 +15,14 @@ class Statistic(Enum):
     gram = "the Gram matrix of every linear and convolutional layer's inputs"
 
 
+class Target(Enum):
+    """What a layer is fitted to, on the inputs that the layers fused so far compute."""
+
+    features = "what the client's own model computes there"
+    weights = "what the client's own weights make of the same inputs (RegMean++)"
+    labels = "the labels: a closed-form head"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a round's updates become the next global model.

@@ -68,7 +68,7 @@ class Tally:
         pairs = ((total, update.parameters[name]) for name, total in self.mean.items())
         add_scaled(pairs, update.examples)
         for block, precision in update.precisions.items():
-            self._add(block, precision, precision.weigh(join(block, update.parameters).double()))
+            self._add(block, precision, _moment(block, precision, update))
         self.examples += update.examples
         self.clients += 1
 
@@ -113,6 +113,12 @@ class Tally:
         if ridge.target == "anchor":
             return join(block, anchor)
         return join(block, {name: self.mean[name] / self.examples for name in block})
+
+
+def _moment(block: Block, precision: Precision, update: Update) -> Tensor:
+    if block in update.moments:
+        return update.moments[block]
+    return precision.weigh(join(block, update.parameters).double())
 
 
 def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:

@@ -15,6 +15,19 @@ from fedbasin.strategies.symmetry.transform import Transform
 Block: TypeAlias = tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Order:
+    """In which order a model uses its layers.
+
+    Attributes:
+        levels: blocks that read the same tensor stand together, as queries, keys and values do.
+        head: the block whose output is the model's own, if one is.
+    """
+
+    levels: tuple[tuple[Block, ...], ...]
+    head: Block | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Update:
     """What one client adds to the sum.
@@ -23,18 +36,25 @@ class Update:
         parameters: the floating tensors of its model.
         examples: the weight of every tensor that has no precision of its own.
         precisions: what is known beyond that, block by block.
+        moments: `Lambda . theta` of blocks for which it is known without a theta, as a fit to targets.
+        order: in which its model uses the blocks, where that was asked for.
     """
 
     parameters: State
     examples: float
     precisions: Mapping[Block, Precision] = field(default_factory=dict)
+    moments: Mapping[Block, Tensor] = field(default_factory=dict)
+    order: Order | None = None
 
     def moved(self, transform: Transform) -> "Update":
         """The update in another frame: weights and statistics together.
 
         Raises:
-            ValueError: a Diagonal would have to follow a rotation, which no diagonal can.
+            ValueError: a Diagonal would have to follow a rotation, which no diagonal can; or the statistics
+                are of a kind that is only collected on an aligned model.
         """
+        if self.moments:
+            raise ValueError("moments belong to the frame that they were collected in")
         precisions = {
             block: _moved(block, precision, self.parameters, transform)
             for block, precision in self.precisions.items()
@@ -64,6 +84,10 @@ def split(block: Block, joined: Tensor, like: State) -> dict[str, Tensor]:
 def _moved(block: Block, precision: Precision, state: State, transform: Transform) -> Precision:
     weight = block[0]
     if isinstance(precision, Gram):
+        if precision.matrix.dim() > 2:
+            raise ValueError(
+                f"{weight}: the Gram matrices of a grouped convolution cannot follow; align on the client"
+            )
         inputs = state[weight].shape[1]
         return Gram(transform.act_on_inputs(weight, precision.matrix, inputs))
     if isinstance(precision, Diagonal):
