@@ -1,0 +1,160 @@
+"""The models: a perceptron, convolutional networks with and without BatchNorm, a small transformer."""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from tests.protocol.spec import SpecError
+from tests.protocol.task import Task
+
+Make = Callable[[Task], nn.Module]
+
+
+def mlp(width: int = 256) -> Make:
+    """Two hidden layers of `width` units."""
+
+    def make(task: Task) -> nn.Module:
+        if task.tokens:
+            raise SpecError("mlp reads numbers, and this task has tokens; choose transformer")
+        inputs = prod(task.shape)
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(inputs, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, task.classes),
+        )
+
+    return make
+
+
+def cnn() -> Make:
+    """Three convolutions (16, 32, 32), two poolings, a hidden layer of 128; from 8x8 pixels on."""
+    return lambda task: nn.Sequential(*_convolutions(task, norm=False))
+
+
+def cnn_norm() -> Make:
+    """The same with BatchNorm after every convolution."""
+    return lambda task: nn.Sequential(*_convolutions(task, norm=True))
+
+
+def small_cnn() -> Make:
+    """Two convolutions (16, 32), one pooling, a hidden layer of 64: for digits."""
+
+    def make(task: Task) -> nn.Module:
+        channels, side = _image(task)
+        return nn.Sequential(
+            *_convolution(channels, 16, norm=False),
+            *_convolution(16, 32, norm=False),
+            nn.MaxPool2d(2),
+            *_read_out(32 * (side // 2) ** 2, 64, task.classes),
+        )
+
+    return make
+
+
+def transformer(width: int = 32, heads: int = 4, blocks: int = 2) -> Make:
+    """Pre-norm blocks on tokens, on the rows of an image, or on a vector cut into eight."""
+    return lambda task: Transformer(task, width, heads, blocks)
+
+
+def _convolutions(task: Task, *, norm: bool) -> list[nn.Module]:
+    channels, side = _image(task)
+    return [
+        *_convolution(channels, 16, norm=norm),
+        nn.MaxPool2d(2),
+        *_convolution(16, 32, norm=norm),
+        *_convolution(32, 32, norm=norm),
+        nn.MaxPool2d(2),
+        *_read_out(32 * (side // 4) ** 2, 128, task.classes),
+    ]
+
+
+def _convolution(before: int, after: int, *, norm: bool) -> list[nn.Module]:
+    middle = [nn.BatchNorm2d(after)] if norm else []
+    return [nn.Conv2d(before, after, 3, padding=1), *middle, nn.ReLU()]
+
+
+def _read_out(inputs: int, hidden: int, classes: int) -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
+
+
+def _image(task: Task) -> tuple[int, int]:
+    if task.tokens or len(task.shape) != 3:
+        raise SpecError(f"a convolution needs images, and an input has shape {list(task.shape)}")
+    return task.shape[0], task.shape[1]
+
+
+class Attention(nn.Module):
+    """Every place reads from every place."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "batch place width"]) -> Float[Tensor, "batch place width"]:
+        parts = (layer(x) for layer in (self.query, self.key, self.value))
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return self.output(scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Every place for itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Float[Tensor, "batch place width"]) -> Float[Tensor, "batch place width"]:
+        return self.down(gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each read through a norm and added to the residual stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.mlp_norm, self.mlp = nn.LayerNorm(width), Mlp(width)
+
+    def forward(self, x: Float[Tensor, "batch place width"]) -> Float[Tensor, "batch place width"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Logits from the mean over all places; parts are named as `strategies.symmetry.transformer` names them."""
+
+    def __init__(self, task: Task, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.places = task.shape[-1] if task.tokens else 8
+        self.embedding: nn.Module
+        if task.tokens:
+            self.embedding = nn.Embedding(task.tokens, width)
+        else:
+            self.embedding = nn.Linear(prod(task.shape) // 8, width)
+        self.positions = nn.Parameter(0.1 * torch.randn(self.places, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
+        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, task.classes)
+        self.tokens = task.tokens
+
+    def forward(self, x: Shaped[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        places = x if self.tokens else x.flatten(1).unflatten(1, (self.places, -1))
+        stream = self.blocks(self.embedding(places) + self.positions)
+        return self.head(self.final_norm(stream.mean(1)))
+
+
+MODELS: dict[str, Callable[..., Make]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "cnn_norm": cnn_norm,
+    "small_cnn": small_cnn,
+    "transformer": transformer,
+}

@@ -1,0 +1,55 @@
+"""docs/protocol.md: tables and curves of every scene, written from the results."""
+
+import re
+from pathlib import Path
+
+from tests.benchmarks.figures import machine
+from tests.protocol import picture, tables
+from tests.protocol.results import Curves
+from tests.protocol.summary import Row, Scene, best_of_each, scenes
+
+_HEAD = """# Protocol
+
+How the rules compare, under one protocol. Written by `python -m tests.protocol report` from the results of
+`python -m tests.protocol run`; the scripts are in `tests/protocol`, and `--help` says what they take.
+
+- Every rule has the same examples in the same slices, the same first model and the same local training (AdamW,
+  learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every round.
+- Recipes of fedbasin (lower case) run through `fedbasin.server.serve` and the client's mod; Flower's strategies
+  (`FedAvg`, `FedAvgM`, `FedAdam`, `FedProx`) are the real objects, over the same clients. Only the network is missing.
+- Bytes are those of all records of all messages, both ways. Seconds are processor time on one thread: training,
+  statistics and packing of all clients together, and the server's own.
+- `RidgeHead` and `RandomFeaturesHead` are closed forms from labels, on the raw inputs and on 1024 random ReLU
+  features, exact sums over any split in one round. A rule that does not beat them on a task has not learned a
+  representation there. Their bytes are those of float32 sums, the Gram as a triangle.
+- Numbers are test accuracies, means over seeds. Where a rule was tried with several settings, its best one stands
+  here, chosen by the mean test accuracy over all rounds, for every rule alike; that flatters what was tried more.
+"""
+
+
+def write(file: Path, curves: Curves) -> None:
+    """Write the page, and beside it a folder of its name with the pictures."""
+    folder = file.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [_section(scene, rows, folder) for scene, rows in scenes(curves).items()]
+    file.write_text("\n".join([_HEAD, *sections, f"Written {machine()}.", ""]))
+
+
+def _section(scene: Scene, rows: list[Row], folder: Path) -> str:
+    title, best = tables.heading(scene), best_of_each(rows)
+    name = f"{_slug(title)}.svg"
+    (folder / name).write_text(picture.draw(best, title) + "\n")
+    seeds = {row.seeds for row in rows}
+    counts = " or ".join(sorted({str(len(own)) for own in seeds}))
+    notes = [f"Mean of {counts} seed{'s' if counts != '1' else ''}.", tables.settings_note(best)]
+    parts = [
+        f"## {title}",
+        f"![Accuracy by round, bytes and client seconds]({folder.name}/{name})",
+        tables.markdown(best[::-1]),
+        " ".join(filter(None, notes)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -1,0 +1,128 @@
+"""Curves as one SVG: accuracy by round, by bytes on the wire and by the clients' processor time.
+
+A file of its own, for a Markdown page: fixed size, its own style, light and dark as the reader has it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedbasin.server.report.chart import Axis, axis
+from fedbasin.server.report.markup import Html, join, tag, trusted
+from tests.protocol.setting import Point
+from tests.protocol.summary import Row
+from tests.protocol.tables import megabytes
+
+Across: TypeAlias = Callable[[Point], float]
+
+_WIDE, _HIGH = 290, 210  # of a panel's drawing
+_LEFT, _TOP, _GAP, _LINE = 44, 12, 56, 18
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#7a5cc9")
+_DASHES = ("", "7 4", "2 3")
+
+_STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #57534c; }
+.rule { stroke: #d9d5cc; } path { fill: none; stroke-width: 2; stroke-linejoin: round; }
+@media (prefers-color-scheme: dark) { text { fill: #b9bdc7; } .rule { stroke: #3a3f4a; } }
+"""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the drawings.
+
+    Attributes:
+        label: of its x axis.
+        across: a point's place on it.
+    """
+
+    label: str
+    across: Across
+
+
+PANELS = (
+    Panel("round", lambda point: float(point.round)),
+    Panel("MB up and down", megabytes),
+    Panel("client seconds", lambda point: point.client_seconds),
+)
+
+
+def draw(rows: Sequence[Row], title: str) -> str:
+    """The picture of a table's rows."""
+    up = axis([0.0, *(point.accuracy for row in rows for point in row.points)])
+    panels = [_panel(panel, rows, up) for panel in PANELS]
+    placed = [
+        tag("g", panel, transform=f"translate({_LEFT + index * (_WIDE + _GAP)} {_TOP})")
+        for index, panel in enumerate(panels)
+    ]
+    legend = _legend(rows)
+    width = _LEFT + len(PANELS) * (_WIDE + _GAP)
+    height = _TOP + _HIGH + 50 + _LINE * ((len(rows) + 1) // 2)
+    return tag(
+        "svg",
+        tag("style", trusted(_STYLE)),
+        *placed,
+        legend,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label=f"Accuracy by round, bytes and client seconds: {title}",
+    )
+
+
+def _panel(panel: Panel, rows: Sequence[Row], up: Axis) -> Html:
+    # A closed form is finished before the others have begun: it reaches as far as they do.
+    end = max(panel.across(row.points[-1]) for row in rows)
+    across = axis([0.0, end])
+    across = Axis(0.0, end or across.high, across.show)
+    lines = [_curve(row, panel, across, up, _look(index)) for index, row in enumerate(rows)]
+    label = tag("text", panel.label, x=_WIDE, y=_HIGH + 36, text_anchor="end")
+    return join([*_levels(up), *_marks(across), label, *lines])
+
+
+def _curve(row: Row, panel: Panel, across: Axis, up: Axis, look: dict[str, str]) -> Html:
+    places = [(panel.across(point), point.accuracy) for point in row.points]
+    if len(places) == 1:
+        places.append((across.high, places[0][1]))
+    steps = [f"{across.place(x) * _WIDE:.1f} {(1 - up.place(y)) * _HIGH:.1f}" for x, y in places]
+    return tag("path", tag("title", row.rule), d="M" + "L".join(steps), **look)
+
+
+def _levels(up: Axis) -> list[Html]:
+    made = []
+    for tick in up.ticks(5):
+        y = f"{(1 - up.place(tick)) * _HIGH:.1f}"
+        made.append(tag("line", x1=0, x2=_WIDE, y1=y, y2=y, class_="rule"))
+        made.append(tag("text", f"{tick:.2g}", x=-8, y=y, dy="0.35em", text_anchor="end"))
+    return made
+
+
+def _marks(across: Axis) -> list[Html]:
+    return [
+        tag(
+            "text",
+            f"{tick:g}",
+            x=f"{across.place(tick) * _WIDE:.1f}",
+            y=_HIGH + 18,
+            text_anchor="middle",
+        )
+        for tick in across.ticks()
+    ]
+
+
+def _legend(rows: Sequence[Row]) -> Html:
+    half = (len(rows) + 1) // 2
+    made = []
+    for index, row in enumerate(rows):
+        x = _LEFT + (index // half) * (3 * (_WIDE + _GAP) // 2)
+        y = _TOP + _HIGH + 56 + _LINE * (index % half)
+        made.append(tag("path", d=f"M{x} {y - 4}h26", **_look(index)))
+        made.append(tag("text", row.rule, x=x + 34, y=y))
+    return join(made)
+
+
+def _look(index: int) -> dict[str, str]:
+    dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+    return {"stroke": _COLOURS[index % len(_COLOURS)], "stroke_dasharray": dashes}

@@ -1,0 +1,48 @@
+"""Fedbasin's own recipes: the real server, with the `fedbasin.*` settings that the rule names."""
+
+import tempfile
+
+from fedbasin.server.serve import Hooks, serve
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.tracing import trace
+from tests.protocol.experiment import Experiment
+from tests.protocol.spec import Spec
+
+
+def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
+    """Run a recipe from the shared start that all rules have.
+
+    From a shared start alignment is the identity, and is left out unless the rule asks for it.
+
+    Raises:
+        SettingsError: no recipe or setting has that name; the message lists those there are.
+    """
+    model = experiment.make_model(experiment.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        federation = experiment.federation(
+            {
+                "fedbasin.align": "off",
+                "fedbasin.fraction-evaluate": 0.0,
+                "fedbasin.poll-seconds": 0.001,
+                "fedbasin.nodes": len(experiment.slices),
+                "fedbasin.quorum": 1.0,
+                "fedbasin.folder": folder,
+                "fedbasin.recipe": rule.name,
+                **{f"fedbasin.{key.replace('_', '-')}": value for key, value in rule.settings},
+            }
+        )
+        context = federation.server_context()
+        aligns = context.run_config["fedbasin.align"] != "off"
+        serve(
+            federation.grid(),
+            context,
+            model,
+            rounds,
+            symmetry=trace(model, experiment.task.train[0][:2]) if aligns else None,
+            hooks=Hooks(evaluate=lambda number, state: _measured(experiment, number, state)),
+        )
+
+
+def _measured(experiment: Experiment, server_round: int, state: State) -> dict[str, float]:
+    experiment.measure_state(server_round, state)
+    return {}

@@ -1,0 +1,96 @@
+"""Curves of several seeds as one row: accuracy by round, and how soon, and at what price, it is reached."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TypeAlias
+
+from tests.protocol.results import Curves
+from tests.protocol.setting import Point, Setting
+from tests.protocol.spec import parse
+
+MARKS = (0.60, 0.90, 0.95)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule's mean over seeds.
+
+    Attributes:
+        rule: with the settings that were used.
+        seeds: which.
+        points: means by round, round 0 first where it was measured.
+        tried: how many settings of this rule were measured, this one included.
+    """
+
+    rule: str
+    seeds: tuple[int, ...]
+    points: tuple[Point, ...]
+    tried: int = 1
+
+    @property
+    def score(self) -> float:
+        """By what the settings of a rule are compared: the mean accuracy over all rounds."""
+        return fmean(point.accuracy for point in self.points if point.round)
+
+    @property
+    def best(self) -> float:
+        """The highest accuracy of any round."""
+        return max(point.accuracy for point in self.points)
+
+    def at(self, server_round: int) -> Point | None:
+        """The mean after one round, if it was measured."""
+        return next((point for point in self.points if point.round == server_round), None)
+
+    def first(self, mark: float) -> Point | None:
+        """The first round whose mean accuracy is at least `mark`."""
+        return next((point for point in self.points if point.accuracy >= mark), None)
+
+
+# A setting without its rule and its seed: what can be compared.
+Scene: TypeAlias = Setting
+
+
+def scenes(curves: Curves) -> dict[Scene, list[Row]]:
+    """A row for every rule and settings of it, by scene."""
+    found: dict[Scene, dict[str, dict[int, dict[int, Point]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for setting, points in curves.items():
+        found[replace(setting, rule="", seed=0)][setting.rule][setting.seed] = points
+    return {
+        scene: [_row(rule, seeds) for rule, seeds in rules.items()]
+        for scene, rules in found.items()
+    }
+
+
+def best_of_each(rows: Iterable[Row]) -> list[Row]:
+    """The best settings of every rule, chosen by the same measure and said so; best rule last."""
+    families: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        families[parse(row.rule).name].append(row)
+    best = [
+        replace(max(family, key=lambda row: row.score), tried=len(family))
+        for family in families.values()
+    ]
+    return sorted(best, key=lambda row: row.score)
+
+
+def _row(rule: str, seeds: dict[int, dict[int, Point]]) -> Row:
+    """Means over seeds, of the rounds that all of them have."""
+    common = sorted(set.intersection(*(set(points) for points in seeds.values())))
+    points = tuple(_mean([seeds[seed][number] for seed in sorted(seeds)]) for number in common)
+    return Row(rule, tuple(sorted(seeds)), points)
+
+
+def _mean(points: Sequence[Point]) -> Point:
+    return Point(
+        points[0].round,
+        fmean(point.accuracy for point in points),
+        fmean(point.loss for point in points),
+        round(fmean(point.bytes_up for point in points)),
+        round(fmean(point.bytes_down for point in points)),
+        fmean(point.client_seconds for point in points),
+        fmean(point.server_seconds for point in points),
+    )
