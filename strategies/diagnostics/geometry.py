@@ -147,6 +147,8 @@ def skew_ratio(site: Site, anchor: State, client: State) -> float:
 
 def skew(scores: Sequence[Tensor]) -> float:
     """`||M - M^T|| / ||M||` of the agreements M of all legs, as the site's group keeps them."""
+    # A group that stretches keeps squared norms beside M.
+    scores = [score[..., : score.shape[-2]] for score in scores]
     size = _norm(scores)
     return _norm(score - _transposed(score) for score in scores) / size if size else 0.0
 
