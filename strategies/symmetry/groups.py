@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedbasin.strategies.symmetry.assignment import assign, assign_all
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.inner import (
     Inner,
@@ -29,8 +30,6 @@ from fedbasin.strategies.symmetry.inner import (
     Shared,
     SingleLeg,
     agreement,
-    assign,
-    assign_all,
     duals_of,
     inner_maximisers,
     inner_values,
@@ -103,7 +102,10 @@ class Permutation(SingleLeg):
         return anchor @ client.mT
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        return Element(assign(with_prior(scores[0], prior)), (None,), (1,))
+        (score,) = scores
+        # Not `with_prior`: a copy of the largest matrix of all would cost more than the prior.
+        bonus = prior * float(torch.linalg.vector_norm(score)) / self.count**0.5
+        return Element(assign(score, bonus), (None,), (1,))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         (score,) = scores

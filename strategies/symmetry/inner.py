@@ -19,11 +19,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from fedbasin.strategies.symmetry.assignment import assign_all
 
 Legs = tuple[Tensor, ...]
 Scores = Float[Tensor, "*batch n n"]
@@ -362,16 +362,3 @@ def inner_maximisers(inners: tuple[Inner, ...], scores: Legs) -> Legs:
 def _by_inner(inners: tuple[Inner, ...], scores: Legs) -> list[tuple[Inner, Legs]]:
     rest = iter(scores)
     return [(inner, tuple(itertools.islice(rest, len(inner.widths)))) for inner in inners]
-
-
-def assign(score: Float[Tensor, "n n"]) -> Tensor:
-    """The order that maximises `sum_i score[i, order[i]]`: the linear assignment problem."""
-    columns = linear_sum_assignment(score.detach().cpu().numpy(), maximize=True)[1]
-    return torch.from_numpy(columns.astype(np.int64))
-
-
-def assign_all(scores: Scores) -> Tensor:
-    """The order of each matrix of a batch, `[*batch, n]`."""
-    size = scores.shape[-1]
-    orders = [assign(score) for score in scores.reshape(-1, size, size)]
-    return torch.stack(orders).reshape(scores.shape[:-1])
