@@ -45,7 +45,7 @@ def basin(
     def mod(message: Message, context: Context, call_next: Next) -> Message:
         if not wire.has_header(message.content):
             return call_next(message, context)
-        request = read_request(message.content)
+        request = read_request(message.content, context.node_id)
         batches = None if data is None else lambda: data(context)
         if message.metadata.message_type.startswith("evaluate"):
             message.content = _for_app(message.content, request.anchor)
@@ -100,7 +100,7 @@ def _probe_fused(
     own = sent(context, request.header.round)
     if not request.header.keep:
         forget(context)
-    if own is not None:
+    if own is not None and request.path_points:
         wire.write(reply.content, fused_path(request, own, model(context), data))
 
 

@@ -5,8 +5,10 @@ anchor, trained  ->  aligned, precision, path, header
 A model that alignment has made another function of is not sent: the reply says so, in place of the tensors.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from flwr.app import MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedbasin.client.data import Batches
+from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.client.statistics import diagonal_fisher, grams
 from fedbasin.proto import fedbasin_pb2 as pb
@@ -21,11 +24,17 @@ from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.endpoints import Verdict, endpoint_error
+from fedbasin.strategies.diagnostics.share import draw
+from fedbasin.strategies.diagnostics.spectra import affordable, matrices, spectral_alignment
+from fedbasin.strategies.diagnostics.variance import variance_ratios
 from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.sites import parse
 
 Data = Callable[[], Batches]
+
+# What comparing singular vectors may take: about a tenth of a second on one core for all models.
+_PRODUCTS = 2**23
 
 
 class MissingDataError(ValueError):
@@ -40,15 +49,21 @@ class Request:
         header: as sent.
         anchor: the global model.
         radii: the anchor's identity radii, by site.
+        path_points: points of the path that this client is to evaluate; 0 for none.
     """
 
     header: pb.Request
     anchor: dict[str, Tensor]
     radii: dict[str, Tensor]
+    path_points: int = 0
 
 
-def read_request(content: RecordDict) -> Request:
+def read_request(content: RecordDict, node_id: int = 0) -> Request:
     """Read a message that `fedbasin.server` sent.
+
+    Args:
+        content: of the message.
+        node_id: whose it is; decides whether this client is among those that probe.
 
     Raises:
         WireError: it is no such message, or of another version.
@@ -60,7 +75,10 @@ def read_request(content: RecordDict) -> Request:
     radii = {}
     if header.radii:
         radii = packing.unpack(wire.arrays(content, wire.RADII), header.radii)
-    return Request(header, anchor, radii)
+    probes = not header.HasField("probe_bound") or (
+        draw(node_id, header.round) <= header.probe_bound
+    )
+    return Request(header, anchor, radii, header.path_points if probes else 0)
 
 
 def build_reply(
@@ -91,7 +109,9 @@ def build_reply(
     header.train_seconds = train_seconds
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
     aligned = _align(request, trained, header)
-    _probe(request, trained, aligned, model, data, header)
+    with _probing(header):
+        _probe(request, trained, aligned, model, data, header)
+        _compare_directions(request, trained, aligned, header)
     if not header.function_changed:
         _collect(request, aligned, model, data, header, content)
         _pack(request, aligned, header, content)
@@ -104,6 +124,8 @@ def fused_path(
 ) -> pb.UpdateHeader:
     """What goes with an evaluation: the path from the model that is evaluated to the client's own.
 
+    With it, whether the fused model's hidden layers vary as the client's do.
+
     Args:
         request: the question; its anchor is the new global model.
         own: the floating tensors that this client sent in the same round.
@@ -115,13 +137,33 @@ def fused_path(
     """
     batches = _required(data, "the path from the fused model")
     end = {**request.anchor, **own}
-    path = path_losses(model, request.anchor, end, batches(), request.header.path_points)
     header = _answer(request)
-    header.path.points.extend(path.points)
-    header.path.loss_after.extend(path.loss)
-    header.path.correct_after.extend(path.correct)
-    header.path.examples = path.examples
+    with _probing(header):
+        path = path_losses(model, request.anchor, end, batches(), request.path_points)
+        header.path.points.extend(path.points)
+        header.path.loss_after.extend(path.loss)
+        header.path.correct_after.extend(path.correct)
+        header.path.examples = path.examples
+        header.variance.extend(_variance(request.anchor, end, model, batches))
     return header
+
+
+def _variance(
+    fused: State, own: State, model: nn.Module, batches: Data
+) -> Iterator[pb.VarianceRatio]:
+    """Layer by layer; one that does not vary in the client's own model has no ratio."""
+    ours, theirs = (preactivation_moments(model, state, batches()) for state in (fused, own))
+    for layer, found in variance_ratios(ours, [theirs]).items():
+        if math.isfinite(found.layer):
+            yield pb.VarianceRatio(layer=layer, ratio=found.layer)
+
+
+@contextmanager
+def _probing(header: pb.UpdateHeader) -> Iterator[None]:
+    """Say what the probes took, apart from all else."""
+    started = time.perf_counter()
+    yield
+    header.probe_seconds += time.perf_counter() - started
 
 
 def _answer(request: Request) -> pb.UpdateHeader:
@@ -165,7 +207,7 @@ def _probe(
     data: Data | None,
     header: pb.UpdateHeader,
 ) -> None:
-    points = request.header.path_points
+    points = request.path_points
     if not points:
         return
     batches = _required(data, "the barrier to the anchor")
@@ -176,6 +218,30 @@ def _probe(
     header.path.CopyFrom(_sums(before, after))
     if request.header.align:
         _prove(before, after, trained, header)
+
+
+def _compare_directions(
+    request: Request, trained: State, aligned: State, header: pb.UpdateHeader
+) -> None:
+    """Singular-vector alignment with the anchor, as far as its budget goes.
+
+    Where nothing was searched and no path is asked for, a reply is to cost what it cost without this.
+    """
+    searched = not all(site.certified for site in header.alignment.sites)
+    layers = affordable(request.anchor, _PRODUCTS)
+    if not (request.header.align and layers and (searched or request.path_points)):
+        return
+    before = spectral_alignment(request.anchor, trained, layers=layers)
+    moved = any(aligned[name] is not trained[name] for name in layers)
+    after = spectral_alignment(request.anchor, aligned, layers=layers) if moved else before
+    header.alignment.spectral.CopyFrom(
+        pb.Spectral(
+            before=before.total,
+            after=after.total,
+            matrices=len(before.layers),
+            of=len(matrices(request.anchor)),
+        )
+    )
 
 
 def _prove(before: Path, after: Path, trained: State, header: pb.UpdateHeader) -> None:

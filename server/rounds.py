@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.server.grid import Quorum, Reply, StreamingGrid
+from fedbasin.server.paths import add_path, checked_path, checked_variance
 from fedbasin.strategies.alignment.matching import AlignmentReport
-from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.diagnostics.drift import Drift, Vector
+from fedbasin.strategies.diagnostics.share import bound
 from fedbasin.strategies.messages import (
     Broadcast,
     Received,
@@ -27,7 +29,7 @@ from fedbasin.strategies.messages import (
 )
 from fedbasin.strategies.metrics import WeightedMeans
 from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.stages import Stage
+from fedbasin.strategies.stages import Fuse, Stage
 from fedbasin.strategies.state import State
 
 Observe = Callable[[int, State], Mapping[str, float]]
@@ -61,6 +63,7 @@ class Budget:
         attempts: how often the stage is asked.
         max_update_bytes: larger replies are refused.
         grace_seconds: how long to wait for the rest once a quorum has answered; None for the deadline.
+        probe_share: share of the asked that evaluate a path, where the stage asks for one.
     """
 
     timeout_seconds: float = 3600.0
@@ -68,6 +71,7 @@ class Budget:
     attempts: int = 2
     max_update_bytes: int = 2**31
     grace_seconds: float | None = None
+    probe_share: float = 1.0
 
     def needed(self, asked: int) -> int:
         """How many of the asked must be accepted."""
@@ -89,12 +93,18 @@ class StageResult:
         report: who answered, and how it went.
         metrics: the clients' metrics, means weighted by examples.
         path: sums over the accepted clients.
+        variance: of the layers, means over the clients that measured it.
+        drift: how the clients' updates lie; empty in stages that fuse nothing.
+        movement: of the model, at the entries that `drift` looks at; None where it was not measured.
     """
 
     model: dict[str, Tensor]
     report: pb.StageReport
     metrics: dict[str, float]
     path: pb.PathSums
+    variance: Mapping[str, float] = field(default_factory=dict)
+    drift: pb.Drift = field(default_factory=pb.Drift)
+    movement: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +118,7 @@ class Question:
         config: the app's own settings for its clients.
         observe: called with each accepted client's node id and parameters; its metrics are reported.
         digest: of the anchor, where it is known.
+        previous: what the round before moved the global model by, where that is known.
     """
 
     make: Callable[[], Stage]
@@ -116,6 +127,7 @@ class Question:
     config: ConfigRecord
     observe: Observe | None = None
     digest: bytes | None = None
+    previous: Vector | None = None
 
 
 def run_stage(
@@ -143,12 +155,17 @@ class _Attempt:
     budget: Budget
     metrics: WeightedMeans = field(default_factory=WeightedMeans)
     path: pb.PathSums = field(default_factory=pb.PathSums)
+    variance: WeightedMeans = field(default_factory=WeightedMeans)
+    drift: Drift | None = None
+    drift_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.report = pb.StageReport()
         with self._working():
             self.stage = self.question.make()
+            if self.stage.name == Fuse.name:
+                self.drift = Drift(self.question.anchor, self.question.previous)
         self.report.stage = self.stage.name
         self.seen: set[int] = set()
 
@@ -167,6 +184,7 @@ class _Attempt:
                 question.server_round,
                 question.config,
                 digest=question.digest,
+                probe_bound=self._probe_bound(nodes),
             )
         for reply in grid.stream(requests(sent, nodes), timeout, self.budget.early_end(len(nodes))):
             with self._working():
@@ -179,7 +197,40 @@ class _Attempt:
         """The stage's value, once enough clients are in it."""
         with self._working():
             model = self.stage.finish()
-        return StageResult(model, self.report, self.metrics.means(), self.path)
+            drift, movement = self._directions(model)
+        return StageResult(
+            model,
+            self.report,
+            self.metrics.means(),
+            self.path,
+            self.variance.means(),
+            drift,
+            movement,
+        )
+
+    def _probe_bound(self, nodes: Sequence[int]) -> int | None:
+        share = self.budget.probe_share
+        if share == 1 or not self.stage.ask.path_points:
+            return None
+        return bound(nodes, self.question.server_round, share)
+
+    def _directions(self, model: State) -> tuple[pb.Drift, Vector | None]:
+        drift = self.drift
+        if drift is None or not drift.clients:
+            return pb.Drift(), None
+        began = time.perf_counter()
+        movement = drift.movement(model)
+        found = drift.finish(movement)
+        return pb.Drift(
+            clients=found.clients,
+            entries=drift.sample.entries,
+            of=drift.sample.of,
+            norm=found.norm,
+            fused=found.fused,
+            previous=found.previous,
+            clients_mean=found.pairs,
+            seconds=self.drift_seconds + time.perf_counter() - began,
+        ), movement
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -208,7 +259,8 @@ class _Attempt:
             raise Refusal(Outcome.duplicate, f"node {reply.node_id}")
         received = receive(reply.message, sent, self.budget.max_update_bytes)
         report.bytes_up = received.payload_bytes
-        path = _checked_path(received.header.path, sent)
+        path = checked_path(received.header.path, sent, reply.node_id)
+        variance = checked_variance(received.header, self.question.anchor) if path.points else {}
         aligned = self.stage.accept(reply.node_id, received.update)
         self.seen.add(reply.node_id)
         _describe(report, received, aligned)
@@ -216,11 +268,28 @@ class _Attempt:
             report.metrics.update(self.question.observe(reply.node_id, received.update.parameters))
         self.metrics.add(received.metrics, received.update.examples)
         add_path(self.path, path)
+        self.variance.add(variance, 1.0)
+        if (
+            aligned is None
+        ):  # where the server aligns, these are not yet the weights that went into the sum
+            self._measure_direction(received.update.parameters, report)
+
+    def _measure_direction(self, parameters: State, report: pb.ClientReport) -> None:
+        if self.drift is None:
+            return
+        began = time.perf_counter()
+        if direction := self.drift.add(parameters):
+            report.update_norm = direction.norm
+            if direction.cosine is not None:
+                report.update_cosine = direction.cosine
+        self.drift_seconds += time.perf_counter() - began
 
 
 def _describe(report: pb.ClientReport, received: Received, aligned: AlignmentReport | None) -> None:
     report.examples = received.update.examples
     report.train_seconds = received.header.train_seconds
+    report.probe_seconds = received.header.probe_seconds
+    report.probe_bytes = _probe_bytes(received.header)
     report.metrics.update(received.metrics)
     if received.header.HasField("alignment"):
         report.alignment.CopyFrom(received.header.alignment)
@@ -228,44 +297,7 @@ def _describe(report: pb.ClientReport, received: Received, aligned: AlignmentRep
         report.alignment.CopyFrom(alignment_message(aligned))
 
 
-def _checked_path(sums: pb.PathSums, sent: Broadcast) -> pb.PathSums:
-    """One client's path sums, if they are what was asked for: a bad number would spoil everybody's."""
-    count = sent.header.path_points
-    # A client that has lost its model since training still evaluates the new one.
-    if not count or (sent.kind == "evaluate" and not sums.points):
-        return pb.PathSums()
-    points = [index / (count - 1) for index in range(count)]
-    if list(sums.points) != points:
-        raise Refusal(
-            Outcome.missing_statistic, f"the path has points {sums.points}, not {count} from 0 to 1"
-        )
-    checked = pb.PathSums(points=points, examples=sums.examples, clients=1)
-    for when in ("after",) if sent.kind == "evaluate" else ("before", "after"):
-        for name, curve in _checked_curves(sums, when).items():
-            getattr(checked, name).extend(curve)
-    return checked
-
-
-def _checked_curves(sums: pb.PathSums, when: str) -> dict[str, tuple[float, ...]]:
-    names = f"loss_{when}", f"correct_{when}"
-    loss, correct = (tuple(getattr(sums, name)) for name in names)
-    try:
-        Path(tuple(sums.points), loss, correct, sums.examples)
-    except ValueError as error:
-        finite = all(map(math.isfinite, (*loss, *correct, sums.examples)))
-        outcome = Outcome.malformed if finite else Outcome.non_finite
-        raise Refusal(outcome, f"the path {when} alignment: {error}") from error
-    return dict(zip(names, (loss, correct), strict=True))
-
-
-def add_path(total: pb.PathSums, path: pb.PathSums) -> None:
-    """Add one client's path sums to the total, in place."""
-    if not total.points:
-        total.CopyFrom(path)
-        return
-    for name in ("loss_before", "loss_after", "correct_before", "correct_after"):
-        sums = getattr(total, name)
-        for index, value in enumerate(getattr(path, name)):
-            sums[index] += value
-    total.examples += path.examples
-    total.clients += path.clients
+def _probe_bytes(header: pb.UpdateHeader) -> int:
+    """What the answers to the probes take of the header."""
+    probed = pb.UpdateHeader(path=header.path, variance=header.variance)
+    return probed.ByteSize() + header.alignment.spectral.ByteSize()

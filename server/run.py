@@ -21,6 +21,7 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.server import checkpoint
 from fedbasin.server.grid import StreamingGrid, available
+from fedbasin.server.paths import variance_message
 from fedbasin.server.push import push
 from fedbasin.server.rounds import (
     Budget,
@@ -31,6 +32,7 @@ from fedbasin.server.rounds import (
     run_stage,
 )
 from fedbasin.server.settings import Settings
+from fedbasin.strategies.diagnostics.drift import Vector
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome
 from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Fuse, Stage, Start, plan
@@ -103,6 +105,7 @@ class Run:
     folder: Path
     done: int
     model: dict[str, Tensor]
+    movement: Vector | None = None  # what the round before moved the model by, at a few entries
 
     def __post_init__(self) -> None:
         self._take(self.model)
@@ -129,6 +132,7 @@ class Run:
         nodes = self._sampled(online, number, self.settings.fraction_train)
         results = list(self._stages(grid, number, config, nodes))
         fused = results[-1]
+        self.movement = fused.movement
         # A statistic speaks of a tensor under its first name; the others are the same tensor.
         self._take({name: fused.model[self.ties[name]] for name in fused.model})
         metrics = dict(fused.metrics)
@@ -209,8 +213,9 @@ class Run:
             settings.attempts,
             settings.max_update_bytes,
             settings.grace_seconds,
+            settings.probe_share,
         )
-        question = Question(make, self.model, number, config, observe, self.digest)
+        question = Question(make, self.model, number, config, observe, self.digest, self.movement)
         result = run_stage(grid, question, nodes, budget)
         _LOG.info("round %d/%d %s", number, self.rounds, summary(result.report))
         return result
@@ -232,14 +237,17 @@ class Run:
         metrics: dict[str, float],
         seconds: float,
     ) -> pb.RoundReport:
-        paths = {result.report.stage: result.path for result in results}
+        by_stage = {result.report.stage: result for result in results}
+        fused, evaluated = by_stage[Fuse.name], by_stage.get(Evaluate.name)
         report = self._heading(number)
         report.MergeFrom(
             pb.RoundReport(
                 seconds=seconds,
                 stages=[result.report for result in results],
-                path=paths[Fuse.name],
-                fused_path=paths.get(Evaluate.name),
+                path=fused.path,
+                fused_path=evaluated.path if evaluated else None,
+                drift=fused.drift if fused.drift.clients else None,
+                variance=variance_message(evaluated.variance if evaluated else {}),
                 metrics=metrics,
                 model_digest=self.digest,
                 peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

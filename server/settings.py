@@ -69,6 +69,10 @@ class Settings(BaseModel):
         description="points of the path from the new global model to the clients' own that they evaluate with it; "
         "0 for none",
     )
+    probe_share: Share = Field(
+        1.0,
+        description="share of the asked clients that evaluate these paths; other ones each round",
+    )
     nodes: int = Field(2, ge=1, description="nodes to wait for before a round")
     fraction_train: Share = Field(1.0, description="share of the nodes that a round asks")
     fraction_evaluate: float = Field(

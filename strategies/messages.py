@@ -60,6 +60,7 @@ def broadcast(
     *,
     packed: bool = True,
     digest: bytes | None = None,
+    probe_bound: int | None = None,
 ) -> Broadcast:
     """Write a stage's question.
 
@@ -71,6 +72,8 @@ def broadcast(
         packed: lay the tensors out as few flat arrays. Flower's wrappers compare messages tensor by
             tensor and need them plain; a deployed round is then slower by the number of tensors.
         digest: of the anchor, where it is known.
+        probe_bound: the largest draw with which a client still evaluates the path
+            (`diagnostics.share`); None for all clients.
     """
     ask = stage.ask
     header = pb.Request(
@@ -84,6 +87,7 @@ def broadcast(
         shrink=ask.shrink,
         path_points=ask.path_points,
         keep=ask.keep,
+        probe_bound=probe_bound,
     )
     content = RecordDict({"config": ConfigRecord({**config, "server-round": server_round})})
     if packed:
@@ -148,8 +152,14 @@ def _receive_evaluation(message: Message, asked: pb.Request) -> Received:
     received = receive_metrics(message)
     if not (asked.path_points and wire.has_header(message.content)):
         return received
-    path = _header(message.content, asked).path
-    return replace(received, header=pb.UpdateHeader(examples=received.update.examples, path=path))
+    said = _header(message.content, asked)
+    header = pb.UpdateHeader(
+        examples=received.update.examples,
+        path=said.path,
+        variance=said.variance,
+        probe_seconds=said.probe_seconds,
+    )
+    return replace(received, header=header)
 
 
 def receive_metrics(message: Message) -> Received:

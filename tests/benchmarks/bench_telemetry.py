@@ -51,7 +51,8 @@ SETTINGS: dict[str, dict[str, object]] = {
 # Where telemetry happens in the server: (row, owner, attribute).
 _TELEMETRY = (
     ("reports of clients", rounds, "_describe"),
-    ("paths of clients", rounds, "_checked_path"),
+    ("paths of clients", rounds, "checked_path"),
+    ("paths of clients", rounds, "checked_variance"),
     ("paths of clients", rounds, "add_path"),
     ("report of the round", run.Run, "_report"),
     ("rounds.jsonl", checkpoint, "append_report"),

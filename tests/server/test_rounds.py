@@ -11,7 +11,8 @@ from fedbasin.client.probe import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.server.grid import StreamingGrid
-from fedbasin.server.rounds import Budget, Question, QuorumLostError, add_path, run_stage
+from fedbasin.server.paths import add_path
+from fedbasin.server.rounds import Budget, Question, QuorumLostError, run_stage
 from fedbasin.strategies.recipe import RECIPES
 from fedbasin.strategies.stages import Ask, Evaluate, plan
 from tests import tiny

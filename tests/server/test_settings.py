@@ -25,6 +25,7 @@ WRONG = [
     ("barrier-points", 1, "a path has two ends"),
     ("barrier-points", 500, "less than or equal to 101"),
     ("fused-points", 102, "less than or equal to 101"),
+    ("probe-share", 0, "greater than 0"),
     ("nodes", 0, "greater than or equal to 1"),
     ("nodes", 2.5, "integer"),
     ("fraction-train", 0, "greater than 0"),
