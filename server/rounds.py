@@ -299,5 +299,5 @@ def _describe(report: pb.ClientReport, received: Received, aligned: AlignmentRep
 
 def _probe_bytes(header: pb.UpdateHeader) -> int:
     """What the answers to the probes take of the header."""
-    probed = pb.UpdateHeader(path=header.path, variance=header.variance)
-    return probed.ByteSize() + header.alignment.spectral.ByteSize()
+    probed = (header.path, header.alignment.spectral, *header.variance)
+    return sum(part.ByteSize() for part in probed)
