@@ -16,6 +16,8 @@ _METRICS = "fedbasin.kept-metrics"
 _HEADER = "fedbasin.kept-header"
 _SENT_ARRAYS = "fedbasin.sent-arrays"
 _SENT_HEADER = "fedbasin.sent-header"
+_FUSED_ARRAYS = "fedbasin.fused-arrays"
+_FUSED_HEADER = "fedbasin.fused-header"
 
 
 def keep(context: Context, server_round: int, state: State, metrics: dict[str, float]) -> None:
@@ -54,7 +56,33 @@ def sent(context: Context, server_round: int) -> dict[str, Tensor] | None:
     return packing.unpack(context.state.array_records[_SENT_ARRAYS], header.tensors)
 
 
+def sent_examples(context: Context) -> float:
+    """The weight that went with the model that was last sent."""
+    return pb.UpdateHeader.FromString(wire.header_bytes(context.state, _SENT_HEADER)).examples
+
+
+def keep_fused(context: Context, server_round: int, sequence: int, state: State) -> None:
+    """Remember the fused model of this round as far as it has got, in place of what was known of it."""
+    context.state[_FUSED_ARRAYS], specs = packing.pack(state)
+    header = pb.Request(round=server_round, anchor=specs, fit=pb.Fit(sequence=sequence))
+    context.state[_FUSED_HEADER] = ConfigRecord({"header": header.SerializeToString()})
+
+
+def fused_so_far(context: Context, server_round: int, sequence: int) -> dict[str, Tensor] | None:
+    """The fused model that the piece of this sequence completes, if the client has it.
+
+    A piece that came before may come again.
+    """
+    if _FUSED_ARRAYS not in context.state:
+        return None
+    header = pb.Request.FromString(wire.header_bytes(context.state, _FUSED_HEADER))
+    if header.round != server_round or header.fit.sequence not in (sequence - 1, sequence):
+        return None
+    return packing.unpack(context.state.array_records[_FUSED_ARRAYS], header.anchor)
+
+
 def forget(context: Context) -> None:
     """Drop what was kept."""
-    for name in (_ARRAYS, _METRICS, _HEADER, _SENT_ARRAYS, _SENT_HEADER):
+    kept = _ARRAYS, _METRICS, _HEADER, _SENT_ARRAYS, _SENT_HEADER, _FUSED_ARRAYS, _FUSED_HEADER
+    for name in kept:
         context.state.pop(name, None)

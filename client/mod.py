@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedbasin.client.context import forget, keep, keep_sent, kept, sent
 from fedbasin.client.data import Batches
+from fedbasin.client.fitting import fit_reply
 from fedbasin.client.reply import Data, Request, build_reply, fused_path, read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import plain, wire
@@ -54,6 +55,8 @@ def basin(
                 _probe_fused(request, reply, context, model, batches)
             return reply
         own = model(context)
+        if request.header.HasField("fit"):
+            return Message(content=fit_reply(request, context, own, batches), reply_to=message)
         started = time.perf_counter()
         trained = _train(request, message, context, call_next, own)
         if isinstance(trained, Message):

@@ -154,7 +154,7 @@ def _undo_normalisation(
     variance: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    training: bool = False,  # noqa: FBT001, FBT002 - torch's signature
+    training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Undo | None:

@@ -16,6 +16,7 @@ arXiv 2405.16240.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -103,9 +104,10 @@ def regress(
     sums = {layer.block: _nothing(layer, model) for layer in layers}
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
-            wanted = _run(teacher, layers, batch) if teacher else None
-            for index, (product, reach) in enumerate(_run(model, layers, batch)):
-                goal = _goal(target, product, reach, batch, wanted and _same(wanted, index, product))
+            wanted = iter(_run(teacher, layers, batch)) if teacher else None
+            for product, reach in _run(model, layers, batch):
+                own_reach = _matching(next(wanted, None), product) if wanted else None
+                goal = _goal(target, product, reach, batch, own_reach)
                 _add(sums[product.layer.block], product, goal, batch.mask)
     return sums
 
@@ -129,9 +131,8 @@ def _teacher(model: nn.Module, own: State) -> nn.Module:
 def _nothing(layer: Layer, model: nn.Module) -> Sums:
     weight = model.get_parameter(layer.block[0])
     shape = (layer.groups,) if layer.groups > 1 else ()
-    double = {"dtype": torch.float64, "device": weight.device}
-    gram = torch.zeros(*shape, layer.inputs, layer.inputs, **double)
-    return Sums(gram, torch.zeros(len(weight), layer.inputs, **double))
+    zeros = partial(torch.zeros, dtype=torch.float64, device=weight.device)
+    return Sums(zeros((*shape, layer.inputs, layer.inputs)), zeros((len(weight), layer.inputs)))
 
 
 def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[tuple[Product, Reach]]:
@@ -147,13 +148,13 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[tuple[
     return seen
 
 
-def _same(wanted: list[tuple[Product, Reach]], index: int, product: Product) -> Reach:
-    if index >= len(wanted) or wanted[index][0].layer != product.layer:
+def _matching(own: tuple[Product, Reach] | None, product: Product) -> Reach:
+    if own is None or own[0].layer != product.layer:
         raise FlowError(
             f"{product.layer.block[0]} is not used in the same place by the client's model and by the fused "
             "one; a model whose course depends on its weights needs the recipe regmean or fedavg"
         )
-    return wanted[index][1]
+    return own[1]
 
 
 def _goal(

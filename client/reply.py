@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedbasin.client.data import Batches
 from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
+from fedbasin.client.regression import order
 from fedbasin.client.statistics import diagonal_fisher, grams
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
@@ -27,6 +28,7 @@ from fedbasin.strategies.diagnostics.endpoints import Verdict, endpoint_error
 from fedbasin.strategies.diagnostics.share import draw
 from fedbasin.strategies.diagnostics.spectra import affordable, matrices, spectral_alignment
 from fedbasin.strategies.diagnostics.variance import variance_ratios
+from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.sites import parse
@@ -104,7 +106,7 @@ def build_reply(
         MissingDataError: the stage needs data and there is none.
         KeyError: the metrics have no `num-examples`.
     """
-    header = _answer(request)
+    header = answer(request)
     header.examples = _examples(metrics)
     header.train_seconds = train_seconds
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
@@ -115,6 +117,8 @@ def build_reply(
     if not header.function_changed:
         _collect(request, aligned, model, data, header, content)
         _pack(request, aligned, header, content)
+    if request.header.order:
+        _describe_order(header, order(model, required(data, "the order of the layers")()))
     wire.write(content, header)
     return content
 
@@ -135,9 +139,9 @@ def fused_path(
     Raises:
         MissingDataError: there is no data.
     """
-    batches = _required(data, "the path from the fused model")
+    batches = required(data, "the path from the fused model")
     end = {**request.anchor, **own}
-    header = _answer(request)
+    header = answer(request)
     with _probing(header):
         path = path_losses(model, request.anchor, end, batches(), request.path_points)
         header.path.points.extend(path.points)
@@ -166,7 +170,8 @@ def _probing(header: pb.UpdateHeader) -> Iterator[None]:
     header.probe_seconds += time.perf_counter() - started
 
 
-def _answer(request: Request) -> pb.UpdateHeader:
+def answer(request: Request) -> pb.UpdateHeader:
+    """The header of a reply, which says what it answers."""
     asked = request.header
     return pb.UpdateHeader(round=asked.round, stage=asked.stage, anchor_digest=asked.anchor_digest)
 
@@ -177,6 +182,13 @@ def _pack(request: Request, aligned: State, header: pb.UpdateHeader, content: Re
         header.tensors.extend(specs)
     else:
         content[wire.ARRAYS] = plain.write({name: aligned[name] for name in request.anchor})
+
+
+def _describe_order(header: pb.UpdateHeader, found: Order) -> None:
+    for level in found.levels:
+        header.levels.add(blocks=[pb.Block(tensors=block) for block in level])
+    if found.head:
+        header.head.tensors.extend(found.head)
 
 
 def _examples(metrics: dict[str, float]) -> float:
@@ -210,7 +222,7 @@ def _probe(
     points = request.path_points
     if not points:
         return
-    batches = _required(data, "the barrier to the anchor")
+    batches = required(data, "the barrier to the anchor")
     before = path_losses(model, request.anchor, trained, batches(), points)
     after = before
     if aligned is not trained:
@@ -276,7 +288,7 @@ def _collect(
     kind = request.header.precision
     if kind == pb.PRECISION_KIND_SCALAR:
         return
-    batches = _required(data, pb.PrecisionKind.Name(kind))
+    batches = required(data, pb.PrecisionKind.Name(kind))
     model.load_state_dict(dict(aligned))
     if kind == pb.PRECISION_KIND_GRAM:
         statistics = grams(model, batches(), request.header.shrink)
@@ -301,7 +313,8 @@ def _normalised(fisher: Tensor, examples: float) -> Tensor:
     return fisher * (examples / mean).to(fisher.dtype)
 
 
-def _required(data: Data | None, what: str) -> Data:
+def required(data: Data | None, what: str) -> Data:
+    """The data, or an error that says what it is needed for."""
     if data is None:
         raise MissingDataError(
             f"{what} needs the client's data; pass `data` to fedbasin.client.basin"

@@ -1,6 +1,7 @@
 """A run's folder: the global model after every round, and its reports.
 
     runs/<run>/global.safetensors    the last finished round's model; round and settings in its metadata
+    runs/<run>/step-<round>.safetensors  what the server step remembers, where it remembers anything
     runs/<run>/rounds.jsonl          one round report a line
 
 The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole.
@@ -8,12 +9,12 @@ The model file is replaced in one step, so a run that is cut off anywhere leaves
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import json_format
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
@@ -35,23 +36,24 @@ class Checkpoint:
         server_round: the last finished one.
         model: the global model after it.
         settings: what decides the result, as text; a run can only go on with the same.
+        memory: what the server step remembers.
     """
 
     server_round: int
     model: dict[str, Tensor]
     settings: str
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint in place of the one before."""
     folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.memory:
+        _write(checkpoint.memory, _memory(folder, checkpoint.server_round), {})
     metadata = {"round": str(checkpoint.server_round), "settings": checkpoint.settings}
-    part = folder / f"{MODEL}.part"
-    model = {name: tensor.contiguous() for name, tensor in _unshared(checkpoint.model).items()}
-    save_file(model, part, metadata)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(folder / MODEL)
+    _write(_unshared(checkpoint.model), folder / MODEL, metadata)
+    # The one before goes last: until the model is there, it is what a run would go on from.
+    _memory(folder, checkpoint.server_round - 1).unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -69,9 +71,25 @@ def load(folder: Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return Checkpoint(int(metadata["round"]), model, metadata["settings"])
+        done = int(metadata["round"])
+        memory = _memory(folder, done)
+        remembered = load_file(memory) if memory.is_file() else {}
+        return Checkpoint(done, model, metadata["settings"], remembered)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of fedbasin: {error}") from error
+
+
+def _memory(folder: Path, server_round: int) -> Path:
+    return folder / f"step-{server_round}.safetensors"
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """In place of the file before, in one step."""
+    part = path.with_name(f"{path.name}.part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def append_report(folder: Path, report: pb.RoundReport) -> None:

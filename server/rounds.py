@@ -19,6 +19,7 @@ from fedbasin.server.paths import add_path, checked_path, checked_variance
 from fedbasin.strategies.alignment.matching import AlignmentReport
 from fedbasin.strategies.diagnostics.drift import Drift, Vector
 from fedbasin.strategies.diagnostics.share import bound
+from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.messages import (
     Broadcast,
     Received,
@@ -95,6 +96,7 @@ class StageResult:
         path: sums over the accepted clients.
         variance: of the layers, means over the clients that measured it.
         drift: how the clients' updates lie; empty in stages that fuse nothing.
+        order: of the model's layers, where the stage asked for it.
         movement: of the model, at the entries that `drift` looks at; None where it was not measured.
     """
 
@@ -105,6 +107,13 @@ class StageResult:
     variance: Mapping[str, float] = field(default_factory=dict)
     drift: pb.Drift = field(default_factory=pb.Drift)
     movement: Vector | None = None
+    order: Order | None = None
+
+    @property
+    def nodes(self) -> list[int]:
+        """The accepted clients."""
+        accepted = Outcome.accepted.name
+        return [client.node_id for client in self.report.clients if client.outcome == accepted]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +215,7 @@ class _Attempt:
             self.variance.means(),
             drift,
             movement,
+            self.stage.order,
         )
 
     def _probe_bound(self, nodes: Sequence[int]) -> int | None:

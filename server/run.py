@@ -9,7 +9,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,8 +35,10 @@ from fedbasin.server.settings import Settings
 from fedbasin.strategies.diagnostics.drift import Vector
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Fuse, Stage, Start, plan
+from fedbasin.strategies.plans import round_plan
+from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Fuse, Stage, Start, fusing
 from fedbasin.strategies.state import State
+from fedbasin.strategies.steps import Memory
 from fedbasin.strategies.symmetry.sites import Symmetry
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
@@ -79,6 +81,8 @@ def decisive(settings: Settings) -> str:
     """The settings that decide what a run computes; a run can only be resumed with the same."""
     keys = {
         "recipe",
+        "fit",
+        "step",
         "ridge",
         "shrink",
         "align",
@@ -105,6 +109,7 @@ class Run:
     folder: Path
     done: int
     model: dict[str, Tensor]
+    memory: Memory = field(default_factory=dict)
     movement: Vector | None = None  # what the round before moved the model by, at a few entries
 
     def __post_init__(self) -> None:
@@ -130,11 +135,15 @@ class Run:
         started = time.perf_counter()
         online = available(grid, self.settings.nodes, self.settings.wait_timeout_seconds)
         nodes = self._sampled(online, number, self.settings.fraction_train)
-        results = list(self._stages(grid, number, config, nodes))
-        fused = results[-1]
-        self.movement = fused.movement
+        results = [*self._bootstrapped(grid, number, config, nodes)]
+        model = self._planned(grid, number, config, nodes, results)
         # A statistic speaks of a tensor under its first name; the others are the same tensor.
-        self._take({name: fused.model[self.ties[name]] for name in fused.model})
+        model = {name: model[self.ties[name]] for name in model}
+        step = self.settings.composed.step
+        stepped, self.memory = step(self.model, model, number, self.memory)
+        self._take(stepped)
+        fused = next(result for result in results if result.report.stage == Fuse.name)
+        self.movement = fused.movement
         metrics = dict(fused.metrics)
         if self.settings.fraction_evaluate:
             asked = self._sampled(online, number, self.settings.fraction_evaluate)
@@ -154,26 +163,49 @@ class Run:
             _LOG.warning("round %d/%d %s", number, self.rounds, lost)
             return StageResult(self.model, lost.report, {}, pb.PathSums())
 
-    def _stages(
+    def _bootstrapped(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
     ) -> Iterator[StageResult]:
-        own = number == 1 and self.settings.start == "own"
-        if own and self.settings.align != "off":
+        if self._is_own(number) and self.settings.align != "off":
             found = self._bootstrap(grid, number, config, nodes)
             self._take(found.model)
             yield found
-        ask = Ask(
-            start=Start.own if own else Start.shared,
-            symmetry=self.symmetry,
-            path_points=self.settings.barrier_points,
-            keep=self.settings.fused_points > 0,
-        )
-        yield self._ask(grid, lambda: self._fuse(ask), number, config, nodes, self.hooks.observe)
 
-    def _fuse(self, ask: Ask) -> Stage:
-        dtype = torch.float64 if self.settings.sum == "reproducible" else torch.float32
-        recipe, align = self.settings.composed, self.settings.align
-        return plan(self.model, recipe, ask, align, self.blocks, dtype)
+    def _is_own(self, number: int) -> bool:
+        return number == 1 and self.settings.start == "own"
+
+    def _planned(
+        self,
+        grid: StreamingGrid,
+        number: int,
+        config: ConfigRecord,
+        nodes: list[int],
+        results: list[StageResult],
+    ) -> dict[str, Tensor]:
+        """Drive the recipe's plan to its end; every stage's result is added to `results`."""
+        recipe = self.settings.composed
+        plan = round_plan(recipe, lambda: self._fuse(number), self.settings.fit)
+        step = next(plan)
+        while True:
+            asked = nodes if step.nodes is None else list(step.nodes)
+            observe = self.hooks.observe if step.nodes is None else None
+            results.append(self._ask(grid, step.make, number, config, asked, observe, step.carries))
+            try:
+                step = plan.send(results[-1])
+            except StopIteration as end:
+                return dict(end.value)
+
+    def _fuse(self, number: int) -> Stage:
+        settings, recipe = self.settings, self.settings.composed
+        ask = Ask(
+            start=Start.own if self._is_own(number) else Start.shared,
+            symmetry=self.symmetry,
+            path_points=settings.barrier_points,
+            order=recipe.fits,
+            keep=recipe.fits or settings.fused_points > 0,
+        )
+        dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
+        return fusing(self.model, recipe, ask, settings.align, self.blocks, dtype)
 
     def _bootstrap(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
@@ -205,6 +237,7 @@ class Run:
         config: ConfigRecord,
         nodes: list[int],
         observe: Observe | None = None,
+        carries: State | None = None,
     ) -> StageResult:
         settings = self.settings
         budget = Budget(
@@ -215,7 +248,9 @@ class Run:
             settings.grace_seconds,
             settings.probe_share,
         )
-        question = Question(make, self.model, number, config, observe, self.digest, self.movement)
+        anchor = self.model if carries is None else carries
+        digest = self.digest if carries is None else None
+        question = Question(make, anchor, number, config, observe, digest, self.movement)
         result = run_stage(grid, question, nodes, budget)
         _LOG.info("round %d/%d %s", number, self.rounds, summary(result.report))
         return result
@@ -285,7 +320,7 @@ class Run:
     def _finish_round(self, report: pb.RoundReport) -> None:
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self.folder, report)
-        kept = checkpoint.Checkpoint(report.round, self.model, decisive(self.settings))
+        kept = checkpoint.Checkpoint(report.round, self.model, decisive(self.settings), self.memory)
         checkpoint.save(self.folder, kept)
         self.done = report.round
         self._push(report)

@@ -7,11 +7,12 @@ def main(grid, context):
     result = serve(grid, context, model=Net(), rounds=3, symmetry=trace(Net(), example))
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid
-from torch import Tensor, nn
+from torch import nn
 
 from fedbasin.server import checkpoint
 from fedbasin.server.access import AccessError
@@ -83,10 +84,10 @@ def _prepare(
             "fedbasin.bootstrap = 'best' needs a score; pass Hooks(score=...) to serve"
         )
     blocks = known_blocks(model, settings.composed.statistic)
-    folder, start = settings.folder / str(context.run_id), 0
+    folder, found = settings.folder / str(context.run_id), None
     if settings.resume:
         folder = Path(settings.resume)
-        state, start = _resumed(folder, settings, state)
+        found = _resumed(folder, settings, state)
     return Run(
         settings,
         str(context.run_id),
@@ -96,8 +97,9 @@ def _prepare(
         blocks,
         tied(model.state_dict()),
         folder,
-        start,
-        state,
+        found.server_round if found else 0,
+        found.model if found else state,
+        found.memory if found else {},
     )
 
 
@@ -110,7 +112,7 @@ def _check_observer(settings: Settings) -> None:
         raise SettingsError(f"fedbasin.observer = {settings.observer!r}: {error}") from error
 
 
-def _resumed(folder: Path, settings: Settings, state: State) -> tuple[dict[str, Tensor], int]:
+def _resumed(folder: Path, settings: Settings, state: State) -> checkpoint.Checkpoint:
     found = checkpoint.load(folder)
     ours, theirs = decisive(settings), found.settings
     if ours != theirs:
@@ -122,4 +124,4 @@ def _resumed(folder: Path, settings: Settings, state: State) -> tuple[dict[str, 
         raise SettingsError(
             f"{folder} holds another model; resume with the model class that made it"
         )
-    return {name: found.model[name] for name in state}, found.server_round
+    return replace(found, model={name: found.model[name] for name in state})

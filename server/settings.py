@@ -7,6 +7,7 @@ align = "client"
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedbasin.server.access import Pass
 from fedbasin.strategies.recipe import RECIPES, Recipe
+from fedbasin.strategies.steps import STEPS
 
 PREFIX = "fedbasin."
 
@@ -36,7 +38,19 @@ class Settings(BaseModel):
         validate_by_name=True,
     )
 
-    recipe: str = Field("fedavg", description="how updates are fused: fedavg, fisher or regmean")
+    recipe: str = Field(
+        "fedavg",
+        description=f"how updates are fused: {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]}",
+    )
+    fit: Literal["layer", "block"] = Field(
+        "layer",
+        description="layers that a recipe fits one after the other, or all those of a block in one stage",
+    )
+    step: str = Field(
+        "",
+        description="what the fused model does to the global one: "
+        f"{', '.join(list(STEPS)[:-1])} or {list(STEPS)[-1]}; empty for the recipe's own",
+    )
     ridge: float = Field(
         0.0, ge=0, description="strength of the regulariser, relative; 0 for the recipe's own"
     )
@@ -106,6 +120,8 @@ class Settings(BaseModel):
     def _consistent(self) -> "Settings":
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe = {self.recipe!r}: choose one of {', '.join(RECIPES)}")
+        if self.step and self.step not in STEPS:
+            raise ValueError(f"step = {self.step!r}: choose one of {', '.join(STEPS)}")
         RECIPES[self.recipe].check_align(self.align)
         if self.barrier_points == 1:
             raise ValueError(
@@ -144,11 +160,13 @@ class Settings(BaseModel):
     def composed(self) -> Recipe:
         """The recipe with this run's regulariser."""
         recipe = RECIPES[self.recipe]
+        if self.step:
+            recipe = replace(recipe, step=STEPS[self.step])
         if recipe.ridge is None:
             return recipe
         strength = self.ridge or recipe.ridge.strength
         ridge = type(recipe.ridge)(strength, recipe.ridge.target)
-        return Recipe(recipe.name, recipe.statistic, ridge, self.shrink)
+        return replace(recipe, ridge=ridge, shrink=self.shrink)
 
 
 def read_settings(run_config: Mapping[str, bool | float | int | str]) -> Settings:

@@ -21,7 +21,7 @@ from fedbasin.strategies.messages import (
 from fedbasin.strategies.metrics import WeightedMeans
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Align, Ask, Stage, plan
+from fedbasin.strategies.stages import Align, Ask, Stage, fusing
 from fedbasin.strategies.symmetry.sites import Symmetry
 from fedbasin.strategies.validation import check_examples
 
@@ -107,7 +107,7 @@ class FedBasin(Strategy):
         nodes = [message.metadata.dst_node_id for message in asked]
         anchor = plain.read(arrays)
         ask = Ask(symmetry=self._symmetry)
-        stage = plan(anchor, self._recipe, ask, self._align, self._blocks)
+        stage = fusing(anchor, self._recipe, ask, self._align, self._blocks)
         sent = broadcast(stage, anchor, server_round, config, packed=self._packed)
         self._asked = _Asked(stage, sent, requests(sent, nodes))
         return self._asked.messages

@@ -14,10 +14,10 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.matching import AlignmentReport
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
-from fedbasin.strategies.fusion.update import Block, Update
+from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import Statistic
-from fedbasin.strategies.stages import Kind, Stage, Start
+from fedbasin.strategies.recipe import Statistic, Target
+from fedbasin.strategies.stages import Fitting, Kind, Stage, Start
 from fedbasin.strategies.state import State
 
 _START = {Start.shared: pb.START_SHARED, Start.own: pb.START_OWN}
@@ -25,6 +25,11 @@ _KIND = {
     Statistic.none: pb.PRECISION_KIND_SCALAR,
     Statistic.fisher: pb.PRECISION_KIND_DIAGONAL,
     Statistic.gram: pb.PRECISION_KIND_GRAM,
+}
+_TARGET = {
+    Target.features: pb.FIT_TARGET_FEATURES,
+    Target.weights: pb.FIT_TARGET_WEIGHTS,
+    Target.labels: pb.FIT_TARGET_LABELS,
 }
 # Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed;
 # the others are the SuperLink's.
@@ -95,11 +100,19 @@ def broadcast(
         header.anchor.extend(specs)
     else:
         content[wire.ARRAYS] = plain.write(anchor)
+    header.order = ask.order
+    if ask.fit is not None:
+        header.fit.CopyFrom(_fit(ask.fit))
     if ask.radii:
         content[wire.RADII], specs = packing.pack(ask.radii)
         header.radii.extend(specs)
     wire.write(content, header)
     return Broadcast(stage.kind, content, header, _nbytes(content))
+
+
+def _fit(ask: Fitting) -> pb.Fit:
+    blocks = [pb.Block(tensors=block) for block in ask.blocks]
+    return pb.Fit(blocks=blocks, target=_TARGET[ask.target], sequence=ask.sequence)
 
 
 def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
@@ -140,11 +153,40 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
     if size > max_bytes:
         raise Refusal(Outcome.too_large, f"{size} bytes where {max_bytes} are allowed")
     try:
-        parameters = _parameters(content, header)
-        precisions = dict(_precisions(content, header, sent.header.precision))
+        update = (
+            _fitted(content, header)
+            if sent.header.HasField("fit")
+            else _update(content, header, sent)
+        )
     except packing.PackingError as error:
         raise Refusal(Outcome.malformed, str(error)) from error
-    return Received(Update(parameters, header.examples, precisions), header, metrics, size)
+    return Received(update, header, metrics, size)
+
+
+def _update(content: RecordDict, header: pb.UpdateHeader, sent: Broadcast) -> Update:
+    parameters = _parameters(content, header)
+    precisions = dict(_precisions(content, header, sent.header.precision))
+    return Update(parameters, header.examples, precisions, order=_order(header))
+
+
+def _order(header: pb.UpdateHeader) -> Order | None:
+    if not header.levels:
+        return None
+    levels = (tuple(tuple(block.tensors) for block in level.blocks) for level in header.levels)
+    return Order(tuple(levels), tuple(header.head.tensors) or None)
+
+
+def _fitted(content: RecordDict, header: pb.UpdateHeader) -> Update:
+    """Sums without weights: what layers are fitted to."""
+    if header.lost:
+        raise Refusal(Outcome.lost_model, f"round {header.round}, {header.stage}")
+    precisions = dict(_precisions(content, header, pb.PRECISION_KIND_GRAM))
+    specs = [entry.moment for entry in header.precisions]
+    tensors = packing.unpack(wire.arrays(content, wire.STATISTICS), specs) if specs else {}
+    moments = {
+        tuple(entry.tensors): tensors[entry.moment.name].double() for entry in header.precisions
+    }
+    return Update({}, header.examples, precisions, moments)
 
 
 def _receive_evaluation(message: Message, asked: pb.Request) -> Received:

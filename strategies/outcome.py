@@ -23,6 +23,10 @@ class Outcome(Enum):
         "alignment made another function of the client's model: the symmetry does not fit it; run "
         "fedbasin.strategies.symmetry.check on it, and set fedbasin.align = 'off' until it passes"
     )
+    lost_model = (
+        "the client no longer has the models that this stage builds on, as after a restart of its SuperNode; "
+        "the stage goes on without it"
+    )
     symmetry_mismatch = "the client moved its model by another symmetry than the server sent"
     missing_tensor = "a tensor of the global model is not in the update; send the whole state dict"
     unexpected_tensor = (

@@ -1,10 +1,11 @@
 """The named catalogue: a recipe is a point in matcher x precision x step, a value with a name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
 from fedbasin.strategies.fusion.tally import Ridge
+from fedbasin.strategies.steps import Average, Replace, Step
 
 
 class Statistic(Enum):
@@ -32,23 +33,41 @@ class Recipe:
         statistic: what clients collect, on the aligned model.
         ridge: the regulariser of the fused blocks; None where no statistic is collected.
         shrink: factor on the off-diagonal of Gram matrices (RegMean's alpha); 1 leaves them.
+        fit: what layers are fitted to after fusing, from the input on; None leaves them as they were fused.
+        share: of the fitted layers in the result; the rest is as it was fused.
+        head: the last layer is fitted to the labels.
+        step: what the fused model does to the global one.
     """
 
     name: str
     statistic: Statistic = Statistic.none
     ridge: Ridge | None = None
     shrink: float = 1.0
+    fit: Target | None = None
+    share: float = 1.0
+    head: bool = False
+    step: Step = field(default_factory=Replace)
+
+    @property
+    def fits(self) -> bool:
+        """Whether stages follow that fit layers."""
+        return self.head or self.fit is not None
 
     def check_align(self, align: Literal["client", "server", "off"]) -> None:
         """Check that the statistics can be collected where they are needed.
 
         Raises:
-            ValueError: the server would have to turn a Fisher diagonal.
+            ValueError: the server would have to turn a Fisher diagonal, or what only an aligned client has.
         """
         if self.statistic is Statistic.fisher and align == "server":
             raise ValueError(
                 "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "
                 "the aligned model; set align = 'client'"
+            )
+        if self.fits and align == "server":
+            raise ValueError(
+                f"align = 'server': recipe {self.name!r} fits layers to what a client's aligned model computes, "
+                "which the client must have; set align = 'client', or 'off' where starts are shared"
             )
 
 
@@ -58,5 +77,9 @@ RECIPES = {
         Recipe("fedavg"),
         Recipe("fisher", Statistic.fisher, Ridge(1e-3)),
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
+        Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
+        Recipe("features", ridge=Ridge(1e-2), fit=Target.features, step=Average()),
+        Recipe("head", head=True),
+        Recipe("features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=True),
     )
 }

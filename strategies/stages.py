@@ -20,12 +20,12 @@ from torch import Tensor
 from fedbasin.strategies.alignment.certificate import Radii, identity_radii
 from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
 from fedbasin.strategies.fusion.tally import Tally
-from fedbasin.strategies.fusion.update import Block, Update
+from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import Recipe, Statistic
+from fedbasin.strategies.recipe import Recipe, Statistic, Target
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.sites import Symmetry
-from fedbasin.strategies.validation import check_examples, check_update
+from fedbasin.strategies.validation import check_alike, check_examples, check_order, check_update
 
 
 class Start(Enum):
@@ -33,6 +33,21 @@ class Start(Enum):
 
     shared = "from the anchor"
     own = "from the client's own initial weights; the anchor is only aligned to"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Layers to fit, in place of training.
+
+    Attributes:
+        blocks: which.
+        target: what they are fitted to.
+        sequence: of the piece of the fused model that the request carries; 0 is all of it.
+    """
+
+    blocks: tuple[Block, ...]
+    target: Target
+    sequence: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +61,8 @@ class Ask:
         statistic: what to collect on the aligned model.
         shrink: factor on the off-diagonal of Gram matrices.
         path_points: points of the path from the model that is sent to the client's at which it evaluates the loss.
+        fit: layers to fit; nothing is trained then.
+        order: say in which order the model uses its layers.
         keep: another stage of the round follows, for which the client keeps its model, as trained and as sent.
     """
 
@@ -55,6 +72,8 @@ class Ask:
     statistic: Statistic = Statistic.none
     shrink: float = 1.0
     path_points: int = 0
+    fit: Fitting | None = None
+    order: bool = False
     keep: bool = False
 
 
@@ -68,11 +87,17 @@ class Stage(Protocol):
         name: as in messages and reports.
         kind: which of the app's functions answers.
         ask: what is wanted.
+        order: of the model's layers, as the first client says, where it was asked for.
     """
 
     name: str
     kind: Kind
     ask: Ask
+
+    @property
+    def order(self) -> Order | None:
+        """Known once a client has been folded."""
+        ...
 
     def accept(self, node: int, update: Update) -> AlignmentReport | None:
         """Fold one client; the update is not kept.
@@ -109,6 +134,7 @@ class Fuse:
         self._recipe = recipe
         self._blocks = () if recipe.statistic is Statistic.none else blocks
         self._tally = Tally.zero(anchor, dtype)
+        self.order: Order | None = None
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         expected = self._blocks
@@ -118,6 +144,10 @@ class Fuse:
             wanted = self._recipe.statistic
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {wanted.value}")
         check_update(update, self._anchor, expected)
+        check_alike(update, self._tally.blocks)
+        if self.ask.order:
+            check_order(update.order, self._anchor)
+            self.order = self.order or update.order
         self._tally.fold(update)
 
     def finish(self) -> dict[str, Tensor]:
@@ -147,6 +177,10 @@ class AlignedFuse:
     def finish(self) -> dict[str, Tensor]:
         return self._fuse.finish()
 
+    @property
+    def order(self) -> Order | None:
+        return self._fuse.order
+
 
 Align = Literal["client", "server", "off"]
 Choice = Literal["first", "medoid", "best"]
@@ -162,6 +196,7 @@ class Bootstrap:
 
     name = "bootstrap"
     kind: Kind = "train"
+    order: Order | None = None
 
     def __init__(
         self,
@@ -219,6 +254,7 @@ class Evaluate:
 
     name = "evaluate"
     kind: Kind = "evaluate"
+    order: Order | None = None
 
     def __init__(self, model: State, path_points: int = 0) -> None:
         self.ask = Ask(path_points=path_points)
@@ -231,7 +267,7 @@ class Evaluate:
         return dict(self._model)
 
 
-def plan(
+def fusing(
     anchor: State,
     recipe: Recipe,
     ask: Ask,

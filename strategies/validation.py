@@ -4,14 +4,14 @@ Shapes, dtypes and names are compared with the anchor; numbers must be finite; s
 their kind promises: a diagonal is not negative, a Gram matrix is symmetric and positive semi-definite.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
-from fedbasin.strategies.fusion.update import Block, Update, join
+from fedbasin.strategies.fusion.update import Block, Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.state import State, floating
 
@@ -44,6 +44,49 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
     _check_blocks(update.precisions, blocks, anchor)
     for block, precision in update.precisions.items():
         _check_precision(block, precision, anchor)
+
+
+def check_fit(
+    update: Update,
+    model: State,
+    blocks: Collection[Block],
+    others: Mapping[Block, tuple[Precision, Tensor]],
+) -> None:
+    """Check what a client says of layers that are fitted.
+
+    Args:
+        update: as decoded, without weights.
+        model: the model so far.
+        blocks: the layers that were asked for.
+        others: the sums of the clients before, empty for the first.
+
+    Raises:
+        Refusal: as `check_update`.
+    """
+    check_examples(update.examples)
+    _check_blocks(update.precisions, blocks, model)
+    for block, precision in update.precisions.items():
+        _check_precision(block, precision, model)
+        _check_statistic("+".join(block), update.moments[block], tuple(join(block, model).shape))
+    check_alike(update, others)
+
+
+def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]) -> None:
+    """Check that Gram matrices are of as many groups as those of the clients before."""
+    for block, precision in update.precisions.items():
+        other = others.get(block, (precision,))[0]
+        if isinstance(precision, Gram) and isinstance(other, Gram):
+            _check_statistic("+".join(block), precision.matrix, tuple(other.matrix.shape))
+
+
+def check_order(order: Order | None, model: State) -> None:
+    """Check that a client's order of layers is one of the model's; raises as `check_update`."""
+    if order is None:
+        raise Refusal(Outcome.missing_statistic, "the order of the layers")
+    named = [block for level in order.levels for block in level]
+    strange = [block for block in (*named, order.head or named[0]) if not _is_block(block, model)]
+    if strange or len(set(named)) < len(named):
+        raise Refusal(Outcome.malformed, f"the order of the layers names {strange or 'some twice'}")
 
 
 def check_examples(examples: float) -> None:
@@ -112,8 +155,13 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
     if isinstance(precision, Gram):
         if weight.dim() < 2:
             raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
-        inputs = join(block, anchor).shape[1]
-        _check_statistic(name, precision.matrix, (inputs, inputs))
+        outputs, inputs = join(block, anchor).shape
+        groups = precision.matrix.shape[:-2]
+        if len(groups) > 1 or (groups and (not groups[0] or outputs % groups[0])):
+            raise Refusal(
+                Outcome.wrong_shape, f"the statistic of {name} has groups {tuple(groups)}"
+            )
+        _check_statistic(name, precision.matrix, (*groups, inputs, inputs))
         _check_gram(name, precision.matrix)
 
 
@@ -130,9 +178,10 @@ def _check_gram(name: str, matrix: Tensor) -> None:
     if float((matrix - matrix.mT).abs().max()) > _ASYMMETRY * scale:
         raise Refusal(Outcome.not_symmetric, f"the Gram matrix of {name}")
     lifted = matrix.double().clone()
-    slack = _INDEFINITENESS * float(lifted.diagonal().mean())
-    lifted.diagonal().add_(max(slack, torch.finfo(torch.float64).tiny))
-    if int(torch.linalg.cholesky_ex(lifted).info):
+    diagonal = lifted.diagonal(dim1=-2, dim2=-1)
+    slack = _INDEFINITENESS * float(diagonal.mean())
+    diagonal.add_(max(slack, torch.finfo(torch.float64).tiny))
+    if bool(torch.linalg.cholesky_ex(lifted).info.any()):
         raise Refusal(Outcome.not_positive, f"the Gram matrix of {name}")
 
 

@@ -1,7 +1,7 @@
 """One client's contribution: its weights, how many examples they saw, and what it knows about them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -59,7 +59,7 @@ class Update:
             block: _moved(block, precision, self.parameters, transform)
             for block, precision in self.precisions.items()
         }
-        return Update(transform.act(self.parameters), self.examples, precisions)
+        return replace(self, parameters=transform.act(self.parameters), precisions=precisions)
 
 
 def join(block: Block, state: State) -> Tensor:

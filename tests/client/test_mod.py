@@ -10,7 +10,7 @@ from fedbasin.client.mod import AppReplyError
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.messages import broadcast, requests
 from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Start, plan
+from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Start, fusing
 from tests import tiny
 
 NODE = 101
@@ -18,7 +18,7 @@ NODE = 101
 
 def question(recipe="fedavg", number=1, packed=True, **more):
     anchor = tiny.net().state_dict()
-    stage = plan(anchor, RECIPES[recipe], Ask(**more), "client")
+    stage = fusing(anchor, RECIPES[recipe], Ask(**more), "client")
     return broadcast(stage, anchor, number, ConfigRecord({"lr": 0.5}), packed=packed)
 
 
@@ -71,7 +71,7 @@ def test_the_app_is_given_an_ordinary_message(packed):
 
 def test_radii_are_not_for_the_app():
     seen, anchor = Seen(), tiny.net().state_dict()
-    stage = plan(anchor, RECIPES["fedavg"], Ask(symmetry=tiny.symmetry()), "client")
+    stage = fusing(anchor, RECIPES["fedavg"], Ask(symmetry=tiny.symmetry()), "client")
     sent = broadcast(stage, anchor, 1, ConfigRecord())
     assert wire.RADII in sent.content
     seen.ask(sent)

@@ -12,7 +12,7 @@ from fedbasin.proto import packing, wire
 from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.messages import broadcast
 from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, plan
+from fedbasin.strategies.stages import Ask, fusing
 from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests import tiny
@@ -22,7 +22,7 @@ METRICS = {"num-examples": 21.0, "loss": 0.5}
 
 def request(recipe="fedavg", align="client", packed=True, **more):
     anchor = tiny.net().state_dict()
-    stage = plan(anchor, RECIPES[recipe], Ask(symmetry=tiny.symmetry(), **more), align)
+    stage = fusing(anchor, RECIPES[recipe], Ask(symmetry=tiny.symmetry(), **more), align)
     return read_request(broadcast(stage, anchor, 1, ConfigRecord(), packed=packed).content)
 
 
@@ -144,7 +144,7 @@ class TestTheProofOfAnAlignment:
 
     def asked(self, symmetry=None, **more):
         anchor, ask = tiny.net().state_dict(), Ask(symmetry=symmetry or tiny.symmetry(), **more)
-        stage = plan(anchor, RECIPES["regmean"], ask, "client")
+        stage = fusing(anchor, RECIPES["regmean"], ask, "client")
         return read_request(broadcast(stage, anchor, 1, ConfigRecord()).content)
 
     def test_is_that_the_clients_own_loss_stays(self):
@@ -214,7 +214,7 @@ def test_a_message_that_is_no_request_is_refused_by_name():
 @pytest.mark.parametrize("name", [wire.ARRAYS, wire.RADII])
 def test_a_request_without_its_tensors_is_refused_by_name(name):
     anchor = tiny.net().state_dict()
-    stage = plan(anchor, RECIPES["fedavg"], Ask(symmetry=tiny.symmetry()), "client")
+    stage = fusing(anchor, RECIPES["fedavg"], Ask(symmetry=tiny.symmetry()), "client")
     content = broadcast(stage, anchor, 1, ConfigRecord()).content
     del content[name]
     with pytest.raises(wire.WireError, match=f"no record '{name}'"):

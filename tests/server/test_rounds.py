@@ -14,7 +14,7 @@ from fedbasin.server.grid import StreamingGrid
 from fedbasin.server.paths import add_path
 from fedbasin.server.rounds import Budget, Question, QuorumLostError, run_stage
 from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Evaluate, plan
+from fedbasin.strategies.stages import Ask, Evaluate, fusing
 from tests import tiny
 
 NODES = [100, 101, 102]
@@ -32,7 +32,7 @@ def gone(request):
 
 
 def fuse_stage(anchor, **ask):
-    return lambda: plan(anchor, RECIPES["fedavg"], Ask(**ask), "off")
+    return lambda: fusing(anchor, RECIPES["fedavg"], Ask(**ask), "off")
 
 
 def run(federation, budget=None, make=None, observe=None, ask=None, **how):

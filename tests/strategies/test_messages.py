@@ -20,13 +20,13 @@ from fedbasin.strategies.messages import (
 )
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, plan
+from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, fusing
 from tests import tiny
 
 
 def ask(recipe="fedavg", packed=True, config=None, **more):
     anchor = tiny.net().state_dict()
-    stage = plan(anchor, RECIPES[recipe], Ask(symmetry=tiny.symmetry(), **more), "client")
+    stage = fusing(anchor, RECIPES[recipe], Ask(symmetry=tiny.symmetry(), **more), "client")
     return anchor, broadcast(stage, anchor, 4, config or ConfigRecord(), packed=packed)
 
 

@@ -18,7 +18,7 @@ from fedbasin.server.telemetry import Telemetry
 from fedbasin.strategies.fusion.layers import known_blocks
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, plan
+from fedbasin.strategies.stages import Ask, fusing
 from tests import tiny
 
 BAD = 101
@@ -32,7 +32,7 @@ def stage_result(federation, recipe, nodes, align="client", max_bytes=2**31, gra
     ask = Ask(symmetry=tiny.symmetry(), path_points=POINTS)
     blocks = known_blocks(model, RECIPES[recipe].statistic)
     question = Question(
-        lambda: plan(anchor, RECIPES[recipe], ask, align, blocks), anchor, 1, ConfigRecord()
+        lambda: fusing(anchor, RECIPES[recipe], ask, align, blocks), anchor, 1, ConfigRecord()
     )
     budget = Budget(60.0, 0.5, 1, max_bytes, grace)
     return run_stage(StreamingGrid(federation.grid(), 0.001), question, nodes, budget)

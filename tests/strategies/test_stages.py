@@ -10,7 +10,7 @@ from fedbasin.strategies.fusion.tally import fuse
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import RECIPES, Statistic
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Start, plan
+from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Start, fusing
 from fedbasin.strategies.symmetry.sites import parse
 from fedbasin.strategies.symmetry.transform import random
 
@@ -53,18 +53,18 @@ def assert_same(a, b):
 class TestPlan:
     def test_asks_for_the_recipes_statistic(self):
         for recipe in RECIPES.values():
-            ask = plan(state(0), recipe, Ask(Start.own, path_points=5), "off").ask
+            ask = fusing(state(0), recipe, Ask(Start.own, path_points=5), "off").ask
             assert (ask.statistic, ask.start, ask.path_points) == (recipe.statistic, Start.own, 5)
 
     def test_sends_symmetry_and_radii_only_where_clients_align(self):
         for align in ("client", "server", "off"):
-            ask = plan(state(0), RECIPES["fedavg"], Ask(symmetry=SYMMETRY), align).ask
+            ask = fusing(state(0), RECIPES["fedavg"], Ask(symmetry=SYMMETRY), align).ask
             assert ask.symmetry == (SYMMETRY if align == "client" else None)
             assert set(ask.radii) == ({"hidden"} if align == "client" else set())
 
     def test_without_a_symmetry_nobody_aligns(self):
         for align in ("client", "server"):
-            assert plan(state(0), RECIPES["fedavg"], Ask(), align).accept(1, with_none(1)) is None
+            assert fusing(state(0), RECIPES["fedavg"], Ask(), align).accept(1, with_none(1)) is None
 
 
 def with_none(seed):
@@ -75,7 +75,7 @@ class TestFuse:
     @pytest.mark.parametrize("recipe", ["fedavg", "regmean"])
     def test_is_the_fusion_of_what_it_accepted(self, recipe):
         anchor, made = state(0), with_grams if recipe == "regmean" else with_none
-        stage = plan(anchor, RECIPES[recipe], Ask(), "off", BLOCKS)
+        stage = fusing(anchor, RECIPES[recipe], Ask(), "off", BLOCKS)
         for node in (1, 2, 3):
             assert stage.accept(node, made(node)) is None
         expected = fuse(anchor, [made(n) for n in (1, 2, 3)], RECIPES[recipe].ridge)
@@ -83,8 +83,8 @@ class TestFuse:
 
     @pytest.mark.parametrize("align", ["client", "server"])
     def test_a_refusal_leaves_no_trace(self, align):
-        stage = plan(state(0), RECIPES["regmean"], Ask(symmetry=SYMMETRY), align, BLOCKS)
-        clean = plan(state(0), RECIPES["regmean"], Ask(symmetry=SYMMETRY), align, BLOCKS)
+        stage = fusing(state(0), RECIPES["regmean"], Ask(symmetry=SYMMETRY), align, BLOCKS)
+        clean = fusing(state(0), RECIPES["regmean"], Ask(symmetry=SYMMETRY), align, BLOCKS)
         bad = with_grams(2)
         bad.parameters["second.weight"][0, 0] = float("nan")
         stage.accept(1, with_grams(1))
@@ -95,7 +95,7 @@ class TestFuse:
         assert_same(stage.finish(), clean.finish())
 
     def test_where_nobody_knows_the_blocks_the_first_client_decides(self):
-        stage = plan(state(0), RECIPES["regmean"], Ask(), "off")
+        stage = fusing(state(0), RECIPES["regmean"], Ask(), "off")
         with pytest.raises(Refusal) as nothing:
             stage.accept(1, with_none(1))
         assert nothing.value.outcome is Outcome.missing_statistic
@@ -105,13 +105,13 @@ class TestFuse:
         assert fewer.value.outcome is Outcome.missing_statistic
 
     def test_a_recipe_without_statistics_takes_none(self):
-        stage = plan(state(0), RECIPES["fedavg"], Ask(), "off", BLOCKS)
+        stage = fusing(state(0), RECIPES["fedavg"], Ask(), "off", BLOCKS)
         with pytest.raises(Refusal) as refused:
             stage.accept(1, with_grams(1))
         assert refused.value.outcome is Outcome.unexpected_statistic
 
     def test_no_clients_leave_the_anchor(self):
-        assert_same(plan(state(0), RECIPES["fedavg"], Ask(), "off").finish(), state(0))
+        assert_same(fusing(state(0), RECIPES["fedavg"], Ask(), "off").finish(), state(0))
 
 
 class TestAlignedFuse:
@@ -120,7 +120,7 @@ class TestAlignedFuse:
         updates = [Update(near(anchor, n), u.examples, u.precisions) for n, u in numbered()]
         planted = [random(SYMMETRY, torch.Generator().manual_seed(n)) for n, _ in numbered()]
         assert not any(g.is_identity for g in planted)
-        stage = plan(anchor, RECIPES["regmean"], Ask(symmetry=SYMMETRY), "server", BLOCKS)
+        stage = fusing(anchor, RECIPES["regmean"], Ask(symmetry=SYMMETRY), "server", BLOCKS)
         for node, (update, g) in enumerate(zip(updates, planted, strict=True)):
             report = stage.accept(node, update.moved(g))
             assert report.distance_after < report.distance_before
@@ -128,7 +128,7 @@ class TestAlignedFuse:
 
     def test_a_client_that_is_near_is_certified(self):
         anchor = state(0)
-        stage = plan(anchor, RECIPES["fedavg"], Ask(symmetry=SYMMETRY), "server")
+        stage = fusing(anchor, RECIPES["fedavg"], Ask(symmetry=SYMMETRY), "server")
         report = stage.accept(1, Update(near(anchor, 1, 1e-3), 1.0))
         assert [site.certified for site in report.sites] == [True]
 
@@ -214,7 +214,7 @@ class TestEvaluate:
 
 
 def test_a_diagonal_goes_with_a_permutation_but_not_unasked():
-    stage = plan(state(0), RECIPES["fisher"], Ask(), "off", [("first.weight",)])
+    stage = fusing(state(0), RECIPES["fisher"], Ask(), "off", [("first.weight",)])
     stage.accept(1, Update(state(1), 1.0, {("first.weight",): Diagonal(torch.ones(6, 4))}))
     with pytest.raises(Refusal):
         stage.accept(2, Update(state(2), 1.0, {("first.bias",): Diagonal(torch.ones(6))}))

@@ -178,6 +178,12 @@ MODELS: dict[str, Tiny] = {
     "llama_alone": text(
         hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 4}
     ),
+    "llama_alone_biases": text(
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        **{**ROTARY, "num_key_value_heads": 4},
+        attention_bias=True,
+    ),
     "llama_one_key": text(
         hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 1}
     ),
@@ -186,6 +192,9 @@ MODELS: dict[str, Tiny] = {
     "qwen2": text(hf.Qwen2ForCausalLM, hf.Qwen2Config, **ROTARY),
     "qwen2_tied": text(hf.Qwen2ForCausalLM, hf.Qwen2Config, **ROTARY, tie_word_embeddings=True),
     "qwen3": text(hf.Qwen3ForCausalLM, hf.Qwen3Config, **ROTARY, head_dim=6),
+    "qwen3_biases": text(
+        hf.Qwen3ForCausalLM, hf.Qwen3Config, **ROTARY, head_dim=6, attention_bias=True
+    ),
     "gpt_neox": text(
         hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, **{**TEXT, "hidden_size": 24}, rotary_pct=0.5
     ),

@@ -1,0 +1,81 @@
+"""A stage that trains nothing: clients say how layers of the model so far fit to what they know.
+
+    W* = (sum_k X~_k X~_k^T + rho I)^-1  (sum_k Z_k X~_k^T + rho W)        X~ features of the model so far
+                                                                           Z  what a client wants there
+
+The targets Z are the client's own features (feature regression), what its own weights make of the same inputs
+(RegMean++, Nguyen et al. 2025, arXiv 2508.03121), or labels (closed-form heads: Fani et al. 2024, arXiv
+2402.01989; Zhuang et al. 2024, arXiv 2405.16240). The regulariser holds on to the model so far, so directions
+that no client has seen stay as they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.fusion.precision import Precision
+from fedbasin.strategies.fusion.tally import Ridge, Tally
+from fedbasin.strategies.fusion.update import Block, Order, Update
+from fedbasin.strategies.recipe import Target
+from fedbasin.strategies.stages import Ask, Fitting, Kind
+from fedbasin.strategies.state import State, interpolate
+from fedbasin.strategies.validation import check_fit
+
+
+class Fit:
+    """Fit layers of the model so far."""
+
+    kind: Kind = "train"
+    order: Order | None = None
+
+    def __init__(
+        self,
+        model: State,
+        fitting: Fitting,
+        strength: float,
+        share: float = 1.0,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the model so far, on whose features the layers are fitted.
+            fitting: which layers, and to what.
+            strength: of the regulariser, relative to the mean diagonal of the clients' sum. A head to
+                labels is drawn to zero, all else to the model so far.
+            share: of the solution in the fitted layers; the rest stays as the model so far has it. A head
+                to labels is the solution.
+            keep: another stage of the round follows.
+        """
+        self.name = "head" if fitting.target is Target.labels else "fit"
+        self.ask = Ask(fit=fitting, keep=keep)
+        self._model = model
+        self._tally = Tally.zero({})
+        self._ridge = Ridge(strength, "anchor")
+        self._share = 1.0 if self.name == "head" else share
+        self._target = zeroed(model, fitting.blocks) if self.name == "head" else model
+
+    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        if self.ask.fit is not None:
+            check_fit(update, self._model, self.ask.fit.blocks, self._tally.blocks)
+        self._tally.fold(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        solution = self._tally.finalize(self._target, self._ridge)
+        names = [name for block in self._tally.blocks for name in block]
+        return {
+            **self._model,
+            **interpolate(self._model, {n: solution[n] for n in names}, self._share),
+        }
+
+    @property
+    def sums(self) -> dict[Block, tuple[Precision, Tensor]]:
+        """Normal equations of the layers, over all clients."""
+        return self._tally.blocks
+
+
+def zeroed(model: State, blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """The model with some layers at zero."""
+    return {**model, **{name: torch.zeros_like(model[name]) for b in blocks for name in b}}
