@@ -213,15 +213,18 @@ def check(
         from fedbasin.server.modelfiles.symmetry import chosen, symmetry_of
 
         stored = open_model(model)
-        meant = chosen(symmetry_of(stored, symmetry, config), sites or (), first, last)
         if module is None and not stored.is_folder:
             raise ModelError(f"{model}: a file says nothing of its module; give --module")
+        symmetry_of(stored, symmetry, config)  # refused before a model is built
         made = (
             building.from_folder(stored)
             if module is None
             else building.from_factory(stored, module)
         )
-        found = checking.verdicts(made, meant, trials=trials, seed=seed)
+        whole = symmetry_of(stored, symmetry, config, made.module.state_dict())
+        found = checking.verdicts(
+            made, chosen(whole, sites or (), first, last), trials=trials, seed=seed
+        )
     if as_json:
         typer.echo("".join(f"{json.dumps(one.as_json())}\n" for one in found), nl=False)
     else:
@@ -240,7 +243,7 @@ def _ended() -> Iterator[None]:
         try:
             yield
         except (ModelError, SymmetryError, OSError) as error:
-            typer.echo(f"fedbasin: {error}", err=True)
+            typer.echo(f"fedbasin: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fedbasin.server.modelfiles.naming import library_names
 from fedbasin.server.modelfiles.reading import CONFIG, ModelError, StoredModel, few, read_json
+from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.families.dispatch import family
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry, SymmetryError, parse
 
@@ -26,14 +27,23 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def symmetry_of(
-    model: StoredModel, notation: Path | None = None, config: Path | None = None
+    model: StoredModel,
+    notation: Path | None = None,
+    config: Path | None = None,
+    state: State | None = None,
 ) -> Symmetry:
     """The symmetry of a stored model, which fits it.
+
+    Args:
+        model: the stored model.
+        notation: a file in the notation.
+        config: a file that names a family.
+        state: what the model's tensors are when it is loaded, where their names are asked for.
 
     Raises:
         ModelError: there is none to be had, or it does not fit the model's tensors.
     """
-    shapes = model.shapes()
+    shapes = model.shapes() if state is None else state
     try:
         found = _without_ties(_source(model, shapes, notation, config), model.ties)
         found.check(shapes)
@@ -63,7 +73,8 @@ def chosen(
     )
     if not sites:
         names = [site.name for site in symmetry.sites]
-        raise ModelError(f"no site is meant by {few(list(globs))}; there are {few(names)}")
+        there = f"there are {few(names)}" if names else "the symmetry has none"
+        raise ModelError(f"no site is meant by {few(list(globs)) or 'that'}; {there}")
     return replace(symmetry, sites=sites)
 
 
@@ -90,7 +101,7 @@ def _spread(site: Site, tied: Mapping[str, str], twins: Mapping[str, list[str]])
 
 
 def _source(
-    model: StoredModel, shapes: Mapping[str, Tensor], notation: Path | None, config: Path | None
+    model: StoredModel, shapes: State, notation: Path | None, config: Path | None
 ) -> Symmetry:
     if notation is not None and config is not None:
         raise ModelError("--symmetry and --config both say what the symmetry is; give one")
@@ -115,13 +126,26 @@ def _text(path: Path) -> str:
         raise ModelError(f"{path}: cannot be read as a notation: {error}") from error
 
 
-def _of_family(path: Path, config: Mapping[str, Any], shapes: Mapping[str, Tensor]) -> Symmetry:
-    name = config.get("model_type")
-    if not isinstance(name, str):
+def _of_family(path: Path, config: Mapping[str, Any], shapes: State) -> Symmetry:
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{path}: has no model_type; give the model's own config, or --symmetry FILE"
         )
-    return family(name, config, shapes)
+    names = library_names(config, shapes)
+    known = {library: shapes[stored] for library, stored in names.items()}
+    return _renamed(family(config["model_type"], config, known), names)
+
+
+def _renamed(symmetry: Symmetry, names: Mapping[str, str]) -> Symmetry:
+    """With other names for tensors and layers; two names of one tensor become one member."""
+    layers = {
+        library.removesuffix(".weight"): stored.removesuffix(".weight")
+        for library, stored in names.items()
+    }
+    words = layers | dict(names)
+    found = parse(re.sub(r"[^\s\[\]()]+", lambda m: words.get(m[0], m[0]), str(symmetry)))
+    sites = (replace(site, members=tuple(dict.fromkeys(site.members))) for site in found.sites)
+    return replace(found, sites=tuple(sites))
 
 
 def _without_ties(symmetry: Symmetry, ties: Mapping[str, str]) -> Symmetry:
@@ -148,7 +172,7 @@ def _moves(symmetry: Symmetry, tensor: str) -> set[tuple[str, Member]]:
     }
 
 
-def _refuse_narrow(path: Path, symmetry: Symmetry, shapes: Mapping[str, Tensor]) -> None:
+def _refuse_narrow(path: Path, symmetry: Symmetry, shapes: State) -> None:
     for site in symmetry.sites:
         for member in site.members:
             if shapes[member.tensor].dtype not in _DTYPES:
