@@ -77,6 +77,12 @@ def _summed(metric: str, labels: str, more: str = "") -> str:
     return f"sum by ({labels}) (increase({metric}{{{_MINE}{more}}}[$window]))"
 
 
+def _probing(unit: str) -> tuple[tuple[str, str], ...]:
+    rounds = f"({_summed('fedbasin_rounds_total', 'recipe')} > 0)"
+    spent = _summed(f"fedbasin_probe_{unit}_total", "recipe, side")
+    return ((f"{spent} / on (recipe) group_left () {rounds}", "{{recipe}} {{side}}"),)
+
+
 _UPDATES = "fedbasin_updates_total"
 _ACCEPTED = ', outcome="accepted"'
 _ACCEPTED_SHARE = f"{_summed(_UPDATES, 'recipe', _ACCEPTED)} / ({_summed(_UPDATES, 'recipe')} > 0)"
@@ -152,6 +158,38 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "On the server's probe set",
+        (
+            curves(
+                "Barriers on the probe set",
+                "The highest between the clients whose models were kept, and from the new global model to them.",
+                "none",
+                (
+                    f'fedbasin_probe_barrier_loss{{{_MINE}, measure="linear"}}',
+                    "{{recipe}} {{between}}",
+                ),
+                width=8,
+            ),
+            curves(
+                "Barriers by measure",
+                "Between clients: above the chord, above the mean of the ends (Git Re-Basin), in the middle, area.",
+                "none",
+                (
+                    f'fedbasin_probe_barrier_loss{{{_MINE}, between="clients"}}',
+                    "{{recipe}} {{measure}}",
+                ),
+                width=8,
+            ),
+            curves(
+                "Accuracy on the probe set",
+                "Of the global model, of the clients and of their ensemble, which is the ceiling.",
+                "percentunit",
+                (f"fedbasin_probe_accuracy_ratio{{{_MINE}}}", "{{recipe}} {{model}}"),
+                width=8,
+            ),
+        ),
+    ),
+    (
         "Outcomes",
         (
             bars(
@@ -196,11 +234,61 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (f"fedbasin_certified_sites_ratio{{{_MINE}}}", "{{recipe}}"),
                 width=8,
             ),
+            curves(
+                "Units left in their place",
+                "Share, mean of sites and clients; 1 after a shared start, about 1/n for strangers.",
+                "percentunit",
+                (f"fedbasin_fixed_points_ratio{{{_MINE}}}", "{{recipe}}"),
+                width=8,
+            ),
+            curves(
+                "Singular vectors in common",
+                "With the anchor, over the matrices that a small budget pays for; it says where distances do not.",
+                "none",
+                (f"fedbasin_spectral_alignment_ratio{{{_MINE}}}", "{{recipe}} {{when}}"),
+                width=8,
+            ),
+            curves(
+                "Hidden variance",
+                "Of the new global model over the clients' on the same data; far below 1 the signal fades.",
+                "none",
+                (f"fedbasin_variance_ratio{{{_MINE}}}", "{{recipe}} {{layers}}"),
+                width=8,
+            ),
+        ),
+    ),
+    (
+        "Updates",
+        (
+            curves(
+                "Cosine of updates",
+                "With the new movement, the movement of the round before, and one another; 0 is a right angle.",
+                "none",
+                (f"fedbasin_update_cosine{{{_MINE}}}", "{{recipe}} {{to}}"),
+            ),
+            curves(
+                "Length of updates",
+                "L2, mean of clients.",
+                "none",
+                (f"fedbasin_update_norm{{{_MINE}}}", "{{recipe}}"),
+            ),
         ),
     ),
     (
         "Bytes and seconds",
         (
+            curves(
+                "Seconds of probing, a round",
+                "Mean over the window; clients all together, and the server.",
+                "s",
+                *_probing("seconds"),
+            ),
+            curves(
+                "Bytes of probing, a round",
+                "Of the clients' answers on the wire, and of the models that the server kept on disk.",
+                "decbytes",
+                *_probing("bytes"),
+            ),
             curves(
                 "Bytes of a round",
                 "Mean over the window, all clients.",

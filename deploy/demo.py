@@ -21,7 +21,7 @@ from fedbasin.deploy.picture import draw_paths
 from fedbasin.deploy.processes import DeploymentError
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.server.checkpoint import read_reports
-from fedbasin.server.telemetry import height
+from fedbasin.server.gauges import height
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
 CLIENTS = 5

@@ -11,9 +11,10 @@ PREFIX = "fedbasin_"
 
 # The names in fedbasin.strategies, which would bring torch; a test compares. Their counters and histograms exist
 # from the start, at zero, so that a rate also sees what the first round counts.
-RECIPES = ("fedavg", "fisher", "regmean")
-STAGES = ("bootstrap", "fuse", "evaluate")
+RECIPES = ("fedavg", "fisher", "regmean", "regmean++", "features", "head", "features-head")
+STAGES = ("bootstrap", "fuse", "fit", "head", "evaluate")
 STATES = ("running", "finished", "failed")
+SIDES = ("clients", "server")
 
 # From a message on loopback to a night on phones.
 _WORK_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
@@ -44,7 +45,27 @@ RUNS_FAILED = Metric("runs_failed_total", "Runs that an error ended before their
 UPDATES = Metric("updates_total", "Clients' replies by what became of them.", ("recipe", "outcome"))
 RECEIVED = Metric("received_bytes_total", "Bytes of tensors received from clients.")
 SENT = Metric("sent_bytes_total", "Bytes of tensors sent to clients.")
-COUNTERS = (ROUNDS, RUNS_FINISHED, RUNS_FAILED, UPDATES, RECEIVED, SENT)
+PROBE_SECONDS = Metric(
+    "probe_seconds_total",
+    "Seconds that probing took: the clients' paths, variances and singular vectors, all clients together; the "
+    "server's comparison of updates and its own probe set.",
+    ("recipe", "side"),
+)
+PROBE_BYTES = Metric(
+    "probe_bytes_total",
+    "Bytes that probing took: of the clients' answers on the wire; of the models that the server kept on disk.",
+    ("recipe", "side"),
+)
+COUNTERS = (
+    ROUNDS,
+    RUNS_FINISHED,
+    RUNS_FAILED,
+    UPDATES,
+    RECEIVED,
+    SENT,
+    PROBE_SECONDS,
+    PROBE_BYTES,
+)
 
 ROUND_SECONDS = Metric(
     "round_duration_seconds", "From a round's start to its end.", buckets=_WORK_BUCKETS
@@ -118,6 +139,53 @@ DISTANCE = Metric(
     "L2 distance from client to anchor, mean of clients, before and after alignment.",
     ("recipe", "when"),
 )
+SPECTRAL = Metric(
+    "spectral_alignment_ratio",
+    "Agreement of the singular vectors of clients and anchor, 1 for the same directions and about 0 for strangers; "
+    "mean of clients, over the matrices that its budget pays for, before and after alignment.",
+    ("recipe", "when"),
+)
+FIXED_POINTS = Metric(
+    "fixed_points_ratio",
+    "Share of units that alignment left in their place, mean of sites and clients.",
+)
+SKEW = Metric(
+    "skew_ratio",
+    "How far the agreement of clients and anchor is from symmetric, 0 to 2, mean of the sites that can turn, before "
+    "and after alignment.",
+    ("recipe", "when"),
+)
+VARIANCE = Metric(
+    "variance_ratio",
+    "Variance of the new global model's preactivations over that of the clients' models on the same data: lowest and "
+    "mean of the layers; far below 1 the signal fades.",
+    ("recipe", "layers"),
+)
+UPDATE_NORM = Metric("update_norm", "L2 norm of a client's update, mean of clients.")
+UPDATE_COSINE = Metric(
+    "update_cosine",
+    "Cosine of clients' updates with what the new global model moved by (fused), with what the round before moved by "
+    "(previous), and with one another (clients); means, from a sample of the entries.",
+    ("recipe", "to"),
+)
+PROBE_BARRIER = Metric(
+    "probe_barrier_loss",
+    "On the server's probe set: the highest barrier between the clients whose models it kept, and from the new global "
+    "model to them, by measure: linear, above the mean of the ends, gap in the middle, area.",
+    ("recipe", "between", "measure"),
+)
+PROBE_ACCURACY_BARRIER = Metric(
+    "probe_barrier_accuracy_ratio",
+    "On the server's probe set: the largest fall of the accuracy below the straight line, between the clients and "
+    "from the new global model to them.",
+    ("recipe", "between"),
+)
+PROBE_ACCURACY = Metric(
+    "probe_accuracy_ratio",
+    "Accuracy on the server's probe set: of the new global model, of the clients' models (mean), and of their "
+    "ensemble, which is the ceiling.",
+    ("recipe", "model"),
+)
 MODEL = Metric("model_metric", "Metrics of the new global model.", ("recipe", "name"))
 GAUGES = (
     BUILD,
@@ -135,5 +203,14 @@ GAUGES = (
     GAIN,
     CERTIFIED,
     DISTANCE,
+    SPECTRAL,
+    FIXED_POINTS,
+    SKEW,
+    VARIANCE,
+    UPDATE_NORM,
+    UPDATE_COSINE,
+    PROBE_BARRIER,
+    PROBE_ACCURACY_BARRIER,
+    PROBE_ACCURACY,
     MODEL,
 )

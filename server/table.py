@@ -7,8 +7,8 @@ from datetime import UTC
 from rich.table import Table
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.server.gauges import height
 from fedbasin.server.report.text import size
-from fedbasin.server.telemetry import height
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 from fedbasin.strategies.outcome import Outcome
 

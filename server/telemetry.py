@@ -7,27 +7,15 @@ for as OpenMetrics, counters and histograms carry the run and the round that mov
 
 import math
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from statistics import fmean
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from fedbasin.proto.fedbasin_pb2 import (
-    AlignmentReport,
-    ClientReport,
-    PathSums,
-    RoundReport,
-    StageReport,
-)
+from fedbasin.proto.fedbasin_pb2 import RoundReport, StageReport
 from fedbasin.server import catalogue as of
-from fedbasin.strategies.diagnostics.barrier import (
-    Curve,
-    accuracy_barrier,
-    linear_barrier,
-    midpoint_gap,
-)
+from fedbasin.server.gauges import accepted, gauges
 from fedbasin.strategies.outcome import Outcome
 
 _OTHER = "other"
@@ -91,8 +79,11 @@ class Telemetry:
     def _begin(self, recipe: str) -> None:
         """Makes a recipe's series, at zero where they are new: a rate needs a first value."""
         for metric in of.COUNTERS:
-            if metric is not of.UPDATES:
+            if metric.labels == ("recipe",):
                 self._counters[metric].labels(recipe)
+        for side in of.SIDES:
+            self._counters[of.PROBE_SECONDS].labels(recipe, side)
+            self._counters[of.PROBE_BYTES].labels(recipe, side)
         for outcome in Outcome.__members__:
             self._counters[of.UPDATES].labels(recipe, outcome)
         self._histograms[of.ROUND_SECONDS].labels(recipe)
@@ -110,22 +101,18 @@ class Telemetry:
 
     def _observe_success(self, source: "_Source", report: RoundReport) -> None:
         """What only a round has that came to its end."""
-        recipe = source.recipe
         self._count(of.ROUNDS, source, 1)
         self._time(of.ROUND_SECONDS, source, report.seconds)
         for stage in report.stages:
             name = self._stages.admit(stage.stage)
             self._time(of.STAGE_SECONDS, source, stage.seconds, name)
             self._time(of.SERVER_SECONDS, source, stage.server_seconds, name)
-        self._set(of.ROUND, report.round, recipe)
-        self._set(of.FINISHED, report.finished.seconds + report.finished.nanos / 1e9, recipe)
-        self._set(of.LAST_SECONDS, report.seconds, recipe)
-        self._set(of.MEMORY, report.peak_rss_bytes, recipe)
-        self._observe_barriers(recipe, report.path)
-        self._observe_fused(recipe, report.fused_path)
-        self._observe_alignments(recipe, alignments(report))
+        for metric, value, labels in gauges(report):
+            self._set(metric, value, source.recipe, *labels)
         for name, value in report.metrics.items():
-            self._set(of.MODEL, value, recipe, self._names.admit(name))
+            self._set(of.MODEL, value, source.recipe, self._names.admit(name))
+        self._count(of.PROBE_SECONDS, source, report.drift.seconds + report.probe.seconds, "server")
+        self._count(of.PROBE_BYTES, source, report.probe.spooled_bytes, "server")
 
     def _observe_clients(self, source: "_Source", name: str, stage: StageReport) -> None:
         fates = Tally(self._outcomes.admit(client.outcome) for client in stage.clients)
@@ -133,37 +120,11 @@ class Telemetry:
             self._count(of.UPDATES, source, number, outcome)
         self._count(of.RECEIVED, source, sum(client.bytes_up for client in stage.clients))
         self._count(of.SENT, source, sum(client.bytes_down for client in stage.clients))
+        probed = [client for client in stage.clients if 0 <= client.probe_seconds < math.inf]
+        self._count(of.PROBE_SECONDS, source, sum(c.probe_seconds for c in probed), "clients")
+        self._count(of.PROBE_BYTES, source, sum(c.probe_bytes for c in probed), "clients")
         for client in accepted(stage.clients):
             self._time(of.CLIENT_SECONDS, source, client.seconds, name)
-
-    def _observe_barriers(self, recipe: str, path: PathSums) -> None:
-        for when, loss, correct in (
-            ("before", path.loss_before, path.correct_before),
-            ("after", path.loss_after, path.correct_after),
-        ):
-            if loss and path.examples:
-                self._set(of.BARRIER_LOSS, height(linear_barrier, path, loss), recipe, when)
-            if correct and path.examples:
-                fall = height(accuracy_barrier, path, correct)
-                self._set(of.BARRIER_ACCURACY, fall, recipe, when)
-
-    def _observe_fused(self, recipe: str, path: PathSums) -> None:
-        if path.loss_after and path.examples:
-            rise = height(linear_barrier, path, path.loss_after)
-            self._set(of.FUSED_BARRIER, rise, recipe)
-            self._set(of.FUSED_GAP, height(midpoint_gap, path, path.loss_after), recipe)
-
-    def _observe_alignments(self, recipe: str, moves: Sequence[AlignmentReport]) -> None:
-        if not moves:
-            return
-        sites = [site for move in moves for site in move.sites]
-        self._set(of.GAIN, sum(site.gain for site in sites) / len(moves), recipe)
-        self._set(of.DISTANCE, fmean(move.distance_before for move in moves), recipe, "before")
-        self._set(of.DISTANCE, fmean(move.distance_after for move in moves), recipe, "after")
-        if sites:
-            self._set(of.CERTIFIED, fmean(site.certified for site in sites), recipe)
-        if errors := [m.endpoint_error for m in moves if m.HasField("endpoint_error")]:
-            self._set(of.ENDPOINT_ERROR, max(errors), recipe)
 
     def _count(self, metric: of.Metric, source: "_Source", amount: float, *labels: str) -> None:
         self._counters[metric].labels(source.recipe, *labels).inc(amount, source.exemplar)
@@ -186,28 +147,3 @@ class _Source:
 
 def _exemplar(report: RoundReport) -> dict[str, str]:
     return {"run": report.run_id[:_LONGEST_RUN_ID], "round": str(report.round)}
-
-
-def height(
-    barrier: Callable[[Curve, Curve], float], path: PathSums, sums: Sequence[float]
-) -> float:
-    """The barrier of the clients' pooled data; NaN where the loss overflowed or the path is no path."""
-    try:
-        return barrier(path.points, [value / path.examples for value in sums])
-    except ValueError:
-        return math.nan
-
-
-def accepted(clients: Iterable[ClientReport]) -> list[ClientReport]:
-    """The clients whose update is in the sum."""
-    return [client for client in clients if client.outcome == Outcome.accepted.name]
-
-
-def alignments(report: RoundReport) -> list[AlignmentReport]:
-    """How the accepted clients of a round were aligned."""
-    return [
-        client.alignment
-        for stage in report.stages
-        for client in accepted(stage.clients)
-        if client.HasField("alignment")
-    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.telemetry import alignments
+from fedbasin.server.gauges import alignments
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 
 from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport, StageReport
-from fedbasin.server.telemetry import height
+from fedbasin.server.gauges import height
 from fedbasin.strategies.diagnostics.barrier import Curve, accuracy_barrier, linear_barrier
 from fedbasin.strategies.outcome import Outcome
 

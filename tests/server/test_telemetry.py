@@ -18,9 +18,34 @@ from fedbasin.strategies.stages import AlignedFuse, Bootstrap, Evaluate, Fuse
 
 
 def alignment(certified, gain, before, after, error):
-    sites = [pb.SiteReport(site=f"s{i}", certified=c, gain=gain) for i, c in enumerate(certified)]
+    sites = [
+        pb.SiteReport(site=f"s{i}", certified=c, gain=gain, fixed_points=1 if c else gain / 4)
+        for i, c in enumerate(certified)
+    ]
+    sites[0].skew_before, sites[0].skew_after = gain / 2, gain / 8
     return pb.AlignmentReport(
-        sites=sites, distance_before=before, distance_after=after, endpoint_error=error
+        sites=sites,
+        distance_before=before,
+        distance_after=after,
+        endpoint_error=error,
+        spectral=pb.Spectral(before=gain / 10, after=gain / 4, matrices=2, of=3),
+    )
+
+
+def probe():
+    def path(a, b, loss, correct):
+        sums = pb.PathSums(points=[0, 0.5, 1], loss_after=loss, correct_after=correct, examples=10)
+        return pb.ProbedPath(a=a, b=b, path=sums)
+
+    return pb.ServerProbe(
+        nodes=[7, 8],
+        accepted=2,
+        pairs=[path(7, 8, [10, 40, 20], [8, 4, 6])],  # 2.5 above the chord, 2 above the higher end
+        fused=[path(0, 7, [10, 12, 10], [9, 9, 8]), path(0, 8, [10, 11, 20], [9, 8, 6])],
+        ensemble_loss=0.2,
+        ensemble_accuracy=0.95,
+        seconds=2,
+        spooled_bytes=4000,
     )
 
 
@@ -32,6 +57,8 @@ def report(**changes):
             bytes_up=1000,
             bytes_down=600,
             seconds=4,
+            probe_seconds=1.5,
+            probe_bytes=90,
             alignment=alignment([True, False], gain=2.0, before=10, after=4, error=2e-7),
         ),
         pb.ClientReport(
@@ -40,6 +67,8 @@ def report(**changes):
             bytes_up=1000,
             bytes_down=600,
             seconds=6,
+            probe_seconds=-3,  # a client may say anything
+            probe_bytes=90,
             alignment=alignment([False, False], gain=1.0, before=20, after=6, error=3e-7),
         ),
         pb.ClientReport(node_id=2**60 + 3, outcome="wrong_shape", bytes_up=10, bytes_down=600),
@@ -70,6 +99,9 @@ def report(**changes):
         fused_path=fused_path,
         metrics={"accuracy": 0.9},
         peak_rss_bytes=12345,
+        drift=pb.Drift(norm=3, fused=0.5, previous=-0.25, clients_mean=0.1, seconds=0.5),
+        variance=[pb.VarianceRatio(layer="a", ratio=0.4), pb.VarianceRatio(layer="b", ratio=1.0)],
+        probe=probe(),
     )
     made.finished.FromJsonString("2026-01-02T03:04:05.5Z")
     made.MergeFrom(pb.RoundReport(**changes))
@@ -134,6 +166,32 @@ def value(text, name, /, **labels):
         ("certified_sites_ratio", {}, 0.25),
         ("anchor_distance", {"when": "before"}, 15),
         ("anchor_distance", {"when": "after"}, 5),
+        ("spectral_alignment_ratio", {"when": "before"}, 0.15),
+        ("spectral_alignment_ratio", {"when": "after"}, 0.375),
+        ("fixed_points_ratio", {}, 0.5),  # (1 + 1/2 + 1/4 + 1/4) / 4
+        ("skew_ratio", {"when": "before"}, 0.75),
+        ("skew_ratio", {"when": "after"}, 0.1875),
+        ("variance_ratio", {"layers": "lowest"}, 0.4),
+        ("variance_ratio", {"layers": "mean"}, 0.7),
+        ("update_norm", {}, 3),
+        ("update_cosine", {"to": "fused"}, 0.5),
+        ("update_cosine", {"to": "previous"}, -0.25),
+        ("update_cosine", {"to": "clients"}, 0.1),
+        ("probe_barrier_loss", {"between": "clients", "measure": "linear"}, 2.5),
+        ("probe_barrier_loss", {"between": "clients", "measure": "above_mean"}, 2.5),
+        ("probe_barrier_loss", {"between": "clients", "measure": "midpoint"}, 2.5),
+        ("probe_barrier_loss", {"between": "clients", "measure": "area"}, 1.25),
+        ("probe_barrier_loss", {"between": "fused", "measure": "linear"}, 0.2),
+        ("probe_barrier_loss", {"between": "fused", "measure": "above_mean"}, 0.5),
+        ("probe_barrier_accuracy_ratio", {"between": "clients"}, 0.3),
+        ("probe_barrier_accuracy_ratio", {"between": "fused"}, 0),
+        ("probe_accuracy_ratio", {"model": "fused"}, 0.9),
+        ("probe_accuracy_ratio", {"model": "clients"}, 0.7),
+        ("probe_accuracy_ratio", {"model": "ensemble"}, 0.95),
+        ("probe_seconds_total", {"side": "clients"}, 1.5),
+        ("probe_seconds_total", {"side": "server"}, 2.5),
+        ("probe_bytes_total", {"side": "clients"}, 90),
+        ("probe_bytes_total", {"side": "server"}, 4000),
         ("model_metric", {"name": "accuracy"}, 0.9),
     ],
 )
@@ -175,7 +233,8 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 
 def test_the_series_of_every_recipe_are_there_before_its_first_round():
     assert set(catalogue.RECIPES) == set(RECIPES)
-    assert set(catalogue.STAGES) == {one.name for one in (Bootstrap, Fuse, AlignedFuse, Evaluate)}
+    named = {one.name for one in (Bootstrap, Fuse, AlignedFuse, Evaluate)}
+    assert set(catalogue.STAGES) == named | {"fit", "head"}
     there = samples(page())
     for recipe in RECIPES:
         assert there["fedbasin_rounds_total", frozenset({("recipe", recipe)})] == 0
