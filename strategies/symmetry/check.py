@@ -2,13 +2,14 @@
 
     f(theta, x) == f(g . theta, x)        for random g and x, in float64 and in float32
 
-The parameters are shaken first: units that are still equal, as the scales of a fresh normalisation layer are,
-would hide a member that was left behind.
+Where the symmetry folds norms, g acts on the folded parameters, which must have the same function too. The
+parameters are shaken first: units that are still equal, as the scales of a fresh normalisation layer are, would
+hide a member that was left behind.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
+from fedbasin.strategies.symmetry.translation import random as random_translation
 
 DOUBLE_TOLERANCE = 1e-10
 SINGLE_TOLERANCE = 1e-4
@@ -44,7 +46,7 @@ class CheckReport:
 
     Attributes:
         trials: the errors, trial by trial.
-        guilty: the sites that change the function when they act alone; searched only after a failure.
+        guilty: the sites and shifts that change the function when they act alone; searched only after a failure.
     """
 
     trials: tuple[Trial, ...]
@@ -77,13 +79,21 @@ def check(
     with torch.random.fork_rng(), in_mode(model, training=False), torch.no_grad():
         seeds = range(seed, seed + trials)
         found = tuple(_trial(model, symmetry, inputs, each) for each in seeds)
-        suspects = () if all(trial.passed for trial in found) else symmetry.sites
+        suspects = () if all(trial.passed for trial in found) else _parts(symmetry)
         guilty = tuple(
-            site.name
-            for site in suspects
-            if not all(_trial(model, Symmetry((site,)), inputs, each).passed for each in seeds)
+            name
+            for name, part in suspects
+            if not all(_trial(model, part, inputs, each).passed for each in seeds)
         )
     return CheckReport(found, guilty)
+
+
+def _parts(symmetry: Symmetry) -> Iterator[tuple[str, Symmetry]]:
+    """Every site and every shift alone, by name."""
+    for site in symmetry.sites:
+        yield site.name, replace(symmetry, sites=(site,), shifts=())
+    for shift in symmetry.shifts:
+        yield str(shift), replace(symmetry, sites=(), shifts=(shift,))
 
 
 def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], seed: int) -> Trial:
@@ -91,9 +101,14 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], see
     state = _shaken(model, generator)
     drawn = tuple(_redrawn(tensor, generator) for tensor in inputs)
     transform = _moving(symmetry, generator)
+    translation = random_translation(symmetry.shifts, state, generator)
+
+    def move(original: State) -> State:
+        return translation.act(transform.act(symmetry.fold(original)))
+
     return Trial(
-        _error(model, transform, state, drawn, torch.float64),
-        _error(model, transform, state, drawn, torch.float32),
+        _error(model, move, state, drawn, torch.float64),
+        _error(model, move, state, drawn, torch.float32),
     )
 
 
@@ -108,7 +123,7 @@ def _moving(symmetry: Symmetry, generator: torch.Generator) -> Transform:
 
 def _error(
     model: nn.Module,
-    transform: Transform,
+    move: Callable[[State], State],
     state: State,
     inputs: tuple[Tensor, ...],
     dtype: torch.dtype,
@@ -116,7 +131,7 @@ def _error(
     original = {name: _cast(tensor, dtype) for name, tensor in state.items()}
     arguments = tuple(_cast(tensor, dtype) for tensor in inputs)
     before = _outputs(model, original, arguments)
-    after = _outputs(model, transform.act(original), arguments)
+    after = _outputs(model, move(original), arguments)
     scale = _largest(before)
     worst = _largest([a - b for a, b in zip(before, after, strict=True)])
     return worst / scale if scale > 0 else worst

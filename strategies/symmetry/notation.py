@@ -1,9 +1,9 @@
 """Groups as text: `str(group)` writes them, `read` reads them back.
 
-group    =  S(n)  |  O(d)  |  O(d)^h  |  product " wr " S(n)
+group    =  S(n)  |  O(d)  |  C(n)  |  O(d)^h  |  product " wr " S(n)
 product  =  factor { "*" factor }
 factor   =  part { "+" part }  |  "(" product " wr " S(n) ")"  |  "(" product ")xS(g)"
-part     =  S(n)  |  O(d)  |  R(n,s)  |  Z(n,s)
+part     =  S(n)  |  O(d)  |  C(n)  |  R(n,s)  |  Z(n,s)  |  P(d)  |  CO(d)  |  GL(d)
 """
 
 import re
@@ -12,11 +12,20 @@ from dataclasses import dataclass
 
 from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.inner import DirectSum, Inner, PairSigns, Rotary, Shared
+from fedbasin.strategies.symmetry.residual_rotations import Centred
+from fedbasin.strategies.symmetry.stretching import Conformal, General, Positive
 
-_TOKEN = re.compile(r"[SORZ]\(\d+(?:,\d+)?\)|\^\d+| wr |[*+()x]")
-_ATOM = re.compile(r"([SORZ])\((\d+)(?:,(\d+))?\)")
+_TOKEN = re.compile(r"(?:GL|CO|[SOCPRZ])\(\d+(?:,\d+)?\)|\^\d+| wr |[*+()x]")
+_ATOM = re.compile(r"(GL|CO|[SOCPRZ])\((\d+)(?:,(\d+))?\)")
 
-_ONE = {"S": Permutation, "O": Orthogonal}
+_ONE = {
+    "S": Permutation,
+    "O": Orthogonal,
+    "C": Centred,
+    "P": Positive,
+    "CO": Conformal,
+    "GL": General,
+}
 _TWO = {"R": Rotary, "Z": PairSigns}
 
 
@@ -30,6 +39,13 @@ def read(text: str) -> Group:
     Raises:
         NotationError: what is wrong with it.
     """
+    try:
+        return _read(text)
+    except ValueError as error:
+        raise error if isinstance(error, NotationError) else NotationError(str(error)) from error
+
+
+def _read(text: str) -> Group:
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != text:
         raise NotationError(f"{text!r} is no group; write for example S(8), O(8)^4 or O(8) wr S(4)")
@@ -57,7 +73,7 @@ class _Reader:
             raise NotationError(
                 f"{self.text!r} has several legs but nothing exchanges them; write two sites"
             )
-        if not isinstance(inner, Permutation | Orthogonal):
+        if not isinstance(inner, Permutation | Orthogonal | Centred):
             raise NotationError(
                 f"{self.text!r} is a group inside a block; write `{self.text} wr S(1)`"
             )
@@ -112,7 +128,9 @@ class _Reader:
             raise NotationError(f"{self.text!r} is no group; a group is missing or a sign too much")
         letter, size, stride = match.groups()
         if (letter in _TWO) != (stride is not None):
-            raise NotationError(f"{match[0]} in {self.text!r}: write S(n), O(n), R(n,s) or Z(n,s)")
+            raise NotationError(
+                f"{match[0]} in {self.text!r}: write S(n), O(n), C(n), R(n,s) or Z(n,s)"
+            )
         try:
             return _TWO[letter](int(size), int(stride)) if stride else _ONE[letter](int(size))
         except ValueError as error:

@@ -14,22 +14,29 @@ on every tensor that writes or reads the space. In the notation a site is one li
 part of every run of `period` entries (heads whose query, key and value are interleaved), and with `outer.` before
 the axis that part of every slice along the outer axis (stacked experts). `@leg` says which of the group's
 feature spaces it is; parentheses mark what moves with the site but does not count in matching. An axis that is
-longer than the site gives every unit a run of consecutive entries (a flattened channel).
+longer than the site gives every unit a run of consecutive entries (a flattened channel). A line
+`norm -> reader.weight[axis] ...` is a norm whose gain must be folded first (`folding.py`), a line `+ key.bias` a
+bias that any vector may be added to (`translation.py`).
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.element import Element
+from fedbasin.strategies.symmetry.folding import Fold, FoldError, check_folds, fold, read_fold
 from fedbasin.strategies.symmetry.groups import Group
 from fedbasin.strategies.symmetry.notation import NotationError, read
+from fedbasin.strategies.symmetry.translation import Shift, ShiftError, nearest, read_shift
+
+_Line = TypeVar("_Line", Fold, Shift)
 
 
 class SymmetryError(ValueError):
@@ -135,9 +142,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Symmetry:
-    """All sites of an architecture. `parse(str(s)) == s`."""
+    """All sites of an architecture. `parse(str(s)) == s`.
+
+    Attributes:
+        sites: in the order in which matching visits them.
+        folds: norms whose gains must be 1 for the sites' elements to keep the function.
+        shifts: biases that may be moved by a vector.
+    """
 
     sites: tuple[Site, ...]
+    folds: tuple[Fold, ...] = ()
+    shifts: tuple[Shift, ...] = ()
 
     def __post_init__(self) -> None:
         names = [site.name for site in self.sites]
@@ -151,25 +166,46 @@ class Symmetry:
                 raise SymmetryError(f"site {site.name!r} cannot be written down: {site}")
 
     def __str__(self) -> str:
-        return "".join(f"{site}\n" for site in self.sites)
+        return "".join(f"{line}\n" for line in (*self.sites, *self.folds, *self.shifts))
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the notation: two parties with the same digest move the same tensors."""
         return hashlib.sha256(str(self).encode()).digest()
 
+    def fold(self, state: State) -> dict[str, Tensor]:
+        """The same function in the parametrisation on which the elements act; without folds the same state.
+
+        Raises:
+            FoldError: a norm's gain vanishes where it would have to be divided by.
+        """
+        return fold(self.folds, state)
+
+    def translate(self, anchor: State, client: State) -> dict[str, Tensor]:
+        """The client's function in the biases that are closest to the anchor; without shifts the same state.
+
+        It is exact, but depends on the client's projections: those should be aligned already.
+        """
+        return nearest(self.shifts, anchor, client).act(client)
+
     def check(self, state: State) -> None:
-        """Check that every member fits the tensors of a model.
+        """Check that every member and every fold fits the tensors of a model.
 
         Raises:
             SymmetryError: a tensor is missing or not floating, an axis is not a multiple of its site's
-                width, a leg has nothing to match by, or two members overlap.
+                width, a leg has nothing to match by, two members overlap, or a norm or shift does not fit.
         """
         for site in self.sites:
             _check_legs(site)
             for member in site.members:
                 _check(site, member, state)
         _check_overlaps(self, state)
+        try:
+            check_folds(self.folds, state)
+            for shift in self.shifts:
+                shift.check(state)
+        except (FoldError, ShiftError) as error:
+            raise SymmetryError(str(error)) from error
 
 
 def _check(site: Site, member: Member, state: State) -> None:
@@ -263,8 +299,18 @@ def parse(text: str) -> Symmetry:
     Raises:
         SymmetryError: naming the line that is not in the notation.
     """
-    lines = (line.strip() for line in text.splitlines())
-    return Symmetry(tuple(_site(line) for line in lines if line and not line.startswith("#")))
+    lines = [line for raw in text.splitlines() if (line := raw.strip()) and line[0] != "#"]
+    shifts = tuple(_read(read_shift, line) for line in lines if line.startswith("+ "))
+    folds = tuple(_read(read_fold, line) for line in lines if " -> " in line)
+    rest = (line for line in lines if " -> " not in line and not line.startswith("+ "))
+    return Symmetry(tuple(_site(line) for line in rest), folds, shifts)
+
+
+def _read(read_line: Callable[[str], _Line], line: str) -> _Line:
+    try:
+        return read_line(line)
+    except (FoldError, ShiftError) as error:
+        raise SymmetryError(str(error)) from error
 
 
 def _site(line: str) -> Site:

@@ -8,12 +8,12 @@ diagonal is right, so it is refused.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.state import State
+from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.sites import Member, Symmetry
 
@@ -35,7 +35,10 @@ class Transform:
         return all(element.is_identity for element in self.elements.values())
 
     def act(self, state: State) -> dict[str, Tensor]:
-        """The transformed state; tensors that no site touches are the same objects."""
+        """The transformed state; tensors that no site touches are the same objects.
+
+        Names of one tensor share their memory afterwards too, if they move alike.
+        """
         return _acted(self.symmetry, self.elements, state)
 
     def act_on_squares(self, squares: State) -> dict[str, Tensor]:
@@ -97,13 +100,38 @@ class Transform:
 
 
 def _acted(symmetry: Symmetry, elements: Mapping[str, Element], state: State) -> dict[str, Tensor]:
+    moves = _moves(symmetry, elements, state)
+    first = tied({name: state[name] for name in moves})
     result = dict(state)
-    for site in symmetry.sites:
-        if site.name in elements:
-            for member in site.members:
-                if member.tensor in result:
-                    result[member.tensor] = member.act(elements[site.name], result[member.tensor])
+    for name, acts in moves.items():
+        if first[name] != name and _alike(acts, moves[first[name]]):
+            result[name] = result[first[name]]
+            continue
+        for element, member in acts:
+            result[name] = member.act(element, result[name])
     return result
+
+
+_Acts = list[tuple[Element, Member]]
+
+
+def _moves(symmetry: Symmetry, elements: Mapping[str, Element], state: State) -> dict[str, _Acts]:
+    """What acts on each tensor, in the order of the sites."""
+    result: dict[str, _Acts] = {}
+    for site in symmetry.sites:
+        for member in site.members if site.name in elements else ():
+            if member.tensor in state:
+                result.setdefault(member.tensor, []).append((elements[site.name], member))
+    return result
+
+
+def _alike(one: _Acts, other: _Acts) -> bool:
+    """Whether two names of one tensor move alike, so that they may stay one tensor."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(
+        e is f and replace(m, tensor="", scored=True) == replace(n, tensor="", scored=True)
+        for (e, m), (f, n) in pairs
+    )
 
 
 def identity(symmetry: Symmetry) -> Transform:

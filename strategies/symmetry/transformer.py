@@ -7,7 +7,7 @@ places, and inside a head queries and keys are turned together, values against t
 `O(d_h)*O(d_h) wr S(h)` (Zhang et al. 2025, arXiv 2502.00264). The hidden units of an MLP are a permutation.
 
 Without rotary positions a key bias adds the same to all scores of a query and says nothing: it moves with its head
-but does not count in matching. Rotary positions, normalised queries and keys, and gated MLPs have other groups:
+but does not count in matching, and any vector may be added to it. Rotary positions, normalised queries and keys, and gated MLPs have other groups:
 this family is not theirs.
 """
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.translation import Output, Shift
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class _Family:
         blocks = range(self._count())
         stream = self._residual(blocks)
         inner = [site for block in blocks for site in (self._heads(block), self._hidden(block))]
-        return Symmetry((stream, *inner) if residual else tuple(inner))
+        shifts = tuple(shift for block in blocks for shift in self._shifts(block))
+        return Symmetry((stream, *inner) if residual else tuple(inner), shifts=shifts)
 
     def _count(self) -> int:
         block = 0
@@ -126,6 +128,17 @@ class _Family:
         )
         inners = (self._inside(query, scores), self._inside(value, values))
         return Site(f"heads.{block}", Wreath(inners, self.heads), members)
+
+    def _shifts(self, block: int) -> Iterator[Shift]:
+        key, value, output = (
+            name.format(block=block)
+            for name in (self.names.key, self.names.value, self.names.output)
+        )
+        if f"{key}.bias" in self.state:
+            yield Shift(f"{key}.bias")
+        if f"{value}.bias" in self.state and f"{output}.bias" in self.state:
+            into = Output(f"{output}.weight", 1, f"{output}.bias")
+            yield Shift(f"{value}.bias", output=into)
 
     def _inside(self, projection: str, width: int) -> Orthogonal:
         if self.heads < 1 or width % self.heads:

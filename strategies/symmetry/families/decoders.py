@@ -48,6 +48,8 @@ def _gpt2_block(draft: Draft, stream: Space, layer: str, block: int, count: int)
         # The key bias, the second third, adds the same to all scores of a query.
         head.at(leg).writes(fused, 1, part, bias_scored=number != 1)
     head.at(1).reads(output, axis=0)
+    draft.shifts_keys(fused, (width, 2 * width))
+    draft.shifts_values(fused, output, (2 * width, 3 * width), axis=0)
     up, down = f"{layer}.mlp.c_fc", f"{layer}.mlp.c_proj"
     units = draft.space(f"mlp.{block}", Permutation(draft.shape(f"{up}.weight")[1]))
     units.writes(up, 1)
@@ -88,6 +90,8 @@ def _interleaved_heads(config: Config, draft: Draft, name: str, attention: str) 
     for number, leg in enumerate((0, 0, 1)):
         head.at(leg).writes(fused, 0, (number * size, (number + 1) * size), period=3 * size)
     head.at(1).reads(f"{attention}.dense")
+    part = (2 * size, 3 * size)
+    draft.shifts_values(fused, f"{attention}.dense", part, period=3 * size)
 
 
 def _partly_turned(config: Config, size: int) -> Inner:

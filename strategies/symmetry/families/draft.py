@@ -13,6 +13,7 @@ from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Wreath
 from fedbasin.strategies.symmetry.inner import Inner, Shared
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.translation import Output, Shift
 
 # Frequencies and masks that some versions save with the weights: no client trains them.
 _BUFFERS = ("*.inv_freq", "*.masked_bias", "*.attn.bias", "*.attention.bias")
@@ -62,6 +63,7 @@ class Draft:
     state: State
     sites: dict[str, Site] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
+    shifts: list[Shift] = field(default_factory=list)
 
     def space(self, name: str, group: Group, leg: int = 0) -> "Space":
         """A new site, and its first leg."""
@@ -88,6 +90,26 @@ class Draft:
         """Tensors that no site moves, if the model has them: what is written to labels, buffers."""
         self.fixed |= set(tensors)
 
+    def shifts_keys(self, layer: str, part: tuple[int, int] | None = None) -> None:
+        """Any vector may be added to a key bias that only queries meet."""
+        if f"{layer}.bias" in self.state:
+            self.shifts.append(Shift(f"{layer}.bias", part))
+
+    def shifts_values(
+        self,
+        layer: str,
+        output: str,
+        part: tuple[int, int] | None = None,
+        *,
+        period: int | None = None,
+        axis: int = 1,
+    ) -> None:
+        """Any vector may be added to a value bias, as the bias of the output projection takes it up."""
+        value, taking = f"{layer}.bias", f"{output}.bias"
+        if value in self.state and taking in self.state:
+            into = Output(f"{output}.weight", axis, taking)
+            self.shifts.append(Shift(value, part, period, into))
+
     def finish(self, *left_out: str) -> Symmetry:
         """The symmetry without the sites that are `left_out`.
 
@@ -97,7 +119,8 @@ class Draft:
         """
         self._refuse_forgotten()
         self._refuse_torn()
-        found = Symmetry(tuple(site for name, site in self.sites.items() if name not in left_out))
+        sites = tuple(site for name, site in self.sites.items() if name not in left_out)
+        found = Symmetry(sites, shifts=tuple(self.shifts))
         found.check(self.state)
         return found
 
@@ -226,6 +249,9 @@ def heads(
     space.writes(layers.key, bias_scored=key_bias_scored)
     space.at(1).writes(layers.value)
     space.at(1).reads(layers.output)
+    if not key_bias_scored:
+        draft.shifts_keys(layers.key)
+    draft.shifts_values(layers.value, layers.output)
     return space
 
 
@@ -253,6 +279,8 @@ def grouped_heads(
     inners: tuple[Inner, ...] = (turn, value)
     space = draft.space(name, Wreath(inners if many == 1 else (Shared(inners, many),), keys))
     query, output = (space, space.at(1)) if many == 1 else (space.at(2), space.at(3))
+    if many == 1:
+        draft.shifts_values(layers.value, layers.output)
     space.writes(layers.key)
     query.writes(layers.query)
     space.at(1).writes(layers.value)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedbasin.strategies.state import State, distance
-from fedbasin.strategies.symmetry.groups import Orthogonal
+from fedbasin.strategies.state import State, distance, tied
+from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation
 from fedbasin.strategies.symmetry.sites import Symmetry, parse
 from fedbasin.strategies.symmetry.tracing import trace
 from fedbasin.strategies.symmetry.transform import Transform, identity, random
@@ -135,6 +135,35 @@ def test_only_rotations_mix_entries() -> None:
     assert transform.mixes("blocks.0.attention.output.weight")
     assert not transform.mixes("blocks.0.mlp.up.weight")
     assert not identity(symmetry).mixes("blocks.0.attention.output.weight")
+
+
+def test_tied_tensors_stay_one_and_others_stay_apart() -> None:
+    model, symmetry, _ = family("tied")
+    state = model.state_dict()
+    names = tied(state)
+    moved = drawn(symmetry).act(state)
+    (one, other), *_ = [(name, first) for name, first in names.items() if name != first]
+    assert moved[one] is moved[other]
+    assert not torch.equal(moved[one], state[one])
+    untied = {name: tensor.clone() for name, tensor in state.items()}
+    apart = drawn(symmetry).act(untied)
+    assert apart[one] is not apart[other]
+    assert torch.equal(apart[one], moved[one])
+    torn = parse("a S(3) x[0]\nb S(3) y[0]")
+    shared = torch.arange(3.0)
+    elements = {"a": Permutation(3).identity(), "b": Permutation(3).random(torch.Generator())}
+    found = Transform(torn, elements).act({"x": shared, "y": shared})
+    assert torch.equal(found["x"], shared)
+    assert torch.equal(found["y"], elements["b"].act(shared, 0))
+
+
+def test_what_is_stored_input_first_moves_its_inputs_too() -> None:
+    symmetry = parse("a S(4) up[1] down[0]")
+    transform = drawn(symmetry)
+    features = torch.randn(9, 4, dtype=torch.float64)
+    moved = transform.act({"up": features, "down": torch.zeros(4, 2)})["up"]
+    gram = transform.act_on_inputs("down", features.mT @ features, inputs=4, axis=0)
+    torch.testing.assert_close(gram, moved.mT @ moved)
 
 
 def test_parts_of_a_fused_tensor_move_alone() -> None:
