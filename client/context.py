@@ -18,6 +18,18 @@ _SENT_ARRAYS = "fedbasin.sent-arrays"
 _SENT_HEADER = "fedbasin.sent-header"
 _FUSED_ARRAYS = "fedbasin.fused-arrays"
 _FUSED_HEADER = "fedbasin.fused-header"
+_BASE_ARRAYS = "fedbasin.base-arrays"
+
+_KEPT = (
+    _ARRAYS,
+    _METRICS,
+    _HEADER,
+    _SENT_ARRAYS,
+    _SENT_HEADER,
+    _FUSED_ARRAYS,
+    _FUSED_HEADER,
+    _BASE_ARRAYS,
+)
 
 
 def keep(context: Context, server_round: int, state: State, metrics: dict[str, float]) -> None:
@@ -64,6 +76,8 @@ def sent_examples(context: Context) -> float:
 def keep_fused(context: Context, server_round: int, sequence: int, state: State) -> None:
     """Remember the fused model of this round as far as it has got, in place of what was known of it."""
     context.state[_FUSED_ARRAYS], specs = packing.pack(state)
+    if not sequence:
+        context.state[_BASE_ARRAYS] = context.state[_FUSED_ARRAYS]
     header = pb.Request(round=server_round, anchor=specs, fit=pb.Fit(sequence=sequence))
     context.state[_FUSED_HEADER] = ConfigRecord({"header": header.SerializeToString()})
 
@@ -81,8 +95,13 @@ def fused_so_far(context: Context, server_round: int, sequence: int) -> dict[str
     return packing.unpack(context.state.array_records[_FUSED_ARRAYS], header.anchor)
 
 
+def fused_at_first(context: Context) -> dict[str, Tensor]:
+    """The fused model of this round as its first piece brought it."""
+    header = pb.Request.FromString(wire.header_bytes(context.state, _FUSED_HEADER))
+    return packing.unpack(context.state.array_records[_BASE_ARRAYS], header.anchor)
+
+
 def forget(context: Context) -> None:
     """Drop what was kept."""
-    kept = _ARRAYS, _METRICS, _HEADER, _SENT_ARRAYS, _SENT_HEADER, _FUSED_ARRAYS, _FUSED_HEADER
-    for name in kept:
+    for name in _KEPT:
         context.state.pop(name, None)

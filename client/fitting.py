@@ -7,12 +7,21 @@ which every request brings the part that is new.
 from flwr.app import Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedbasin.client.context import forget, fused_so_far, keep_fused, sent, sent_examples
+from fedbasin.client.context import (
+    forget,
+    fused_at_first,
+    fused_so_far,
+    keep_fused,
+    sent,
+    sent_examples,
+)
+from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import regress
-from fedbasin.client.reply import Data, Request, answer, required
+from fedbasin.client.reply import Data, Request, answer, path_message, required
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.recipe import Target
+from fedbasin.strategies.state import State
 
 _TARGET = {
     pb.FIT_TARGET_FEATURES: Target.features,
@@ -24,7 +33,7 @@ _TARGET = {
 def fit_reply(
     request: Request, context: Context, model: nn.Module, data: Data | None
 ) -> RecordDict:
-    """Sums over the client's own examples, for the layers that the request names.
+    """Sums over the client's own examples, of the layers that the request names or of the path it asks for.
 
     Args:
         request: the question; its anchor is what is new of the fused model.
@@ -43,20 +52,38 @@ def fit_reply(
         batches = required(data, "a fit")
         header.examples = sent_examples(context)
         content["metrics"] = MetricRecord({"num-examples": header.examples})
-        asked = request.header.fit
-        blocks = [tuple(block.tensors) for block in asked.blocks]
-        sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches())
-        tensors = {f"gram {'+'.join(b)}": s.gram.float() for b, s in sums.items()}
-        tensors |= {f"moment {'+'.join(b)}": s.moment.float() for b, s in sums.items()}
-        content[wire.STATISTICS], specs = packing.pack(tensors)
-        for block, gram, moment in zip(sums, specs, specs[len(sums) :], strict=False):
-            header.precisions.add(
-                tensors=block, kind=pb.PRECISION_KIND_GRAM, statistic=gram, moment=moment
-            )
+        _fit(request, own, fused, model, batches, header, content)
+        if request.path_points:
+            start = fused_at_first(context)
+            path = path_losses(model, start, fused, batches(), request.path_points)
+            header.path.CopyFrom(path_message(path))
     if not request.header.keep:
         forget(context)
     wire.write(content, header)
     return content
+
+
+def _fit(
+    request: Request,
+    own: State,
+    fused: State,
+    model: nn.Module,
+    batches: Data,
+    header: pb.UpdateHeader,
+    content: RecordDict,
+) -> None:
+    asked = request.header.fit
+    if not asked.blocks:
+        return
+    blocks = [tuple(block.tensors) for block in asked.blocks]
+    sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches())
+    tensors = {f"gram {'+'.join(b)}": s.gram.float() for b, s in sums.items()}
+    tensors |= {f"moment {'+'.join(b)}": s.moment.float() for b, s in sums.items()}
+    content[wire.STATISTICS], specs = packing.pack(tensors)
+    for block, gram, moment in zip(sums, specs, specs[len(sums) :], strict=False):
+        header.precisions.add(
+            tensors=block, kind=pb.PRECISION_KIND_GRAM, statistic=gram, moment=moment
+        )
 
 
 def _fused(request: Request, context: Context) -> dict[str, Tensor] | None:

@@ -48,6 +48,9 @@ def basin(
             return call_next(message, context)
         request = read_request(message.content, context.node_id)
         batches = None if data is None else lambda: data(context)
+        if request.header.HasField("fit"):
+            content = fit_reply(request, context, model(context), batches)
+            return Message(content=content, reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
             message.content = _for_app(message.content, request.anchor)
             reply = call_next(message, context)
@@ -55,8 +58,6 @@ def basin(
                 _probe_fused(request, reply, context, model, batches)
             return reply
         own = model(context)
-        if request.header.HasField("fit"):
-            return Message(content=fit_reply(request, context, own, batches), reply_to=message)
         started = time.perf_counter()
         trained = _train(request, message, context, call_next, own)
         if isinstance(trained, Message):

@@ -144,12 +144,16 @@ def fused_path(
     header = answer(request)
     with _probing(header):
         path = path_losses(model, request.anchor, end, batches(), request.path_points)
-        header.path.points.extend(path.points)
-        header.path.loss_after.extend(path.loss)
-        header.path.correct_after.extend(path.correct)
-        header.path.examples = path.examples
+        header.path.CopyFrom(path_message(path))
         header.variance.extend(_variance(request.anchor, end, model, batches))
     return header
+
+
+def path_message(path: Path) -> pb.PathSums:
+    """Sums along a path that has nothing to do with alignment."""
+    return pb.PathSums(
+        points=path.points, loss_after=path.loss, correct_after=path.correct, examples=path.examples
+    )
 
 
 def _variance(

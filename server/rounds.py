@@ -17,6 +17,7 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.server.grid import Quorum, Reply, StreamingGrid
 from fedbasin.server.paths import add_path, checked_path, checked_variance
 from fedbasin.strategies.alignment.matching import AlignmentReport
+from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.drift import Drift, Vector
 from fedbasin.strategies.diagnostics.share import bound
 from fedbasin.strategies.fusion.update import Order
@@ -108,6 +109,16 @@ class StageResult:
     drift: pb.Drift = field(default_factory=pb.Drift)
     movement: Vector | None = None
     order: Order | None = None
+
+    @property
+    def curve(self) -> Path | None:
+        """The sums along the path, of models as they were sent."""
+        if not self.path.points:
+            return None
+        path = self.path
+        return Path(
+            tuple(path.points), tuple(path.loss_after), tuple(path.correct_after), path.examples
+        )
 
     @property
     def nodes(self) -> list[int]:

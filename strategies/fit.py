@@ -20,7 +20,7 @@ from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.stages import Ask, Fitting, Kind
 from fedbasin.strategies.state import State, interpolate
-from fedbasin.strategies.validation import check_fit
+from fedbasin.strategies.validation import check_examples, check_fit
 
 
 class Fit:
@@ -74,6 +74,27 @@ class Fit:
     def sums(self) -> dict[Block, tuple[Precision, Tensor]]:
         """Normal equations of the layers, over all clients."""
         return self._tally.blocks
+
+
+class Probe:
+    """Evaluate the path from the first piece of the model so far, as it was fused, to where it has got.
+
+    Only sums come back: of the loss and of what was right, at each point.
+    """
+
+    name = "probe"
+    kind: Kind = "evaluate"
+    order: Order | None = None
+
+    def __init__(self, model: State, sequence: int, points: int, *, keep: bool = False) -> None:
+        self.ask = Ask(fit=Fitting((), None, sequence), path_points=points, keep=keep)
+        self._model = model
+
+    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here
+        check_examples(update.examples)
+
+    def finish(self) -> dict[str, Tensor]:
+        return dict(self._model)
 
 
 def zeroed(model: State, blocks: Sequence[Block]) -> dict[str, Tensor]:

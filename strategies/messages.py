@@ -112,7 +112,8 @@ def broadcast(
 
 def _fit(ask: Fitting) -> pb.Fit:
     blocks = [pb.Block(tensors=block) for block in ask.blocks]
-    return pb.Fit(blocks=blocks, target=_TARGET[ask.target], sequence=ask.sequence)
+    target = pb.FIT_TARGET_UNSPECIFIED if ask.target is None else _TARGET[ask.target]
+    return pb.Fit(blocks=blocks, target=target, sequence=ask.sequence)
 
 
 def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
@@ -195,6 +196,8 @@ def _receive_evaluation(message: Message, asked: pb.Request) -> Received:
     if not (asked.path_points and wire.has_header(message.content)):
         return received
     said = _header(message.content, asked)
+    if said.lost:
+        raise Refusal(Outcome.lost_model, f"round {said.round}, {said.stage}")
     header = pb.UpdateHeader(
         examples=received.update.examples,
         path=said.path,

@@ -5,7 +5,7 @@ knows no message, no clock and no client: whoever drives it asks, waits and fold
 """
 
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -13,11 +13,12 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from fedbasin.strategies.fit import Fit
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fit import Fit, Probe
 from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.recipe import Recipe, Target
 from fedbasin.strategies.stages import Fitting, Stage
-from fedbasin.strategies.state import State
+from fedbasin.strategies.state import State, interpolate
 
 # Of a head to labels: its targets are no estimate that more rounds would improve.
 _HEAD_STRENGTH = 1e-3
@@ -62,11 +63,18 @@ class Answer(Protocol):
         """Of the layers, where the stage asked for it."""
         ...
 
+    @property
+    def curve(self) -> Path | None:
+        """The clients' sums along a path, where the stage asked for it."""
+        ...
+
 
 Plan: TypeAlias = Generator[Next, Answer, dict[str, Tensor]]
 
 
-def round_plan(recipe: Recipe, fuse: Callable[[], Stage], grouping: Grouping = "layer") -> Plan:
+def round_plan(
+    recipe: Recipe, fuse: Callable[[], Stage], grouping: Grouping = "layer", *, keep: bool = False
+) -> Plan:
     """The stages of one round: train and fuse, and fit layers afterwards where the recipe does.
 
     Args:
@@ -74,24 +82,46 @@ def round_plan(recipe: Recipe, fuse: Callable[[], Stage], grouping: Grouping = "
         fuse: makes the first stage; it asks for the order of the layers if the recipe fits any, and that
             clients keep their models.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
+        keep: clients keep their models also after the plan's last stage.
 
     Raises:
         UnknownOrderError: nothing of the model can be fitted.
     """
     answer = yield Next(fuse)
-    model = new = answer.model
-    for last, fitting in _fittings(recipe, answer.order, grouping):
-        make = partial(Fit, model, fitting, _strength(recipe, fitting), recipe.share, keep=not last)
+    fused = model = new = answer.model
+    fittings = _fittings(recipe, answer.order, grouping)
+    for fitting in fittings:
+        more = recipe.probe > 0 or fitting is not fittings[-1]
+        strength = _strength(recipe, fitting)
+        make = partial(Fit, model, fitting, strength, recipe.share, keep=more or keep)
         answer = yield Next(make, new, answer.nodes)
         model = answer.model
         new = {name: model[name] for block in fitting.blocks for name in block}
-    return model
+    if not (recipe.probe and fittings):
+        return model
+    probe = partial(Probe, model, len(fittings), recipe.probe, keep=keep)
+    answer = yield Next(probe, new, answer.nodes)
+    return interpolate(fused, model, best_point(answer.curve))
 
 
-def _fittings(
-    recipe: Recipe, order: Order | None, grouping: Grouping
-) -> Iterable[tuple[bool, Fitting]]:
-    """The layers to fit, stage by stage, each with whether it is the last."""
+def best_point(path: Path | None) -> float:
+    """Where on the path the clients' loss is lowest: 0 is the fused model, 1 the fitted one.
+
+    Between the points the loss is taken to be the parabola through the best one and its neighbours. Nobody's
+    word leaves the fused model.
+    """
+    if path is None or not path.examples:
+        return 0.0
+    best = min(range(len(path.loss)), key=path.loss.__getitem__)
+    if not 0 < best < len(path.loss) - 1:
+        return path.points[best]
+    before, here, after = path.loss[best - 1 : best + 2]
+    width = path.points[best + 1] - path.points[best]
+    return path.points[best] + width / 2 * (before - after) / (before - 2 * here + after)
+
+
+def _fittings(recipe: Recipe, order: Order | None, grouping: Grouping) -> list[Fitting]:
+    """The layers to fit, stage by stage."""
     if not recipe.fits:
         return []
     if order is None or not order.levels or (recipe.head and order.head is None):
@@ -108,10 +138,7 @@ def _fittings(
         asked = [(group, recipe.fit) for group in groups if group]
     if recipe.head and order.head is not None:
         asked.append(((order.head,), Target.labels))
-    return [
-        (index == len(asked) - 1, Fitting(blocks, target, index))
-        for index, (blocks, target) in enumerate(asked)
-    ]
+    return [Fitting(blocks, target, index) for index, (blocks, target) in enumerate(asked)]
 
 
 def _by_block(body: Sequence[Block], left_out: set[Block | None]) -> list[tuple[Block, ...]]:

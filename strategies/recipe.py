@@ -36,6 +36,8 @@ class Recipe:
         fit: what layers are fitted to after fusing, from the input on; None leaves them as they were fused.
         share: of the fitted layers in the result; the rest is as it was fused.
         head: the last layer is fitted to the labels.
+        probe: points of the path from the fused model to the fitted one that clients evaluate; the best is
+            taken. 0 takes the fitted model.
         step: what the fused model does to the global one.
     """
 
@@ -46,6 +48,7 @@ class Recipe:
     fit: Target | None = None
     share: float = 1.0
     head: bool = False
+    probe: int = 0
     step: Step = field(default_factory=Replace)
 
     @property
@@ -80,6 +83,7 @@ RECIPES = {
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(1e-2), fit=Target.features, step=Average()),
         Recipe("head", head=True),
+        Recipe("auto", ridge=Ridge(1e-2), fit=Target.features, head=True, probe=5),
         Recipe("features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=True),
     )
 }

@@ -40,13 +40,13 @@ class Fitting:
     """Layers to fit, in place of training.
 
     Attributes:
-        blocks: which.
-        target: what they are fitted to.
+        blocks: which; none where the model so far is only to be evaluated.
+        target: what they are fitted to; None where there are none.
         sequence: of the piece of the fused model that the request carries; 0 is all of it.
     """
 
     blocks: tuple[Block, ...]
-    target: Target
+    target: Target | None
     sequence: int
 
 
