@@ -1,4 +1,4 @@
-"""Proof, in one pass over the weights, that the identity is the best permutation.
+"""Proof, in one pass over the weights, that the best permutation is the identity.
 
 Let `x_i` be all that the anchor's unit i reads and writes, `d_i` the client's change of it, and
 `r_i = min_j ||x_i - x_j|| / 2` the unit's identity radius. If `||d_i|| < r_i` for every unit, then any
@@ -6,8 +6,10 @@ displaced unit costs more than it saves,
 
     ||x_i - (x_j + d_j)|| >= ||x_i - x_j|| - ||d_j|| > ||d_j||      for i != j
 
-so the identity is the unique optimum of the assignment. The radii depend on the anchor alone: they are
-computed once per round and sent along, and a client that trained from the anchor pays one norm.
+so the identity is the unique optimum of the assignment. Where blocks may also turn, as heads do, the same holds
+of their order with `min_g ||x_i - g x_j||` for `||x_i - x_j||`: what is left is to turn every block in its place.
+The radii depend on the anchor alone: they are computed once per round and sent along, and a client that trained
+from the anchor pays one norm.
 """
 
 from collections.abc import Mapping
@@ -18,7 +20,14 @@ from torch import Tensor
 
 from fedbasin.strategies.chunks import one_core
 from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.groups import Permutation
+from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.inner import (
+    DirectSum,
+    Inner,
+    PairSigns,
+    Rotary,
+    inner_values,
+)
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
 
 Radii = Mapping[str, Float[Tensor, " units"]]
@@ -29,30 +38,53 @@ _SLACK = 1 - 1e-4
 # Units compared at a time, so that memory does not grow with the square of the width.
 _ROWS = 1024
 
+# Blocks whose best agreement is cheap to know, and is exactly known: no larger ones are compared.
+_WIDEST_BLOCK, _MOST_BLOCKS = 256, 1024
+
+# Singular values are exact to this share.
+_DOUBT = 1e-9
+
 # Units whose drift is measured at a time, so that their change stays in the cache.
 _PIECE = 256
 
 
 def identity_radii(symmetry: Symmetry, anchor: State) -> dict[str, Tensor]:
-    """The identity radius of every unit of every permutation site, by site name."""
-    return {
-        site.name: _half_separation(_units(site, anchor))
-        for site in symmetry.sites
-        if isinstance(site.group, Permutation) and not site.quadratic
-    }
+    """The identity radius of every unit or block that may change places, by site name.
+
+    Sites without a proof are left out: where a tensor has the site on two axes, and where the best agreement of
+    two blocks is not known exactly.
+    """
+    radii = {}
+    for site in symmetry.sites:
+        if isinstance(site.group, Permutation) and not site.quadratic:
+            radii[site.name] = _half_separation(_units(site, anchor))
+        elif isinstance(site.group, Wreath) and not site.quadratic and _is_known(site.group):
+            radii[site.name] = _half_separation_of_blocks(site, site.group, anchor)
+    return radii
 
 
 def is_certified(site: Site, anchor: State, client: State, radii: Radii) -> bool:
     """Whether the identity is proven optimal at this site. False proves nothing."""
+    return isinstance(site.group, Permutation) and _is_within(site, anchor, client, radii)
+
+
+def keeps_order(site: Site, anchor: State, client: State, radii: Radii) -> bool:
+    """Whether no block is exchanged in the best element of this site. False proves nothing."""
+    return isinstance(site.group, Wreath) and _is_within(site, anchor, client, radii)
+
+
+def _is_within(site: Site, anchor: State, client: State, radii: Radii) -> bool:
     if site.name not in radii:
         return False
     with one_core():
-        drift = torch.stack([_drift(m, site.width(), anchor, client) for m in site.scored])
-        radius = radii[site.name].to(drift.device)
-        return bool((torch.linalg.vector_norm(drift, dim=0) < radius * _SLACK).all())
+        squares = [_drift(member, site, anchor, client) for member in site.scored]
+        radius = radii[site.name].to(squares[0].device)
+        return bool((torch.stack(squares).sum(0).sqrt() < radius * _SLACK).all())
 
 
-def _drift(member: Member, width: int, anchor: State, client: State) -> Float[Tensor, " units"]:
+def _drift(member: Member, site: Site, anchor: State, client: State) -> Float[Tensor, " blocks"]:
+    """What the client changed in every unit, or block of units, squared."""
+    width = site.width(member.leg)
     ours, theirs = (member.rows(state[member.tensor], width) for state in (anchor, client))
     # A difference of two halves is rounded to half; the proof cannot spare those digits.
     single = torch.promote_types(ours.dtype, torch.float32)
@@ -61,7 +93,7 @@ def _drift(member: Member, width: int, anchor: State, client: State) -> Float[Te
         (client_rows - anchor_rows.to(single)).double().square_().sum(1)
         for anchor_rows, client_rows in zip(ours.split(_PIECE), theirs.split(_PIECE), strict=True)
     ]
-    return torch.cat(squares).sqrt_()
+    return torch.cat(squares).reshape(site.group.count, -1).sum(1)
 
 
 def _units(site: Site, state: State) -> Float[Tensor, "units features"]:
@@ -84,3 +116,39 @@ def _gaps(start: int, rows: Tensor, units: Tensor, squares: Tensor, doubt: float
     gaps = (sums * (1 - doubt) - 2 * rows @ units.mT).clamp_min(0)
     gaps.diagonal(start).fill_(torch.inf)
     return gaps
+
+
+def _is_known(group: Wreath) -> bool:
+    """Whether no element that turns two blocks into agreement is better than the one that is found."""
+    small = max(group.sizes) <= _WIDEST_BLOCK and group.count <= _MOST_BLOCKS
+    return small and all(map(_is_exact, group.inners))
+
+
+def _is_exact(inner: Inner) -> bool:
+    if isinstance(inner, DirectSum):
+        return all(map(_is_exact, inner.parts))
+    if isinstance(inner, Permutation):
+        return inner.count == 1
+    return isinstance(inner, Orthogonal | Rotary | PairSigns)
+
+
+def _half_separation_of_blocks(
+    site: Site, group: Wreath, anchor: State
+) -> Float[Tensor, " blocks"]:
+    scores = _self_scores(site, group, anchor)
+    # A block's own entry of M is its rows' products: the trace is the squared norm.
+    home = torch.arange(group.count)
+    own = torch.stack([score[home, home].diagonal(dim1=-2, dim2=-1).sum(-1) for score in scores])
+    squares = own.sum(0)
+    sums = squares[:, None] + squares
+    gaps = (sums * (1 - _DOUBT) - 2 * inner_values(group.inners, scores)).clamp_min(0)
+    return (gaps.fill_diagonal_(torch.inf).amin(1).sqrt() / 2).float()
+
+
+def _self_scores(site: Site, group: Wreath, anchor: State) -> tuple[Tensor, ...]:
+    totals: dict[int, Tensor] = {}
+    for member in site.scored:
+        rows = member.rows(anchor[member.tensor], site.width(member.leg)).double()
+        score = group.score(rows, rows, member.leg).cpu()
+        totals[member.leg] = totals[member.leg] + score if member.leg in totals else score
+    return tuple(totals[leg] for leg in sorted(totals))

@@ -5,8 +5,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedbasin.strategies.alignment.certificate import identity_radii, is_certified
+from fedbasin.strategies.alignment.ascent import agreement
+from fedbasin.strategies.alignment.certificate import identity_radii, is_certified, keeps_order
+from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.symmetry.sites import Symmetry, parse
+from fedbasin.strategies.symmetry.transform import random
 
 SYMMETRY = parse("hidden S(7) in.weight[0] in.bias[0] (mean[0]) out.weight[1]")
 (HIDDEN,) = SYMMETRY.sites
@@ -150,3 +153,55 @@ def test_a_single_unit_has_nowhere_to_go() -> None:
     assert is_certified(
         symmetry.sites[0], state, {"w": state["w"] + 9}, identity_radii(symmetry, state)
     )
+
+
+HEADS = parse("heads O(3)*O(2) wr S(4) q[0]@0 k[0]@0 v[0]@1 o[1]@1")
+SIGNED = parse("units O(1) wr S(6) up[0] down[1]")
+GROUPED = parse("groups (O(2)*O(2))xS(4) wr S(3) q[0]@2 k[0]@0 v[0]@1 o[1]@3")
+SHAPES = {"q": (12, 9), "k": (12, 9), "v": (8, 9), "o": (9, 8), "up": (6, 9), "down": (9, 6)}
+
+
+def blocks(seed: int, dtype: torch.dtype = torch.float32) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()}
+
+
+@pytest.mark.parametrize("symmetry", [HEADS, SIGNED], ids=["heads", "signed"])
+@many
+@given(seed=seeds, noise=st.floats(0.01, 1.0))
+def test_whenever_the_order_of_blocks_is_proven_the_best_element_exchanges_none(
+    symmetry: Symmetry, seed: int, noise: float
+) -> None:
+    (site,), anchor = symmetry.sites, blocks(seed)
+    client = added(anchor, scaled(blocks(seed + 1), noise))
+    if keeps_order(site, anchor, client, identity_radii(symmetry, anchor)):
+        scores = agreement(site, site.group, anchor, client)
+        assert site.group.maximiser(scores, 0.0).order.tolist() == list(range(site.group.count))
+
+
+@pytest.mark.parametrize("symmetry", [HEADS, SIGNED], ids=["heads", "signed"])
+def test_a_client_near_the_anchor_keeps_its_order_and_turns_as_without_the_proof(
+    symmetry: Symmetry,
+) -> None:
+    anchor = blocks(0)
+    client = added(anchor, scaled(blocks(1), 0.05))
+    radii = identity_radii(symmetry, anchor)
+    assert keeps_order(symmetry.sites[0], anchor, client, radii)
+    proven = match_weights(symmetry, anchor, client, radii)
+    searched = match_weights(symmetry, anchor, client)
+    torch.testing.assert_close(proven.state, searched.state, rtol=1e-5, atol=1e-5)
+    assert not is_certified(symmetry.sites[0], anchor, client, radii)
+
+
+def test_exchanged_heads_are_not_called_in_place() -> None:
+    (site,), anchor = HEADS.sites, blocks(0)
+    client = random(HEADS, torch.Generator().manual_seed(0)).act(anchor)
+    assert not keeps_order(site, anchor, client, identity_radii(HEADS, anchor))
+
+
+def test_blocks_whose_best_agreement_is_only_climbed_to_have_no_radius() -> None:
+    state = {
+        n: torch.randn(s) for n, s in {"q": (24, 5), "k": (6, 5), "v": (6, 5), "o": (5, 24)}.items()
+    }
+    GROUPED.check(state)
+    assert not identity_radii(GROUPED, state)

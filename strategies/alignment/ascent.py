@@ -1,0 +1,224 @@
+"""Coordinate ascent over the sites of a symmetry: each in turn gets the element that agrees best with the anchor.
+
+    T_s  <-  argmax_T <T, M_s> T_s        M_s = sum over the site's tensors of  X^a (X^k)^T,  others held
+
+M is the agreement of the anchor's units with those of the client as it is under all elements so far. A site is
+visited again only when a neighbour, with which it shares a tensor, has moved.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.alignment.certificate import Radii, is_certified, keeps_order
+from fedbasin.strategies.alignment.moved import Moved
+from fedbasin.strategies.alignment.reports import SiteReport
+from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle, skew
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.element import Element
+from fedbasin.strategies.symmetry.groups import Group, Permutation, Wreath
+from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
+from fedbasin.strategies.symmetry.transform import Transform
+
+# Gains below this share of ||M|| are rounding, not progress.
+_PROGRESS = 1e-7
+
+
+@dataclass
+class Ascent:
+    """One search: what has been found so far, and the client as it is under that.
+
+    Attributes:
+        symmetry: the sites, visited in this order.
+        anchor: the state to align to.
+        state: the client as it came.
+        radii: the anchor's identity radii.
+        prior: strength of the preference for the identity.
+    """
+
+    symmetry: Symmetry
+    anchor: State
+    state: State
+    radii: Radii
+    prior: float
+
+    def __post_init__(self) -> None:
+        self.client = Moved(self.symmetry, self.state, {})
+        self.gains: dict[str, float] = {}
+        self.certified: set[str] = set()
+        self.first_skews: dict[str, float] = {}
+        self.last_skews: dict[str, float] = {}
+
+    @property
+    def transform(self) -> Transform:
+        """What has been found so far, with an element for every site."""
+        found = self.client.elements
+        sites = self.symmetry.sites
+        return Transform(
+            self.symmetry, {s.name: found.get(s.name, s.group.identity()) for s in sites}
+        )
+
+    def run(self, max_sweeps: int) -> int:
+        """Visit the sites in order until none can gain; returns the number of sweeps.
+
+        A site is visited again only when a neighbour has moved since: otherwise its score is the same.
+        """
+        neighbours = _neighbours(self.symmetry)
+        pending = set(neighbours)
+        sweeps = 0
+        while pending and sweeps < max_sweeps:
+            sweeps += 1
+            for site in self.symmetry.sites:
+                if site.name in pending:
+                    pending.discard(site.name)
+                    if self.visit(site):
+                        pending |= neighbours[site.name]
+        return sweeps
+
+    def visit(self, site: Site) -> bool:
+        """Replace the site's element by the best one; whether that was any progress."""
+        self.certified.discard(site.name)
+        if is_certified(site, self.anchor, self.client, self.radii):
+            self.certified.add(site.name)
+            return False
+        group = self._group(site)
+        scores = agreement(site, group, self.anchor, self.client)
+        self._see_skew(site, scores)
+        step = group.maximiser(scores, self.prior)
+        gain = group.value(scores, step) - group.value(scores, group.identity())
+        scale = sum(float(torch.linalg.vector_norm(score)) for score in scores)
+        if gain <= _PROGRESS * scale or not self._step(site, step, gain):
+            return False
+        self._see_skew_after(site, scores, step)
+        return True
+
+    def _group(self, site: Site) -> Group:
+        """What is left to search: where the order of blocks is proven, only what they do in their places."""
+        if isinstance(site.group, Wreath) and keeps_order(
+            site, self.anchor, self.client, self.radii
+        ):
+            return site.group.in_place
+        return site.group
+
+    def _step(self, site: Site, step: Element, gain: float) -> bool:
+        held = self.client.elements.get(site.name)
+        before = self._objective(site) if site.quadratic else 0.0
+        self.client.elements[site.name] = step if held is None else step.after(held)
+        if site.quadratic:
+            # A tensor with the site on both axes makes J quadratic: take the step only if J really rose.
+            gain = self._objective(site) - before
+            if gain <= 0:
+                self._restore(site, held)
+                return False
+        self.gains[site.name] = self.gains.get(site.name, 0.0) + gain
+        return True
+
+    def _restore(self, site: Site, held: Element | None) -> None:
+        del self.client.elements[site.name]
+        if held is not None:
+            self.client.elements[site.name] = held
+
+    def _objective(self, site: Site) -> float:
+        names = {member.tensor for member in site.scored}
+        return sum(float((self.anchor[n].double() * self.client[n].double()).sum()) for n in names)
+
+    def report(self, site: Site) -> SiteReport:
+        """How the search went at one site."""
+        element = self.client.elements.get(site.name, site.group.identity())
+        return SiteReport(
+            site=site.name,
+            certified=site.name in self.certified and element.is_identity,
+            moved=element.moved(),
+            gain=self._relative_gain(site),
+            fixed_points=fixed_points(element),
+            largest_angle=largest_angle(element),
+            skew_before=self.first_skews.get(site.name),
+            skew_after=self.last_skews.get(site.name),
+        )
+
+    def _relative_gain(self, site: Site) -> float:
+        gain = self.gains.get(site.name, 0.0)
+        if not gain:
+            return 0.0
+        names = {member.tensor for member in site.scored}
+        return gain / (_norm(self.anchor, names) * _norm(self.state, names))
+
+    def _see_skew(self, site: Site, scores: tuple[Tensor, ...]) -> None:
+        if _turns(site):
+            self.last_skews[site.name] = skew(scores)
+            self.first_skews.setdefault(site.name, self.last_skews[site.name])
+
+    def _see_skew_after(self, site: Site, scores: tuple[Tensor, ...], step: Element) -> None:
+        if not _turns(site):
+            return
+        if site.quadratic or step.duals:
+            # M is not what it was with the step applied.
+            scores = agreement(site, self._group(site), self.anchor, self.client)
+        else:
+            scores = tuple(_turned(score, step, leg) for leg, score in enumerate(scores))
+        self.last_skews[site.name] = skew(scores)
+
+
+def _turned(score: Tensor, step: Element, leg: int) -> Tensor:
+    """M once the client has taken the step: `M T^T`."""
+    exchanged = score if score.ndim < 4 else score[:, step.order]
+    block = step.blocks[leg]
+    return exchanged if block is None else exchanged @ block.mT.to(score.dtype)
+
+
+def agreement(site: Site, group: Group, anchor: State, client: State) -> tuple[Tensor, ...]:
+    """M of every leg, summed over the site's tensors, the parts that the group can use.
+
+    Products are taken in single precision, or better where the weights are. Where units only change places M
+    stays as it is on the tensors' device, as the assignment takes few entries of it; else it ends in double on
+    the CPU.
+    """
+    totals: list[Tensor | None] = [None] * len(group.sizes)
+    for member in site.scored:
+        ours, theirs = _rows(site, member, anchor, client)
+        totals[member.leg] = _added(totals[member.leg], group, ours, theirs, member.leg)
+    return tuple(total for total in totals if total is not None)
+
+
+def _added(total: Tensor | None, group: Group, ours: Tensor, theirs: Tensor, leg: int) -> Tensor:
+    if isinstance(group, Permutation):
+        # In place: this matrix may be larger than all of the site's tensors together.
+        if total is not None and total.dtype == ours.dtype:
+            return total.addmm_(ours, theirs.mT)
+        score = group.score(ours, theirs, leg)
+        return score if total is None else total + score
+    score = group.score(ours, theirs, leg).double().cpu()
+    return score if total is None else total.add_(score)
+
+
+def _rows(site: Site, member: Member, anchor: State, client: State) -> tuple[Tensor, Tensor]:
+    width = site.width(member.leg)
+    ours, theirs = (member.rows(state[member.tensor], width) for state in (anchor, client))
+    single = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
+    return ours.to(single), theirs.to(single)
+
+
+def _turns(site: Site) -> bool:
+    """Whether its units can mix: where they only change places, skewness says nothing that they do not."""
+    return max(site.group.sizes) > 1
+
+
+def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:
+    """For each site the sites whose score it changes when it moves: those that share a tensor with it."""
+    moved = {site.name: {member.tensor for member in site.members} for site in symmetry.sites}
+    read = {site.name: {member.tensor for member in site.scored} for site in symmetry.sites}
+    return {
+        site.name: {
+            other
+            for other, names in read.items()
+            if names & moved[site.name] and (other != site.name or site.quadratic)
+        }
+        for site in symmetry.sites
+    }
+
+
+def _norm(state: State, names: set[str]) -> float:
+    norms = [torch.linalg.vector_norm(state[name], dtype=torch.float64) for name in names]
+    return math.hypot(*map(float, norms))
