@@ -1,17 +1,22 @@
 """One stored model moved into another's basin, and a saved transform applied again."""
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
+from torch import Tensor
 
 from fedbasin.server.modelfiles.reading import ModelError, StoredModel, few
 from fedbasin.server.report.text import number
 from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import Alignment, AlignmentReport, match_weights
+from fedbasin.strategies.alignment.matching import Found, find_by_weights, folded
+from fedbasin.strategies.alignment.moved import Moved
+from fedbasin.strategies.alignment.reports import AlignmentReport
 from fedbasin.strategies.chunks import is_finite, one_core
+from fedbasin.strategies.state import State
+from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 
@@ -20,23 +25,51 @@ _INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transf
 
 
 def align(
-    anchor: StoredModel, model: StoredModel, symmetry: Symmetry, *, certify: bool
-) -> Alignment:
-    """Move `model` into the basin of `anchor`.
+    anchor: StoredModel,
+    model: StoredModel,
+    symmetry: Symmetry,
+    asked: Callable[[str], None],
+    *,
+    certify: bool,
+) -> Found:
+    """What takes `model` into the basin of `anchor`.
 
     Args:
         anchor: the model that stays.
         model: the model that is moved.
         symmetry: of both.
+        asked: told the name of each of the model's tensors when the search reads it.
         certify: look first for sites where the identity is provably the best; costs memory.
 
     Raises:
-        ModelError: an entry is infinite or not a number.
+        ModelError: an entry is infinite or not a number, or a norm cannot be folded.
     """
     for one in (anchor, model):
         _refuse_not_finite(one)
-    radii = identity_radii(symmetry, anchor) if certify else None
-    return match_weights(symmetry, anchor, model, radii)
+    try:
+        own, other = folded(symmetry, anchor), folded(symmetry, _Followed(model, asked))
+    except FoldError as error:
+        raise ModelError(f"{model.path}: {error}") from error
+    radii = identity_radii(symmetry, own) if certify else None
+    return find_by_weights(symmetry, own, other, radii)
+
+
+class _Followed(Mapping[str, Tensor]):
+    """A state that tells which tensor is asked for."""
+
+    def __init__(self, state: State, asked: Callable[[str], None]) -> None:
+        self._state = state
+        self._asked = asked
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._asked(name)
+        return self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def refuse_other(anchor: StoredModel, model: StoredModel) -> None:
@@ -77,17 +110,20 @@ def refuse_other_config(
     )
 
 
-def applied(transform: Transform, model: StoredModel) -> dict[str, torch.Tensor]:
-    """A stored model with a transform applied.
+def applied(transform: Transform, model: StoredModel) -> State:
+    """A stored model with a transform applied to each tensor when it is asked for.
 
     Raises:
         ModelError: the transform was made for another model.
     """
+    symmetry = transform.symmetry
     try:
-        transform.symmetry.check(model.shapes())
-    except SymmetryError as error:
+        symmetry.check(model.shapes())
+        state = folded(symmetry, model)
+    except (SymmetryError, FoldError) as error:
         raise ModelError(f"{model.path}: {error}") from error
-    return transform.act(model)
+    moving = {name: e for name, e in transform.elements.items() if not e.is_identity}
+    return Moved(symmetry, state, moving)
 
 
 def as_json(report: AlignmentReport) -> dict[str, Any]:

@@ -142,11 +142,11 @@ def align(
         alignment.refuse_other(other, stored)
         if other.config and not (symmetry or config):
             alignment.refuse_other_config(other, stored, symmetry_of(other), whole)
-        with _working("matching"):
+        with _matching() as asked:
             found = alignment.align(
-                other, stored, chosen(whole, sites or (), first, last), certify=certify
+                other, stored, chosen(whole, sites or (), first, last), asked, certify=certify
             )
-        _write(stored, output, found.state)
+        _write(stored, output, alignment.applied(found.transform, stored))
         if transform is not None:
             transforms.save(found.transform, transform)
     if as_json:
@@ -257,21 +257,29 @@ def _use(threads: int | None) -> None:
 
 
 @contextmanager
-def _working(what: str, total: int | None = None) -> "Iterator[Callable[[int], None]]":
-    """A bar on stderr, if that is a terminal; yields what moves it."""
+def _matching() -> "Iterator[Callable[[str], None]]":
+    """On stderr, if that is a terminal, the tensor that the search is at; yields what is told its name."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda step: progress.advance(task, step)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("matching", total=None)
+        yield lambda name: progress.update(task, description=f"matching {name}")
 
 
 def _write(model: "StoredModel", output: Path, state: "Mapping[str, Tensor]") -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from fedbasin.server.modelfiles import writing
 
-    with _working("writing", sum(tensor.nbytes for tensor in state.values())) as written:
-        writing.write(model, output, state, written)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("writing", total=sum(t.nbytes for t in model.values()))
+        writing.write(model, output, state, lambda size: progress.advance(task, size))
     for name in writing.left_out(model):
         typer.echo(f"fedbasin: {name} holds other weights and was left out", err=True)
