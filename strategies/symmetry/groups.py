@@ -266,6 +266,11 @@ class Wreath:
         found = [self._dense(self._best(each)) for each in zip(*flat, strict=True)]
         return tuple(torch.stack(leg).unflatten(0, batch) for leg in zip(*found, strict=True))
 
+    @property
+    def in_place(self) -> "InPlace":
+        """The same without exchanges."""
+        return InPlace(self.inners, self.count)
+
     def _element(self, order: Tensor, blocks: tuple[Tensor | None, ...]) -> Element:
         return Element(order, blocks, self.sizes, self.duals)
 
@@ -293,6 +298,29 @@ class Wreath:
         eye = torch.eye(size, dtype=score.dtype).repeat(1, width // size)
         favoured[home, home] += prior * norm / (self.count * size) ** 0.5 * eye
         return favoured
+
+
+class InPlace(Wreath):
+    """The elements of a wreath product that exchange no blocks: what is left where the order is known."""
+
+    def random(self, generator: torch.Generator) -> Element:
+        return self._with(super().random(generator).blocks)
+
+    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
+        """`[count, size, size]`: every block of the anchor against the same block of the client."""
+        shape = (self.count, self.sizes[leg], -1)
+        return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
+
+    def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
+        favoured = tuple(with_prior(score, prior) for score in scores)
+        return self._with(inner_maximisers(self.inners, favoured))
+
+    def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
+        pairs = zip(element.blocks, scores, strict=True)
+        return sum(_inner_product(block, score) for block, score in pairs)
+
+    def _with(self, blocks: tuple[Tensor | None, ...]) -> Element:
+        return self._element(torch.arange(self.count), blocks)
 
 
 def signed(count: int, *, scales: bool = False) -> Wreath:
