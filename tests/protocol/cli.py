@@ -40,7 +40,9 @@ Names take arguments, and a list of values stands for all of them:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Results = Annotated[Path, typer.Option(help="File of results, JSON lines; only added to.")]
+Results = Annotated[
+    Path, typer.Option("--results", help="File of results, JSON lines; only added to.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 _RESULTS = ROOT / "build" / "protocol" / "results.jsonl"
 _SCRATCH = ROOT / "build" / "protocol"
@@ -61,7 +63,7 @@ def run(
     batch: Annotated[int, typer.Option(min=1, help="Examples of a local step.")] = 32,
     rate: Annotated[float, typer.Option(min=0, help="Learning rate of local AdamW.")] = 1e-3,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
-    file: Annotated[Path, typer.Option("--results", help="JSON lines; only added to.")] = _RESULTS,
+    file: Results = _RESULTS,
     cache: Annotated[Path, typer.Option(help="Where drawn examples are kept.")] = _SCRATCH,
     json_lines: Json = False,
 ) -> None:

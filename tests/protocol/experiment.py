@@ -9,7 +9,6 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedbasin.client import basin
 from fedbasin.strategies.state import State
@@ -70,8 +69,12 @@ class Experiment:
 
     def measure_state(self, server_round: int, state: State) -> None:
         """The same of a global model."""
-        model = self.make_model(self.seed).eval()
-        self.measure(server_round, lambda inputs: functional_call(model, dict(state), (inputs,)))
+        with self.meter.nobody():
+            model = self.make_model(self.seed).eval()
+            model.load_state_dict(
+                dict(state)
+            )  # of float32 again, where a strategy has made float64
+        self.measure(server_round, model)
 
 
 def prepare(setting: Setting, cache_folder: Path, record: Record) -> Experiment:

@@ -2,11 +2,15 @@
 
 import logging
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import TypeAlias
@@ -52,29 +56,52 @@ def in_parallel(work: Work, jobs: int) -> Iterator[Finding]:
 
     Raises:
         BrokenProcessPool: a process died.
+        Exception: what the first setting that failed had raised; the others end unfinished.
     """
     # Fresh processes: a fork would copy PyTorch's threads half-way.
     context = multiprocessing.get_context("spawn")
     points: Queue[Finding] = context.Queue()
     pool = ProcessPoolExecutor(jobs, context, _begin, (points,))
     try:
-        futures = [pool.submit(_run, setting, work) for setting in work.settings]
+        with _interrupts_ignored():
+            futures = [pool.submit(_run, setting, work) for setting in work.settings]
         yield from _as_they_come(futures, points)
         pool.shutdown()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
+        _end(multiprocessing.active_children())
 
 
-def _as_they_come(futures: Iterable[Future[None]], points: "Queue[Finding]") -> Iterator[Finding]:
-    waiting: set[Future[None]] = set(futures)
-    while waiting:
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started meanwhile inherit it: on Ctrl-C the parent ends them, and they say nothing."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(children: Iterable[BaseProcess]) -> None:
+    for child in children:
+        child.terminate()
+        child.join()
+
+
+def _as_they_come(futures: Iterable[Future[int]], points: "Queue[Finding]") -> Iterator[Finding]:
+    """Every point of every setting that was finished, then the first failure, if there was one."""
+    waiting, owed, failure = set(futures), 0, None
+    while owed > 0 or (waiting and failure is None):
         done, waiting = wait(waiting, _GLANCE_SECONDS, FIRST_EXCEPTION)
         for future in done:
-            future.result()
-        yield from _drained(points)
-    yield from _drained(points)
+            failure = failure or future.exception()
+            # The pipe of the points may be slower than that of the results.
+            owed += 0 if future.exception() else future.result()
+        for finding in _drained(points):
+            owed -= 1
+            yield finding
+    if failure is not None:
+        raise failure
 
 
 def _drained(points: "Queue[Finding]") -> Iterator[Finding]:
@@ -88,8 +115,16 @@ def _drained(points: "Queue[Finding]") -> Iterator[Finding]:
 def _begin(points: "Queue[Finding]") -> None:
     global _points
     _points = points
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _one_thread()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its children."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _one_thread() -> None:
@@ -97,6 +132,14 @@ def _one_thread() -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
 
-def _run(setting: Setting, work: Work) -> None:
-    rounds = rules.rounds_of(setting.rule, work.rounds)
-    rules.run(setting, rounds, work.cache_folder, lambda point: _points.put((setting, point)))
+def _run(setting: Setting, work: Work) -> int:
+    """Run one setting; returns how many points it has put."""
+    count = 0
+
+    def put(point: Point) -> None:
+        nonlocal count
+        count += 1
+        _points.put((setting, point))
+
+    rules.run(setting, rules.rounds_of(setting.rule, work.rounds), work.cache_folder, put)
+    return count

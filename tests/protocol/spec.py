@@ -62,7 +62,9 @@ def _taken_apart(node: ast.expr) -> tuple[str, list[ast.expr], dict[str, ast.exp
     if isinstance(node, ast.Name):
         return node.id, [], {}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return node.func.id, node.args, {str(word.arg): word.value for word in node.keywords}
+        keywords = {word.arg: word.value for word in node.keywords if word.arg}
+        if len(keywords) == len(node.keywords):
+            return node.func.id, node.args, keywords
     raise ValueError(ast.dump(node))
 
 

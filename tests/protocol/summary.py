@@ -30,9 +30,13 @@ class Row:
     tried: int = 1
 
     @property
-    def score(self) -> float:
-        """By what the settings of a rule are compared: the mean accuracy over all rounds."""
-        return fmean(point.accuracy for point in self.points if point.round)
+    def last(self) -> int:
+        """The number of the last round."""
+        return self.points[-1].round
+
+    def score(self, rounds: int) -> float:
+        """By what settings are compared: the mean accuracy over the first rounds."""
+        return fmean(p.accuracy for p in self.points if 0 < p.round <= rounds)
 
     @property
     def best(self) -> float:
@@ -58,7 +62,8 @@ def scenes(curves: Curves) -> dict[Scene, list[Row]]:
         lambda: defaultdict(dict)
     )
     for setting, points in curves.items():
-        found[replace(setting, rule="", seed=0)][setting.rule][setting.seed] = points
+        if max(points) > 0:  # a curve that was interrupted at once says nothing
+            found[replace(setting, rule="", seed=0)][setting.rule][setting.seed] = points
     return {
         scene: [_row(rule, seeds) for rule, seeds in rules.items()]
         for scene, rules in found.items()
@@ -70,11 +75,13 @@ def best_of_each(rows: Iterable[Row]) -> list[Row]:
     families: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         families[parse(row.rule).name].append(row)
-    best = [
-        replace(max(family, key=lambda row: row.score), tried=len(family))
-        for family in families.values()
-    ]
-    return sorted(best, key=lambda row: row.score)
+    best = [_best(family) for family in families.values()]
+    return sorted(best, key=lambda row: row.score(row.last))
+
+
+def _best(family: list[Row]) -> Row:
+    common = min(row.last for row in family)
+    return replace(max(family, key=lambda row: row.score(common)), tried=len(family))
 
 
 def _row(rule: str, seeds: dict[int, dict[int, Point]]) -> Row:

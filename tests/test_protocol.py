@@ -1,0 +1,300 @@
+"""The protocol measures what it says: the same start for all, real bytes, and results that are only added to."""
+
+import json
+import multiprocessing
+from collections import deque
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from tests.protocol import jobs, page, results, rules, summary, tables, tasks
+from tests.protocol.cli import app
+from tests.protocol.experiment import prepare
+from tests.protocol.models import MODELS
+from tests.protocol.setting import Point, Setting
+from tests.protocol.spec import SpecError, expand, made, parse
+from tests.protocol.splits import SPLITS
+from tests.protocol.training import Training, fit
+
+QUICK = Setting("wine", "dirichlet(1.0)", "mlp(8)", "fedavg", clients=3, training=Training(1))
+DIGITS = replace(QUICK, task="digits", model="mlp(16)")
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("protocol")
+
+
+@pytest.fixture
+def run(scratch):
+    def measured(setting, rounds=2):
+        points = []
+        rules.run(setting, rounds, scratch, points.append)
+        return points
+
+    return measured
+
+
+class TestASpec:
+    @given(
+        st.sampled_from(["FedAvg", "dirichlet", "mlp"]),
+        st.lists(st.one_of(st.integers(), st.booleans(), st.text()), max_size=3),
+        st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False, allow_infinity=False)),
+    )
+    def test_reads_back_what_it_writes(self, name, arguments, settings):
+        words = [*map(repr, arguments), *(f"{key}={value}" for key, value in settings.items())]
+        spec = parse(f"{name}({', '.join(words)})")
+        assert parse(str(spec)) == spec
+        assert dict(spec.settings) == settings
+
+    def test_stands_for_every_choice_of_its_lists(self):
+        found = expand("FedAvgM(server_momentum=[0.5, 0.9], server_learning_rate=[1, 2])")
+        assert len({str(spec) for spec in found}) == 4
+
+    @pytest.mark.parametrize("text", ["", "a.b", "f(x)", "f(", "f(**{})", "1"])
+    def test_of_anything_else_is_refused(self, text):
+        with pytest.raises(SpecError, match="write a name"):
+            parse(text)
+
+    def test_that_names_nothing_is_told_what_there_is(self):
+        with pytest.raises(SpecError, match=r"no split is called 'iidd'; there are iid, dirichlet"):
+            made("split", parse("iidd"), SPLITS)
+
+
+class TestASplit:
+    @pytest.mark.parametrize("text", ["iid", "dirichlet(0.1)", "shards(2)"])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_gives_every_example_to_one_client(self, scratch, text, seed):
+        task = tasks.load("digits", scratch)
+        slices = made("split", parse(text), SPLITS)(task, 5, seed)
+        assert torch.equal(torch.cat(slices).sort().values, torch.arange(len(task.train[1])))
+
+    def test_is_decided_by_its_seed(self, scratch):
+        task = tasks.load("digits", scratch)
+        split = SPLITS["dirichlet"](0.3)
+        first, same, other = (split(task, 5, seed)[0].tolist() for seed in (0, 0, 1))
+        assert first == same != other
+
+    def test_of_shards_leaves_few_labels_to_a_client(self, scratch):
+        task = tasks.load("digits", scratch)
+        labels = [task.train[1][own].unique() for own in SPLITS["shards"](2)(task, 10, 0)]
+        assert max(map(len, labels)) <= 4
+
+    def test_by_group_keeps_sources_together(self, scratch):
+        task = tasks.load("glyphs(train=200, test=20)", scratch)
+        fonts = [set(task.groups[own].tolist()) for own in SPLITS["groups"]()(task, 4, 0)]
+        assert sum(map(len, fonts)) == len(set.union(*fonts)) == 16
+
+
+class TestATask:
+    @pytest.mark.parametrize("name", ["digits", "wine", "cancer", "clusters", "teacher", "recall"])
+    def test_has_every_class_in_training_and_test(self, scratch, name):
+        task = tasks.load(name, scratch)
+        for inputs, labels in (task.train, task.test):
+            assert len(inputs) == len(labels)
+            assert set(labels.tolist()) == set(range(task.classes))
+
+    def test_of_glyphs_is_drawn_once(self, scratch):
+        text = "glyphs(train=30, test=20)"
+        first = tasks.load(text, scratch)
+        tasks.load.cache_clear()
+        again = tasks.load(text, scratch)
+        assert torch.equal(first.train[0], again.train[0])
+        assert not torch.equal(first.train[0][:20], first.test[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        ("mlp(8)", "digits"),
+        ("small_cnn", "digits"),
+        ("cnn", "digits"),
+        ("cnn_norm", "digits"),
+        ("transformer", "digits"),
+        ("transformer", "recall"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["fedavg", "FedAvg"])
+def test_every_model_trains_under_both_servers(run, model, task, rule):
+    split = "shards(1)"  # 400 or fewer examples a client
+    start, end = run(replace(QUICK, task=task, split=split, model=model, rule=rule, clients=12), 1)
+    assert end.loss != start.loss
+    assert end.bytes_up > 0
+
+
+def test_a_single_example_left_over_does_not_stop_a_model_with_batchnorm():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    fit(model, (torch.randn(5, 2), torch.zeros(5, dtype=torch.long)), Training(1, batch=4), seed=0)
+
+
+class TestARule:
+    def test_fedavg_is_the_same_from_fedbasin_and_from_flower(self, run):
+        ours, theirs = run(DIGITS), run(replace(DIGITS, rule="FedAvg"))
+        assert [p.accuracy for p in ours] == [p.accuracy for p in theirs]
+        assert [p.loss for p in ours] == pytest.approx([p.loss for p in theirs], rel=1e-5)
+
+    def test_starts_where_every_other_starts(self, run):
+        names = ["fedavg", "regmean", "FedAvgM(server_momentum=0.7)", "FedAdam(eta=0.01)"]
+        starts = [run(replace(QUICK, rule=rule), 1)[0] for rule in names]
+        assert [start.loss for start in starts] == pytest.approx(4 * [starts[0].loss], rel=1e-6)
+
+    def test_is_run_with_the_settings_that_it_names(self, run):
+        plain, heavy = (run(replace(DIGITS, rule=f"regmean(ridge={r})"), 1) for r in (0.001, 1e9))
+        mean = run(DIGITS, 1)
+        assert heavy[1].loss == pytest.approx(mean[1].loss, rel=1e-4)
+        assert plain[1].loss != pytest.approx(mean[1].loss, rel=1e-3)
+
+    def test_fedprox_holds_clients_at_the_model_that_was_sent(self, run):
+        free, held = (
+            run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3)
+        )
+        assert abs(held[1].loss - held[0].loss) < abs(free[1].loss - free[0].loss)
+
+    def test_counts_the_bytes_of_the_tensors_and_little_more(self, run, scratch):
+        model = prepare(DIGITS, scratch, print).make_model(0)
+        tensors = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+        point = run(DIGITS, 1)[-1]
+        assert tensors < point.bytes_up < tensors + 3 * 2000
+        assert tensors < point.bytes_down < tensors + 3 * 2000
+        assert point.client_seconds > 0 < point.server_seconds
+
+    def test_that_asks_to_align_gets_the_symmetry_of_the_model(self, run):
+        plain, aligned = run(DIGITS), run(replace(DIGITS, rule="fedavg(align='client')"))
+        assert [p.accuracy for p in plain] == [p.accuracy for p in aligned]
+        assert aligned[-1].bytes_down > plain[-1].bytes_down
+
+    def test_of_a_closed_form_does_not_depend_on_the_split(self, run):
+        head = replace(DIGITS, rule="RidgeHead")
+        (skewed,), (even,) = run(head), run(replace(head, split="iid"))
+        assert skewed.loss == pytest.approx(even.loss, rel=1e-4)
+        assert even.accuracy > 0.9
+
+    def test_whose_client_fails_ends_with_the_reason(self, run):
+        with pytest.raises(RuntimeError, match=r"client 0: ValueError: .*'much'"):
+            run(replace(QUICK, rule="FedProx(proximal_mu='much')"))
+
+    @pytest.mark.parametrize("rule", ["FedMagic", "FedAvg(momentum=1)", "RidgeHead(width=3)"])
+    def test_that_does_not_exist_is_refused(self, run, rule):
+        with pytest.raises(SpecError):
+            run(replace(QUICK, rule=rule))
+
+
+class TestResults:
+    def test_are_read_back_as_they_were_written(self, tmp_path):
+        points = [Point(0, 0.1, 2.3), Point(1, 0.5, 1.0, 10, 20, 0.1, 0.2)]
+        results.add(tmp_path / "r.jsonl", QUICK, points)
+        assert results.read(tmp_path / "r.jsonl") == {QUICK: dict(enumerate(points))}
+
+    @pytest.mark.parametrize(
+        "change", [{"digest": "other"}, {"batch": 64}, {"seed": 9}, {"accuracy": None, "round": []}]
+    )
+    def test_of_another_protocol_are_refused(self, tmp_path, change):
+        file = tmp_path / "r.jsonl"
+        results.add(file, QUICK, [Point(1, 0.5, 1.0)])
+        row = json.loads(file.read_text()) | change
+        file.write_text(json.dumps(row) + "\n")
+        if "digest" in change or "batch" in change or "seed" in change:
+            with pytest.raises(results.ResultsError, match="line 1"):
+                results.read(file)
+
+    def test_of_every_setting_have_a_digest_of_their_own(self):
+        others = [
+            replace(QUICK, seed=1),
+            replace(QUICK, clients=4),
+            replace(QUICK, rule="regmean"),
+            replace(QUICK, training=Training(2)),
+        ]
+        assert len({setting.digest for setting in (QUICK, *others)}) == 5
+
+
+def curve(accuracies, rule="fedavg", seed=0):
+    points = {n: Point(n, a, 1.0, 1_000_000 * n, 0, 2.0 * n) for n, a in enumerate(accuracies)}
+    return {replace(QUICK, rule=rule, seed=seed): points}
+
+
+class TestASummary:
+    def test_is_the_mean_of_seeds_over_the_rounds_that_all_have(self):
+        curves = curve([0, 0.5, 0.7]) | curve([0, 0.7], seed=1)
+        ((_, (row,)),) = summary.scenes(curves).items()
+        assert row.seeds == (0, 1)
+        assert [p.accuracy for p in row.points] == pytest.approx([0, 0.6])
+        assert row.first(0.6 - 1e-9).round == 1
+        assert row.first(0.9) is None
+
+    def test_chooses_the_best_settings_of_each_rule_and_says_so(self):
+        curves = curve([0, 0.2], "FedAvgM(server_momentum=0.5)")
+        curves |= curve([0, 0.9], "FedAvgM(server_momentum=0.9)") | curve([0, 0.6], "FedAvg")
+        ((_, rows),) = summary.scenes(curves).items()
+        best = summary.best_of_each(rows)
+        assert [(row.rule, row.tried) for row in best] == [
+            ("FedAvg", 1),
+            ("FedAvgM(server_momentum=0.9)", 2),
+        ]
+        assert "FedAvgM 2" in tables.settings_note(best)
+
+    def test_of_settings_is_a_table_with_what_it_took_to_each_mark(self):
+        ((_, rows),) = summary.scenes(curve([0, 0.5, 0.92])).items()
+        head, _, line = tables.markdown(rows).splitlines()
+        cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        assert cells["r2"] == ".920"
+        assert (cells["rounds to 0.90"], cells["MB to 0.90"]) == ("2", "2.0")
+        assert "rounds to 0.95" not in cells
+        assert cells["client s / round"] == "2.00"
+
+    def test_becomes_a_page_with_pictures(self, tmp_path):
+        page.write(tmp_path / "protocol.md", curve([0, 0.5]) | curve([0, 0.3], "RidgeHead"))
+        text = (tmp_path / "protocol.md").read_text()
+        (picture,) = (tmp_path / "protocol").glob("*.svg")
+        assert f"(protocol/{picture.name})" in text
+        assert picture.read_text().count("<path") == 2 * 3 + 2
+
+
+class TestTheCommand:
+    @pytest.fixture
+    def call(self, tmp_path):
+        file = tmp_path / "results.jsonl"
+
+        def call(*arguments):
+            given = ["--results", str(file), *map(str, arguments[1:])]
+            return CliRunner().invoke(app, [arguments[0], *given], catch_exceptions=False)
+
+        call.file = file
+        return call
+
+    OPTIONS = ("--task", "wine", "--model", "mlp(8)", "--clients", 3, "--epochs", 1, "--seeds", 1)
+
+    def test_measures_only_what_is_missing(self, call):
+        options = (*self.OPTIONS, "--rule", "fedavg")
+        call("run", *options, "--rounds", 1)
+        first = call.file.read_text()
+        call("run", *options, "--rounds", 1)
+        assert call.file.read_text() == first
+        call("run", *options, "--rule", "RidgeHead", "--rounds", 2)
+        assert call.file.read_text().startswith(first)
+        rows = map(json.loads, call.file.read_text().splitlines())
+        assert [(row["rule"], row["round"]) for row in rows] == [
+            ("fedavg", 0),
+            ("fedavg", 1),
+            ("fedavg", 2),
+            ("RidgeHead", 1),
+        ]
+
+    def test_prints_the_lines_that_it_writes(self, call):
+        done = call("run", *self.OPTIONS, "--rule", "RidgeHead", "--json")
+        assert json.loads(done.stdout) == json.loads(call.file.read_text())
+
+    def test_prints_tables(self, call):
+        call("run", *self.OPTIONS, "--rule", "RidgeHead")
+        assert "| `RidgeHead` |" in call("table").stdout
+
+    def test_gives_the_same_in_a_process_of_its_own_until_one_fails(self, scratch, run):
+        work = jobs.Work([QUICK, replace(QUICK, model="mpl")], 1, scratch)
+        found = []
+        with pytest.raises(SpecError, match=f"there are {', '.join(MODELS)}"):
+            deque(map(found.append, jobs.in_parallel(work, 1)))
+        assert not multiprocessing.active_children()
+        assert [point.accuracy for _, point in found] == [point.accuracy for point in run(QUICK, 1)]
