@@ -135,12 +135,14 @@ def align(
         stored, other = open_model(model), open_model(anchor)
         for source in (model, anchor):
             writing.refuse_overlap(source, output)
-            if transform is not None:
-                writing.refuse_overlap(source, transform)
         writing.refuse_target(stored, output, force=force)
+        if transform is not None:
+            for taken in (model, anchor, output):
+                writing.refuse_overlap(taken, transform)
+            writing.refuse_existing(transform, force=force)
         whole = symmetry_of(stored, symmetry, config)
         alignment.refuse_other(other, stored)
-        if other.config and not (symmetry or config):
+        if stored.config and other.config and not (symmetry or config):
             alignment.refuse_other_config(other, stored, symmetry_of(other), whole)
         with _matching() as asked:
             found = alignment.align(

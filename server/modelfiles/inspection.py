@@ -47,6 +47,7 @@ class Inspection:
         bytes: their size.
         dtypes: number of tensors of each dtype.
         tied: names that are left out, with the name under which the tensor is stored.
+        ties_embeddings: whether the config says that the head is the input's table.
         untouched: tensors that no site of the whole symmetry touches.
         sites: the sites that were asked for.
     """
@@ -58,6 +59,7 @@ class Inspection:
     bytes: int
     dtypes: dict[str, int]
     tied: dict[str, str]
+    ties_embeddings: bool
     untouched: tuple[str, ...]
     sites: tuple[SiteRow, ...]
 
@@ -85,6 +87,7 @@ def inspected(model: StoredModel, whole: Symmetry, meant: Symmetry) -> Inspectio
         bytes=sum(tensor.nbytes for tensor in shapes.values()),
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in shapes.values())),
         tied=model.ties,
+        ties_embeddings=bool(model.config.get("tie_word_embeddings", False)),
         untouched=tuple(name for name in shapes if name not in touched),
         sites=tuple(_row(site, shapes, total) for site in meant.sites),
     )
@@ -114,10 +117,12 @@ def shown(found: Inspection) -> Group:
 def _lines(found: Inspection) -> list[str]:
     dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
     tied = [f"{name} is {kept}" for name, kept in found.tied.items()]
+    head = "the head is the table of the input, as the config says: it moves as one"
     files = "1 file" if found.files == 1 else f"{found.files} files"
     return [
         f"{found.parameters:,} parameters in {found.tensors} tensors ({dtypes}), {size(found.bytes)} in {files}",
         *([f"stored once: {_listed(tied)}"] if tied else []),
+        *([head] if found.ties_embeddings else []),
         f"touched by no site: {_listed(list(found.untouched)) or 'nothing'}",
     ]
 

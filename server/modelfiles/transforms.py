@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +25,11 @@ _KIND = "fedbasin.transform"
 
 
 def save(transform: Transform, target: Path) -> None:
-    """Write a transform in place of what is there, in one step."""
+    """Write a transform in place of what is there, in one step.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for name, element in transform.elements.items():
         tensors[f"{name}.order"] = element.order.contiguous()
@@ -34,6 +39,8 @@ def save(transform: Transform, target: Path) -> None:
     try:
         save_file(tensors, part, {"kind": _KIND, METADATA: str(transform.symmetry)})
         part.replace(target)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{target}: cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -64,12 +64,9 @@ def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
     Raises:
         ModelError: naming what is in the way.
     """
-    if not target.parent.is_dir():
-        raise ModelError(f"{target}: its folder does not exist; make it first")
+    refuse_existing(target, force=force)
     if not target.exists():
         return
-    if not force:
-        raise ModelError(f"{target}: is there already; give another name, or --force to replace it")
     if model.is_folder != target.is_dir():
         kinds = ("a file", "a folder")
         raise ModelError(
@@ -79,17 +76,29 @@ def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
         raise ModelError(f"{target}: is a folder without a model; --force replaces models only")
 
 
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Refuse to write where there is no folder to write in, or something already.
+
+    Raises:
+        ModelError: saying which.
+    """
+    if not target.parent.is_dir():
+        raise ModelError(f"{target}: its folder does not exist; make it first")
+    if target.exists() and not force:
+        raise ModelError(f"{target}: is there already; give another name, or --force to replace it")
+
+
 def refuse_overlap(source: Path, target: Path) -> None:
-    """Refuse to write over, into or around what is read.
+    """Refuse to write over, into or around something else of the same command.
 
     Raises:
         ModelError: the two overlap.
     """
     own, other = source.resolve(), target.resolve()
     if own == other:
-        raise ModelError(f"{target}: is what is read; give another name")
+        raise ModelError(f"{target}: is {source} itself; give another name")
     if own in other.parents or other in own.parents:
-        raise ModelError(f"{target}: overlaps {source}, which is read; write beside it")
+        raise ModelError(f"{target}: overlaps {source}; write beside it")
 
 
 def left_out(model: StoredModel) -> list[str]:

@@ -239,8 +239,37 @@ def test_what_is_read_is_not_written(tmp_path: Path, place: str) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     command = ("align", model, "--anchor", anchor, "-o", tmp_path / place, "--force")
     said = refusal(*command)
-    assert "is what is read" in said or "overlaps" in said
+    assert "itself; give another name" in said or "overlaps" in said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.safetensors", "a.safetensors itself"),
+        ("b.safetensors", "b.safetensors itself"),
+        ("out.safetensors", "out.safetensors itself"),
+        ("there.txt", "is there already"),
+        ("no/transform.safetensors", "its folder does not exist"),
+    ],
+)
+def test_a_transform_overwrites_nothing(
+    tmp_path: Path, pair: tuple[Path, Path], name: str, message: str
+) -> None:
+    anchor, model = pair
+    (tmp_path / "there.txt").write_text("mine")
+    out = tmp_path / "out.safetensors"
+    command = ("align", model, "--anchor", anchor, "-o", out, "--transform", tmp_path / name)
+    assert message in refusal(*command)
+    assert not out.exists()
+    assert (tmp_path / "there.txt").read_text() == "mine"
+
+
+def test_an_anchor_may_be_stored_otherwise_than_the_model(tmp_path: Path) -> None:
+    anchor, model, out = saved("llama", tmp_path / "a"), tmp_path / "b", tmp_path / "out"
+    planted("llama", model, "4KB")
+    (report,) = answer("align", model, "--anchor", anchor / "model.safetensors", "-o", out)
+    assert report["distance_after"] < 1e-4
 
 
 def test_a_file_does_not_become_a_folder(tmp_path: Path, pair: tuple[Path, Path]) -> None:

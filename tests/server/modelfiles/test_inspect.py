@@ -47,6 +47,14 @@ def test_what_no_site_touches_is_named(tmp_path: Path) -> None:
     assert found["untouched"] == ["cls.predictions.bias"]
 
 
+def test_a_head_that_is_the_table_of_the_input_is_said_to_be(tmp_path: Path) -> None:
+    model = saved("qwen2_tied", tmp_path / "qwen2")
+    (found,) = answer("inspect", model)
+    assert found["ties_embeddings"]
+    assert "lm_head.weight" not in found["sites"][0]["tensors"]
+    assert "the head is the table of the input" in fedbasin("inspect", model).stdout
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [

@@ -1,5 +1,7 @@
-"""What is left when a command is cut off: real processes, a real signal and a real limit."""
+"""What is left when a command is cut off, and what a terminal sees: real processes, signals and limits."""
 
+import os
+import pty
 import resource
 import signal
 import subprocess
@@ -57,3 +59,21 @@ def test_a_disk_that_is_full_leaves_nothing_behind(command: list[str], tmp_path:
         "o.safetensors: cannot be written: File too large; nothing was left behind" in done.stderr
     )
     assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_terminal_sees_how_far_it_is(command: list[str]) -> None:
+    reader, writer = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writer) as process:
+        os.close(writer)
+        seen = b"".join(iter(lambda: _read(reader), b""))
+        assert process.wait(30) == 0
+    os.close(reader)
+    assert b"matching" in seen
+    assert b"writing" in seen
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
