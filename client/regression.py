@@ -3,8 +3,10 @@
     W* = argmin_W  sum_k || W X~_k - Z_k ||^2        X~_k  inputs, computed by the layers already fused
                                                      Z_k   outputs, computed by client k's own model
 
-A client sends `X~ X~^T` and `Z X~^T`: sums over its examples, no label, no gradient, no single row. RegMean is
-the case in which the fused inputs are the client's own. Where an output is added to a residual stream or
+A client sends `X~ X~^T` and `(Z - W X~) X~^T`, W the layer that is fitted as it is so far: sums over its
+examples, no label, no gradient, no single row. What is left to explain, and not what is wanted, because then an
+inexact `X~ X~^T` only changes how far one stage gets. RegMean is the case in which the fused inputs are the
+client's own. Where an output is added to a residual stream or
 normalised, the sum or the normalised image is what is fitted (`reach`). With labels in the place of Z a last
 layer has its closed form.
 
@@ -17,7 +19,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float
@@ -28,9 +31,9 @@ from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.client.reach import Reach, Reaches
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
-from fedbasin.strategies.fusion.update import Block, Order
+from fedbasin.strategies.fusion.update import Block, Order, join
 from fedbasin.strategies.recipe import Target
-from fedbasin.strategies.state import State
+from fedbasin.strategies.state import State, tied
 
 # A label as logits: so much for its own class, so much less for every other.
 MARGIN = 5.0
@@ -43,7 +46,7 @@ class Sums:
     Attributes:
         gram: `X~ X~^T`, `[in, in]`, with the ones last where there is a bias; one for each group of a
             grouped convolution.
-        moment: `Z X~^T`, `[out, in]`.
+        moment: `(Z - W X~) X~^T`, `[out, in]`.
     """
 
     gram: Float[Tensor, "*groups inputs inputs"]
@@ -98,18 +101,28 @@ def regress(
         FlowError: the two models do not run through the layers in the same way.
     """
     layers = _chosen(model, blocks)
+    bases = {block: _base(block, fused, target) for block in blocks}
     mine = {name: own[name] for block in blocks for name in block}
-    model.load_state_dict({**model.state_dict(), **fused, **mine})
+    _load(model, {**fused, **mine})
     teacher = _teacher(model, own) if target is Target.features else None
     sums = {layer.block: _nothing(layer, model) for layer in layers}
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
-            wanted = iter(_run(teacher, layers, batch)) if teacher else None
-            for product, reach in _run(model, layers, batch):
-                own_reach = _matching(next(wanted, None), product) if wanted else None
+            seen = _run(model, layers, batch)
+            wanted = (
+                _matching(_run(teacher, layers, batch), seen) if teacher else [None] * len(seen)
+            )
+            for (product, reach), own_reach in zip(seen, wanted, strict=True):
                 goal = _goal(target, product, reach, batch, own_reach)
-                _add(sums[product.layer.block], product, goal, batch.mask)
+                block = product.layer.block
+                _add(sums[block], product, goal, bases[block], batch.mask)
     return sums
+
+
+def _load(model: nn.Module, state: State) -> None:
+    """Replace tensors, those that stand under several names by what the first of them says."""
+    known = {**model.state_dict(), **state}
+    model.load_state_dict({name: known[first] for name, first in tied(model.state_dict()).items()})
 
 
 def _chosen(model: nn.Module, blocks: Sequence[Block]) -> list[Layer]:
@@ -124,7 +137,7 @@ def _chosen(model: nn.Module, blocks: Sequence[Block]) -> list[Layer]:
 
 def _teacher(model: nn.Module, own: State) -> nn.Module:
     teacher = deepcopy(model)
-    teacher.load_state_dict({**model.state_dict(), **own})
+    _load(teacher, own)
     return teacher.eval()
 
 
@@ -148,37 +161,60 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[tuple[
     return seen
 
 
-def _matching(own: tuple[Product, Reach] | None, product: Product) -> Reach:
-    if own is None or own[0].layer != product.layer:
-        raise FlowError(
-            f"{product.layer.block[0]} is not used in the same place by the client's model and by the fused "
-            "one; a model whose course depends on its weights needs the recipe regmean or fedavg"
-        )
-    return own[1]
+def _matching(
+    own: Sequence[tuple[Product, Reach]], seen: Sequence[tuple[Product, Reach]]
+) -> list[Reach]:
+    """Where the products of the client's own model have got to, each beside the same one of the fused model."""
+    for ours, theirs in zip_longest(map(itemgetter(0), own), map(itemgetter(0), seen)):
+        if _use(ours) != _use(theirs):
+            raise FlowError(
+                f"{(ours or theirs).layer.block[0]} is not used in the same place by the client's model and by the "
+                "fused one; a model whose course depends on its weights needs the recipe regmean or fedavg"
+            )
+    return [reach for _, reach in own]
+
+
+def _use(product: Product | None) -> tuple[Layer, torch.Size] | None:
+    return None if product is None else (product.layer, product.output.shape)
 
 
 def _goal(
     target: Target, product: Product, reach: Reach, batch: Batch, own: Reach | None
 ) -> Tensor:
     if target is Target.labels:
-        return _logits(batch.targets, product)
+        return _logits(batch, product)
     # Without a teacher the layer's own weights say what they would have given.
     return product.output if own is None else reach.back(own.value)
 
 
-def _logits(labels: Tensor, product: Product) -> Tensor:
-    output = product.output
+def _logits(batch: Batch, product: Product) -> Tensor:
+    labels, output = batch.targets, product.output
     if labels.shape != output.shape[:-1] or labels.is_floating_point():
         raise ValueError(
             f"targets {labels.dtype} {list(labels.shape)} for logits {list(output.shape)}; a closed-form head "
             "needs one class index for each row of logits"
         )
-    return one_hot(labels, output.shape[-1]) * (2 * MARGIN) - MARGIN
+    if batch.mask is not None and batch.mask.shape == labels.shape:
+        labels = labels.where(batch.mask, 0)  # padding often has a label that is no class
+    classes = output.shape[-1]
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(
+            f"targets from {int(labels.min())} to {int(labels.max())} for {classes} logits; a closed-form head needs class indices "
+            f"from 0 to {classes - 1}, and rows without one left out by the batch's mask"
+        )
+    return one_hot(labels, classes) * (2 * MARGIN) - MARGIN
 
 
-def _add(sums: Sums, product: Product, goal: Tensor, mask: Tensor | None) -> None:
+def _base(block: Block, fused: State, target: Target) -> Tensor:
+    """What is there already: the layer as it was fused; of a head to labels, nothing."""
+    base = join(block, fused).double()
+    return torch.zeros_like(base) if target is Target.labels else base
+
+
+def _add(sums: Sums, product: Product, goal: Tensor, base: Tensor, mask: Tensor | None) -> None:
     gram = sums.gram.view(-1, *sums.gram.shape[-2:])
     moment = sums.moment.view(len(gram), -1, sums.moment.shape[-1])
+    grouped = base.to(moment.device).view_as(moment)
     for rows, columns in zip(product.rows(mask), product.columns(goal, mask), strict=True):
         gram.baddbmm_(rows.mT, rows)
-        moment.baddbmm_(columns.mT, rows)
+        moment.baddbmm_((columns - rows @ grouped.mT).mT, rows)

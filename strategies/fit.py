@@ -1,12 +1,13 @@
 """A stage that trains nothing: clients say how layers of the model so far fit to what they know.
 
-    W* = (sum_k X~_k X~_k^T + rho I)^-1  (sum_k Z_k X~_k^T + rho W)        X~ features of the model so far
-                                                                           Z  what a client wants there
+    W* = W + (sum_k X~_k X~_k^T + rho I)^-1  sum_k (Z_k - W X~_k) X~_k^T        X~ features of the model so far
+                                                                               Z  what a client wants there
 
 The targets Z are the client's own features (feature regression), what its own weights make of the same inputs
 (RegMean++, Nguyen et al. 2025, arXiv 2508.03121), or labels (closed-form heads: Fani et al. 2024, arXiv
-2402.01989; Zhuang et al. 2024, arXiv 2405.16240). The regulariser holds on to the model so far, so directions
-that no client has seen stay as they are.
+2402.01989; Zhuang et al. 2024, arXiv 2405.16240), for which W is zero. The regulariser holds on to W, so
+directions that no client has seen stay as they are. Clients send what is left to explain, and not `Z X~^T`: an
+inexact `X~ X~^T` then changes how far the step goes, and not where steps end.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ class Fit:
         self._tally = Tally.zero({})
         self._ridge = Ridge(strength, "anchor")
         self._share = 1.0 if self.name == "head" else share
-        self._target = zeroed(model, fitting.blocks) if self.name == "head" else model
+        self._zero = zeroed(model, fitting.blocks)
+        self._base = self._zero if self.name == "head" else model
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         if self.ask.fit is not None:
@@ -63,12 +65,10 @@ class Fit:
         self._tally.fold(update)
 
     def finish(self) -> dict[str, Tensor]:
-        solution = self._tally.finalize(self._target, self._ridge)
+        step = self._tally.finalize(self._zero, self._ridge)
         names = [name for block in self._tally.blocks for name in block]
-        return {
-            **self._model,
-            **interpolate(self._model, {n: solution[n] for n in names}, self._share),
-        }
+        solution = {name: self._base[name] + step[name] for name in names}
+        return {**self._model, **interpolate(self._model, solution, self._share)}
 
     @property
     def sums(self) -> dict[Block, tuple[Precision, Tensor]]:

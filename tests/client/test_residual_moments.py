@@ -1,0 +1,78 @@
+"""What is left to explain says the same as what is wanted: exactly so where the Gram matrix is exact."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from fedbasin.client.regression import MARGIN, regress
+from fedbasin.strategies.fit import Fit
+from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.update import Update, join
+from fedbasin.strategies.recipe import Target
+from fedbasin.strategies.stages import Fitting
+
+W = torch.float64
+BLOCK = ("2.weight", "2.bias")
+RIDGE = 1e-2
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(W)
+
+
+def data(client):
+    draw = torch.Generator().manual_seed(client)
+    inputs = torch.randn(30 + client, 4, generator=draw, dtype=W) + 2.0
+    return inputs, inputs[:, :3].argmax(1)
+
+
+def inputs_of_last(model, client):
+    hidden = model[:2](data(client)[0])
+    return torch.cat([hidden, torch.ones(len(hidden), 1, dtype=W)], 1)
+
+
+def wanted(target, own, model, client):
+    if target is Target.labels:
+        classes = nn.functional.one_hot(data(client)[1], 3).to(W)
+        return (2 * classes - 1) * MARGIN
+    if target is Target.weights:
+        return own[2](model[:2](data(client)[0]))
+    return own(data(client)[0])
+
+
+def fitted(target):
+    model, owns = net(0), [net(1), net(2)]
+    fused = model.state_dict()
+    stage = Fit(fused, Fitting((BLOCK,), target, 0), RIDGE)
+    for client, own in enumerate(owns):
+        batches = [data(client)]
+        sums = regress(deepcopy(model), own.state_dict(), fused, [BLOCK], target, batches)[BLOCK]
+        stage.accept(client, Update({}, 1.0, {BLOCK: Gram(sums.gram)}, {BLOCK: sums.moment}))
+    return model, owns, stage.finish()
+
+
+@pytest.mark.parametrize("target", Target)
+@torch.no_grad()
+def test_a_fit_to_residuals_is_the_ridge_regression_on_the_targets(target):
+    model, owns, found = fitted(target)
+    grams = sum(inputs_of_last(model, k).T @ inputs_of_last(model, k) for k in range(2))
+    moments = sum(
+        wanted(target, own, model, k).T @ inputs_of_last(model, k) for k, own in enumerate(owns)
+    )
+    rho = RIDGE * grams.diagonal().mean()
+    base = join(BLOCK, model.state_dict())
+    prior = torch.zeros_like(base) if target is Target.labels else base
+    lifted = grams + rho * torch.eye(7, dtype=W)
+    expected = torch.linalg.solve(lifted, (moments + rho * prior).T).T
+    torch.testing.assert_close(join(BLOCK, found), expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_clients_that_already_agree_move_nothing():
+    model = net(0)
+    fused = model.state_dict()
+    sums = regress(deepcopy(model), fused, fused, [BLOCK], Target.features, [data(0)])[BLOCK]
+    assert sums.moment.abs().max() < 1e-12 * sums.gram.abs().max()
