@@ -126,8 +126,8 @@ def _undo(
     if func in _SAME:
         return lambda value: value
     if func in _TRANSPOSED:
-        axes = args[1:3]
-        return lambda value: value.transpose(*axes)
+        axes = args[1:]
+        return lambda value: func(value, *axes, **named)
     if func in _RESHAPED:
         shape = tensor.shape
         return lambda value: value.reshape(shape)
