@@ -215,6 +215,30 @@ def viewed(walk: Walk, node: fx.Node) -> Feature | None:
     return Feature(feature.space, found[0]) if len(found) == 1 else walk.leave(node)
 
 
+def expanded(walk: Walk, node: fx.Node) -> Feature | None:
+    """Axes are repeated or put in front; the feature's is not, as it is long."""
+    source, feature = _source(node), walk.features[_source(node)]
+    axis = feature.axis - _dims(source) + _dims(node)
+    same = _shape(source)[feature.axis] == _shape(node)[axis]
+    return Feature(feature.space, axis) if same else walk.leave(node)
+
+
+def concatenated(walk: Walk, node: fx.Node) -> Feature | None:
+    """Values one after another along an axis: those along their feature would be two spaces in one."""
+    values = [n for n in node.all_input_nodes if shape(n) is not None]
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    axes = {walk.features[n].axis if n in walk.features else -1 for n in values}
+    if len(axes) > 1 or not isinstance(axis, int) or axis % _dims(node) in axes or -1 in axes:
+        return walk.leave(node)
+    spaces = [walk.features[n].space for n in values]
+    return Feature(reduce(walk.spaces.join, spaces), axes.pop())
+
+
+def taken(walk: Walk, node: fx.Node) -> Feature | None:
+    """A part of several results, of which the first has the feature: attention gives its weights beside."""
+    return walk.features[_source(node)] if node.args[1] == 0 else None
+
+
 def reduced(walk: Walk, node: fx.Node) -> Feature | None:
     """Sums and their like: over the feature the result is the same for every order of the units."""
     source, feature = _source(node), walk.features[_source(node)]
@@ -339,9 +363,10 @@ METHODS: dict[str, Rule] = {
     ),
     **dict.fromkeys(("flatten", "ravel", "reshape", "unflatten", "view"), reshaped),
     **dict.fromkeys(
-        ("expand", "movedim", "permute", "squeeze", "swapaxes", "t", "transpose", "unsqueeze"),
+        ("movedim", "permute", "squeeze", "swapaxes", "t", "transpose", "unsqueeze"),
         viewed,
     ),
+    **dict.fromkeys(("expand", "expand_as"), expanded),
     **dict.fromkeys(("amax", "amin", "logsumexp", "mean", "std", "sum", "var"), reduced),
     **dict.fromkeys(("dim", "numel", "size"), asked),
 }
@@ -398,6 +423,7 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
         viewed,
     ),
     **dict.fromkeys((torch.unsqueeze, operator.getitem), viewed),
+    **dict.fromkeys((torch.cat, torch.concat), concatenated),
     **dict.fromkeys(
         (torch.amax, torch.amin, torch.logsumexp, torch.mean, torch.std, torch.sum, torch.var),
         reduced,

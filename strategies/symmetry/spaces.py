@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.groups import Group, Permutation, Wreath
 from fedbasin.strategies.symmetry.sites import Member, Site
+from fedbasin.strategies.symmetry.translation import Shift
 
 
 @dataclass(eq=False)
@@ -25,6 +26,8 @@ class Space:
         groups: normalisation groups that must stay together, 1 where there are none.
         fixed: whether the units must stay in their places.
         parent: the space that this one turned out to be.
+        site: what acts where it is no order of units, as heads that turn; such a space joins no other.
+        shifts: biases that are free while the space is.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Space:
     groups: int = 1
     fixed: bool = False
     parent: "Space | None" = None
+    site: Site | None = None
+    shifts: tuple[Shift, ...] = ()
 
     def root(self) -> "Space":
         """The space that stands for all that are joined."""
@@ -62,12 +67,18 @@ class Spaces:
         self.made.append(Space(name, width))
         return self.made[-1]
 
+    def whole(self, site: Site, shifts: tuple[Shift, ...] = ()) -> Space:
+        """A space with its own site, which the bindings of others can only fix."""
+        space = self.new(site.name, site.width())
+        space.site, space.shifts = site, shifts
+        return space
+
     def join(self, one: Space, other: Space) -> Space:
         """Make the two spaces one; if their units do not correspond, fix both."""
         one, other = one.root(), other.root()
         if one is other:
             return one
-        if one.width != other.width or one.fixed or other.fixed:
+        if one.width != other.width or one.fixed or other.fixed or one.site or other.site:
             one.fix()
             other.fix()
             return one
@@ -85,8 +96,16 @@ class Spaces:
     def sites(self) -> Iterable[Site]:
         """The spaces whose units are free, with every parameter axis that moves with them."""
         for space in self.made:
-            if space.parent is None and not space.fixed and space.width > 1:
+            if space.site is not None and not space.fixed:
+                yield space.site
+            elif space.parent is None and not space.fixed and space.width > 1:
                 yield Site(space.name, _group(space), tuple(self._members(space)))
+
+    def shifts(self) -> Iterable[Shift]:
+        """The biases that may be moved by a vector."""
+        for space in self.made:
+            if not space.fixed:
+                yield from space.shifts
 
     def _members(self, space: Space) -> Iterable[Member]:
         for (tensor, axis), bound in self.bound.items():

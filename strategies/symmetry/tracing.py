@@ -8,11 +8,13 @@ here read off the graph. Families with rotations (`transformer`) and anything el
 notation.
 """
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fedbasin.strategies.symmetry.attention import LAYERS, is_plain
 from fedbasin.strategies.symmetry.check import in_mode
 from fedbasin.strategies.symmetry.rules import (
     FUNCTIONS,
@@ -23,8 +25,10 @@ from fedbasin.strategies.symmetry.rules import (
     Rule,
     Walk,
     asked,
+    concatenated,
     elementwise,
     shape,
+    taken,
 )
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.spaces import Spaces, aliases
@@ -48,7 +52,7 @@ def trace(model: nn.Module, *example_inputs: Tensor) -> Symmetry:
     _follow(walk, model, evaluation, example_inputs)
     if str(training) != str(evaluation):
         _follow(walk, model, training, example_inputs)
-    return Symmetry(tuple(walk.spaces.sites()))
+    return Symmetry(tuple(walk.spaces.sites()), shifts=tuple(walk.spaces.shifts()))
 
 
 def _graph(model: nn.Module, *, training: bool) -> fx.Graph:
@@ -102,15 +106,30 @@ def _feature(walk: Walk, node: fx.Node) -> Feature | None:
     if node.op == "call_module":
         return _module(walk, node)
     if node.op == "get_attr":
-        _keep(walk, str(node.target))
-        return None
+        return _parameter(walk, node)
     if not walk.of(node):
         return None
+    if node.target is operator.getitem and shape(node.all_input_nodes[0]) is None:
+        return taken(walk, node)
     if node.op == "call_method":
         return _plain(walk, node, METHODS.get(str(node.target)))
     if node.op == "call_function":
         return _plain(walk, node, _function(node))
     return walk.leave(node)
+
+
+def _parameter(walk: Walk, node: fx.Node) -> Feature | None:
+    """A parameter by itself, as positions, class tokens or scales: its units are on its last long axis."""
+    name, lengths = str(node.target), shape(node) or ()
+    long = [axis for axis, length in enumerate(lengths) if length > 1]
+    parameter = walk.model.state_dict(keep_vars=True).get(name)
+    if not long or not isinstance(parameter, nn.Parameter) or name not in walk.spaces.aliases:
+        _keep(walk, name)
+        return None
+    space = walk.spaces.new(name, lengths[long[-1]])
+    for axis in range(len(lengths)):
+        walk.spaces.bind(name, axis, space if axis == long[-1] else walk.fixed)
+    return Feature(space, long[-1])
 
 
 def _function(node: fx.Node) -> Rule | None:
@@ -125,7 +144,9 @@ def _plain(walk: Walk, node: fx.Node, rule: Rule | None) -> Feature | None:
         return None
     if rule is None or shape(node) is None or node.kwargs.get("out") is not None:
         return walk.leave(node)
-    if rule is not elementwise and not (node.args and node.args[0] in walk.features):
+    if rule not in (elementwise, concatenated) and not (
+        node.args and node.args[0] in walk.features
+    ):
         return walk.leave(node)
     return rule(walk, node)
 
@@ -133,6 +154,8 @@ def _plain(walk: Walk, node: fx.Node, rule: Rule | None) -> Feature | None:
 def _module(walk: Walk, node: fx.Node) -> Feature | None:
     name = str(node.target)
     module = walk.model.get_submodule(name)
+    if type(module) in LAYERS and _is_followed(walk, name, module):
+        return LAYERS[type(module)](walk, node, module)
     called_plainly = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
     if called_plainly and not _is_hooked(module) and _is_saved(walk, name, module):
         if type(module) in MODULES:
@@ -141,6 +164,14 @@ def _module(walk: Walk, node: fx.Node) -> Feature | None:
             return _plain(walk, node, PLAIN_MODULES[type(module)]) if walk.of(node) else None
     _keep(walk, name)
     return walk.leave(node)
+
+
+def _is_followed(walk: Walk, name: str, module: nn.Module) -> bool:
+    """Whether a layer with attention is as its class makes it, and its tensors are no other's."""
+    tensors = [f"{name}.{parameter}" for parameter in module.state_dict()]
+    alone = all(walk.spaces.aliases.get(tensor) == (tensor,) for tensor in tensors)
+    hooked = any(map(_is_hooked, module.modules()))
+    return alone and not hooked and is_plain(module)
 
 
 def _is_saved(walk: Walk, name: str, module: nn.Module) -> bool:

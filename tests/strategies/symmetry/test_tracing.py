@@ -48,6 +48,7 @@ hidden.weight[1] back.weight[0] back.bias[0]
     """,
     "branches": """
         left  S(6)  left.weight[0] left.bias[0] right.weight[0] right.bias[0] product.weight[1]
+        mixed  S(7)  mixed.weight[0] mixed.bias[0] scale[0] head.weight[1]
     """,
 }
 
@@ -144,9 +145,9 @@ FREE = ["a"]
 NASTY: dict[str, tuple[list[str], Callable[[Net, Tensor], object], dict[str, nn.Module]]] = {
     "plain": (FREE, lambda n, x: n.out(n.a(x)), {}),
     "temperature": (FREE, lambda n, x: n.out(torch.relu(n.a(x)) / n.temperature), {}),
-    "parameter": ([], lambda n, x: n.out(n.a(x) * n.scale), {}),
+    "parameter": (FREE, lambda n, x: n.out(n.a(x) * n.scale), {}),
     "used directly": ([], lambda n, x: F.linear(n.a(x), n.out.weight), {}),
-    "read and used directly": ([], lambda n, x: n.out(n.a(x)) + n.out.weight.sum(), {}),
+    "read and used directly": (FREE, lambda n, x: n.out(n.a(x)) + n.out.weight.sum(), {}),
     "transposed weight": ([], lambda n, x: n.a(x) @ n.a.weight, {}),
     "input added": (
         [],
