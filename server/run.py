@@ -22,6 +22,7 @@ from fedbasin.proto import packing, wire
 from fedbasin.server import checkpoint
 from fedbasin.server.grid import StreamingGrid, available
 from fedbasin.server.paths import variance_message
+from fedbasin.server.probing import Probe, Probing
 from fedbasin.server.push import push
 from fedbasin.server.rounds import (
     Budget,
@@ -70,11 +71,13 @@ class Hooks:
         evaluate: metrics of each new global model, by round; round 0 is the anchor that a run starts from.
         observe: metrics of one client's accepted model, by node id; called as it is folded.
         score: of a model, lower is better; for `bootstrap = "best"`.
+        probe: a probe set of the server's own, on which it compares some accepted clients' models.
     """
 
     evaluate: Callable[[int, State], Metrics] | None = None
     observe: Observe | None = None
     score: Callable[[State], float] | None = None
+    probe: Probe | None = None
 
 
 def decisive(settings: Settings) -> str:
@@ -113,6 +116,10 @@ class Run:
     movement: Vector | None = None  # what the round before moved the model by, at a few entries
 
     def __post_init__(self) -> None:
+        settings = self.settings
+        self.probing = Probing(
+            self.hooks.probe, settings.probe_clients, settings.probe_points, self.folder
+        )
         self._take(self.model)
 
     def _take(self, model: dict[str, Tensor]) -> None:
@@ -120,12 +127,14 @@ class Run:
         self.model, self.digest = model, packing.digest(model)
 
     def all_rounds(self, grid: StreamingGrid, config: ConfigRecord) -> Result:
+        self.probing.check(self.model, self.settings.align)
         if not self.done:
             self._evaluated(0)
         for number in range(self.done + 1, self.rounds + 1):
             try:
                 report = self._round(grid, number, config)
             except BaseException as error:  # Flower ends apps with one that is no Exception
+                self.probing.stop()
                 self._push(self._failure(number, error))
                 raise
             self._finish_round(report)
@@ -135,6 +144,7 @@ class Run:
         started = time.perf_counter()
         online = available(grid, self.settings.nodes, self.settings.wait_timeout_seconds)
         nodes = self._sampled(online, number, self.settings.fraction_train)
+        self.probing.begin(self.model, number)
         results = [*self._bootstrapped(grid, number, config, nodes)]
         model = self._planned(grid, number, config, nodes, results)
         # A statistic speaks of a tensor under its first name; the others are the same tensor.
@@ -150,7 +160,12 @@ class Run:
             results.append(self._federated_evaluation(grid, number, config, asked))
             metrics |= results[-1].metrics
         metrics |= self._evaluated(number)
-        return self._report(number, results, metrics, time.perf_counter() - started)
+        probe = self.probing.finish(self.model, fused.nodes)
+        return self._report(number, results, metrics, probe, time.perf_counter() - started)
+
+    def _observe(self, node: int, parameters: State) -> Metrics:
+        self.probing.keep(node, parameters)
+        return {} if self.hooks.observe is None else self.hooks.observe(node, parameters)
 
     def _federated_evaluation(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
@@ -188,7 +203,7 @@ class Run:
         step = next(plan)
         while True:
             asked = nodes if step.nodes is None else list(step.nodes)
-            observe = self.hooks.observe if step.nodes is None else None
+            observe = self._observe if step.nodes is None else None
             results.append(self._ask(grid, step.make, number, config, asked, observe, step.carries))
             try:
                 step = plan.send(results[-1])
@@ -270,6 +285,7 @@ class Run:
         number: int,
         results: list[StageResult],
         metrics: dict[str, float],
+        probe: pb.ServerProbe | None,
         seconds: float,
     ) -> pb.RoundReport:
         by_stage = {result.report.stage: result for result in results}
@@ -283,6 +299,7 @@ class Run:
                 fused_path=evaluated.path if evaluated else None,
                 drift=fused.drift if fused.drift.clients else None,
                 variance=variance_message(evaluated.variance if evaluated else {}),
+                probe=probe,
                 metrics=metrics,
                 model_digest=self.digest,
                 peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -87,6 +87,15 @@ class Settings(BaseModel):
         1.0,
         description="share of the asked clients that evaluate these paths; other ones each round",
     )
+    probe_clients: int = Field(
+        4,
+        ge=2,
+        le=100,
+        description="accepted clients whose models the server keeps on disk for its own probe set, if the app gives one",
+    )
+    probe_points: int = Field(
+        5, ge=3, le=101, description="points of every path on the server's probe set; odd"
+    )
     nodes: int = Field(2, ge=1, description="nodes to wait for before a round")
     fraction_train: Share = Field(1.0, description="share of the nodes that a round asks")
     fraction_evaluate: float = Field(
@@ -126,6 +135,10 @@ class Settings(BaseModel):
         if self.barrier_points == 1:
             raise ValueError(
                 "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
+            )
+        if self.probe_points % 2 == 0:
+            raise ValueError(
+                f"probe-points = {self.probe_points}: the middle of the path is one of them; set an odd number from 3 on"
             )
         self._check_fused_points()
         return self

@@ -26,6 +26,8 @@ WRONG = [
     ("barrier-points", 500, "less than or equal to 101"),
     ("fused-points", 102, "less than or equal to 101"),
     ("probe-share", 0, "greater than 0"),
+    ("probe-clients", 1, "greater than or equal to 2"),
+    ("probe-points", 4, "the middle of the path"),
     ("nodes", 0, "greater than or equal to 1"),
     ("nodes", 2.5, "integer"),
     ("fraction-train", 0, "greater than 0"),
