@@ -45,32 +45,59 @@ def connect(address: str, own: Pass | None = None) -> grpc.Channel:
     return (own or Pass()).channel(address, _OPTIONS)
 
 
+class Line:
+    """A run's line to its observer: dialled for the first report, then kept.
+
+    Attributes:
+        address: `host:port` of `fedbasin observe`.
+        own: what the observer wants to see.
+    """
+
+    def __init__(self, address: str, own: Pass | None = None) -> None:
+        self.address = address
+        self.own = own
+        self._channel: grpc.Channel | None = None
+
+    def push(self, report: RoundReport, timeout_seconds: float = 5.0) -> bool:
+        """Hands a round report to the observer, trying again for a moment where nobody answers.
+
+        The observer takes the same report any number of times, so a reply that was lost does no harm.
+
+        Args:
+            report: what happened in the round.
+            timeout_seconds: for everything, tries included.
+
+        Returns:
+            Whether the observer has the report. Where it has not, the reason is logged as a warning.
+        """
+        try:
+            self._channel = self._channel or connect(self.address, self.own)
+            ObserverStub(self._channel).PushRound(report, timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            _warn(report, self.address, f"{error.code().name}: {error.details()}")
+            self.close()  # the next report dials anew, with the certificates that the files have then
+            return False
+        except AccessError as error:
+            _warn(report, self.address, str(error))
+            return False
+        return True
+
+    def close(self) -> None:
+        """Hangs up; another report dials again."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
 def push(
     address: str, report: RoundReport, timeout_seconds: float = 5.0, own: Pass | None = None
 ) -> bool:
-    """Hands a round report to the observer, trying again for a moment where nobody answers.
-
-    The observer takes the same report any number of times, so a reply that was lost does no harm.
-
-    Args:
-        address: `host:port` of `fedbasin observe`.
-        report: what happened in the round.
-        timeout_seconds: for everything, tries included.
-        own: what the observer wants to see.
-
-    Returns:
-        Whether the observer has the report. Where it has not, the reason is logged as a warning.
-    """
+    """One report over a line of its own; see `Line.push`."""
+    line = Line(address, own)
     try:
-        with connect(address, own) as channel:
-            ObserverStub(channel).PushRound(report, timeout=timeout_seconds)
-    except grpc.RpcError as error:
-        _warn(report, address, f"{error.code().name}: {error.details()}")
-        return False
-    except AccessError as error:
-        _warn(report, address, str(error))
-        return False
-    return True
+        return line.push(report, timeout_seconds)
+    finally:
+        line.close()
 
 
 def _warn(report: RoundReport, address: str, reason: str) -> None:

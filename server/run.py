@@ -9,6 +9,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fedbasin.server import checkpoint
 from fedbasin.server.grid import StreamingGrid, available
 from fedbasin.server.paths import variance_message
 from fedbasin.server.probing import Probe, Probing
-from fedbasin.server.push import push
+from fedbasin.server.push import Line
 from fedbasin.server.rounds import (
     Budget,
     Observe,
@@ -120,6 +121,7 @@ class Run:
         self.probing = Probing(
             self.hooks.probe, settings.probe_clients, settings.probe_points, self.folder
         )
+        self.line = Line(settings.observer, settings.observer_pass)
         self._take(self.model)
 
     def _take(self, model: dict[str, Tensor]) -> None:
@@ -127,6 +129,10 @@ class Run:
         self.model, self.digest = model, packing.digest(model)
 
     def all_rounds(self, grid: StreamingGrid, config: ConfigRecord) -> Result:
+        with closing(self.line):
+            return self._all_rounds(grid, config)
+
+    def _all_rounds(self, grid: StreamingGrid, config: ConfigRecord) -> Result:
         self.probing.check(self.model, self.settings.align)
         if not self.done:
             self._evaluated(0)
@@ -330,9 +336,8 @@ class Run:
         )
 
     def _push(self, report: pb.RoundReport) -> None:
-        observer = self.settings.observer
-        if observer and not push(observer, report, own=self.settings.observer_pass):
-            _LOG.warning("the observer %s did not take round %d", observer, report.round)
+        if self.settings.observer and not self.line.push(report):
+            _LOG.warning("the observer %s did not take round %d", self.line.address, report.round)
 
     def _finish_round(self, report: pb.RoundReport) -> None:
         # The report first: a round without its model is repeated, a model without its report is not.

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from fedbasin.client.probe import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
-from fedbasin.server import checkpoint, rounds, run, serve
+from fedbasin.server import checkpoint, push, rounds, run, serve
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
@@ -56,7 +56,7 @@ _TELEMETRY = (
     ("paths of clients", rounds, "add_path"),
     ("report of the round", run.Run, "_report"),
     ("rounds.jsonl", checkpoint, "append_report"),
-    ("push", run, "push"),
+    ("push", push.Line, "push"),
 )
 # What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
 # the checkpoint.

@@ -16,7 +16,7 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
 from fedbasin.server.history import History, Limits
 from fedbasin.server.observer import SERVICE
-from fedbasin.server.push import connect, push
+from fedbasin.server.push import Line, connect, push
 from fedbasin.server.store import FILE
 from tests.observing import observer, report, served
 
@@ -286,6 +286,27 @@ def test_a_restarted_observer_has_its_history_and_its_counters(tmp_path):
         stub.PushRound(report(3))
         assert scrape(addresses)["fedbasin_rounds_total"] == 3
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
+
+
+def test_a_line_is_dialled_once_and_outlives_an_observer_that_restarts(tmp_path, monkeypatch):
+    dialled = []
+    monkeypatch.setattr(
+        "fedbasin.server.push.connect", lambda *to: dialled.append(to) or connect(*to)
+    )
+    with served(store=tmp_path) as (addresses, _):
+        line = Line(addresses.observer)
+        assert line.push(report(1))
+        assert line.push(report(2))
+        assert len(dialled) == 1
+    port = int(addresses.observer.rpartition(":")[2])
+    with served(store=tmp_path, port=port) as (_, stub):
+        assert line.push(report(3), timeout_seconds=10)
+        assert rounds_of(stub) == [1, 2, 3]
+        line.close()
+        assert line.push(report(4))
+        line.close()
+    assert not line.push(report(5), timeout_seconds=1)
+    line.close()
 
 
 def test_a_half_written_last_line_is_survived(tmp_path):
