@@ -193,7 +193,7 @@ def _attended(
     written = walk.spaces.new(f"{name}.out_proj", module.embed_dim)
     _bind(walk, f"{name}.out_proj", 0, written)
     if (f"{name}.out_proj.weight", 1) not in walk.spaces.bound:
-        heads = walk.spaces.whole(parts.site(), tuple(parts.shifts()))
+        heads = walk.spaces.occupied(parts.site(), tuple(parts.shifts()))
         for member in parts.members():
             walk.spaces.bind(member.tensor, member.axis, heads)
     return written

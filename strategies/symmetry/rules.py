@@ -110,11 +110,12 @@ def _convolution(walk: Walk, node: fx.Node, module: nn.Conv2d) -> Feature | None
         space = walk.write(node, module.out_channels, 0)
         walk.bind(node, ("bias",), 0, space)
         return Feature(space, channels)
+    # Outputs belong to their group of inputs: groups move as wholes, a channel each if it is depthwise.
     walk.bind(node, ("weight",), 1, walk.fixed)
-    if module.groups == module.in_channels:  # depthwise: outputs belong to their input channel
-        return _scale(walk, node, channels, ("weight", "bias"))
-    walk.bind(node, ("weight", "bias"), 0, walk.fixed)
-    return walk.leave(node)
+    space = walk.read(node, channels)
+    if space is not walk.fixed:
+        space.whole(module.groups)
+    return _scale(walk, node, channels, ("weight", "bias"))
 
 
 def _scale(walk: Walk, node: fx.Node, axis: int, names: Iterable[str]) -> Feature | None:

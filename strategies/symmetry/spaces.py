@@ -46,6 +46,18 @@ class Space:
         """Keep the units in their places."""
         self.root().fixed = True
 
+    def whole(self, runs: int) -> None:
+        """Move only so many equal runs of units, each as one: they become the units."""
+        root = self.root()
+        if root.fixed or runs % root.width == 0:
+            return
+        if root.width % runs or (root.groups % runs and runs % root.groups):
+            root.fixed = True
+            return
+        # Groups that lie within a run stay together by themselves.
+        root.groups = root.groups if runs % root.groups == 0 else 1
+        root.width = runs
+
     def grouped(self, groups: int) -> None:
         """Keep `groups` equal runs of units together; other runs than before leave no freedom."""
         root = self.root()
@@ -67,7 +79,7 @@ class Spaces:
         self.made.append(Space(name, width))
         return self.made[-1]
 
-    def whole(self, site: Site, shifts: tuple[Shift, ...] = ()) -> Space:
+    def occupied(self, site: Site, shifts: tuple[Shift, ...] = ()) -> Space:
         """A space with its own site, which the bindings of others can only fix."""
         space = self.new(site.name, site.width())
         space.site, space.shifts = site, shifts
@@ -78,6 +90,9 @@ class Spaces:
         one, other = one.root(), other.root()
         if one is other:
             return one
+        if not (one.site or other.site):
+            fine, coarse = sorted((one, other), key=lambda space: -space.width)
+            fine.whole(coarse.width)
         if one.width != other.width or one.fixed or other.fixed or one.site or other.site:
             one.fix()
             other.fix()

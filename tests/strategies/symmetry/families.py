@@ -62,6 +62,42 @@ class ResNet(nn.Module):
         return self.head(self.block2(self.block1(self.stem(x))).mean(dim=(2, 3)))
 
 
+class Bottleneck(nn.Module):
+    """A block of ResNeXt, or with as many groups as channels of MobileNet: narrow, by groups, wide."""
+
+    def __init__(self, channels: int, width: int, out: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.grouped = nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.wide = nn.Conv2d(width, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or out != channels:
+            self.skip = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.bn1(self.narrow(x)))
+        y = self.bn3(self.wide(F.relu6(self.bn2(self.grouped(y)))))
+        return F.relu(y + self.skip(x))
+
+
+class Bottlenecks(nn.Module):
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4))
+        self.block1 = Bottleneck(4, 6, 4, 1, groups)
+        self.block2 = Bottleneck(4, 6, 8, 2, groups)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(self.block1(F.relu(self.stem(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 def group_norm_net() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(2, 6, 3), nn.GroupNorm(3, 6), nn.SiLU(), nn.AdaptiveAvgPool2d(2)),
@@ -236,6 +272,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (mlp, torch.zeros(3, 6)),
     "convnet": (ConvNet, IMAGE),
     "resnet": (ResNet, IMAGE),
+    "resnext": (lambda: Bottlenecks(groups=3), IMAGE),
+    "mobilenet": (lambda: Bottlenecks(groups=6), IMAGE),
     "group_norm": (group_norm_net, IMAGE),
     "depthwise": (DepthwiseNet, torch.zeros(2, 2, 4, 4)),
     "layer_norm": (layer_norm_mlp, torch.zeros(3, 5)),

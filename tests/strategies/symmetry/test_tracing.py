@@ -86,6 +86,20 @@ def test_a_skip_joins_a_stage_and_a_downsampling_convolution_ends_it() -> None:
     }
 
 
+@pytest.mark.parametrize(("name", "units"), [("resnext", 3), ("mobilenet", 6)])
+def test_groups_of_a_convolution_move_as_wholes(name: str, units: int) -> None:
+    model, example = built(name)
+    groups = {site.name: str(site.group) for site in trace(model, example).sites}
+    inner = {f"block{number}.narrow": f"S({units})" for number in (1, 2)}
+    assert groups == {"stem.0": "S(4)", **inner, "block2.wide": "S(8)"}
+
+
+def test_channels_inside_a_group_do_not_move() -> None:
+    model, example = built("resnext")
+    finer = parse(str(trace(model, example)).replace("S(3)", "S(2) wr S(3)"))
+    assert check(model, finer, example).guilty == ("block1.narrow", "block2.narrow")
+
+
 def test_a_single_linear_around_a_skip_is_quadratic() -> None:
     model, example = built("linear_residual")
     (site,) = trace(model, example).sites
@@ -206,7 +220,7 @@ NASTY: dict[str, tuple[list[str], Callable[[Net, Tensor], object], dict[str, nn.
     "recurrent": (["a"], lambda n, x: n.cell(n.out(n.a(x)))[0], {"cell": nn.LSTM(3, 4)}),
     "read by a recurrence": ([], lambda n, x: n.cell(n.a(x))[0], {"cell": nn.LSTM(6, 4)}),
     "grouped": (
-        [],
+        FREE,
         lambda n, x: n.out(n.conv(n.a(x)[:, :, None])[:, :, 0]),
         {"conv": nn.Conv1d(6, 6, 1, groups=3)},
     ),
