@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.alignment.certificate import Radii, is_certified, keeps_order
+from fedbasin.strategies.alignment.certificate import (
+    Drifts,
+    Radii,
+    drifts_of,
+    is_certified,
+    keeps_order,
+)
 from fedbasin.strategies.alignment.moved import Moved
 from fedbasin.strategies.alignment.reports import SiteReport
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle, skew
@@ -36,6 +42,7 @@ class Ascent:
         state: the client as it came.
         radii: the anchor's identity radii.
         prior: strength of the preference for the identity.
+        distances: of the tensors whose distance to the anchor, as they came, was met on the way.
     """
 
     symmetry: Symmetry
@@ -48,8 +55,13 @@ class Ascent:
         self.client = Moved(self.symmetry, self.state, {})
         self.gains: dict[str, float] = {}
         self.certified: set[str] = set()
+        self.distances: dict[str, float] = {}
         self.first_skews: dict[str, float] = {}
         self.last_skews: dict[str, float] = {}
+
+    def moved(self) -> dict[str, Tensor]:
+        """The client as it is now; tensors that did not move are the same objects."""
+        return Transform(self.symmetry, self.client.elements).act(self.state)
 
     @property
     def transform(self) -> Transform:
@@ -80,10 +92,11 @@ class Ascent:
     def visit(self, site: Site) -> bool:
         """Replace the site's element by the best one; whether that was any progress."""
         self.certified.discard(site.name)
-        if is_certified(site, self.anchor, self.client, self.radii):
+        drifts = self._drifts(site)
+        if is_certified(site, drifts, self.radii):
             self.certified.add(site.name)
             return False
-        group = self._group(site)
+        group = self._group(site, drifts)
         scores = agreement(site, group, self.anchor, self.client)
         self._see_skew(site, scores)
         step = group.maximiser(scores, self.prior)
@@ -94,13 +107,21 @@ class Ascent:
         self._see_skew_after(site, scores, step)
         return True
 
-    def _group(self, site: Site) -> Group:
+    def _group(self, site: Site, drifts: Drifts) -> Group:
         """What is left to search: where the order of blocks is proven, only what they do in their places."""
-        if isinstance(site.group, Wreath) and keeps_order(
-            site, self.anchor, self.client, self.radii
-        ):
+        if isinstance(site.group, Wreath) and keeps_order(site, drifts, self.radii):
             return site.group.in_place
         return site.group
+
+    def _drifts(self, site: Site) -> Drifts:
+        """What changed at the site, if that can prove anything; what it says of whole tensors is noted."""
+        if site.name not in self.radii:
+            return {}
+        drifts = drifts_of(site, self.anchor, self.client)
+        for member, squares in drifts.items():
+            if member.is_whole and not self.client.is_touched(member.tensor):
+                self.distances[member.tensor] = float(squares.sum()) ** 0.5
+        return drifts
 
     def _step(self, site: Site, step: Element, gain: float) -> bool:
         held = self.client.elements.get(site.name)
@@ -153,12 +174,16 @@ class Ascent:
     def _see_skew_after(self, site: Site, scores: tuple[Tensor, ...], step: Element) -> None:
         if not _turns(site):
             return
-        if site.quadratic or step.duals:
+        if site.quadratic or _stretches(step):
             # M is not what it was with the step applied.
-            scores = agreement(site, self._group(site), self.anchor, self.client)
+            scores = agreement(site, site.group, self.anchor, self.client)
         else:
             scores = tuple(_turned(score, step, leg) for leg, score in enumerate(scores))
         self.last_skews[site.name] = skew(scores)
+
+
+def _stretches(step: Element) -> bool:
+    return any(dual != leg for leg, dual in enumerate(step.duals))
 
 
 def _turned(score: Tensor, step: Element, leg: int) -> Tensor:

@@ -32,6 +32,9 @@ from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
 
 Radii = Mapping[str, Float[Tensor, " units"]]
 
+Drifts = Mapping[Member, Float[Tensor, " blocks"]]
+"""Of every tensor at a site, what the client changed in each unit, or block of units, squared."""
+
 # A radius that rounding could have made too large proves nothing.
 _SLACK = 1 - 1e-4
 
@@ -63,27 +66,30 @@ def identity_radii(symmetry: Symmetry, anchor: State) -> dict[str, Tensor]:
     return radii
 
 
-def is_certified(site: Site, anchor: State, client: State, radii: Radii) -> bool:
+def drifts_of(site: Site, anchor: State, client: State) -> Drifts:
+    """What the client changed at a site, tensor by tensor."""
+    with one_core():
+        return {member: _drift(member, site, anchor, client) for member in site.scored}
+
+
+def is_certified(site: Site, drifts: Drifts, radii: Radii) -> bool:
     """Whether the identity is proven optimal at this site. False proves nothing."""
-    return isinstance(site.group, Permutation) and _is_within(site, anchor, client, radii)
+    return isinstance(site.group, Permutation) and _is_within(site, drifts, radii)
 
 
-def keeps_order(site: Site, anchor: State, client: State, radii: Radii) -> bool:
+def keeps_order(site: Site, drifts: Drifts, radii: Radii) -> bool:
     """Whether no block is exchanged in the best element of this site. False proves nothing."""
-    return isinstance(site.group, Wreath) and _is_within(site, anchor, client, radii)
+    return isinstance(site.group, Wreath) and _is_within(site, drifts, radii)
 
 
-def _is_within(site: Site, anchor: State, client: State, radii: Radii) -> bool:
+def _is_within(site: Site, drifts: Drifts, radii: Radii) -> bool:
     if site.name not in radii:
         return False
-    with one_core():
-        squares = [_drift(member, site, anchor, client) for member in site.scored]
-        radius = radii[site.name].to(squares[0].device)
-        return bool((torch.stack(squares).sum(0).sqrt() < radius * _SLACK).all())
+    drift = torch.stack(list(drifts.values())).sum(0).sqrt()
+    return bool((drift < radii[site.name].to(drift.device) * _SLACK).all())
 
 
 def _drift(member: Member, site: Site, anchor: State, client: State) -> Float[Tensor, " blocks"]:
-    """What the client changed in every unit, or block of units, squared."""
     width = site.width(member.leg)
     ours, theirs = (member.rows(state[member.tensor], width) for state in (anchor, client))
     # A difference of two halves is rounded to half; the proof cannot spare those digits.

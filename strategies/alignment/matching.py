@@ -9,7 +9,7 @@ Srinivasa 2023, arXiv 2209.04836) for permutations; the rotations of attention h
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,9 +68,9 @@ def match_weights(
     """
     anchor, client = folded(symmetry, anchor), folded(symmetry, client)
     ascent = Ascent(symmetry, anchor, client, radii or {}, prior)
-    before, sweeps = distances(symmetry, anchor, client), ascent.run(max_sweeps)
-    state = ascent.transform.act(client)
-    return Alignment(state, ascent.transform, _report(ascent, sweeps, before, state))
+    sweeps = ascent.run(max_sweeps)
+    state = ascent.moved()
+    return Alignment(state, ascent.transform, _report(ascent, sweeps, state))
 
 
 def find_by_weights(
@@ -88,23 +88,24 @@ def find_by_weights(
     them is that of one site's score. Both are folded already.
     """
     ascent = Ascent(symmetry, anchor, client, radii or {}, prior)
-    before, sweeps = distances(symmetry, anchor, client), ascent.run(max_sweeps)
-    return Found(ascent.transform, _report(ascent, sweeps, before, ascent.client))
+    sweeps = ascent.run(max_sweeps)
+    return Found(ascent.transform, _report(ascent, sweeps, ascent.client))
 
 
-def _report(ascent: Ascent, sweeps: int, before: dict[str, float], moved: State) -> AlignmentReport:
+def _report(ascent: Ascent, sweeps: int, moved: State) -> AlignmentReport:
     """How a search went.
 
     Args:
         ascent: the search.
         sweeps: its passes over the sites.
-        before: distances before it, by tensor.
         moved: the client after it; only what has moved is measured again.
     """
+    symmetry, anchor = ascent.symmetry, ascent.anchor
+    before = distances(symmetry, anchor, ascent.state, ascent.distances)
     touched = [name for name in before if ascent.client.is_touched(name)]
-    after = before | _distances(touched, ascent.anchor, moved)
+    after = before | _distances(touched, anchor, moved)
     return AlignmentReport(
-        tuple(ascent.report(site) for site in ascent.symmetry.sites),
+        tuple(ascent.report(site) for site in symmetry.sites),
         sweeps,
         math.hypot(*before.values()),
         math.hypot(*after.values()),
@@ -116,10 +117,20 @@ def folded(symmetry: Symmetry, state: State) -> State:
     return symmetry.fold(state) if symmetry.folds else state
 
 
-def distances(symmetry: Symmetry, anchor: State, client: State) -> dict[str, float]:
-    """Anchor to client, by tensor, of all floating tensors whose distance matching can only lower."""
+def distances(
+    symmetry: Symmetry, anchor: State, client: State, known: Mapping[str, float]
+) -> dict[str, float]:
+    """Anchor to client, by tensor, of all floating tensors whose distance matching can only lower.
+
+    Args:
+        symmetry: the sites.
+        anchor: the state to align to.
+        client: the state to align.
+        known: those that need not be measured again.
+    """
     silent = {m.tensor for site in symmetry.sites for m in site.members if not m.scored}
-    return _distances((name for name in anchor if name not in silent), anchor, client)
+    unknown = (name for name in anchor if name not in silent and name not in known)
+    return {**known, **_distances(unknown, anchor, client)}
 
 
 def _distances(names: Iterable[str], anchor: State, client: State) -> dict[str, float]:

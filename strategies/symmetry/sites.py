@@ -74,6 +74,11 @@ class Member:
         text = f"{self.tensor}[{outer}{self.axis}{part}]{leg}"
         return text if self.scored else f"({text})"
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the tensor's every entry."""
+        return self.part is None and self.outer is None
+
     def view(self, tensor: Tensor) -> Tensor:
         """The part of `tensor` that the site owns, sharing its memory."""
         if self.part is None:
@@ -90,7 +95,7 @@ class Member:
 
     def act(self, element: Element, tensor: Tensor) -> Tensor:
         """`tensor` with the element applied to the part."""
-        if self.part is None and self.outer is None:
+        if self.is_whole:
             return element.act(tensor, self.axis, self.leg)
         result = tensor.clone()
         units = self._units(result)

@@ -5,10 +5,15 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fedbasin.strategies.alignment import certificate
 from fedbasin.strategies.alignment.ascent import agreement
-from fedbasin.strategies.alignment.certificate import identity_radii, is_certified, keeps_order
+from fedbasin.strategies.alignment.certificate import (
+    Radii,
+    drifts_of,
+    identity_radii,
+)
 from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.symmetry.sites import Symmetry, parse
+from fedbasin.strategies.symmetry.sites import Site, Symmetry, parse
 from fedbasin.strategies.symmetry.transform import random
 
 SYMMETRY = parse("hidden S(7) in.weight[0] in.bias[0] (mean[0]) out.weight[1]")
@@ -41,6 +46,14 @@ def best_order(anchor: State, client: State) -> list[int]:
 
     cost = (units(anchor)[:, None] - units(client)[None]).square().sum(-1)
     return linear_sum_assignment(cost.numpy())[1].tolist()
+
+
+def is_certified(site: Site, anchor: State, client: State, radii: Radii) -> bool:
+    return certificate.is_certified(site, drifts_of(site, anchor, client), radii)
+
+
+def keeps_order(site: Site, anchor: State, client: State, radii: Radii) -> bool:
+    return certificate.keeps_order(site, drifts_of(site, anchor, client), radii)
 
 
 def certified(anchor: State, client: State) -> bool:
