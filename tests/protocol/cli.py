@@ -65,6 +65,9 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
     file: Results = _RESULTS,
     cache: Annotated[Path, typer.Option(help="Where drawn examples are kept.")] = _SCRATCH,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure also what is there, as after a change of code.")
+    ] = False,
     json_lines: Json = False,
 ) -> None:
     """Measure what the file does not have yet."""
@@ -76,7 +79,7 @@ def run(
     ]
     for text in _texts(rule):
         rules.check(parse(text))
-    known = results.read(file)
+    known = {} if again else results.read(file)
     left = [s for s in settings if rules.rounds_of(s.rule, rounds) not in known.get(s, {})]
     work = processes.Work(left, rounds, cache)
     found = processes.alone(work) if jobs == 1 else processes.in_parallel(work, jobs)

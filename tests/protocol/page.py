@@ -39,16 +39,13 @@ def _section(scene: Scene, rows: list[Row], folder: Path) -> str:
     title, best = tables.heading(scene), best_of_each(rows)
     name = f"{_slug(title)}.svg"
     (folder / name).write_text(picture.draw(best, title) + "\n")
-    seeds = {row.seeds for row in rows}
-    counts = " or ".join(sorted({str(len(own)) for own in seeds}))
-    notes = [f"Mean of {counts} seed{'s' if counts != '1' else ''}.", tables.settings_note(best)]
     parts = [
         f"## {title}",
         f"![Accuracy by round, bytes and client seconds]({folder.name}/{name})",
         tables.markdown(best[::-1]),
-        " ".join(filter(None, notes)),
+        tables.settings_note(best),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _slug(text: str) -> str:

@@ -18,6 +18,8 @@ class ResultsError(ValueError):
 def read(file: Path) -> Curves:
     """Every curve in a file, points by round; none if there is no file.
 
+    A curve that was measured again begins anew: its later lines replace the earlier.
+
     Raises:
         ResultsError: a line is damaged, or is of another version of the protocol.
     """
@@ -30,7 +32,9 @@ def read(file: Path) -> Curves:
             raise ResultsError(
                 f"{file}, line {number}: {error}; move the file away, or give another with --results"
             ) from error
-        curves[setting].setdefault(point.round, point)
+        if point.round <= max(curves[setting], default=-1):
+            curves[setting].clear()
+        curves[setting][point.round] = point
     return dict(curves)
 
 

@@ -1,6 +1,7 @@
 """What is written on the command line and in the results: `name(argument, key=value)`, as `dirichlet(0.3)`."""
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -8,6 +9,8 @@ from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 Value: TypeAlias = bool | int | float | str
+
+_SHAPE = re.compile(r"(?P<name>[A-Za-z][\w+-]*)\s*(?P<inside>\(.*\))?", re.DOTALL)
 
 
 class SpecError(ValueError):
@@ -46,8 +49,7 @@ def expand(text: str) -> list[Spec]:
         SpecError: the text is no name with plain arguments.
     """
     try:
-        node = ast.parse(text.strip(), mode="eval").body
-        name, arguments, keywords = _taken_apart(node)
+        name, arguments, keywords = _taken_apart(text)
         choices = [_choices(value) for value in (*arguments, *keywords.values())]
     except (SyntaxError, ValueError) as error:
         raise SpecError(f"{text!r}: write a name, or name(argument, key=value)") from error
@@ -58,14 +60,15 @@ def expand(text: str) -> list[Spec]:
     ]
 
 
-def _taken_apart(node: ast.expr) -> tuple[str, list[ast.expr], dict[str, ast.expr]]:
-    if isinstance(node, ast.Name):
-        return node.id, [], {}
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        keywords = {word.arg: word.value for word in node.keywords if word.arg}
-        if len(keywords) == len(node.keywords):
-            return node.func.id, node.args, keywords
-    raise ValueError(ast.dump(node))
+def _taken_apart(text: str) -> tuple[str, list[ast.expr], dict[str, ast.expr]]:
+    found = _SHAPE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(text)
+    # The name may be no name of Python's, as `regmean++`; what is in parentheses is Python's.
+    match ast.parse(f"_{found['inside'] or '()'}", mode="eval").body:
+        case ast.Call(ast.Name(), args, words) if all(word.arg for word in words):
+            return found["name"], args, {str(word.arg): word.value for word in words}
+    raise ValueError(text)
 
 
 def _choices(node: ast.expr) -> list[Any]:

@@ -21,7 +21,7 @@ def markdown(rows: Sequence[Row]) -> str:
     last = max(point.round for row in rows for point in row.points)
     rounds = [number for number in _ROUNDS if number <= last]
     marks = [mark for mark in MARKS if any(row.first(mark) for row in rows)]
-    head = ["rule", *(f"r{number}" for number in rounds), "best"]
+    head = ["rule", "seeds", *(f"r{number}" for number in rounds), "best"]
     head += [f"rounds to {mark:.2f}" for mark in marks]
     head += [f"MB to {mark:.2f}" for mark in marks]
     head += ["client s / round", "server s / round"]
@@ -40,7 +40,12 @@ def settings_note(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row, rounds: Sequence[int], marks: Sequence[float], last: int) -> list[str]:
     measured = [row.at(number) for number in rounds]
-    cells = [f"`{row.rule}`", *(_accuracy(point) for point in measured), _share(row.best)]
+    cells = [
+        f"`{row.rule}`",
+        str(len(row.seeds)),
+        *(_accuracy(point) for point in measured),
+        _share(row.best),
+    ]
     firsts = [row.first(mark) for mark in marks]
     end = row.points[-1]
     cells += [str(point.round) if point else _over(end.round, last) for point in firsts]
