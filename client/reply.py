@@ -212,7 +212,7 @@ def _align(request: Request, trained: State, header: pb.UpdateHeader) -> State:
     header.symmetry_digest = symmetry.digest
     seconds = time.perf_counter() - started
     header.alignment.CopyFrom(alignment_message(found.report, seconds))
-    return found.state
+    return symmetry.translate(symmetry.fold(request.anchor), found.state)
 
 
 def _probe(

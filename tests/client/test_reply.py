@@ -64,6 +64,17 @@ def test_the_model_is_sent_in_the_anchors_frame():
     assert header.alignment.seconds > 0
 
 
+def test_biases_that_attention_cannot_see_are_sent_as_the_anchors():
+    symmetry = parse("+ 0.bias")
+    anchor, client = tiny.net().state_dict(), trained()
+    stage = fusing(anchor, RECIPES["fedavg"], Ask(symmetry=symmetry), "client")
+    asked = read_request(broadcast(stage, anchor, 1, ConfigRecord(), packed=True).content)
+    content, header = reply(asked, client)
+    found = packing.unpack(content[wire.ARRAYS], header.tensors)
+    torch.testing.assert_close(found["0.bias"], anchor["0.bias"])
+    assert torch.equal(found["0.weight"], client["0.weight"])
+
+
 def test_unasked_nothing_is_aligned():
     content, header = reply(request(align="off"))
     found = packing.unpack(content[wire.ARRAYS], header.tensors)
