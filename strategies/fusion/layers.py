@@ -17,11 +17,13 @@ class Layer:
     Attributes:
         block: the names of its tensors, the weight first.
         inputs: numbers that one output is computed from, a one for the bias included.
+        outputs: of all groups together.
         groups: parts of a convolution that read channels of their own.
     """
 
     block: Block
     inputs: int
+    outputs: int
     groups: int = 1
 
 
@@ -75,4 +77,4 @@ def _products(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
 def _layer(module: nn.Module, pair: tuple[Tensor, ...], names: dict[int, str]) -> Layer:
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     inputs = pair[0][0].numel() + len(pair) - 1
-    return Layer(tuple(names[id(tensor)] for tensor in pair), inputs, groups)
+    return Layer(tuple(names[id(tensor)] for tensor in pair), inputs, len(pair[0]), groups)

@@ -1,0 +1,82 @@
+"""The chooser: never above the budget, and more bytes are never worse."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from fedbasin.strategies.fusion.budget import BudgetError, choose, spent
+from fedbasin.strategies.fusion.compact import Form, Kind, MomentKind
+from fedbasin.strategies.fusion.layers import Layer
+
+ORDER = list(Kind)
+
+
+@st.composite
+def models(draw):
+    sizes = st.tuples(
+        st.integers(2, 600), st.integers(1, 600), st.sampled_from([1, 3]), st.booleans()
+    )
+    return [
+        Layer((f"{i}.weight", f"{i}.bias")[: 1 + bias], inputs, outputs * groups, groups)
+        for i, (inputs, outputs, groups, bias) in enumerate(
+            draw(st.lists(sizes, min_size=1, max_size=5))
+        )
+    ]
+
+
+def rank(encoding):
+    """Worse is larger; a sketch of fewer rows is worse."""
+    gram = encoding.gram
+    return ORDER.index(gram.kind), -gram.size, encoding.moment is MomentKind.float16
+
+
+def bounds(layers, moments, sketches):
+    full = spent(layers, choose(layers, 0, moments=moments), moments=moments)
+    try:
+        choose(layers, 1, moments=moments, sketches=sketches)
+    except BudgetError as error:
+        return int(str(error).split("set at least ")[1].split(",")[0]), full
+    raise AssertionError
+
+
+@given(models(), st.booleans(), st.booleans(), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_budget_is_kept_and_more_is_never_worse(layers, moments, sketches, low, high):
+    least, full = bounds(layers, moments, sketches)
+    low, high = sorted(least + int(share * (full - least)) for share in (low, high))
+    how = {"moments": moments, "sketches": sketches}
+    less, more = choose(layers, low, **how), choose(layers, high, **how)
+    assert spent(layers, less, moments=moments) <= low
+    assert spent(layers, more, moments=moments) <= high
+    for layer in layers:
+        for worse, better in zip(rank(less[layer.block]), rank(more[layer.block]), strict=True):
+            if worse != better:
+                assert worse > better
+                break
+        assert rank(less[layer.block])[2] >= rank(more[layer.block])[2]
+        assert less[layer.block].inputs == layer.inputs
+        assert sketches or less[layer.block].gram.kind is not Kind.sketch
+
+
+@given(models(), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_just_enough_is_enough(layers, moments):
+    least, _ = bounds(layers, moments, sketches=True)
+    chosen = choose(layers, least, moments=moments)
+    assert spent(layers, chosen, moments=moments) == least
+    with pytest.raises(BudgetError, match=f"= {least - 1}, "):
+        choose(layers, least - 1, moments=moments)
+
+
+def test_without_a_bound_everything_is_exact():
+    layers = [Layer(("a", "b"), 65, 10)]
+    (encoding,) = choose(layers, 0, moments=True).values()
+    assert (encoding.gram, encoding.moment, encoding.inputs) == (Form(), MomentKind.float32, 65)
+
+
+def test_the_largest_layer_pays_first():
+    layers = [Layer(("small",), 16, 4), Layer(("large",), 256, 4)]
+    full = spent(layers, choose(layers, 0, moments=False), moments=False)
+    chosen = choose(layers, full - 1, moments=False)
+    assert chosen[("small",)].gram == Form()
+    assert chosen[("large",)].gram == Form(Kind.half)
