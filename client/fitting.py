@@ -8,7 +8,6 @@ from flwr.app import Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedbasin.client.context import (
-    forget,
     fused_at_first,
     fused_so_far,
     keep_fused,
@@ -57,8 +56,7 @@ def fit_reply(
             start = fused_at_first(context)
             path = path_losses(model, start, fused, batches(), request.path_points)
             header.path.CopyFrom(path_message(path))
-    if not request.header.keep:
-        forget(context)
+    # Nothing is forgotten yet: a stage that too few could answer is asked anew.
     wire.write(content, header)
     return content
 

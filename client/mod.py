@@ -56,6 +56,8 @@ def basin(
             reply = call_next(message, context)
             if request.header.path_points and not reply.has_error():
                 _probe_fused(request, reply, context, model, batches)
+            if not request.header.keep:
+                forget(context)
             return reply
         own = model(context)
         started = time.perf_counter()
@@ -102,8 +104,6 @@ def _probe_fused(
 ) -> None:
     """Add the path from the fused model to the one that this client sent, if it still has that."""
     own = sent(context, request.header.round)
-    if not request.header.keep:
-        forget(context)
     if own is not None and request.path_points:
         wire.write(reply.content, fused_path(request, own, model(context), data))
 

@@ -79,11 +79,17 @@ class FedBasin(Strategy):
             sampling: the FedAvg that samples nodes; Flower's defaults if None.
 
         Raises:
-            ValueError: no recipe has that name, or its statistics cannot follow where `align` takes them.
+            ValueError: no recipe has that name, its statistics cannot follow where `align` takes them, or it
+                has several stages.
         """
         if recipe not in RECIPES:
             raise ValueError(f"no recipe is called {recipe!r}; there are {', '.join(RECIPES)}")
         RECIPES[recipe].check_align(align)
+        if RECIPES[recipe].fits:
+            raise ValueError(
+                f"recipe {recipe!r} asks clients several times a round, which Flower's loop does not; run it with "
+                "fedbasin.server.serve, or choose fedavg, fisher or regmean"
+            )
         self.refusals: dict[int, Refusal] = {}
         self._recipe = RECIPES[recipe]
         self._symmetry = symmetry

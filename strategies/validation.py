@@ -84,9 +84,13 @@ def check_order(order: Order | None, model: State) -> None:
     if order is None:
         raise Refusal(Outcome.missing_statistic, "the order of the layers")
     named = [block for level in order.levels for block in level]
-    strange = [block for block in (*named, order.head or named[0]) if not _is_block(block, model)]
+    strange = [block for block in named if not _is_layer(block, model)]
     if strange or len(set(named)) < len(named):
         raise Refusal(Outcome.malformed, f"the order of the layers names {strange or 'some twice'}")
+    if not named or (order.head and order.head not in named):
+        raise Refusal(
+            Outcome.malformed, f"the order of the layers lacks {order.head or 'them all'}"
+        )
 
 
 def check_examples(examples: float) -> None:
@@ -137,6 +141,11 @@ def _is_block(block: Block, anchor: State) -> bool:
     return len(shapes) == 1 or (
         len(shapes) == 2 and len(shapes[0]) > 1 and shapes[1] == shapes[0][:1]
     )
+
+
+def _is_layer(block: Block, model: State) -> bool:
+    """Whether the block is multiplied with inputs, so that it can be fitted."""
+    return _is_block(block, model) and model[block[0]].dim() > 1
 
 
 def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
