@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fedbasin.strategies.symmetry.residual import turning_family
 from tests.server.modelfiles.stored import (
     MLP,
     answer,
@@ -343,3 +344,21 @@ def test_an_answer_in_json_is_one_line(pair: tuple[Path, Path]) -> None:
     )
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["sites"][0].keys() >= {"site", "certified", "moved", "gain"}
+
+
+def test_a_residual_stream_turns_where_the_notation_folds_its_norms(tmp_path: Path) -> None:
+    anchor, model, out = saved("llama", tmp_path / "a"), tmp_path / "b", tmp_path / "out"
+    planted("llama", model)
+    config = json.loads((model / "config.json").read_text())
+    notation, transform = tmp_path / "turning.txt", tmp_path / "transform"
+    notation.write_text(str(turning_family("llama", config, tensors(model))))
+    given = ("--symmetry", notation)
+    (report,) = answer(
+        "align", model, "--anchor", anchor, "-o", out, "--transform", transform, *given
+    )
+    assert report["distance_after"] < report["distance_before"]
+    assert (outputs("llama", out) - outputs("llama", model)).abs().max() < 1e-4
+    again = tmp_path / "again"
+    assert fedbasin("apply", transform, model, "-o", again).exit_code == 0
+    assert distance(out, again) == 0
+    assert fedbasin("check", out, *given).exit_code == 0

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from tests.server.modelfiles.stored import MLP, answer, fedbasin, perceptron, refusal, saved
@@ -277,3 +277,39 @@ def test_a_dtype_in_which_nothing_turns_is_refused(
     path = tmp_path / "w.safetensors"
     save_file({"w": torch.zeros(6, 2).to(dtype)}, path, {"symmetry": "hidden  S(6)  w[0]"})
     assert message in refusal("inspect", path)
+
+
+def renamed(path: Path, old: str, new: str, *, keep: bool = False) -> None:
+    state = load_file(path)
+    state |= {name.replace(old, new): tensor.clone() for name, tensor in state.items()}
+    kept = {name: t for name, t in state.items() if keep or old not in name}
+    save_file(kept, path, {"format": "pt"})
+
+
+def test_norms_of_old_files_are_known_by_their_old_names(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path / "bert")
+    (before,) = answer("inspect", model)
+    renamed(model / "model.safetensors", "LayerNorm.weight", "LayerNorm.gamma")
+    renamed(model / "model.safetensors", "LayerNorm.bias", "LayerNorm.beta")
+    (after,) = answer("inspect", model)
+    assert "bert.embeddings.LayerNorm.gamma" in after["sites"][0]["tensors"]
+    assert [site["share"] for site in after["sites"]] == [site["share"] for site in before["sites"]]
+
+
+def test_old_and_new_name_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path / "bert")
+    renamed(model / "model.safetensors", "LayerNorm.weight", "LayerNorm.gamma", keep=True)
+    assert "are old and new name of one tensor; keep one" in refusal("inspect", model)
+
+
+def test_the_names_of_published_vision_models_are_known(tmp_path: Path) -> None:
+    (found,) = answer("inspect", saved("vit", tmp_path / "vit"))
+    sites = {site["site"]: site["tensors"] for site in found["sites"]}
+    assert "vit.encoder.layer.0.intermediate.dense.weight" in sites["mlp.0"]
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in sites["heads.1"]
+
+
+def test_experts_that_are_stored_one_by_one_are_refused(tmp_path: Path) -> None:
+    said = refusal("inspect", saved("mixtral", tmp_path / "mixtral"))
+    assert "no tensor" in said
+    assert "experts" in said or "mlp.gate" in said
