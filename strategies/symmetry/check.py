@@ -88,6 +88,29 @@ def check(
     return CheckReport(found, guilty)
 
 
+def prove(model: nn.Module, symmetry: Symmetry, *inputs: Tensor) -> Symmetry:
+    """The symmetry, if `check` finds that it leaves the model's function as it is.
+
+    Args:
+        model: see `check`.
+        symmetry: traced, read from a config, or written by hand.
+        inputs: an example.
+
+    Raises:
+        SymmetryError: naming the sites and shifts that change the function.
+    """
+    report = check(model, symmetry, *inputs)
+    if report.passed:
+        return symmetry
+    worst = max(trial.double_error for trial in report.trials)
+    # Sites may pass alone and fail together.
+    guilty = "; ".join(report.guilty) or "all sites together"
+    raise SymmetryError(
+        f"{type(model).__name__} becomes another function (off by {worst:.1e} in float64) under: {guilty}; "
+        "leave these out, or write them as the architecture has them"
+    )
+
+
 def _parts(symmetry: Symmetry) -> Iterator[tuple[str, Symmetry]]:
     """Every site and every shift alone, by name."""
     for site in symmetry.sites:

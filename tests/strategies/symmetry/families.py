@@ -80,8 +80,8 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.bn1(self.narrow(x)))
-        y = self.bn3(self.wide(F.relu6(self.bn2(self.grouped(y)))))
+        y = F.hardswish(self.bn1(self.narrow(x)))
+        y = self.bn3(self.wide(F.hardswish(self.bn2(self.grouped(y)))))
         return F.relu(y + self.skip(x))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedbasin.strategies.symmetry.check import CheckReport, check
+from fedbasin.strategies.symmetry.check import CheckReport, check, prove
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.tracing import trace
 from fedbasin.strategies.symmetry.transformer import preln_transformer
@@ -81,6 +81,13 @@ def test_what_only_looks_like_a_symmetry_of_a_transformer_fails(line: str) -> No
     report = check(model, Symmetry((*sites, *parse(line).sites)), IMAGES)
     assert not report.passed
     assert report.guilty == ("cross",)
+
+
+def test_a_symmetry_is_proven_or_refused_by_its_guilty_sites() -> None:
+    model, symmetry, example = checked("mlp")
+    assert prove(model, symmetry, example) is symmetry
+    with pytest.raises(SymmetryError, match=r"off by .* under: 2; leave these out"):
+        prove(model, without(symmetry, 1, 0), example)
 
 
 def test_heads_turned_one_by_one_in_place_pass() -> None:

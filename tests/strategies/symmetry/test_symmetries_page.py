@@ -1,20 +1,25 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from fedbasin.strategies.symmetry.families.dispatch import FAMILIES
 from fedbasin.strategies.symmetry.sites import Symmetry
 
 PAGE = Path(__file__).parents[3] / "docs" / "symmetries.md"
 
 
-def test_the_example_prints_the_sites_that_the_page_shows() -> None:
-    code, shown = re.findall(r"```(?:python)?\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, object] = {"print": lambda found: None}
-    exec(code, names)
-    symmetry = names["symmetry"]
+BLOCKS = re.findall(r"```(?:python)?\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(0, len(BLOCKS), 2))
+def test_an_example_prints_the_sites_that_the_page_shows(number: int) -> None:
+    code, shown = BLOCKS[number : number + 2]
+    printed: list[object] = []
+    exec(code, {"print": printed.append})
+    (symmetry,) = printed
     assert isinstance(symmetry, Symmetry)
-    lines = str(symmetry).splitlines()
-    for line, full in zip(shown.splitlines(), lines, strict=True):
+    for line, full in zip(shown.splitlines(), str(symmetry).splitlines(), strict=True):
         assert full.startswith(line.removesuffix(" ..."))
 
 
