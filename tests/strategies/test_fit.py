@@ -1,0 +1,320 @@
+"""A fit is a ridge regression over all clients' sums, and what does not belong into the sum leaves no trace."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fit import Fit, Probe, zeroed
+from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.update import Order, Update, join
+from fedbasin.strategies.outcome import Outcome, Refusal
+from fedbasin.strategies.plans import best_point
+from fedbasin.strategies.recipe import RECIPES, Target
+from fedbasin.strategies.stages import Ask, Fitting, Fuse
+
+FIRST, SECOND, CONV = ("first.weight", "first.bias"), ("second.weight",), ("conv.weight",)
+RIDGE = 1e-2
+W = torch.float64
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=W)
+
+
+def model(seed=0):
+    return {
+        "first.weight": normal(6, 4, seed=seed),
+        "first.bias": normal(6, seed=seed + 1),
+        "norm": normal(6, seed=seed + 2),
+        "second.weight": normal(3, 6, seed=seed + 3),
+        "conv.weight": normal(4, 2, 3, 3, seed=seed + 4),
+        "count": torch.tensor(seed),
+    }
+
+
+def fitting(*blocks, target=Target.features):
+    return Fitting(blocks or (FIRST, SECOND), target, 0)
+
+
+def rows(block, seed):
+    """A client's inputs of a layer and what is left to explain of its outputs."""
+    out, width = join(block, model()).shape
+    return normal(40, width, seed=seed), normal(40, out, seed=seed + 50)
+
+
+def answer(*blocks, seed=0, examples=40.0):
+    blocks = blocks or (FIRST, SECOND)
+    data = {block: rows(block, seed + i) for i, block in enumerate(blocks)}
+    return Update(
+        {},
+        examples,
+        {block: Gram(x.T @ x) for block, (x, _) in data.items()},
+        {block: z.T @ x for block, (x, z) in data.items()},
+    )
+
+
+def fitted(stage, *updates):
+    for node, update in enumerate(updates):
+        stage.accept(node, update)
+    return stage.finish()
+
+
+def ridge_step(block, seeds, strength=RIDGE):
+    """Least squares over all rows at once, with rows of its own for the regulariser."""
+    x, z = (torch.cat(parts) for parts in zip(*(rows(block, seed) for seed in seeds), strict=True))
+    rho = strength * (x.T @ x).diagonal().mean()
+    x = torch.cat([x, rho.sqrt() * torch.eye(x.shape[1], dtype=W)])
+    z = torch.cat([z, torch.zeros(x.shape[1], z.shape[1], dtype=W)])
+    return torch.linalg.lstsq(x, z).solution.T
+
+
+def test_the_layer_moves_by_the_ridge_regression_on_what_is_left_to_explain():
+    before = model()
+    found = fitted(Fit(before, fitting(FIRST), RIDGE), *(answer(FIRST, seed=s) for s in (1, 2)))
+    torch.testing.assert_close(join(FIRST, found) - join(FIRST, before), ridge_step(FIRST, (1, 2)))
+
+
+def test_all_else_stays():
+    before = model()
+    found = fitted(Fit(before, fitting(FIRST), RIDGE), answer(FIRST))
+    assert list(found) == list(before)
+    assert all(found[name] is before[name] for name in before if name not in FIRST)
+
+
+def test_a_share_of_the_step_is_taken():
+    before = model()
+    whole, half = (fitted(Fit(before, fitting(), RIDGE, share), answer()) for share in (1.0, 0.5))
+    for name in (*FIRST, *SECOND):
+        torch.testing.assert_close(half[name], (before[name] + whole[name]) / 2)
+
+
+def test_a_head_to_labels_is_the_solution_itself_drawn_to_zero():
+    head = fitting(SECOND, target=Target.labels)
+    stage = Fit(model(), head, RIDGE, share=0.5)
+    found = fitted(stage, answer(SECOND, seed=1))
+    assert stage.name == "head"
+    torch.testing.assert_close(found["second.weight"], ridge_step(SECOND, (1,)))
+    drawn = fitted(Fit(model(), head, 1e12), answer(SECOND, seed=1))
+    assert drawn["second.weight"].abs().max() < 1e-9
+
+
+def test_all_else_is_drawn_to_the_model_so_far():
+    before = model()
+    found = fitted(Fit(before, fitting(), 1e12), answer())
+    for name in (*FIRST, *SECOND):
+        torch.testing.assert_close(found[name], before[name])
+
+
+def test_directions_that_no_client_has_seen_stay_as_they_are():
+    before = model()
+    x, z = rows(SECOND, 0)
+    x[:, 3:] = 0
+    update = Update({}, 40.0, {SECOND: Gram(x.T @ x)}, {SECOND: z.T @ x})
+    found = fitted(Fit(before, fitting(SECOND), RIDGE), update)
+    torch.testing.assert_close(found["second.weight"][:, 3:], before["second.weight"][:, 3:])
+    assert (found["second.weight"][:, :3] != before["second.weight"][:, :3]).all()
+
+
+def test_a_layer_that_no_example_reaches_stays():
+    before = model()
+    nothing = Update(
+        {}, 1.0, {SECOND: Gram(torch.zeros(6, 6, dtype=W))}, {SECOND: torch.zeros(3, 6, dtype=W)}
+    )
+    assert torch.equal(
+        fitted(Fit(before, fitting(SECOND), RIDGE), nothing)["second.weight"],
+        before["second.weight"],
+    )
+
+
+def test_a_grouped_convolution_is_fitted_group_by_group():
+    before = model()
+    x, z = normal(2, 40, 9, seed=1), normal(2, 40, 2, seed=2)
+    before["conv.weight"] = before["conv.weight"][:, :1].contiguous()
+    update = Update({}, 40.0, {CONV: Gram(x.mT @ x)}, {CONV: (z.mT @ x).flatten(0, 1)})
+    found = fitted(Fit(before, fitting(CONV), 1e-9), update)
+    moved = (found["conv.weight"] - before["conv.weight"]).flatten(1).unflatten(0, (2, 2))
+    expected = torch.linalg.lstsq(x, z).solution.mT
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_keep_their_dtype(dtype):
+    before = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model().items()}
+    found = fitted(Fit(before, fitting(), RIDGE), answer())
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in before.items()}
+
+
+@settings(deadline=None, max_examples=20)
+@given(order=st.permutations([1, 2, 3, 4]))
+def test_the_order_of_arrival_does_not_show(order):
+    stage = Fit(model(), fitting(), RIDGE)
+    found = fitted(stage, *(answer(seed=10 * s, examples=float(s)) for s in order))
+    other = fitted(Fit(model(), fitting(), RIDGE), *(answer(seed=10 * s) for s in (1, 2, 3, 4)))
+    for name in other:
+        torch.testing.assert_close(found[name], other[name])
+
+
+@settings(deadline=None, max_examples=20)
+@given(outputs=st.permutations(range(3)), inputs=st.permutations(range(6)))
+def test_a_fit_of_permuted_clients_is_the_permuted_fit(outputs, inputs):
+    before, seeds = model(), (1, 2)
+    moved = {**before, "second.weight": before["second.weight"][outputs][:, inputs]}
+
+    def permuted(update):
+        gram, moment = update.precisions[SECOND].matrix, update.moments[SECOND]
+        return replace(
+            update,
+            precisions={SECOND: Gram(gram[inputs][:, inputs])},
+            moments={SECOND: moment[outputs][:, inputs]},
+        )
+
+    updates = [answer(SECOND, seed=seed) for seed in seeds]
+    plain = fitted(Fit(before, fitting(SECOND), RIDGE), *updates)
+    found = fitted(Fit(moved, fitting(SECOND), RIDGE), *map(permuted, updates))
+    torch.testing.assert_close(
+        found["second.weight"], plain["second.weight"][outputs][:, inputs], rtol=1e-9, atol=1e-9
+    )
+
+
+def changed(block, gram=None, moment=None, **fields):
+    """The honest answer with something else of one layer."""
+    honest = answer()
+    precisions, moments = dict(honest.precisions), dict(honest.moments)
+    if gram is not None:
+        precisions[block] = Gram(gram(precisions[block].matrix.clone()))
+    if moment is not None:
+        moments[block] = moment(moments[block].clone())
+    return replace(honest, precisions=precisions, moments=moments, **fields)
+
+
+def nan(tensor):
+    tensor.view(-1)[0] = float("nan")
+    return tensor
+
+
+def skewed(matrix):
+    matrix[0, 1] += matrix.abs().max()
+    return matrix
+
+
+O = Outcome  # noqa: E741 - the table's first column
+REFUSED = {
+    "no examples": (O.bad_weight, lambda: changed(FIRST, examples=0.0)),
+    "a layer less": (O.missing_statistic, lambda: answer(FIRST)),
+    "a layer more": (O.unexpected_statistic, lambda: answer(FIRST, SECOND, CONV)),
+    "no such layer": (
+        O.unexpected_statistic,
+        lambda: replace(
+            answer(), precisions={**answer().precisions, ("x",): Gram(torch.eye(2, dtype=W))}
+        ),
+    ),
+    "a Gram of another size": (O.wrong_shape, lambda: changed(FIRST, lambda g: g[:-1, :-1])),
+    "a Gram of groups": (O.wrong_shape, lambda: changed(FIRST, lambda g: g.expand(2, 5, 5))),
+    "groups that do not divide": (O.wrong_shape, lambda: changed(FIRST, lambda g: g.expand(4, 5, 5))),
+    "NaN in a Gram": (O.non_finite, lambda: changed(SECOND, nan)),
+    "a skewed Gram": (O.not_symmetric, lambda: changed(SECOND, skewed)),
+    "a negative Gram": (O.not_positive, lambda: changed(SECOND, torch.neg)),
+    "a moment of another shape": (O.wrong_shape, lambda: changed(FIRST, moment=lambda m: m.mT)),
+    "a moment of one number": (O.wrong_shape, lambda: changed(FIRST, moment=lambda m: m[:1, :1])),
+    "NaN in a moment": (O.non_finite, lambda: changed(SECOND, moment=nan)),
+    "an infinite moment": (O.non_finite, lambda: changed(SECOND, moment=lambda m: m / 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("outcome", "bad"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_belong_into_the_sum_is_named_and_leaves_no_trace(outcome, bad):
+    stage = Fit(model(), fitting(), RIDGE)
+    stage.accept(1, answer(seed=1))
+    with pytest.raises(Refusal) as refused:
+        stage.accept(2, bad())
+    assert refused.value.outcome is outcome
+    stage.accept(3, answer(seed=3))
+    expected = fitted(Fit(model(), fitting(), RIDGE), answer(seed=1), answer(seed=3))
+    for name, tensor in stage.finish().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_a_client_with_other_groups_than_those_before_is_refused():
+    x = normal(40, 18, seed=1)
+    whole = Update({}, 40.0, {CONV: Gram(x.T @ x)}, {CONV: torch.zeros(4, 18, dtype=W)})
+    grams = Gram((x.T @ x).expand(2, 18, 18))
+    stage = Fit(model(), fitting(CONV), RIDGE)
+    stage.accept(1, whole)
+    with pytest.raises(Refusal, match=r"wrong_shape: the statistic of conv\.weight"):
+        stage.accept(2, replace(whole, precisions={CONV: grams}))
+
+
+ORDERS = {
+    "none": (O.missing_statistic, None),
+    "empty": (O.malformed, Order(())),
+    "an empty level": (O.malformed, Order(((),))),
+    "a tensor that is not there": (O.malformed, Order(((("x",),),))),
+    "a vector": (O.malformed, Order(((("norm",),),))),
+    "a counter": (O.malformed, Order(((("count",),),))),
+    "no tensor at all": (O.malformed, Order((((),),))),
+    "a weight with another's bias": (O.malformed, Order(((("second.weight", "first.bias"),),))),
+    "a layer twice": (O.malformed, Order(((FIRST,), (FIRST,)))),
+    "a head that is not in it": (O.malformed, Order(((FIRST,),), SECOND)),
+}
+
+
+@pytest.mark.parametrize(("outcome", "order"), ORDERS.values(), ids=ORDERS)
+def test_an_order_that_names_no_layers_of_the_model_is_refused(outcome, order):
+    stage = Fuse(model(), RECIPES["features"], Ask(order=True))
+    weights = {name: t for name, t in model(9).items() if t.is_floating_point()}
+    with pytest.raises(Refusal) as refused:
+        stage.accept(1, Update(weights, 1.0, order=order))
+    assert refused.value.outcome is outcome
+    assert stage.order is None
+    honest = Order(((FIRST,), (SECOND,)), SECOND)
+    stage.accept(2, Update(weights, 1.0, order=honest))
+    assert stage.order == honest
+    torch.testing.assert_close(stage.finish()["norm"], weights["norm"])
+
+
+def test_the_first_clients_order_counts():
+    stage = Fuse(model(), RECIPES["features"], Ask(order=True))
+    weights = {name: t for name, t in model(9).items() if t.is_floating_point()}
+    stage.accept(1, Update(weights, 1.0, order=Order(((FIRST,), (SECOND,)))))
+    stage.accept(2, Update(weights, 1.0, order=Order(((SECOND,), (FIRST,)))))
+    assert stage.order == Order(((FIRST,), (SECOND,)))
+
+
+def test_zeroed_leaves_the_model_that_it_is_made_from():
+    before = model()
+    assert not zeroed(before, [FIRST])["first.weight"].any()
+    assert before["first.weight"].all()
+
+
+class TestProbe:
+    def test_asks_for_the_path_and_ends_in_the_model(self):
+        stage = Probe(model(), sequence=2, points=5)
+        assert (stage.ask.path_points, stage.ask.fit) == (5, Fitting((), None, 2))
+        stage.accept(1, Update({}, 3.0))
+        assert stage.finish().keys() == model().keys()
+        with pytest.raises(Refusal, match="bad_weight"):
+            stage.accept(2, Update({}, float("nan")))
+
+    @given(st.floats(0.0, 1.0), st.floats(0.1, 10.0), st.floats(-5.0, 5.0))
+    def test_the_best_point_of_a_parabola_is_its_lowest(self, lowest, bend, height):
+        points = (0.0, 0.25, 0.5, 0.75, 1.0)
+        losses = tuple(height + bend * (t - lowest) ** 2 for t in points)
+        found = best_point(Path(points, losses, (0.0,) * 5, 1.0))
+        assert 0.0 <= found <= 1.0
+        if 0.25 <= lowest <= 0.75:
+            assert found == pytest.approx(lowest, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("losses", "best"),
+        [((1, 2, 3), 0.0), ((3, 2, 1), 1.0), ((1, 1, 1), 0.0), ((2, 1, 1), 0.75), ((2, 1, 2), 0.5)],
+    )
+    def test_ends_stand_for_themselves(self, losses, best):
+        assert best_point(Path((0.0, 0.5, 1.0), losses, (0.0,) * 3, 1.0)) == best
+
+    def test_nobodys_word_leaves_the_fused_model(self):
+        assert best_point(None) == 0.0
+        assert best_point(Path((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), 0.0)) == 0.0

@@ -1,0 +1,220 @@
+"""What a round asks, one stage after the other, for every recipe and grouping."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fit import Fit, Probe
+from fedbasin.strategies.fusion.update import Order
+from fedbasin.strategies.plans import Next, UnknownOrderError, round_plan
+from fedbasin.strategies.recipe import RECIPES, Recipe, Target
+from fedbasin.strategies.stages import Ask, Fuse
+
+NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
+EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)
+ORDER = Order(((EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)), HEAD)
+LEVELS = [(EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)]
+BLOCKS = [(EMBED,), (Q, K, OUT), (NEXT_Q, NEXT_OUT), (HEAD,)]
+
+
+def model(value):
+    tensors = {f"{n}.weight": torch.full((2, 2), value) for n in NAMES}
+    return tensors | {f"{n}.bias": torch.full((2,), value) for n in NAMES} | {"norm": torch.ones(2)}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a driver of a plan sends."""
+
+    model: dict[str, Tensor]
+    nodes: list[int]
+    order: Order | None = None
+    curve: Path | None = None
+
+
+@dataclass
+class Driven:
+    """A plan driven to its end; every stage moves its layers to its own number, and loses a client."""
+
+    recipe: Recipe
+    grouping: str = "layer"
+    order: Order | None = ORDER
+    keep: bool = False
+    curve: Path | None = None
+    asked: list[Next] = field(default_factory=list)
+
+    def __post_init__(self):
+        fuse = Fuse(model(0.0), self.recipe, Ask(order=True, keep=True))
+        plan = round_plan(self.recipe, lambda: fuse, self.grouping, keep=self.keep)
+        state, step = model(0.0), next(plan)
+        try:
+            while True:
+                self.asked.append(step)
+                fit = step.make().ask.fit
+                moved = {n: torch.full_like(state[n], float(len(self.asked))) for b in (fit.blocks if fit else ()) for n in b}  # fmt: skip
+                state = {**state, **moved}
+                nodes = list(range(10 - len(self.asked)))
+                step = plan.send(Said(state, nodes, self.order, self.curve))
+        except StopIteration as end:
+            self.result = end.value
+
+    @property
+    def stages(self):
+        return [step.make() for step in self.asked]
+
+    @property
+    def fittings(self):
+        return [stage.ask.fit for stage in self.stages[1:]]
+
+
+SEQUENCES = {
+    ("fedavg", "layer"): ["fuse"],
+    ("fisher", "layer"): ["fuse"],
+    ("regmean", "block"): ["fuse"],
+    ("regmean++", "layer"): ["fuse"] + 6 * ["fit"],
+    ("regmean++", "block"): ["fuse"] + 4 * ["fit"],
+    ("features", "layer"): ["fuse"] + 6 * ["fit"],
+    ("features", "block"): ["fuse"] + 4 * ["fit"],
+    ("head", "layer"): ["fuse", "head"],
+    ("head", "block"): ["fuse", "head"],
+    ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
+    ("features-head", "block"): ["fuse"] + 3 * ["fit"] + ["head"],
+    ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe"],
+    ("auto", "block"): ["fuse"] + 3 * ["fit"] + ["head", "probe"],
+}
+
+
+@pytest.mark.parametrize(("recipe", "grouping"), SEQUENCES, ids="-".join)
+def test_a_recipe_is_this_sequence_of_stages(recipe, grouping):
+    driven = Driven(RECIPES[recipe], grouping)
+    assert [stage.name for stage in driven.stages] == SEQUENCES[recipe, grouping]
+
+
+def test_every_recipe_has_its_sequence():
+    assert {recipe for recipe, _ in SEQUENCES} == set(RECIPES)
+
+
+@pytest.mark.parametrize(("grouping", "groups"), [("layer", LEVELS), ("block", BLOCKS)])
+def test_layers_are_fitted_in_their_order_and_their_groups(grouping, groups):
+    fittings = Driven(RECIPES["features"], grouping).fittings
+    assert [fitting.blocks for fitting in fittings] == groups
+    assert [fitting.sequence for fitting in fittings] == list(range(len(groups)))
+    assert {fitting.target for fitting in fittings} == {Target.features}
+
+
+def test_a_head_to_labels_comes_last_and_is_fitted_to_nothing_else():
+    fittings = Driven(RECIPES["features-head"]).fittings
+    assert [fitting.blocks for fitting in fittings] == LEVELS
+    assert [fitting.target for fitting in fittings] == 5 * [Target.features] + [Target.labels]
+
+
+def test_a_head_that_stands_beside_other_layers_leaves_their_level():
+    beside = Order(((EMBED,), (OUT, HEAD)), HEAD)
+    fittings = Driven(RECIPES["features-head"], order=beside).fittings
+    assert [fitting.blocks for fitting in fittings] == [(EMBED,), (OUT,), (HEAD,)]
+
+
+def test_names_without_numbers_are_blocks_of_their_own():
+    plain = Order(tuple(((f"{n}.weight",),) for n in ("one", "two", "three")))
+    recipe = RECIPES["features"]
+    steps = {f"{n}.weight": torch.zeros(2, 2) for n in ("one", "two", "three")}
+    plan = round_plan(recipe, lambda: Fuse(steps, recipe, Ask()), "block")
+    next(plan)
+    asked = plan.send(Said(steps, [1], plain))
+    assert asked.make().ask.fit.blocks == (("one.weight",),)
+
+
+@pytest.mark.parametrize("recipe", ["features", "head", "features-head", "auto"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_clients_keep_their_models_where_another_stage_follows(recipe, keep):
+    kept = [stage.ask.keep for stage in Driven(RECIPES[recipe], keep=keep).stages]
+    assert kept == [True] * (len(kept) - 1) + [keep]
+
+
+@pytest.mark.parametrize("recipe", ["features", "features-head", "auto"])
+def test_a_stage_brings_all_of_the_model_first_and_then_what_is_new(recipe):
+    driven = Driven(RECIPES[recipe])
+    first, second, *later = driven.asked
+    assert first.carries is None
+    assert second.carries.keys() == model(0.0).keys()
+    for step, before in zip(later, driven.fittings, strict=False):
+        assert step.carries.keys() == {name for block in before.blocks for name in block}
+
+
+def test_a_stage_builds_on_the_one_before():
+    driven = Driven(RECIPES["features"])
+    for number, step in enumerate(driven.asked[2:], start=2):
+        assert {float(t.mean()) for t in step.carries.values()} == {float(number)}
+    assert torch.equal(driven.result["head.weight"], torch.full((2, 2), 7.0))
+
+
+def test_a_piece_that_a_client_has_completes_what_it_had():
+    driven = Driven(RECIPES["auto"])
+    have = {}
+    for step, fitting in zip(driven.asked[1:], driven.fittings, strict=True):
+        have = dict(step.carries) if not fitting.sequence else {**have, **step.carries}
+    for name, tensor in driven.stages[-1].finish().items():
+        assert torch.equal(have[name], tensor)
+
+
+def test_only_the_clients_that_were_accepted_are_asked_on():
+    asked = [step.nodes for step in Driven(RECIPES["features"]).asked]
+    assert asked == [None, *(list(range(10 - number)) for number in range(1, 7))]
+
+
+def test_every_attempt_has_a_fresh_stage():
+    for step in Driven(RECIPES["auto"]).asked[1:]:
+        assert step.make() is not step.make()
+
+
+def strengths(recipe):
+    stages = [s for s in Driven(recipe).stages if isinstance(s, Fit)]
+    return [(stage._ridge.strength, stage._share) for stage in stages]
+
+
+def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_its_own():
+    recipe = RECIPES["features-head"]
+    assert strengths(recipe) == 5 * [(recipe.ridge.strength, 0.5)] + [(1e-3, 1.0)]
+    assert strengths(RECIPES["head"]) == [(1e-3, 1.0)]
+
+
+class TestProbe:
+    def driven(self, losses):
+        points = (0.0, 0.25, 0.5, 0.75, 1.0)
+        path = Path(points, losses, (0.0,) * 5, 1.0)
+        return Driven(RECIPES["auto"], curve=path)
+
+    def test_evaluates_the_path_to_the_fitted_model(self):
+        stage = self.driven((5, 4, 3, 2, 1)).stages[-1]
+        assert isinstance(stage, Probe)
+        assert (stage.ask.path_points, stage.ask.fit.sequence) == (5, 6)
+
+    @pytest.mark.parametrize(
+        ("losses", "share"), [((5, 4, 3, 2, 1), 1.0), ((1, 2, 3, 4, 5), 0.0), ((4, 1, 0, 1, 4), 0.5)]
+    )  # fmt: skip
+    def test_the_round_ends_in_its_best_point(self, losses, share):
+        found = self.driven(losses).result
+        assert torch.equal(found["head.weight"], torch.full((2, 2), 7.0 * share))
+        assert torch.equal(found["norm"], torch.ones(2))
+
+    def test_nobodys_word_leaves_the_fused_model(self):
+        assert not Driven(RECIPES["auto"]).result["head.weight"].any()
+
+
+@pytest.mark.parametrize("order", [None, Order(())])
+@pytest.mark.parametrize("recipe", ["features", "head", "auto"])
+def test_a_model_without_layers_that_fit_is_refused_by_the_recipes_name(recipe, order):
+    with pytest.raises(
+        UnknownOrderError, match=f"recipe {recipe!r} fits .* choose the recipe fedavg"
+    ):
+        Driven(RECIPES[recipe], order=order)
+
+
+def test_a_recipe_of_a_head_needs_a_model_that_has_one():
+    headless = replace(ORDER, head=None)
+    with pytest.raises(UnknownOrderError, match="a last linear layer"):
+        Driven(RECIPES["features-head"], order=headless)
+    assert len(Driven(RECIPES["features"], order=headless).asked) == 7

@@ -1,0 +1,192 @@
+"""Server steps: their laws, and Flower's own server optimisers on the same numbers."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbasin.strategies.state import distance
+from fedbasin.strategies.steps import STEPS, Adam, Average, Ema, Momentum, Replace, Yogi
+from tests.server.fake_grid import FakeGrid
+
+W = torch.float64
+ROUNDS = 4
+
+
+def state(seed, dtype=W):
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "weight": torch.randn(3, 2, generator=draw, dtype=W).to(dtype),
+        "bias": torch.randn(3, generator=draw, dtype=W).to(dtype),
+    }
+
+
+def counted(seed, dtype=W):
+    return {**state(seed, dtype), "count": torch.tensor(seed)}
+
+
+def walked(step, fused, start):
+    """The global models of all rounds; what clients fuse to does not depend on them here."""
+    model, memory, found = start, {}, []
+    for number, target in enumerate(fused, start=1):
+        model, memory = step(model, target, number, memory)
+        found.append(model)
+    return found
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+class TestLaws:
+    def test_a_fused_model_equal_to_the_global_one_leaves_it(self, step):
+        model = counted(1)
+        found, _ = step(model, dict(model), 1, {})
+        assert_same(found, model)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_dtypes_stay(self, step, dtype):
+        for found in walked(step, [counted(2, dtype), counted(3, dtype)], counted(1, dtype)):
+            assert {name: tensor.dtype for name, tensor in found.items()} == {
+                "weight": dtype,
+                "bias": dtype,
+                "count": torch.int64,
+            }
+
+    def test_what_is_no_floating_point_is_the_fused_models(self, step):
+        found = walked(step, [counted(2), counted(3)], counted(1))
+        assert [int(model["count"]) for model in found] == [2, 3]
+
+    def test_names_stay_in_their_order(self, step):
+        found, _ = step(counted(1), counted(2), 1, {})
+        assert list(found) == list(counted(1))
+
+    def test_nothing_that_goes_in_is_changed(self, step):
+        model, fused = counted(1), counted(2)
+        after, memory = step(model, fused, 1, {})
+        kept = {name: tensor.clone() for name, tensor in memory.items()}
+        step(after, counted(3), 2, memory)
+        assert_same(model, counted(1))
+        assert_same(fused, counted(2))
+        assert_same(memory, kept)
+
+    def test_the_first_step_goes_towards_the_fused_model(self, step):
+        model, fused = state(1), state(2)
+        found, _ = step(model, fused, 1, {})
+        for name in model:
+            assert ((found[name] - model[name]) * (fused[name] - model[name]) > 0).all()
+
+
+@given(lr=st.floats(0.0, 1.0))
+def test_replacing_goes_that_share_of_the_way(lr):
+    found, memory = Replace(lr)(state(1), state(2), 3, {})
+    for name, tensor in state(1).items():
+        torch.testing.assert_close(found[name], (1 - lr) * tensor + lr * state(2)[name])
+    assert memory == {}
+
+
+@pytest.mark.parametrize("step", [Replace(), Average(), Ema()])
+def test_the_first_rounds_model_stands_alone(step):
+    found, memory = step(state(1), state(2), 1, {})
+    assert all(torch.equal(found[name], state(2)[name]) for name in found)
+    assert memory == {}
+
+
+@given(rounds=st.integers(1, 8))
+def test_the_average_over_rounds_is_the_mean_of_their_fused_models(rounds):
+    fused = [state(seed) for seed in range(2, 2 + rounds)]
+    last = walked(Average(), fused, state(1))[-1]
+    for name in last:
+        mean = torch.stack([target[name] for target in fused]).mean(0)
+        torch.testing.assert_close(last[name], mean)
+
+
+def test_the_exponential_mean_forgets_by_its_decay():
+    first, second = walked(Ema(0.8), [state(2), state(3)], state(1))
+    for name in first:
+        torch.testing.assert_close(second[name], 0.8 * first[name] + 0.2 * state(3)[name])
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_rounds_that_end_in_the_same_model_converge_to_it(step):
+    fused = [state(2)] * 400
+    last = walked(step, fused, state(1))[-1]
+    assert distance(last, state(2)) < 0.05 * distance(state(1), state(2))
+
+
+def test_momentum_without_memory_is_replacing():
+    fused = [state(seed) for seed in (2, 3, 4)]
+    for ours, theirs in zip(
+        walked(Momentum(0.0, 0.5), fused, state(1)),
+        walked(Replace(0.5), fused, state(1)),
+        strict=True,
+    ):
+        assert_same(ours, theirs)
+
+
+class Flower:
+    """One of Flower's strategies, given the same fused models, as the reply of a single client."""
+
+    def __init__(self, strategy):
+        self.strategy = strategy
+        strategy.min_available_nodes = strategy.min_train_nodes = 1
+        self.grid = FakeGrid([7], lambda message: None)
+
+    def walk(self, fused, start):
+        arrays, found = as_record(start), []
+        for number, target in enumerate(fused, start=1):
+            (asked,) = self.strategy.configure_train(number, arrays, ConfigRecord(), self.grid)
+            content = {"arrays": as_record(target), "metrics": MetricRecord({"num-examples": 1})}
+            reply = Message(RecordDict(content), reply_to=asked)
+            arrays, _ = self.strategy.aggregate_train(number, [reply])
+            found.append({name: torch.from_numpy(a.numpy()) for name, a in arrays.items()})
+        return found
+
+
+def as_record(state):
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
+
+
+FUSED = [state(seed) for seed in range(2, 2 + ROUNDS)]
+
+
+def test_momentum_is_flowers_own():
+    theirs = Flower(FedAvgM(server_learning_rate=0.7, server_momentum=0.9)).walk(FUSED, state(1))
+    for ours, other in zip(walked(Momentum(0.9, 0.7), FUSED, state(1)), theirs, strict=True):
+        assert_same(ours, other)
+
+
+TAU = 1e-9  # so small that where the mean square begins does not show
+
+
+def test_yogi_is_flowers_own():
+    """Flower begins its mean square at zero, and ours at tau squared, as its paper does."""
+    theirs = Flower(FedYogi(eta=0.1, beta_1=0.9, beta_2=0.99, tau=TAU)).walk(FUSED, state(1))
+    for ours, other in zip(walked(Yogi(0.1, 0.9, 0.99, TAU), FUSED, state(1)), theirs, strict=True):
+        assert_same(ours, other)
+
+
+def test_adam_is_flowers_own_but_for_its_bias_correction():
+    """Flower multiplies the rate of round r by sqrt(1 - beta2^(r+1)) / (1 - beta1^(r+1)), which Reddi et al. do not.
+
+    One round at a time from the same model, so that the factor is the only difference.
+    """
+    adam = Adam(0.1, 0.9, 0.99, TAU)
+    flower = Flower(FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=TAU))
+    start, memory = state(1), {}
+    before = start
+    for number, (target, theirs) in enumerate(
+        zip(FUSED, flower.walk(FUSED, start), strict=True), start=1
+    ):
+        ours, memory = adam(before, target, number, memory)
+        factor = np.sqrt(1 - 0.99 ** (number + 1)) / (1 - 0.9 ** (number + 1))
+        for name in ours:
+            moved = factor * (ours[name] - before[name])
+            torch.testing.assert_close(theirs[name] - before[name], moved)
+        before = theirs
