@@ -11,7 +11,7 @@ PREFIX = "fedbasin_"
 
 # The names in fedbasin.strategies, which would bring torch; a test compares. Their counters and histograms exist
 # from the start, at zero, so that a rate also sees what the first round counts.
-RECIPES = ("fedavg", "fisher", "regmean", "regmean++", "features", "head", "features-head")
+RECIPES = ("fedavg", "fisher", "regmean", "regmean++", "features", "head", "auto", "features-head")
 STAGES = ("bootstrap", "fuse", "fit", "head", "evaluate")
 STATES = ("running", "finished", "failed")
 SIDES = ("clients", "server")

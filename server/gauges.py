@@ -4,7 +4,6 @@ Means are over the accepted clients. What no client measured has no number, so t
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import TypeAlias
@@ -52,6 +51,26 @@ def gauges(report: RoundReport) -> Iterator[Gauge]:
     yield from _drift(report.drift)
     yield from _variance([entry.ratio for entry in report.variance])
     yield from _probe(report.probe)
+
+
+def brief(report: RoundReport) -> Iterator[Gauge]:
+    """Those beside the barrier for which no site has to be looked at: sites are most of a report."""
+    yield from _fused(report.fused_path)
+    yield from _spectral(alignments(report))
+    yield from _drift(report.drift)
+    yield from _variance([entry.ratio for entry in report.variance])
+    yield from _probe(report.probe)
+
+
+def probing(report: RoundReport) -> tuple[float, float, int]:
+    """Seconds of all clients together, seconds of the server, and bytes of both, that probing took."""
+    clients = [client for stage in report.stages for client in stage.clients]
+    told = [c for c in clients if 0 <= c.probe_seconds < math.inf]
+    return (
+        sum(client.probe_seconds for client in told),
+        report.drift.seconds + report.probe.seconds,
+        sum(client.probe_bytes for client in told) + report.probe.spooled_bytes,
+    )
 
 
 def height(barrier: Barrier, path: PathSums, sums: Sequence[float]) -> float:
@@ -123,23 +142,18 @@ def _alignments(moves: Sequence[AlignmentReport]) -> Iterator[Gauge]:
         yield of.CERTIFIED, fmean(site.certified for site in sites), ()
     if errors := [move.endpoint_error for move in moves if move.HasField("endpoint_error")]:
         yield of.ENDPOINT_ERROR, max(errors), ()
-    yield from _geometry(moves)
+    yield from _spectral(moves)
+    if stayed := [site.fixed_points for site in sites if site.HasField("fixed_points")]:
+        yield of.FIXED_POINTS, fmean(stayed), ()
+    if turning := [site for site in sites if site.HasField("skew_before")]:
+        yield of.SKEW, fmean(site.skew_before for site in turning), ("before",)
+        yield of.SKEW, fmean(site.skew_after for site in turning), ("after",)
 
 
-def _geometry(moves: Sequence[AlignmentReport]) -> Iterator[Gauge]:
-    values = defaultdict(list)
-    for move in moves:
-        if move.HasField("spectral"):
-            values[of.SPECTRAL, "before"].append(move.spectral.before)
-            values[of.SPECTRAL, "after"].append(move.spectral.after)
-        for site in move.sites:
-            if site.HasField("fixed_points"):
-                values[of.FIXED_POINTS,].append(site.fixed_points)
-            if site.HasField("skew_before"):
-                values[of.SKEW, "before"].append(site.skew_before)
-                values[of.SKEW, "after"].append(site.skew_after)
-    for (metric, *labels), found in values.items():
-        yield metric, fmean(found), tuple(labels)
+def _spectral(moves: Sequence[AlignmentReport]) -> Iterator[Gauge]:
+    if found := [move.spectral for move in moves if move.HasField("spectral")]:
+        yield of.SPECTRAL, fmean(one.before for one in found), ("before",)
+        yield of.SPECTRAL, fmean(one.after for one in found), ("after",)
 
 
 def _drift(drift: Drift) -> Iterator[Gauge]:

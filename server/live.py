@@ -13,13 +13,21 @@ from rich.text import Text
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
 from fedbasin.server.report.summary import ACCEPTED, Round, summarise
-from fedbasin.server.report.text import arrow
+from fedbasin.server.report.text import arrow, number
 from fedbasin.server.table import table
 from fedbasin.strategies.outcome import Outcome
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 40  # rounds of a sparkline
-_AROUND = 12  # lines of the screen that are not rounds
+_AROUND = 14  # lines of the screen that are not rounds
+
+# In one line of the screen: words, and a measure of `summary.Round`.
+_BESIDE = {
+    "new model to clients": "fused_barrier_loss",
+    "update cosine": "update_cosine.fused",
+    "lowest variance": "variance_ratio.lowest",
+    "between clients, probe set": "probe_barrier_loss.clients.linear",
+}
 
 
 def show_live(console: Console, reports: Iterable[RoundReport]) -> Iterator[RoundReport]:
@@ -38,7 +46,15 @@ def screen(reports: Sequence[RoundReport], rounds: Sequence[Round], lines: int) 
     """All that is known of a run, with as many of the last rounds as fit into so many lines."""
     newest = rounds[-1]
     last = table(reports[-_fitting(rounds, lines) :])
-    parts = [_head(newest), Text(), *_barrier(rounds), last, Text(), *_refusals(rounds)]
+    parts = [
+        _head(newest),
+        Text(),
+        *_barrier(rounds),
+        *_beside(newest),
+        last,
+        Text(),
+        *_refusals(rounds),
+    ]
     if newest.problem:
         parts.append(Text(f"The run ended early: {newest.problem}", style="red"))
     return Group(*parts)
@@ -46,7 +62,7 @@ def screen(reports: Sequence[RoundReport], rounds: Sequence[Round], lines: int) 
 
 def _fitting(rounds: Sequence[Round], lines: int) -> int:
     """How many of the last rounds fit; at least one. A row has a line for each metric, and for each outcome."""
-    heights = (max(len(one.metrics), len(one.outcomes), 1) for one in reversed(rounds))
+    heights = (max(len(one.metrics), len(one.outcomes), 2) for one in reversed(rounds))
     return max(1, sum(total <= lines for total in accumulate(heights)))
 
 
@@ -85,6 +101,16 @@ def _barrier(rounds: Sequence[Round]) -> list[RenderableType]:
         Text.assemble("barrier aligned     ", (both[len(shown) :], "dodger_blue1")),
         Text(),
     ]
+
+
+def _beside(newest: Round) -> list[RenderableType]:
+    """What the newest round says beside its barrier."""
+    said = [
+        f"{words} {number(newest.measures[measure])}"
+        for words, measure in _BESIDE.items()
+        if measure in newest.measures
+    ]
+    return [Text(", ".join(said)), Text()] if said else []
 
 
 def _refusals(rounds: Sequence[Round]) -> list[RenderableType]:

@@ -42,7 +42,7 @@ def _cells(report: RoundReport) -> tuple[str, ...]:
         f"{report.seconds:.1f}",
         _updates(Counter(client.outcome for client in clients)),
         size(sum(client.bytes_up for client in clients)),
-        _barrier(report),
+        "\n".join(filter(None, (_barrier(report), _fused(report)))),
         "\n".join(f"{name} {value:.4g}" for name, value in sorted(report.metrics.items())),
     )
 
@@ -54,6 +54,14 @@ def _updates(outcomes: Counter[str]) -> str:
         f"{number} {name}" for name, number in outcomes.items() if name != Outcome.accepted.name
     ]
     return "\n".join([f"{accepted}/{outcomes.total()}", *refused])
+
+
+def _fused(report: RoundReport) -> str:
+    """The loss barrier from the new global model to the clients."""
+    path = report.fused_path
+    if not (path.loss_after and path.examples):
+        return ""
+    return f"new {height(linear_barrier, path, path.loss_after):.3g}"
 
 
 def _barrier(report: RoundReport) -> str:

@@ -10,7 +10,7 @@ from fedbasin.server.report.markup import Html, join, tag
 from fedbasin.server.report.run import Run
 from fedbasin.server.report.sites import MEASURES, Site, binned, sites
 from fedbasin.server.report.table import disclosed, table
-from fedbasin.server.report.text import number
+from fedbasin.server.report.text import arrow, number
 
 _COLUMNS = 120  # more rounds are drawn several to a column
 
@@ -45,7 +45,17 @@ def _heat(
 
 def _numbers(names: Sequence[str], rounds: Sequence[Mapping[str, Site]]) -> Html:
     title = "Alignment by site: mean of all rounds, and the newest"
-    head = ("site", "moved", "moved, newest", "gain", "gain, newest", "certified")
+    head = (
+        "site",
+        "moved",
+        "moved, newest",
+        "gain",
+        "gain, newest",
+        "certified",
+        "stayed, newest",
+        "largest angle, newest",
+        "skew, newest",
+    )
     rows = (_row(name, [found[name] for found in rounds if name in found]) for name in names)
     return disclosed(table(title, head, rows), title)
 
@@ -59,4 +69,7 @@ def _row(name: str, found: Sequence[Site]) -> tuple[str, ...]:
         number(fmean(site.gain for site in found)),
         number(newest.gain),
         number(fmean(site.certified for site in found)),
+        number(newest.fixed),
+        f"{math.degrees(newest.angle):.0f}°" if math.isfinite(newest.angle) else "–",
+        arrow(newest.skew_before, newest.skew_after) or "–",
     )

@@ -35,6 +35,28 @@ def path(report: RoundReport, whose: str = "") -> Html:
     )
 
 
+def fused(report: RoundReport, whose: str = "") -> Html:
+    """Both curves on the way from the new global model to the clients' own; nothing where nobody walked it."""
+    sums = report.fused_path
+    if not (sums.points and sums.examples):
+        return Html()
+    number = f"{whose}{_round(report, whose)}"
+    counted = f"{sums.examples:,.0f} examples of {sums.clients} clients"
+    panels = (
+        ("loss", f"Mean in nats, {counted}.", sums.loss_after),
+        ("accuracy", f"Share of {counted}.", sums.correct_after),
+    )
+    return join(
+        figures.curves(
+            Words(f"{number}: {name} from the new model", note, "new model (0) to client (1)"),
+            _lines(sums, (), values),
+            Axis(0, 1),
+        )
+        for name, note, values in panels
+        if values
+    )
+
+
 def _round(report: RoundReport, whose: str) -> str:
     return f"{'round' if whose else 'Round'} {report.round}"
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from fedbasin.server.report.alignment import alignment
-from fedbasin.server.report.barriers import path
+from fedbasin.server.report.barriers import fused, path
+from fedbasin.server.report.basin import basin, probes
 from fedbasin.server.report.markup import Html, join, tag, trusted
 from fedbasin.server.report.progress import barriers, metrics, overview, rounds
 from fedbasin.server.report.replies import costs, outcomes
@@ -41,14 +42,20 @@ def parts(runs: Sequence[Run], heat_maps: Html, number: int | None = None) -> li
         number: of the round whose curves and clients are shown; the newest that was probed if None.
     """
     run, whose = runs[0], f" of {runs[0].name}" if len(runs) > 1 else ""
-    paths = (path(one.shown(number), f"{one.name}, " if whose else "") for one in runs)
+    shown = [(one.shown(number), f"{one.name}, " if whose else "") for one in runs]
+    paths = (draw(*one) for draw in (path, fused) for one in shown)
     tables = (tag("div", rounds(one), class_="card") for one in runs)
     return [
         _section("progress", "By round", tag("div", barriers(runs), metrics(runs), class_="grid")),
-        _section("path", "From the anchor to the clients", tag("div", *paths, class_="grid pairs")),
+        _section("path", "From model to model", tag("div", *paths, class_="grid pairs")),
+        _section("basin", "Where the models lie", basin(runs)),
         _section("alignment", f"Alignment by site{whose}", heat_maps),
         _section("outcomes", f"Replies{whose}", outcomes(run, run.shown(number))),
-        _section("costs", f"Seconds and bytes{whose}", tag("div", costs(run), class_="grid pairs")),
+        _section(
+            "costs",
+            f"Seconds and bytes{whose}",
+            tag("div", costs(run), probes(run), class_="grid pairs"),
+        ),
         _section("rounds", "Rounds", *tables),
     ]
 

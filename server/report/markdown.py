@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.server.report.basin import CHARTS
 from fedbasin.server.report.replies import counted
 from fedbasin.server.report.run import Run
 from fedbasin.server.report.sites import sites
@@ -17,6 +18,7 @@ def markdown(run: Run) -> str:
         f"# {escaped(run.name)}\n\n{_headline(run)}\n",
         "## Rounds\n\n" + _rounds(run.rounds),
         _curves(run.shown()),
+        _basin(run.rounds),
         "## Replies\n\n" + _table(("outcome", "replies", "meaning"), counted(run.rounds)),
         _alignment(run.reports),
     )
@@ -78,16 +80,39 @@ def _curves(report: RoundReport) -> str:
     )
 
 
+def _basin(rounds: Sequence[Round]) -> str:
+    """The newest value of everything that was measured beside the barrier."""
+    rows = []
+    for chart in CHARTS:
+        for label, measure, _ in chart.lines:
+            found = [one for one in rounds if math.isfinite(one.measures.get(measure, math.nan))]
+            if found:
+                value = number(found[-1].measures[measure])
+                rows.append((chart.title, label, found[-1].number, value))
+    if not rows:
+        return ""
+    spent = duration(sum(one.probing.client_seconds + one.probing.server_seconds for one in rounds))
+    table = _table(("measure", "of", "round", "value"), rows)
+    return f"## Where the models lie\n\n{table}\nProbing took {spent} of clients and server together.\n"
+
+
 def _alignment(reports: Sequence[RoundReport]) -> str:
     aligned = ((report.round, sites(report)) for report in reversed(reports))
     number_of, found = next(((n, some) for n, some in aligned if some), (0, {}))
     if not found:
         return ""
     rows = (
-        (name, number(site.moved), number(site.gain), number(site.certified))
+        (
+            name,
+            number(site.moved),
+            number(site.gain),
+            number(site.certified),
+            number(site.fixed),
+            arrow(site.skew_before, site.skew_after) or "–",
+        )
         for name, site in found.items()
     )
-    head = ("site", "moved", "gain", "certified")
+    head = ("site", "moved", "gain", "certified", "stayed", "skew")
     return f"## Alignment by site, round {number_of}\n\n" + _table(head, rows)
 
 

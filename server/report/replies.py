@@ -1,5 +1,6 @@
 """What became of the clients' replies, and what they cost."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from fedbasin.server.report.markup import Html, join, tag
 from fedbasin.server.report.run import Run
 from fedbasin.server.report.summary import ACCEPTED, Round
 from fedbasin.server.report.table import scrolled, table
-from fedbasin.server.report.text import duration, size
+from fedbasin.server.report.text import duration, number, size
 from fedbasin.strategies.outcome import Outcome
 
 _CLIENTS = 200  # rows of the list of clients
@@ -51,7 +52,7 @@ def costs(run: Run) -> Html:
 def counted(rounds: Sequence[Round]) -> list[tuple[str, int, str]]:
     """Outcomes of all rounds with their number and what to do about them, the most frequent first."""
     total = sum((one.outcomes for one in rounds), Counter[str]())
-    return [(kind, number, _meaning(kind)) for kind, number in total.most_common()]
+    return [(kind, times, _meaning(kind)) for kind, times in total.most_common()]
 
 
 def _by_round(run: Run) -> Html:
@@ -75,7 +76,19 @@ def _clients(report: RoundReport) -> Html:
     found.sort(key=lambda pair: pair[1].outcome == ACCEPTED)
     title = f"Clients of round {report.round}, refused first"
     more = f": {_CLIENTS} of {len(found):,}" if len(found) > _CLIENTS else ""
-    head = ("client", "stage", "outcome", "examples", "seconds", "up", "down", "detail")
+    head = (
+        "client",
+        "stage",
+        "outcome",
+        "examples",
+        "seconds",
+        "probing",
+        "up",
+        "down",
+        "update",
+        "cosine",
+        "detail",
+    )
     rows = (_row(stage, client) for stage, client in found[:_CLIENTS])
     content = scrolled(table(title + more, head, rows), title)
     heading = tag("summary", f"Clients of round {report.round} ({len(found):,} replies)")
@@ -89,8 +102,11 @@ def _row(stage: str, client: ClientReport) -> tuple[object, ...]:
         client.outcome,
         f"{client.examples:,.0f}",
         f"{client.seconds:.1f}",
+        f"{client.probe_seconds:.1f}" if client.probe_seconds else "–",
         size(client.bytes_up),
         size(client.bytes_down),
+        number(client.update_norm if client.HasField("update_norm") else math.nan),
+        number(client.update_cosine if client.HasField("update_cosine") else math.nan),
         client.detail,
     )
 

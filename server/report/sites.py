@@ -1,11 +1,12 @@
 """How alignment went at every site of the model, round by round: means over the accepted clients."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import fmean
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.proto.fedbasin_pb2 import RoundReport, SiteReport
 from fedbasin.server.gauges import alignments
 
 
@@ -17,11 +18,19 @@ class Site:
         moved: share of the units that changed place, or of the rotation's norm.
         gain: rise of the matching objective.
         certified: share of the clients for which the identity was proven optimal.
+        fixed: share of the units that stayed in their place.
+        angle: largest of the rotations, radians; NaN where units only change places.
+        skew_before: how far the agreement with the anchor was from symmetric, 0 to 2; NaN where nothing turns.
+        skew_after: the same after alignment.
     """
 
     moved: float
     gain: float
     certified: float
+    fixed: float = math.nan
+    angle: float = math.nan
+    skew_before: float = math.nan
+    skew_after: float = math.nan
 
 
 MEASURES = {
@@ -36,11 +45,14 @@ def sites(report: RoundReport) -> dict[str, Site]:
     found = defaultdict(list)
     for alignment in alignments(report):
         for site in alignment.sites:
-            found[site.site].append((site.moved, site.gain, site.certified))
-    return {
-        name: Site(*(fmean(column) for column in zip(*rows, strict=True)))
-        for name, rows in found.items()
-    }
+            found[site.site].append(_read(site))
+    return {name: _mean(rows) for name, rows in found.items()}
+
+
+def _read(site: SiteReport) -> Site:
+    optional = ("fixed_points", "largest_angle", "skew_before", "skew_after")
+    measured = (getattr(site, name) if site.HasField(name) else math.nan for name in optional)
+    return Site(site.moved, site.gain, site.certified, *measured)
 
 
 def binned(
@@ -58,8 +70,7 @@ def _merged(rounds: Sequence[tuple[int, Mapping[str, Site]]]) -> tuple[range, Ma
 
 
 def _mean(of: Sequence[Site]) -> Site:
-    return Site(
-        fmean(site.moved for site in of),
-        fmean(site.gain for site in of),
-        fmean(site.certified for site in of),
-    )
+    """Measure by measure, over the clients or rounds that have it."""
+    columns = zip(*map(astuple, of), strict=True)
+    known = ([value for value in column if not math.isnan(value)] for column in columns)
+    return Site(*(fmean(values) if values else math.nan for values in known))

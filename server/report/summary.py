@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 
 from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport, StageReport
-from fedbasin.server.gauges import height
+from fedbasin.server.gauges import brief, height, probing
 from fedbasin.strategies.diagnostics.barrier import Curve, accuracy_barrier, linear_barrier
 from fedbasin.strategies.outcome import Outcome
 
@@ -24,6 +24,15 @@ class Pair:
 
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What probing took: seconds of all clients together and of the server, and bytes of both."""
+
+    client_seconds: float
+    server_seconds: float
+    size: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Round:
         probed: whether clients evaluated the path to the anchor.
         barrier: of the mean loss from anchor to clients, nats.
         accuracy_barrier: the same of the accuracy, a share.
+        measures: what else was measured, by a metric's name without prefix and its labels.
+        probing: what all of it took.
         metrics: of the new global model.
         peak_bytes: resident memory of the ServerApp at its highest.
         last: whether the run ends with it, as planned.
@@ -78,6 +89,8 @@ class Round:
     probed: bool
     barrier: Pair
     accuracy_barrier: Pair
+    measures: Mapping[str, float]
+    probing: Probing
     metrics: Mapping[str, float]
     peak_bytes: int
     last: bool
@@ -134,6 +147,8 @@ def summarise(report: RoundReport) -> Round:
             _height(accuracy_barrier, path, path.correct_before),
             _height(accuracy_barrier, path, path.correct_after),
         ),
+        {".".join((metric.name, *labels)): value for metric, value, labels in brief(report)},
+        Probing(*probing(report)),
         dict(sorted(report.metrics.items())),
         report.peak_rss_bytes,
         report.last,
@@ -158,6 +173,12 @@ def as_json(of: Round) -> dict[str, object]:
         "accuracy_barrier": _finite(
             {"before": of.accuracy_barrier.before, "after": of.accuracy_barrier.after}
         ),
+        "measures": _finite(of.measures),
+        "probing": {
+            "client_seconds": of.probing.client_seconds,
+            "server_seconds": _or_null(of.probing.server_seconds),
+            "bytes": of.probing.size,
+        },
         "metrics": _finite(of.metrics),
         "stages": [
             {

@@ -48,6 +48,13 @@ def _round(random, run_id, number, of, clients, sites, recipe):
         seconds=sum(stage.seconds for stage in stages) + 0.2,
         stages=stages,
         path=_path(random, skill, 60 * clients),
+        fused_path=_fused(skill, 60 * clients),
+        drift=_drift(random, number, skill, clients),
+        variance=[
+            pb.VarianceRatio(layer=f"blocks.{i}.weight", ratio=0.5 + 0.4 * skill - 0.1 * i)
+            for i in range(3)
+        ],
+        probe=_probe(random, skill),
         metrics={"test-accuracy": accuracy, "test-loss": 2.1 * (1 - skill) + 0.21},
         model_digest=bytes(random.bytes(32)),
         peak_rss_bytes=int(812e6 + 1e6 * number),
@@ -76,6 +83,8 @@ def _client(random, stage, node, sites, skill):
         bytes_down=2_100_000,
         seconds={"bootstrap": 9, "fuse": 22, "evaluate": 3}.get(stage, 1)
         * random.uniform(0.7, 1.1),
+        probe_seconds={"fuse": 3, "evaluate": 1}.get(stage, 0) * random.uniform(0.7, 1.1),
+        probe_bytes=400,
     )
     if stage == "fuse":
         _fuse(random, client, node, sites, skill)
@@ -88,7 +97,13 @@ def _fuse(random, client, node, sites, skill):
         detail = {"non_finite": "blocks.0.ffn.weight has 3 NaN of 4096"}.get(str(outcome), "")
         client.outcome, client.detail = str(outcome), detail
         return
+    client.update_norm, client.update_cosine = 9 - 6 * skill, 0.7 - 0.6 * skill
     client.alignment.sweeps = 4
+    client.alignment.spectral.before, client.alignment.spectral.after = (
+        0.3 * skill,
+        0.4 + 0.4 * skill,
+    )
+    client.alignment.spectral.matrices, client.alignment.spectral.of = 3, 9
     for index, name in enumerate(sites):
         moved = max(0.0, (1 - skill) * (0.95 - 0.6 * index / len(sites)) + random.normal(0, 0.03))
         client.alignment.sites.add(
@@ -96,7 +111,51 @@ def _fuse(random, client, node, sites, skill):
             certified=moved < 0.08,
             moved=min(moved, 1.0),
             gain=40 * moved * (1 + index % 3),
+            fixed_points=1 - min(moved, 1.0),
         )
+        if "heads" in name:
+            site = client.alignment.sites[-1]
+            site.largest_angle, site.skew_before, site.skew_after = 3 * (1 - skill), 1.2, 0.01
+
+
+def _fused(skill, examples):
+    points = [index / 4 for index in range(5)]
+    dip = [-0.2 * (1 - skill) * 4 * t * (1 - t) for t in points]
+    ends = [0.3 + 0.1 * t for t in points]
+    return pb.PathSums(
+        points=points,
+        loss_after=[examples * (y + low) for y, low in zip(ends, dip, strict=True)],
+        correct_after=[examples * (0.9 - 0.1 * t) for t in points],
+        examples=examples,
+        clients=5,
+    )
+
+
+def _drift(random, number, skill, clients):
+    drift = pb.Drift(clients=clients, entries=16384, of=1_200_000, norm=9 - 6 * skill, seconds=0.02)
+    drift.fused, drift.clients_mean = 0.8 - 0.4 * skill, 0.6 - 0.5 * skill
+    if number > 1:
+        drift.previous = 0.7 - 0.6 * skill + random.normal(0, 0.02)
+    return drift
+
+
+def _probe(random, skill):
+    def walked(a, b, height):
+        sums = pb.PathSums(points=[0, 0.5, 1], examples=100, clients=1)
+        sums.loss_after.extend(100 * y for y in (0.4, 0.4 + height, 0.5))
+        sums.correct_after.extend(100 * y for y in (0.88, 0.86 - height / 4, 0.85))
+        return pb.ProbedPath(a=a, b=b, path=sums)
+
+    return pb.ServerProbe(
+        nodes=[1, 2, 3],
+        accepted=6,
+        pairs=[walked(a, b, 0.9 * (1 - skill)) for a, b in ((1, 2), (1, 3), (2, 3))],
+        fused=[walked(0, b, 0.2 * (1 - skill)) for b in (1, 2, 3)],
+        ensemble_loss=0.3,
+        ensemble_accuracy=0.93 + random.normal(0, 0.002),
+        seconds=0.8,
+        spooled_bytes=12_600_000,
+    )
 
 
 def _path(random, skill, examples):

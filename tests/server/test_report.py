@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.server.checkpoint import REPORTS, append_report
+from fedbasin.server.report.basin import CHARTS
 from fedbasin.server.report.chart import Axis, Bars, Line, axis, bar_chart, line_chart
 from fedbasin.server.report.document import report
 from fedbasin.server.report.file import NoRunError, html, lines, read, text
@@ -20,6 +21,7 @@ from fedbasin.server.report.markdown import escaped, markdown
 from fedbasin.server.report.markup import tag
 from fedbasin.server.report.run import Run
 from fedbasin.server.report.sites import binned, sites
+from fedbasin.server.report.text import number
 from fedbasin.strategies.outcome import Outcome
 from tests.server.reports import SITES, run_of
 
@@ -74,6 +76,53 @@ def test_every_chart_has_words_and_its_numbers_as_a_table(folder):
         if not label.startswith("Heat map"):  # the three share one
             assert "<details>" in figure
             assert "<caption>" in figure
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
+def test_all_that_was_measured_beside_the_barrier_is_drawn_and_in_the_markdown(chart):
+    run = Run.of(run_of(rounds=3))
+    (figure,) = re.findall(rf"<figure><figcaption><h3>{chart.title}</h3>.*?</figure>", report(run))
+    for label, measure, _ in chart.lines:
+        newest = number(run.newest.measures[measure])
+        assert f'<th scope="col">{label}</th>' in figure
+        assert newest in figure
+        assert f"| {chart.title} | {label} | 3 | {newest} |" in markdown(run)
+
+
+def test_a_run_that_measured_nothing_beside_the_barrier_says_so():
+    reports = run_of(rounds=2)
+    for one in reports:
+        for field in ("fused_path", "drift", "variance", "probe"):
+            one.ClearField(field)
+        for client in one.stages[-2].clients:
+            client.alignment.ClearField("spectral")
+    document = report(Run.of(reports))
+    assert "measured nothing of it" in document
+    assert not any(chart.title in document for chart in CHARTS)
+    assert "Where the models lie" not in markdown(Run.of(reports))
+
+
+def test_the_way_from_the_new_model_stands_beside_the_way_from_the_anchor():
+    document = report(Run.of(run_of(rounds=2)))
+    assert "Round 2: loss from the new model" in document
+    assert "new model (0) to client (1)" in document
+
+
+def test_a_site_says_how_far_it_turned_and_what_skew_is_left():
+    document = report(Run.of(run_of(rounds=1)))
+    (row,) = re.findall(r'<th scope="row">blocks.0.attention.heads</th>.*?</tr>', document)
+    assert re.search(r"<td>\d+°</td><td>1.2 → 0.01</td>", row)
+    (row,) = re.findall(r'<th scope="row">stem.hidden</th>.*?</tr>', document)
+    assert row.endswith("<td>–</td><td>–</td></tr>")
+
+
+def test_each_client_says_where_its_update_went_and_what_its_probes_took():
+    (one,) = run_of(rounds=1)
+    document = report(Run.of([one]))
+    fused = next(c for c in one.stages[1].clients if c.outcome == "accepted")
+    row = f"<td>{number(fused.update_norm)}</td><td>{number(fused.update_cosine)}</td>"
+    assert row in document
+    assert "Seconds of probing" in document
 
 
 def test_the_report_says_what_to_do_about_refused_replies():

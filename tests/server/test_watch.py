@@ -105,8 +105,18 @@ def test_the_screen_has_as_many_rounds_as_fit_and_says_what_to_do_about_refusals
     console = Console(file=io.StringIO(), width=100)
     console.print(screen(reports, [summarise(report) for report in reports], lines=10))
     drawn = console.file.getvalue()
-    assert [number for number in range(1, 31) if f"\n{number}/30" in drawn] == [27, 28, 29, 30]
+    assert [number for number in range(1, 31) if f"\n{number}/30" in drawn] == [26, 27, 28, 29, 30]
     assert "raise round-timeout-seconds" in drawn
+
+
+def test_the_screen_says_what_stands_beside_the_barrier():
+    reports = run_of(rounds=3)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen(reports, [summarise(report) for report in reports], lines=10))
+    drawn = console.file.getvalue()
+    newest = summarise(reports[-1]).measures
+    assert f"update cosine {newest['update_cosine.fused']:.3g}" in drawn
+    assert f"new {newest['fused_barrier_loss']:.3g}" in drawn
 
 
 @pytest.mark.parametrize(
