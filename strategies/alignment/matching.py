@@ -11,6 +11,7 @@ Srinivasa 2023, arXiv 2209.04836) for permutations; the rotations of attention h
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -118,7 +119,10 @@ def folded(symmetry: Symmetry, state: State) -> State:
 
 
 def distances(
-    symmetry: Symmetry, anchor: State, client: State, known: Mapping[str, float]
+    symmetry: Symmetry,
+    anchor: State,
+    client: State,
+    known: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Anchor to client, by tensor, of all floating tensors whose distance matching can only lower.
 
