@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport
 from fedbasin.server.report import figures
-from fedbasin.server.report.chart import Axis, Line
+from fedbasin.server.report.chart import Axis, Line, Point
 from fedbasin.server.report.figures import Words
 from fedbasin.server.report.markup import Html, join, tag
 
@@ -48,8 +48,8 @@ def fused(report: RoundReport, whose: str = "") -> Html:
     )
     return join(
         figures.curves(
-            Words(f"{number}: {name} from the new model", note, "new model (0) to client (1)"),
-            _lines(sums, (), values),
+            Words(f"{number}: new model to clients, {name}", note, "new model (0) to client (1)"),
+            [Line(name, _means(sums, values), "after")],
             Axis(0, 1),
         )
         for name, note, values in panels
@@ -63,8 +63,8 @@ def _round(report: RoundReport, whose: str) -> str:
 
 def _lines(path: PathSums, before: Sequence[float], after: Sequence[float]) -> list[Line]:
     drawn = (("as trained", before, "before"), ("aligned", after, "after"))
-    return [
-        Line(label, [(t, y / path.examples) for t, y in zip(path.points, sums, strict=False)], when)
-        for label, sums, when in drawn
-        if sums
-    ]
+    return [Line(label, _means(path, sums), when) for label, sums, when in drawn if sums]
+
+
+def _means(path: PathSums, sums: Sequence[float]) -> list[Point]:
+    return [(t, y / path.examples) for t, y in zip(path.points, sums, strict=False)]

@@ -104,7 +104,7 @@ def test_a_run_that_measured_nothing_beside_the_barrier_says_so():
 
 def test_the_way_from_the_new_model_stands_beside_the_way_from_the_anchor():
     document = report(Run.of(run_of(rounds=2)))
-    assert "Round 2: loss from the new model" in document
+    assert "Round 2: new model to clients, loss" in document
     assert "new model (0) to client (1)" in document
 
 
