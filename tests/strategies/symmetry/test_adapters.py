@@ -157,6 +157,16 @@ def test_a_fresh_adapter_is_only_turned() -> None:
     assert found.report.distance_after < found.report.distance_before
 
 
+def test_magnitudes_of_units_follow_them() -> None:
+    model, base = adapt("bert_classes", target_modules=["intermediate.dense"], use_dora=True)
+    symmetry = adapted(base, model.state_dict())
+    assert "lora_magnitude_vector" in str(symmetry)
+    assert proven("bert_classes", model, symmetry)
+    model, base = adapt("bert_classes", target_modules=["query"], use_dora=True)
+    with pytest.raises(SymmetryError, match="lora_magnitude_vector"):
+        adapted(base, model.state_dict())
+
+
 def test_magnitudes_follow_orders_and_refuse_rotations() -> None:
     state = {
         "base_model.model.up.base_layer.weight": torch.zeros(4, 5),

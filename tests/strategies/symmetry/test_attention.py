@@ -57,6 +57,26 @@ class Sequences(nn.Module):
         return self.head(self.both(source, target, tgt_mask=self.mask))
 
 
+class Layers(nn.Module):
+    """Layers by themselves, called with names, and a decoder without an encoder."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, WIDTH)
+        self.memories = nn.Linear(WIDTH, WIDTH)
+        self.encode = nn.TransformerEncoderLayer(WIDTH, HEADS, UNITS, **options)
+        self.decode = nn.TransformerDecoderLayer(WIDTH, HEADS, UNITS, **options)
+        layer = nn.TransformerDecoderLayer(WIDTH, HEADS, UNITS, **options)
+        self.decoder = nn.TransformerDecoder(layer, 1)
+        self.head = nn.Linear(WIDTH, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.encode(self.tokens(tokens))
+        memory = self.memories(x)
+        x = self.decode(x, memory=memory)
+        return self.head(self.decoder(x, memory))
+
+
 class Attention(nn.Module):
     """A lone `nn.MultiheadAttention` between two Linears."""
 
@@ -89,6 +109,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
             {"batch_first": False, "bias": False},
             {"batch_first": False, "activation": nn.functional.silu},
         )
+    },
+    **{
+        f"layers {o}": (lambda o=o: Layers(**o), TOKENS)
+        for o in ({"batch_first": True, "activation": nn.Tanh()}, {"norm_first": True})
     },
     **{
         f"attention {o}": (lambda o=o: Attention(**o), torch.zeros(5, 2, 9))
