@@ -8,6 +8,7 @@ from flwr.app import Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedbasin.client.context import (
+    begun,
     fused_at_first,
     fused_so_far,
     keep_fused,
@@ -18,8 +19,11 @@ from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import regress
 from fedbasin.client.reply import Data, Request, answer, path_message, required
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import packing, wire
+from fedbasin.proto import wire
+from fedbasin.strategies.encodings import read_encodings, write_grams
+from fedbasin.strategies.fusion.compact import Encoding, encode_moment
 from fedbasin.strategies.recipe import Target
+from fedbasin.strategies.stages import Along
 from fedbasin.strategies.state import State
 
 _TARGET = {
@@ -30,7 +34,11 @@ _TARGET = {
 
 
 def fit_reply(
-    request: Request, context: Context, model: nn.Module, data: Data | None
+    request: Request,
+    context: Context,
+    model: nn.Module,
+    data: Data | None,
+    probed: Data | None = None,
 ) -> RecordDict:
     """Sums over the client's own examples, of the layers that the request names or of the path it asks for.
 
@@ -39,6 +47,7 @@ def fit_reply(
         context: where the client kept its models.
         model: to run; its tensors are replaced.
         data: gives the client's own examples, afresh at every call.
+        probed: gives those on which models are compared.
 
     Raises:
         MissingDataError: there is no data.
@@ -53,8 +62,9 @@ def fit_reply(
         content["metrics"] = MetricRecord({"num-examples": header.examples})
         _fit(request, own, fused, model, batches, header, content)
         if request.path_points:
-            start = fused_at_first(context)
-            path = path_losses(model, start, fused, batches(), request.path_points)
+            along = Along(request.header.fit.path.share, request.header.fit.path.reach)
+            start, end = along.ends(begun(context), fused_at_first(context), fused)
+            path = path_losses(model, start, end, required(probed, "a path")(), request.path_points)
             header.path.CopyFrom(path_message(path))
     # Nothing is forgotten yet: a stage that too few could answer is asked anew.
     wire.write(content, header)
@@ -74,14 +84,14 @@ def _fit(
     if not asked.blocks:
         return
     blocks = [tuple(block.tensors) for block in asked.blocks]
-    sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches())
-    tensors = {f"gram {'+'.join(b)}": s.gram.float() for b, s in sums.items()}
-    tensors |= {f"moment {'+'.join(b)}": s.moment.float() for b, s in sums.items()}
-    content[wire.STATISTICS], specs = packing.pack(tensors)
-    for block, gram, moment in zip(sums, specs, specs[len(sums) :], strict=False):
-        header.precisions.add(
-            tensors=block, kind=pb.PRECISION_KIND_GRAM, statistic=gram, moment=moment
-        )
+    encodings = read_encodings(request.header.encodings)
+    sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches(), encodings)
+    moments = {
+        block: encode_moment(found.moment, encodings.get(block, Encoding()).moment)
+        for block, found in sums.items()
+    }
+    grams = {block: found.inputs.dividing() for block, found in sums.items()}
+    write_grams(header, content, grams, moments)
 
 
 def _fused(request: Request, context: Context) -> dict[str, Tensor] | None:

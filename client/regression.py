@@ -15,10 +15,9 @@ Source: RegMean, Jin et al. 2023, arXiv 2212.09849; RegMean++, Nguyen et al. 202
 arXiv 2405.16240.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, zip_longest
 from operator import itemgetter
 
@@ -30,6 +29,8 @@ from torch.nn.functional import one_hot
 from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.client.reach import Reach, Reaches
+from fedbasin.client.totals import Total, nothing
+from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import Block, Order, join
 from fedbasin.strategies.recipe import Target
@@ -44,13 +45,18 @@ class Sums:
     """One layer's normal equations over a client's examples, in double.
 
     Attributes:
-        gram: `X~ X~^T`, `[in, in]`, with the ones last where there is a bias; one for each group of a
-            grouped convolution.
+        inputs: `X~ X~^T`, with the ones last where there is a bias; one for each group of a grouped
+            convolution.
         moment: `(Z - W X~) X~^T`, `[out, in]`.
     """
 
-    gram: Float[Tensor, "*groups inputs inputs"]
+    inputs: Total
     moment: Float[Tensor, "out inputs"]
+
+    @property
+    def gram(self) -> Float[Tensor, "*groups inputs inputs"]:
+        """The inputs' Gram matrix as far as it is known."""
+        return self.inputs.gram
 
 
 class FlowError(ValueError):
@@ -82,6 +88,7 @@ def regress(
     blocks: Sequence[Block],
     target: Target,
     batches: Batches,
+    encodings: Mapping[Block, Encoding] | None = None,
 ) -> dict[Block, Sums]:
     """The normal equations of some layers.
 
@@ -95,6 +102,7 @@ def regress(
         blocks: the layers.
         target: what they are fitted to.
         batches: the client's data, read once.
+        encodings: how the sums will be sent; a sketch is made while reading.
 
     Raises:
         ValueError: there is no data, a block is none of the model's layers, or labels do not fit the output.
@@ -105,7 +113,10 @@ def regress(
     mine = {name: own[name] for block in blocks for name in block}
     _load(model, {**fused, **mine})
     teacher = _teacher(model, own) if target is Target.features else None
-    sums = {layer.block: _nothing(layer, model) for layer in layers}
+    known = encodings or {}
+    sums = {
+        layer.block: _nothing(layer, model, known.get(layer.block, Encoding())) for layer in layers
+    }
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
             seen = _run(model, layers, batch)
@@ -141,11 +152,10 @@ def _teacher(model: nn.Module, own: State) -> nn.Module:
     return teacher.eval()
 
 
-def _nothing(layer: Layer, model: nn.Module) -> Sums:
-    weight = model.get_parameter(layer.block[0])
-    shape = (layer.groups,) if layer.groups > 1 else ()
-    zeros = partial(torch.zeros, dtype=torch.float64, device=weight.device)
-    return Sums(zeros((*shape, layer.inputs, layer.inputs)), zeros((len(weight), layer.inputs)))
+def _nothing(layer: Layer, model: nn.Module, encoding: Encoding) -> Sums:
+    device = model.get_parameter(layer.block[0]).device
+    moment = torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=device)
+    return Sums(nothing(layer, encoding, device), moment)
 
 
 def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[tuple[Product, Reach]]:
@@ -212,9 +222,8 @@ def _base(block: Block, fused: State, target: Target) -> Tensor:
 
 
 def _add(sums: Sums, product: Product, goal: Tensor, base: Tensor, mask: Tensor | None) -> None:
-    gram = sums.gram.view(-1, *sums.gram.shape[-2:])
-    moment = sums.moment.view(len(gram), -1, sums.moment.shape[-1])
+    moment = sums.moment.view(product.layer.groups, -1, sums.moment.shape[-1])
     grouped = base.to(moment.device).view_as(moment)
     for rows, columns in zip(product.rows(mask), product.columns(goal, mask), strict=True):
-        gram.baddbmm_(rows.mT, rows)
+        sums.inputs.add(rows)
         moment.baddbmm_((columns - rows @ grouped.mT).mT, rows)

@@ -19,7 +19,7 @@ from fedbasin.client.data import Batches
 from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import order
-from fedbasin.client.statistics import diagonal_fisher, grams
+from fedbasin.client.statistics import diagonal_fisher, gram_pieces
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.matching import match_weights
@@ -28,6 +28,7 @@ from fedbasin.strategies.diagnostics.endpoints import Verdict, endpoint_error
 from fedbasin.strategies.diagnostics.share import draw
 from fedbasin.strategies.diagnostics.spectra import affordable, matrices, spectral_alignment
 from fedbasin.strategies.diagnostics.variance import variance_ratios
+from fedbasin.strategies.encodings import read_encodings, write_grams
 from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.state import State, floating
@@ -295,14 +296,15 @@ def _collect(
     batches = required(data, pb.PrecisionKind.Name(kind))
     model.load_state_dict(dict(aligned))
     if kind == pb.PRECISION_KIND_GRAM:
-        statistics = grams(model, batches(), request.header.shrink)
-    else:
-        fisher = diagonal_fisher(model, batches())
-        statistics = {(name,): _normalised(f, header.examples) for name, f in fisher.items()}
-    named = {"+".join(block): value.float() for block, value in statistics.items()}
+        encodings = read_encodings(request.header.encodings)
+        pieces = gram_pieces(model, batches(), request.header.shrink, encodings)
+        write_grams(header, content, pieces, {})
+        return
+    fisher = diagonal_fisher(model, batches())
+    named = {name: _normalised(f, header.examples).float() for name, f in fisher.items()}
     content[wire.STATISTICS], specs = packing.pack(named)
-    for block, spec in zip(statistics, specs, strict=True):
-        header.precisions.add(tensors=block, kind=kind, statistic=spec)
+    for name, spec in zip(named, specs, strict=True):
+        header.precisions.add(tensors=(name,), kind=kind, statistic=spec)
 
 
 def _normalised(fisher: Tensor, examples: float) -> Tensor:

@@ -8,7 +8,7 @@ Raffel 2022, arXiv 2111.09832. Both are sums over examples, so those of two data
 together, and both belong to the weights that the model has now: collect them after aligning.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import itemgetter
 from typing import Literal, TypeAlias
@@ -22,7 +22,9 @@ from torch.nn.functional import one_hot
 
 from fedbasin.client.data import Batch, Batches, Inputs, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
-from fedbasin.strategies.fusion.layers import Layer, gram_layers
+from fedbasin.client.totals import Total, nothing, shrunk
+from fedbasin.strategies.fusion.compact import Encoding, Pieces
+from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.state import State
 
@@ -58,42 +60,56 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
     Raises:
         ValueError: There is no data, `shrink` is outside [0, 1], or a mask does not fit a layer's input.
     """
+    _check_shrink(shrink)
+    totals = _totals(model, batches, {})
+    return {block: shrunk(total.gram, shrink) for block, total in totals.items()}
+
+
+def gram_pieces(
+    model: nn.Module,
+    batches: Batches,
+    shrink: float = 1.0,
+    encodings: Mapping[Block, Encoding] | None = None,
+) -> dict[Block, Pieces]:
+    """The same as it is sent: of each Gram matrix the pieces of its form, a triangle where nothing else is asked.
+
+    Raises:
+        ValueError: as `grams`; or `shrink` is below 1 where a sketch is asked for.
+    """
+    _check_shrink(shrink)
+    totals = _totals(model, batches, encodings or {})
+    return {block: total.weighing(shrink) for block, total in totals.items()}
+
+
+def _check_shrink(shrink: float) -> None:
     if not 0 <= shrink <= 1:
         raise ValueError(
             f"shrink = {shrink}; choose a factor from 0 (diagonal only) to 1 (all of it)"
         )
+
+
+def _totals(
+    model: nn.Module, batches: Batches, encodings: Mapping[Block, Encoding]
+) -> dict[Block, Total]:
     layers = gram_layers(model)
-    sums = {layer.block: _nothing(layer, model) for layer in layers}
+    totals = {
+        layer.block: nothing(
+            layer,
+            encodings.get(layer.block, Encoding()),
+            model.get_parameter(layer.block[0]).device,
+        )
+        for layer in layers
+    }
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
-            with Products(model, layers, partial(_add, sums, batch.mask)):
+            with Products(model, layers, partial(_add, totals, batch.mask)):
                 forward(model, batch)
-    return {block: _finish(gram, shrink) for block, gram in sums.items()}
+    return totals
 
 
-def _nothing(layer: Layer, model: nn.Module) -> Tensor:
-    """The Gram of no rows."""
-    shape = (layer.groups,) if layer.groups > 1 else ()
-    device = model.get_parameter(layer.block[0]).device
-    return torch.zeros(*shape, layer.inputs, layer.inputs, dtype=torch.float64, device=device)
-
-
-def _add(sums: dict[Block, Tensor], mask: Tensor | None, product: Product) -> None:
-    """Add the rows of one product to its layer's sum.
-
-    Products are taken in float64, about three times slower than float32 on a CPU. They are exact for float32
-    inputs and only their sum rounds, so neither the batch size nor the split of the data over clients shows
-    in the result, and a nearly singular Gram stays positive.
-    """
-    total = sums[product.layer.block]
-    grouped = total.view(-1, *total.shape[-2:])
+def _add(totals: Mapping[Block, Total], mask: Tensor | None, product: Product) -> None:
     for rows in product.rows(mask):
-        grouped.baddbmm_(rows.mT, rows)
-
-
-def _finish(gram: Tensor, shrink: float) -> Tensor:
-    symmetric = (gram + gram.mT) / 2  # matrix products round the two triangles differently
-    return torch.lerp(torch.diag_embed(symmetric.diagonal(dim1=-2, dim2=-1)), symmetric, shrink)
+        totals[product.layer.block].add(rows)
 
 
 def diagonal_fisher(

@@ -111,6 +111,58 @@ FIT_TARGET_LABELS: FitTarget.ValueType  # 3
 """the labels"""
 Global___FitTarget: _TypeAlias = FitTarget  # noqa: Y015
 
+class _GramForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GramFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GramForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRAM_FORM_UNSPECIFIED: _GramForm.ValueType  # 0
+    GRAM_FORM_TRIANGLE: _GramForm.ValueType  # 1
+    """upper triangle, float32"""
+    GRAM_FORM_HALF: _GramForm.ValueType  # 2
+    """correlations in fixed point of 16 bits, and variances"""
+    GRAM_FORM_SKETCH: _GramForm.ValueType  # 3
+    """a few directions, and what they leave of the variances"""
+    GRAM_FORM_BLOCKS: _GramForm.ValueType  # 4
+    """covariances of inputs that stand together"""
+    GRAM_FORM_DIAGONAL: _GramForm.ValueType  # 5
+    """variances"""
+
+class GramForm(_GramForm, metaclass=_GramFormEnumTypeWrapper): ...
+
+GRAM_FORM_UNSPECIFIED: GramForm.ValueType  # 0
+GRAM_FORM_TRIANGLE: GramForm.ValueType  # 1
+"""upper triangle, float32"""
+GRAM_FORM_HALF: GramForm.ValueType  # 2
+"""correlations in fixed point of 16 bits, and variances"""
+GRAM_FORM_SKETCH: GramForm.ValueType  # 3
+"""a few directions, and what they leave of the variances"""
+GRAM_FORM_BLOCKS: GramForm.ValueType  # 4
+"""covariances of inputs that stand together"""
+GRAM_FORM_DIAGONAL: GramForm.ValueType  # 5
+"""variances"""
+Global___GramForm: _TypeAlias = GramForm  # noqa: Y015
+
+class _MomentForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MomentFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MomentForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MOMENT_FORM_UNSPECIFIED: _MomentForm.ValueType  # 0
+    MOMENT_FORM_FLOAT32: _MomentForm.ValueType  # 1
+    MOMENT_FORM_FLOAT16: _MomentForm.ValueType  # 2
+    """and a scale for each row"""
+
+class MomentForm(_MomentForm, metaclass=_MomentFormEnumTypeWrapper): ...
+
+MOMENT_FORM_UNSPECIFIED: MomentForm.ValueType  # 0
+MOMENT_FORM_FLOAT32: MomentForm.ValueType  # 1
+MOMENT_FORM_FLOAT16: MomentForm.ValueType  # 2
+"""and a scale for each row"""
+Global___MomentForm: _TypeAlias = MomentForm  # noqa: Y015
+
 @_typing.final
 class TensorSpec(_message.Message):
     """One tensor of a packed state: `count(shape)` elements of `dtype`, from element `offset` on, in the array
@@ -199,24 +251,99 @@ class Fit(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     target: Global___FitTarget.ValueType
     sequence: _builtins.int
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]: ...
+    @_builtins.property
+    def path(self) -> Global___Along:
+        """evaluate this path, which `path_points` asks points of"""
+
     def __init__(
         self,
         *,
         blocks: _abc.Iterable[Global___Block] | None = ...,
         target: Global___FitTarget.ValueType = ...,
         sequence: _builtins.int = ...,
+        path: Global___Along | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "path", b"path", "sequence", b"sequence", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fit: _TypeAlias = Fit  # noqa: Y015
+
+@_typing.final
+class Along(_message.Message):
+    """Paths among the models of a round. Where no reach is given: from the first piece of the fused model (share 0) to
+    the model so far (share 1). Otherwise: from the round's global model through the point of that path at `share`, as
+    far beyond it as `reach` says; 1 ends there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    reach: _builtins.float
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        reach: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reach", b"reach", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Along: _TypeAlias = Along  # noqa: Y015
+
+@_typing.final
+class Encoding(_message.Message):
+    """How one layer's statistics are sent. What no encoding speaks of is a triangle, and a moment in float32."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: _builtins.int
+    GRAM_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    MOMENT_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    gram: Global___GramForm.ValueType
+    size: _builtins.int
+    """rows of a sketch, or inputs in a block"""
+    moment: Global___MomentForm.ValueType
+    inputs: _builtins.int
+    """numbers in a row, a one for the bias included"""
+    groups: _builtins.int
+    """Gram matrices, one for each group of a convolution"""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """weight, or weight and bias"""
+
+    def __init__(
+        self,
+        *,
+        tensors: _abc.Iterable[_builtins.str] | None = ...,
+        gram: Global___GramForm.ValueType = ...,
+        size: _builtins.int = ...,
+        moment: Global___MomentForm.ValueType = ...,
+        inputs: _builtins.int = ...,
+        groups: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gram", b"gram", "groups", b"groups", "inputs", b"inputs", "moment", b"moment", "size", b"size", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final
 class Request(_message.Message):
@@ -240,6 +367,7 @@ class Request(_message.Message):
     PROBE_BOUND_FIELD_NUMBER: _builtins.int
     FIT_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -271,6 +399,10 @@ class Request(_message.Message):
     def fit(self) -> Global___Fit:
         """no training: say how these layers fit"""
 
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoding]:
+        """of Gram matrices and moments"""
+
     def __init__(
         self,
         *,
@@ -290,10 +422,11 @@ class Request(_message.Message):
         probe_bound: _builtins.int | None = ...,
         fit: Global___Fit | None = ...,
         order: _builtins.bool = ...,
+        encodings: _abc.Iterable[Global___Encoding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "fit", b"fit", "probe_bound", b"probe_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "fit", b"fit", "keep", b"keep", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
     _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015
@@ -311,6 +444,8 @@ class Precision(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     STATISTIC_FIELD_NUMBER: _builtins.int
     MOMENT_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    MOMENT_SCALE_FIELD_NUMBER: _builtins.int
     kind: Global___PrecisionKind.ValueType
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -322,7 +457,15 @@ class Precision(_message.Message):
 
     @_builtins.property
     def moment(self) -> Global___TensorSpec:
-        """likewise: what was fitted, in place of the client's own weights"""
+        """likewise: what a fit leaves to explain, in place of the client's own weights"""
+
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """likewise: what else the form of a Gram matrix has, in its order"""
+
+    @_builtins.property
+    def moment_scale(self) -> Global___TensorSpec:
+        """likewise: of the rows of a moment, where its form has one"""
 
     def __init__(
         self,
@@ -331,10 +474,12 @@ class Precision(_message.Message):
         kind: Global___PrecisionKind.ValueType = ...,
         statistic: Global___TensorSpec | None = ...,
         moment: Global___TensorSpec | None = ...,
+        more: _abc.Iterable[Global___TensorSpec] | None = ...,
+        moment_scale: Global___TensorSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "statistic", b"statistic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "moment_scale", b"moment_scale", "statistic", b"statistic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "moment", b"moment", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "moment", b"moment", "moment_scale", b"moment_scale", "more", b"more", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -751,12 +896,17 @@ class StageReport(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     SERVER_SECONDS_FIELD_NUMBER: _builtins.int
     CLIENTS_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     seconds: _builtins.float
     server_seconds: _builtins.float
     """preparing, decoding, validating, folding and solving"""
     @_builtins.property
     def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientReport]: ...
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoding]:
+        """that were asked for, where there is a budget for statistics"""
+
     def __init__(
         self,
         *,
@@ -764,10 +914,11 @@ class StageReport(_message.Message):
         seconds: _builtins.float = ...,
         server_seconds: _builtins.float = ...,
         clients: _abc.Iterable[Global___ClientReport] | None = ...,
+        encodings: _abc.Iterable[Global___Encoding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "seconds", b"seconds", "server_seconds", b"server_seconds", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "encodings", b"encodings", "seconds", b"seconds", "server_seconds", b"server_seconds", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

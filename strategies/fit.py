@@ -10,16 +10,17 @@ directions that no client has seen stay as they are. Clients send what is left t
 inexact `X~ X~^T` then changes how far the step goes, and not where steps end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.recipe import Target
-from fedbasin.strategies.stages import Ask, Fitting, Kind
+from fedbasin.strategies.stages import Along, Ask, Fitting, Kind
 from fedbasin.strategies.state import State, interpolate
 from fedbasin.strategies.validation import check_examples, check_fit
 
@@ -38,6 +39,7 @@ class Fit:
         share: float = 1.0,
         *,
         keep: bool = False,
+        encodings: Mapping[Block, Encoding] | None = None,
     ) -> None:
         """Compose the stage.
 
@@ -49,9 +51,12 @@ class Fit:
             share: of the solution in the fitted layers; the rest stays as the model so far has it. A head
                 to labels is the solution.
             keep: another stage of the round follows.
+            encodings: how clients send their sums; those of other layers may be among them.
         """
         self.name = "head" if fitting.target is Target.labels else "fit"
-        self.ask = Ask(fit=fitting, keep=keep)
+        known = encodings or {}
+        own = {block: known[block] for block in fitting.blocks if block in known}
+        self.ask = Ask(fit=fitting, keep=keep, encodings=own)
         self._model = model
         self._tally = Tally.zero({})
         self._ridge = Ridge(strength, "anchor")
@@ -77,7 +82,7 @@ class Fit:
 
 
 class Probe:
-    """Evaluate the path from the first piece of the model so far, as it was fused, to where it has got.
+    """Evaluate a path among the models of the round.
 
     Only sums come back: of the loss and of what was right, at each point.
     """
@@ -86,8 +91,19 @@ class Probe:
     kind: Kind = "evaluate"
     order: Order | None = None
 
-    def __init__(self, model: State, sequence: int, points: int, *, keep: bool = False) -> None:
-        self.ask = Ask(fit=Fitting((), None, sequence), path_points=points, keep=keep)
+    def __init__(
+        self, model: State, sequence: int, along: Along, points: int, *, keep: bool = False
+    ) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the fitted model, in which the stage ends.
+            sequence: of the last piece of it.
+            along: which path.
+            points: at how many points.
+            keep: another stage of the round follows.
+        """
+        self.ask = Ask(fit=Fitting((), None, sequence, along), path_points=points, keep=keep)
         self._model = model
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here

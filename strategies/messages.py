@@ -4,7 +4,7 @@ An answer becomes an `Update`, or is refused by name.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -13,7 +13,8 @@ from torch import Tensor
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.matching import AlignmentReport
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.encodings import encoding_messages, read_encodings, statistics
+from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import Statistic, Target
@@ -34,10 +35,6 @@ _TARGET = {
 # Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed;
 # the others are the SuperLink's.
 _CLIENT_ERRORS = {1, 2, 6, 7, 8}
-_PRECISION: dict[int, Callable[[Tensor], Precision]] = {
-    pb.PRECISION_KIND_DIAGONAL: Diagonal,
-    pb.PRECISION_KIND_GRAM: Gram,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +98,7 @@ def broadcast(
     else:
         content[wire.ARRAYS] = plain.write(anchor)
     header.order = ask.order
+    header.encodings.extend(encoding_messages(ask.encodings))
     if ask.fit is not None:
         header.fit.CopyFrom(_fit(ask.fit))
     if ask.radii:
@@ -113,7 +111,8 @@ def broadcast(
 def _fit(ask: Fitting) -> pb.Fit:
     blocks = [pb.Block(tensors=block) for block in ask.blocks]
     target = pb.FIT_TARGET_UNSPECIFIED if ask.target is None else _TARGET[ask.target]
-    return pb.Fit(blocks=blocks, target=target, sequence=ask.sequence)
+    path = None if ask.along is None else pb.Along(share=ask.along.share, reach=ask.along.reach)
+    return pb.Fit(blocks=blocks, target=target, sequence=ask.sequence, path=path)
 
 
 def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
@@ -154,19 +153,22 @@ def receive(message: Message, sent: Broadcast, max_bytes: int) -> Received:
     if size > max_bytes:
         raise Refusal(Outcome.too_large, f"{size} bytes where {max_bytes} are allowed")
     try:
+        encodings = read_encodings(sent.header.encodings)
         update = (
-            _fitted(content, header)
+            _fitted(content, header, encodings)
             if sent.header.HasField("fit")
-            else _update(content, header, sent)
+            else _update(content, header, sent.header.precision, encodings)
         )
     except packing.PackingError as error:
         raise Refusal(Outcome.malformed, str(error)) from error
     return Received(update, header, metrics, size)
 
 
-def _update(content: RecordDict, header: pb.UpdateHeader, sent: Broadcast) -> Update:
+def _update(
+    content: RecordDict, header: pb.UpdateHeader, kind: int, encodings: Mapping[Block, Encoding]
+) -> Update:
     parameters = _parameters(content, header)
-    precisions = dict(_precisions(content, header, sent.header.precision))
+    precisions = statistics(content, header, kind, encodings).precisions
     return Update(parameters, header.examples, precisions, order=_order(header))
 
 
@@ -177,17 +179,14 @@ def _order(header: pb.UpdateHeader) -> Order | None:
     return Order(tuple(levels), tuple(header.head.tensors) or None)
 
 
-def _fitted(content: RecordDict, header: pb.UpdateHeader) -> Update:
+def _fitted(
+    content: RecordDict, header: pb.UpdateHeader, encodings: Mapping[Block, Encoding]
+) -> Update:
     """Sums without weights: what layers are fitted to."""
     if header.lost:
         raise Refusal(Outcome.lost_model, f"round {header.round}, {header.stage}")
-    precisions = dict(_precisions(content, header, pb.PRECISION_KIND_GRAM))
-    specs = [entry.moment for entry in header.precisions]
-    tensors = packing.unpack(wire.arrays(content, wire.STATISTICS), specs) if specs else {}
-    moments = {
-        tuple(entry.tensors): tensors[entry.moment.name].double() for entry in header.precisions
-    }
-    return Update({}, header.examples, precisions, moments)
+    found = statistics(content, header, pb.PRECISION_KIND_GRAM, encodings)
+    return Update({}, header.examples, found.precisions, found.moments)
 
 
 def _receive_evaluation(message: Message, asked: pb.Request) -> Received:
@@ -264,27 +263,6 @@ def _parameters(content: RecordDict, header: pb.UpdateHeader) -> dict[str, Tenso
     if record is None:
         raise Refusal(Outcome.missing_tensor, f"the reply has no record {wire.ARRAYS!r}")
     return packing.unpack(record, header.tensors) if header.tensors else plain.read(record)
-
-
-def _precisions(
-    content: RecordDict, header: pb.UpdateHeader, kind: int
-) -> Iterable[tuple[Block, Precision]]:
-    if not header.precisions:
-        return
-    record = wire.records(content, ArrayRecord).get(wire.STATISTICS)
-    if record is None:
-        raise Refusal(Outcome.missing_statistic, f"no record {wire.STATISTICS!r}")
-    specs = [entry.statistic for entry in header.precisions]
-    tensors = packing.unpack(record, specs)
-    seen: set[Block] = set()
-    for entry in header.precisions:
-        block = tuple(entry.tensors)
-        if block in seen:
-            raise Refusal(Outcome.unexpected_statistic, f"{'+'.join(block)} stands twice")
-        seen.add(block)
-        if entry.kind != kind or kind not in _PRECISION:
-            raise Refusal(Outcome.unexpected_statistic, "+".join(block))
-        yield block, _PRECISION[kind](tensors[entry.statistic.name].double())
 
 
 def alignment_message(report: AlignmentReport, seconds: float = 0.0) -> pb.AlignmentReport:

@@ -5,7 +5,7 @@ knows no message, no clock and no client: whoever drives it asks, waits and fold
 """
 
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Probe
+from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.recipe import Recipe, Target
-from fedbasin.strategies.stages import Fitting, Stage
+from fedbasin.strategies.stages import Along, Fitting, Stage
 from fedbasin.strategies.state import State, interpolate
 
 # Of a head to labels: its targets are no estimate that more rounds would improve.
@@ -70,19 +71,29 @@ class Answer(Protocol):
 
 
 Plan: TypeAlias = Generator[Next, Answer, dict[str, Tensor]]
+# How clients send what they say of the layers that a round fits.
+Encode: TypeAlias = Callable[[Sequence[Block]], Mapping[Block, Encoding]]
 
 
 def round_plan(
-    recipe: Recipe, fuse: Callable[[], Stage], grouping: Grouping = "layer", *, keep: bool = False
+    begun: State,
+    recipe: Recipe,
+    fuse: Callable[[], Stage],
+    grouping: Grouping = "layer",
+    *,
+    keep: bool = False,
+    encode: Encode | None = None,
 ) -> Plan:
     """The stages of one round: train and fuse, and fit layers afterwards where the recipe does.
 
     Args:
+        begun: the global model that the round begins with.
         recipe: which.
         fuse: makes the first stage; it asks for the order of the layers if the recipe fits any, and that
             clients keep their models.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         keep: clients keep their models also after the plan's last stage.
+        encode: chooses how clients send their sums; exactly, if None.
 
     Raises:
         UnknownOrderError: nothing of the model can be fitted.
@@ -90,18 +101,32 @@ def round_plan(
     answer = yield Next(fuse)
     fused = model = new = answer.model
     fittings = _fittings(recipe, answer.order, grouping)
+    blocks = [block for fitting in fittings for block in fitting.blocks]
+    encodings = encode(blocks) if encode and blocks else None
     for fitting in fittings:
         more = recipe.probe > 0 or fitting is not fittings[-1]
         strength = _strength(recipe, fitting)
-        make = partial(Fit, model, fitting, strength, recipe.share, keep=more or keep)
+        make = partial(
+            Fit, model, fitting, strength, recipe.share, keep=more or keep, encodings=encodings
+        )
         answer = yield Next(make, new, answer.nodes)
         model = answer.model
         new = {name: model[name] for block in fitting.blocks for name in block}
     if not (recipe.probe and fittings):
         return model
-    probe = partial(Probe, model, len(fittings), recipe.probe, keep=keep)
-    answer = yield Next(probe, new, answer.nodes)
-    return interpolate(fused, model, best_point(answer.curve))
+    probe = partial(_probe, recipe, model, len(fittings), keep=keep)
+    answer = yield Next(partial(probe, Along()), new, answer.nodes)
+    share = best_point(answer.curve)
+    if not recipe.reach:
+        return interpolate(fused, model, share)
+    along = Along(share, recipe.reach)
+    answer = yield Next(partial(probe, along), {}, answer.nodes)
+    start, end = along.ends(begun, fused, model)
+    return interpolate(start, end, best_point(answer.curve))
+
+
+def _probe(recipe: Recipe, model: State, sequence: int, along: Along, *, keep: bool) -> Probe:
+    return Probe(model, sequence, along, recipe.probe, keep=keep or along.reach < recipe.reach)
 
 
 def best_point(path: Path | None) -> float:

@@ -9,7 +9,7 @@ to do with a refusal is written once, for all stages, by whoever runs them.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, Protocol
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from fedbasin.strategies.alignment.certificate import Radii, identity_radii
 from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
+from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.tally import Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import Recipe, Statistic, Target
-from fedbasin.strategies.state import State, floating
+from fedbasin.strategies.state import State, beyond, floating, interpolate
 from fedbasin.strategies.symmetry.sites import Symmetry
 from fedbasin.strategies.validation import check_alike, check_examples, check_order, check_update
 
@@ -36,6 +37,33 @@ class Start(Enum):
 
 
 @dataclass(frozen=True)
+class Along:
+    """A path among the models of one round: global as the round began, fused, and fitted.
+
+    Attributes:
+        share: of the fitted model in a point of the line from fused to fitted.
+        reach: 0 for that line itself; otherwise the line from the global model through this point, to as many
+            times its distance.
+    """
+
+    share: float = 1.0
+    reach: float = 0.0
+
+    def ends(self, model: State, fused: State, fitted: State) -> tuple[State, State]:
+        """Where the path begins and ends.
+
+        Args:
+            model: the global model that the round began with.
+            fused: what its clients' models were fused to.
+            fitted: the same with layers fitted.
+        """
+        if not self.reach:
+            return fused, fitted
+        through = interpolate(fused, fitted, self.share)
+        return beyond(model, through, 0.0), beyond(model, through, self.reach)
+
+
+@dataclass(frozen=True)
 class Fitting:
     """Layers to fit, in place of training.
 
@@ -43,11 +71,13 @@ class Fitting:
         blocks: which; none where the model so far is only to be evaluated.
         target: what they are fitted to; None where there are none.
         sequence: of the piece of the fused model that the request carries; 0 is all of it.
+        along: the path to evaluate, where that is asked for.
     """
 
     blocks: tuple[Block, ...]
     target: Target | None
     sequence: int
+    along: Along | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +94,7 @@ class Ask:
         fit: layers to fit; nothing is trained then.
         order: say in which order the model uses its layers.
         keep: another stage of the round follows, for which the client keeps its model, as trained and as sent.
+        encodings: how Gram matrices and moments are sent; those of blocks that are not named, exactly.
     """
 
     start: Start = Start.shared
@@ -75,6 +106,7 @@ class Ask:
     fit: Fitting | None = None
     order: bool = False
     keep: bool = False
+    encodings: Mapping[Block, Encoding] = field(default_factory=dict)
 
 
 Kind = Literal["train", "evaluate"]

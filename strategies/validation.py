@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.chunks import is_finite, one_core
+from fedbasin.strategies.fusion.compact import Piece
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
 from fedbasin.strategies.fusion.update import Block, Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
@@ -69,6 +70,30 @@ def check_fit(
         _check_precision(block, precision, model)
         _check_statistic("+".join(block), update.moments[block], tuple(join(block, model).shape))
     check_alike(update, others)
+
+
+def check_pieces(
+    name: str, pieces: Collection[Tensor], expected: Mapping[str, Piece], groups: tuple[int, ...]
+) -> None:
+    """Check that what a client sends of a statistic is what its form has; raises as `check_update`.
+
+    Args:
+        name: of the block.
+        pieces: in the order of the form.
+        expected: the form's pieces.
+        groups: leading sizes of every piece.
+    """
+    if len(pieces) != len(expected):
+        wanted = f"{len(expected)}: {', '.join(expected)}"
+        raise Refusal(
+            Outcome.wrong_shape, f"the statistic of {name} has {len(pieces)} parts, not {wanted}"
+        )
+    for piece, (part, like) in zip(pieces, expected.items(), strict=True):
+        where = f"{name}, its {part}"
+        if piece.dtype != like.dtype:
+            sizes = f"{piece.dtype}, not {like.dtype}"
+            raise Refusal(Outcome.wrong_dtype, f"the statistic of {where} is {sizes}")
+        _check_statistic(where, piece, (*groups, *like.shape))
 
 
 def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]) -> None:

@@ -42,7 +42,7 @@ def choose(
     Raises:
         BudgetError: it is less than the cheapest forms take; names that and the largest layer.
     """
-    chosen = {layer.block: Encoding(inputs=layer.inputs) for layer in layers}
+    chosen = {layer.block: Encoding(inputs=layer.inputs, groups=layer.groups) for layer in layers}
     while budget and (total := spent(layers, chosen, moments=moments)) > budget:
         steps = [
             (bytes_now, layer, encoding)

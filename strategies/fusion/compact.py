@@ -69,11 +69,13 @@ class Encoding:
         moment: its moment, where it is fitted.
         inputs: numbers in a row of it, a one for the bias included; 0 where only the client knows, which a
             triangle then tells.
+        groups: Gram matrices, one for each group of a convolution.
     """
 
     gram: Form = field(default_factory=Form)
     moment: MomentKind = MomentKind.float32
     inputs: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True)

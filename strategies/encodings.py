@@ -1,0 +1,196 @@
+"""Statistics as messages: how a request asks for them, how a client writes them, how a reply is read."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, wire
+from fedbasin.strategies.fusion.compact import (
+    Encoding,
+    Form,
+    IndefiniteError,
+    Kind,
+    MomentKind,
+    Pieces,
+    decode,
+    decode_moment,
+    layout,
+    moment_layout,
+    side,
+)
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.update import Block
+from fedbasin.strategies.outcome import Outcome, Refusal
+from fedbasin.strategies.validation import check_pieces
+
+_GRAM = {
+    Kind.triangle: pb.GRAM_FORM_TRIANGLE,
+    Kind.half: pb.GRAM_FORM_HALF,
+    Kind.sketch: pb.GRAM_FORM_SKETCH,
+    Kind.blocks: pb.GRAM_FORM_BLOCKS,
+    Kind.diagonal: pb.GRAM_FORM_DIAGONAL,
+}
+_MOMENT = {
+    MomentKind.float32: pb.MOMENT_FORM_FLOAT32,
+    MomentKind.float16: pb.MOMENT_FORM_FLOAT16,
+}
+_KIND = {value: kind for kind, value in _GRAM.items()}
+_MOMENT_KIND = {value: kind for kind, value in _MOMENT.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a client says beside its weights, by block; as in `Update`."""
+
+    precisions: dict[Block, Precision] = field(default_factory=dict)
+    moments: dict[Block, Tensor] = field(default_factory=dict)
+
+
+def encoding_messages(encodings: Mapping[Block, Encoding]) -> list[pb.Encoding]:
+    """How layers' statistics are to be sent, for a request or a report."""
+    return [
+        pb.Encoding(
+            tensors=block,
+            gram=_GRAM[encoding.gram.kind],
+            size=encoding.gram.size,
+            moment=_MOMENT[encoding.moment],
+            inputs=encoding.inputs,
+            groups=encoding.groups,
+        )
+        for block, encoding in encodings.items()
+    ]
+
+
+def read_encodings(messages: Iterable[pb.Encoding]) -> dict[Block, Encoding]:
+    """The same, read.
+
+    Raises:
+        KeyError: a form is none that this version knows.
+    """
+    return {
+        tuple(m.tensors): Encoding(
+            Form(_KIND[m.gram], m.size), _MOMENT_KIND[m.moment], m.inputs, m.groups
+        )
+        for m in messages
+    }
+
+
+def write_grams(
+    header: pb.UpdateHeader,
+    content: RecordDict,
+    grams: Mapping[Block, Pieces],
+    moments: Mapping[Block, Pieces],
+) -> None:
+    """Add Gram matrices to a reply, and the moments of those that were fitted.
+
+    Args:
+        header: of the reply.
+        content: of the reply.
+        grams: the pieces of each block's form.
+        moments: likewise, of the same blocks or of none.
+    """
+    named = [("gram", grams), ("moment", moments)]
+    tensors = {
+        f"{what} {'+'.join(block)} {piece}": tensor
+        for what, of in named
+        for block, pieces in of.items()
+        for piece, tensor in pieces.items()
+    }
+    content[wire.STATISTICS], packed = packing.pack(tensors)
+    specs = iter(packed)
+    for block, pieces in grams.items():
+        entry = header.precisions.add(tensors=block, kind=pb.PRECISION_KIND_GRAM)
+        entry.statistic.CopyFrom(next(specs))
+        entry.more.extend(next(specs) for _ in range(len(pieces) - 1))
+    for entry, pieces in zip(header.precisions, moments.values(), strict=False):
+        entry.moment.CopyFrom(next(specs))
+        if "scale" in pieces:
+            entry.moment_scale.CopyFrom(next(specs))
+
+
+def statistics(
+    content: RecordDict, header: pb.UpdateHeader, kind: int, encodings: Mapping[Block, Encoding]
+) -> Statistics:
+    """The statistics of a reply, in double.
+
+    Args:
+        content: of the reply.
+        header: of the reply.
+        kind: that was asked for, of `pb.PrecisionKind`.
+        encodings: that were asked for.
+
+    Raises:
+        Refusal: they are of another kind or in other forms, or not positive.
+        PackingError: they do not parse.
+    """
+    found = Statistics()
+    if not header.precisions:
+        return found
+    record = wire.records(content, ArrayRecord).get(wire.STATISTICS)
+    if record is None:
+        raise Refusal(Outcome.missing_statistic, f"no record {wire.STATISTICS!r}")
+    tensors = packing.unpack(record, _specs(header.precisions))
+    for entry in header.precisions:
+        block = tuple(entry.tensors)
+        if block in found.precisions:
+            raise Refusal(Outcome.unexpected_statistic, f"{'+'.join(block)} stands twice")
+        if entry.kind != kind:
+            raise Refusal(Outcome.unexpected_statistic, "+".join(block))
+        encoding = encodings.get(block, Encoding())
+        found.precisions[block] = _precision(entry, tensors, encoding)
+        if entry.HasField("moment"):
+            found.moments[block] = _moment(entry, tensors, encoding.moment)
+    return found
+
+
+def _specs(precisions: Iterable[pb.Precision]) -> Iterator[pb.TensorSpec]:
+    for entry in precisions:
+        yield entry.statistic
+        yield from entry.more
+        for name in ("moment", "moment_scale"):
+            if entry.HasField(name):
+                yield getattr(entry, name)
+
+
+def _precision(entry: pb.Precision, tensors: Mapping[str, Tensor], encoding: Encoding) -> Precision:
+    statistic = tensors[entry.statistic.name]
+    match entry.kind:
+        case pb.PRECISION_KIND_DIAGONAL:
+            return Diagonal(statistic.double())
+        case pb.PRECISION_KIND_GRAM:
+            more = [tensors[spec.name] for spec in entry.more]
+            return Gram(_gram(tuple(entry.tensors), [statistic, *more], encoding))
+        case _:
+            raise Refusal(Outcome.unexpected_statistic, "+".join(entry.tensors))
+
+
+def _gram(block: Block, given: list[Tensor], encoding: Encoding) -> Tensor:
+    """The matrix; what it would take is known before it is made, so that a few bytes cannot ask for more."""
+    name, bias, values = "+".join(block), len(block) > 1, given[0]
+    groups: tuple[int, ...] = (encoding.groups,) if encoding.groups > 1 else ()
+    inputs = encoding.inputs
+    if not inputs:
+        groups = tuple(values.shape[:-1])
+        inputs = side(values.shape[-1]) if values.dim() else 0
+    expected = layout(encoding.gram, inputs, bias)
+    check_pieces(name, given, expected, groups)
+    try:
+        return decode(dict(zip(expected, given, strict=True)), encoding.gram, bias)
+    except IndefiniteError as error:
+        raise Refusal(Outcome.not_positive, f"{name}: {error}") from error
+
+
+def _moment(entry: pb.Precision, tensors: Mapping[str, Tensor], kind: MomentKind) -> Tensor:
+    values = tensors[entry.moment.name]
+    name = f"{'+'.join(entry.tensors)}, its moment"
+    if values.dim() != 2:
+        raise Refusal(Outcome.wrong_shape, f"the statistic of {name} is {tuple(values.shape)}")
+    expected = moment_layout(kind, *values.shape)
+    given = [values]
+    if entry.HasField("moment_scale"):
+        given.append(tensors[entry.moment_scale.name])
+    check_pieces(name, given, expected, ())
+    return decode_moment(dict(zip(expected, given, strict=True)))
