@@ -58,10 +58,36 @@ def test_images_are_pinned_and_ours_carries_the_version_of_the_project():
     assert {service["image"] for service in OURS.values()} == {f"fedbasin:{PROJECT['version']}"}
 
 
-def test_the_one_published_port_is_for_this_machine_only():
+def test_what_is_published_is_for_reading_and_for_this_machine_only():
     published = {name: ports for name, s in SERVICES.items() if (ports := s.get("ports"))}
-    assert list(published) == ["prometheus"]
-    assert all(port.startswith("127.0.0.1:") for port in published["prometheus"])
+    assert sorted(published) == ["grafana", "observer", "prometheus"]
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    inside = {port.rpartition(":")[2] for port in published["observer"]}
+    assert inside == {option("observer", "--metrics-port")}  # not the port that takes reports
+
+
+def test_grafana_finds_the_dashboard_where_its_provider_looks_and_prometheus_by_name():
+    mounted = dict(volume.split(":")[1::-1] for volume in SERVICES["grafana"]["volumes"])
+    rooms = ROOT / "deploy" / mounted["/etc/grafana/provisioning"]
+    (provider,) = yaml.safe_load((rooms / "dashboards/fedbasin.yaml").read_text())["providers"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert Path(home).parent == Path(provider["options"]["path"])
+    assert (ROOT / "deploy" / mounted[home]).is_file()
+    (source,) = yaml.safe_load((rooms / "datasources/prometheus.yaml").read_text())["datasources"]
+    assert source["url"].split("/")[2].partition(":")[0] in SERVICES
+    assert set(SERVICES["grafana"]["networks"]) & set(SERVICES["prometheus"]["networks"])
+
+
+def test_the_observer_hands_out_the_models_that_runs_write_and_cannot_change_them():
+    folder = option("observer", "--models")
+    (mount,) = [v for v in SERVICES["observer"]["volumes"] if v.startswith("runs:")]
+    (written,) = [v for v in SERVICES["superexec"]["volumes"] if v.startswith("runs:")]
+    assert mount == f"{written}:ro"
+    assert written.endswith(f"/{folder}")
+
+
+def test_prometheus_keeps_exemplars():
+    assert "--enable-feature=exemplar-storage" in command("prometheus")
 
 
 def test_the_port_that_runs_code_is_on_the_internal_network_alone():
@@ -119,7 +145,7 @@ def test_volumes_lie_where_the_image_made_folders_that_its_user_may_write():
     dockerfile = (ROOT / "deploy/Dockerfile").read_text()
     for service in OURS.values():
         for volume in service.get("volumes", ()):
-            assert volume.partition(":")[2] in dockerfile
+            assert volume.split(":")[1] in dockerfile
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
@@ -145,7 +171,8 @@ def test_a_run_in_containers_reaches_prometheus():
 @contextmanager
 def composed(prometheus_port):
     """The compose file, up and healthy, under a name of its own; nothing of it is left."""
-    environment = {**os.environ, "FEDBASIN_PROMETHEUS_PORT": str(prometheus_port)}
+    ports = {"PROMETHEUS": str(prometheus_port), "PAGE": "0", "GRAFANA": "0"}  # 0: any that is free
+    environment = {**os.environ, **{f"FEDBASIN_{name}_PORT": port for name, port in ports.items()}}
 
     def compose(*arguments):
         done = subprocess.run(
