@@ -68,7 +68,8 @@ def _quantiles(metric: str, *labels: str) -> tuple[tuple[str, str], ...]:
     legend = " ".join(f"{{{{{label}}}}}" for label in ("recipe", *labels))
     rates = f"sum by ({kept}) (rate({metric}_bucket{{{_MINE}}}[$window]))"
     return tuple(
-        (f"histogram_quantile({share}, {rates})", f"{legend} {name}")
+        # A stage that the recipe does not have has no quantile: NaN is not above zero.
+        (f"histogram_quantile({share}, {rates}) >= 0", f"{legend} {name}")
         for share, name in ((0.5, "median"), (0.95, "95 %"))
     )
 

@@ -102,11 +102,12 @@ def reports(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DIGITS))
         from digits.client_app import app
-        from digits.task import PIXELS, make_model
+        from digits.task import PIXELS, load_split, make_model
 
     import torch
 
-    from fedbasin.server.serve import serve
+    from fedbasin.server.probing import Probe
+    from fedbasin.server.serve import Hooks, serve
     from fedbasin.strategies.symmetry.tracing import trace
 
     config = {
@@ -128,7 +129,8 @@ def reports(tmp_path_factory):
     model = make_model(32, seed=0)
     symmetry = trace(model, torch.zeros(1, PIXELS))
     grid, context = federation.grid(), federation.server_context()
-    return serve(grid, context, model, 3, symmetry=symmetry).reports
+    hooks = Hooks(probe=Probe(make_model(32, seed=0), [load_split()[1]]))
+    return serve(grid, context, model, 3, symmetry=symmetry, hooks=hooks).reports
 
 
 @pytest.fixture(scope="module")
