@@ -14,7 +14,7 @@ from fedbasin.strategies.fusion.update import Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.plans import best_point
 from fedbasin.strategies.recipe import RECIPES, Target
-from fedbasin.strategies.stages import Ask, Fitting, Fuse
+from fedbasin.strategies.stages import Along, Ask, Fitting, Fuse
 
 FIRST, SECOND, CONV = ("first.weight", "first.bias"), ("second.weight",), ("conv.weight",)
 RIDGE = 1e-2
@@ -292,8 +292,9 @@ def test_zeroed_leaves_the_model_that_it_is_made_from():
 
 class TestProbe:
     def test_asks_for_the_path_and_ends_in_the_model(self):
-        stage = Probe(model(), sequence=2, points=5)
-        assert (stage.ask.path_points, stage.ask.fit) == (5, Fitting((), None, 2))
+        stage = Probe(model(), sequence=2, along=Along(0.5, 2.0), points=5)
+        assert stage.ask.path_points == 5
+        assert stage.ask.fit == Fitting((), None, 2, Along(0.5, 2.0))
         stage.accept(1, Update({}, 3.0))
         assert stage.finish().keys() == model().keys()
         with pytest.raises(Refusal, match="bad_weight"):

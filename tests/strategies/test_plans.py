@@ -11,7 +11,7 @@ from fedbasin.strategies.fit import Fit, Probe
 from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.plans import Next, UnknownOrderError, round_plan
 from fedbasin.strategies.recipe import RECIPES, Recipe, Target
-from fedbasin.strategies.stages import Ask, Fuse
+from fedbasin.strategies.stages import Along, Ask, Fuse
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
 EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)
@@ -37,7 +37,7 @@ class Said:
 
 @dataclass
 class Driven:
-    """A plan driven to its end; every stage moves its layers to its own number, and loses a client."""
+    """A plan driven to its end; every stage moves its layers to minus its own number, and loses a client."""
 
     recipe: Recipe
     grouping: str = "layer"
@@ -48,13 +48,13 @@ class Driven:
 
     def __post_init__(self):
         fuse = Fuse(model(0.0), self.recipe, Ask(order=True, keep=True))
-        plan = round_plan(self.recipe, lambda: fuse, self.grouping, keep=self.keep)
+        plan = round_plan(model(0.0), self.recipe, lambda: fuse, self.grouping, keep=self.keep)
         state, step = model(0.0), next(plan)
         try:
             while True:
                 self.asked.append(step)
                 fit = step.make().ask.fit
-                moved = {n: torch.full_like(state[n], float(len(self.asked))) for b in (fit.blocks if fit else ()) for n in b}  # fmt: skip
+                moved = {n: torch.full_like(state[n], -float(len(self.asked))) for b in (fit.blocks if fit else ()) for n in b}  # fmt: skip
                 state = {**state, **moved}
                 nodes = list(range(10 - len(self.asked)))
                 step = plan.send(Said(state, nodes, self.order, self.curve))
@@ -82,12 +82,12 @@ SEQUENCES = {
     ("head", "block"): ["fuse", "head"],
     ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
     ("features-head", "block"): ["fuse"] + 3 * ["fit"] + ["head"],
-    ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe"],
-    ("auto", "block"): ["fuse"] + 3 * ["fit"] + ["head", "probe"],
+    ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
+    ("auto", "block"): ["fuse"] + 3 * ["fit"] + ["head", "probe", "probe"],
 }
 
 
-@pytest.mark.parametrize(("recipe", "grouping"), SEQUENCES, ids="-".join)
+@pytest.mark.parametrize(("recipe", "grouping"), SEQUENCES, ids=map("-".join, SEQUENCES))
 def test_a_recipe_is_this_sequence_of_stages(recipe, grouping):
     driven = Driven(RECIPES[recipe], grouping)
     assert [stage.name for stage in driven.stages] == SEQUENCES[recipe, grouping]
@@ -121,7 +121,7 @@ def test_names_without_numbers_are_blocks_of_their_own():
     plain = Order(tuple(((f"{n}.weight",),) for n in ("one", "two", "three")))
     recipe = RECIPES["features"]
     steps = {f"{n}.weight": torch.zeros(2, 2) for n in ("one", "two", "three")}
-    plan = round_plan(recipe, lambda: Fuse(steps, recipe, Ask()), "block")
+    plan = round_plan({}, recipe, lambda: Fuse(steps, recipe, Ask()), "block")
     next(plan)
     asked = plan.send(Said(steps, [1], plain))
     assert asked.make().ask.fit.blocks == (("one.weight",),)
@@ -147,8 +147,8 @@ def test_a_stage_brings_all_of_the_model_first_and_then_what_is_new(recipe):
 def test_a_stage_builds_on_the_one_before():
     driven = Driven(RECIPES["features"])
     for number, step in enumerate(driven.asked[2:], start=2):
-        assert {float(t.mean()) for t in step.carries.values()} == {float(number)}
-    assert torch.equal(driven.result["head.weight"], torch.full((2, 2), 7.0))
+        assert {float(t.mean()) for t in step.carries.values()} == {-float(number)}
+    assert torch.equal(driven.result["head.weight"], torch.full((2, 2), -7.0))
 
 
 def test_a_piece_that_a_client_has_completes_what_it_had():
@@ -182,23 +182,33 @@ def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_i
 
 
 class TestProbe:
-    def driven(self, losses):
+    def driven(self, losses, reach=0.0):
+        """The fused model is 0 everywhere, the fitted one is -7 in the head."""
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
         path = Path(points, losses, (0.0,) * 5, 1.0)
-        return Driven(RECIPES["auto"], curve=path)
+        return Driven(replace(RECIPES["auto"], reach=reach), curve=path)
 
     def test_evaluates_the_path_to_the_fitted_model(self):
         stage = self.driven((5, 4, 3, 2, 1)).stages[-1]
         assert isinstance(stage, Probe)
         assert (stage.ask.path_points, stage.ask.fit.sequence) == (5, 6)
+        assert stage.ask.fit.along == Along()
 
     @pytest.mark.parametrize(
         ("losses", "share"), [((5, 4, 3, 2, 1), 1.0), ((1, 2, 3, 4, 5), 0.0), ((4, 1, 0, 1, 4), 0.5)]
     )  # fmt: skip
     def test_the_round_ends_in_its_best_point(self, losses, share):
         found = self.driven(losses).result
-        assert torch.equal(found["head.weight"], torch.full((2, 2), 7.0 * share))
+        assert torch.equal(found["head.weight"], torch.full((2, 2), -7.0 * share))
         assert torch.equal(found["norm"], torch.ones(2))
+
+    def test_a_reach_looks_beyond_that_point_from_where_the_round_began(self):
+        driven = self.driven((4, 3, 2, 1, 0), reach=3.0)
+        first, second = (stage.ask.fit.along for stage in driven.stages[-2:])
+        assert (first, second) == (Along(), Along(1.0, 3.0))
+        # To -7 and on, to three times as far.
+        assert torch.equal(driven.result["head.bias"], torch.full((2,), -21.0))
+        assert driven.asked[-1].carries == {}
 
     def test_nobodys_word_leaves_the_fused_model(self):
         assert not Driven(RECIPES["auto"]).result["head.weight"].any()

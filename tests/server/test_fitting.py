@@ -1,0 +1,330 @@
+"""Recipes of several stages over a federation in this process, held to what the clients' own models give directly."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from flwr.app import Error, Message
+from torch.nn.functional import linear, one_hot, pad, relu
+
+from fedbasin.client.regression import MARGIN
+from fedbasin.proto import packing, wire
+from fedbasin.server.rounds import QuorumLostError
+from fedbasin.server.serve import serve
+from fedbasin.server.settings import SettingsError
+from fedbasin.strategies.recipe import RECIPES
+from tests import tiny
+from tests.server.fake_grid import FakeGrid
+
+NODES = [100, 101, 102]
+FIRST, HEAD = ("0.weight", "0.bias"), ("3.weight", "3.bias")
+STAGES = {
+    "fedavg": ["fuse"],
+    "fisher": ["fuse"],
+    "regmean": ["fuse"],
+    "regmean++": ["fuse", "fit", "fit"],
+    "features": ["fuse", "fit", "fit"],
+    "head": ["fuse", "head"],
+    "auto": ["fuse", "fit", "head", "probe", "probe"],
+    "features-head": ["fuse", "fit", "head"],
+}
+FITTED = [name for name, recipe in RECIPES.items() if recipe.fits]
+W = torch.float64
+
+
+class Run:
+    """A run that remembers what every client sent, and may do something to a reply on its way."""
+
+    def __init__(self, folder, rounds=1, on_reply: Callable | None = None, grid=None, **config):
+        settings = {"align": "off", "fraction_evaluate": 0.0, "folder": str(folder)} | config
+        self.app = tiny.make_app()
+        self.federation = tiny.federation(app=self.app, **settings)
+        self.on_reply = on_reply or (lambda run, node, stage, reply: reply)
+        self.sent = {}
+        self.federation.tamper = {node: partial(self.seen, node) for node in NODES}
+        symmetry = None if settings["align"] == "off" else tiny.symmetry()
+        self.result = serve(
+            FakeGrid(NODES, self.asked, **(grid or {})),
+            self.federation.server_context(),
+            tiny.net(),
+            rounds,
+            symmetry=symmetry,
+        )
+        self.model = self.result.model
+
+    def seen(self, node, reply):
+        if not reply.has_error() and wire.ARRAYS in reply.content:
+            header = wire.read_update(reply.content)
+            arrays = packing.unpack(reply.content[wire.ARRAYS], header.tensors)
+            self.sent[node] = {name: tensor.to(W) for name, tensor in arrays.items()}
+        return self.on_reply(self, node, self.request.stage, reply)
+
+    def asked(self, message):
+        self.request = wire.read_request(message.content)
+        return self.federation.answer(message)
+
+    def stages(self, number=1):
+        return self.result.reports[number - 1].stages
+
+    def outcomes(self, index, number=1):
+        return {c.node_id: c.outcome for c in self.stages(number)[index].clients}
+
+    def data(self, node):
+        inputs, targets = tiny.examples(self.federation.contexts[node])
+        return inputs.to(W), targets
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a, b, names=None):
+    for name in names or b:
+        torch.testing.assert_close(a[name].to(W), b[name].to(W), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_its_stages_in_order_in_every_round(tmp_path, recipe):
+    run = Run(tmp_path, 2, recipe=recipe, fraction_evaluate=1.0)
+    for report in run.result.reports:
+        assert [stage.stage for stage in report.stages] == [*STAGES[recipe], "evaluate"]
+        for stage in report.stages:
+            assert [client.outcome for client in stage.clients] == ["accepted"] * 3
+        assert report.metrics["accuracy"] > 0.4
+    assert all(tensor.isfinite().all() for tensor in run.model.values())
+    assert len(run.app.trained) == 6
+
+
+def norm(state):
+    """What batch normalisation does in evaluation, as a scale and a shift."""
+    scale = state["1.weight"] / (state["1.running_var"] + 1e-5).sqrt()
+    return scale, state["1.bias"] - state["1.running_mean"] * scale
+
+
+def hidden(state, x):
+    scale, shift = norm(state)
+    return linear(x, state["0.weight"], state["0.bias"]) * scale + shift
+
+
+def ridge(rows, targets, base, strength):
+    """Ridge regression of all clients' rows on their targets, drawn to `base`."""
+    x, z = pad(torch.cat(rows), (0, 1), value=1.0), torch.cat(targets)
+    rho = strength * (x.T @ x).diagonal().mean()
+    moment = z.T @ x + rho * base
+    return torch.linalg.solve(x.T @ x + rho * torch.eye(x.shape[1], dtype=W), moment.T).T
+
+
+def fitted(state, block, solution):
+    return {**state, block[0]: solution[:, :-1], block[1]: solution[:, -1]}
+
+
+def weight_and_bias(state, block):
+    return torch.cat([state[block[0]], state[block[1]][:, None]], 1)
+
+
+def mean(run):
+    counts = {node: float(len(run.data(node)[1])) for node in NODES}
+    total = sum(counts.values())
+    return {
+        name: sum(counts[node] * run.sent[node][name] for node in NODES) / total
+        for name in run.sent[NODES[0]]
+    }
+
+
+def directly(run, recipe, strength):
+    """Feature regression in float64 on all clients' data at once, layer by layer."""
+    state, xs = mean(run), [run.data(node)[0] for node in NODES]
+    owns = [run.sent[node] for node in NODES]
+    scale, shift = norm(state)
+    if recipe == "features":
+        goals = [(hidden(own, x) - shift) / scale for own, x in zip(owns, xs, strict=True)]
+    else:
+        goals = [linear(x, own["0.weight"], own["0.bias"]) for own, x in zip(owns, xs, strict=True)]
+    state = fitted(state, FIRST, ridge(xs, goals, weight_and_bias(state, FIRST), strength))
+    rows = [relu(hidden(state, x)) for x in xs]
+    read = [relu(hidden(own, x)) for own, x in zip(owns, xs, strict=True)]
+    if recipe != "features":
+        read = rows
+    goals = [linear(x, own["3.weight"], own["3.bias"]) for own, x in zip(owns, read, strict=True)]
+    return fitted(state, HEAD, ridge(rows, goals, weight_and_bias(state, HEAD), strength))
+
+
+@pytest.mark.parametrize("recipe", ["features", "regmean++"])
+def test_a_round_is_the_regression_on_all_clients_data_at_once(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe, ridge=0.03)
+    close(run.model, directly(run, recipe, 0.03))
+
+
+def test_the_recipe_head_is_the_ridge_classifier_on_the_fused_features(tmp_path):
+    run = Run(tmp_path, recipe="head")
+    state = mean(run)
+    rows = [relu(hidden(state, run.data(node)[0])) for node in NODES]
+    logits = [one_hot(run.data(node)[1], tiny.CLASSES) * (2 * MARGIN) - MARGIN for node in NODES]
+    expected = ridge(rows, [z.to(W) for z in logits], torch.zeros(3, 7, dtype=W), 1e-3)
+    close(run.model, fitted(state, HEAD, expected))
+
+
+def test_half_of_the_way_is_taken_before_the_head_is_fitted(tmp_path):
+    run = Run(tmp_path, recipe="features-head", ridge=0.1)
+    state, whole = mean(run), directly(run, "features", 0.1)
+    for name in FIRST:
+        expected = (state[name] + whole[name]) / 2
+        close(run.model, {name: expected})
+
+
+def lose(at, who):
+    """A client whose SuperNode restarts after it has answered a stage."""
+
+    def on_reply(run, node, stage, reply):
+        if (stage, node) == (at, who):
+            run.federation.contexts[node].state.clear()
+        return reply
+
+    return on_reply
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_a_client_that_lost_its_models_is_refused_by_name_and_the_stages_go_on(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe, on_reply=lose("fuse", 101))
+    assert run.outcomes(1) == {100: "accepted", 101: "lost_model", 102: "accepted"}
+    (client,) = [c for c in run.stages()[1].clients if c.node_id == 101]
+    assert "round 1" in client.detail
+    for index in range(2, len(run.stages())):
+        assert run.outcomes(index) == {100: "accepted", 102: "accepted"}
+
+
+def test_a_client_that_loses_its_models_between_two_fits_is_in_the_first_alone(tmp_path):
+    run = Run(tmp_path, recipe="features", on_reply=lose("fit", 101))
+    assert run.outcomes(1) == dict.fromkeys(NODES, "accepted")
+    assert run.outcomes(2) == {100: "accepted", 101: "lost_model", 102: "accepted"}
+
+
+def test_a_client_that_is_back_takes_part_in_the_next_round(tmp_path):
+    first = []
+
+    def once(run, node, stage, reply):
+        if not first and (stage, node) == ("fuse", 101):
+            first.append(node)
+            run.federation.contexts[node].state.clear()
+        return reply
+
+    run = Run(tmp_path, 2, recipe="features", on_reply=once)
+    assert run.outcomes(1)[101] == "lost_model"
+    assert run.outcomes(2, 2) == dict.fromkeys(NODES, "accepted")
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_replies_that_come_twice_change_nothing(tmp_path, recipe):
+    plain = Run(tmp_path / "plain", recipe=recipe)
+    twice = Run(tmp_path / "twice", recipe=recipe, grid={"duplicates": True})
+    assert equal(plain.model, twice.model)
+
+
+def failing_at(index):
+    """The replies of two of three clients to this stage are lost, the first time."""
+    lost = set()
+
+    def on_reply(run, node, stage, reply):
+        fits = run.request.HasField("fit")
+        if node == 102 or node in lost or index != (run.request.fit.sequence + 1 if fits else 0):
+            return reply
+        lost.add(node)
+        return Message(Error(5, "gone"), reply_to=run.federation.asked[-1])
+
+    return on_reply
+
+
+@pytest.mark.parametrize(
+    ("recipe", "index"),
+    [(recipe, index) for recipe in FITTED for index in range(len(STAGES[recipe]))],
+)
+def test_a_stage_that_is_asked_anew_gives_the_same(tmp_path, recipe, index):
+    """Also the last one, for which clients need the models that they kept."""
+    plain = Run(tmp_path / "plain", recipe=recipe)
+    again = Run(tmp_path / "again", on_reply=failing_at(index), recipe=recipe, attempts=2)
+    assert again.outcomes(index) == dict.fromkeys(NODES, "accepted")
+    assert equal(again.model, plain.model)
+    assert len(again.app.trained) == 3
+
+
+def test_a_fit_that_too_few_answer_names_its_stage(tmp_path):
+    def forgetful(run, node, stage, reply):
+        run.federation.contexts[node].state.clear()
+        return reply
+
+    with pytest.raises(QuorumLostError, match=r"stage fit: 0 of 3.*node 100: lost_model"):
+        Run(tmp_path, recipe="features", on_reply=forgetful)
+
+
+def test_later_stages_bring_only_the_layers_that_are_new(tmp_path):
+    run = Run(tmp_path, recipe="features-head")
+    fuse, fit, head = ({c.bytes_down for c in stage.clients} for stage in run.stages())
+    sizes = {name: tensor.nbytes for name, tensor in run.model.items()}
+    assert fuse == fit
+    assert min(fuse) >= sum(sizes.values())
+    # A flat array has a header of some dozens of bytes.
+    assert head <= set(
+        range(sum(sizes[name] for name in FIRST), sum(sizes[n] for n in FIRST) + 200)
+    )
+
+
+def test_clients_keep_nothing_once_the_round_has_been_evaluated(tmp_path):
+    run = Run(tmp_path, recipe="features", fraction_evaluate=1.0)
+    for context in run.federation.contexts.values():
+        assert not [name for name in context.state if name.startswith("fedbasin")]
+
+
+@pytest.mark.parametrize("recipe", ["features", "auto"])
+def test_the_path_from_the_fused_model_is_walked_after_fits_too(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe, fused_points=3, fraction_evaluate=1.0)
+    (report,) = run.result.reports
+    assert report.fused_path.clients == 3
+    assert list(report.fused_path.points) == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("step", ["replace", "average", "momentum", "adam", "yogi"])
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, step):
+    config = {"recipe": "features", "step": step}
+    whole = Run(tmp_path / "whole", 4, **config)
+    cut = Run(tmp_path / "cut", 2, **config)
+    resumed = Run(tmp_path, 4, resume=str(cut.result.folder), **config)
+    assert equal(resumed.model, whole.model)
+    assert {number for _, number in resumed.app.trained} == {3, 4}
+
+
+def test_a_step_of_the_servers_is_not_the_recipes_own(tmp_path):
+    own, momentum = (Run(tmp_path / s, 2, recipe="features", step=s) for s in ("", "momentum"))
+    assert not torch.equal(own.model["0.weight"], momentum.model["0.weight"])
+
+
+def test_fitting_blocks_asks_fewer_stages(tmp_path):
+    run = Run(tmp_path, recipe="features", fit="block")
+    # The layers 0 and 3 of this stack are blocks of their own.
+    assert [stage.stage for stage in run.stages()] == ["fuse", "fit", "fit"]
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_a_server_that_aligns_cannot_fit(tmp_path, recipe):
+    with pytest.raises(SettingsError, match=r"align = 'server': recipe.*set align = 'client'"):
+        Run(tmp_path, recipe=recipe, align="server")
+
+
+class TestOwnStarts:
+    def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path):
+        run = Run(tmp_path, recipe="features", align="client", start="own", ridge=0.03)
+        assert [s.stage for s in run.stages()] == ["bootstrap", "fuse", "fit", "fit"]
+        moved = [site.moved for c in run.stages()[1].clients for site in c.alignment.sites]
+        assert any(moved)
+        close(run.model, directly(run, "features", 0.03))
+
+    @pytest.mark.parametrize("recipe", FITTED)
+    def test_every_recipe_gets_through_them(self, tmp_path, recipe):
+        config = {"align": "client", "start": "own", "fraction_evaluate": 1.0}
+        run = Run(tmp_path, 2, recipe=recipe, **config)
+        assert [s.stage for s in run.stages()] == ["bootstrap", *STAGES[recipe], "evaluate"]
+        assert run.result.reports[-1].metrics["accuracy"] > 0.4
+
+    def test_a_client_trains_once_a_round(self, tmp_path):
+        run = Run(tmp_path, recipe="features", align="client", start="own")
+        assert sorted(run.app.trained) == [(node, 1) for node in NODES]
