@@ -29,7 +29,7 @@ from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 
 # Gains below this share of ||M|| are rounding, not progress.
-_PROGRESS = 1e-7
+PROGRESS = 1e-7
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Ascent:
         step = group.maximiser(scores, self.prior)
         gain = group.value(scores, step) - group.value(scores, group.identity())
         scale = sum(float(torch.linalg.vector_norm(score)) for score in scores)
-        if gain <= _PROGRESS * scale or not self._step(site, step, gain):
+        if gain <= PROGRESS * scale or not self._step(site, step, gain):
             return False
         self._see_skew_after(site, scores, step)
         return True

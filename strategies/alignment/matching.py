@@ -68,7 +68,11 @@ def match_weights(
         FoldError: a norm's gain vanishes where it would have to be divided by.
     """
     anchor, client = folded(symmetry, anchor), folded(symmetry, client)
-    ascent = Ascent(symmetry, anchor, client, radii or {}, prior)
+    return finished(Ascent(symmetry, anchor, client, radii or {}, prior), max_sweeps)
+
+
+def finished(ascent: Ascent, max_sweeps: int) -> Alignment:
+    """The alignment in which a search ends, from where it is now."""
     sweeps = ascent.run(max_sweeps)
     state = ascent.moved()
     return Alignment(state, ascent.transform, _report(ascent, sweeps, state))

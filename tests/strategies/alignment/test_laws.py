@@ -1,0 +1,139 @@
+"""What every matcher keeps, whatever it maximises."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbasin.client.activations import correlations
+from fedbasin.strategies.alignment.activations import match_activations
+from fedbasin.strategies.alignment.certificate import identity_radii
+from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
+from fedbasin.strategies.state import distance
+from fedbasin.strategies.symmetry.transform import random
+from tests.strategies.alignment.test_matching import (
+    drawn,
+    equal,
+    family,
+    near,
+    planted,
+    symmetry_of,
+)
+from tests.strategies.symmetry.families import FAMILIES
+
+few = settings(max_examples=4, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def by_weights(name, symmetry, anchor, client):
+    return match_weights(symmetry, anchor, client)
+
+
+def by_weights_with_radii(name, symmetry, anchor, client):
+    return match_weights(symmetry, anchor, client, identity_radii(symmetry, anchor))
+
+
+def by_sinkhorn(name, symmetry, anchor, client):
+    return match_sinkhorn(symmetry, anchor, client)
+
+
+def by_activations(name, symmetry, anchor, client):
+    found = correlations(symmetry, symmetry_of(name)[1], anchor, client, batches(name))
+    return match_activations(symmetry, anchor, client, found)
+
+
+def batches(name):
+    example = FAMILIES[name][1]
+    inputs = torch.cat([example] * 40)
+    if inputs.is_floating_point():
+        inputs = torch.randn(inputs.shape, generator=drawn(9))
+    else:
+        inputs = inputs[torch.randperm(len(inputs), generator=drawn(9))]
+    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in inputs.split(32)]
+
+
+MATCHERS = [by_weights, by_weights_with_radii, by_sinkhorn, by_activations]
+# Without a site on both axes of a tensor, which no matcher promises to undo.
+PLANTED = ["mlp", "convnet"]
+every_matcher = pytest.mark.parametrize("match", MATCHERS)
+
+
+@every_matcher
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_transform_is_undone(match, name):
+    symmetry, anchor = family(name)
+    for i in range(len(symmetry.sites)):
+        client = planted(symmetry, i, seed=i).act(anchor)
+        found = match(name, symmetry, anchor, client)
+        assert equal(found.state, anchor)
+        assert found.report.distance_after == 0 < found.report.distance_before
+
+
+@every_matcher
+@pytest.mark.parametrize("name", FAMILIES)
+@few
+@given(seed=seeds)
+def test_aligning_twice_changes_nothing(match, name, seed):
+    symmetry, anchor = family(name)
+    _, client = family(name, seed)
+    found = match(name, symmetry, anchor, client)
+    again = match(name, symmetry, anchor, found.state)
+    assert again.transform.is_identity
+    assert equal(again.state, found.state)
+
+
+@every_matcher
+@pytest.mark.parametrize("name", FAMILIES)
+@few
+@given(seed=seeds)
+def test_nothing_gets_worse_and_the_report_says_what_happened(match, name, seed):
+    symmetry, anchor = family(name)
+    _, client = family(name, seed)
+    found = match(name, symmetry, anchor, client)
+    report = found.report
+    assert report.distance_after <= report.distance_before * (1 + 1e-6)
+    assert all(site.gain >= 0 for site in report.sites)
+    assert distance(found.transform.act(client), found.state) < 1e-3
+    assert [site.site for site in report.sites] == [site.name for site in symmetry.sites]
+    counted = {m.tensor for site in symmetry.sites for m in site.members if not m.scored}
+    left, right = ({n: t for n, t in s.items() if n not in counted} for s in (anchor, found.state))
+    assert report.distance_after == pytest.approx(distance(left, right), rel=1e-5, abs=1e-6)
+
+
+@every_matcher
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ties_go_to_the_identity(match, name):
+    symmetry, anchor = family(name)
+    for site in symmetry.sites:
+        for member in site.members:
+            units = anchor[member.tensor] = anchor[member.tensor].clone()
+            units.narrow(member.axis, 0, units.shape[member.axis] // 2).zero_()
+    assert match(name, symmetry, anchor, dict(anchor)).transform.is_identity
+
+
+@every_matcher
+def test_a_client_near_the_anchor_stays(match):
+    symmetry, anchor = family("mlp")
+    assert match("mlp", symmetry, anchor, near(anchor, 1e-3, 1)).transform.is_identity
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_matcher
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_states_on_a_gpu_are_aligned_there_as_on_the_cpu(
+    match, name
+):  # pragma: no cover - needs a GPU
+    symmetry, anchor = family(name)
+    client = random(symmetry, drawn(3)).act(near(anchor, 0.1, 4))
+    here = match(name, symmetry, anchor, client)
+    placed = ({n: t.cuda() for n, t in state.items()} for state in (anchor, client))
+    if match is by_activations:
+        symmetry_of(name)[1].cuda()
+    try:
+        there = match(name, symmetry, *placed)
+    finally:
+        symmetry_of(name)[1].cpu()
+    assert all(tensor.is_cuda for tensor in there.state.values())
+    back = {n: t.cpu() for n, t in there.state.items()}
+    torch.testing.assert_close(back, here.state, rtol=1e-3, atol=1e-3)
