@@ -259,7 +259,9 @@ def _apply(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
     return node.target(*arguments, **node.kwargs)
 
 
-def _pooled(axes: int) -> Rule:
+def pooled(axes: int) -> Rule:
+    """Windows over the last axes, channel by channel."""
+
     def rule(walk: Walk, node: fx.Node) -> Feature | None:
         feature = walk.features[_source(node)]
         return feature if feature.axis < _dims(node) - axes else walk.leave(node)
@@ -321,7 +323,7 @@ MODULES: dict[type[nn.Module], ModuleRule] = {
 
 PLAIN_MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys(_ELEMENTWISE_MODULES, elementwise),
-    **{kind: _pooled(axes) for axes, kinds in _POOLS.items() for kind in kinds},
+    **{kind: pooled(axes) for axes, kinds in _POOLS.items() for kind in kinds},
     nn.Flatten: reshaped,
     nn.Unflatten: reshaped,
     nn.Upsample: _resized,
@@ -430,10 +432,10 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
         reduced,
     ),
     **dict.fromkeys(
-        (F.adaptive_avg_pool1d, F.adaptive_max_pool1d, F.avg_pool1d, F.max_pool1d), _pooled(1)
+        (F.adaptive_avg_pool1d, F.adaptive_max_pool1d, F.avg_pool1d, F.max_pool1d), pooled(1)
     ),
     **dict.fromkeys(
-        (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.max_pool2d), _pooled(2)
+        (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.max_pool2d), pooled(2)
     ),
     F.interpolate: _resized,
 }

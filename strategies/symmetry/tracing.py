@@ -67,7 +67,7 @@ def _graph(model: nn.Module, *, training: bool) -> fx.Graph:
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             raise SymmetryError(
                 f"{kind} cannot be traced by torch.fx: {_cause(error)}; keep the forward pass free of decisions "
-                f"that depend on data, or write the symmetry in the notation and read it with `parse`"
+                f"that depend on data, try `trace_exported`, or write the symmetry as text and read it with `parse`"
             ) from error
 
 
