@@ -159,9 +159,12 @@ def _spectral(moves: Sequence[AlignmentReport]) -> Iterator[Gauge]:
 def _drift(drift: Drift) -> Iterator[Gauge]:
     if drift.HasField("norm"):
         yield of.UPDATE_NORM, drift.norm, ()
-    for label, field in (("fused", "fused"), ("previous", "previous"), ("clients", "clients_mean")):
-        if drift.HasField(field):
-            yield of.UPDATE_COSINE, getattr(drift, field), (label,)
+    if drift.HasField("fused"):
+        yield of.UPDATE_COSINE, drift.fused, ("fused",)
+    if drift.HasField("previous"):
+        yield of.UPDATE_COSINE, drift.previous, ("previous",)
+    if drift.HasField("clients_mean"):
+        yield of.UPDATE_COSINE, drift.clients_mean, ("clients",)
 
 
 def _variance(ratios: Sequence[float]) -> Iterator[Gauge]:

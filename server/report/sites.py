@@ -50,9 +50,15 @@ def sites(report: RoundReport) -> dict[str, Site]:
 
 
 def _read(site: SiteReport) -> Site:
-    optional = ("fixed_points", "largest_angle", "skew_before", "skew_after")
-    measured = (getattr(site, name) if site.HasField(name) else math.nan for name in optional)
-    return Site(site.moved, site.gain, site.certified, *measured)
+    return Site(
+        site.moved,
+        site.gain,
+        site.certified,
+        site.fixed_points if site.HasField("fixed_points") else math.nan,
+        site.largest_angle if site.HasField("largest_angle") else math.nan,
+        site.skew_before if site.HasField("skew_before") else math.nan,
+        site.skew_after if site.HasField("skew_after") else math.nan,
+    )
 
 
 def binned(
