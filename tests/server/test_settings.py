@@ -7,12 +7,16 @@ import pytest
 from fedbasin.server.serve import Hooks, serve
 from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.steps import STEPS
 from tests import tiny
 
 # key, value, what the message says beside them
 WRONG = [
     ("recipe", "fedprox", "choose one of fedavg, fisher, regmean"),
     ("recipe", 3, "string"),
+    ("fit", "model", "'layer' or 'block'"),
+    ("step", "sgd", "choose one of replace, average, ema, momentum, adam, yogi"),
+    ("step", 1, "string"),
     ("ridge", -0.1, "greater than or equal to 0"),
     ("ridge", math.inf, "finite"),
     ("ridge", "much", "number"),
@@ -119,6 +123,13 @@ def test_a_regulariser_replaces_the_recipes_own():
     assert own.composed == RECIPES["regmean"]
     assert (given.composed.ridge.strength, given.composed.shrink) == (0.5, 0.9)
     assert given.composed.statistic is own.composed.statistic
+
+
+def test_a_step_replaces_the_recipes_own():
+    own, given = Settings(recipe="features"), Settings(recipe="features", step="yogi")
+    assert own.composed.step == RECIPES["features"].step
+    assert given.composed.step == STEPS["yogi"]
+    assert Settings(step="momentum").composed.step == STEPS["momentum"]
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

@@ -15,11 +15,12 @@ from fedbasin.proto import packing, wire
 from fedbasin.server.grid import StreamingGrid
 from fedbasin.server.rounds import Budget, Question, run_stage
 from fedbasin.server.telemetry import Telemetry
+from fedbasin.strategies.fit import Fit
 from fedbasin.strategies.fusion.compact import Form, decode, encode
 from fedbasin.strategies.fusion.layers import known_blocks
 from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, fusing
+from fedbasin.strategies.recipe import RECIPES, Target
+from fedbasin.strategies.stages import Ask, Fitting, fusing
 from tests import tiny
 
 BAD = 101
@@ -315,8 +316,32 @@ CASES = {
 
 
 def test_the_table_covers_every_outcome():
-    # No form of a Gram matrix can say an asymmetric one; `check_update` refuses it all the same.
-    assert {case.outcome for case in CASES.values()} == set(Outcome) - {Outcome.not_symmetric}
+    # No form of a Gram matrix can say an asymmetric one; `check_update` refuses it all the same. Models are
+    # lost between two stages, and the table is of one.
+    elsewhere = {Outcome.not_symmetric, Outcome.lost_model}
+    assert {case.outcome for case in CASES.values()} == set(Outcome) - elsewhere
+
+
+def fit_result(federation, nodes):
+    """The second stage of a round, which builds on what clients kept of the first; BAD has lost it."""
+    anchor, grid = tiny.net().state_dict(), StreamingGrid(federation.grid(), 0.001)
+    ask, recipe = Ask(keep=True, order=True), RECIPES["features"]
+    fuse = Question(lambda: fusing(anchor, recipe, ask, "off"), anchor, 1, ConfigRecord())
+    fused = run_stage(grid, fuse, NODES, Budget()).model
+    federation.contexts[BAD].state.clear()
+    fitting = Fitting((LAYER,), Target.features, 0)
+    fit = Question(lambda: Fit(fused, fitting, 1e-2), fused, 1, ConfigRecord())
+    return run_stage(grid, fit, nodes, Budget())
+
+
+def test_a_client_that_lost_its_models_is_named_and_leaves_the_sum_untouched():
+    result = fit_result(tiny.federation(), NODES)
+    expected = fit_result(tiny.federation(), [100, 102])
+    for name, tensor in expected.model.items():
+        assert torch.equal(result.model[name], tensor), name
+    fates = {client.node_id: client.outcome for client in result.report.clients}
+    assert fates == {100: "accepted", BAD: "lost_model", 102: "accepted"}
+    assert counted(result.report, Case(Outcome.lost_model, honest, "features")) == 1
 
 
 # A Fisher diagonal is not aligned by the server, and nobody asks its clients to align themselves.

@@ -1,6 +1,6 @@
 import pytest
 
-from fedbasin.strategies.recipe import RECIPES, Recipe, Statistic
+from fedbasin.strategies.recipe import RECIPES, Recipe, Statistic, Target
 
 
 def test_recipes_stand_under_their_own_names():
@@ -8,9 +8,27 @@ def test_recipes_stand_under_their_own_names():
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_whoever_collects_statistics_regularises_them(recipe):
-    assert (recipe.ridge is not None) == (recipe.statistic is not Statistic.none)
+def test_whoever_solves_for_layers_regularises_them(recipe):
+    solves = recipe.statistic is not Statistic.none or recipe.fit is not None
+    assert (recipe.ridge is not None) == solves
     assert recipe.ridge is None or recipe.ridge.strength > 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_layers_are_fitted_to_features_or_weights_and_heads_alone_to_labels(recipe):
+    assert recipe.fit in (None, Target.features, Target.weights)
+    assert recipe.fits == (recipe.fit is not None or recipe.head)
+    assert 0 < recipe.share <= 1
+
+
+@pytest.mark.parametrize("align", ["client", "server", "off"])
+@pytest.mark.parametrize("recipe", [Recipe("mine", fit=Target.features), Recipe("mine", head=True)])
+def test_what_an_aligned_model_computes_only_its_client_can_say(recipe, align):
+    if align == "server":
+        with pytest.raises(ValueError, match=r"recipe 'mine' fits layers.*set align = 'client'"):
+            recipe.check_align(align)
+    else:
+        recipe.check_align(align)
 
 
 @pytest.mark.parametrize("align", ["client", "server", "off"])
