@@ -20,6 +20,7 @@ from fedbasin.strategies.alignment.matching import AlignmentReport
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.drift import Drift, Vector
 from fedbasin.strategies.diagnostics.share import bound
+from fedbasin.strategies.encodings import encoding_messages
 from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.messages import (
     Broadcast,
@@ -187,6 +188,7 @@ class _Attempt:
             if self.stage.name == Fuse.name:
                 self.drift = Drift(self.question.anchor, self.question.previous)
         self.report.stage = self.stage.name
+        self.report.encodings.extend(encoding_messages(self.stage.ask.encodings))
         self.seen: set[int] = set()
 
     @property

@@ -8,9 +8,11 @@ import logging
 import random
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +36,10 @@ from fedbasin.server.rounds import (
     run_stage,
 )
 from fedbasin.server.settings import Settings
+from fedbasin.strategies.allotment import fit_encodings, fuse_encodings
 from fedbasin.strategies.diagnostics.drift import Vector
+from fedbasin.strategies.encodings import read_encodings
+from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome
 from fedbasin.strategies.plans import round_plan
@@ -94,6 +99,7 @@ def decisive(settings: Settings) -> str:
         "bootstrap",
         "sum",
         "fraction_train",
+        "statistics_budget_bytes",
         "seed",
     }
     return settings.model_dump_json(include=keys)
@@ -114,6 +120,7 @@ class Run:
     done: int
     model: dict[str, Tensor]
     memory: Memory = field(default_factory=dict)
+    layers: Sequence[Layer] = ()  # those whose inputs clients may speak of
     movement: Vector | None = None  # what the round before moved the model by, at a few entries
 
     def __post_init__(self) -> None:
@@ -192,6 +199,11 @@ class Run:
             self._take(found.model)
             yield found
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether clients need their models once more when the new one is evaluated."""
+        return self.settings.fused_points > 0
+
     def _is_own(self, number: int) -> bool:
         return number == 1 and self.settings.start == "own"
 
@@ -205,7 +217,14 @@ class Run:
     ) -> dict[str, Tensor]:
         """Drive the recipe's plan to its end; every stage's result is added to `results`."""
         recipe = self.settings.composed
-        plan = round_plan(recipe, lambda: self._fuse(number), self.settings.fit)
+        plan = round_plan(
+            self.model,
+            recipe,
+            lambda: self._fuse(number),
+            self.settings.fit,
+            keep=self._keeps,
+            encode=partial(fit_encodings, self.layers, self.settings.statistics_budget_bytes),
+        )
         step = next(plan)
         while True:
             asked = nodes if step.nodes is None else list(step.nodes)
@@ -223,7 +242,8 @@ class Run:
             symmetry=self.symmetry,
             path_points=settings.barrier_points,
             order=recipe.fits,
-            keep=recipe.fits or settings.fused_points > 0,
+            keep=recipe.fits or self._keeps,
+            encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
         )
         dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
         return fusing(self.model, recipe, ask, settings.align, self.blocks, dtype)
@@ -354,4 +374,7 @@ def summary(report: pb.StageReport) -> str:
     accepted = outcomes.count(Outcome.accepted.name)
     refused = ", ".join(sorted({o for o in outcomes if o != Outcome.accepted.name}))
     line = f"{report.stage}: {accepted} of {len(outcomes)} clients in {report.seconds:.1f} s"
-    return f"{line} ({refused})" if refused else line
+    line = f"{line} ({refused})" if refused else line
+    forms = Counter(str(e.gram) for e in read_encodings(report.encodings).values())
+    sent = ", ".join(f"{count} as {form}" for form, count in forms.items())
+    return f"{line}; Gram matrices: {sent}" if sent else line

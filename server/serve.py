@@ -22,7 +22,9 @@ from fedbasin.server.run import Hooks as Hooks
 from fedbasin.server.run import Result as Result
 from fedbasin.server.run import Run, decisive
 from fedbasin.server.settings import Settings, SettingsError, read_settings
-from fedbasin.strategies.fusion.layers import known_blocks
+from fedbasin.strategies.allotment import check_budget
+from fedbasin.strategies.fusion.budget import BudgetError
+from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
 from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.sites import Symmetry
 
@@ -83,7 +85,11 @@ def _prepare(
         raise SettingsError(
             "fedbasin.bootstrap = 'best' needs a score; pass Hooks(score=...) to serve"
         )
-    blocks = known_blocks(model, settings.composed.statistic)
+    blocks, layers = known_blocks(model, settings.composed.statistic), gram_layers(model)
+    try:
+        check_budget(settings.composed, layers, settings.statistics_budget_bytes)
+    except BudgetError as error:
+        raise SettingsError(f"fedbasin.{error}") from error
     folder, found = settings.folder / str(context.run_id), None
     if settings.resume:
         folder = Path(settings.resume)
@@ -100,6 +106,7 @@ def _prepare(
         found.server_round if found else 0,
         found.model if found else state,
         found.memory if found else {},
+        layers,
     )
 
 

@@ -112,6 +112,12 @@ class Settings(BaseModel):
     wait_timeout_seconds: Seconds = Field(300.0, description="how long to wait for nodes")
     poll_seconds: Seconds = Field(0.2, description="shortest time between two looks for replies")
     max_update_bytes: int = Field(2**31, gt=0, description="larger replies are refused")
+    statistics_budget_bytes: int = Field(
+        0,
+        ge=0,
+        description="what a client may send in Gram matrices and moments in a round; layers are then sent in cheaper "
+        "forms, the largest first; 0 for no bound",
+    )
     seed: int = Field(0, ge=0, description="of the sampling of nodes")
     folder: Path = Field(Path("runs"), description="where the run's folder is made")
     resume: str = Field("", description="a run's folder: go on after its last finished round")

@@ -1,7 +1,7 @@
 """The Flower Strategy `FedBasin`: a thin adapter from Flower's calls to a stage."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedbasin.proto import plain
+from fedbasin.strategies.allotment import fuse_encodings
+from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.messages import (
     Broadcast,
@@ -64,6 +66,8 @@ class FedBasin(Strategy):
         blocks: Collection[Block] | None = None,
         packed: bool = False,
         max_update_bytes: int = 2**31,
+        layers: Sequence[Layer] | None = None,
+        statistics_budget_bytes: int = 0,
         sampling: FedAvg | None = None,
     ) -> None:
         """Compose a strategy.
@@ -76,11 +80,13 @@ class FedBasin(Strategy):
             packed: few flat arrays instead of one array per tensor. Faster where many tensors travel;
                 Flower's differential-privacy wrappers and mods need them plain.
             max_update_bytes: larger replies are refused.
+            layers: `gram_layers(model)`, which say what Gram matrices cost; needed for a budget.
+            statistics_budget_bytes: what a client may send in them in a round; 0 for no bound.
             sampling: the FedAvg that samples nodes; Flower's defaults if None.
 
         Raises:
-            ValueError: no recipe has that name, its statistics cannot follow where `align` takes them, or it
-                has several stages.
+            ValueError: no recipe has that name, its statistics cannot follow where `align` takes them, it has
+                several stages, or no forms of its statistics fit the budget.
         """
         if recipe not in RECIPES:
             raise ValueError(f"no recipe is called {recipe!r}; there are {', '.join(RECIPES)}")
@@ -90,8 +96,14 @@ class FedBasin(Strategy):
                 f"recipe {recipe!r} asks clients several times a round, which Flower's loop does not; run it with "
                 "fedbasin.server.serve, or choose fedavg, fisher or regmean"
             )
+        if statistics_budget_bytes and layers is None:
+            raise ValueError(
+                f"statistics_budget_bytes = {statistics_budget_bytes} without layers; pass "
+                "layers=gram_layers(model), by which the forms of Gram matrices are chosen"
+            )
         self.refusals: dict[int, Refusal] = {}
         self._recipe = RECIPES[recipe]
+        self._encodings = fuse_encodings(self._recipe, layers or (), statistics_budget_bytes)
         self._symmetry = symmetry
         self._align = align
         self._blocks = blocks
@@ -112,7 +124,7 @@ class FedBasin(Strategy):
         asked = self._flower.configure_train(server_round, arrays, config, grid)
         nodes = [message.metadata.dst_node_id for message in asked]
         anchor = plain.read(arrays)
-        ask = Ask(symmetry=self._symmetry)
+        ask = Ask(symmetry=self._symmetry, encodings=self._encodings)
         stage = fusing(anchor, self._recipe, ask, self._align, self._blocks)
         sent = broadcast(stage, anchor, server_round, config, packed=self._packed)
         self._asked = _Asked(stage, sent, requests(sent, nodes))

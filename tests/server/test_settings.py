@@ -45,6 +45,7 @@ WRONG = [
     ("wait-timeout-seconds", -3, "greater than 0"),
     ("poll-seconds", 0, "greater than 0"),
     ("max-update-bytes", 0, "greater than 0"),
+    ("statistics-budget-bytes", -1, "greater than or equal to 0"),
     ("seed", -1, "greater than or equal to 0"),
     ("folder", 7, "path"),
     ("resume", 1, "string"),

@@ -1,0 +1,123 @@
+"""A run whose clients may send only so many bytes of statistics."""
+
+import re
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp.strategy import FedAvg
+
+from fedbasin.proto import wire
+from fedbasin.server.serve import serve
+from fedbasin.server.settings import SettingsError
+from fedbasin.strategies.encodings import read_encodings
+from fedbasin.strategies.fedbasin import FedBasin
+from fedbasin.strategies.fusion.budget import BudgetError, choose, spent
+from fedbasin.strategies.fusion.layers import gram_layers
+from fedbasin.strategies.recipe import RECIPES
+from tests import tiny
+
+LAYERS = gram_layers(tiny.net())
+# Of one array: less than the header of an .npy file takes.
+HEADER = 128
+
+
+def needs(recipe, share):
+    """Bytes between the cheapest forms, of a share of 0, and the exact ones."""
+    moments = RECIPES[recipe].fits
+    most = spent(LAYERS, choose(LAYERS, 0, moments=moments), moments=moments)
+    with pytest.raises(BudgetError) as refused:
+        choose(LAYERS, 1, moments=moments)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    return least + int(share * (most - least))
+
+
+def run(recipe, budget, folder, **more):
+    federation = tiny.federation(
+        recipe=recipe,
+        statistics_budget_bytes=budget,
+        folder=str(folder),
+        align="off",
+        fraction_evaluate=0.0,
+        **more,
+    )
+    sent = {}
+
+    def weigh(node, reply):
+        if not reply.has_error() and wire.STATISTICS in reply.content:
+            arrays = reply.content[wire.STATISTICS].values()
+            values = sum(len(array.data) - HEADER for array in arrays)
+            sent[node] = sent.get(node, 0) + values
+        return reply
+
+    federation.tamper = {
+        node: lambda reply, node=node: weigh(node, reply) for node in federation.contexts
+    }
+    result = serve(federation.grid(), federation.server_context(), tiny.net(), 1)
+    return result, sent
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.0])
+@pytest.mark.parametrize("recipe", ["regmean", "features", "regmean++", "auto"])
+def test_no_client_sends_more_than_the_budget(recipe, share, tmp_path):
+    budget = needs(recipe, share)
+    result, sent = run(recipe, budget, tmp_path)
+    assert len(sent) == 3
+    assert max(sent.values()) <= budget
+    (report,) = result.reports
+    assert all(c.outcome == "accepted" for stage in report.stages for c in stage.clients)
+    told = {}
+    for stage in report.stages:
+        told |= read_encodings(stage.encodings)
+    assert set(told) == {layer.block for layer in LAYERS}
+    assert all(torch.isfinite(t).all() for t in result.model.values())
+
+
+def test_without_a_bound_requests_and_reports_stay_as_they_were(tmp_path):
+    result, _ = run("regmean", 0, tmp_path)
+    assert not any(stage.encodings for stage in result.reports[0].stages)
+
+
+@pytest.mark.parametrize("recipe", ["regmean", "features", "auto", "head"])
+def test_a_budget_that_nothing_fits_is_refused_before_the_first_message(recipe, tmp_path):
+    with pytest.raises(SettingsError, match=r"statistics-budget-bytes = 7, .* set at least"):
+        run(recipe, 7, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_without_statistics_needs_no_budget(tmp_path):
+    run("fedavg", 7, tmp_path)
+
+
+def test_nearly_all_bytes_give_nearly_the_same_model(tmp_path):
+    exact, _ = run("features", 0, tmp_path / "exact")
+    rounded, _ = run("features", needs("features", 0.7), tmp_path / "rounded")
+    for name, tensor in exact.model.items():
+        torch.testing.assert_close(rounded.model[name], tensor, rtol=1e-2, atol=1e-2)
+
+
+class TestUnderFlowersOwnLoop:
+    def test_a_budget_is_kept_too(self):
+        budget = needs("regmean", 0.5)
+        strategy = FedBasin(
+            "regmean",
+            align="off",
+            layers=LAYERS,
+            statistics_budget_bytes=budget,
+            sampling=FedAvg(min_train_nodes=3, min_available_nodes=3, fraction_evaluate=0.0),
+        )
+        federation = tiny.federation()
+        grid = federation.grid()
+        arrays = ArrayRecord(tiny.net().state_dict())
+        messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+        replies = grid.pull_messages(grid.push_messages(messages))
+        fused, _ = strategy.aggregate_train(1, replies)
+        assert strategy.refusals == {}
+        assert fused is not None
+        for reply in replies:
+            arrays = reply.content[wire.STATISTICS].values()
+            assert sum(len(array.data) - HEADER for array in arrays) <= budget
+
+    def test_it_needs_the_layers(self):
+        with pytest.raises(ValueError, match="pass layers=gram_layers"):
+            FedBasin("regmean", statistics_budget_bytes=1000)

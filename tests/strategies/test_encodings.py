@@ -1,0 +1,152 @@
+"""Every form on the wire: what honest clients write is read, all else is refused by name."""
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, wire
+from fedbasin.strategies.encodings import (
+    encoding_messages,
+    read_encodings,
+    statistics,
+    write_grams,
+)
+from fedbasin.strategies.fusion.compact import (
+    Encoding,
+    Form,
+    Kind,
+    MomentKind,
+    decode,
+    encode,
+    encode_moment,
+)
+from fedbasin.strategies.fusion.sketch import Sketch
+from fedbasin.strategies.outcome import Refusal
+
+BLOCK = ("fc.weight", "fc.bias")
+INPUTS, OUTPUTS = 6, 3
+GRAM = pb.PRECISION_KIND_GRAM
+FORMS = [Form(), Form(Kind.half), Form(Kind.sketch, 2), Form(Kind.blocks, 2), Form(Kind.diagonal)]
+
+
+def rows():
+    x = torch.randn(20, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[:, -1] = 1
+    return x
+
+
+def pieces_of(form):
+    if form.kind is Kind.sketch:
+        sketch = Sketch.zero(form.size, INPUTS, bias=True)
+        sketch.add(rows())
+        return sketch.finished(above=True)
+    return encode(rows().T @ rows(), form, bias=True)
+
+
+def encoding(form, moment=MomentKind.float32):
+    return Encoding(form, moment, INPUTS)
+
+
+def received(pieces, asked, moment=None):
+    header, content = pb.UpdateHeader(), RecordDict()
+    write_grams(header, content, {BLOCK: pieces}, {} if moment is None else {BLOCK: moment})
+    return statistics(content, header, GRAM, {BLOCK: asked})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_encoding_survives_its_message(form):
+    asked = {BLOCK: Encoding(form, MomentKind.float16, INPUTS, 3)}
+    assert read_encodings(encoding_messages(asked)) == asked
+
+
+@pytest.mark.parametrize("kind", MomentKind)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_is_read(form, kind):
+    moment = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64)
+    found = received(pieces_of(form), encoding(form, kind), encode_moment(moment, kind))
+    expected = decode(pieces_of(form), form, bias=True)
+    torch.testing.assert_close(found.precisions[BLOCK].matrix, expected)
+    torch.testing.assert_close(found.moments[BLOCK], moment, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_travel_side_by_side(form):
+    pieces = {name: torch.stack([piece, piece]) for name, piece in pieces_of(form).items()}
+    asked = Encoding(form, inputs=INPUTS, groups=2)
+    assert received(pieces, asked).precisions[BLOCK].matrix.shape == (2, INPUTS, INPUTS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("spoil", "outcome"),
+    [
+        (lambda t: t[..., :-1], "wrong_shape"),
+        (lambda t: t[None], "wrong_shape"),
+        (lambda t: t.flatten()[0], "wrong_shape"),
+        (lambda t: t.double(), "wrong_dtype"),
+        (lambda t: t.to(torch.int8), "wrong_dtype"),
+    ],
+)
+def test_every_part_has_its_shape_and_type(form, spoil, outcome):
+    for name in pieces_of(form):
+        pieces = pieces_of(form)
+        with pytest.raises(Refusal, match=f"{outcome}: the statistic of fc.weight.*{name}"):
+            received({**pieces, name: spoil(pieces[name])}, encoding(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_part_is_finite(form):
+    for name, piece in pieces_of(form).items():
+        if piece.is_floating_point():
+            spoiled = {**pieces_of(form), name: piece * torch.nan}
+            with pytest.raises(Refusal, match=f"non_finite.*{name}"):
+                received(spoiled, encoding(form))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_form_that_was_not_asked_for_is_refused(form):
+    with pytest.raises(Refusal, match=r"wrong_shape.*parts"):
+        received(pieces_of(form), encoding(Form()))
+    with pytest.raises(Refusal, match=r"wrong_shape.*parts"):
+        received(pieces_of(Form()), encoding(form))
+
+
+def test_correlations_of_nothing_are_not_positive():
+    pieces = pieces_of(Form(Kind.half))
+    pieces["values"] = torch.full_like(pieces["values"], -(2**15) + 1)
+    with pytest.raises(Refusal, match="not_positive"):
+        received(pieces, encoding(Form(Kind.half)))
+
+
+def test_a_few_bytes_cannot_ask_for_a_large_matrix():
+    pieces = {"values": torch.ones(99_999), "mean": torch.ones(100_000)}
+    with pytest.raises(Refusal, match=r"wrong_shape.*\(99999,\), not \(5,\)"):
+        received(pieces, encoding(Form(Kind.diagonal)))
+
+
+@pytest.mark.parametrize(
+    ("moment", "outcome"),
+    [
+        ({"values": torch.ones(3)}, "wrong_shape"),
+        ({"values": torch.ones(3, INPUTS)}, "wrong_shape"),
+        ({"values": torch.ones(3, INPUTS), "scale": torch.ones(3)}, "wrong_dtype"),
+        ({"values": torch.ones(3, INPUTS).half(), "scale": torch.ones(2)}, "wrong_shape"),
+        (
+            {"values": torch.full((3, INPUTS), torch.inf).half(), "scale": torch.ones(3)},
+            "non_finite",
+        ),
+    ],
+)
+def test_a_moment_has_its_parts(moment, outcome):
+    with pytest.raises(Refusal, match=outcome):
+        received(pieces_of(Form()), encoding(Form(), MomentKind.float16), moment)
+
+
+def test_parts_that_overlap_are_malformed():
+    header, content = pb.UpdateHeader(), RecordDict()
+    write_grams(header, content, {BLOCK: pieces_of(Form(Kind.half))}, {})
+    header.precisions[0].more[0].CopyFrom(header.precisions[0].more[1])
+    with pytest.raises(packing.PackingError):
+        statistics(content, header, GRAM, {BLOCK: encoding(Form(Kind.half))})
+    assert wire.STATISTICS in content
