@@ -148,7 +148,9 @@ _READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gpt_neox": {
         r"(.*layers\.\d+)\.input_layernorm": (r"\1.attention.query_key_value.weight[1]",),
         r"(.*layers\.\d+)\.post_attention_layernorm": (r"\1.mlp.dense_h_to_4h.weight[1]",),
-        r".*final_layer_norm": ("embed_out.weight[1]", "score.weight[1]"),
+        r".*final_layer_norm": tuple(
+            f"{head}.weight[1]" for head in ("embed_out", "lm_head", "score")
+        ),
     },
     "vit": {
         r"(.*layers\.\d+)\.layernorm_before": tuple(

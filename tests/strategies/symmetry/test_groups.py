@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedbasin.strategies.symmetry.element import Element
 from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.residual_rotations import Centred
 
 GROUPS: list[Group] = [
     Permutation(1),
@@ -15,6 +16,8 @@ GROUPS: list[Group] = [
     Orthogonal(1),
     Orthogonal(4),
     Orthogonal(2, count=3),
+    Centred(2),
+    Centred(5),
     Wreath((Permutation(2),), 3),
     Wreath((Orthogonal(3),), 2),
     Wreath((Orthogonal(2), Orthogonal(3)), 3),
