@@ -19,6 +19,8 @@ _SENT_HEADER = "fedbasin.sent-header"
 _FUSED_ARRAYS = "fedbasin.fused-arrays"
 _FUSED_HEADER = "fedbasin.fused-header"
 _BASE_ARRAYS = "fedbasin.base-arrays"
+_BEGUN_ARRAYS = "fedbasin.begun-arrays"
+_BEGUN_HEADER = "fedbasin.begun-header"
 
 _KEPT = (
     _ARRAYS,
@@ -29,6 +31,8 @@ _KEPT = (
     _FUSED_ARRAYS,
     _FUSED_HEADER,
     _BASE_ARRAYS,
+    _BEGUN_ARRAYS,
+    _BEGUN_HEADER,
 )
 
 
@@ -66,6 +70,19 @@ def sent(context: Context, server_round: int) -> dict[str, Tensor] | None:
     if header.round != server_round:
         return None
     return packing.unpack(context.state.array_records[_SENT_ARRAYS], header.tensors)
+
+
+def keep_begun(context: Context, state: State) -> None:
+    """Remember the global model that a round began with."""
+    context.state[_BEGUN_ARRAYS], specs = packing.pack(state)
+    header = pb.Request(anchor=specs)
+    context.state[_BEGUN_HEADER] = ConfigRecord({"header": header.SerializeToString()})
+
+
+def begun(context: Context) -> dict[str, Tensor]:
+    """The global model that the round began with."""
+    header = pb.Request.FromString(wire.header_bytes(context.state, _BEGUN_HEADER))
+    return packing.unpack(context.state.array_records[_BEGUN_ARRAYS], header.anchor)
 
 
 def sent_examples(context: Context) -> float:

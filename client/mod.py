@@ -14,7 +14,7 @@ from typing import TypeAlias
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 
-from fedbasin.client.context import forget, keep, keep_sent, kept, sent
+from fedbasin.client.context import forget, keep, keep_begun, keep_sent, kept, sent
 from fedbasin.client.data import Batches
 from fedbasin.client.fitting import fit_reply
 from fedbasin.client.reply import Data, Request, build_reply, fused_path, read_request
@@ -32,6 +32,7 @@ class AppReplyError(ValueError):
 def basin(
     model: Callable[[Context], nn.Module],
     data: Callable[[Context], Batches] | None = None,
+    held_out: Callable[[Context], Batches] | None = None,
 ) -> Mod:
     """The client's share of fedbasin, as a Flower mod.
 
@@ -40,7 +41,9 @@ def basin(
     Args:
         model: makes the app's model; its initial weights are the client's own start.
         data: makes the client's training batches, `(inputs, targets)` or with a padding mask; called once
-            for every pass. Needed for Fisher, RegMean and barriers.
+            for every pass. Needed for Fisher, RegMean, fits and barriers.
+        held_out: makes batches that the client does not train on, as a tenth of its examples; the recipe `auto`
+            then chooses by those. None: by the training data, which forgive what is learned by heart.
     """
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
@@ -49,7 +52,8 @@ def basin(
         request = read_request(message.content, context.node_id)
         batches = None if data is None else lambda: data(context)
         if request.header.HasField("fit"):
-            content = fit_reply(request, context, model(context), batches)
+            probed = batches if held_out is None else lambda: held_out(context)
+            content = fit_reply(request, context, model(context), batches, probed)
             return Message(content=content, reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
             message.content = _for_app(message.content, request.anchor)
@@ -68,6 +72,8 @@ def basin(
         content = build_reply(request, *trained, own, batches, train_seconds=seconds)
         if request.header.keep and wire.ARRAYS in content:
             keep_sent(context, content)
+            if request.header.order:
+                keep_begun(context, request.anchor)
         return Message(content=content, reply_to=message)
 
     return mod

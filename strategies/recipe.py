@@ -38,6 +38,8 @@ class Recipe:
         head: the last layer is fitted to the labels.
         probe: points of the path from the fused model to the fitted one that clients evaluate; the best is
             taken. 0 takes the fitted model.
+        reach: how far clients then look beyond that point, on the line through it from the global model, in
+            multiples of its distance; the best point of that line is taken. 0 does not look.
         step: what the fused model does to the global one.
     """
 
@@ -49,6 +51,7 @@ class Recipe:
     share: float = 1.0
     head: bool = False
     probe: int = 0
+    reach: float = 0.0
     step: Step = field(default_factory=Replace)
 
     @property
@@ -83,7 +86,7 @@ RECIPES = {
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(1e-2), fit=Target.features, step=Average()),
         Recipe("head", head=True),
-        Recipe("auto", ridge=Ridge(1e-2), fit=Target.features, head=True, probe=5),
+        Recipe("auto", ridge=Ridge(1e-2), fit=Target.features, head=True, probe=5, reach=2.0),
         Recipe("features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=True),
     )
 }

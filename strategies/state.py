@@ -49,6 +49,17 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.reshape(-1).split(_PIECE)
 
 
+def beyond(a: State, b: State, t: float) -> dict[str, Tensor]:
+    """The point `(1 - t) a + t b` of the parameters, where t may be more than 1.
+
+    Tensors that are nowhere negative at `b`, as variances, are taken from there: beyond it they might be.
+    """
+    moved = interpolate(a, b, t)
+    return {
+        name: tensor if bool((tensor >= 0).all()) else moved[name] for name, tensor in b.items()
+    }
+
+
 def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:
     """The point `(1 - t) a + t b`; tensors that are not floating come from `b`."""
     return {
