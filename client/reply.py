@@ -15,6 +15,7 @@ import torch
 from flwr.app import MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from fedbasin.client.activations import correlations
 from fedbasin.client.data import Batches
 from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
@@ -22,7 +23,10 @@ from fedbasin.client.regression import order
 from fedbasin.client.statistics import diagonal_fisher, gram_pieces
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.activations import match_activations
+from fedbasin.strategies.alignment.matcher import Matcher
+from fedbasin.strategies.alignment.matching import Alignment, match_weights
+from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.endpoints import Verdict, endpoint_error
 from fedbasin.strategies.diagnostics.share import draw
@@ -32,7 +36,7 @@ from fedbasin.strategies.encodings import read_encodings, write_grams
 from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.state import State, floating
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.sites import Symmetry, parse
 
 Data = Callable[[], Batches]
 
@@ -111,7 +115,7 @@ def build_reply(
     header.examples = _examples(metrics)
     header.train_seconds = train_seconds
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
-    aligned = _align(request, trained, header)
+    aligned = _align(request, trained, model, data, header)
     with _probing(header):
         _probe(request, trained, aligned, model, data, header)
         _compare_directions(request, trained, aligned, header)
@@ -204,16 +208,30 @@ def _examples(metrics: dict[str, float]) -> float:
     return metrics["num-examples"]
 
 
-def _align(request: Request, trained: State, header: pb.UpdateHeader) -> State:
+def _align(
+    request: Request, trained: State, model: nn.Module, data: Data | None, header: pb.UpdateHeader
+) -> State:
     if not request.header.align:
         return trained
     symmetry = parse(request.header.symmetry)
     started = time.perf_counter()
-    found = match_weights(symmetry, request.anchor, trained, request.radii)
+    found = _matched(request, symmetry, trained, model, data)
     header.symmetry_digest = symmetry.digest
     seconds = time.perf_counter() - started
     header.alignment.CopyFrom(alignment_message(found.report, seconds))
     return symmetry.translate(symmetry.fold(request.anchor), found.state)
+
+
+def _matched(
+    request: Request, symmetry: Symmetry, trained: State, model: nn.Module, data: Data | None
+) -> Alignment:
+    matcher = Matcher[request.header.matcher or Matcher.weights.name]
+    if matcher is Matcher.activations:
+        batches = required(data, "matching by activations")
+        seen = correlations(symmetry, model, request.anchor, trained, batches())
+        return match_activations(symmetry, request.anchor, trained, seen)
+    match = match_sinkhorn if matcher is Matcher.sinkhorn else match_weights
+    return match(symmetry, request.anchor, trained, request.radii)
 
 
 def _probe(

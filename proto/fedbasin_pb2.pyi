@@ -368,6 +368,7 @@ class Request(_message.Message):
     FIT_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     ENCODINGS_FIELD_NUMBER: _builtins.int
+    MATCHER_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -389,6 +390,8 @@ class Request(_message.Message):
     """Only clients whose draw of this round is at most this evaluate a path; absent: all."""
     order: _builtins.bool
     """say in which order the model uses its layers"""
+    matcher: _builtins.str
+    """a name of fedbasin.strategies.alignment.matcher.Matcher; empty: weights"""
     @_builtins.property
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -423,10 +426,11 @@ class Request(_message.Message):
         fit: Global___Fit | None = ...,
         order: _builtins.bool = ...,
         encodings: _abc.Iterable[Global___Encoding] | None = ...,
+        matcher: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "fit", b"fit", "probe_bound", b"probe_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "matcher", b"matcher", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
     _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015
@@ -557,6 +561,7 @@ class AlignmentReport(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     ENDPOINT_ERROR_FIELD_NUMBER: _builtins.int
     SPECTRAL_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
     sweeps: _builtins.int
     distance_before: _builtins.float
     """L2, client to anchor"""
@@ -566,6 +571,8 @@ class AlignmentReport(_message.Message):
     """Relative difference of the client's own loss before and after, which only rounding may make; absent where
     no path was probed, or where the data is not the same each time it is read.
     """
+    decision: _builtins.str
+    """a name of fedbasin.strategies.alignment.reports.Decision"""
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteReport]: ...
     @_builtins.property
@@ -582,10 +589,11 @@ class AlignmentReport(_message.Message):
         seconds: _builtins.float = ...,
         endpoint_error: _builtins.float | None = ...,
         spectral: Global___Spectral | None = ...,
+        decision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "endpoint_error", b"endpoint_error", "spectral", b"spectral"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "sites", b"sites", "spectral", b"spectral", "sweeps", b"sweeps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "decision", b"decision", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "sites", b"sites", "spectral", b"spectral", "sweeps", b"sweeps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__endpoint_error: _TypeAlias = _typing.Literal["endpoint_error"]  # noqa: Y015
     _WhichOneofArgType__endpoint_error: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error"]  # noqa: Y015

@@ -90,6 +90,7 @@ def broadcast(
         path_points=ask.path_points,
         keep=ask.keep,
         probe_bound=probe_bound,
+        matcher=ask.matcher.name,
     )
     content = RecordDict({"config": ConfigRecord({**config, "server-round": server_round})})
     if packed:
@@ -117,11 +118,13 @@ def _fit(ask: Fitting) -> pb.Fit:
 
 def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
     """One message for every node, all with the same content, which Flower uploads once."""
+    # The mod itself answers of fits, and an app need not have a function to evaluate.
+    kind = "train" if sent.header.HasField("fit") else sent.kind
     return [
         Message(
             content=sent.content,
             dst_node_id=node,
-            message_type=sent.kind,
+            message_type=kind,
             group_id=str(sent.header.round),
         )
         for node in nodes
@@ -285,4 +288,5 @@ def alignment_message(report: AlignmentReport, seconds: float = 0.0) -> pb.Align
         distance_before=report.distance_before,
         distance_after=report.distance_after,
         seconds=seconds,
+        decision=report.decision.name,
     )

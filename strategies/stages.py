@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.alignment.certificate import Radii, identity_radii
+from fedbasin.strategies.alignment.matcher import Matcher
 from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
+from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.tally import Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
@@ -95,6 +97,7 @@ class Ask:
         order: say in which order the model uses its layers.
         keep: another stage of the round follows, for which the client keeps its model, as trained and as sent.
         encodings: how Gram matrices and moments are sent; those of blocks that are not named, exactly.
+        matcher: how the client aligns its model.
     """
 
     start: Start = Start.shared
@@ -107,6 +110,7 @@ class Ask:
     order: bool = False
     keep: bool = False
     encodings: Mapping[Block, Encoding] = field(default_factory=dict)
+    matcher: Matcher = Matcher.weights
 
 
 Kind = Literal["train", "evaluate"]
@@ -198,11 +202,12 @@ class AlignedFuse:
         self._anchor = anchor
         self._symmetry = symmetry
         self._radii = identity_radii(symmetry, anchor)
+        self._match = match_sinkhorn if fuse.ask.matcher is Matcher.sinkhorn else match_weights
 
     def accept(self, node: int, update: Update) -> AlignmentReport:
         # Checked before it is aligned: an assignment over NaN has no answer.
         check_update(update, self._anchor)
-        found = match_weights(self._symmetry, self._anchor, update.parameters, self._radii)
+        found = self._match(self._symmetry, self._anchor, update.parameters, self._radii)
         self._fuse.accept(node, update.moved(found.transform))
         return found.report
 

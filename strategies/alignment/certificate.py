@@ -103,7 +103,9 @@ def _drift(member: Member, site: Site, anchor: State, client: State) -> Float[Te
 
 
 def _units(site: Site, state: State) -> Float[Tensor, "units features"]:
-    return torch.cat([m.rows(state[m.tensor], site.width()).double() for m in site.scored], dim=1)
+    rows = [member.rows(state[member.tensor], site.width()) for member in site.scored]
+    single = torch.promote_types(rows[0].dtype, torch.float32)
+    return torch.cat([each.to(single) for each in rows], dim=1)
 
 
 def _half_separation(units: Float[Tensor, "units features"]) -> Float[Tensor, " units"]:

@@ -157,7 +157,10 @@ def test_a_wide_site_is_compared_in_pieces_with_the_same_radii() -> None:
     symmetry: Symmetry = parse("wide S(1500) w[0]")
     apart = torch.cdist(units.double(), units.double()).fill_diagonal_(torch.inf)
     found = identity_radii(symmetry, {"w": units})["wide"].double()
-    torch.testing.assert_close(found, apart.amin(1) / 2, rtol=1e-5, atol=1e-7)
+    # Rounding in single precision is given away, never claimed.
+    exact = apart.amin(1) / 2
+    assert bool((found <= exact * (1 + 1e-6)).all())
+    torch.testing.assert_close(found, exact, rtol=3e-2, atol=1e-7)
 
 
 def test_a_single_unit_has_nowhere_to_go() -> None:
