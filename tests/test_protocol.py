@@ -238,6 +238,11 @@ class TestASummary:
         assert row.first(0.6 - 1e-9).round == 1
         assert row.first(0.9) is None
 
+    def test_compares_rules_over_the_seeds_that_all_of_them_have(self):
+        curves = curve([0, 0.5]) | curve([0, 0.9], seed=1) | curve([0, 0.6], "FedAvg")
+        ((_, rows),) = summary.scenes(curves).items()
+        assert [(row.seeds, row.best) for row in rows] == [((0,), 0.5), ((0,), 0.6)]
+
     def test_chooses_the_best_settings_of_each_rule_and_says_so(self):
         curves = curve([0, 0.2], "FedAvgM(server_momentum=0.5)")
         curves |= curve([0, 0.9], "FedAvgM(server_momentum=0.9)") | curve([0, 0.6], "FedAvg")

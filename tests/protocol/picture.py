@@ -1,8 +1,9 @@
-"""Curves as one SVG: accuracy by round, by bytes on the wire and by the clients' processor time.
+"""Curves as one SVG: accuracy by round, by bytes on the wire and by the clients' processor time, these two as logarithms.
 
 A file of its own, for a Markdown page: fixed size, its own style, light and dark as the reader has it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,7 +14,7 @@ from tests.protocol.setting import Point
 from tests.protocol.summary import Row
 from tests.protocol.tables import megabytes
 
-Across: TypeAlias = Callable[[Point], float]
+Across: TypeAlias = Callable[[Point], float | None]
 
 _WIDE, _HIGH = 290, 210  # of a panel's drawing
 _LEFT, _TOP, _GAP, _LINE = 44, 12, 56, 18
@@ -27,23 +28,41 @@ text { font: 12px system-ui, sans-serif; fill: #57534c; }
 """
 
 
+def _logarithm(value: float) -> float | None:
+    return math.log10(value) if value > 0 else None
+
+
 @dataclass(frozen=True)
 class Panel:
     """One of the drawings.
 
     Attributes:
         label: of its x axis.
-        across: a point's place on it.
+        across: a point's place on it; None for nowhere.
+        show: what is written at such a place.
     """
 
     label: str
     across: Across
+    show: Callable[[float], str]
+
+    def axis(self, rows: Sequence[Row]) -> Axis:
+        """From the first place that is drawn to the last."""
+        places = [
+            x for row in rows for point in row.points if (x := self.across(point)) is not None
+        ]
+        low, high = min(places, default=0.0), max(places, default=1.0)
+        return Axis(low, high if high > low else low + 1, self.show)
+
+
+def _power(exponent: float) -> str:
+    return f"{10**exponent:.2g}" if exponent < 2 else f"{10**exponent:.0f}"
 
 
 PANELS = (
-    Panel("round", lambda point: float(point.round)),
-    Panel("MB up and down", megabytes),
-    Panel("client seconds", lambda point: point.client_seconds),
+    Panel("round", lambda point: float(point.round), "{:g}".format),
+    Panel("MB up and down", lambda point: _logarithm(megabytes(point)), _power),
+    Panel("client seconds", lambda point: _logarithm(point.client_seconds), _power),
 )
 
 
@@ -73,18 +92,15 @@ def draw(rows: Sequence[Row], title: str) -> str:
 
 
 def _panel(panel: Panel, rows: Sequence[Row], up: Axis) -> Html:
-    # A closed form is finished before the others have begun: it reaches as far as they do.
-    end = max(panel.across(row.points[-1]) for row in rows)
-    across = axis([0.0, end])
-    across = Axis(0.0, end or across.high, across.show)
+    across = panel.axis(rows)
     lines = [_curve(row, panel, across, up, _look(index)) for index, row in enumerate(rows)]
     label = tag("text", panel.label, x=_WIDE, y=_HIGH + 36, text_anchor="end")
     return join([*_levels(up), *_marks(across), label, *lines])
 
 
 def _curve(row: Row, panel: Panel, across: Axis, up: Axis, look: dict[str, str]) -> Html:
-    places = [(panel.across(point), point.accuracy) for point in row.points]
-    if len(places) == 1:
+    places = [(x, point.accuracy) for point in row.points if (x := panel.across(point)) is not None]
+    if len(places) == 1:  # a closed form is finished before the others have begun, and stays
         places.append((across.high, places[0][1]))
     steps = [f"{across.place(x) * _WIDE:.1f} {(1 - up.place(y)) * _HIGH:.1f}" for x, y in places]
     return tag("path", tag("title", row.rule), d="M" + "L".join(steps), **look)
@@ -103,7 +119,7 @@ def _marks(across: Axis) -> list[Html]:
     return [
         tag(
             "text",
-            f"{tick:g}",
+            across.show(tick),
             x=f"{across.place(tick) * _WIDE:.1f}",
             y=_HIGH + 18,
             text_anchor="middle",

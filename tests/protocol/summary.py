@@ -57,17 +57,17 @@ Scene: TypeAlias = Setting
 
 
 def scenes(curves: Curves) -> dict[Scene, list[Row]]:
-    """A row for every rule and settings of it, by scene."""
+    """A row for every rule and settings of it, by scene, over the seeds that all rules of the scene have.
+
+    A curve that was interrupted at once is left out. Rules without any seed in common keep their own.
+    """
     found: dict[Scene, dict[str, dict[int, dict[int, Point]]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for setting, points in curves.items():
-        if max(points) > 0:  # a curve that was interrupted at once says nothing
+        if max(points) > 0:
             found[replace(setting, rule="", seed=0)][setting.rule][setting.seed] = points
-    return {
-        scene: [_row(rule, seeds) for rule, seeds in rules.items()]
-        for scene, rules in found.items()
-    }
+    return {scene: _rows(rules) for scene, rules in found.items()}
 
 
 def best_of_each(rows: Iterable[Row]) -> list[Row]:
@@ -82,6 +82,13 @@ def best_of_each(rows: Iterable[Row]) -> list[Row]:
 def _best(family: list[Row]) -> Row:
     common = min(row.last for row in family)
     return replace(max(family, key=lambda row: row.score(common)), tried=len(family))
+
+
+def _rows(rules: dict[str, dict[int, dict[int, Point]]]) -> list[Row]:
+    common = set.intersection(*(set(seeds) for seeds in rules.values()))
+    return [
+        _row(rule, {seed: seeds[seed] for seed in common or seeds}) for rule, seeds in rules.items()
+    ]
 
 
 def _row(rule: str, seeds: dict[int, dict[int, Point]]) -> Row:

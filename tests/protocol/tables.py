@@ -18,7 +18,7 @@ def heading(scene: Scene) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Accuracy by round, then rounds and megabytes up and down until each mark, then seconds a round."""
-    last = max(point.round for row in rows for point in row.points)
+    last = max(row.last for row in rows)
     rounds = [number for number in _ROUNDS if number <= last]
     marks = [mark for mark in MARKS if any(row.first(mark) for row in rows)]
     head = ["rule", "seeds", *(f"r{number}" for number in rounds), "best"]
@@ -26,7 +26,7 @@ def markdown(rows: Sequence[Row]) -> str:
     head += [f"MB to {mark:.2f}" for mark in marks]
     head += ["client s / round", "server s / round"]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
-    lines += [_cells(row, rounds, marks, last) for row in rows]
+    lines += [_cells(row, rounds, marks) for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -38,7 +38,7 @@ def settings_note(rows: Sequence[Row]) -> str:
     return f"Best of several settings, by the mean test accuracy over rounds: {', '.join(tuned)}."
 
 
-def _cells(row: Row, rounds: Sequence[int], marks: Sequence[float], last: int) -> list[str]:
+def _cells(row: Row, rounds: Sequence[int], marks: Sequence[float]) -> list[str]:
     measured = [row.at(number) for number in rounds]
     cells = [
         f"`{row.rule}`",
@@ -48,7 +48,7 @@ def _cells(row: Row, rounds: Sequence[int], marks: Sequence[float], last: int) -
     ]
     firsts = [row.first(mark) for mark in marks]
     end = row.points[-1]
-    cells += [str(point.round) if point else _over(end.round, last) for point in firsts]
+    cells += [str(point.round) if point else f"not in {row.last}" for point in firsts]
     cells += [f"{megabytes(point):.1f}" if point else "" for point in firsts]
     return [*cells, *(f"{seconds / max(1, end.round):.2f}" for seconds in _seconds(end))]
 
@@ -64,10 +64,6 @@ def _seconds(point: Point) -> tuple[float, float]:
 
 def _accuracy(point: Point | None) -> str:
     return "" if point is None else _share(point.accuracy)
-
-
-def _over(rounds: int, last: int) -> str:
-    return f"over {rounds}" if rounds == last else "never"
 
 
 def _share(value: float) -> str:
