@@ -310,6 +310,13 @@ def test_a_server_that_aligns_cannot_fit(tmp_path, recipe):
         Run(tmp_path, recipe=recipe, align="server")
 
 
+@pytest.mark.parametrize("recipe", FITTED)
+def test_no_recipe_needs_an_app_that_evaluates(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe)
+    asked = {message.metadata.message_type for message in run.federation.asked}
+    assert asked == {"train"}
+
+
 class TestOwnStarts:
     def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path):
         run = Run(tmp_path, recipe="features", align="client", start="own", ridge=0.03)
