@@ -36,6 +36,7 @@ from fedbasin.server.rounds import (
     run_stage,
 )
 from fedbasin.server.settings import Settings
+from fedbasin.strategies.alignment.matcher import Matcher
 from fedbasin.strategies.allotment import fit_encodings, fuse_encodings
 from fedbasin.strategies.diagnostics.drift import Vector
 from fedbasin.strategies.encodings import read_encodings
@@ -240,6 +241,7 @@ class Run:
         ask = Ask(
             start=Start.own if self._is_own(number) else Start.shared,
             symmetry=self.symmetry,
+            matcher=Matcher[settings.matcher],
             path_points=settings.barrier_points,
             order=recipe.fits,
             keep=recipe.fits or self._keeps,

@@ -22,6 +22,7 @@ from fedbasin.server.run import Hooks as Hooks
 from fedbasin.server.run import Result as Result
 from fedbasin.server.run import Run, decisive
 from fedbasin.server.settings import Settings, SettingsError, read_settings
+from fedbasin.strategies.alignment.subset import SubsetError, choose_layers
 from fedbasin.strategies.allotment import check_budget
 from fedbasin.strategies.fusion.budget import BudgetError
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
@@ -80,6 +81,10 @@ def _prepare(
                 "symmetry=trace(model, example_input) to serve, or set fedbasin.align = 'off'"
             )
         symmetry.check(state)
+        try:
+            symmetry = choose_layers(symmetry, settings.layers)
+        except SubsetError as error:
+            raise SettingsError(f"fedbasin.{error}") from error
     _check_observer(settings)
     if settings.bootstrap == "best" and hooks.score is None:
         raise SettingsError(

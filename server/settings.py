@@ -60,6 +60,16 @@ class Settings(BaseModel):
     align: Literal["client", "server", "off"] = Field(
         "client", description="who moves a client's model into the anchor's basin"
     )
+    matcher: Literal["weights", "sinkhorn", "activations"] = Field(
+        "weights",
+        description="what decides how a client is aligned: its weights, the same with all sites deciding together, "
+        "or its features on its own data",
+    )
+    layers: str = Field(
+        "",
+        description="which sites of the symmetry are aligned: patterns of names, first:N and last:N, separated by "
+        "commas; empty for all",
+    )
     start: Literal["shared", "own"] = Field(
         "shared", description="own: clients begin from weights of their own in round 1"
     )
@@ -138,6 +148,11 @@ class Settings(BaseModel):
         if self.step and self.step not in STEPS:
             raise ValueError(f"step = {self.step!r}: choose one of {', '.join(STEPS)}")
         RECIPES[self.recipe].check_align(self.align)
+        if self.matcher == "activations" and self.align == "server":
+            raise ValueError(
+                "matcher = 'activations' with align = 'server': only clients have the data; set align = 'client', "
+                "or another matcher"
+            )
         if self.barrier_points == 1:
             raise ValueError(
                 "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"

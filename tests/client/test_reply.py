@@ -9,6 +9,7 @@ from fedbasin.client.probe import path_losses
 from fedbasin.client.reply import MissingDataError
 from fedbasin.client.statistics import diagonal_fisher, grams
 from fedbasin.proto import packing, wire
+from fedbasin.strategies.alignment.matcher import Matcher
 from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.fusion.compact import Form, encode
 from fedbasin.strategies.messages import broadcast
@@ -231,3 +232,24 @@ def test_a_request_without_its_tensors_is_refused_by_name(name):
     del content[name]
     with pytest.raises(wire.WireError, match=f"no record '{name}'"):
         read_request(content)
+
+
+@pytest.mark.parametrize("matcher", Matcher)
+def test_every_matcher_brings_the_client_back_and_the_reply_says_that_it_moved(matcher):
+    asked = request(matcher=matcher)
+    content, header = reply(asked)
+    found = packing.unpack(content[wire.ARRAYS], header.tensors)
+    expected = match_weights(tiny.symmetry(), asked.anchor, trained()).state
+    torch.testing.assert_close(found, {name: expected[name] for name in found})
+    assert header.alignment.decision == "aligned"
+
+
+def test_a_client_that_is_proven_to_be_in_place_says_so():
+    asked = request()
+    _, header = reply(asked, state=tiny.net().state_dict())
+    assert header.alignment.decision == "certified"
+
+
+def test_matching_by_activations_needs_data():
+    with pytest.raises(MissingDataError, match="activations"):
+        reply(request(matcher=Matcher.activations), own_data=None)

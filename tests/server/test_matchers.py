@@ -1,0 +1,34 @@
+"""A run's matcher and layers reach its clients, and what they decided comes back."""
+
+import pytest
+
+from fedbasin.strategies.symmetry.sites import parse
+from tests import tiny
+from tests.server.test_serve import folder as folder  # a fixture
+from tests.server.test_serve import start
+
+
+def alignments(result):
+    (stage,) = [stage for stage in result.reports[-1].stages if stage.stage == "fuse"]
+    return [client.alignment for client in stage.clients]
+
+
+@pytest.mark.parametrize("matcher", ["weights", "sinkhorn", "activations"])
+def test_clients_of_their_own_starts_are_aligned_by_the_matcher_of_the_run(folder, matcher):
+    found = alignments(start(tiny.federation(), folder, matcher=matcher, start="own"))
+    assert all(each.distance_after <= each.distance_before for each in found)
+    assert {"aligned"} <= {each.decision for each in found}
+
+
+def test_the_server_aligns_by_softened_orders_too(folder):
+    result = start(tiny.federation(), folder, matcher="sinkhorn", align="server", start="own")
+    assert {"aligned"} <= {each.decision for each in alignments(result)}
+
+
+def test_only_the_chosen_layers_are_aligned(folder):
+    (site,) = tiny.symmetry().sites
+    members = " ".join(map(str, site.members))
+    symmetry = parse(f"{site.name} {site.group} {members}\nlast.9 S(3) 3.bias[0]")
+    result = start(tiny.federation(), folder, symmetry=symmetry, layers="!last.*")
+    for each in alignments(result):
+        assert [report.site for report in each.sites] == [site.name]
