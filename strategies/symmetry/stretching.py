@@ -34,11 +34,14 @@ Stretched = Float[Tensor, "*batch size double"]
 # A matched scale stays within these bounds, so that half precision keeps its digits.
 _LEAST, _MOST = 1 / 16, 16.0
 
-# Halvings until an interval is below float64's rounding.
-_HALVINGS = 60
+# Steps to a root, every other one of which halves the interval: the maximum is flat, and so is what is left.
+_STEPS = 24
+
+# Problems solved at a time, so that they stay in the cache.
+_PIECE = 2**14
 
 # Rounds of rotation and scale; more change nothing that is visible.
-_ROUNDS = 8
+_ROUNDS = 3
 
 # Beyond this condition number of T, float32 weights lose the digits that the check asks for.
 _WORST_CONDITION = 1e3
@@ -110,7 +113,8 @@ class Conformal(_Stretching):
 
     def best(self, primal: Stretched, dual: Stretched) -> Maps:
         one, other = _scores(primal), _scores(dual)
-        starts = (one + other, one, other)
+        # Of a single number both signs are tried, which is all there is; larger rotations agree in their sum.
+        starts = (one + other, one, other) if self.size == 1 else (one + other,)
         found = torch.stack([self._climbed(primal, dual, start) for start in starts])
         gains = agreement(found, primal) + agreement(contragredient(found), dual)
         return torch.take_along_dim(found, gains.argmax(0)[None, ..., None, None], 0)[0]
@@ -187,14 +191,20 @@ def contragredient(maps: Maps) -> Maps:
 def best_scale(p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
     """The a > 0, within bounds, with the largest `f(a) = a q - a^2 p / 2 + s / a - r / (2 a^2)`; 1 among equals.
 
-    f rises where `g(a) = p a^4 - q a^3 + s a - r` is negative. g' has at most two roots, one on each side of
-    `q / 2 p`; between them g falls, so a maximum of f is the root of g before them or the one after.
-
     Args:
         p: squared norm of what is multiplied; `q` its inner product with the anchor.
         q: see p.
         r: squared norm of what is divided; `s` its inner product with the anchor.
         s: see r.
+    """
+    pieces = zip(*(each.reshape(-1).split(_PIECE) for each in (p, q, r, s)), strict=True)
+    return torch.cat([_best_scale(*piece) for piece in pieces]).reshape(p.shape)
+
+
+def _best_scale(p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    """The gain f rises where `g(a) = p a^4 - q a^3 + s a - r` is negative, and g' has a root on each side of `q / 2 p` at most.
+
+    Between them g falls, so a maximum of f is the root of g before them or the one after.
     """
 
     def rising(a: Tensor) -> Tensor:
@@ -203,23 +213,37 @@ def best_scale(p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
     def slope(a: Tensor) -> Tensor:
         return (4 * p * a - 3 * q) * a * a + s
 
+    def bend(a: Tensor) -> Tensor:
+        return (12 * p * a - 6 * q) * a
+
     least, most = (torch.full_like(p, bound) for bound in (_LEAST, _MOST))
     turning = torch.where(p > 0, q / (2 * p), most).clamp(_LEAST, _MOST)
-    first = _crossing(lambda a: -slope(a), least, turning)
-    second = _crossing(slope, turning, most)
-    tried = [torch.ones_like(p), _crossing(rising, least, first), _crossing(rising, second, most)]
-    candidates = torch.stack(tried)
+    first = _crossing(lambda a: -slope(a), lambda a: -bend(a), least, turning)
+    second = _crossing(slope, bend, turning, most)
+    maxima = (_crossing(rising, slope, least, first), _crossing(rising, slope, second, most))
+    candidates = torch.stack([torch.ones_like(p), *maxima, least, most])
     gains = candidates * q - candidates**2 * p / 2 + s / candidates - r / candidates**2 / 2
     return torch.take_along_dim(candidates, gains.argmax(0)[None], 0)[0]
 
 
-def _crossing(rising: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Where a function that rises from `low` to `high` crosses zero, or the end that is nearer to it."""
-    for _ in range(_HALVINGS):
+def _crossing(
+    rising: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor],
+    low: Tensor,
+    high: Tensor,
+) -> Tensor:
+    """Where a function that rises from `low` to `high` crosses zero, or the end that is nearer to it.
+
+    Newton's steps and halvings in turn.
+    """
+    for step in range(_STEPS):
         middle = (low + high) / 2
+        if step % 2:
+            jump = middle - rising(middle) / slope(middle)
+            middle = torch.where((jump > low) & (jump < high), jump, middle)
         above = rising(middle) > 0
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return (low + high) / 2
+    return middle
 
 
 def _least_squares(leg: Tensor) -> Tensor:
