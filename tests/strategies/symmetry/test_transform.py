@@ -137,6 +137,21 @@ def test_only_rotations_mix_entries() -> None:
     assert not identity(symmetry).mixes("blocks.0.attention.output.weight")
 
 
+MONOMIAL = ["S(4)", "S(2) wr S(2)", "O(1) wr S(4)", "Z(2,1) wr S(2)", "S(1)*O(1) wr S(4)"]
+
+
+@pytest.mark.parametrize("group", MONOMIAL)
+def test_squared_gradients_follow_orders_and_signs(group: str) -> None:
+    legs = "a[0] b[1]@1" if "*" in group else "a[0] b[1]"
+    transform = drawn(parse(f"s {group} {legs}"), seed=3)
+    gradients = {"a": torch.randn(4, 3), "b": torch.randn(2, 4)}
+    assert not any(transform.mixes(name) for name in gradients)
+    squares = {name: gradient.square() for name, gradient in gradients.items()}
+    moved = transform.act_on_squares(squares)
+    for name, gradient in transform.act(gradients).items():
+        assert torch.equal(moved[name], gradient.square())
+
+
 def test_tied_tensors_stay_one_and_others_stay_apart() -> None:
     model, symmetry, _ = family("tied")
     state = model.state_dict()
