@@ -9,12 +9,12 @@ from fedbasin.strategies.symmetry.check import check
 from fedbasin.strategies.symmetry.groups import Wreath
 from fedbasin.strategies.symmetry.inner import agreement
 from fedbasin.strategies.symmetry.rescaling import rescaled
+from fedbasin.strategies.symmetry.scale import best_scale
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.stretching import (
     Conformal,
     General,
     IllConditionedError,
-    best_scale,
     contragredient,
 )
 from fedbasin.strategies.symmetry.transform import random
