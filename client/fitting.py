@@ -24,7 +24,7 @@ from fedbasin.strategies.encodings import read_encodings, write_grams
 from fedbasin.strategies.fusion.compact import Encoding, encode_moment
 from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.stages import Along
-from fedbasin.strategies.state import State
+from fedbasin.strategies.state import State, tied
 
 _TARGET = {
     pb.FIT_TARGET_FEATURES: Target.features,
@@ -53,7 +53,7 @@ def fit_reply(
         MissingDataError: there is no data.
     """
     header, content = answer(request), RecordDict()
-    own, fused = sent(context, request.header.round), _fused(request, context)
+    own, fused = sent(context, request.header.round), _fused(request, context, model)
     if own is None or fused is None:
         header.lost = True
     else:
@@ -94,12 +94,16 @@ def _fit(
     write_grams(header, content, grams, moments)
 
 
-def _fused(request: Request, context: Context) -> dict[str, Tensor] | None:
-    """The fused model so far; None where a piece of it has not come."""
+def _fused(request: Request, context: Context, model: nn.Module) -> dict[str, Tensor] | None:
+    """The fused model so far; None where a piece of it has not come.
+
+    A piece brings a layer under its first name; the others are the same tensor.
+    """
     number, sequence = request.header.round, request.header.fit.sequence
     before = fused_so_far(context, number, sequence) if sequence else {}
     if before is None:
         return None
-    fused = {**before, **request.anchor}
+    known, first = {**before, **request.anchor}, tied(model.state_dict())
+    fused = {name: known[first.get(name, name)] for name in known}
     keep_fused(context, number, sequence, fused)
     return fused

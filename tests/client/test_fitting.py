@@ -1,0 +1,100 @@
+"""What a client builds a fit on: its own model as it was sent, and the fused model, which comes in pieces."""
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from torch import nn
+
+from fedbasin.client.context import keep_begun, keep_sent
+from fedbasin.client.fitting import fit_reply
+from fedbasin.client.probe import evaluate
+from fedbasin.client.reply import MissingDataError, Request
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import packing, wire
+
+BATCHES = [(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3)]
+SHARED, HEAD = ("0.weight",), ("3.weight", "3.bias")
+
+
+def net(seed=0):
+    """A network that uses one layer twice, under two names."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+    )
+    model[2].weight = model[0].weight
+    return model
+
+
+def state(seed=0):
+    return {name: tensor.clone() for name, tensor in net(seed).state_dict().items()}
+
+
+def client(own, begun):
+    """The context of a client that has sent its model in round 1."""
+    context = Context(1, 100, {}, RecordDict(), {})
+    reply = RecordDict()
+    reply[wire.ARRAYS], specs = packing.pack(own)
+    wire.write(reply, pb.UpdateHeader(round=1, tensors=specs, examples=20))
+    keep_sent(context, reply)
+    keep_begun(context, begun)
+    return context
+
+
+def request(piece, sequence, *blocks, points=0, server_round=1):
+    fit = pb.Fit(
+        blocks=[pb.Block(tensors=block) for block in blocks],
+        target=pb.FIT_TARGET_FEATURES,
+        sequence=sequence,
+        path=pb.Along(share=1.0) if points else None,
+    )
+    header = pb.Request(round=server_round, stage="fit", fit=fit, path_points=points)
+    return Request(header, piece, {}, points)
+
+
+def answered(context, asked):
+    content = fit_reply(asked, context, net(), lambda: BATCHES, lambda: BATCHES)
+    return wire.read_update(content)
+
+
+def test_a_piece_moves_a_layer_under_all_of_its_names():
+    fused, new = state(1), {"0.weight": state(2)["0.weight"]}
+    context = client(state(3), fused)
+    answered(context, request(fused, 0, SHARED))
+    path = answered(context, request(new, 1, points=2)).path
+    model = net()
+    ends = [
+        evaluate(model, s, BATCHES) for s in (fused, {**fused, **new, "2.weight": new["0.weight"]})
+    ]
+    assert list(path.loss_after) == pytest.approx([loss for loss, _, _ in ends])
+
+
+@pytest.mark.parametrize("again", [0, 1], ids=["the first", "a later"])
+def test_a_piece_that_comes_again_gives_the_same_answer(again):
+    pieces = [state(1), {"0.weight": state(2)["0.weight"]}]
+    context = client(state(3), state(1))
+    asked = [request(piece, i, HEAD) for i, piece in enumerate(pieces)][: again + 1]
+    first = [fit_reply(r, context, net(), lambda: BATCHES) for r in asked][-1]
+    second = fit_reply(asked[-1], context, net(), lambda: BATCHES)
+    assert wire.read_update(first) == wire.read_update(second)
+    assert first[wire.STATISTICS] == second[wire.STATISTICS]
+
+
+LOST = {
+    "a piece in between": [request(state(1), 0, HEAD), request({}, 2, HEAD)],
+    "the first piece": [request({}, 1, HEAD)],
+    "this round": [request(state(1), 0, HEAD, server_round=2)],
+}
+
+
+@pytest.mark.parametrize("asked", LOST.values(), ids=LOST)
+def test_a_client_says_that_it_lacks(asked):
+    context = client(state(3), state(1))
+    *_, last = [answered(context, one) for one in asked]
+    assert last.lost
+    assert not last.precisions
+
+
+def test_a_fit_without_data_is_an_error_that_says_so():
+    with pytest.raises(MissingDataError, match="a fit needs the client's data"):
+        fit_reply(request(state(1), 0, HEAD), client(state(3), state(1)), net(), None)
