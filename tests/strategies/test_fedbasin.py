@@ -80,7 +80,7 @@ class TestUnderFlowersOwnLoop:
     @pytest.mark.parametrize("packed", [True, False])
     @pytest.mark.parametrize("align", ["client", "server", "off"])
     @pytest.mark.parametrize("recipe", ["fedavg", "regmean", "fisher"])
-    def test_every_recipe_runs(self, recipe, align, packed):
+    def test_every_recipe_of_one_stage_runs(self, recipe, align, packed):
         if (recipe, align) == ("fisher", "server"):
             with pytest.raises(ValueError, match="set align = 'client'"):
                 FedBasin(recipe, tiny.symmetry(), align=align)
@@ -186,6 +186,11 @@ class TestUnderFlowersOwnLoop:
     def test_an_unknown_recipe_is_refused_with_the_catalogue(self):
         with pytest.raises(ValueError, match="'mean'; there are fedavg, fisher, regmean"):
             FedBasin("mean")
+
+    @pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.fits])
+    def test_a_recipe_of_several_stages_is_refused_with_a_way_to_run_it(self, recipe):
+        with pytest.raises(ValueError, match=r"several times a round.*fedbasin\.server\.serve"):
+            FedBasin(recipe, align="off")
 
 
 def nan_in_training(reply):
