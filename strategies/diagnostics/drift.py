@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedbasin.strategies.state import State, floating
 
-ENTRIES = 2**14
+ENTRIES = 2**12
 
 Vector = Float[Tensor, " entries"]
 
@@ -61,12 +61,13 @@ class Sample:
 
     def read(self, state: State) -> Vector:
         """The entries, each times the root of how many it stands for, in float64 on the CPU."""
+        if not self.places:
+            return self._weights
         parts = [
-            state[n].reshape(-1)[some.to(state[n].device)].cpu() for n, some in self.places.items()
+            state[n].reshape(-1).index_select(0, some.to(state[n].device))
+            for n, some in self.places.items()
         ]
-        return (
-            torch.cat([part.double() for part in parts]) * self._weights if parts else self._weights
-        )
+        return torch.cat(parts).cpu().double().mul_(self._weights)
 
 
 def _places(size: int, wanted: int, generator: torch.Generator) -> Int[Tensor, " some"]:

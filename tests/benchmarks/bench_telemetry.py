@@ -15,10 +15,12 @@ from flwr.app import Context, Message, RecordDict
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
 from fedbasin.server import checkpoint, push, rounds, run, serve
+from fedbasin.strategies.diagnostics import drift
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
@@ -35,11 +37,11 @@ EXAMPLES = 512
 SHARE = 0.02
 
 HOW = f"""`serve` over {ROUNDS} rounds, the median of {RUNS} runs, with {CLIENTS} clients and a network of 49 MB with {HIDDEN} hidden
-layers: once with every diagnostic on (each client reports the alignment of all layers and paths of {POINTS} points to the
-anchor and from the fused model), once without alignment and paths. The grid is in the same process and makes each
-reply's bytes when it is pulled, which does not count. Telemetry is building the reports, checking and adding the
-clients' paths, writing rounds.jsonl and pushing to `fedbasin observe`, a process of its own on loopback. The rest of the
-server's work is the anchor's identity radii, decoding, validating, folding, solving, the model's digest and the
+layers: once with every diagnostic on (each client reports the alignment of all layers, hidden variances and paths of {POINTS}
+points to the anchor and from the fused model), once without alignment and paths; updates are compared in both. The
+grid is in the same process and makes each reply's bytes when it is pulled, which does not count. Telemetry is building
+the reports, checking and adding the clients' paths, comparing their updates, writing rounds.jsonl and pushing to
+`fedbasin observe`, a process of its own on loopback. The rest of the server's work is the anchor's identity radii, decoding, validating, folding, solving, the model's digest and the
 checkpoint. A client's point was timed in turns with an epoch of training of the same network, {EXAMPLES} examples in
 batches of 64; a barrier evaluates each point before and after alignment."""
 
@@ -54,6 +56,9 @@ _TELEMETRY = (
     ("paths of clients", rounds, "checked_path"),
     ("paths of clients", rounds, "checked_variance"),
     ("paths of clients", rounds, "add_path"),
+    ("directions of updates", drift.Drift, "__init__"),
+    ("directions of updates", rounds._Attempt, "_measure_direction"),
+    ("directions of updates", rounds._Attempt, "_directions"),
     ("report of the round", run.Run, "_report"),
     ("rounds.jsonl", checkpoint, "append_report"),
     ("push", push.Line, "push"),
@@ -76,13 +81,22 @@ class ReportingGrid(PulledGrid):
             header.alignment.CopyFrom(alignment())
         if asked.path_points:
             header.path.CopyFrom(path(asked.path_points))
+            header.variance.extend(
+                pb.VarianceRatio(layer=f"{2 * i}.weight", ratio=0.5) for i in range(HIDDEN)
+            )
         wire.write(reply.content, header)
         return reply
 
 
 def alignment() -> pb.AlignmentReport:
-    sites = [pb.SiteReport(site=f"{2 * i}.out", moved=0.5, gain=1.5) for i in range(HIDDEN)]
-    return pb.AlignmentReport(sites=sites, distance_before=2, distance_after=1, endpoint_error=0)
+    sites = [
+        pb.SiteReport(site=f"{2 * i}.out", moved=0.5, gain=1.5, fixed_points=0.5)
+        for i in range(HIDDEN)
+    ]
+    spectral = pb.Spectral(before=0.1, after=0.5, matrices=2, of=HIDDEN)
+    return pb.AlignmentReport(
+        sites=sites, distance_before=2, distance_after=1, endpoint_error=0, spectral=spectral
+    )
 
 
 def path(points: int) -> pb.PathSums:
@@ -135,7 +149,9 @@ def server_seconds(settings: Mapping[str, object]) -> dict[str, float]:
     clients = [c for report in reports for stage in report.stages for c in stage.clients]
     if any(client.outcome != "accepted" for client in clients):
         raise RuntimeError(f"a client was refused: {clients[0].outcome}, {clients[0].detail}")
-    inside = seconds["reports of clients"] + seconds["paths of clients"]
+    inside = sum(
+        seconds[row] for row in ("reports of clients", "paths of clients", "directions of updates")
+    )
     stages = sum(stage.server_seconds for report in reports for stage in report.stages)
     seconds["work"] += stages - inside
     return {row: value / ROUNDS for row, value in seconds.items()}
@@ -158,16 +174,22 @@ def client_seconds() -> dict[str, float]:
     def walk() -> None:
         path_losses(model, anchor, model.state_dict(), batches, 3)
 
+    def vary() -> None:
+        for state in (anchor, model.state_dict()):
+            preactivation_moments(model, state, batches)
+
     train()
     walk()
-    turns = [(seconds_of(train), seconds_of(walk) / 3) for _ in range(RUNS)]
-    epoch, point = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    vary()
+    turns = [(seconds_of(train), seconds_of(walk) / 3, seconds_of(vary)) for _ in range(RUNS)]
+    epoch, point, varied = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
     return {
         "an epoch of training": epoch,
         "a point of a path": point,
         "barrier, 3 points": 6 * point,
         f"barrier, {POINTS} points": 2 * POINTS * point,
         "path from the fused model, 3 points": 3 * point,
+        "hidden variance, both models": varied,
     }
 
 

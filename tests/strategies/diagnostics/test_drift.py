@@ -54,7 +54,7 @@ def test_a_small_model_is_looked_at_whole(count, seed):
 
 
 def test_a_sample_of_a_large_model_comes_close():
-    anchor, clients = states(2, 1, width=800)
+    anchor, clients = states(2, 1, width=400)
     part = Drift(anchor)
     assert part.sample.entries < 0.03 * part.sample.of
     for client in clients:
