@@ -51,11 +51,11 @@ def assign(score: Float[Tensor, "n n"], bonus: float = 0.0) -> Order:
     if len(score) < _SMALL:
         return _dense(score, bonus)
     edges = _diagonal(score, bonus).merged(*_candidates(score))
+    prices = np.zeros(len(score))
     while edges.count <= _CROWDED * len(score):
-        order = edges.matched()
-        missing = edges.merged(
-            *_violations(score, order, edges.prices(order), 2 * edges.rounding, bonus)
-        )
+        order = edges.matched(prices)
+        prices = edges.raised(prices, order)
+        missing = edges.merged(*_violations(score, order, prices, 2 * edges.rounding, bonus))
         if missing.count == edges.count:
             return torch.from_numpy(order)
         edges = missing
@@ -95,16 +95,20 @@ class _Edges:
         unique, first = np.unique(both, return_index=True)
         return _Edges(self.size, unique, np.concatenate([self.weights, weights])[first])
 
-    def matched(self) -> NDArray[np.int64]:
-        """The best order of these entries alone; the diagonal is among them, so there is one."""
+    def matched(self, prices: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The best order of these entries alone; the diagonal is among them, so there is one.
+
+        Prices leave it the same, as every column is taken once; good ones leave little to search.
+        """
         # Costs from 1 up: an entry of zero would be taken for a missing one.
-        costs = 1 + (self.weights.max() - self.weights) / self.scale
         rows, columns = np.divmod(self.keys, self.size)
+        left = self.weights - prices[columns]
+        costs = 1 + (left.max() - left) / self.scale
         graph = csr_array((costs, (rows, columns)), shape=(self.size, self.size))
         return min_weight_full_bipartite_matching(graph)[1].astype(np.int64)
 
-    def prices(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What every column costs, so that no row would change: longest paths (Bellman and Ford)."""
+    def raised(self, prices: NDArray[np.float64], order: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Prices from these on at which no row would change: longest paths (Bellman and Ford)."""
         rows, columns = np.divmod(self.keys, self.size)
         own = np.empty(self.size)
         taken = columns == order[rows]
@@ -113,12 +117,11 @@ class _Edges:
         starts = np.searchsorted(columns[by_column], np.arange(self.size))
         gains = (self.weights - own[rows])[by_column]
         leaving = order[rows][by_column]
-        prices = np.zeros(self.size)
         for _ in range(self.size):
             raised = np.maximum.reduceat(prices[leaving] + gains, starts)
             if (raised <= prices + self.rounding).all():
                 break
-            np.maximum(raised, prices, out=prices)
+            prices = np.maximum(raised, prices)
         return prices
 
     @cached_property
@@ -176,10 +179,10 @@ def _picked(
     score: Tensor, masks: Iterator[Tensor]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Keys and values of the entries that the masks, one for each piece, let through."""
-    found = [
-        (at.start * len(score) + mask.flatten().nonzero().squeeze(1), rows[mask])
-        for (at, rows), mask in zip(_pieces(score), masks, strict=True)
-    ]
+    found = []
+    for (at, rows), mask in zip(_pieces(score), masks, strict=True):
+        inside = mask.flatten().nonzero().squeeze(1)
+        found.append((at.start * len(score) + inside, rows.flatten()[inside]))
     keys = torch.cat([key for key, _ in found]).cpu().numpy()
     values = torch.cat([value for _, value in found]).double().cpu().numpy()
     return keys, values

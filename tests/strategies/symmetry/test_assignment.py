@@ -72,11 +72,11 @@ def test_candidates_and_prices_lead_to_the_best_order_of_any_score(seed, n, dtyp
     # Few different values, so that ties abound.
     score = torch.from_numpy(generator.integers(-3, 4, (n, n))).to(dtype)
     edges = assignment._diagonal(score, 0.0).merged(*assignment._candidates(score))
+    prices = np.zeros(n)
     while True:
-        order = edges.matched()
-        more = edges.merged(
-            *assignment._violations(score, order, edges.prices(order), edges.rounding, 0.0)
-        )
+        order = edges.matched(prices)
+        prices = edges.raised(prices, order)
+        more = edges.merged(*assignment._violations(score, order, prices, edges.rounding, 0.0))
         if more.count == edges.count:
             break
         edges = more
