@@ -122,11 +122,13 @@ class _GramFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GramForm.Val
     """upper triangle, float32"""
     GRAM_FORM_HALF: _GramForm.ValueType  # 2
     """correlations in fixed point of 16 bits, and variances"""
-    GRAM_FORM_SKETCH: _GramForm.ValueType  # 3
+    GRAM_FORM_BYTE: _GramForm.ValueType  # 3
+    """the same in fixed point of 8 bits"""
+    GRAM_FORM_SKETCH: _GramForm.ValueType  # 4
     """a few directions, and what they leave of the variances"""
-    GRAM_FORM_BLOCKS: _GramForm.ValueType  # 4
+    GRAM_FORM_BLOCKS: _GramForm.ValueType  # 5
     """covariances of inputs that stand together"""
-    GRAM_FORM_DIAGONAL: _GramForm.ValueType  # 5
+    GRAM_FORM_DIAGONAL: _GramForm.ValueType  # 6
     """variances"""
 
 class GramForm(_GramForm, metaclass=_GramFormEnumTypeWrapper): ...
@@ -136,11 +138,13 @@ GRAM_FORM_TRIANGLE: GramForm.ValueType  # 1
 """upper triangle, float32"""
 GRAM_FORM_HALF: GramForm.ValueType  # 2
 """correlations in fixed point of 16 bits, and variances"""
-GRAM_FORM_SKETCH: GramForm.ValueType  # 3
+GRAM_FORM_BYTE: GramForm.ValueType  # 3
+"""the same in fixed point of 8 bits"""
+GRAM_FORM_SKETCH: GramForm.ValueType  # 4
 """a few directions, and what they leave of the variances"""
-GRAM_FORM_BLOCKS: GramForm.ValueType  # 4
+GRAM_FORM_BLOCKS: GramForm.ValueType  # 5
 """covariances of inputs that stand together"""
-GRAM_FORM_DIAGONAL: GramForm.ValueType  # 5
+GRAM_FORM_DIAGONAL: GramForm.ValueType  # 6
 """variances"""
 Global___GramForm: _TypeAlias = GramForm  # noqa: Y015
 
@@ -369,6 +373,7 @@ class Request(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     ENCODINGS_FIELD_NUMBER: _builtins.int
     MATCHER_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -406,6 +411,10 @@ class Request(_message.Message):
     def encodings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoding]:
         """of Gram matrices and moments"""
 
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
+        """those that statistics are collected of; none for all"""
+
     def __init__(
         self,
         *,
@@ -427,10 +436,11 @@ class Request(_message.Message):
         order: _builtins.bool = ...,
         encodings: _abc.Iterable[Global___Encoding] | None = ...,
         matcher: _builtins.str = ...,
+        blocks: _abc.Iterable[Global___Block] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "fit", b"fit", "probe_bound", b"probe_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "matcher", b"matcher", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "blocks", b"blocks", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "matcher", b"matcher", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
     _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015

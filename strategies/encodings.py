@@ -29,6 +29,7 @@ from fedbasin.strategies.validation import check_pieces
 _GRAM = {
     Kind.triangle: pb.GRAM_FORM_TRIANGLE,
     Kind.half: pb.GRAM_FORM_HALF,
+    Kind.byte: pb.GRAM_FORM_BYTE,
     Kind.sketch: pb.GRAM_FORM_SKETCH,
     Kind.blocks: pb.GRAM_FORM_BLOCKS,
     Kind.diagonal: pb.GRAM_FORM_DIAGONAL,

@@ -20,7 +20,7 @@ from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import Block
 
 # Inputs for each row of a sketch, from the finer one to the coarser.
-_SKETCHES = (8, 32)
+_SKETCHES = (16, 32)
 _BLOCK = 8
 
 
@@ -82,8 +82,9 @@ def _steps(
 def _ladder(layer: Layer, *, sketches: bool) -> list[Form]:
     """The forms of a Gram matrix, each cheaper than the one before."""
     rows = [Form(Kind.sketch, max(1, layer.inputs // each)) for each in _SKETCHES * sketches]
-    forms = [Form(), Form(Kind.half), *rows, Form(Kind.blocks, _BLOCK), Form(Kind.diagonal)]
-    ladder = forms[:1]
+    exact, rounded = Form(), [Form(Kind.half), Form(Kind.byte)]
+    forms = [exact, *rounded, *rows, Form(Kind.blocks, _BLOCK), Form(Kind.diagonal)]
+    ladder = [exact]
     for form in forms[1:]:
         if _gram_bytes(layer, form) < _gram_bytes(layer, ladder[-1]):
             ladder.append(form)

@@ -4,9 +4,9 @@
                                            C  the scatter around the mean
 
 Forms that lose something lose it of C: the mean of the inputs is always exact, and a positive semi-definite
-piece of C gives a positive semi-definite G. `half` sends the correlations `D^-1/2 C D^-1/2`, which lie between
--1 and 1, in fixed point of 16 bits, and D exactly: rounding G itself to a float of 16 bits, an error relative to
-each entry, makes nearly singular matrices indefinite. A sketch is described in `sketch`.
+piece of C gives a positive semi-definite G. `half` and `byte` send the correlations `D^-1/2 C D^-1/2`, which lie
+between -1 and 1, in fixed point of 16 or 8 bits, and D exactly: rounding G itself to a float of as many bits, an
+error relative to each entry, makes nearly singular matrices indefinite. A sketch is described in `sketch`.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Correlations in fixed point: this stands for one.
-_ONE = 2**15 - 1
 # The largest entry of a row of a moment in float16; the most that it could be is 65504.
 _LARGEST = 2.0**15
 
@@ -32,9 +30,14 @@ class Kind(Enum):
 
     triangle = "the upper triangle: exact"
     half = "correlations in 16 bits, and exact variances"
+    byte = "correlations in 8 bits, and exact variances"
     sketch = "a few directions, and what they leave of the variances"
     blocks = "covariances of inputs that stand together"
     diagonal = "variances"
+
+
+# Correlations in fixed point, the largest number standing for one.
+_FIXED = {Kind.half: torch.int16, Kind.byte: torch.int8}
 
 
 class MomentKind(Enum):
@@ -109,8 +112,9 @@ def layout(form: Form, inputs: int, bias: bool) -> dict[str, Piece]:
     match form.kind:
         case Kind.triangle:
             return {"values": Piece(torch.float32, (inputs * (inputs + 1) // 2,))}
-        case Kind.half:
-            return {"values": Piece(torch.int16, (own * (own - 1) // 2,)), "root": root} | mean
+        case Kind.half | Kind.byte:
+            pairs = Piece(_FIXED[form.kind], (own * (own - 1) // 2,))
+            return {"values": pairs, "root": root} | mean
         case Kind.sketch:
             rows = Piece(torch.float32, (form.size, own))
             return {"values": rows, "spread": root} | mean
@@ -138,8 +142,8 @@ def encode(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Pieces
         return {"values": _upper(gram).float()}
     scatter = _scatter(gram) if bias else gram
     mean = {"mean": gram[..., -1].float()} if bias else {}
-    if form.kind is Kind.half:
-        return _correlations(scatter) | mean
+    if form.kind in _FIXED:
+        return _correlations(scatter, _FIXED[form.kind]) | mean
     where = _within(scatter.shape[-1], form)
     return {"values": scatter[..., where[0], where[1]].float()} | mean
 
@@ -154,7 +158,7 @@ def decode(pieces: Mapping[str, Tensor], form: Form, bias: bool) -> Float[Tensor
     match form.kind:
         case Kind.triangle:
             return _symmetric(values.double())
-        case Kind.half:
+        case Kind.half | Kind.byte:
             scatter = _from_correlations(values, pieces["root"].double())
         case Kind.sketch:
             rows = values.double()
@@ -170,19 +174,17 @@ def dominating(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Te
 
     A fit to residuals divides by what is known of the inputs. What is left out must not make steps too long:
     `2 |c_ij u_i u_j| <= |c_ij| (u_i^2 d_j / d_i + u_j^2 d_i / d_j)` with `d_i^2 = c_ii`, so covariances that are left
-    out are made up for by variances.
+    out are made up for by variances. Rounded correlations are made up for by the largest eigenvalue of noise of
+    that size, `2 sigma sqrt(n)` (Wigner 1958): most likely, and not for certain.
     """
-    if form.kind not in {Kind.blocks, Kind.diagonal}:
-        return gram
     scatter = _scatter(gram) if bias else gram
-    root = scatter.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    size = scatter.shape[-1]
-    block = torch.arange(size) // _edge(form, size)
-    outside = scatter.abs() * (block[:, None] != block)
-    rise = root * (outside / root.where(root > 0, 1.0).unsqueeze(-2)).sum(-1)
-    if bias:
-        rise = torch.nn.functional.pad(rise, (0, 1))
-    return gram + torch.diag_embed(rise)
+    if form.kind in _FIXED:
+        rise = _noise(form, scatter.shape[-1]) * scatter.diagonal(dim1=-2, dim2=-1)
+    elif form.kind in {Kind.blocks, Kind.diagonal}:
+        rise = _outside(scatter, form)
+    else:
+        return gram
+    return gram + torch.diag_embed(torch.nn.functional.pad(rise, (0, 1)) if bias else rise)
 
 
 def encode_moment(moment: Float[Tensor, "out inputs"], kind: MomentKind) -> Pieces:
@@ -222,11 +224,11 @@ def _with_mean(scatter: Tensor, mean: Tensor) -> Tensor:
     return joint
 
 
-def _correlations(scatter: Tensor) -> Pieces:
+def _correlations(scatter: Tensor, dtype: torch.dtype) -> Pieces:
     root = scatter.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     divisor = root.where(root > 0, 1.0)
     correlations = scatter / (divisor.unsqueeze(-1) * divisor.unsqueeze(-2))
-    rounded = (correlations.clamp(-1, 1) * _ONE).round().to(torch.int16)
+    rounded = (correlations.clamp(-1, 1) * torch.iinfo(dtype).max).round().to(dtype)
     size = scatter.shape[-1]
     rows, columns = torch.triu_indices(size, size, offset=1)
     return {"values": rounded[..., rows, columns], "root": root.float()}
@@ -236,22 +238,36 @@ def _from_correlations(values: Int[Tensor, "*groups pairs"], root: Tensor) -> Te
     size = root.shape[-1]
     rows, columns = torch.triu_indices(size, size, offset=1)
     correlations = torch.diag_embed(torch.ones_like(root))
-    correlations[..., rows, columns] = correlations[..., columns, rows] = values.double() / _ONE
-    return _positive(correlations) * (root.unsqueeze(-1) * root.unsqueeze(-2))
+    one = torch.iinfo(values.dtype).max
+    correlations[..., rows, columns] = correlations[..., columns, rows] = values.double() / one
+    return _positive(correlations, 0.5 / one) * (root.unsqueeze(-1) * root.unsqueeze(-2))
 
 
-def _positive(correlations: Tensor) -> Tensor:
+def _positive(correlations: Tensor, unit: float) -> Tensor:
     """Correlations drawn together by what their rounding may have taken them below zero, and no further.
 
-    No entry is off by more than half a unit, so no eigenvalue by more than that for every other input.
+    No entry is off by more than `unit`, so no eigenvalue by more than that for every other input.
     """
-    size, unit = correlations.shape[-1], 0.5 / _ONE
+    size = correlations.shape[-1]
     identity, lift = torch.eye(size, dtype=correlations.dtype), 0.0
     while bool(torch.linalg.cholesky_ex(correlations + lift * identity).info.any()):
         if lift >= unit * size:
             raise IndefiniteError("the correlations of a Gram matrix are none of any inputs")
         lift = min(max(unit, 2 * lift), unit * size)
     return (correlations + lift * identity) / (1 + lift)
+
+
+def _noise(form: Form, size: int) -> float:
+    """The largest eigenvalue of what rounding changes in correlations; one is off by up to half a unit."""
+    return float(2 * (size / 3) ** 0.5 * 0.5 / torch.iinfo(_FIXED[form.kind]).max)
+
+
+def _outside(scatter: Tensor, form: Form) -> Tensor:
+    """What the covariances outside the blocks can add up to, for each input."""
+    root = scatter.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    block = torch.arange(scatter.shape[-1]) // _edge(form, scatter.shape[-1])
+    outside = scatter.abs() * (block[:, None] != block)
+    return root * (outside / root.where(root > 0, 1.0).unsqueeze(-2)).sum(-1)
 
 
 def _edge(form: Form, size: int) -> int:

@@ -19,7 +19,14 @@ from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.stages import Fitting
 
 W = torch.float64
-FORMS = [Form(), Form(Kind.half), Form(Kind.sketch, 3), Form(Kind.blocks, 2), Form(Kind.diagonal)]
+FORMS = [
+    Form(),
+    Form(Kind.half),
+    Form(Kind.byte),
+    Form(Kind.sketch, 3),
+    Form(Kind.blocks, 2),
+    Form(Kind.diagonal),
+]
 BLOCK = ("2.weight", "2.bias")
 
 

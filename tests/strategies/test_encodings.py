@@ -27,7 +27,14 @@ from fedbasin.strategies.outcome import Refusal
 BLOCK = ("fc.weight", "fc.bias")
 INPUTS, OUTPUTS = 6, 3
 GRAM = pb.PRECISION_KIND_GRAM
-FORMS = [Form(), Form(Kind.half), Form(Kind.sketch, 2), Form(Kind.blocks, 2), Form(Kind.diagonal)]
+FORMS = [
+    Form(),
+    Form(Kind.half),
+    Form(Kind.byte),
+    Form(Kind.sketch, 2),
+    Form(Kind.blocks, 2),
+    Form(Kind.diagonal),
+]
 
 
 def rows():
@@ -85,7 +92,7 @@ def test_groups_travel_side_by_side(form):
         (lambda t: t[None], "wrong_shape"),
         (lambda t: t.flatten()[0], "wrong_shape"),
         (lambda t: t.double(), "wrong_dtype"),
-        (lambda t: t.to(torch.int8), "wrong_dtype"),
+        (lambda t: t.to(torch.uint8), "wrong_dtype"),
     ],
 )
 def test_every_part_has_its_shape_and_type(form, spoil, outcome):

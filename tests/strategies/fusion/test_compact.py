@@ -23,6 +23,7 @@ W = torch.float64
 FORMS = [
     Form(),
     Form(Kind.half),
+    Form(Kind.byte),
     Form(Kind.blocks, 3),
     Form(Kind.blocks, 100),
     Form(Kind.diagonal),
@@ -94,12 +95,13 @@ def test_the_ones_and_the_diagonal_are_exact(given_gram, form):
     assert ((found - gram).diagonal().abs() <= tolerance.diagonal()).all()
 
 
-@given(grams())
+@given(grams(), st.sampled_from([(Kind.half, 15), (Kind.byte, 7)]))
 @settings(max_examples=40, deadline=None)
-def test_half_is_as_near_as_its_units_are_small(given_gram):
+def test_rounded_correlations_are_as_near_as_their_units_are_small(given_gram, how):
     gram, bias = given_gram
-    found = decode(encode(gram, Form(Kind.half), bias), Form(Kind.half), bias)
-    assert ((found - gram).abs() <= (3 * len(gram) * 2.0**-15) * scale(gram) + 1e-12).all()
+    form, unit = Form(how[0]), 2.0 ** -how[1]
+    found = decode(encode(gram, form, bias), form, bias)
+    assert ((found - gram).abs() <= 3 * len(gram) * unit * scale(gram) + 1e-12).all()
 
 
 @given(grams(), st.sampled_from([Form(Kind.blocks, 3), Form(Kind.diagonal)]))
