@@ -13,6 +13,7 @@ from tests.benchmarks import (
     bench_matching_memory,
     bench_memory,
     bench_observer,
+    bench_own_starts,
     bench_page,
     bench_rebasin,
     bench_telemetry,
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "rebasin": bench_rebasin.measure,
     "telemetry": bench_telemetry.measure,
     "observer": bench_observer.measure,
+    "own_starts": bench_own_starts.measure,
     "page": bench_page.measure,
 }
 
