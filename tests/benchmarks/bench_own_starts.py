@@ -75,7 +75,7 @@ class Digits:
 
     def share(self, node: int) -> tuple[Tensor, Tensor]:
         images, labels = self._all
-        order = np.random.RandomState(self.seed).permutation(TRAINED)  # noqa: NPY002 - a fixed split
+        order = np.random.RandomState(self.seed).permutation(TRAINED)
         own = torch.tensor(np.array_split(order, self.clients)[node])
         return images[own], labels[own]
 
