@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedbasin.strategies.chunks import one_core
 from fedbasin.strategies.state import State, floating
 
 ENTRIES = 2**12
@@ -127,6 +128,7 @@ class Drift:
         self._units = torch.zeros_like(self._anchor)
         self._moved = 0
 
+    @one_core()  # vectors this short would wait for the other cores longer than they take
     def add(self, client: State) -> Direction | None:
         """One client's update; None, and nothing is added, where it does not have the anchor's tensors."""
         if not self.sample.fits(client):
@@ -140,10 +142,12 @@ class Drift:
             self._units += update / norm
         return Direction(norm, _cosine(update, self._previous))
 
+    @one_core()
     def movement(self, model: State) -> Vector:
         """What a new global model has moved by, at the sample's entries."""
         return self.sample.read(model) - self._anchor
 
+    @one_core()
     def finish(self, movement: Vector) -> Directions:
         """What the clients' updates have in common, and with the movement that they led to."""
         if not self.clients:
