@@ -11,8 +11,22 @@ PREFIX = "fedbasin_"
 
 # The names in fedbasin.strategies, which would bring torch; a test compares. Their counters and histograms exist
 # from the start, at zero, so that a rate also sees what the first round counts.
-RECIPES = ("fedavg", "fisher", "regmean", "regmean++", "features", "head", "auto", "features-head")
-STAGES = ("bootstrap", "fuse", "fit", "head", "evaluate")
+RECIPES = (
+    "fedavg",
+    "fisher",
+    "regmean",
+    "regmean++",
+    "features",
+    "head",
+    "auto",
+    "features-head",
+    "lora",
+    "lora-factors",
+    "lora-rotated",
+    "lora-gram",
+    "lorm",
+)
+STAGES = ("bootstrap", "fuse", "fit", "head", "probe", "evaluate")
 STATES = ("running", "finished", "failed")
 SIDES = ("clients", "server")
 
