@@ -14,6 +14,7 @@ from typing import TypeAlias
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 
+from fedbasin.client.adapters import model_names
 from fedbasin.client.context import forget, keep, keep_begun, keep_sent, kept, sent
 from fedbasin.client.data import Batches
 from fedbasin.client.fitting import fit_reply
@@ -70,7 +71,7 @@ def basin(
             return trained
         seconds = time.perf_counter() - started
         content = build_reply(request, *trained, own, batches, train_seconds=seconds)
-        if request.header.keep and wire.ARRAYS in content:
+        if request.header.keep and wire.ARRAYS in content and not request.moving:
             keep_sent(context, content)
             if request.header.order:
                 keep_begun(context, request.anchor)
@@ -84,13 +85,15 @@ def _train(
 ) -> tuple[dict[str, Tensor], dict[str, float]] | Message:
     """The model that this round has trained, now or in an earlier stage; or the app's error reply."""
     header = request.header
+    if request.moving:
+        return {**request.anchor, **request.moving}, {"num-examples": header.moving_examples}
     before = kept(context, header.round)
     if not (before and header.keep):
         forget(context)
     if before:
         return before
     is_own = header.start == pb.START_OWN
-    start = dict(own.state_dict()) if is_own else request.anchor
+    start = _own_start(request, own) if is_own else request.anchor
     message.content = _for_app(message.content, start)
     out = call_next(message, context)
     if out.has_error():
@@ -99,6 +102,13 @@ def _train(
     if header.keep:
         keep(context, header.round, state, metrics)
     return state, metrics
+
+
+def _own_start(request: Request, own: nn.Module) -> dict[str, Tensor]:
+    """The model's own weights; where adapters travel alone, its own adapters."""
+    state = dict(own.state_dict())
+    names = model_names(own, request.anchor)
+    return state if names.keys() == state.keys() else {n: state[m] for n, m in names.items()}
 
 
 def _probe_fused(

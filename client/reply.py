@@ -9,14 +9,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedbasin.client.activations import correlations
+from fedbasin.client.adapters import completed, model_names
 from fedbasin.client.data import Batches
+from fedbasin.client.learned import align_learned
 from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import order
@@ -33,7 +35,9 @@ from fedbasin.strategies.diagnostics.share import draw
 from fedbasin.strategies.diagnostics.spectra import affordable, matrices, spectral_alignment
 from fedbasin.strategies.diagnostics.variance import variance_ratios
 from fedbasin.strategies.encodings import read_encodings, write_grams
-from fedbasin.strategies.fusion.update import Order
+from fedbasin.strategies.fusion.adapters import widened
+from fedbasin.strategies.fusion.compact import Pieces
+from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.state import State, floating
 from fedbasin.strategies.symmetry.sites import Symmetry, parse
@@ -57,12 +61,14 @@ class Request:
         anchor: the global model.
         radii: the anchor's identity radii, by site.
         path_points: points of the path that this client is to evaluate; 0 for none.
+        moving: the floating tensors of a merge to align in place of the client's own model; empty for none.
     """
 
     header: pb.Request
     anchor: dict[str, Tensor]
     radii: dict[str, Tensor]
     path_points: int = 0
+    moving: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_request(content: RecordDict, node_id: int = 0) -> Request:
@@ -85,7 +91,10 @@ def read_request(content: RecordDict, node_id: int = 0) -> Request:
     probes = not header.HasField("probe_bound") or (
         draw(node_id, header.round) <= header.probe_bound
     )
-    return Request(header, anchor, radii, header.path_points if probes else 0)
+    moving = {}
+    if header.moving:
+        moving = packing.unpack(wire.arrays(content, wire.MOVING), header.moving)
+    return Request(header, anchor, radii, header.path_points if probes else 0, moving)
 
 
 def build_reply(
@@ -145,12 +154,12 @@ def fused_path(
         MissingDataError: there is no data.
     """
     batches = required(data, "the path from the fused model")
-    end = {**request.anchor, **own}
+    start, end = completed(model, request.anchor), completed(model, {**request.anchor, **own})
     header = answer(request)
     with _probing(header):
-        path = path_losses(model, request.anchor, end, batches(), request.path_points)
+        path = path_losses(model, start, end, batches(), request.path_points)
         header.path.CopyFrom(path_message(path))
-        header.variance.extend(_variance(request.anchor, end, model, batches))
+        header.variance.extend(_variance(start, end, model, batches))
     return header
 
 
@@ -186,6 +195,7 @@ def answer(request: Request) -> pb.UpdateHeader:
 
 
 def _pack(request: Request, aligned: State, header: pb.UpdateHeader, content: RecordDict) -> None:
+    aligned = widened(aligned, request.anchor)
     if request.header.anchor:
         content[wire.ARRAYS], specs = packing.pack(floating(aligned))
         header.tensors.extend(specs)
@@ -215,21 +225,36 @@ def _align(
         return trained
     symmetry = parse(request.header.symmetry)
     started = time.perf_counter()
-    found = _matched(request, symmetry, trained, model, data)
+    own = widened(trained, request.anchor)
+    found = _matched(request, symmetry, own, model, data, header.examples)
     header.symmetry_digest = symmetry.digest
     seconds = time.perf_counter() - started
     header.alignment.CopyFrom(alignment_message(found.report, seconds))
+    if request.header.matcher == Matcher.learned.name:
+        # What was learned is this very point of the path.
+        return found.state
     return symmetry.translate(symmetry.fold(request.anchor), found.state)
 
 
 def _matched(
-    request: Request, symmetry: Symmetry, trained: State, model: nn.Module, data: Data | None
+    request: Request,
+    symmetry: Symmetry,
+    trained: State,
+    model: nn.Module,
+    data: Data | None,
+    examples: float,
 ) -> Alignment:
     matcher = Matcher[request.header.matcher or Matcher.weights.name]
     if matcher is Matcher.activations:
         batches = required(data, "matching by activations")
         seen = correlations(symmetry, model, request.anchor, trained, batches())
         return match_activations(symmetry, request.anchor, trained, seen)
+    if matcher is Matcher.learned:
+        batches, merged = required(data, "learned matching"), request.header.merged_examples
+        pair = (request.anchor, trained)
+        return align_learned(
+            symmetry, model, *pair, batches, examples=examples, merged_examples=merged
+        )
     match = match_sinkhorn if matcher is Matcher.sinkhorn else match_weights
     return match(symmetry, request.anchor, trained, request.radii)
 
@@ -246,10 +271,11 @@ def _probe(
     if not points:
         return
     batches = required(data, "the barrier to the anchor")
-    before = path_losses(model, request.anchor, trained, batches(), points)
+    start, end = completed(model, request.anchor), completed(model, trained)
+    before = path_losses(model, start, end, batches(), points)
     after = before
     if aligned is not trained:
-        after = path_losses(model, request.anchor, aligned, batches(), points)
+        after = path_losses(model, start, completed(model, aligned), batches(), points)
     header.path.CopyFrom(_sums(before, after))
     if request.header.align:
         _prove(before, after, trained, header)
@@ -312,17 +338,28 @@ def _collect(
     if kind == pb.PRECISION_KIND_SCALAR:
         return
     batches = required(data, pb.PrecisionKind.Name(kind))
-    model.load_state_dict(dict(aligned))
+    model.load_state_dict(completed(model, aligned))
     if kind == pb.PRECISION_KIND_GRAM:
-        encodings = read_encodings(request.header.encodings)
-        pieces = gram_pieces(model, batches(), request.header.shrink, encodings)
-        write_grams(header, content, pieces, {})
+        write_grams(header, content, _gram_pieces(request, model, batches), {})
         return
     fisher = diagonal_fisher(model, batches())
     named = {name: _normalised(f, header.examples).float() for name, f in fisher.items()}
     content[wire.STATISTICS], specs = packing.pack(named)
     for name, spec in zip(named, specs, strict=True):
         header.precisions.add(tensors=(name,), kind=kind, statistic=spec)
+
+
+def _gram_pieces(request: Request, model: nn.Module, batches: Data) -> dict[Block, Pieces]:
+    """Of the blocks that were asked for, under the names that they were asked by."""
+    encodings, shrink = read_encodings(request.header.encodings), request.header.shrink
+    asked = [tuple(block.tensors) for block in request.header.blocks]
+    if not asked:
+        return gram_pieces(model, batches(), shrink, encodings)
+    names = model_names(model, request.anchor)
+    own = {tuple(names[name] for name in block): block for block in asked}
+    known = {block: encodings[asked] for block, asked in own.items() if asked in encodings}
+    found = gram_pieces(model, batches(), shrink, known, own)
+    return {own[block]: pieces for block, pieces in found.items()}
 
 
 def _normalised(fisher: Tensor, examples: float) -> Tensor:

@@ -8,7 +8,7 @@ Raffel 2022, arXiv 2111.09832. Both are sums over examples, so those of two data
 together, and both belong to the weights that the model has now: collect them after aligning.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from operator import itemgetter
 from typing import Literal, TypeAlias
@@ -61,7 +61,7 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
         ValueError: There is no data, `shrink` is outside [0, 1], or a mask does not fit a layer's input.
     """
     _check_shrink(shrink)
-    totals = _totals(model, batches, {})
+    totals = _totals(model, batches, {}, None)
     return {block: shrunk(total.gram, shrink) for block, total in totals.items()}
 
 
@@ -70,14 +70,22 @@ def gram_pieces(
     batches: Batches,
     shrink: float = 1.0,
     encodings: Mapping[Block, Encoding] | None = None,
+    blocks: Collection[Block] | None = None,
 ) -> dict[Block, Pieces]:
     """The same as it is sent: of each Gram matrix the pieces of its form, a triangle where nothing else is asked.
+
+    Args:
+        model: as for `grams`.
+        batches: likewise.
+        shrink: likewise.
+        encodings: how layers are sent.
+        blocks: the layers that are wanted; all, if None.
 
     Raises:
         ValueError: as `grams`; or `shrink` is below 1 where a sketch is asked for.
     """
     _check_shrink(shrink)
-    totals = _totals(model, batches, encodings or {})
+    totals = _totals(model, batches, encodings or {}, blocks)
     return {block: total.weighing(shrink) for block, total in totals.items()}
 
 
@@ -89,9 +97,12 @@ def _check_shrink(shrink: float) -> None:
 
 
 def _totals(
-    model: nn.Module, batches: Batches, encodings: Mapping[Block, Encoding]
+    model: nn.Module,
+    batches: Batches,
+    encodings: Mapping[Block, Encoding],
+    blocks: Collection[Block] | None,
 ) -> dict[Block, Total]:
-    layers = gram_layers(model)
+    layers = [layer for layer in gram_layers(model) if blocks is None or layer.block in blocks]
     totals = {
         layer.block: nothing(
             layer,

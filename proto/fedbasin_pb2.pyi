@@ -158,6 +158,8 @@ class _MomentFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MomentForm
     MOMENT_FORM_FLOAT32: _MomentForm.ValueType  # 1
     MOMENT_FORM_FLOAT16: _MomentForm.ValueType  # 2
     """and a scale for each row"""
+    MOMENT_FORM_BYTE: _MomentForm.ValueType  # 3
+    """fixed point of 8 bits, and a scale for each row and each column"""
 
 class MomentForm(_MomentForm, metaclass=_MomentFormEnumTypeWrapper): ...
 
@@ -165,6 +167,8 @@ MOMENT_FORM_UNSPECIFIED: MomentForm.ValueType  # 0
 MOMENT_FORM_FLOAT32: MomentForm.ValueType  # 1
 MOMENT_FORM_FLOAT16: MomentForm.ValueType  # 2
 """and a scale for each row"""
+MOMENT_FORM_BYTE: MomentForm.ValueType  # 3
+"""fixed point of 8 bits, and a scale for each row and each column"""
 Global___MomentForm: _TypeAlias = MomentForm  # noqa: Y015
 
 @_typing.final
@@ -374,6 +378,9 @@ class Request(_message.Message):
     ENCODINGS_FIELD_NUMBER: _builtins.int
     MATCHER_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    MERGED_EXAMPLES_FIELD_NUMBER: _builtins.int
+    MOVING_FIELD_NUMBER: _builtins.int
+    MOVING_EXAMPLES_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -397,6 +404,9 @@ class Request(_message.Message):
     """say in which order the model uses its layers"""
     matcher: _builtins.str
     """a name of fedbasin.strategies.alignment.matcher.Matcher; empty: weights"""
+    merged_examples: _builtins.float
+    """behind the anchor, with which the model will be merged by examples; 0: not known"""
+    moving_examples: _builtins.float
     @_builtins.property
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -414,6 +424,10 @@ class Request(_message.Message):
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
         """those that statistics are collected of; none for all"""
+
+    @_builtins.property
+    def moving(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """A merge that the client aligns in place of its own model, in the record "moving", and the examples behind it."""
 
     def __init__(
         self,
@@ -437,10 +451,13 @@ class Request(_message.Message):
         encodings: _abc.Iterable[Global___Encoding] | None = ...,
         matcher: _builtins.str = ...,
         blocks: _abc.Iterable[Global___Block] | None = ...,
+        merged_examples: _builtins.float = ...,
+        moving: _abc.Iterable[Global___TensorSpec] | None = ...,
+        moving_examples: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "fit", b"fit", "probe_bound", b"probe_bound"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "blocks", b"blocks", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "matcher", b"matcher", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "align", b"align", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "blocks", b"blocks", "encodings", b"encodings", "fit", b"fit", "keep", b"keep", "matcher", b"matcher", "merged_examples", b"merged_examples", "moving", b"moving", "moving_examples", b"moving_examples", "order", b"order", "path_points", b"path_points", "precision", b"precision", "probe_bound", b"probe_bound", "radii", b"radii", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "symmetry", b"symmetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
     _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015
@@ -459,7 +476,7 @@ class Precision(_message.Message):
     STATISTIC_FIELD_NUMBER: _builtins.int
     MOMENT_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
-    MOMENT_SCALE_FIELD_NUMBER: _builtins.int
+    MOMENT_MORE_FIELD_NUMBER: _builtins.int
     kind: Global___PrecisionKind.ValueType
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -478,8 +495,8 @@ class Precision(_message.Message):
         """likewise: what else the form of a Gram matrix has, in its order"""
 
     @_builtins.property
-    def moment_scale(self) -> Global___TensorSpec:
-        """likewise: of the rows of a moment, where its form has one"""
+    def moment_more(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """likewise: what else the form of a moment has, in its order"""
 
     def __init__(
         self,
@@ -489,11 +506,11 @@ class Precision(_message.Message):
         statistic: Global___TensorSpec | None = ...,
         moment: Global___TensorSpec | None = ...,
         more: _abc.Iterable[Global___TensorSpec] | None = ...,
-        moment_scale: Global___TensorSpec | None = ...,
+        moment_more: _abc.Iterable[Global___TensorSpec] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "moment_scale", b"moment_scale", "statistic", b"statistic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "statistic", b"statistic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "moment", b"moment", "moment_scale", b"moment_scale", "more", b"more", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "moment", b"moment", "moment_more", b"moment_more", "more", b"more", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

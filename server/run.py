@@ -98,6 +98,7 @@ def decisive(settings: Settings) -> str:
         "align",
         "start",
         "bootstrap",
+        "merge",
         "sum",
         "fraction_train",
         "statistics_budget_bytes",
@@ -246,6 +247,7 @@ class Run:
             order=recipe.fits,
             keep=recipe.fits or self._keeps,
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
+            frozen=recipe.frozen(number),
         )
         dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
         return fusing(self.model, recipe, ask, settings.align, self.blocks, dtype)

@@ -24,6 +24,7 @@ from fedbasin.server.run import Run, decisive
 from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.alignment.subset import SubsetError, choose_layers
 from fedbasin.strategies.allotment import check_budget
+from fedbasin.strategies.fusion.adapters import AdapterError, find_adapters
 from fedbasin.strategies.fusion.budget import BudgetError
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
 from fedbasin.strategies.state import State, tied
@@ -74,7 +75,10 @@ def _prepare(
     """Everything that can be refused before work starts."""
     # A copy, because the app may go on working with its model.
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    if settings.align != "off":
+    if settings.composed.adapters is not None:
+        _check_adapters(state)
+    # Adapters have a symmetry of their own, and products of factors need none.
+    if settings.align != "off" and not (settings.composed.adapters and symmetry is None):
         if symmetry is None:
             raise SettingsError(
                 f"fedbasin.align = {settings.align!r} needs the model's symmetry; pass "
@@ -113,6 +117,13 @@ def _prepare(
         found.memory if found else {},
         layers,
     )
+
+
+def _check_adapters(state: State) -> None:
+    try:
+        find_adapters(state)
+    except AdapterError as error:
+        raise SettingsError(f"fedbasin.recipe: {error}") from error
 
 
 def _check_observer(settings: Settings) -> None:

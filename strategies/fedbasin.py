@@ -124,7 +124,8 @@ class FedBasin(Strategy):
         asked = self._flower.configure_train(server_round, arrays, config, grid)
         nodes = [message.metadata.dst_node_id for message in asked]
         anchor = plain.read(arrays)
-        ask = Ask(symmetry=self._symmetry, encodings=self._encodings)
+        frozen = self._recipe.frozen(server_round)
+        ask = Ask(symmetry=self._symmetry, encodings=self._encodings, frozen=frozen)
         stage = fusing(anchor, self._recipe, ask, self._align, self._blocks)
         sent = broadcast(stage, anchor, server_round, config, packed=self._packed)
         self._asked = _Asked(stage, sent, requests(sent, nodes))

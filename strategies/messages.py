@@ -13,6 +13,7 @@ from torch import Tensor
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.matching import AlignmentReport
+from fedbasin.strategies.alignment.pairs import Link
 from fedbasin.strategies.encodings import encoding_messages, read_encodings, statistics
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.update import Block, Order, Update
@@ -32,6 +33,8 @@ _TARGET = {
     Target.weights: pb.FIT_TARGET_WEIGHTS,
     Target.labels: pb.FIT_TARGET_LABELS,
 }
+# Where a message's config says which factor of its adapters a client leaves as it is: "lora_A" or "lora_B".
+FROZEN = "frozen-factor"
 # Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed;
 # the others are the SuperLink's.
 _CLIENT_ERRORS = {1, 2, 6, 7, 8}
@@ -70,7 +73,8 @@ def broadcast(
         stage: whose question it is.
         anchor: the global model of this round.
         server_round: from 1.
-        config: the app's own settings for its clients; "server-round" is added to a copy.
+        config: the app's own settings for its clients; "server-round" is added to a copy, and "frozen-factor"
+            where the stage freezes one.
         packed: lay the tensors out as few flat arrays. Flower's wrappers compare messages tensor by
             tensor and need them plain; a deployed round is then slower by the number of tensors.
         digest: of the anchor, where it is known.
@@ -92,21 +96,36 @@ def broadcast(
         probe_bound=probe_bound,
         matcher=ask.matcher.name,
     )
-    content = RecordDict({"config": ConfigRecord({**config, "server-round": server_round})})
+    settings = ConfigRecord({**config, "server-round": server_round})
+    if ask.frozen:
+        settings[FROZEN] = ask.frozen
+    content = RecordDict({"config": settings})
     if packed:
         content[wire.ARRAYS], specs = packing.pack(anchor)
         header.anchor.extend(specs)
     else:
         content[wire.ARRAYS] = plain.write(anchor)
     header.order = ask.order
+    header.blocks.extend(pb.Block(tensors=block) for block in ask.blocks)
     header.encodings.extend(encoding_messages(ask.encodings))
     if ask.fit is not None:
         header.fit.CopyFrom(_fit(ask.fit))
+    if ask.link is not None:
+        _write_link(ask.link, header, content)
     if ask.radii:
         content[wire.RADII], specs = packing.pack(ask.radii)
         header.radii.extend(specs)
     wire.write(content, header)
     return Broadcast(stage.kind, content, header, _nbytes(content))
+
+
+def _write_link(link: Link, header: pb.Request, content: RecordDict) -> None:
+    if link.anchor is not None:
+        header.merged_examples = link.anchor.examples
+    if link.moving is not None:
+        header.moving_examples = link.moving.examples
+        content[wire.MOVING], specs = packing.pack(link.moving.model)
+        header.moving.extend(specs)
 
 
 def _fit(ask: Fitting) -> pb.Fit:

@@ -28,6 +28,10 @@ class Outcome(Enum):
         "the stage goes on without it"
     )
     symmetry_mismatch = "the client moved its model by another symmetry than the server sent"
+    frozen_changed = (
+        "the client trained a factor of its adapters that this round has frozen; set requires_grad to False for what "
+        "the message's config names as frozen-factor"
+    )
     missing_tensor = "a tensor of the global model is not in the update; send the whole state dict"
     unexpected_tensor = (
         "the update has a tensor that the global model lacks; use the same model class"

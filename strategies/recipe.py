@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Literal
 
 from fedbasin.strategies.fusion.tally import Ridge
-from fedbasin.strategies.steps import Average, Replace, Step
+from fedbasin.strategies.steps import Average, Momentum, Replace, Step
 
 
 class Statistic(Enum):
@@ -14,6 +14,17 @@ class Statistic(Enum):
     none = "nothing: the number of examples is all that is known"
     fisher = "the diagonal Fisher information of every parameter"
     gram = "the Gram matrix of every linear and convolutional layer's inputs"
+
+
+class Adapters(Enum):
+    """How the two factors of low-rank adapters are fused."""
+
+    factors = "each factor as any other tensor"
+    rotated = "the same, after turning a client's factors to the anchor's"
+    products = "their products, which are then split again"
+    alternating = (
+        "one at a time, each with the inputs that it is multiplied with; the other is frozen"
+    )
 
 
 class Target(Enum):
@@ -41,6 +52,10 @@ class Recipe:
         reach: how far clients then look beyond that point, on the line through it from the global model, in
             multiples of its distance; the best point of that line is taken. 0 does not look.
         step: what the fused model does to the global one.
+        pays: fitting goes on while it takes at least this share of the fused model's loss away, as the probed
+            path says; then the run goes over to `then` for good.
+        then: the recipe that takes over.
+        adapters: how low-rank adapters are fused, which the model must then have; None for models that have none.
     """
 
     name: str
@@ -53,18 +68,36 @@ class Recipe:
     probe: int = 0
     reach: float = 0.0
     step: Step = field(default_factory=Replace)
+    adapters: Adapters | None = None
+    pays: float = 0.0
+    then: "Recipe | None" = None
 
     @property
     def fits(self) -> bool:
         """Whether stages follow that fit layers."""
         return self.head or self.fit is not None
 
+    def frozen(self, number: int) -> Literal["", "lora_A", "lora_B"]:
+        """The factor of adapters that clients do not train in a round, counted from 1; empty where they train all.
+
+        A is frozen first: B begins at zero, and while it is, A has no gradient.
+        """
+        if self.adapters is not Adapters.alternating:
+            return ""
+        return "lora_A" if number % 2 else "lora_B"
+
     def check_align(self, align: Literal["client", "server", "off"]) -> None:
         """Check that the statistics can be collected where they are needed.
 
         Raises:
-            ValueError: the server would have to turn a Fisher diagonal, or what only an aligned client has.
+            ValueError: the server would have to turn a Fisher diagonal, or what only an aligned client has; or
+                nobody would turn factors that are to be turned.
         """
+        if self.adapters is Adapters.rotated and align == "off":
+            raise ValueError(
+                f"align = 'off': recipe {self.name!r} turns factors to the anchor's; set align = 'client' or 'server', "
+                "or choose the recipe lora-factors"
+            )
         if self.statistic is Statistic.fisher and align == "server":
             raise ValueError(
                 "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "
@@ -86,7 +119,21 @@ RECIPES = {
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(1e-2), fit=Target.features, step=Average()),
         Recipe("head", head=True),
-        Recipe("auto", ridge=Ridge(1e-2), fit=Target.features, head=True, probe=5, reach=2.0),
+        Recipe(
+            "auto",
+            ridge=Ridge(1e-2),
+            fit=Target.features,
+            head=True,
+            probe=5,
+            reach=2.0,
+            pays=0.1,
+            then=Recipe("momentum", step=Momentum(0.7)),
+        ),
         Recipe("features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=True),
+        Recipe("lora", adapters=Adapters.products),
+        Recipe("lora-factors", adapters=Adapters.factors),
+        Recipe("lora-rotated", adapters=Adapters.rotated),
+        Recipe("lora-gram", Statistic.gram, Ridge(1e-2), adapters=Adapters.products),
+        Recipe("lorm", Statistic.gram, Ridge(1e-3), adapters=Adapters.alternating),
     )
 }

@@ -20,15 +20,25 @@ from torch import Tensor
 from fedbasin.strategies.alignment.certificate import Radii, identity_radii
 from fedbasin.strategies.alignment.matcher import Matcher
 from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
+from fedbasin.strategies.alignment.pairs import Link
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
+from fedbasin.strategies.fusion.adapters import blocks_of, find_adapters
 from fedbasin.strategies.fusion.compact import Encoding
+from fedbasin.strategies.fusion.products import ProductTally
 from fedbasin.strategies.fusion.tally import Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import Recipe, Statistic, Target
+from fedbasin.strategies.recipe import Adapters, Recipe, Statistic, Target
 from fedbasin.strategies.state import State, beyond, floating, interpolate
+from fedbasin.strategies.symmetry.adapters import adapters
 from fedbasin.strategies.symmetry.sites import Symmetry
-from fedbasin.strategies.validation import check_alike, check_examples, check_order, check_update
+from fedbasin.strategies.validation import (
+    check_alike,
+    check_examples,
+    check_frozen,
+    check_order,
+    check_update,
+)
 
 
 class Start(Enum):
@@ -98,6 +108,9 @@ class Ask:
         keep: another stage of the round follows, for which the client keeps its model, as trained and as sent.
         encodings: how Gram matrices and moments are sent; those of blocks that are not named, exactly.
         matcher: how the client aligns its model.
+        link: what is merged in pairs.
+        blocks: those that statistics are collected of; none for all.
+        frozen: the factor of low-rank adapters that clients do not train.
     """
 
     start: Start = Start.shared
@@ -111,6 +124,9 @@ class Ask:
     keep: bool = False
     encodings: Mapping[Block, Encoding] = field(default_factory=dict)
     matcher: Matcher = Matcher.weights
+    link: Link | None = None
+    blocks: tuple[Block, ...] = ()
+    frozen: Literal["", "lora_A", "lora_B"] = ""
 
 
 Kind = Literal["train", "evaluate"]
@@ -169,7 +185,8 @@ class Fuse:
         self._anchor = anchor
         self._recipe = recipe
         self._blocks = () if recipe.statistic is Statistic.none else blocks
-        self._tally = Tally.zero(anchor, dtype)
+        products = recipe.adapters is Adapters.products
+        self._tally = (ProductTally if products else Tally).zero(anchor, dtype)
         self.order: Order | None = None
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
@@ -181,6 +198,7 @@ class Fuse:
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {wanted.value}")
         check_update(update, self._anchor, expected)
         check_alike(update, self._tally.blocks)
+        check_frozen(update.parameters, self._anchor, self.ask.frozen)
         if self.ask.order:
             check_order(update.order, self._anchor)
             self.order = self.order or update.order
@@ -208,7 +226,8 @@ class AlignedFuse:
         # Checked before it is aligned: an assignment over NaN has no answer.
         check_update(update, self._anchor)
         found = self._match(self._symmetry, self._anchor, update.parameters, self._radii)
-        self._fuse.accept(node, update.moved(found.transform))
+        folded = replace(update, parameters=self._symmetry.fold(update.parameters))
+        self._fuse.accept(node, folded.moved(found.transform))
         return found.report
 
     def finish(self) -> dict[str, Tensor]:
@@ -261,7 +280,8 @@ class Bootstrap:
     def finish(self) -> dict[str, Tensor]:
         if not self._models:
             return dict(self._template)
-        return {**self._template, **self._models[self._chosen()]}
+        model = {**self._template, **self._models[self._chosen()]}
+        return model if self._symmetry is None else self._symmetry.fold(model)
 
     def _chosen(self) -> int:
         """Ties go to the lowest node id."""
@@ -322,6 +342,8 @@ def fusing(
         blocks: the blocks that every client must know something about; None lets the first decide.
         dtype: of the sums.
     """
+    if recipe.adapters is not None:
+        ask, blocks = _adapting(anchor, recipe, ask)
     symmetry = ask.symmetry if align != "off" else None
     asked = replace(ask, symmetry=None, statistic=recipe.statistic, shrink=recipe.shrink)
     if align == "client" and symmetry is not None:
@@ -330,3 +352,13 @@ def fusing(
     if align == "server" and symmetry is not None:
         return AlignedFuse(fuse, anchor, symmetry)
     return fuse
+
+
+def _adapting(anchor: State, recipe: Recipe, ask: Ask) -> tuple[Ask, tuple[Block, ...]]:
+    """The question for adapters, and the blocks of which they need statistics."""
+    found = find_adapters(anchor)
+    blocks: tuple[Block, ...] = ()
+    if recipe.statistic is Statistic.gram:
+        blocks = tuple(blocks_of(found, "up" if ask.frozen == "lora_A" else "down"))
+    symmetry = adapters(anchor) if recipe.adapters is Adapters.rotated else ask.symmetry
+    return replace(ask, symmetry=symmetry, blocks=blocks), blocks

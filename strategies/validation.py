@@ -118,6 +118,22 @@ def check_order(order: Order | None, model: State) -> None:
         )
 
 
+def check_frozen(parameters: State, anchor: State, factor: str) -> None:
+    """Check that a factor of adapters is as it was sent; raises a Refusal as `check_update` does.
+
+    Args:
+        parameters: of the update, of the anchor's names and shapes.
+        anchor: the global model that was sent.
+        factor: `lora_A` or `lora_B`; empty where all are trained.
+    """
+    if not factor:
+        return
+    marks = factor, factor.replace("lora_", "lora_embedding_")
+    frozen = [name for name in parameters if any(mark in name for mark in marks)]
+    if changed := [n for n in frozen if not torch.equal(parameters[n], anchor[n])]:
+        raise Refusal(Outcome.frozen_changed, _list(changed))
+
+
 def check_examples(examples: float) -> None:
     """Check a client's weight; raises a Refusal as `check_update` does."""
     if not 0 < examples <= _MOST_EXAMPLES:

@@ -94,7 +94,8 @@ def test_a_recipe_is_this_sequence_of_stages(recipe, grouping):
 
 
 def test_every_recipe_has_its_sequence():
-    assert {recipe for recipe, _ in SEQUENCES} == set(RECIPES)
+    # Those for adapters are one stage, and need a model that has some.
+    assert {r for r, _ in SEQUENCES} == {n for n, r in RECIPES.items() if r.adapters is None}
 
 
 @pytest.mark.parametrize(("grouping", "groups"), [("layer", LEVELS), ("block", BLOCKS)])

@@ -52,7 +52,7 @@ def assert_same(a, b):
 
 class TestPlan:
     def test_asks_for_the_recipes_statistic(self):
-        for recipe in RECIPES.values():
+        for recipe in (r for r in RECIPES.values() if r.adapters is None):
             ask = fusing(state(0), recipe, Ask(Start.own, path_points=5), "off").ask
             assert (ask.statistic, ask.start, ask.path_points) == (recipe.statistic, Start.own, 5)
 
