@@ -23,6 +23,7 @@ HEADER = "fedbasin"
 ARRAYS = "arrays"
 STATISTICS = "statistics"
 RADII = "radii"
+MOVING = "moving"
 
 _Header = TypeVar("_Header", pb.Request, pb.UpdateHeader)
 _Record = TypeVar("_Record", ArrayRecord, ConfigRecord, MetricRecord)
