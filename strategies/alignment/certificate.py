@@ -20,14 +20,7 @@ from torch import Tensor
 
 from fedbasin.strategies.chunks import one_core
 from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.inner import (
-    DirectSum,
-    Inner,
-    PairSigns,
-    Rotary,
-    inner_values,
-)
+from fedbasin.strategies.symmetry.groups import Permutation, Wreath
 from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
 
 Radii = Mapping[str, Float[Tensor, " units"]]
@@ -41,10 +34,10 @@ _SLACK = 1 - 1e-4
 # Units compared at a time, so that memory does not grow with the square of the width.
 _ROWS = 1024
 
-# Blocks whose best agreement is cheap to know, and is exactly known: no larger ones are compared.
-_WIDEST_BLOCK, _MOST_BLOCKS = 256, 1024
+# Width of a leg beyond which blocks are not compared: the score of all with all is held at once.
+_WIDEST = 8192
 
-# Singular values are exact to this share.
+# Sums in double are exact to this share.
 _DOUBT = 1e-9
 
 # Units whose drift is measured at a time, so that their change stays in the cache.
@@ -54,14 +47,14 @@ _PIECE = 256
 def identity_radii(symmetry: Symmetry, anchor: State) -> dict[str, Tensor]:
     """The identity radius of every unit or block that may change places, by site name.
 
-    Sites without a proof are left out: where a tensor has the site on two axes, and where the best agreement of
-    two blocks is not known exactly.
+    Sites without a proof are left out: where a tensor has the site on two axes, where elements stretch, and where
+    blocks are too wide to be compared.
     """
     radii = {}
     for site in symmetry.sites:
         if isinstance(site.group, Permutation) and not site.quadratic:
             radii[site.name] = _half_separation(_units(site, anchor))
-        elif isinstance(site.group, Wreath) and not site.quadratic and _is_known(site.group):
+        elif isinstance(site.group, Wreath) and not site.quadratic and _is_provable(site.group):
             radii[site.name] = _half_separation_of_blocks(site, site.group, anchor)
     return radii
 
@@ -126,30 +119,25 @@ def _gaps(start: int, rows: Tensor, units: Tensor, squares: Tensor, doubt: float
     return gaps
 
 
-def _is_known(group: Wreath) -> bool:
-    """Whether no element that turns two blocks into agreement is better than the one that is found."""
-    small = max(group.sizes) <= _WIDEST_BLOCK and group.count <= _MOST_BLOCKS
-    return small and all(map(_is_exact, group.inners))
-
-
-def _is_exact(inner: Inner) -> bool:
-    if isinstance(inner, DirectSum):
-        return all(map(_is_exact, inner.parts))
-    if isinstance(inner, Permutation):
-        return inner.count == 1
-    return isinstance(inner, Orthogonal | Rotary | PairSigns)
+def _is_provable(group: Wreath) -> bool:
+    """Whether its elements keep lengths, and all blocks can be compared at once."""
+    keeps_lengths = all(dual == leg for leg, dual in enumerate(group.duals))
+    return keeps_lengths and max(group.widths) <= _WIDEST
 
 
 def _half_separation_of_blocks(
     site: Site, group: Wreath, anchor: State
 ) -> Float[Tensor, " blocks"]:
     scores = _self_scores(site, group, anchor)
-    # A block's own entry of M is its rows' products: the trace is the squared norm.
     home = torch.arange(group.count)
+    # A block's own entry of M is its rows' products: the trace is the squared norm.
     own = torch.stack([score[home, home].diagonal(dim1=-2, dim2=-1).sum(-1) for score in scores])
     squares = own.sum(0)
-    sums = squares[:, None] + squares
-    gaps = (sums * (1 - _DOUBT) - 2 * inner_values(group.inners, scores)).clamp_min(0)
+    # No map that keeps lengths agrees better than `||M||_* <= sqrt(size) ||M||`, at a fraction of its cost.
+    best = torch.stack(
+        [score.square().sum((-2, -1)).sqrt() * score.shape[-1] ** 0.5 for score in scores]
+    )
+    gaps = ((squares[:, None] + squares) * (1 - _DOUBT) - 2 * best.sum(0)).clamp_min(0)
     return (gaps.fill_diagonal_(torch.inf).amin(1).sqrt() / 2).float()
 
 

@@ -141,14 +141,13 @@ def test_running_statistics_do_not_count() -> None:
     assert certified(anchor, {**anchor, "mean": 1e6 * anchor["mean"]})
 
 
-def test_only_plain_permutations_have_radii() -> None:
+def test_units_and_blocks_that_change_places_have_radii() -> None:
     symmetry = parse(
         "plain S(4) a[0]\nturned O(4) b[0]\ngroups S(2) wr S(2) c[0]\ntwice S(4) d[0] d[1]"
     )
     state = {name: torch.randn(4, 4) for name in "abcd"}
     radii = identity_radii(symmetry, state)
-    assert set(radii) == {"plain"}
-    assert radii["plain"].shape == (4,)
+    assert {name: radius.shape for name, radius in radii.items()} == {"plain": (4,), "groups": (2,)}
     assert not is_certified(symmetry.sites[1], state, state, radii)
 
 
@@ -173,8 +172,17 @@ def test_a_single_unit_has_nowhere_to_go() -> None:
 
 HEADS = parse("heads O(3)*O(2) wr S(4) q[0]@0 k[0]@0 v[0]@1 o[1]@1")
 SIGNED = parse("units O(1) wr S(6) up[0] down[1]")
-GROUPED = parse("groups (O(2)*O(2))xS(4) wr S(3) q[0]@2 k[0]@0 v[0]@1 o[1]@3")
-SHAPES = {"q": (12, 9), "k": (12, 9), "v": (8, 9), "o": (9, 8), "up": (6, 9), "down": (9, 6)}
+GROUPED = parse("groups (O(2)*O(2))xS(2) wr S(2) many[0]@2 v[0,0:4]@0 v[0,4:8]@1 few[1]@3")
+SHAPES = {
+    "many": (8, 9),
+    "few": (9, 8),
+    "q": (12, 9),
+    "k": (12, 9),
+    "v": (8, 9),
+    "o": (9, 8),
+    "up": (6, 9),
+    "down": (9, 6),
+}
 
 
 def blocks(seed: int, dtype: torch.dtype = torch.float32) -> State:
@@ -182,7 +190,7 @@ def blocks(seed: int, dtype: torch.dtype = torch.float32) -> State:
     return {n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()}
 
 
-@pytest.mark.parametrize("symmetry", [HEADS, SIGNED], ids=["heads", "signed"])
+@pytest.mark.parametrize("symmetry", [HEADS, SIGNED, GROUPED], ids=["heads", "signed", "grouped"])
 @many
 @given(seed=seeds, noise=st.floats(0.01, 1.0))
 def test_whenever_the_order_of_blocks_is_proven_the_best_element_exchanges_none(
@@ -195,7 +203,7 @@ def test_whenever_the_order_of_blocks_is_proven_the_best_element_exchanges_none(
         assert site.group.maximiser(scores, 0.0).order.tolist() == list(range(site.group.count))
 
 
-@pytest.mark.parametrize("symmetry", [HEADS, SIGNED], ids=["heads", "signed"])
+@pytest.mark.parametrize("symmetry", [HEADS, SIGNED, GROUPED], ids=["heads", "signed", "grouped"])
 def test_a_client_near_the_anchor_keeps_its_order_and_turns_as_without_the_proof(
     symmetry: Symmetry,
 ) -> None:
@@ -215,9 +223,6 @@ def test_exchanged_heads_are_not_called_in_place() -> None:
     assert not keeps_order(site, anchor, client, identity_radii(HEADS, anchor))
 
 
-def test_blocks_whose_best_agreement_is_only_climbed_to_have_no_radius() -> None:
-    state = {
-        n: torch.randn(s) for n, s in {"q": (24, 5), "k": (6, 5), "v": (6, 5), "o": (5, 24)}.items()
-    }
-    GROUPED.check(state)
-    assert not identity_radii(GROUPED, state)
+def test_blocks_that_stretch_have_no_radius() -> None:
+    symmetry = parse("units P(1) wr S(6) up[0]@0 down[1]@1")
+    assert not identity_radii(symmetry, blocks(0))
