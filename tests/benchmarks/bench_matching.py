@@ -177,8 +177,9 @@ def main(kind: str) -> None:
     symmetry, anchor, client = models(kind)
     names = ("plain", "fedbasin", "radii", "flwr", "folded")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    radii = _timed(seconds["radii"], identity_radii, symmetry, anchor)
-    sent = radii if kind == "near" else None
+    sent = None
+    if kind == "near":
+        sent = _timed(seconds["radii"], identity_radii, symmetry, anchor)
     replies = _replies(client) if kind == "near" else []
 
     def folded() -> None:
