@@ -37,6 +37,7 @@ _GRAM = {
 _MOMENT = {
     MomentKind.float32: pb.MOMENT_FORM_FLOAT32,
     MomentKind.float16: pb.MOMENT_FORM_FLOAT16,
+    MomentKind.byte: pb.MOMENT_FORM_BYTE,
 }
 _KIND = {value: kind for kind, value in _GRAM.items()}
 _MOMENT_KIND = {value: kind for kind, value in _MOMENT.items()}
@@ -108,8 +109,7 @@ def write_grams(
         entry.more.extend(next(specs) for _ in range(len(pieces) - 1))
     for entry, pieces in zip(header.precisions, moments.values(), strict=False):
         entry.moment.CopyFrom(next(specs))
-        if "scale" in pieces:
-            entry.moment_scale.CopyFrom(next(specs))
+        entry.moment_more.extend(next(specs) for _ in range(len(pieces) - 1))
 
 
 def statistics(
@@ -151,9 +151,9 @@ def _specs(precisions: Iterable[pb.Precision]) -> Iterator[pb.TensorSpec]:
     for entry in precisions:
         yield entry.statistic
         yield from entry.more
-        for name in ("moment", "moment_scale"):
-            if entry.HasField(name):
-                yield getattr(entry, name)
+        if entry.HasField("moment"):
+            yield entry.moment
+            yield from entry.moment_more
 
 
 def _precision(entry: pb.Precision, tensors: Mapping[str, Tensor], encoding: Encoding) -> Precision:
@@ -190,8 +190,6 @@ def _moment(entry: pb.Precision, tensors: Mapping[str, Tensor], kind: MomentKind
     if values.dim() != 2:
         raise Refusal(Outcome.wrong_shape, f"the statistic of {name} is {tuple(values.shape)}")
     expected = moment_layout(kind, *values.shape)
-    given = [values]
-    if entry.HasField("moment_scale"):
-        given.append(tensors[entry.moment_scale.name])
+    given = [values, *(tensors[spec.name] for spec in entry.moment_more)]
     check_pieces(name, given, expected, ())
     return decode_moment(dict(zip(expected, given, strict=True)))

@@ -6,7 +6,9 @@ steps do not depend on the budget, which only says where to stop: more bytes nev
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import inf
+from typing import TypeVar
 
 from fedbasin.strategies.fusion.compact import (
     Encoding,
@@ -22,6 +24,8 @@ from fedbasin.strategies.fusion.update import Block
 # Inputs for each row of a sketch, from the finer one to the coarser.
 _SKETCHES = (16, 32)
 _BLOCK = 8
+
+T = TypeVar("T")
 
 
 class BudgetError(ValueError):
@@ -71,24 +75,31 @@ def _steps(
     layer: Layer, now: Encoding, *, moments: bool, sketches: bool
 ) -> Iterator[tuple[int, Encoding]]:
     """One step down for the Gram matrix, one for the moment, each with the bytes that it would lower."""
-    ladder = _ladder(layer, sketches=sketches)
-    for form, cheaper in pairwise(ladder):
+    for form, cheaper in pairwise(_gram_ladder(layer, sketches=sketches)):
         if form == now.gram:
             yield _gram_bytes(layer, form), replace(now, gram=cheaper)
-    if moments and now.moment is MomentKind.float32:
-        yield _moment_bytes(layer, now.moment), replace(now, moment=MomentKind.float16)
+    for kind, smaller in pairwise(_moment_ladder(layer) if moments else []):
+        if kind is now.moment:
+            yield _moment_bytes(layer, kind), replace(now, moment=smaller)
 
 
-def _ladder(layer: Layer, *, sketches: bool) -> list[Form]:
-    """The forms of a Gram matrix, each cheaper than the one before."""
+def _gram_ladder(layer: Layer, *, sketches: bool) -> list[Form]:
+    """The forms of a Gram matrix, from the best."""
     rows = [Form(Kind.sketch, max(1, layer.inputs // each)) for each in _SKETCHES * sketches]
-    exact, rounded = Form(), [Form(Kind.half), Form(Kind.byte)]
-    forms = [exact, *rounded, *rows, Form(Kind.blocks, _BLOCK), Form(Kind.diagonal)]
-    ladder = [exact]
-    for form in forms[1:]:
-        if _gram_bytes(layer, form) < _gram_bytes(layer, ladder[-1]):
-            ladder.append(form)
-    return ladder
+    rounded, parts = [Form(Kind.half), Form(Kind.byte)], [Form(Kind.blocks, _BLOCK)]
+    forms = [Form(), *rounded, *rows, *parts, Form(Kind.diagonal)]
+    return _descending(forms, [_gram_bytes(layer, form) for form in forms])
+
+
+def _moment_ladder(layer: Layer) -> list[MomentKind]:
+    """The forms of a moment, from the best."""
+    return _descending(list(MomentKind), [_moment_bytes(layer, kind) for kind in MomentKind])
+
+
+def _descending(forms: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """Those that cost less than all before them."""
+    least = [inf, *accumulate(costs, min)]
+    return [form for form, cost, low in zip(forms, costs, least, strict=False) if cost < low]
 
 
 def _gram_bytes(layer: Layer, form: Form) -> int:

@@ -45,6 +45,7 @@ class MomentKind(Enum):
 
     float32 = "every entry in 32 bits"
     float16 = "every entry in 16 bits, and a scale for each row"
+    byte = "every entry in 8 bits, and a scale for each row and each column"
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,15 @@ def layout(form: Form, inputs: int, bias: bool) -> dict[str, Piece]:
 
 def moment_layout(kind: MomentKind, outputs: int, inputs: int) -> dict[str, Piece]:
     """The tensors that a moment sends, in their order, `values` first."""
-    if kind is MomentKind.float32:
-        return {"values": Piece(torch.float32, (outputs, inputs))}
-    scale = Piece(torch.float32, (outputs,))
-    return {"values": Piece(torch.float16, (outputs, inputs)), "scale": scale}
+    shape, scale = (outputs, inputs), Piece(torch.float32, (outputs,))
+    match kind:
+        case MomentKind.float32:
+            return {"values": Piece(torch.float32, shape)}
+        case MomentKind.float16:
+            return {"values": Piece(torch.float16, shape), "scale": scale}
+        case MomentKind.byte:
+            columns = Piece(torch.float32, (inputs,))
+            return {"values": Piece(torch.int8, shape), "scale": scale, "columns": columns}
 
 
 def encode(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Pieces:
@@ -189,17 +195,34 @@ def dominating(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Te
 
 def encode_moment(moment: Float[Tensor, "out inputs"], kind: MomentKind) -> Pieces:
     """What is sent of a moment."""
-    if kind is MomentKind.float32:
-        return {"values": moment.float()}
-    scale = (moment.abs().amax(1) / _LARGEST).float()
-    divisor = scale.where(scale > 0, 1.0).double()
-    return {"values": (moment / divisor[:, None]).half(), "scale": scale}
+    match kind:
+        case MomentKind.float32:
+            return {"values": moment.float()}
+        case MomentKind.float16:
+            scale = _largest(moment, 1) / _LARGEST
+            return {"values": (moment / _divisor(scale)[:, None]).half(), "scale": scale}
+        case MomentKind.byte:
+            columns = _largest(moment, 0)
+            level = moment / _divisor(columns)
+            scale = _largest(level, 1) / torch.iinfo(torch.int8).max
+            values = (level / _divisor(scale)[:, None]).round().to(torch.int8)
+            return {"values": values, "scale": scale, "columns": columns}
 
 
 def decode_moment(pieces: Mapping[str, Tensor]) -> Float[Tensor, "out inputs"]:
     """The moment that was sent, in double."""
     values = pieces["values"].double()
-    return values * pieces["scale"].double()[:, None] if "scale" in pieces else values
+    if "scale" in pieces:
+        values = values * pieces["scale"].double()[:, None]
+    return values * pieces["columns"].double() if "columns" in pieces else values
+
+
+def _largest(moment: Tensor, axis: int) -> Tensor:
+    return moment.abs().amax(axis).float()
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return scale.where(scale > 0, 1.0).double()
 
 
 def side(entries: int) -> int:
@@ -248,13 +271,17 @@ def _positive(correlations: Tensor, unit: float) -> Tensor:
 
     No entry is off by more than `unit`, so no eigenvalue by more than that for every other input.
     """
-    size = correlations.shape[-1]
-    identity, lift = torch.eye(size, dtype=correlations.dtype), 0.0
-    while bool(torch.linalg.cholesky_ex(correlations + lift * identity).info.any()):
-        if lift >= unit * size:
+    most = unit * correlations.shape[-1]
+    lift = correlations.new_zeros(correlations.shape[:-2])
+    while bool((bad := torch.linalg.cholesky_ex(_lifted(correlations, lift)).info > 0).any()):
+        if bool((bad & (lift >= most)).any()):
             raise IndefiniteError("the correlations of a Gram matrix are none of any inputs")
-        lift = min(max(unit, 2 * lift), unit * size)
-    return (correlations + lift * identity) / (1 + lift)
+        lift = lift.where(~bad, (2 * lift).clamp(unit, most))
+    return _lifted(correlations, lift) / (1 + lift[..., None, None])
+
+
+def _lifted(correlations: Tensor, lift: Tensor) -> Tensor:
+    return correlations + torch.diag_embed(lift.unsqueeze(-1).expand(correlations.shape[:-1]))
 
 
 def _noise(form: Form, size: int) -> float:

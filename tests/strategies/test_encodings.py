@@ -74,7 +74,7 @@ def test_what_is_written_is_read(form, kind):
     found = received(pieces_of(form), encoding(form, kind), encode_moment(moment, kind))
     expected = decode(pieces_of(form), form, bias=True)
     torch.testing.assert_close(found.precisions[BLOCK].matrix, expected)
-    torch.testing.assert_close(found.moments[BLOCK], moment, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found.moments[BLOCK], moment, rtol=1e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("form", FORMS)

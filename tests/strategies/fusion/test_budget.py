@@ -27,7 +27,7 @@ def models(draw):
 def rank(encoding):
     """Worse is larger; a sketch of fewer rows is worse."""
     gram = encoding.gram
-    return ORDER.index(gram.kind), -gram.size, encoding.moment is MomentKind.float16
+    return ORDER.index(gram.kind), -gram.size, list(MomentKind).index(encoding.moment)
 
 
 def bounds(layers, moments, sketches):
