@@ -37,12 +37,14 @@ class Checkpoint:
         model: the global model after it.
         settings: what decides the result, as text; a run can only go on with the same.
         memory: what the server step remembers.
+        handed_over: the run goes on with the recipe that takes over from the one in the settings.
     """
 
     server_round: int
     model: dict[str, Tensor]
     settings: str
     memory: dict[str, Tensor] = field(default_factory=dict)
+    handed_over: bool = False
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -50,7 +52,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.memory:
         _write(checkpoint.memory, _memory(folder, checkpoint.server_round), {})
-    metadata = {"round": str(checkpoint.server_round), "settings": checkpoint.settings}
+    metadata = {
+        "round": str(checkpoint.server_round),
+        "settings": checkpoint.settings,
+        "handed-over": str(checkpoint.handed_over),
+    }
     _write(_unshared(checkpoint.model), folder / MODEL, metadata)
     # The one before goes last: until the model is there, it is what a run would go on from.
     _memory(folder, checkpoint.server_round - 1).unlink(missing_ok=True)
@@ -74,7 +80,8 @@ def load(folder: Path) -> Checkpoint:
         done = int(metadata["round"])
         memory = _memory(folder, done)
         remembered = load_file(memory) if memory.is_file() else {}
-        return Checkpoint(done, model, metadata["settings"], remembered)
+        handed_over = metadata.get("handed-over") == str(True)
+        return Checkpoint(done, model, metadata["settings"], remembered, handed_over)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of fedbasin: {error}") from error
 

@@ -127,6 +127,12 @@ class StageResult:
         accepted = Outcome.accepted.name
         return [client.node_id for client in self.report.clients if client.outcome == accepted]
 
+    @property
+    def examples(self) -> float:
+        """Of the accepted clients."""
+        accepted = Outcome.accepted.name
+        return sum(c.examples for c in self.report.clients if c.outcome == accepted)
+
 
 @dataclass(frozen=True, eq=False)
 class Question:

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import ConfigRecord
@@ -42,8 +43,9 @@ from fedbasin.strategies.diagnostics.drift import Vector
 from fedbasin.strategies.encodings import read_encodings
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import Block
+from fedbasin.strategies.linking import linked_plan
 from fedbasin.strategies.outcome import Outcome
-from fedbasin.strategies.plans import round_plan
+from fedbasin.strategies.plans import Next, Plan, Planned, round_plan
 from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Fuse, Stage, Start, fusing
 from fedbasin.strategies.state import State
 from fedbasin.strategies.steps import Memory
@@ -122,6 +124,7 @@ class Run:
     done: int
     model: dict[str, Tensor]
     memory: Memory = field(default_factory=dict)
+    handed_over: bool = False  # to the recipe that follows the settings' own
     layers: Sequence[Layer] = ()  # those whose inputs clients may speak of
     movement: Vector | None = None  # what the round before moved the model by, at a few entries
 
@@ -130,6 +133,9 @@ class Run:
         self.probing = Probing(
             self.hooks.probe, settings.probe_clients, settings.probe_points, self.folder
         )
+        self.recipe = settings.composed
+        if self.handed_over and self.recipe.then is not None:
+            self.recipe = self.recipe.then
         self.line = Line(settings.observer, settings.observer_pass)
         self._take(self.model)
 
@@ -161,12 +167,12 @@ class Run:
         nodes = self._sampled(online, number, self.settings.fraction_train)
         self.probing.begin(self.model, number)
         results = [*self._bootstrapped(grid, number, config, nodes)]
-        model = self._planned(grid, number, config, nodes, results)
+        planned = self._planned(grid, number, config, nodes, results)
         # A statistic speaks of a tensor under its first name; the others are the same tensor.
-        model = {name: model[self.ties[name]] for name in model}
-        step = self.settings.composed.step
-        stepped, self.memory = step(self.model, model, number, self.memory)
+        model = {name: planned.model[self.ties[name]] for name in planned.model}
+        stepped, self.memory = self.recipe.step(self.model, model, number, self.memory)
         self._take(stepped)
+        self._hand_over(number, planned.gain)
         fused = next(result for result in results if result.report.stage == Fuse.name)
         self.movement = fused.movement
         metrics = dict(fused.metrics)
@@ -196,7 +202,8 @@ class Run:
     def _bootstrapped(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
     ) -> Iterator[StageResult]:
-        if self._is_own(number) and self.settings.align != "off":
+        needed = self.settings.align != "off" and not self._is_paired(number)
+        if self._is_own(number) and needed:
             found = self._bootstrap(grid, number, config, nodes)
             self._take(found.model)
             yield found
@@ -209,6 +216,9 @@ class Run:
     def _is_own(self, number: int) -> bool:
         return number == 1 and self.settings.start == "own"
 
+    def _is_paired(self, number: int) -> bool:
+        return self._is_own(number) and self.settings.merge != "star"
+
     def _planned(
         self,
         grid: StreamingGrid,
@@ -216,41 +226,78 @@ class Run:
         config: ConfigRecord,
         nodes: list[int],
         results: list[StageResult],
-    ) -> dict[str, Tensor]:
+    ) -> Planned:
         """Drive the recipe's plan to its end; every stage's result is added to `results`."""
-        recipe = self.settings.composed
-        plan = round_plan(
-            self.model,
-            recipe,
-            lambda: self._fuse(number),
-            self.settings.fit,
-            keep=self._keeps,
-            encode=partial(fit_encodings, self.layers, self.settings.statistics_budget_bytes),
-        )
+        plan = self._plan(number)
         step = next(plan)
         while True:
             asked = nodes if step.nodes is None else list(step.nodes)
             observe = self._observe if step.nodes is None else None
-            results.append(self._ask(grid, step.make, number, config, asked, observe, step.carries))
+            try:
+                found = self._ask(grid, step.make, number, config, asked, observe, step.carries)
+            except QuorumLostError as lost:
+                if not step.may_fail:
+                    raise
+                _LOG.warning("round %d/%d %s", number, self.rounds, lost)
+                found = StageResult(self.model, lost.report, {}, pb.PathSums())
+            results.append(found)
             try:
                 step = plan.send(results[-1])
             except StopIteration as end:
-                return dict(end.value)
+                return cast("Planned", end.value)
+
+    def _hand_over(self, number: int, gain: float | None) -> None:
+        """Go over to the recipe that takes over, once fitting no longer pays."""
+        then = self.recipe.then
+        if then is None or gain is None or gain >= self.recipe.pays:
+            return
+        _LOG.info(
+            "round %d/%d fitting took %.0f %% of the loss away, less than %.0f %%: %s takes over",
+            number,
+            self.rounds,
+            100 * gain,
+            100 * self.recipe.pays,
+            then.name,
+        )
+        self.recipe, self.memory = then, {}
+
+    def _plan(self, number: int) -> Plan:
+        settings = self.settings
+        if self._is_paired(number):
+            link = Ask(
+                start=Start.own,
+                symmetry=self.symmetry,
+                matcher=Matcher[settings.matcher],
+                path_points=settings.barrier_points,
+                keep=True,
+            )
+            first = Next(lambda: self._fuse(number))
+            return linked_plan(first, self.model, settings.merge, link)
+        return round_plan(
+            self.model,
+            self.recipe,
+            lambda: self._fuse(number),
+            settings.fit,
+            keep=self._keeps,
+            encode=partial(fit_encodings, self.layers, settings.statistics_budget_bytes),
+        )
 
     def _fuse(self, number: int) -> Stage:
-        settings, recipe = self.settings, self.settings.composed
+        settings, recipe = self.settings, self.recipe
         ask = Ask(
             start=Start.own if self._is_own(number) else Start.shared,
             symmetry=self.symmetry,
             matcher=Matcher[settings.matcher],
             path_points=settings.barrier_points,
             order=recipe.fits,
-            keep=recipe.fits or self._keeps,
+            keep=recipe.fits or self._keeps or self._is_paired(number),
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
             frozen=recipe.frozen(number),
         )
         dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
-        return fusing(self.model, recipe, ask, settings.align, self.blocks, dtype)
+        # Pairs are aligned to each other, later.
+        align = "off" if self._is_paired(number) else settings.align
+        return fusing(self.model, recipe, ask, align, self.blocks, dtype)
 
     def _bootstrap(
         self, grid: StreamingGrid, number: int, config: ConfigRecord, nodes: list[int]
@@ -366,7 +413,13 @@ class Run:
     def _finish_round(self, report: pb.RoundReport) -> None:
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self.folder, report)
-        kept = checkpoint.Checkpoint(report.round, self.model, decisive(self.settings), self.memory)
+        kept = checkpoint.Checkpoint(
+            report.round,
+            self.model,
+            decisive(self.settings),
+            self.memory,
+            handed_over=self.recipe.name != self.settings.recipe,
+        )
         checkpoint.save(self.folder, kept)
         self.done = report.round
         self._push(report)

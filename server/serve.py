@@ -115,6 +115,7 @@ def _prepare(
         found.server_round if found else 0,
         found.model if found else state,
         found.memory if found else {},
+        found.handed_over if found else False,
         layers,
     )
 

@@ -60,10 +60,15 @@ class Settings(BaseModel):
     align: Literal["client", "server", "off"] = Field(
         "client", description="who moves a client's model into the anchor's basin"
     )
-    matcher: Literal["weights", "sinkhorn", "activations"] = Field(
+    matcher: Literal["weights", "sinkhorn", "activations", "learned"] = Field(
         "weights",
         description="what decides how a client is aligned: its weights, the same with all sites deciding together, "
-        "or its features on its own data",
+        "its features on its own data, or what it learns on that data",
+    )
+    merge: Literal["star", "chain", "tree"] = Field(
+        "star",
+        description="how models from own starts are merged: all aligned to one anchor, or in pairs, one after the "
+        "other (chain) or half by half (tree)",
     )
     layers: str = Field(
         "",
@@ -148,11 +153,12 @@ class Settings(BaseModel):
         if self.step and self.step not in STEPS:
             raise ValueError(f"step = {self.step!r}: choose one of {', '.join(STEPS)}")
         RECIPES[self.recipe].check_align(self.align)
-        if self.matcher == "activations" and self.align == "server":
+        if self.matcher in ("activations", "learned") and self.align == "server":
             raise ValueError(
-                "matcher = 'activations' with align = 'server': only clients have the data; set align = 'client', "
-                "or another matcher"
+                f"matcher = {self.matcher!r} with align = 'server': only clients have the data; set align = "
+                "'client', or another matcher"
             )
+        self._check_merge()
         if self.barrier_points == 1:
             raise ValueError(
                 "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
@@ -163,6 +169,25 @@ class Settings(BaseModel):
             )
         self._check_fused_points()
         return self
+
+    def _check_merge(self) -> None:
+        if self.merge == "star":
+            return
+        if self.start != "own" or self.align != "client":
+            raise ValueError(
+                f"merge = {self.merge!r} with start = {self.start!r} and align = {self.align!r}: pairs are for models "
+                "from own starts, which clients align; set start = 'own' and align = 'client', or merge = 'star'"
+            )
+        if self.recipe != "fedavg":
+            raise ValueError(
+                f"merge = {self.merge!r} with recipe = {self.recipe!r}: a merge of models has no statistics; set "
+                "recipe = 'fedavg', or merge = 'star'"
+            )
+        if self.fused_points:
+            raise ValueError(
+                f"merge = {self.merge!r} with fused-points = {self.fused_points}: models are sent in frames that the "
+                "merge leaves again; set fused-points = 0, or merge = 'star'"
+            )
 
     def _check_fused_points(self) -> None:
         points = self.fused_points

@@ -39,11 +39,13 @@ class Next:
         make: the stage, fresh for every attempt.
         carries: the tensors that its messages bring; None for the global model of the round.
         nodes: whom; None for those that the round has sampled.
+        may_fail: the plan goes on where too few answered; it is sent an answer without nodes.
     """
 
     make: Callable[[], Stage]
     carries: State | None = None
     nodes: Sequence[int] | None = None
+    may_fail: bool = False
 
 
 class Answer(Protocol):
@@ -60,6 +62,11 @@ class Answer(Protocol):
         ...
 
     @property
+    def examples(self) -> float:
+        """Of the accepted clients."""
+        ...
+
+    @property
     def order(self) -> Order | None:
         """Of the layers, where the stage asked for it."""
         ...
@@ -70,7 +77,20 @@ class Answer(Protocol):
         ...
 
 
-Plan: TypeAlias = Generator[Next, Answer, dict[str, Tensor]]
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What a plan ended in.
+
+    Attributes:
+        model: the round's model.
+        gain: the share of the fused model's loss that fitting took away, where clients probed it.
+    """
+
+    model: dict[str, Tensor]
+    gain: float | None = None
+
+
+Plan: TypeAlias = Generator[Next, Answer, Planned]
 # How clients send what they say of the layers that a round fits.
 Encode: TypeAlias = Callable[[Sequence[Block]], Mapping[Block, Encoding]]
 
@@ -113,20 +133,32 @@ def round_plan(
         model = answer.model
         new = {name: model[name] for block in fitting.blocks for name in block}
     if not (recipe.probe and fittings):
-        return model
+        return Planned(model)
     probe = partial(_probe, recipe, model, len(fittings), keep=keep)
     answer = yield Next(partial(probe, Along()), new, answer.nodes)
-    share = best_point(answer.curve)
+    first, share = answer.curve, best_point(answer.curve)
     if not recipe.reach:
-        return interpolate(fused, model, share)
+        return Planned(interpolate(fused, model, share), gained(first, first))
     along = Along(share, recipe.reach)
     answer = yield Next(partial(probe, along), {}, answer.nodes)
     start, end = along.ends(begun, fused, model)
-    return interpolate(start, end, best_point(answer.curve))
+    best = interpolate(start, end, best_point(answer.curve))
+    return Planned(best, gained(first, answer.curve))
 
 
 def _probe(recipe: Recipe, model: State, sequence: int, along: Along, *, keep: bool) -> Probe:
     return Probe(model, sequence, along, recipe.probe, keep=keep or along.reach < recipe.reach)
+
+
+def gained(first: Path | None, last: Path | None) -> float:
+    """The share of the fused model's mean loss, where the first path begins, that is gone at the best point of the last.
+
+    Nobody's word is no gain.
+    """
+    if first is None or last is None or not (first.examples and last.examples):
+        return 0.0
+    before = first.loss[0] / first.examples
+    return 1 - min(last.loss) / last.examples / before if before > 0 else 0.0
 
 
 def best_point(path: Path | None) -> float:

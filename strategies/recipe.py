@@ -110,14 +110,17 @@ class Recipe:
             )
 
 
+_FEDAVGM = Recipe("fedavgm", step=Momentum(0.7))
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("fedavg"),
+        _FEDAVGM,
         Recipe("fisher", Statistic.fisher, Ridge(1e-3)),
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
-        Recipe("features", ridge=Ridge(1e-2), fit=Target.features, step=Average()),
+        Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
         Recipe("head", head=True),
         Recipe(
             "auto",
@@ -127,7 +130,7 @@ RECIPES = {
             probe=5,
             reach=2.0,
             pays=0.1,
-            then=Recipe("momentum", step=Momentum(0.7)),
+            then=_FEDAVGM,
         ),
         Recipe("features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=True),
         Recipe("lora", adapters=Adapters.products),

@@ -1,6 +1,7 @@
 """Recipes of several stages over a federation in this process, held to what the clients' own models give directly."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ NODES = [100, 101, 102]
 FIRST, HEAD = ("0.weight", "0.bias"), ("3.weight", "3.bias")
 STAGES = {
     "fedavg": ["fuse"],
+    "fedavgm": ["fuse"],
     "fisher": ["fuse"],
     "regmean": ["fuse"],
     "regmean++": ["fuse", "fit", "fit"],
@@ -291,6 +293,35 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, step):
     resumed = Run(tmp_path, 4, resume=str(cut.result.folder), **config)
     assert equal(resumed.model, whole.model)
     assert {number for _, number in resumed.app.trained} == {3, 4}
+
+
+class TestHandingOver:
+    """A recipe that fits while fitting pays; what pays is set so that it always or never does."""
+
+    @staticmethod
+    def paying(monkeypatch, share):
+        monkeypatch.setitem(RECIPES, "auto", replace(RECIPES["auto"], pays=share))
+
+    def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
+        self.paying(monkeypatch, -1.0)
+        run = Run(tmp_path, 3, recipe="auto")
+        assert {len(report.stages) for report in run.result.reports} == {5}
+
+    def test_another_recipe_takes_over_once_it_does_not(self, tmp_path, monkeypatch, caplog):
+        self.paying(monkeypatch, 1.0)
+        with caplog.at_level("INFO", "flwr.fedbasin"):
+            run = Run(tmp_path, 3, recipe="auto")
+        assert [len(report.stages) for report in run.result.reports] == [5, 1, 1]
+        assert "less than 100 %: fedavgm takes over" in caplog.text
+
+    def test_a_run_that_was_cut_off_after_it_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
+        self.paying(monkeypatch, 1.0)
+        whole = Run(tmp_path / "whole", 5, recipe="auto")
+        for done in (1, 3):
+            cut = Run(tmp_path / f"cut-{done}", done, recipe="auto")
+            resumed = Run(tmp_path, 5, recipe="auto", resume=str(cut.result.folder))
+            assert equal(resumed.model, whole.model)
+            assert len(resumed.stages(5)) == 1
 
 
 def test_a_step_of_the_servers_is_not_the_recipes_own(tmp_path):

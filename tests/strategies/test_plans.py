@@ -59,7 +59,7 @@ class Driven:
                 nodes = list(range(10 - len(self.asked)))
                 step = plan.send(Said(state, nodes, self.order, self.curve))
         except StopIteration as end:
-            self.result = end.value
+            self.result, self.gain = end.value.model, end.value.gain
 
     @property
     def stages(self):
@@ -72,6 +72,7 @@ class Driven:
 
 SEQUENCES = {
     ("fedavg", "layer"): ["fuse"],
+    ("fedavgm", "layer"): ["fuse"],
     ("fisher", "layer"): ["fuse"],
     ("regmean", "block"): ["fuse"],
     ("regmean++", "layer"): ["fuse"] + 6 * ["fit"],
@@ -211,8 +212,18 @@ class TestProbe:
         assert torch.equal(driven.result["head.bias"], torch.full((2,), -21.0))
         assert driven.asked[-1].carries == {}
 
-    def test_nobodys_word_leaves_the_fused_model(self):
-        assert not Driven(RECIPES["auto"]).result["head.weight"].any()
+    def test_nobodys_word_leaves_the_fused_model_and_gains_nothing(self):
+        driven = Driven(RECIPES["auto"])
+        assert not driven.result["head.weight"].any()
+        assert driven.gain == 0
+
+    @pytest.mark.parametrize("reach", [0.0, 3.0])
+    @pytest.mark.parametrize(("losses", "gain"), [((4, 3, 1, 2, 3), 0.75), ((4, 5, 6, 7, 8), 0.0)])
+    def test_the_gain_is_the_share_of_the_fused_models_loss_that_is_gone(self, losses, gain, reach):
+        assert self.driven(losses, reach=reach).gain == gain
+
+    def test_a_recipe_that_does_not_probe_knows_no_gain(self):
+        assert Driven(RECIPES["features-head"]).gain is None
 
 
 @pytest.mark.parametrize("order", [None, Order(())])
