@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 _ROUNDING = 1e-12
 
 # Weight of the identity in a rotation, relative to what decides it: directions without a say stay.
-_PRIOR = 1e-6
+_PRIOR = 1e-9
 
 
 class Thin(NamedTuple):
