@@ -29,13 +29,13 @@ NOISE = 0.1  # of each tensor's own scale
 REPETITIONS = {"unrelated": 2, "near": 5}
 GOALS = {"unrelated": 2.5, "near": 20.0}
 REPLIES = 3
-State2 = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 HOW = f"""Models of RoBERTa-base's shape ({LAYERS} layers, {WIDTH} wide, {HEADS} heads, feed-forward 3072) with random
 weights; the residual stream is left as it is, so every site is independent and both ways end in the same
 distance, which is checked. The client is another random model, or the anchor with noise of {NOISE:.0%} of each
 tensor's scale. Plain: for each layer the score matrix of the feed-forward units, SciPy's `linear_sum_assignment`, units
-permuted by products with the permutation matrix; for the heads NumPy-style loops over pairs of heads, a singular value
+permuted by products with the permutation matrix; for the heads loops over pairs of heads, a singular value
 decomposition each. fedbasin: `match_weights`, near the anchor with the identity radii, which cost the server once
 a round what the last row says; the reports are made in both cases. In turns; seconds are medians, ratios medians
 of neighbours. Flower: `aggregate_arrayrecords` over {REPLIES} replies of that size, per reply; beside it
@@ -87,7 +87,7 @@ def _row(kind: str, seconds: dict[str, list[float]], ratio: float) -> tuple[str,
     return kind, _median(seconds["plain"]), _median(seconds["fedbasin"]), f"{ratio:.1f}"
 
 
-def models(kind: str) -> tuple[Symmetry, State2, State2]:
+def models(kind: str) -> tuple[Symmetry, Tensors, Tensors]:
     """The symmetry, the anchor and a client."""
     torch.manual_seed(0)
     config = RobertaConfig(num_hidden_layers=LAYERS)
@@ -103,7 +103,7 @@ def _drawn(kind: str, tensor: Tensor) -> Tensor:
     return noise if kind == "unrelated" else tensor + NOISE * noise
 
 
-def plain(anchor: State, client: State) -> State2:
+def plain(anchor: State, client: State) -> Tensors:
     """All layers the plain way."""
     state = dict(client)
     for layer in range(LAYERS):
@@ -113,7 +113,7 @@ def plain(anchor: State, client: State) -> State2:
     return state
 
 
-def _plain_feed_forward(anchor: State, state: State2, prefix: str) -> None:
+def _plain_feed_forward(anchor: State, state: Tensors, prefix: str) -> None:
     up, bias, down = (
         f"{prefix}{name}"
         for name in ("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight")
@@ -126,7 +126,7 @@ def _plain_feed_forward(anchor: State, state: State2, prefix: str) -> None:
     state[down] = state[down] @ permutation.T
 
 
-def _plain_heads(anchor: State, state: State2, prefix: str) -> None:
+def _plain_heads(anchor: State, state: Tensors, prefix: str) -> None:
     queries, keys, values = (f"{prefix}self.{name}.weight" for name in ("query", "key", "value"))
     output = f"{prefix}output.dense.weight"
     rows = [slice(head * SIZE, (head + 1) * SIZE) for head in range(HEADS)]
