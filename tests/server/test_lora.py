@@ -1,0 +1,163 @@
+"""Adapters of a tiny transformer over a federation in this process: only they travel, by every recipe."""
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict as saved
+
+from fedbasin.proto import wire
+from fedbasin.server.serve import serve
+from fedbasin.server.settings import SettingsError
+from fedbasin.strategies.fusion.adapters import find_adapters
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.outcome import Refusal
+from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.stages import Ask, fusing
+from tests import adapted, tiny
+
+# peft asks transformers under a name that the latter is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+ADAPTING = [name for name, recipe in RECIPES.items() if recipe.adapters is not None]
+
+
+class Run:
+    def __init__(self, folder, rounds=1, app=None, rank=adapted.RANK, tamper=None, **config):
+        self.app = app or adapted.make_app()
+        self.federation = adapted.federation(
+            app=self.app, folder=str(folder), tamper=tamper, **config
+        )
+        self.start = adapted.server_model(rank)
+        context = self.federation.server_context()
+        self.result = serve(self.federation.grid(), context, self.start, rounds)
+        self.model = self.result.model
+
+    def outcomes(self, number=1):
+        stage = next(s for s in self.result.reports[number - 1].stages if s.stage == "fuse")
+        return {client.node_id: client.outcome for client in stage.clients}
+
+    def mean(self, of):
+        weights = {node: len(adapted.examples(node)[1]) for node in self.app.sent}
+        total = sum(weights[node] * of(state).double() for node, state in self.app.sent.items())
+        return (total / sum(weights.values())).float()
+
+
+def products(state):
+    return {a: state[a.up] @ state[a.down] for a in find_adapters(state)}
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("recipe", ADAPTING)
+def test_adapters_travel_alone_and_every_recipe_learns(tmp_path, recipe):
+    run = Run(tmp_path, 2, recipe=recipe)
+    assert list(run.model) == list(saved(adapted.model()))
+    for number in (1, 2):
+        assert run.outcomes(number) == dict.fromkeys((100, 101, 102), "accepted")
+    net = adapted.model()
+    before = score(net)
+    adapted.load(net, run.model)
+    assert score(net) < before
+    close(run.model["base_model.model.classifier.bias"], run.mean(lambda s: s["base_model.model.classifier.bias"]))  # fmt: skip
+
+
+def score(net):
+    inputs, targets = adapted.examples(50)
+    with torch.no_grad():
+        return torch.nn.functional.cross_entropy(net.eval()(**inputs).logits, targets)
+
+
+def test_products_are_averaged_and_factors_are_not(tmp_path):
+    run = Run(tmp_path, recipe="lora")
+    for adapter, found in products(run.model).items():
+        mean = run.mean(lambda state, a=adapter: products(state)[a])
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        rank = adapted.RANK
+        close(found, u[:, :rank] * s[:rank] @ v[:rank])
+    factors = Run(tmp_path / "factors", recipe="lora-factors")
+    for name, found in factors.model.items():
+        close(found, factors.mean(lambda state, n=name: state[n]))
+
+
+def test_clients_of_smaller_ranks_take_part(tmp_path):
+    run = Run(tmp_path, 2, app=adapted.make_app(rank=lambda node: 1 + node), recipe="lora")
+    assert run.outcomes(2) == dict.fromkeys((100, 101, 102), "accepted")
+    assert {len(s[a.down]) for s in run.app.sent.values() for a in find_adapters(s)} == {1, 2, 3}
+    for adapter, found in products(run.model).items():
+        mean = run.mean(lambda state, a=adapter: products(state)[a])
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        close(found, u[:, :3] * s[:3] @ v[:3])
+
+
+def test_a_rank_above_the_servers_is_refused_by_name():
+    anchor = adapted.server_model(2).state_dict()
+    wide = saved(adapted.model(3))
+    stage = fusing(anchor, RECIPES["lora"], Ask(), "off")
+    with pytest.raises(Refusal, match=r"wrong_shape: .*lora_embedding_A is \(3, 12\)"):
+        stage.accept(1, Update(wide, 5.0))
+    assert all(torch.equal(stage.finish()[name], tensor) for name, tensor in anchor.items())
+
+
+def test_factors_turn_to_the_anchors_where_that_is_asked(tmp_path):
+    run = Run(tmp_path, 2, recipe="lora-rotated")
+    stage = run.result.reports[1].stages[0]
+    sites = [site for client in stage.clients for site in client.alignment.sites]
+    assert len(sites) == 3 * len(find_adapters(run.model))
+    assert all(c.alignment.distance_after <= c.alignment.distance_before for c in stage.clients)
+
+
+def test_one_factor_is_frozen_in_every_round_of_lorm_and_stays_bit_by_bit(tmp_path):
+    run = Run(tmp_path, recipe="lorm")
+    assert [config["frozen-factor"] for config in run.app.configs] == 3 * ["lora_A"]
+    begun = run.start.state_dict()
+    for adapter in find_adapters(begun):
+        assert torch.equal(run.model[adapter.down], begun[adapter.down])
+        assert not torch.equal(run.model[adapter.up], begun[adapter.up])
+    longer = Run(tmp_path / "longer", 2, recipe="lorm")
+    for adapter in find_adapters(begun):
+        assert torch.equal(longer.model[adapter.up], run.model[adapter.up])
+        assert not torch.equal(longer.model[adapter.down], run.model[adapter.down])
+
+
+def test_whoever_trains_a_frozen_factor_is_refused_by_name(tmp_path):
+    app = adapted.make_app(ignores_frozen=(1,))
+    run = Run(tmp_path, app=app, recipe="lorm")
+    assert run.outcomes() == {100: "accepted", 101: "frozen_changed", 102: "accepted"}
+
+
+@pytest.mark.parametrize(("recipe", "sides"), [("lora-gram", [{16}]), ("lorm", [{3}, {16}])])
+def test_statistics_are_of_the_adapters_inputs_alone(tmp_path, recipe, sides):
+    seen = []
+
+    def spy(reply):
+        header = wire.read_update(reply.content)
+        triangles = [entry.statistic.shape[-1] for entry in header.precisions]
+        seen.append({int((8 * n + 1) ** 0.5 // 2) for n in triangles})
+        return reply
+
+    Run(tmp_path, 2, recipe=recipe, tamper={100: spy})
+    assert seen == (sides if len(sides) == 2 else 2 * sides)
+
+
+def test_own_starts_keep_the_base_at_home(tmp_path):
+    run = Run(tmp_path, recipe="lora", start="own")
+    assert list(run.model) == list(saved(adapted.model()))
+
+
+def test_paths_run_through_the_whole_model(tmp_path):
+    run = Run(tmp_path, recipe="lora", barrier_points=3, fused_points=3, fraction_evaluate=1.0)
+    assert run.result.reports[0].path.examples == 24 + 25 + 26
+
+
+@pytest.mark.parametrize("recipe", ADAPTING)
+def test_a_model_without_adapters_is_refused_before_the_first_message(tmp_path, recipe):
+    federation = tiny.federation(recipe=recipe, folder=str(tmp_path))
+    with pytest.raises(SettingsError, match="no tensor named lora_A"):
+        serve(federation.grid(), federation.server_context(), tiny.net(), 1)
+    assert not federation.asked
+
+
+def test_factors_that_are_to_be_turned_need_somebody_to_turn_them(tmp_path):
+    with pytest.raises(SettingsError, match="choose the recipe lora-factors"):
+        Run(tmp_path, recipe="lora-rotated", align="off")
