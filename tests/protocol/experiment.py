@@ -39,6 +39,7 @@ class Experiment:
         seed: of the whole.
         record: takes each point.
         meter: of what it costs.
+        held: share of its examples that a client does not train on, but compares models on.
     """
 
     task: Task
@@ -48,12 +49,24 @@ class Experiment:
     seed: int
     record: Record
     meter: Meter = field(default_factory=Meter)
+    held: float = 0.0
 
     def examples(self, client: int) -> Examples:
-        """One client's own."""
+        """Those that one client trains on."""
+        return self._parted(client)[1]
+
+    def held_out(self, client: int) -> Examples:
+        """Those that it does not."""
+        return self._parted(client)[0]
+
+    def _parted(self, client: int) -> tuple[Examples, Examples]:
         inputs, labels = self.task.train
         own = self.slices[client]
-        return inputs[own], labels[own]
+        # Splits list examples label by label.
+        draw = torch.Generator().manual_seed(1000 * self.seed + client)
+        drawn = torch.randperm(len(own), generator=draw)[: round(self.held * len(own))]
+        held = torch.zeros(len(own), dtype=torch.bool).index_fill_(0, drawn, True)
+        return (inputs[own[held]], labels[own[held]]), (inputs[own[~held]], labels[own[~held]])
 
     def federation(self, run_config: dict[str, Any]) -> MeteredFederation:
         """All clients, with Flower's run config."""
@@ -97,6 +110,11 @@ def prepare(setting: Setting, cache_folder: Path, record: Record) -> Experiment:
     return Experiment(task, slices, make_model, setting.training, setting.seed, record)
 
 
+def _batches(examples: Examples) -> list[Examples]:
+    inputs, labels = examples
+    return list(zip(inputs.split(_DATA_BATCH), labels.split(_DATA_BATCH), strict=True))
+
+
 def _fast(model: nn.Module) -> nn.Module:
     """In the layout that convolutions on a processor are fastest in; the numbers are the same."""
     for parameter in model.parameters():
@@ -112,10 +130,12 @@ def make_app(experiment: Experiment) -> ClientApp:
         return experiment.make_model(1000 + 77 * experiment.seed + _index(context))
 
     def batches(context: Context) -> list[Examples]:
-        inputs, labels = experiment.examples(_index(context))
-        return list(zip(inputs.split(_DATA_BATCH), labels.split(_DATA_BATCH), strict=True))
+        return _batches(experiment.examples(_index(context)))
 
-    app = ClientApp(mods=[basin(own_model, batches)])
+    def held_out(context: Context) -> list[Examples]:
+        return _batches(experiment.held_out(_index(context)))
+
+    app = ClientApp(mods=[basin(own_model, batches, held_out if experiment.held else None)])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
