@@ -31,8 +31,8 @@ _SMALL = 1024
 # A row's candidates are its entries above the third largest of a sample of every 16th: about 48.
 _STRIDE, _RANK = 16, 3
 
-# Rows looked at together, so that memory beside the score stays small.
-_ROWS = 512
+# Rows looked at together: they stay in the cache, and memory beside the score stays small.
+_ROWS = 128
 
 # Candidates in a row, on average, beyond which the dense solver is faster: rows of very different length.
 _CROWDED = 128
