@@ -9,6 +9,7 @@ from tests.benchmarks import (
     bench_certificate,
     bench_fold,
     bench_layers,
+    bench_lora,
     bench_matching,
     bench_matching_memory,
     bench_memory,
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "telemetry": bench_telemetry.measure,
     "observer": bench_observer.measure,
     "own_starts": bench_own_starts.measure,
+    "lora": bench_lora.measure,
     "page": bench_page.measure,
 }
 
