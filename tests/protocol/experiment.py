@@ -64,9 +64,12 @@ class Experiment:
         own = self.slices[client]
         # Splits list examples label by label.
         draw = torch.Generator().manual_seed(1000 * self.seed + client)
-        drawn = torch.randperm(len(own), generator=draw)[: round(self.held * len(own))]
+        drawn = torch.randperm(len(own), generator=draw)[: self._held_of(len(own))]
         held = torch.zeros(len(own), dtype=torch.bool).index_fill_(0, drawn, True)
         return (inputs[own[held]], labels[own[held]]), (inputs[own[~held]], labels[own[~held]])
+
+    def _held_of(self, own: int) -> int:
+        return max(1, round(self.held * own)) if self.held else 0
 
     def federation(self, run_config: dict[str, Any]) -> MeteredFederation:
         """All clients, with Flower's run config."""
