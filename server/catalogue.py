@@ -26,7 +26,7 @@ RECIPES = (
     "lora-gram",
     "lorm",
 )
-STAGES = ("bootstrap", "fuse", "fit", "head", "probe", "evaluate")
+STAGES = ("bootstrap", "fuse", "link", "fit", "head", "probe", "evaluate")
 STATES = ("running", "finished", "failed")
 SIDES = ("clients", "server")
 

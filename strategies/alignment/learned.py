@@ -44,12 +44,15 @@ class Search:
         steps: of Adam, one batch each; 0 leaves weight matching as it is.
         rate: learning rate at the beginning; it falls to 0 along a cosine.
         spread: the point on the path is drawn this far around its place, at most.
+        smoothing: of the labels. A client knows its own examples by heart, so that without it the loss is soon
+            nothing, and what was learned holds for them alone.
         seed: of those points.
     """
 
     steps: int = 400
     rate: float = 0.02
     spread: float = 0.1
+    smoothing: float = 0.1
     seed: int = 0
 
 
@@ -64,8 +67,8 @@ def match_learned(
 ) -> Alignment:
     """Align `client` to `anchor` by weights, then by the loss near one point of the path between them.
 
-    Laws: the client's function is kept; the loss at the place is never above that after weight matching, on the
-    batches that both are compared on. Sites that stretch, and the order of blocks that mix inside, stay as weight
+    Laws: the client's function is kept; the smoothed loss at the place is never above that after weight matching, on
+    the batches that both are compared on. Sites that stretch, and the order of blocks that mix inside, stay as weight
     matching left them. Unlike there, the distance to the anchor may rise.
 
     Args:
@@ -84,9 +87,9 @@ def match_learned(
     """
     if isinstance(batches, Iterator):
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")
-    start = match_weights(symmetry, anchor, client)
-    task = _Task(symmetry, model, symmetry.fold(anchor), start.state, place)
-    learned = _learn(task, batches, search or Search())
+    start, how = match_weights(symmetry, anchor, client), search or Search()
+    task = _Task(symmetry, model, symmetry.fold(anchor), start.state, place, how.smoothing)
+    learned = _learn(task, batches, how)
     if learned is None:
         return start
     transform = learned.after(start.transform)
@@ -101,6 +104,7 @@ class _Task:
     anchor: State
     client: State
     place: float
+    smoothing: float
 
     def loss(self, transform: Transform, batch: Batch, t: float) -> Tensor:
         merged = interpolate(self.anchor, transform.act(self.client), t)
@@ -108,7 +112,7 @@ class _Task:
         for name in merged.keys() & {name for name, _ in self.model.named_buffers()}:
             merged[name] = merged[name].detach()
         logits, targets = counted(forward(self.model, batch, bind(self.model, merged)), batch)
-        return cross_entropy(logits, targets)
+        return cross_entropy(logits, targets, label_smoothing=self.smoothing)
 
 
 def _learn(task: _Task, batches: Batches, search: Search) -> Transform | None:

@@ -234,7 +234,7 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 def test_the_series_of_every_recipe_are_there_before_its_first_round():
     assert set(catalogue.RECIPES) == set(RECIPES)
     named = {one.name for one in (Bootstrap, Fuse, AlignedFuse, Evaluate)}
-    assert set(catalogue.STAGES) == named | {"fit", "head", "probe"}
+    assert set(catalogue.STAGES) == named | {"fit", "head", "link", "probe"}
     there = samples(page())
     for recipe in RECIPES:
         assert there["fedbasin_rounds_total", frozenset({("recipe", recipe)})] == 0

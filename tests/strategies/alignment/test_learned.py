@@ -14,7 +14,7 @@ from fedbasin.strategies.symmetry.sites import Symmetry, parse
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
-SHORT = Search(steps=25)
+SHORT = Search(steps=25, smoothing=0.0)
 
 
 def drawn(make: type[nn.Module], seed: int) -> nn.Module:
@@ -100,8 +100,12 @@ def test_the_loss_is_lowered_where_the_two_will_be_merged(
 ) -> None:
     anchor, client = pair
     model, folded = Small(), symmetry.fold(anchor)
-    near = match_learned(symmetry, model, anchor, client, digits(), 0.2, Search(40, spread=0.02))
-    far = match_learned(symmetry, model, anchor, client, digits(), 0.8, Search(40, spread=0.02))
+    near = match_learned(
+        symmetry, model, anchor, client, digits(), 0.2, Search(40, spread=0.02, smoothing=0.0)
+    )
+    far = match_learned(
+        symmetry, model, anchor, client, digits(), 0.8, Search(40, spread=0.02, smoothing=0.0)
+    )
     assert loss_between(model, folded, near.state, 0.2) < loss_between(
         model, folded, far.state, 0.2
     )
@@ -117,7 +121,7 @@ def test_without_steps_it_is_matching_by_weights(
 def test_steps_that_make_it_worse_are_not_taken(
     symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
-    wild = Search(steps=3, rate=50.0)
+    wild = Search(steps=3, rate=50.0, smoothing=0.0)
     found = match_learned(symmetry, Small(), *pair, digits(), search=wild)
     torch.testing.assert_close(found.state, match_weights(symmetry, *pair).state, rtol=0, atol=0)
 

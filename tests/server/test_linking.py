@@ -1,0 +1,161 @@
+"""Rounds that merge in pairs, over a federation in this process."""
+
+import pytest
+import torch
+from flwr.app import Error, Message
+
+from fedbasin.proto import packing, wire
+from fedbasin.server.rounds import QuorumLostError
+from fedbasin.server.serve import serve
+from fedbasin.server.settings import SettingsError, read_settings
+from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.state import floating
+from tests import tiny
+from tests.server.fake_grid import FakeGrid
+
+CLIENTS = 4
+NODES = [100, 101, 102, 103]
+OWN = {"start": "own", "align": "client"}
+
+
+def stage_of(reply):
+    known = not reply.has_error() and wire.has_header(reply.content)
+    return wire.read_update(reply.content).stage if known else ""
+
+
+def run(folder, tamper=None, rounds=1, fails=lambda node, stage: False, **config):
+    app = tiny.make_app()
+    settings = OWN | {"folder": str(folder), "quorum": 0.25} | config
+    federation = tiny.federation(CLIENTS, app, tamper, **settings)
+    federation.links = []
+
+    def answer(message):
+        # Before the mod makes an ordinary message of it.
+        request = wire.read_request(message.content)
+        if request.stage == "link":
+            federation.links.append((message.metadata.dst_node_id, request))
+        if fails(message.metadata.dst_node_id, request.stage):
+            return Message(Error(2, "out of memory"), reply_to=message)
+        return federation.answer(message)
+
+    result = serve(
+        FakeGrid(federation.contexts, answer),
+        federation.server_context(),
+        tiny.net(),
+        rounds,
+        symmetry=tiny.symmetry(),
+    )
+    return result, federation
+
+
+def own_models(folder):
+    """What each client trains to: its answer to a link that aligns to nothing."""
+    found = {}
+
+    def keep(node):
+        def seen(reply):
+            if stage_of(reply) == "fuse":
+                found[node] = reply
+            return reply
+
+        return seen
+
+    run(folder, {node: keep(node) for node in NODES}, merge="chain")
+    return {
+        node: packing.unpack(reply.content[wire.ARRAYS], wire.read_update(reply.content).tensors)
+        for node, reply in found.items()
+    }
+
+
+def test_a_chain_is_the_mean_of_models_aligned_to_all_before_them(tmp_path):
+    own = own_models(tmp_path / "own")
+    result, federation = run(tmp_path / "run", merge="chain")
+    merged, examples = own[100], 20.0
+    for index, node in enumerate(NODES[1:], start=1):
+        count = 20.0 + index
+        found = match_weights(tiny.symmetry(), merged, own[node]).state
+        share = count / (examples + count)
+        merged = {n: torch.lerp(merged[n], found[n], share) for n in floating(merged)}
+        examples += count
+    torch.testing.assert_close(floating(result.model), merged, atol=1e-5, rtol=1e-5)
+    assert [node for node, _ in federation.links] == NODES
+    assert [request.merged_examples for _, request in federation.links] == [0, 20, 41, 63]
+    assert [request.align for _, request in federation.links] == [False, True, True, True]
+
+
+def test_every_client_trains_once_and_all_at_the_same_time(tmp_path):
+    result, federation = run(tmp_path, merge="chain")
+    assert sorted(federation.app.trained) == [(node, 1) for node in NODES]
+    stages = [stage.stage for stage in result.reports[0].stages]
+    assert stages == ["fuse", "link", "link", "link", "link", "evaluate"]
+    assert not any(context.state for context in federation.contexts.values())
+
+
+def test_a_tree_lets_a_client_align_the_merge_that_it_is_in(tmp_path):
+    result, federation = run(tmp_path, merge="tree")
+    asked = federation.links
+    assert [node for node, _ in asked] == [100, 101, 102, 103, 102]
+    assert [bool(request.moving) for _, request in asked] == [False] * 4 + [True]
+    assert asked[-1][1].moving_examples == 22 + 23
+    assert asked[-1][1].merged_examples == 20 + 21
+    assert result.reports[0].metrics["accuracy"] > 0
+
+
+@pytest.mark.parametrize("merge", ["chain", "tree"])
+def test_a_client_that_fails_is_named_and_left_out(tmp_path, merge):
+    result, _ = run(tmp_path, fails=lambda node, stage: (node, stage) == (101, "link"), merge=merge)
+    (report,) = result.reports
+    failed = [
+        (client.node_id, client.outcome)
+        for stage in report.stages
+        for client in stage.clients
+        if client.outcome != "accepted"
+    ]
+    assert failed == [(101, "client_error")]
+    assert not report.problem
+
+
+def test_a_chain_without_a_client_is_the_chain_of_the_others(tmp_path):
+    result, _ = run(
+        tmp_path, fails=lambda node, stage: (node, stage) == (101, "link"), merge="chain"
+    )
+    without, _ = run(tmp_path / "without", fails=lambda node, stage: node == 101, merge="chain")
+    torch.testing.assert_close(result.model, without.model, atol=1e-6, rtol=1e-6)
+
+
+def test_where_nobody_can_link_the_round_is_the_mean(tmp_path):
+    result, _ = run(tmp_path / "links", fails=lambda node, stage: stage == "link", merge="chain")
+    mean, _ = run(tmp_path / "mean", align="off")
+    torch.testing.assert_close(result.model, mean.model, rtol=0, atol=0)
+
+
+def test_a_round_without_a_quorum_still_fails(tmp_path):
+    with pytest.raises(QuorumLostError, match="stage fuse"):
+        run(tmp_path, fails=lambda node, stage: True, merge="chain")
+
+
+def test_only_the_round_of_own_starts_is_linked(tmp_path):
+    result, _ = run(tmp_path, rounds=2, merge="chain")
+    assert [stage.stage for stage in result.reports[1].stages] == ["fuse", "evaluate"]
+
+
+def test_clients_learn_how_to_align_themselves_and_a_merge(tmp_path):
+    result, _ = run(tmp_path, merge="tree", matcher="learned", barrier_points=2)
+    outcomes = {client.outcome for stage in result.reports[0].stages for client in stage.clients}
+    assert outcomes == {"accepted"}
+    assert result.reports[0].metrics["accuracy"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"merge": "chain"}, "set start = 'own' and align = 'client'"),
+        ({"merge": "tree", "start": "own", "align": "server"}, "which clients align"),
+        ({"merge": "tree", "start": "own", "recipe": "regmean"}, "no statistics"),
+        ({"merge": "chain", "start": "own", "fused-points": 3}, "set fused-points = 0"),
+        ({"matcher": "learned", "align": "server"}, "only clients have the data"),
+    ],
+)
+def test_what_pairs_cannot_do_is_refused_before_work_starts(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        read_settings({f"fedbasin.{name}": value for name, value in settings.items()})
