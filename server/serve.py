@@ -8,6 +8,7 @@ def main(grid, context):
 """
 
 from dataclasses import replace
+import logging
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
@@ -27,8 +28,12 @@ from fedbasin.strategies.allotment import check_budget
 from fedbasin.strategies.fusion.adapters import AdapterError, find_adapters
 from fedbasin.strategies.fusion.budget import BudgetError
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
+from fedbasin.strategies.recipe import Statistic
 from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.sites import Symmetry
+
+# A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
+_LOG = logging.getLogger("flwr.fedbasin")
 
 
 def serve(
@@ -89,6 +94,7 @@ def _prepare(
             symmetry = choose_layers(symmetry, settings.layers)
         except SubsetError as error:
             raise SettingsError(f"fedbasin.{error}") from error
+        _check_folds(settings, symmetry)
     _check_observer(settings)
     if settings.bootstrap == "best" and hooks.score is None:
         raise SettingsError(
@@ -125,6 +131,20 @@ def _check_adapters(state: State) -> None:
         find_adapters(state)
     except AdapterError as error:
         raise SettingsError(f"fedbasin.recipe: {error}") from error
+
+
+def _check_folds(settings: Settings, symmetry: Symmetry) -> None:
+    """Say that folding makes the global model another parametrisation, or that it cannot be done."""
+    if not symmetry.folds:
+        return
+    if settings.align == "server" and settings.composed.statistic is not Statistic.none:
+        raise SettingsError(
+            f"fedbasin.align = 'server' with recipe = {settings.recipe!r}: the symmetry folds norms into their "
+            "readers, whose statistics cannot follow; set fedbasin.align = 'client'"
+        )
+    _LOG.info(
+        "the symmetry folds %d norms: in the global model their gains will be 1", len(symmetry.folds)
+    )
 
 
 def _check_observer(settings: Settings) -> None:
