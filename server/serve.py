@@ -143,7 +143,8 @@ def _check_folds(settings: Settings, symmetry: Symmetry) -> None:
             "readers, whose statistics cannot follow; set fedbasin.align = 'client'"
         )
     _LOG.info(
-        "the symmetry folds %d norms: in the global model their gains will be 1", len(symmetry.folds)
+        "the symmetry folds %d norms: in the global model their gains will be 1",
+        len(symmetry.folds),
     )
 
 
