@@ -35,7 +35,7 @@ HOW = f"""Digits as 8 rows of 8 pixels, {TRAINED} to train on, split evenly at r
 width 32, trained by each client from a start of its own for {EPOCHS} epochs in batches of 32: SGD at 0.05 with momentum
 0.9, AdamW at 0.002. Then one round. Test accuracy; mean of {len(SEEDS[4])} seeds with 4 clients, {len(SEEDS[8])} with 8. `star`: everyone aligns to the first client,
 `chain` and `tree` as in `strategies/alignment/pairs.py`; `weights` is `match_weights` with a turning residual stream,
-`learned` is `match_learned` with {STEPS} steps on the client's own data. In a tree one client aligns a merge, on its own data
+`learned` is `match_learned` with {STEPS} steps and smoothed labels on the client's own data. In a tree one client aligns a merge, on its own data
 alone. `ensemble` averages the clients' probabilities and is no single model."""
 
 COLUMNS = (

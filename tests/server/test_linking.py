@@ -3,15 +3,21 @@
 import pytest
 import torch
 from flwr.app import Error, Message
+from torch.func import functional_call
 
 from fedbasin.proto import packing, wire
 from fedbasin.server.rounds import QuorumLostError
 from fedbasin.server.serve import serve
 from fedbasin.server.settings import SettingsError, read_settings
 from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.stages import Ask, Bootstrap, fusing
 from fedbasin.strategies.state import floating
+from fedbasin.strategies.symmetry.residual import turning_transformer
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
+from tests.strategies.symmetry.families import Transformer
 
 CLIENTS = 4
 NODES = [100, 101, 102, 103]
@@ -159,3 +165,38 @@ def test_clients_learn_how_to_align_themselves_and_a_merge(tmp_path):
 def test_what_pairs_cannot_do_is_refused_before_work_starts(settings, message):
     with pytest.raises(SettingsError, match=message):
         read_settings({f"fedbasin.{name}": value for name, value in settings.items()})
+
+
+def turning():
+    state = Small().state_dict()
+    return turning_transformer(state, heads=2)
+
+
+class Small(Transformer):
+    def __init__(self):
+        super().__init__(width=8, heads=2)
+
+
+def test_statistics_are_not_to_follow_a_folded_norm_on_the_server(tmp_path):
+    federation = tiny.federation(align="server", recipe="regmean", folder=str(tmp_path))
+    with pytest.raises(SettingsError, match="folds norms into their readers"):
+        serve(federation.grid(), federation.server_context(), Small(), 1, symmetry=turning())
+
+
+def test_a_server_that_aligns_folds_each_update_first():
+    torch.manual_seed(0)
+    anchor, client = Small().state_dict(), Small().state_dict()
+    for name, tensor in client.items():
+        client[name] = tensor + 0.1 * torch.randn(tensor.shape)
+    stage = fusing(anchor, RECIPES["fedavg"], Ask(symmetry=turning()), "server")
+    stage.accept(1, Update(client, 1.0, {}))
+    images = torch.randn(3, 8, 8)
+    before, after = (functional_call(Small(), s, (images,)) for s in (client, stage.finish()))
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
+
+
+def test_the_model_that_is_bootstrapped_is_folded():
+    client = {name: 1.5 * tensor for name, tensor in Small().state_dict().items()}
+    stage = Bootstrap(Small().state_dict(), symmetry=turning())
+    stage.accept(1, Update(client, 1.0, {}))
+    assert torch.equal(stage.finish()["final_norm.weight"], torch.ones(8))
