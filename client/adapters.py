@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.state import State
 
-_NAMED = re.compile(r"(?<=\.)(lora_[A-Za-z_]+)\.[^.]+(?=\.|$)|modules_to_save\.[^.]+\.")
+# What is saved of a name, and what is left out of it.
+_NAMED = re.compile(
+    r"(lora_magnitude_vector)\.[^.]+\.weight|(lora_[A-Za-z_]+)\.[^.]+(?=\.|$)|modules_to_save\.[^.]+\."
+)
 
 
 def model_names(model: nn.Module, state: State) -> dict[str, str]:
@@ -20,7 +23,7 @@ def model_names(model: nn.Module, state: State) -> dict[str, str]:
         ValueError: the model has no such tensor.
     """
     own = model.state_dict()
-    saved = {_NAMED.sub(lambda match: match[1] or "", name): name for name in own}
+    saved = {_NAMED.sub(lambda match: match[1] or match[2] or "", name): name for name in own}
     names = {name: name if name in own else saved.get(name, "") for name in state}
     if unknown := [name for name, found in names.items() if not found]:
         raise ValueError(

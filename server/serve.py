@@ -7,8 +7,8 @@ def main(grid, context):
     result = serve(grid, context, model=Net(), rounds=3, symmetry=trace(Net(), example))
 """
 
-from dataclasses import replace
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
@@ -25,9 +25,9 @@ from fedbasin.server.run import Run, decisive
 from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.alignment.subset import SubsetError, choose_layers
 from fedbasin.strategies.allotment import check_budget
-from fedbasin.strategies.fusion.adapters import AdapterError, find_adapters
+from fedbasin.strategies.fusion.adapters import AdapterError, adapted_layers
 from fedbasin.strategies.fusion.budget import BudgetError
-from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
+from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.recipe import Statistic
 from fedbasin.strategies.state import State, tied
 from fedbasin.strategies.symmetry.sites import Symmetry
@@ -80,8 +80,7 @@ def _prepare(
     """Everything that can be refused before work starts."""
     # A copy, because the app may go on working with its model.
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    if settings.composed.adapters is not None:
-        _check_adapters(state)
+    layers = _layers(settings, model, state)
     # Adapters have a symmetry of their own, and products of factors need none.
     if settings.align != "off" and not (settings.composed.adapters and symmetry is None):
         if symmetry is None:
@@ -100,7 +99,7 @@ def _prepare(
         raise SettingsError(
             "fedbasin.bootstrap = 'best' needs a score; pass Hooks(score=...) to serve"
         )
-    blocks, layers = known_blocks(model, settings.composed.statistic), gram_layers(model)
+    blocks = known_blocks(model, settings.composed.statistic)
     try:
         check_budget(settings.composed, layers, settings.statistics_budget_bytes)
     except BudgetError as error:
@@ -126,9 +125,12 @@ def _prepare(
     )
 
 
-def _check_adapters(state: State) -> None:
+def _layers(settings: Settings, model: nn.Module, state: State) -> list[Layer]:
+    """Those that clients may speak of."""
+    if settings.composed.adapters is None:
+        return gram_layers(model)
     try:
-        find_adapters(state)
+        return adapted_layers(state)
     except AdapterError as error:
         raise SettingsError(f"fedbasin.recipe: {error}") from error
 

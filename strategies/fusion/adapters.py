@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.lowrank import LowRank
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.state import State
@@ -100,6 +101,15 @@ def blocks_of(adapters: Iterable[Adapter], factor: str) -> list[Block]:
         factor: `down` for the inputs of A, which are the layer's own; `up` for those of B.
     """
     return [(getattr(adapter, factor),) for adapter in adapters if adapter.reads_rows]
+
+
+def adapted_layers(state: State) -> list[Layer]:
+    """What Gram matrices of the adapters' inputs cost, for a budget; raises as `find_adapters`."""
+    return [
+        Layer((adapter.down,), state[adapter.down].shape[1], len(state[adapter.down]))
+        for adapter in find_adapters(state)
+        if adapter.reads_rows
+    ]
 
 
 def holding(state: State) -> nn.Module:

@@ -90,6 +90,12 @@ def test_clients_of_smaller_ranks_take_part(tmp_path):
         close(found, u[:, :3] * s[:3] @ v[:3])
 
 
+@pytest.mark.parametrize("recipe", ["lora-factors", "lora-rotated", "lora-gram"])
+def test_smaller_ranks_are_taken_by_every_recipe_that_can(tmp_path, recipe):
+    run = Run(tmp_path, 2, app=adapted.make_app(rank=lambda node: 1 + node), recipe=recipe)
+    assert run.outcomes(2) == dict.fromkeys((100, 101, 102), "accepted")
+
+
 def test_a_rank_above_the_servers_is_refused_by_name():
     anchor = adapted.server_model(2).state_dict()
     wide = saved(adapted.model(3))
@@ -161,3 +167,12 @@ def test_a_model_without_adapters_is_refused_before_the_first_message(tmp_path, 
 def test_factors_that_are_to_be_turned_need_somebody_to_turn_them(tmp_path):
     with pytest.raises(SettingsError, match="choose the recipe lora-factors"):
         Run(tmp_path, recipe="lora-rotated", align="off")
+
+
+def test_statistics_of_adapters_keep_to_a_budget(tmp_path):
+    run = Run(tmp_path, recipe="lora-gram", statistics_budget_bytes=500)
+    (stage,) = run.result.reports[0].stages
+    assert {tuple(e.tensors) for e in stage.encodings} == {
+        (a.down,) for a in find_adapters(run.model) if a.reads_rows
+    }
+    assert run.outcomes() == dict.fromkeys((100, 101, 102), "accepted")

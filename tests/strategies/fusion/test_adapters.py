@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from fedbasin.strategies.fusion.adapters import (
     Adapter,
     AdapterError,
+    adapted_layers,
     blocks_of,
     find_adapters,
     holding,
     narrowed,
     widened,
 )
+from fedbasin.strategies.fusion.layers import Layer
 
 SHAPES = {"lora_A": (2, 5), "lora_B": (3, 2)}
 
@@ -107,3 +109,8 @@ def test_a_holding_module_has_the_state_that_it_holds():
     found = holding(given).state_dict()
     assert list(found) == list(given)
     assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+
+
+def test_the_layers_of_a_budget_are_those_with_rows():
+    table = {"e.lora_embedding_A": torch.ones(2, 9), "e.lora_embedding_B": torch.ones(4, 2)}
+    assert adapted_layers({**state(), **table}) == [Layer(("x.lora_A.weight",), 5, 2)]
