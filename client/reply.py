@@ -124,6 +124,9 @@ def build_reply(
     header.examples = _examples(metrics)
     header.train_seconds = train_seconds
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    if request.header.align:
+        # A site of adapters is as wide as the anchor's rank.
+        trained = widened(trained, request.anchor)
     aligned = _align(request, trained, model, data, header)
     with _probing(header):
         _probe(request, trained, aligned, model, data, header)
@@ -225,8 +228,7 @@ def _align(
         return trained
     symmetry = parse(request.header.symmetry)
     started = time.perf_counter()
-    own = widened(trained, request.anchor)
-    found = _matched(request, symmetry, own, model, data, header.examples)
+    found = _matched(request, symmetry, trained, model, data, header.examples)
     header.symmetry_digest = symmetry.digest
     seconds = time.perf_counter() - started
     header.alignment.CopyFrom(alignment_message(found.report, seconds))
