@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid
-from torch import nn
+from torch import Tensor, nn
 
 from fedbasin.server import checkpoint
 from fedbasin.server.access import AccessError
@@ -30,6 +30,7 @@ from fedbasin.strategies.fusion.budget import BudgetError
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.recipe import Statistic
 from fedbasin.strategies.state import State, tied
+from fedbasin.strategies.symmetry.check import prove
 from fedbasin.strategies.symmetry.sites import Symmetry
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
@@ -43,6 +44,7 @@ def serve(
     rounds: int,
     *,
     symmetry: Symmetry | None = None,
+    example: Tensor | tuple[Tensor, ...] | None = None,
     train_config: ConfigRecord | None = None,
     hooks: Hooks | None = None,
 ) -> Result:
@@ -54,16 +56,22 @@ def serve(
         model: its state is the first anchor; its layers say which statistics clients owe.
         rounds: how many the run has, those before a resume included.
         symmetry: of the model; needed unless `fedbasin.align` is off.
+        example: inputs of the model, a batch of zeros will do. With it the symmetry is proven by execution before
+            the first message: random elements on random inputs must leave the model's function as it was. None
+            trusts the symmetry.
         train_config: the app's own settings for its clients.
         hooks: what the app adds.
 
     Raises:
         SettingsError: before the first message, for a configuration that cannot be run.
-        SymmetryError: before the first message, for a symmetry of another model.
+        SymmetryError: before the first message, for a symmetry of another model, or one that changes its function.
         CheckpointError: before the first message, for a folder that cannot be resumed.
         QuorumLostError: a stage failed; the rounds before it are in the run's folder.
     """
     settings = read_settings(context.run_config)
+    if example is not None and symmetry is not None and settings.align != "off":
+        inputs = example if isinstance(example, tuple) else (example,)
+        prove(model, symmetry, *inputs)
     run = _prepare(settings, context, model, rounds, symmetry, hooks or Hooks())
     streaming = StreamingGrid(grid, settings.poll_seconds)
     return run.all_rounds(streaming, train_config or ConfigRecord())

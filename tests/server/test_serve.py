@@ -364,3 +364,37 @@ def test_one_line_says_how_a_stage_went(folder):
     text = summary(result.reports[0].stages[0])
     assert text.startswith("fuse: 2 of 3 clients in ")
     assert text.endswith(" s (client_error)")
+
+
+class TestProof:
+    """With an example the symmetry is run before the first message."""
+
+    def test_a_symmetry_that_changes_the_function_is_refused_by_its_sites(self):
+        federation = tiny.federation()
+        grid = federation.grid()
+        # The hidden units without the layer that reads them.
+        wrong = parse("hidden  S(6)  0.weight[0] 0.bias[0] 1.weight[0] 1.bias[0]")
+        with pytest.raises(SymmetryError, match=r"another function.*hidden"):
+            serve(
+                grid,
+                federation.server_context(),
+                tiny.net(),
+                1,
+                symmetry=wrong,
+                example=torch.zeros(2, tiny.PIXELS),
+            )
+        assert grid.pushed == 0
+
+    def test_a_right_one_is_used(self, tmp_path):
+        federation = tiny.federation(folder=str(tmp_path))
+        example = torch.zeros(2, tiny.PIXELS)
+        serve(
+            federation.grid(),
+            federation.server_context(),
+            tiny.net(),
+            1,
+            symmetry=tiny.symmetry(),
+            example=(example,),
+        )
+        (run,) = tmp_path.iterdir()
+        assert (run / "rounds.jsonl").read_text().count("\n") == 1

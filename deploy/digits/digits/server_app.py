@@ -49,12 +49,14 @@ def main(grid: Grid, context: Context) -> None:
     """Run all rounds."""
     torch.set_num_threads(1)
     model = make_model(int(context.run_config["width"]), seed=0)
+    example = torch.zeros(2, PIXELS)
     probe = Probe(make_model(int(context.run_config["width"]), seed=0), load_split()[1])
     serve(
         grid,
         context,
         model,
         rounds=int(context.run_config["num-server-rounds"]),
-        symmetry=trace(model, torch.zeros(1, PIXELS)),
+        symmetry=trace(model, example),
+        example=example,
         hooks=Hooks(evaluate=probe.global_model, observe=probe.client),
     )
