@@ -2,17 +2,21 @@
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict as saved
 
 from fedbasin.proto import wire
 from fedbasin.server.serve import serve
 from fedbasin.server.settings import SettingsError
+from fedbasin.strategies.fedbasin import FedBasin
 from fedbasin.strategies.fusion.adapters import find_adapters
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.outcome import Refusal
 from fedbasin.strategies.recipe import RECIPES
 from fedbasin.strategies.stages import Ask, fusing
 from tests import adapted, tiny
+from tests.server.fake_grid import FakeGrid
 
 # peft asks transformers under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -88,6 +92,30 @@ def test_clients_of_smaller_ranks_take_part(tmp_path):
         mean = run.mean(lambda state, a=adapter: products(state)[a])
         u, s, v = torch.linalg.svd(mean, full_matrices=False)
         close(found, u[:, :3] * s[:3] @ v[:3])
+
+
+class ListGrid(FakeGrid):
+    """Gives all replies as one list, as Flower's own grid does."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        keys = self.push_messages(list(messages))
+        return self.pull_messages([key for key in keys if key])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("recipe", ADAPTING)
+def test_flowers_own_loop_gives_what_the_server_gives(tmp_path, recipe, packed):
+    expected = Run(tmp_path, 2, recipe=recipe).model
+    federation = adapted.federation()
+    counts = {"min_available_nodes": 3, "min_train_nodes": 3}
+    sampling = FedAvg(fraction_evaluate=0.0, **counts)
+    strategy = FedBasin(recipe, packed=packed, sampling=sampling)
+    start = ArrayRecord(adapted.server_model().state_dict())
+    grid = ListGrid(federation.contexts, federation.answer)
+    found = strategy.start(grid, start, 2).arrays.to_torch_state_dict()
+    assert strategy.refusals == {}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["lora-factors", "lora-rotated", "lora-gram"])
