@@ -28,18 +28,20 @@ _WIDTH = 4
 class ProductTally:
     """The sums over the clients so far; as `Tally`, and mutable as that one.
 
-    Laws: `fold` is commutative up to rounding and to `dropped`, and exact for as many clients as `2 * 4` or where the
-    layer is no larger than four times the rank; clients with the same product give that product; gauges of the
-    clients do not matter. Memory is that of `8` clients' factors and does not grow.
+    Laws: `merge` is associative and commutative, with `zero` neutral, up to rounding and to `dropped`, which is nothing
+    for up to eight clients and for layers no larger than four times the rank; clients with the same product give that
+    product; the clients' gauges do not matter. Memory is that of eight clients' factors.
 
     Attributes:
         rest: the tensors that are no factors.
+        widths: of the sums, by adapter.
         products: `sum_k n_k B_k A_k`.
         moments: `sum_k B_k A_k G_k`, where there are Gram matrices.
         blocks: for each block of such a matrix its sum, and the left factor of the moment.
     """
 
     rest: Tally
+    widths: dict[Adapter, int]
     products: dict[Adapter, LowRank]
     moments: dict[Adapter, LowRank] = field(default_factory=dict)
     blocks: dict[Block, tuple[Precision, Tensor]] = field(default_factory=dict)
@@ -55,7 +57,8 @@ class ProductTally:
         factors = {name for adapter in adapters for name in (adapter.down, adapter.up)}
         rest = {name: tensor for name, tensor in anchor.items() if name not in factors}
         nothing = {a: LowRank.zero(len(anchor[a.up]), anchor[a.down].shape[1]) for a in adapters}
-        return cls(Tally.zero(rest, dtype), nothing)
+        widths = {adapter: _WIDTH * len(anchor[adapter.down]) for adapter in adapters}
+        return cls(Tally.zero(rest, dtype), widths, nothing)
 
     @property
     def clients(self) -> int:
@@ -72,11 +75,23 @@ class ProductTally:
         """Add one client, in place; the update is not kept."""
         for adapter, total in self.products.items():
             product = adapter.product(update.parameters)
-            width = _WIDTH * product.width
-            self.products[adapter] = total.plus(product.scaled(update.examples), width)
+            self.products[adapter] = total.plus(
+                product.scaled(update.examples), self.widths[adapter]
+            )
             if (adapter.down,) in update.precisions:
-                self._weigh(adapter, product, update.precisions[adapter.down,], width)
+                known = update.precisions[adapter.down,]
+                moment = LowRank(product.left, known.weigh(product.right))
+                self._add(adapter, known.scaled(1.0), moment)
         self.rest.fold(replace(update, precisions={}, moments={}))
+
+    def merge(self, other: "ProductTally") -> None:
+        """Add another tally's clients, in place."""
+        for adapter, product in other.products.items():
+            total = self.products[adapter]
+            self.products[adapter] = total.plus(product, self.widths[adapter])
+            if adapter in other.moments:
+                self._add(adapter, other.blocks[adapter.down,][0], other.moments[adapter])
+        self.rest.merge(other.rest)
 
     def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
         """The fused model, in the anchor's dtypes; factors lie as the anchor's do."""
@@ -90,14 +105,10 @@ class ProductTally:
             fused[adapter.down] = after.right.to(anchor[adapter.down].dtype)
         return fused
 
-    def _weigh(self, adapter: Adapter, product: LowRank, known: Precision, width: int) -> None:
-        moment = LowRank(product.left, known.weigh(product.right))
+    def _add(self, adapter: Adapter, known: Precision, moment: LowRank) -> None:
         if adapter in self.moments:
-            before, _ = self.blocks[adapter.down,]
-            known = before + known
-            moment = self.moments[adapter].plus(moment, width)
-        else:
-            known = known.scaled(1.0)
+            known = self.blocks[adapter.down,][0] + known
+            moment = self.moments[adapter].plus(moment, self.widths[adapter])
         self.moments[adapter] = moment
         self.blocks[adapter.down,] = known, moment.left
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedbasin.strategies.fusion.adapters import AdapterError
 from fedbasin.strategies.fusion.precision import Gram
@@ -139,3 +141,30 @@ def test_lorm_is_least_squares_of_the_trained_factor(number):
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(AdapterError, match="no tensor named lora_A"):
         fusing({"w": torch.ones(2, 2)}, RECIPES["lora"], Ask(), "off")
+
+
+class Largest(TorchDispatchMode):
+    """While active, the size of the largest tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return output
+
+
+def test_no_tensor_is_ever_as_large_as_the_dense_product():
+    size, rank = 400, 2
+    anchor = {A: torch.randn(rank, size), B: torch.randn(size, rank)}
+    stage = fusing(anchor, RECIPES["lora"], Ask(), "off")
+    with Largest() as seen:
+        for node in range(20):
+            near = {name: tensor + torch.randn_like(tensor) for name, tensor in anchor.items()}
+            stage.accept(node, Update(near, 1.0))
+        stage.finish()
+    # Of 160000: the stacked factors of nine clients.
+    assert 0 < seen.elements <= 9 * rank * size

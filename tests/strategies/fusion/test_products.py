@@ -124,6 +124,20 @@ def test_the_gauge_of_a_client_does_not_matter(seed, gram):
         torch.testing.assert_close(moved[name], tensor, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("gram", [False, True])
+def test_sums_may_be_merged_in_a_tree(gram):
+    anchor, ridge = model(99), Ridge(1e-2) if gram else None
+    left, right = ProductTally.zero(anchor), ProductTally.zero(anchor)
+    for n in range(7):
+        (left if n % 2 else right).fold(update(n, gram))
+    left.merge(right)
+    left.merge(ProductTally.zero(anchor))
+    assert left.clients == 7
+    expected = fused([update(n, gram) for n in range(7)], anchor, ridge)
+    for name, tensor in left.finalize(anchor, ridge).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
+
+
 def test_no_clients_give_the_anchor():
     assert fused([], anchor := model(5)) == anchor
 
