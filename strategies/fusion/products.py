@@ -68,8 +68,8 @@ class ProductTally:
     @property
     def dropped(self) -> float:
         """Bound on the Frobenius norm of what the mean product of any layer lacks."""
-        weight = max(self.rest.examples, 1.0)
-        return max(product.dropped for product in self.products.values()) / weight
+        lost = max(product.dropped for product in self.products.values())
+        return lost / self.rest.examples if lost else 0.0
 
     def fold(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
