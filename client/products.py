@@ -127,11 +127,11 @@ class Products(TorchFunctionMode):
     Args:
         model: whose weights are watched, as they are now.
         layers: those to watch.
-        see: called with each product, as soon as it is computed.
+        see: called with each product, as soon as it is computed; what it returns takes the place of the output.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], see: Callable[[Product], None]
+        self, model: nn.Module, layers: Sequence[Layer], see: Callable[[Product], Tensor | None]
     ) -> None:
         super().__init__()
         parameters = dict(model.named_parameters())
@@ -155,14 +155,16 @@ class Products(TorchFunctionMode):
             args = ()
         output = func(*args, **named)
         if func in _ORDER:
-            self._multiplied(output, dict(zip(_ORDER[func], args, strict=False)) | named)
+            return self._multiplied(output, dict(zip(_ORDER[func], args, strict=False)) | named)
         return output
 
-    def _multiplied(self, output: Tensor, given: Mapping[str, Any]) -> None:
+    def _multiplied(self, output: Tensor, given: Mapping[str, Any]) -> Tensor:
         layer = self._layers.get(id(given["weight"]))
-        if layer:
-            kernel = _kernel(given) if given["weight"].dim() == 4 else None
-            self._see(Product(layer, given["input"], output, kernel))
+        if layer is None:
+            return output
+        kernel = _kernel(given) if given["weight"].dim() == 4 else None
+        instead = self._see(Product(layer, given["input"], output, kernel))
+        return output if instead is None else instead
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from fedbasin.client.activations import correlations
 from fedbasin.client.adapters import completed, model_names
 from fedbasin.client.data import Batches
+from fedbasin.client.fisher import diagonal_fisher
+from fedbasin.client.kronecker import kronecker_factors
 from fedbasin.client.learned import align_learned
 from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import order
-from fedbasin.client.statistics import diagonal_fisher, gram_pieces
+from fedbasin.client.statistics import gram_pieces
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies.alignment.activations import match_activations
@@ -34,7 +36,7 @@ from fedbasin.strategies.diagnostics.endpoints import Verdict, endpoint_error
 from fedbasin.strategies.diagnostics.share import draw
 from fedbasin.strategies.diagnostics.spectra import affordable, matrices, spectral_alignment
 from fedbasin.strategies.diagnostics.variance import variance_ratios
-from fedbasin.strategies.encodings import read_encodings, write_grams
+from fedbasin.strategies.encodings import read_encodings, write_grams, write_kroneckers
 from fedbasin.strategies.fusion.adapters import widened
 from fedbasin.strategies.fusion.compact import Pieces
 from fedbasin.strategies.fusion.update import Block, Order
@@ -62,6 +64,7 @@ class Request:
         radii: the anchor's identity radii, by site.
         path_points: points of the path that this client is to evaluate; 0 for none.
         moving: the floating tensors of a merge to align in place of the client's own model; empty for none.
+        seed: of what this client draws in this round.
     """
 
     header: pb.Request
@@ -69,6 +72,7 @@ class Request:
     radii: dict[str, Tensor]
     path_points: int = 0
     moving: dict[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
 
 
 def read_request(content: RecordDict, node_id: int = 0) -> Request:
@@ -76,7 +80,7 @@ def read_request(content: RecordDict, node_id: int = 0) -> Request:
 
     Args:
         content: of the message.
-        node_id: whose it is; decides whether this client is among those that probe.
+        node_id: whose it is; decides whether this client is among those that probe, and what it draws.
 
     Raises:
         WireError: it is no such message, or of another version.
@@ -88,13 +92,12 @@ def read_request(content: RecordDict, node_id: int = 0) -> Request:
     radii = {}
     if header.radii:
         radii = packing.unpack(wire.arrays(content, wire.RADII), header.radii)
-    probes = not header.HasField("probe_bound") or (
-        draw(node_id, header.round) <= header.probe_bound
-    )
+    seed = draw(node_id, header.round)
+    probes = not header.HasField("probe_bound") or seed <= header.probe_bound
     moving = {}
     if header.moving:
         moving = packing.unpack(wire.arrays(content, wire.MOVING), header.moving)
-    return Request(header, anchor, radii, header.path_points if probes else 0, moving)
+    return Request(header, anchor, radii, header.path_points if probes else 0, moving, seed)
 
 
 def build_reply(
@@ -344,11 +347,22 @@ def _collect(
     if kind == pb.PRECISION_KIND_GRAM:
         write_grams(header, content, _gram_pieces(request, model, batches), {})
         return
-    fisher = diagonal_fisher(model, batches())
+    if kind == pb.PRECISION_KIND_KRONECKER:
+        factors = kronecker_factors(model, batches(), _generator(request, model))
+        pairs = {block: (found.inputs, found.outputs) for block, found in factors.items()}
+        write_kroneckers(header, content, pairs)
+        return
+    fisher = diagonal_fisher(model, batches(), _generator(request, model))
     named = {name: _normalised(f, header.examples).float() for name, f in fisher.items()}
     content[wire.STATISTICS], specs = packing.pack(named)
     for name, spec in zip(named, specs, strict=True):
         header.precisions.add(tensors=(name,), kind=kind, statistic=spec)
+
+
+def _generator(request: Request, model: nn.Module) -> torch.Generator:
+    """Draws the same labels whenever this client is asked the same again."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.Generator(device).manual_seed(request.seed)
 
 
 def _gram_pieces(request: Request, model: nn.Module, batches: Data) -> dict[Block, Pieces]:

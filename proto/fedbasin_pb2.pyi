@@ -74,6 +74,8 @@ class _PrecisionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precisi
     """diagonal Fisher information"""
     PRECISION_KIND_GRAM: _PrecisionKind.ValueType  # 3
     """Gram matrix of a layer's inputs"""
+    PRECISION_KIND_KRONECKER: _PrecisionKind.ValueType  # 4
+    """the same, and second moments of the gradients at its outputs: two triangles"""
 
 class PrecisionKind(_PrecisionKind, metaclass=_PrecisionKindEnumTypeWrapper): ...
 
@@ -84,6 +86,8 @@ PRECISION_KIND_DIAGONAL: PrecisionKind.ValueType  # 2
 """diagonal Fisher information"""
 PRECISION_KIND_GRAM: PrecisionKind.ValueType  # 3
 """Gram matrix of a layer's inputs"""
+PRECISION_KIND_KRONECKER: PrecisionKind.ValueType  # 4
+"""the same, and second moments of the gradients at its outputs: two triangles"""
 Global___PrecisionKind: _TypeAlias = PrecisionKind  # noqa: Y015
 
 class _FitTarget:

@@ -14,6 +14,7 @@ PREFIX = "fedbasin_"
 RECIPES = (
     "fedavg",
     "fisher",
+    "kfac",
     "regmean",
     "regmean++",
     "features",

@@ -17,10 +17,12 @@ from fedbasin.strategies.fusion.compact import (
     Pieces,
     decode,
     decode_moment,
+    encode,
     layout,
     moment_layout,
     side,
 )
+from fedbasin.strategies.fusion.kronecker import Kronecker
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome, Refusal
@@ -112,6 +114,23 @@ def write_grams(
         entry.moment_more.extend(next(specs) for _ in range(len(pieces) - 1))
 
 
+def write_kroneckers(
+    header: pb.UpdateHeader, content: RecordDict, factors: Mapping[Block, tuple[Tensor, Tensor]]
+) -> None:
+    """Add Kronecker factors to a reply, as two triangles each: of the inputs, then of the outputs."""
+    tensors = {
+        f"{side} {'+'.join(block)}": encode(factor.cpu(), Form(), bias=False)["values"]
+        for block, pair in factors.items()
+        for side, factor in zip(("inputs", "outputs"), pair, strict=True)
+    }
+    content[wire.STATISTICS], packed = packing.pack(tensors)
+    specs = iter(packed)
+    for block in factors:
+        entry = header.precisions.add(tensors=block, kind=pb.PRECISION_KIND_KRONECKER)
+        entry.statistic.CopyFrom(next(specs))
+        entry.more.append(next(specs))
+
+
 def statistics(
     content: RecordDict, header: pb.UpdateHeader, kind: int, encodings: Mapping[Block, Encoding]
 ) -> Statistics:
@@ -164,8 +183,22 @@ def _precision(entry: pb.Precision, tensors: Mapping[str, Tensor], encoding: Enc
         case pb.PRECISION_KIND_GRAM:
             more = [tensors[spec.name] for spec in entry.more]
             return Gram(_gram(tuple(entry.tensors), [statistic, *more], encoding))
+        case pb.PRECISION_KIND_KRONECKER:
+            return _kronecker(entry, tensors)
         case _:
             raise Refusal(Outcome.unexpected_statistic, "+".join(entry.tensors))
+
+
+def _kronecker(entry: pb.Precision, tensors: Mapping[str, Tensor]) -> Kronecker:
+    name = "+".join(entry.tensors)
+    triangles = [tensors[spec.name] for spec in (entry.statistic, *entry.more)]
+    if len(triangles) != 2 or any(triangle.dim() != 1 for triangle in triangles):
+        shapes = ", ".join(str(tuple(triangle.shape)) for triangle in triangles)
+        raise Refusal(
+            Outcome.wrong_shape, f"the statistic of {name} has parts {shapes}, not two triangles"
+        )
+    a, b = (_gram((entry.tensors[0],), [triangle], Encoding()) for triangle in triangles)
+    return Kronecker(a.unsqueeze(0), b.unsqueeze(0))
 
 
 def _gram(block: Block, given: list[Tensor], encoding: Encoding) -> Tensor:

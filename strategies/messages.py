@@ -27,6 +27,7 @@ _KIND = {
     Statistic.none: pb.PRECISION_KIND_SCALAR,
     Statistic.fisher: pb.PRECISION_KIND_DIAGONAL,
     Statistic.gram: pb.PRECISION_KIND_GRAM,
+    Statistic.kronecker: pb.PRECISION_KIND_KRONECKER,
 }
 _TARGET = {
     Target.features: pb.FIT_TARGET_FEATURES,

@@ -46,6 +46,10 @@ class Outcome(Enum):
     unexpected_statistic = "the update has statistics that the recipe did not ask for"
     not_symmetric = "a Gram matrix is not symmetric; collect it with fedbasin.client"
     not_positive = "a Fisher diagonal is negative or a Gram matrix is not positive semi-definite"
+    too_many = (
+        "the recipe keeps what each client says instead of a sum, and has what it can keep; ask fewer clients "
+        "(fedbasin.fraction-train), or choose the recipe regmean or fisher"
+    )
     too_large = "the update has more bytes than max-update-bytes allows"
 
 

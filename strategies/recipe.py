@@ -14,6 +14,7 @@ class Statistic(Enum):
     none = "nothing: the number of examples is all that is known"
     fisher = "the diagonal Fisher information of every parameter"
     gram = "the Gram matrix of every linear and convolutional layer's inputs"
+    kronecker = "the second moments of every layer's inputs and of the gradients at its outputs"
 
 
 class Adapters(Enum):
@@ -103,6 +104,10 @@ class Recipe:
                 "align = 'server': a Fisher diagonal cannot follow a rotation and must be collected on "
                 "the aligned model; set align = 'client'"
             )
+        if self.statistic is Statistic.kronecker and align == "server":
+            raise ValueError(
+                "align = 'server': Kronecker factors are collected on the aligned model; set align = 'client'"
+            )
         if self.fits and align == "server":
             raise ValueError(
                 f"align = 'server': recipe {self.name!r} fits layers to what a client's aligned model computes, "
@@ -118,6 +123,7 @@ RECIPES = {
         Recipe("fedavg"),
         _FEDAVGM,
         Recipe("fisher", Statistic.fisher, Ridge(1e-3)),
+        Recipe("kfac", Statistic.kronecker, Ridge(1e-3)),
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.compact import Piece
+from fedbasin.strategies.fusion.kronecker import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
 from fedbasin.strategies.fusion.update import Block, Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
@@ -97,11 +98,15 @@ def check_pieces(
 
 
 def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]) -> None:
-    """Check that Gram matrices are of as many groups as those of the clients before."""
+    """Check that Gram matrices are of as many groups as those of the clients before, and that factors can be kept."""
     for block, precision in update.precisions.items():
         other = others.get(block, (precision,))[0]
         if isinstance(precision, Gram) and isinstance(other, Gram):
             _check_statistic("+".join(block), precision.matrix, tuple(other.matrix.shape))
+        if isinstance(other, Kronecker) and len(other.inputs) >= MOST_PRODUCTS:
+            raise Refusal(
+                Outcome.too_many, f"{len(other.inputs)} clients' Kronecker factors are kept already"
+            )
 
 
 def check_order(order: Order | None, model: State) -> None:
@@ -202,6 +207,8 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
         _check_statistic(name, precision.values, tuple(weight.shape))
         if bool((precision.values < 0).any()):
             raise Refusal(Outcome.not_positive, f"the Fisher diagonal of {name}")
+    if isinstance(precision, Kronecker):
+        _check_kronecker(block, precision, anchor)
     if isinstance(precision, Gram):
         if weight.dim() < 2:
             raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
@@ -213,6 +220,19 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
             )
         _check_statistic(name, precision.matrix, (*groups, inputs, inputs))
         _check_gram(name, precision.matrix)
+
+
+def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
+    name = "+".join(block)
+    if anchor[block[0]].dim() < 2:
+        raise Refusal(Outcome.unexpected_statistic, f"Kronecker factors of {name}, no matrix")
+    outputs, inputs = join(block, anchor).shape
+    for side, factor, size in (
+        ("inputs", precision.inputs, inputs),
+        ("outputs", precision.outputs, outputs),
+    ):
+        _check_statistic(f"{name}, its {side}", factor, (1, size, size))
+        _check_gram(f"{name}, its {side}", factor)
 
 
 def _check_statistic(name: str, values: Tensor, shape: tuple[int, ...]) -> None:

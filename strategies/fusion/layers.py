@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.recipe import Statistic
 
+# Inputs or outputs of which second moments are kept on both sides: a square of 4096 float64 is 128 MiB.
+MOST_WIDE = 4096
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -48,6 +51,17 @@ def gram_layers(model: nn.Module) -> list[Layer]:
     return list({layer.block: layer for layer in layers}.values())
 
 
+def kronecker_layers(model: nn.Module) -> list[Layer]:
+    """Those of them that are trained and whose curvature has two factors of a size that can be kept."""
+    return [
+        layer
+        for layer in gram_layers(model)
+        if layer.groups == 1
+        and max(layer.inputs, layer.outputs) <= MOST_WIDE
+        and model.get_parameter(layer.block[0]).requires_grad
+    ]
+
+
 def known_blocks(model: nn.Module, statistic: Statistic) -> list[Block]:
     """The blocks that every client must send a statistic of."""
     match statistic:
@@ -57,6 +71,8 @@ def known_blocks(model: nn.Module, statistic: Statistic) -> list[Block]:
             return [(name,) for name, p in model.named_parameters() if p.requires_grad]
         case Statistic.gram:
             return [layer.block for layer in gram_layers(model)]
+        case Statistic.kronecker:
+            return [layer.block for layer in kronecker_layers(model)]
 
 
 def _products(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:

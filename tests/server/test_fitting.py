@@ -24,6 +24,7 @@ STAGES = {
     "fedavg": ["fuse"],
     "fedavgm": ["fuse"],
     "fisher": ["fuse"],
+    "kfac": ["fuse"],
     "regmean": ["fuse"],
     "regmean++": ["fuse", "fit", "fit"],
     "features": ["fuse", "fit", "fit"],

@@ -9,6 +9,7 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.alignment.certificate import identity_radii
 from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.fusion.kronecker import Kronecker
 from fedbasin.strategies.fusion.layers import known_blocks
 from fedbasin.strategies.fusion.precision import Diagonal, Gram
 from fedbasin.strategies.messages import (
@@ -83,7 +84,8 @@ def test_a_packed_question_has_one_array_for_each_dtype_and_says_its_size():
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
-    ("recipe", "kind"), [("fedavg", None), ("fisher", Diagonal), ("regmean", Gram)]
+    ("recipe", "kind"),
+    [("fedavg", None), ("fisher", Diagonal), ("regmean", Gram), ("kfac", Kronecker)],
 )
 def test_an_honest_answer_becomes_an_update(packed, recipe, kind):
     anchor, sent = ask(recipe, packed)
@@ -94,8 +96,8 @@ def test_an_honest_answer_becomes_an_update(packed, recipe, kind):
     assert list(found.update.precisions) == blocks
     for precision in found.update.precisions.values():
         assert isinstance(precision, kind)
-        value = precision.values if kind is Diagonal else precision.matrix
-        assert value.dtype == torch.float64
+        for value in vars(precision).values():
+            assert not isinstance(value, torch.Tensor) or value.dtype == torch.float64
     assert set(found.metrics) == {"loss"}
     assert found.payload_bytes > 0
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbasin.strategies.fusion.kronecker import Kronecker
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar
 from fedbasin.strategies.fusion.tally import Ridge, fuse
 from fedbasin.strategies.fusion.update import Update
@@ -34,6 +35,10 @@ def gram(size):
     return Gram(torch.eye(size))
 
 
+def kronecker(inputs, outputs):
+    return Kronecker(torch.eye(inputs)[None], torch.eye(outputs)[None])
+
+
 @pytest.mark.parametrize(
     ("precisions", "outcome"),
     [
@@ -45,6 +50,13 @@ def gram(size):
         ({("scale",): Diagonal(torch.tensor(1.0))}, "accepted"),
         ({("w",): Scalar(2.0)}, "accepted"),
         ({("w",): Gram(torch.zeros(4, 4))}, "accepted"),
+        ({("w",): kronecker(4, 3)}, "accepted"),
+        ({("conv", "b"): kronecker(9, 3)}, "accepted"),
+        ({("w",): kronecker(3, 4)}, "wrong_shape"),
+        ({("w",): kronecker(4, 3) + kronecker(4, 3)}, "wrong_shape"),
+        ({("b",): kronecker(1, 3)}, "unexpected_statistic"),
+        ({("w",): kronecker(4, 3).scaled(-1.0)}, "not_positive"),
+        ({("w",): kronecker(4, 3).scaled(float("nan"))}, "non_finite"),
         ({("w",): gram(5)}, "wrong_shape"),
         ({("w",): Gram(torch.ones(16))}, "wrong_shape"),
         ({("w",): Gram(torch.ones(2, 8))}, "wrong_shape"),

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from fedbasin.client.statistics import diagonal_fisher, grams
+from fedbasin.client.fisher import diagonal_fisher
+from fedbasin.client.statistics import grams
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
 from fedbasin.strategies.recipe import Statistic
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbasin.strategies.fusion.kronecker import Kronecker
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar, SingularSumError
 from fedbasin.strategies.fusion.update import join
 
@@ -44,6 +45,15 @@ def gram_of_groups(draw):
     return Gram(rows.mT @ rows)
 
 
+def kronecker(draw):
+    inputs, outputs = normal(draw, 20, 5), normal(draw, 12, 3)
+    return Kronecker((inputs.T @ inputs)[None], (outputs.T @ outputs)[None])
+
+
+def kroneckers_of_three_clients(draw):
+    return kronecker(draw) + kronecker(draw) + kronecker(draw)
+
+
 def matrix(draw):
     return normal(draw, 3, 5)
 
@@ -67,6 +77,9 @@ KINDS = {
     "gram with bias": (gram_with_bias, with_bias),
     "gram of a convolution": (gram_of_convolution, convolution),
     "grams of groups": (gram_of_groups, grouped),
+    "kronecker": (kronecker, matrix),
+    "kronecker with bias": (kronecker, with_bias),
+    "kroneckers of three clients": (kroneckers_of_three_clients, matrix),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 quickly = settings(max_examples=20, deadline=None)
@@ -131,6 +144,9 @@ def test_a_ridge_adds_its_strength_times_the_mean_diagonal_to_every_weight(kind,
     [
         Diagonal(torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=W)),
         Gram(torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=W)),
+        Kronecker(torch.ones(1, 2, 2, dtype=W), torch.eye(2, dtype=W)[None]),
+        Kronecker(torch.eye(2, dtype=W)[None], torch.ones(1, 2, 2, dtype=W)),
+        Kronecker(torch.zeros(1, 2, 2, dtype=W), torch.zeros(1, 2, 2, dtype=W)),
     ],
 )
 def test_a_direction_that_nobody_knows_is_refused_with_the_remedy(precision):
