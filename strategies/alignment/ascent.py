@@ -245,5 +245,10 @@ def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:
 
 
 def _norm(state: State, names: set[str]) -> float:
-    norms = [torch.linalg.vector_norm(state[name], dtype=torch.float64) for name in names]
-    return math.hypot(*map(float, norms))
+    return math.hypot(*(_length(state[name]) for name in names))
+
+
+def _length(tensor: Tensor) -> float:
+    """The norm, in single precision or better: a norm of halves overflows."""
+    single = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=single))

@@ -47,11 +47,15 @@ class Element:
     @property
     def is_identity(self) -> bool:
         """Whether nothing is changed."""
-        in_place = torch.equal(self.order, torch.arange(len(self.order)))
-        return in_place and all(
+        return self.is_in_place and all(
             block is None or torch.equal(block, torch.eye(block.shape[-1]).expand_as(block))
             for block in self.blocks
         )
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether no block changes places."""
+        return torch.equal(self.order, torch.arange(len(self.order)))
 
     def act(self, tensor: Tensor, axis: int, leg: int = 0) -> Tensor:
         """Apply T along one axis, whose length is a multiple of `count * size`.
@@ -68,7 +72,9 @@ class Element:
             moved = tensor.index_select(axis, (order[:, None] * owned + offsets).reshape(-1))
             return moved if blocks is None else _scaled(moved, blocks.reshape(-1), axis)
         moved = tensor.movedim(axis, 0)
-        units = moved.reshape(len(order), self.sizes[leg], -1)[order]
+        units = moved.reshape(len(order), self.sizes[leg], -1)
+        if not self.is_in_place:
+            units = units[order]
         # Half precision is mixed in single and rounded once.
         compute = torch.promote_types(tensor.dtype, torch.float32)
         mixed = torch.bmm(blocks.to(tensor.device, compute), units.to(compute))

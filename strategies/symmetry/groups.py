@@ -35,6 +35,7 @@ from fedbasin.strategies.symmetry.inner import (
     inner_values,
     widths_of,
 )
+from fedbasin.strategies.symmetry.polar import polar
 
 Rows = Float[Tensor, "width features"]
 
@@ -175,8 +176,7 @@ class Orthogonal(SingleLeg):
         """The polar factors."""
         if self.size == 1:
             return (scores >= 0).to(scores.dtype) * 2 - 1
-        left, _, right = torch.linalg.svd(scores)
-        return left @ right
+        return polar(scores)
 
     def inner_random(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` matrices drawn from the Haar measure, in float64."""
