@@ -2,14 +2,19 @@
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.symmetry.sites import parse
-from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process
+from tests.benchmarks.figures import (
+    Figure,
+    Goal,
+    Say,
+    in_fresh_process,
+    peak_resident_bytes,
+)
 
 WIDTH, INPUTS = 7168, 896
 MODEL = 2 * WIDTH * INPUTS * 4
@@ -55,14 +60,7 @@ def main(kind: str) -> None:
         report = match_weights(SYMMETRY, anchor, client).report
         if report.distance_after >= report.distance_before:
             raise RuntimeError("nothing was aligned, so nothing was measured")
-    sys.stdout.write(json.dumps(_peak()) + "\n")
-
-
-def _peak() -> int:
-    """Peak resident bytes of this process: not `ru_maxrss`, which begins with those of its parent."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    sys.stdout.write(json.dumps(peak_resident_bytes()) + "\n")
 
 
 if __name__ == "__main__":

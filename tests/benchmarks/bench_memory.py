@@ -1,7 +1,6 @@
 """The ServerApp's peak memory with 3 and with 30 clients of 100 MB, through fedbasin and through Flower's FedAvg."""
 
 import json
-import resource
 import sys
 import tempfile
 
@@ -12,7 +11,13 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from fedbasin.server.serve import serve
-from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process
+from tests.benchmarks.figures import (
+    Figure,
+    Goal,
+    Say,
+    in_fresh_process,
+    peak_resident_bytes,
+)
 from tests.benchmarks.grid import PulledGrid
 
 CLIENTS = (3, 30)
@@ -87,8 +92,7 @@ def main(strategy: str, clients: int, size: int) -> None:
     elements = size // 4
     run = {"fedbasin": run_fedbasin, "FedAvg": run_fedavg}[strategy]
     run(PulledGrid(clients, elements), elements)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps(peak) + "\n")
+    sys.stdout.write(json.dumps(peak_resident_bytes()) + "\n")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,13 @@ def in_fresh_process(module: str, *arguments: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process: not `ru_maxrss`, which begins with that of its parent."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def median_ratio(slower: list[float], faster: list[float]) -> float:
     """Median of the ratios of neighbours in time, which a busy machine slows down alike."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
