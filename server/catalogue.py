@@ -13,6 +13,7 @@ PREFIX = "fedbasin_"
 # from the start, at zero, so that a rate also sees what the first round counts.
 RECIPES = (
     "fedavg",
+    "fedavgm",
     "fisher",
     "kfac",
     "regmean",
@@ -20,6 +21,7 @@ RECIPES = (
     "features",
     "head",
     "auto",
+    "auto-head",
     "features-head",
     "lora",
     "lora-factors",

@@ -151,13 +151,14 @@ def _probe(recipe: Recipe, model: State, sequence: int, along: Along, *, keep: b
 
 
 def gained(first: Path | None, last: Path | None) -> float:
-    """The share of the fused model's mean loss, where the first path begins, that is gone at the best point of the last.
+    """The share of the mean loss that is gone at the best point of the last path.
 
-    Nobody's word is no gain.
+    Of the loss of the fused model, where the first path begins, or of that of the global model, where the last one
+    does if it is another: whichever is less. Nobody's word is no gain.
     """
     if first is None or last is None or not (first.examples and last.examples):
         return 0.0
-    before = first.loss[0] / first.examples
+    before = min(path.loss[0] / path.examples for path in (first, last))
     return 1 - min(last.loss) / last.examples / before if before > 0 else 0.0
 
 

@@ -30,6 +30,7 @@ STAGES = {
     "features": ["fuse", "fit", "fit"],
     "head": ["fuse", "head"],
     "auto": ["fuse", "fit", "head", "probe", "probe"],
+    "auto-head": ["fuse", "head", "probe", "probe"],
     "features-head": ["fuse", "fit", "head"],
 }
 FITTED = [name for name, recipe in RECIPES.items() if recipe.fits]

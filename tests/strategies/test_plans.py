@@ -74,6 +74,7 @@ SEQUENCES = {
     ("fedavg", "layer"): ["fuse"],
     ("fedavgm", "layer"): ["fuse"],
     ("fisher", "layer"): ["fuse"],
+    ("kfac", "layer"): ["fuse"],
     ("regmean", "block"): ["fuse"],
     ("regmean++", "layer"): ["fuse"] + 6 * ["fit"],
     ("regmean++", "block"): ["fuse"] + 4 * ["fit"],
@@ -84,6 +85,7 @@ SEQUENCES = {
     ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
     ("features-head", "block"): ["fuse"] + 3 * ["fit"] + ["head"],
     ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
+    ("auto-head", "layer"): ["fuse", "head", "probe", "probe"],
     ("auto", "block"): ["fuse"] + 3 * ["fit"] + ["head", "probe", "probe"],
 }
 
