@@ -117,6 +117,8 @@ class Permutation(SingleLeg):
         return (self.count,)
 
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
+        if self.count == 1:
+            return scores.sum((-2, -1))
         return (self.inner_maximisers(scores) * scores).sum((-2, -1))
 
     def inner_maximisers(self, scores: Scores) -> Scores:
@@ -242,9 +244,10 @@ class Wreath:
         return torch.cat([scores, (blocks @ blocks.mT).expand_as(scores)], dim=-1)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        favoured = tuple(self._with_prior(score, prior) for score in scores)
-        order = assign(inner_values(self.inners, favoured))
-        chosen = tuple(score[torch.arange(self.count), order] for score in favoured)
+        # Copies one after the other: together they would need more memory than all that is matched.
+        order = assign(inner_values(self.inners, (self._with_prior(s, prior) for s in scores)))
+        home = torch.arange(self.count)
+        chosen = tuple(self._with_prior(score, prior)[home, order] for score in scores)
         return self._element(order, inner_maximisers(self.inners, chosen))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:

@@ -16,7 +16,10 @@ A *leg* is one feature space. Elements are dense matrices, one for each leg.
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import starmap
 from typing import Protocol
 
 import torch
@@ -348,10 +351,13 @@ def agreement(maps: Scores, scores: Tensor) -> Float[Tensor, "*batch"]:
     return agreed - stretched / 2
 
 
-def inner_values(inners: tuple[Inner, ...], scores: Legs) -> Float[Tensor, "*batch"]:
-    """The largest `<T, M>` where every inner group has legs of its own."""
-    found = [inner.values(own) for inner, own in _by_inner(inners, scores)]
-    return torch.stack(found).sum(0)
+def inner_values(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Float[Tensor, "*batch"]:
+    """The largest `<T, M>` where every inner group has legs of its own; scores are let go one by one."""
+    return reduce(torch.add, starmap(_values, _by_inner(inners, scores)))
+
+
+def _values(inner: Inner, scores: Legs) -> Float[Tensor, "*batch"]:
+    return inner.values(scores)
 
 
 def inner_maximisers(inners: tuple[Inner, ...], scores: Legs) -> Legs:
@@ -359,6 +365,7 @@ def inner_maximisers(inners: tuple[Inner, ...], scores: Legs) -> Legs:
     return tuple(leg for inner, own in _by_inner(inners, scores) for leg in inner.maximisers(own))
 
 
-def _by_inner(inners: tuple[Inner, ...], scores: Legs) -> list[tuple[Inner, Legs]]:
+def _by_inner(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Iterator[tuple[Inner, Legs]]:
     rest = iter(scores)
-    return [(inner, tuple(itertools.islice(rest, len(inner.widths)))) for inner in inners]
+    for inner in inners:
+        yield inner, tuple(itertools.islice(rest, len(inner.widths)))
