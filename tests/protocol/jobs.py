@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import TypeAlias
@@ -68,8 +67,10 @@ def in_parallel(work: Work, jobs: int) -> Iterator[Finding]:
         yield from _as_they_come(futures, points)
         pool.shutdown()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        _end(multiprocessing.active_children())
+        for child in multiprocessing.active_children():
+            child.terminate()
+        # The pool's own thread waits for them; two that wait for one process get in each other's way.
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -80,12 +81,6 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _end(children: Iterable[BaseProcess]) -> None:
-    for child in children:
-        child.terminate()
-        child.join()
 
 
 def _as_they_come(futures: Iterable[Future[int]], points: "Queue[Finding]") -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from tests import tiny
 
 # key, value, what the message says beside them
 WRONG = [
-    ("recipe", "fedprox", "choose one of fedavg, fedavgm, fisher, regmean"),
+    ("recipe", "fedprox", "choose one of fedavg, fedavgm, fisher, kfac, regmean"),
     ("recipe", 3, "string"),
     ("fit", "model", "'layer' or 'block'"),
     ("step", "sgd", "choose one of replace, average, ema, momentum, adam, yogi"),

@@ -184,7 +184,7 @@ class TestUnderFlowersOwnLoop:
             FedBasin().aggregate_train(1, [])
 
     def test_an_unknown_recipe_is_refused_with_the_catalogue(self):
-        with pytest.raises(ValueError, match="'mean'; there are fedavg, fisher, regmean"):
+        with pytest.raises(ValueError, match="'mean'; there are fedavg, fedavgm, fisher"):
             FedBasin("mean")
 
     @pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.fits])
