@@ -237,7 +237,9 @@ def test_a_request_without_its_tensors_is_refused_by_name(name):
 
 # What is learned is held to the client's loss instead, in tests/server/test_linking.py.
 @pytest.mark.parametrize("matcher", [m for m in Matcher if m is not Matcher.learned])
-def test_every_matcher_that_compares_brings_the_client_back_and_the_reply_says_that_it_moved(matcher):
+def test_every_matcher_that_compares_brings_the_client_back_and_the_reply_says_that_it_moved(
+    matcher,
+):
     asked = request(matcher=matcher)
     content, header = reply(asked)
     found = packing.unpack(content[wire.ARRAYS], header.tensors)
