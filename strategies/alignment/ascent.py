@@ -7,7 +7,11 @@ visited again only when a neighbour, with which it shares a tensor, has moved.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from fedbasin.strategies.alignment.certificate import (
 )
 from fedbasin.strategies.alignment.moved import Moved
 from fedbasin.strategies.alignment.reports import SiteReport
+from fedbasin.strategies.chunks import one_core
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle, skew
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.element import Element
@@ -30,6 +35,11 @@ from fedbasin.strategies.symmetry.transform import Transform
 
 # Gains below this share of ||M|| are rounding, not progress.
 PROGRESS = 1e-7
+
+# Entries of the scores of sites that are visited at the same time: memory is to hold the largest, not all.
+_SCORES = 2**25
+
+Visit: TypeAlias = Callable[[Site], bool]
 
 
 @dataclass
@@ -75,18 +85,20 @@ class Ascent:
     def run(self, max_sweeps: int) -> int:
         """Visit the sites in order until none can gain; returns the number of sweeps.
 
-        A site is visited again only when a neighbour has moved since: otherwise its score is the same.
+        A site is visited again only when a neighbour has moved since: otherwise its score is the same. Sites that
+        are no neighbours do not meet, and are visited at the same time.
         """
         neighbours = _neighbours(self.symmetry)
         pending = set(neighbours)
         sweeps = 0
-        while pending and sweeps < max_sweeps:
-            sweeps += 1
-            for site in self.symmetry.sites:
-                if site.name in pending:
-                    pending.discard(site.name)
-                    if self.visit(site):
-                        pending |= neighbours[site.name]
+        with _cores() as visit_all:
+            while pending and sweeps < max_sweeps:
+                sweeps += 1
+                for apart in _apart(self.symmetry.sites, neighbours):
+                    due = [site for site in apart if site.name in pending]
+                    pending -= {site.name for site in due}
+                    for site, progress in zip(due, visit_all(self.visit, due), strict=True):
+                        pending |= neighbours[site.name] if progress else set()
         return sweeps
 
     def visit(self, site: Site) -> bool:
@@ -228,6 +240,39 @@ def _rows(site: Site, member: Member, anchor: State, client: State) -> tuple[Ten
 def _turns(site: Site) -> bool:
     """Whether its units can mix: where they only change places, skewness says nothing that they do not."""
     return max(site.group.sizes) > 1
+
+
+@contextmanager
+def _cores() -> Iterator[Callable[[Visit, Sequence[Site]], Iterable[bool]]]:
+    """Something that visits sites on as many cores as torch may use, each on one; one after the other on one."""
+    count = torch.get_num_threads()
+    if count == 1:
+        yield map
+        return
+    # What a thread sets holds for the others too, so it is set around all of them.
+    with one_core(), ThreadPoolExecutor(count) as pool:
+        yield lambda visit, sites: pool.map(visit, sites) if len(sites) > 1 else map(visit, sites)
+
+
+def _apart(sites: Iterable[Site], neighbours: Mapping[str, set[str]]) -> Iterator[list[Site]]:
+    """The sites in their order, in runs of such as are no neighbours and whose scores are small together."""
+    run: list[Site] = []
+    for site in sites:
+        meets = any(
+            site.name in neighbours[other.name] or other.name in neighbours[site.name]
+            for other in run
+        )
+        if run and (meets or sum(map(_entries, (*run, site))) > _SCORES):
+            yield run
+            run = []
+        run.append(site)
+    if run:
+        yield run
+
+
+def _entries(site: Site) -> int:
+    """Of its score, at most."""
+    return max(site.width(leg) for leg in range(len(site.group.sizes))) ** 2
 
 
 def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:

@@ -77,7 +77,7 @@ def measure(say: Say) -> Figure:
 
 
 def _goal(barriers: dict[str, list[float]]) -> Goal:
-    text = f"after weight matching a barrier no higher than rebasin's, in the mean, within {SLACK}"
+    text = f"after weight matching a barrier at most {SLACK} above rebasin's, in the mean"
     if "rebasin 0.0.47" not in barriers:
         return Goal(text, f"skipped: {PYTHON} names no Python with rebasin", met=False)
     ours, theirs = (statistics.fmean(barriers[n]) for n in ("weights", "rebasin 0.0.47"))
