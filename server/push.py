@@ -5,13 +5,14 @@ import logging
 
 import grpc
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.proto.fedbasin_pb2 import PushReply, RoundReport
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
 from fedbasin.server.access import AccessError, Pass
 
 LARGEST_REPORT_BYTES = 64 * 2**20  # some 50 000 clients; gRPC's own limit is 4 MiB
 
-_log = logging.getLogger(__name__)
+# A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
+_log = logging.getLogger("flwr.fedbasin")
 
 _RETRIES = {
     "methodConfig": [
@@ -57,33 +58,54 @@ class Line:
         self.address = address
         self.own = own
         self._channel: grpc.Channel | None = None
+        self._sent: tuple[RoundReport, grpc.CallFuture[PushReply]] | None = None
 
-    def push(self, report: RoundReport, timeout_seconds: float = 5.0) -> bool:
-        """Hands a round report to the observer, trying again for a moment where nobody answers.
+    def send(self, report: RoundReport, timeout_seconds: float = 5.0) -> bool:
+        """Hands a round report over and does not wait: an observer that is slow slows no round.
 
-        The observer takes the same report any number of times, so a reply that was lost does no harm.
+        The report before is waited for. The observer takes the same report any number of times, so a reply that was
+        lost does no harm; where nobody answers the call is tried again for a moment.
 
         Args:
             report: what happened in the round.
             timeout_seconds: for everything, tries included.
 
         Returns:
-            Whether the observer has the report. Where it has not, the reason is logged as a warning.
+            Whether it is on its way.
         """
+        self.settle()
         try:
             self._channel = self._channel or connect(self.address, self.own)
-            ObserverStub(self._channel).PushRound(report, timeout=timeout_seconds)
-        except grpc.RpcError as error:
-            _warn(report, self.address, f"{error.code().name}: {error.details()}")
-            self.close()  # the next report dials anew, with the certificates that the files have then
-            return False
         except AccessError as error:
             _warn(report, self.address, str(error))
             return False
+        call = ObserverStub(self._channel).PushRound.future(report, timeout=timeout_seconds)
+        self._sent = report, call
         return True
 
+    def settle(self) -> bool:
+        """Waits for the last report; whether the observer has it. Where not, the reason is logged as a warning."""
+        if self._sent is None:
+            return True
+        (report, call), self._sent = self._sent, None
+        try:
+            call.result()
+        except grpc.RpcError as error:
+            _warn(report, self.address, f"{error.code().name}: {error.details()}")
+            self._hang_up()  # the next report dials anew, with the certificates that the files have then
+            return False
+        return True
+
+    def push(self, report: RoundReport, timeout_seconds: float = 5.0) -> bool:
+        """Hands a round report over and waits; whether the observer has it. See `send`."""
+        return self.send(report, timeout_seconds) and self.settle()
+
     def close(self) -> None:
-        """Hangs up; another report dials again."""
+        """Waits for the last report and hangs up; another one dials again."""
+        self.settle()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None

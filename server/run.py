@@ -407,8 +407,8 @@ class Run:
         )
 
     def _push(self, report: pb.RoundReport) -> None:
-        if self.settings.observer and not self.line.push(report):
-            _LOG.warning("the observer %s did not take round %d", self.line.address, report.round)
+        if self.settings.observer:
+            self.line.send(report)
 
     def _finish_round(self, report: pb.RoundReport) -> None:
         # The report first: a round without its model is repeated, a model without its report is not.

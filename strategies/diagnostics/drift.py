@@ -4,23 +4,25 @@
     mean over k of cos(u_k, v)           = <s, v> / (K ||v||)              s = sum_k u_k / ||u_k||
     mean over pairs of cos(u_j, u_k)     = (||s||^2 - K) / (K (K - 1))
 
-so one sum of unit vectors is all that is kept, however many clients there are. Entries are drawn from every tensor
-in proportion to its size and weighted by what they stand for: norms are estimates, and so are cosines, with a
-standard error of about `1 / sqrt(entries)`. A model that has no more entries is looked at whole.
+so one sum of unit vectors is all that is kept, however many clients there are. Entries are drawn from all that there
+are and weighted by what they stand for: norms are estimates, and so are cosines, with a standard error of about
+`1 / sqrt(entries)`. A model that has no more entries is looked at whole.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedbasin.strategies.chunks import one_core
 from fedbasin.strategies.state import State, floating
 
-ENTRIES = 2**12
+ENTRIES = 2**10
+
+# Neighbours that are drawn together: what costs is to fetch a place, not to read on from it.
+_RUN = 16
 
 Vector = Float[Tensor, " entries"]
 
@@ -30,51 +32,47 @@ class Sample:
     """Which entries of a state are looked at.
 
     Attributes:
-        places: of each floating tensor, positions in it as it lies in memory.
-        of: how many entries there are.
+        names: of all floating tensors.
+        places: of each tensor in which there are some, positions in it.
+        entries: how many are looked at.
+        of: how many there are.
     """
 
+    names: frozenset[str]
     places: dict[str, Int[Tensor, " some"]]
+    entries: int
     of: int
-    _weights: Vector
 
     @classmethod
     def draw(cls, state: State, entries: int = ENTRIES) -> "Sample":
-        """About so many entries; the same ones for every state of the same shapes."""
-        sizes = {name: t.numel() for name, t in floating(state).items() if t.numel()}
-        of, generator = sum(sizes.values()), torch.Generator().manual_seed(0)
-        share = min(1.0, entries / max(of, 1))
-        places = {n: _places(size, math.ceil(share * size), generator) for n, size in sizes.items()}
-        weights = [
-            torch.full((len(some),), math.sqrt(sizes[n] / len(some)), dtype=torch.float64)
-            for n, some in places.items()
-        ]
-        return cls(places, of, torch.cat(weights or [torch.zeros(0, dtype=torch.float64)]))
-
-    @cached_property
-    def entries(self) -> int:
-        """How many are looked at."""
-        return len(self._weights)
+        """So many entries, in short runs from anywhere; the same ones for every state of the same shapes."""
+        sizes = {name: tensor.numel() for name, tensor in floating(state).items()}
+        of = sum(sizes.values())
+        drawn = _drawn(of, entries)
+        ends = torch.tensor(list(accumulate(sizes.values(), initial=0)))
+        cuts = torch.searchsorted(drawn, ends).tolist()
+        runs = zip(sizes, ends.tolist(), pairwise(cuts), strict=False)
+        places = {name: drawn[a:b] - first for name, first, (a, b) in runs if b > a}
+        return cls(frozenset(sizes), places, len(drawn), of)
 
     def fits(self, state: State) -> bool:
         """Whether the state has all of the tensors."""
-        return self.places.keys() <= state.keys()
+        return self.names <= state.keys()
 
     def read(self, state: State) -> Vector:
         """The entries, each times the root of how many it stands for, in float64 on the CPU."""
         if not self.places:
-            return self._weights
-        parts = [
-            state[n].reshape(-1).index_select(0, some.to(state[n].device))
-            for n, some in self.places.items()
-        ]
-        return torch.cat(parts).cpu().double().mul_(self._weights)
+            return torch.zeros(0, dtype=torch.float64)
+        parts = [torch.take(state[n], some.to(state[n].device)) for n, some in self.places.items()]
+        return torch.cat(parts).cpu().double().mul_(math.sqrt(self.of / self.entries))
 
 
-def _places(size: int, wanted: int, generator: torch.Generator) -> Int[Tensor, " some"]:
-    if wanted >= size:
-        return torch.arange(size)
-    return torch.randint(size, (wanted,), generator=generator).sort().values
+def _drawn(of: int, wanted: int) -> Int[Tensor, " drawn"]:
+    if wanted >= of or of <= _RUN:
+        return torch.arange(of)
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(of - _RUN, (wanted // _RUN,), generator=generator).sort().values
+    return (starts[:, None] + torch.arange(_RUN)).flatten().sort().values
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ class Drift:
         self._units = torch.zeros_like(self._anchor)
         self._moved = 0
 
-    @one_core()  # vectors this short would wait for the other cores longer than they take
     def add(self, client: State) -> Direction | None:
         """One client's update; None, and nothing is added, where it does not have the anchor's tensors."""
         if not self.sample.fits(client):
@@ -142,12 +139,10 @@ class Drift:
             self._units += update / norm
         return Direction(norm, _cosine(update, self._previous))
 
-    @one_core()
     def movement(self, model: State) -> Vector:
         """What a new global model has moved by, at the sample's entries."""
         return self.sample.read(model) - self._anchor
 
-    @one_core()
     def finish(self, movement: Vector) -> Directions:
         """What the clients' updates have in common, and with the movement that they led to."""
         if not self.clients:

@@ -61,7 +61,7 @@ _TELEMETRY = (
     ("directions of updates", rounds._Attempt, "_directions"),
     ("report of the round", run.Run, "_report"),
     ("rounds.jsonl", checkpoint, "append_report"),
-    ("push", push.Line, "push"),
+    ("push", push.Line, "send"),
 )
 # What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
 # the checkpoint.
