@@ -23,7 +23,8 @@ _INTRODUCTION = """\
 Made by `python -m fedbasin.deploy.metrics_page`; do not edit.
 
 `fedbasin observe` shows these on its metrics port, for Prometheus to scrape. All are computed from the reports of
-rounds, so gauges appear when a recipe's first round has ended; what counts is there before, at zero.
+rounds, so gauges appear when a recipe's first round has ended; counters are there before, at zero, and
+histograms with the first report of a recipe.
 A gauge keeps its value until a round of the same recipe measures it again. With a store, counters survive a restart.
 
 - **Labels are bounded.** No label holds a client or a run. Beyond 32 recipes, 32 stages and 64 names of model metrics the rest

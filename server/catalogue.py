@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 PREFIX = "fedbasin_"
 
-# The names in fedbasin.strategies, which would bring torch; a test compares. Their counters and histograms exist
-# from the start, at zero, so that a rate also sees what the first round counts.
+# The names in fedbasin.strategies, which would bring torch; a test compares. Their counters exist from the start, at
+# zero, so that a rate also sees what the first round counts.
 RECIPES = (
     "fedavg",
     "fedavgm",

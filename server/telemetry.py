@@ -64,20 +64,21 @@ class Telemetry:
         self._outcomes = Vocabulary(len(Outcome), (outcome.name for outcome in Outcome))
         self._set(of.BUILD, 1, metadata.version("fedbasin"))
         for recipe in of.RECIPES:
-            self._begin(recipe)
+            self._count_from_zero(recipe)
 
     def observe(self, report: RoundReport) -> None:
         """Counts a round. To be called once for each."""
         source = _Source(self._recipes.admit(report.recipe), _exemplar(report))
-        self._begin(source.recipe)
+        self._count_from_zero(source.recipe)
+        self._time_from_zero(source.recipe)
         self._observe_progress(source, report)
         for stage in report.stages:
             self._observe_clients(source, self._stages.admit(stage.stage), stage)
         if not report.problem:
             self._observe_success(source, report)
 
-    def _begin(self, recipe: str) -> None:
-        """Makes a recipe's series, at zero where they are new: a rate needs a first value."""
+    def _count_from_zero(self, recipe: str) -> None:
+        """Makes a recipe's counters, at zero where they are new: a rate needs a first value."""
         for metric in of.COUNTERS:
             if metric.labels == ("recipe",):
                 self._counters[metric].labels(recipe)
@@ -86,6 +87,9 @@ class Telemetry:
             self._counters[of.PROBE_BYTES].labels(recipe, side)
         for outcome in Outcome.__members__:
             self._counters[of.UPDATES].labels(recipe, outcome)
+
+    def _time_from_zero(self, recipe: str) -> None:
+        """The same for its histograms, which are many: a scrape is not to carry those of recipes that nobody runs."""
         self._histograms[of.ROUND_SECONDS].labels(recipe)
         for stage in of.STAGES:
             for metric in (of.STAGE_SECONDS, of.SERVER_SECONDS, of.CLIENT_SECONDS):
