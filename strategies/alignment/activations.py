@@ -49,6 +49,7 @@ def match_activations(
 
     Raises:
         FoldError: a norm's gain vanishes where it would have to be divided by.
+        ValueError: features are not finite.
     """
     anchor, client = folded(symmetry, anchor), folded(symmetry, client)
     steps = {
@@ -73,6 +74,11 @@ def _best(site: Site, scores: tuple[Tensor, ...], prior: float) -> tuple[Element
     scale = sum(float(torch.linalg.vector_norm(score)) for score in scores)
     if not scale:
         return held, 0.0
+    if not math.isfinite(scale):
+        raise ValueError(
+            f"{site.name}: the features of the anchor or of the client's model are not finite on the client's data; "
+            "look for a running variance below zero or a model that diverged, or set matcher = 'weights'"
+        )
     step = site.group.maximiser(scores, prior)
     gain = (site.group.value(scores, step) - site.group.value(scores, held)) / scale
     return (step, gain) if gain > PROGRESS else (held, 0.0)

@@ -137,3 +137,10 @@ def test_states_on_a_gpu_are_aligned_there_as_on_the_cpu(
     assert all(tensor.is_cuda for tensor in there.state.values())
     back = {n: t.cpu() for n, t in there.state.items()}
     torch.testing.assert_close(back, here.state, rtol=1e-3, atol=1e-3)
+
+
+def test_features_that_are_no_numbers_are_refused_by_their_site():
+    symmetry, anchor = family("convnet")
+    broken = {n: -t if n.endswith("running_var") else t for n, t in anchor.items()}
+    with pytest.raises(ValueError, match=r"features of the anchor or of the client.*not finite"):
+        by_activations("convnet", symmetry, anchor, broken)

@@ -46,13 +46,15 @@ def family(name: str, seed: int = 0) -> tuple[Symmetry, State]:
 def near(state: Mapping[str, Tensor], size: float, seed: int) -> State:
     generator = drawn(seed)
     noise: dict[int, Tensor] = {}  # tied tensors stay tied
-    return {
+    moved = {
         name: tensor
         + size * noise.setdefault(tensor.data_ptr(), torch.randn(tensor.shape, generator=generator))
         if tensor.is_floating_point()
         else tensor
         for name, tensor in state.items()
     }
+    # No model has a variance below zero.
+    return {n: t.abs() if n.endswith("running_var") else t for n, t in moved.items()}
 
 
 def planted(symmetry: Symmetry, site: int, seed: int) -> Transform:
