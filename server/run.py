@@ -208,11 +208,6 @@ class Run:
             self._take(found.model)
             yield found
 
-    @property
-    def _keeps(self) -> bool:
-        """Whether clients need their models once more when the new one is evaluated."""
-        return self.settings.fused_points > 0
-
     def _is_own(self, number: int) -> bool:
         return number == 1 and self.settings.start == "own"
 
@@ -278,7 +273,6 @@ class Run:
             self.recipe,
             lambda: self._fuse(number),
             settings.fit,
-            keep=self._keeps,
             encode=partial(fit_encodings, self.layers, settings.statistics_budget_bytes),
         )
 
@@ -290,7 +284,8 @@ class Run:
             matcher=Matcher[settings.matcher],
             path_points=settings.barrier_points,
             order=recipe.fits,
-            keep=recipe.fits or self._keeps or self._is_paired(number),
+            # For fits, for links, and for the path that goes with an evaluation.
+            keep=recipe.fits or settings.fused_points > 0 or self._is_paired(number),
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
             frozen=recipe.frozen(number),
         )

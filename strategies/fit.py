@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.compact import Encoding
-from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.recipe import Target
@@ -38,7 +37,6 @@ class Fit:
         strength: float,
         share: float = 1.0,
         *,
-        keep: bool = False,
         encodings: Mapping[Block, Encoding] | None = None,
     ) -> None:
         """Compose the stage.
@@ -50,13 +48,13 @@ class Fit:
                 labels is drawn to zero, all else to the model so far.
             share: of the solution in the fitted layers; the rest stays as the model so far has it. A head
                 to labels is the solution.
-            keep: another stage of the round follows.
             encodings: how clients send their sums; those of other layers may be among them.
         """
         self.name = "head" if fitting.target is Target.labels else "fit"
         known = encodings or {}
         own = {block: known[block] for block in fitting.blocks if block in known}
-        self.ask = Ask(fit=fitting, keep=keep, encodings=own)
+        self.ask = Ask(fit=fitting, encodings=own)
+        self._blocks = fitting.blocks
         self._model = model
         self._tally = Tally.zero({})
         self._ridge = Ridge(strength, "anchor")
@@ -65,8 +63,7 @@ class Fit:
         self._base = self._zero if self.name == "head" else model
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
-        if self.ask.fit is not None:
-            check_fit(update, self._model, self.ask.fit.blocks, self._tally.blocks)
+        check_fit(update, self._model, self._blocks, self._tally.blocks)
         self._tally.fold(update)
 
     def finish(self) -> dict[str, Tensor]:
@@ -74,11 +71,6 @@ class Fit:
         names = [name for block in self._tally.blocks for name in block]
         solution = {name: self._base[name] + step[name] for name in names}
         return {**self._model, **interpolate(self._model, solution, self._share)}
-
-    @property
-    def sums(self) -> dict[Block, tuple[Precision, Tensor]]:
-        """Normal equations of the layers, over all clients."""
-        return self._tally.blocks
 
 
 class Probe:
@@ -91,9 +83,7 @@ class Probe:
     kind: Kind = "evaluate"
     order: Order | None = None
 
-    def __init__(
-        self, model: State, sequence: int, along: Along, points: int, *, keep: bool = False
-    ) -> None:
+    def __init__(self, model: State, sequence: int, along: Along, points: int) -> None:
         """Compose the stage.
 
         Args:
@@ -101,9 +91,8 @@ class Probe:
             sequence: of the last piece of it.
             along: which path.
             points: at how many points.
-            keep: another stage of the round follows.
         """
-        self.ask = Ask(fit=Fitting((), None, sequence, along), path_points=points, keep=keep)
+        self.ask = Ask(fit=Fitting((), None, sequence, along), path_points=points)
         self._model = model
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here

@@ -101,7 +101,6 @@ def round_plan(
     fuse: Callable[[], Stage],
     grouping: Grouping = "layer",
     *,
-    keep: bool = False,
     encode: Encode | None = None,
 ) -> Plan:
     """The stages of one round: train and fuse, and fit layers afterwards where the recipe does.
@@ -112,7 +111,6 @@ def round_plan(
         fuse: makes the first stage; it asks for the order of the layers if the recipe fits any, and that
             clients keep their models.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
-        keep: clients keep their models also after the plan's last stage.
         encode: chooses how clients send their sums; exactly, if None.
 
     Raises:
@@ -124,30 +122,23 @@ def round_plan(
     blocks = [block for fitting in fittings for block in fitting.blocks]
     encodings = encode(blocks) if encode and blocks else None
     for fitting in fittings:
-        more = recipe.probe > 0 or fitting is not fittings[-1]
         strength = _strength(recipe, fitting)
-        make = partial(
-            Fit, model, fitting, strength, recipe.share, keep=more or keep, encodings=encodings
-        )
+        make = partial(Fit, model, fitting, strength, recipe.share, encodings=encodings)
         answer = yield Next(make, new, answer.nodes)
         model = answer.model
         new = {name: model[name] for block in fitting.blocks for name in block}
     if not (recipe.probe and fittings):
         return Planned(model)
-    probe = partial(_probe, recipe, model, len(fittings), keep=keep)
-    answer = yield Next(partial(probe, Along()), new, answer.nodes)
+    probe = partial(Probe, model, len(fittings), points=recipe.probe)
+    answer = yield Next(partial(probe, along=Along()), new, answer.nodes)
     first, share = answer.curve, best_point(answer.curve)
     if not recipe.reach:
         return Planned(interpolate(fused, model, share), gained(first, first))
     along = Along(share, recipe.reach)
-    answer = yield Next(partial(probe, along), {}, answer.nodes)
+    answer = yield Next(partial(probe, along=along), {}, answer.nodes)
     start, end = along.ends(begun, fused, model)
     best = interpolate(start, end, best_point(answer.curve))
     return Planned(best, gained(first, answer.curve))
-
-
-def _probe(recipe: Recipe, model: State, sequence: int, along: Along, *, keep: bool) -> Probe:
-    return Probe(model, sequence, along, recipe.probe, keep=keep or along.reach < recipe.reach)
 
 
 def gained(first: Path | None, last: Path | None) -> float:

@@ -42,13 +42,12 @@ class Driven:
     recipe: Recipe
     grouping: str = "layer"
     order: Order | None = ORDER
-    keep: bool = False
     curve: Path | None = None
     asked: list[Next] = field(default_factory=list)
 
     def __post_init__(self):
         fuse = Fuse(model(0.0), self.recipe, Ask(order=True, keep=True))
-        plan = round_plan(model(0.0), self.recipe, lambda: fuse, self.grouping, keep=self.keep)
+        plan = round_plan(model(0.0), self.recipe, lambda: fuse, self.grouping)
         state, step = model(0.0), next(plan)
         try:
             while True:
@@ -129,13 +128,6 @@ def test_names_without_numbers_are_blocks_of_their_own():
     next(plan)
     asked = plan.send(Said(steps, [1], plain))
     assert asked.make().ask.fit.blocks == (("one.weight",),)
-
-
-@pytest.mark.parametrize("recipe", ["features", "head", "features-head", "auto"])
-@pytest.mark.parametrize("keep", [True, False])
-def test_clients_keep_their_models_where_another_stage_follows(recipe, keep):
-    kept = [stage.ask.keep for stage in Driven(RECIPES[recipe], keep=keep).stages]
-    assert kept == [True] * (len(kept) - 1) + [keep]
 
 
 @pytest.mark.parametrize("recipe", ["features", "features-head", "auto"])
