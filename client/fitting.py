@@ -4,17 +4,12 @@ The client builds on what it kept in this round: its own model as it was sent, a
 which every request brings the part that is new.
 """
 
+from collections.abc import Sequence
+
 from flwr.app import Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedbasin.client.context import (
-    begun,
-    fused_at_first,
-    fused_so_far,
-    keep_fused,
-    sent,
-    sent_examples,
-)
+from fedbasin.client.context import begun, fused_pieces, sent, sent_examples
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import regress
 from fedbasin.client.reply import Data, Request, answer, path_message, required
@@ -43,8 +38,8 @@ def fit_reply(
     """Sums over the client's own examples, of the layers that the request names or of the path it asks for.
 
     Args:
-        request: the question; its anchor is what is new of the fused model.
-        context: where the client kept its models.
+        request: the question.
+        context: where the client kept its models, the piece of the fused model that came with the request included.
         model: to run; its tensors are replaced.
         data: gives the client's own examples, afresh at every call.
         probed: gives those on which models are compared.
@@ -53,18 +48,20 @@ def fit_reply(
         MissingDataError: there is no data.
     """
     header, content = answer(request), RecordDict()
-    own, fused = sent(context, request.header.round), _fused(request, context, model)
-    if own is None or fused is None:
+    number, sequence = request.header.round, request.header.fit.sequence
+    own, pieces = sent(context, number), fused_pieces(context, number, sequence)
+    if own is None or not pieces:
         header.lost = True
     else:
         batches = required(data, "a fit")
         header.examples = sent_examples(context)
         content["metrics"] = MetricRecord({"num-examples": header.examples})
+        fused = _merged(pieces, model)
         _fit(request, own, fused, model, batches, header, content)
         if request.path_points:
-            along = Along(request.header.fit.path.share, request.header.fit.path.reach)
-            start, end = along.ends(begun(context), fused_at_first(context), fused)
-            path = path_losses(model, start, end, required(probed, "a path")(), request.path_points)
+            first, asked = _merged(pieces[:1], model), request.header.fit.path
+            ends = Along(asked.share, asked.reach).ends(begun(context), first, fused)
+            path = path_losses(model, *ends, required(probed, "a path")(), request.path_points)
             header.path.CopyFrom(path_message(path))
     # Nothing is forgotten yet: a stage that too few could answer is asked anew.
     wire.write(content, header)
@@ -94,16 +91,8 @@ def _fit(
     write_grams(header, content, grams, moments)
 
 
-def _fused(request: Request, context: Context, model: nn.Module) -> dict[str, Tensor] | None:
-    """The fused model so far; None where a piece of it has not come.
-
-    A piece brings a layer under its first name; the others are the same tensor.
-    """
-    number, sequence = request.header.round, request.header.fit.sequence
-    before = fused_so_far(context, number, sequence) if sequence else {}
-    if before is None:
-        return None
-    known, first = {**before, **request.anchor}, tied(model.state_dict())
-    fused = {name: known[first.get(name, name)] for name in known}
-    keep_fused(context, number, sequence, fused)
-    return fused
+def _merged(pieces: Sequence[State], model: nn.Module) -> dict[str, Tensor]:
+    """One state. A piece brings a layer under its first name; the others are the same tensor."""
+    known = {name: tensor for piece in pieces for name, tensor in piece.items()}
+    first = tied(model.state_dict())
+    return {name: known[first.get(name, name)] for name in known}

@@ -15,7 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 
 from fedbasin.client.adapters import model_names
-from fedbasin.client.context import forget, keep, keep_begun, keep_sent, kept, sent
+from fedbasin.client.context import forget, keep, keep_begun, keep_fused, keep_sent, kept, sent
 from fedbasin.client.data import Batches
 from fedbasin.client.fitting import fit_reply
 from fedbasin.client.reply import Data, Request, build_reply, fused_path, read_request
@@ -52,7 +52,9 @@ def basin(
             return call_next(message, context)
         request = read_request(message.content, context.node_id)
         batches = None if data is None else lambda: data(context)
+        asked = message.content
         if request.header.HasField("fit"):
+            keep_fused(context, asked)
             probed = batches if held_out is None else lambda: held_out(context)
             content = fit_reply(request, context, model(context), batches, probed)
             return Message(content=content, reply_to=message)
@@ -74,7 +76,7 @@ def basin(
         if request.header.keep and wire.ARRAYS in content and not request.moving:
             keep_sent(context, content)
             if request.header.order:
-                keep_begun(context, request.anchor)
+                keep_begun(context, asked)
         return Message(content=content, reply_to=message)
 
     return mod

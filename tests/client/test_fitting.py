@@ -5,10 +5,10 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import nn
 
-from fedbasin.client.context import keep_begun, keep_sent
+from fedbasin.client.context import keep_begun, keep_fused, keep_sent
 from fedbasin.client.fitting import fit_reply
 from fedbasin.client.probe import evaluate
-from fedbasin.client.reply import MissingDataError, Request
+from fedbasin.client.reply import MissingDataError, read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 
@@ -37,8 +37,16 @@ def client(own, begun):
     reply[wire.ARRAYS], specs = packing.pack(own)
     wire.write(reply, pb.UpdateHeader(round=1, tensors=specs, examples=20))
     keep_sent(context, reply)
-    keep_begun(context, begun)
+    keep_begun(context, message(begun, pb.Request(round=1)))
     return context
+
+
+def message(anchor, header):
+    content = RecordDict()
+    content[wire.ARRAYS], specs = packing.pack(anchor)
+    header.anchor.extend(specs)
+    wire.write(content, header)
+    return content
 
 
 def request(piece, sequence, *blocks, points=0, server_round=1):
@@ -49,12 +57,16 @@ def request(piece, sequence, *blocks, points=0, server_round=1):
         path=pb.Along(share=1.0) if points else None,
     )
     header = pb.Request(round=server_round, stage="fit", fit=fit, path_points=points)
-    return Request(header, piece, {}, points)
+    return message(piece, header)
+
+
+def replied(context, asked, data=lambda: BATCHES):
+    keep_fused(context, asked)
+    return fit_reply(read_request(asked), context, net(), data, data)
 
 
 def answered(context, asked):
-    content = fit_reply(asked, context, net(), lambda: BATCHES, lambda: BATCHES)
-    return wire.read_update(content)
+    return wire.read_update(replied(context, asked))
 
 
 def test_a_piece_moves_a_layer_under_all_of_its_names():
@@ -74,10 +86,19 @@ def test_a_piece_that_comes_again_gives_the_same_answer(again):
     pieces = [state(1), {"0.weight": state(2)["0.weight"]}]
     context = client(state(3), state(1))
     asked = [request(piece, i, HEAD) for i, piece in enumerate(pieces)][: again + 1]
-    first = [fit_reply(r, context, net(), lambda: BATCHES) for r in asked][-1]
-    second = fit_reply(asked[-1], context, net(), lambda: BATCHES)
+    first = [replied(context, one) for one in asked][-1]
+    second = replied(context, asked[-1])
     assert wire.read_update(first) == wire.read_update(second)
     assert first[wire.STATISTICS] == second[wire.STATISTICS]
+
+
+def test_a_piece_that_comes_again_without_tensors_is_the_one_that_came_before():
+    context = client(state(3), state(1))
+    pieces = [(state(1), 0), ({"0.weight": state(2)["0.weight"]}, 1)]
+    *_, first = [answered(context, request(*piece, points=2)) for piece in pieces]
+    again = answered(context, request({}, 1, points=2))
+    assert again.path == first.path
+    assert not again.lost
 
 
 LOST = {
@@ -97,4 +118,4 @@ def test_a_client_says_that_it_lacks(asked):
 
 def test_a_fit_without_data_is_an_error_that_says_so():
     with pytest.raises(MissingDataError, match="a fit needs the client's data"):
-        fit_reply(request(state(1), 0, HEAD), client(state(3), state(1)), net(), None)
+        replied(client(state(3), state(1)), request(state(1), 0, HEAD), None)
