@@ -14,11 +14,12 @@ from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.server.directions import Directions
 from fedbasin.server.grid import Quorum, Reply, StreamingGrid
 from fedbasin.server.paths import add_path, checked_path, checked_variance
 from fedbasin.strategies.alignment.matching import AlignmentReport
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.diagnostics.drift import Drift, Vector
+from fedbasin.strategies.diagnostics.drift import Vector
 from fedbasin.strategies.diagnostics.share import bound
 from fedbasin.strategies.encodings import encoding_messages
 from fedbasin.strategies.fusion.update import Order
@@ -97,9 +98,8 @@ class StageResult:
         metrics: the clients' metrics, means weighted by examples.
         path: sums over the accepted clients.
         variance: of the layers, means over the clients that measured it.
-        drift: how the clients' updates lie; empty in stages that fuse nothing.
+        directions: of the clients' updates, to be finished with the round's model; None in stages that fuse nothing.
         order: of the model's layers, where the stage asked for it.
-        movement: of the model, at the entries that `drift` looks at; None where it was not measured.
     """
 
     model: dict[str, Tensor]
@@ -107,8 +107,7 @@ class StageResult:
     metrics: dict[str, float]
     path: pb.PathSums
     variance: Mapping[str, float] = field(default_factory=dict)
-    drift: pb.Drift = field(default_factory=pb.Drift)
-    movement: Vector | None = None
+    directions: Directions | None = None
     order: Order | None = None
 
     @property
@@ -183,8 +182,7 @@ class _Attempt:
     metrics: WeightedMeans = field(default_factory=WeightedMeans)
     path: pb.PathSums = field(default_factory=pb.PathSums)
     variance: WeightedMeans = field(default_factory=WeightedMeans)
-    drift: Drift | None = None
-    drift_seconds: float = 0.0
+    directions: Directions | None = None
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
@@ -192,7 +190,7 @@ class _Attempt:
         with self._working():
             self.stage = self.question.make()
             if self.stage.name == Fuse.name:
-                self.drift = Drift(self.question.anchor, self.question.previous)
+                self.directions = Directions(self.question.anchor, self.question.previous)
         self.report.stage = self.stage.name
         self.report.encodings.extend(encoding_messages(self.stage.ask.encodings))
         self.seen: set[int] = set()
@@ -225,15 +223,13 @@ class _Attempt:
         """The stage's value, once enough clients are in it."""
         with self._working():
             model = self.stage.finish()
-            drift, movement = self._directions(model)
         return StageResult(
             model,
             self.report,
             self.metrics.means(),
             self.path,
             self.variance.means(),
-            drift,
-            movement,
+            self.directions,
             self.stage.order,
         )
 
@@ -242,24 +238,6 @@ class _Attempt:
         if share == 1 or not self.stage.ask.path_points:
             return None
         return bound(nodes, self.question.server_round, share)
-
-    def _directions(self, model: State) -> tuple[pb.Drift, Vector | None]:
-        drift = self.drift
-        if drift is None or not drift.clients:
-            return pb.Drift(), None
-        began = time.perf_counter()
-        movement = drift.movement(model)
-        found = drift.finish(movement)
-        return pb.Drift(
-            clients=found.clients,
-            entries=drift.sample.entries,
-            of=drift.sample.of,
-            norm=found.norm,
-            fused=found.fused,
-            previous=found.previous,
-            clients_mean=found.pairs,
-            seconds=self.drift_seconds + time.perf_counter() - began,
-        ), movement
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -298,20 +276,9 @@ class _Attempt:
         self.metrics.add(received.metrics, received.update.examples)
         add_path(self.path, path)
         self.variance.add(variance, 1.0)
-        if (
-            aligned is None
-        ):  # where the server aligns, these are not yet the weights that went into the sum
-            self._measure_direction(received.update.parameters, report)
-
-    def _measure_direction(self, parameters: State, report: pb.ClientReport) -> None:
-        if self.drift is None:
-            return
-        began = time.perf_counter()
-        if direction := self.drift.add(parameters):
-            report.update_norm = direction.norm
-            if direction.cosine is not None:
-                report.update_cosine = direction.cosine
-        self.drift_seconds += time.perf_counter() - began
+        # Where the server aligns, these are not the weights that went into the sum.
+        if self.directions is not None and aligned is None:
+            self.directions.add(received.update.parameters, report)
 
 
 def _describe(report: pb.ClientReport, received: Received, aligned: AlignmentReport | None) -> None:

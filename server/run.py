@@ -174,7 +174,8 @@ class Run:
         self._take(stepped)
         self._hand_over(number, planned.gain)
         fused = next(result for result in results if result.report.stage == Fuse.name)
-        self.movement = fused.movement
+        found = fused.directions and fused.directions.finish(self.model)
+        drift, self.movement = found or (None, None)
         metrics = dict(fused.metrics)
         if self.settings.fraction_evaluate:
             asked = self._sampled(online, number, self.settings.fraction_evaluate)
@@ -182,7 +183,7 @@ class Run:
             metrics |= results[-1].metrics
         metrics |= self._evaluated(number)
         probe = self.probing.finish(self.model, fused.nodes)
-        return self._report(number, results, metrics, probe, time.perf_counter() - started)
+        return self._report(number, results, metrics, drift, probe, time.perf_counter() - started)
 
     def _observe(self, node: int, parameters: State) -> Metrics:
         self.probing.keep(node, parameters)
@@ -357,6 +358,7 @@ class Run:
         number: int,
         results: list[StageResult],
         metrics: dict[str, float],
+        drift: pb.Drift | None,
         probe: pb.ServerProbe | None,
         seconds: float,
     ) -> pb.RoundReport:
@@ -369,7 +371,7 @@ class Run:
                 stages=[result.report for result in results],
                 path=fused.path,
                 fused_path=evaluated.path if evaluated else None,
-                drift=fused.drift if fused.drift.clients else None,
+                drift=drift,
                 variance=variance_message(evaluated.variance if evaluated else {}),
                 probe=probe,
                 metrics=metrics,

@@ -19,8 +19,7 @@ from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
-from fedbasin.server import checkpoint, push, rounds, run, serve
-from fedbasin.strategies.diagnostics import drift
+from fedbasin.server import checkpoint, directions, push, rounds, run, serve
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
@@ -56,9 +55,9 @@ _TELEMETRY = (
     ("paths of clients", rounds, "checked_path"),
     ("paths of clients", rounds, "checked_variance"),
     ("paths of clients", rounds, "add_path"),
-    ("directions of updates", drift.Drift, "__init__"),
-    ("directions of updates", rounds._Attempt, "_measure_direction"),
-    ("directions of updates", rounds._Attempt, "_directions"),
+    ("directions of updates", directions.Directions, "__init__"),
+    ("directions of updates", directions.Directions, "add"),
+    ("directions of updates", directions.Directions, "finish"),
     ("report of the round", run.Run, "_report"),
     ("rounds.jsonl", checkpoint, "append_report"),
     ("push", push.Line, "send"),

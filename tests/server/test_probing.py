@@ -1,6 +1,7 @@
 """What a run says of its clients' directions, of hidden variances, and of what probing took."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -84,6 +85,20 @@ def test_the_round_says_how_the_updates_lie_to_one_another(run):
     assert drift.previous == pytest.approx(sum(said) / 3)
     assert drift.seconds > 0
     assert not run.reports[0].drift.HasField("previous")
+
+
+@pytest.mark.parametrize("recipe", ["features", "auto", "fedavgm"])
+def test_what_a_round_moved_by_is_told_by_the_models_that_are_broadcast(tmp_path, recipe):
+    run = Run(tmp_path, rounds=3, recipe=recipe)
+    models = [*(run.anchors[number, "fuse"] for number in (1, 2, 3)), run.model]
+    for number, (anchor, new) in enumerate(pairwise(models), start=1):
+        lie = [cosine(anchor, run.sent[number, node], new) for node in run.nodes]
+        assert run.reports[number - 1].drift.fused == pytest.approx(sum(lie) / 3, abs=1e-6)
+    for number, before, anchor in ((2, *models[:2]), (3, *models[1:3])):
+        again = {name: 2 * anchor[name] - before[name] for name in floating(anchor)}
+        for node, client in run.clients(number).items():
+            said = cosine(anchor, run.sent[number, node], again)
+            assert client.update_cosine == pytest.approx(said, abs=1e-6)
 
 
 def test_the_directions_of_the_layers_are_compared_with_the_anchor(run):
