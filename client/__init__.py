@@ -2,4 +2,4 @@
 
 from fedbasin.client.mod import basin as basin
 from fedbasin.client.reply import build_reply as build_reply
-from fedbasin.client.reply import read_request as read_request
+from fedbasin.client.request import read_request as read_request

@@ -10,9 +10,10 @@ from flwr.app import Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedbasin.client.context import begun, fused_pieces, sent, sent_examples
+from fedbasin.client.measuring import path_message
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import regress
-from fedbasin.client.reply import Data, Request, answer, path_message, required
+from fedbasin.client.request import Data, Request, answer, required
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
 from fedbasin.strategies.encodings import read_encodings, write_grams

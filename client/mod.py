@@ -18,7 +18,9 @@ from fedbasin.client.adapters import model_names
 from fedbasin.client.context import forget, keep, keep_begun, keep_fused, keep_sent, kept, sent
 from fedbasin.client.data import Batches
 from fedbasin.client.fitting import fit_reply
-from fedbasin.client.reply import Data, Request, build_reply, fused_path, read_request
+from fedbasin.client.measuring import fused_path
+from fedbasin.client.reply import build_reply
+from fedbasin.client.request import Data, Request, read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import plain, wire
 

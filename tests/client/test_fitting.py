@@ -8,7 +8,7 @@ from torch import nn
 from fedbasin.client.context import keep_begun, keep_fused, keep_sent
 from fedbasin.client.fitting import fit_reply
 from fedbasin.client.probe import evaluate
-from fedbasin.client.reply import MissingDataError, read_request
+from fedbasin.client.request import MissingDataError, read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedbasin.client import build_reply, read_request
 from fedbasin.client.fisher import diagonal_fisher
 from fedbasin.client.probe import path_losses
-from fedbasin.client.reply import MissingDataError
+from fedbasin.client.request import MissingDataError
 from fedbasin.client.statistics import grams
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.alignment.matcher import Matcher

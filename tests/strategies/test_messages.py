@@ -4,7 +4,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedbasin.client.reply import read_request
+from fedbasin.client.request import read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.alignment.certificate import identity_radii
