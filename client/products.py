@@ -84,7 +84,9 @@ class Product:
         """
         bias = len(self.layer.block) - 1
         for part in self._parts(self.inputs, mask):
-            rows = part.double() if self.kernel is None else self._patches(part.double())
+            rows = (
+                part.double() if self.kernel is None else self._patches(part.double(), self.kernel)
+            )
             yield F.pad(rows, (0, bias), value=1.0) if bias else rows
 
     def columns(
@@ -108,15 +110,10 @@ class Product:
         most = max(1, ROW_ELEMENTS // (self.layer.inputs * self.layer.groups * positions))
         yield from torch.split(values if values.ndim == 4 else values.unsqueeze(0), most)
 
-    def _patches(self, images: Tensor) -> Float[Tensor, "groups part in"]:
+    def _patches(self, images: Tensor, kernel: Kernel) -> Float[Tensor, "groups part in"]:
         """What the kernel sees at each position, in the order of `weight.flatten(1)`."""
-        if (
-            self.kernel is None
-        ):  # pragma: no cover - for the type checker; linear maps have no patches
-            return images
-        k = self.kernel
-        padded = F.pad(images, k.margins)
-        patches = F.unfold(padded, k.size, k.dilation, 0, k.stride)
+        padded = F.pad(images, kernel.margins)
+        patches = F.unfold(padded, kernel.size, kernel.dilation, 0, kernel.stride)
         grouped = patches.unflatten(1, (self.layer.groups, -1))
         return grouped.permute(1, 0, 3, 2).flatten(1, 2)
 

@@ -15,11 +15,12 @@ Source: RegMean, Jin et al. 2023, arXiv 2212.09849; RegMean++, Nguyen et al. 202
 arXiv 2405.16240.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from operator import itemgetter
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,10 @@ from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import Block, Order, join
 from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.state import State, tied
+
+# Which layer multiplied, and the shape of what it gave.
+Use: TypeAlias = tuple[Layer, torch.Size]
+Kept = TypeVar("Kept")
 
 # A label as logits: so much for its own class, so much less for every other.
 MARGIN = 5.0
@@ -119,9 +124,11 @@ def regress(
     }
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
-            seen = _run(model, layers, batch)
+            seen = _run(model, layers, batch, Product.copy)
             wanted = (
-                _matching(_run(teacher, layers, batch), seen) if teacher else [None] * len(seen)
+                _matching(_run(teacher, layers, batch, _use), seen)
+                if teacher
+                else [None] * len(seen)
             )
             for (product, reach), own_reach in zip(seen, wanted, strict=True):
                 goal = _goal(target, product, reach, batch, own_reach)
@@ -158,13 +165,15 @@ def _nothing(layer: Layer, model: nn.Module, encoding: Encoding) -> Sums:
     return Sums(nothing(layer, encoding, device), moment)
 
 
-def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[tuple[Product, Reach]]:
-    """The products of one forward pass, each with where its output has got to."""
-    seen: list[tuple[Product, Reach]] = []
+def _run(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, keep: Callable[[Product], Kept]
+) -> list[tuple[Kept, Reach]]:
+    """What is to be kept of each product of one forward pass, with where its output has got to."""
+    seen: list[tuple[Kept, Reach]] = []
     reaches = Reaches()
 
     def see(product: Product) -> None:
-        seen.append((product.copy(), reaches.follow(product.output)))
+        seen.append((keep(product), reaches.follow(product.output)))
 
     with reaches, Products(model, layers, see):
         forward(model, batch)
@@ -172,20 +181,21 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[tuple[
 
 
 def _matching(
-    own: Sequence[tuple[Product, Reach]], seen: Sequence[tuple[Product, Reach]]
+    own: Sequence[tuple[Use, Reach]], seen: Sequence[tuple[Product, Reach]]
 ) -> list[Reach]:
     """Where the products of the client's own model have got to, each beside the same one of the fused model."""
-    for ours, theirs in zip_longest(map(itemgetter(0), own), map(itemgetter(0), seen)):
-        if _use(ours) != _use(theirs):
+    uses = [_use(product) for product, _ in seen]
+    for ours, theirs in zip_longest(map(itemgetter(0), own), uses):
+        if ours != theirs:
             raise FlowError(
-                f"{(ours or theirs).layer.block[0]} is not used in the same place by the client's model and by the "
+                f"{(ours or theirs)[0].block[0]} is not used in the same place by the client's model and by the "
                 "fused one; a model whose course depends on its weights needs the recipe regmean or fedavg"
             )
     return [reach for _, reach in own]
 
 
-def _use(product: Product | None) -> tuple[Layer, torch.Size] | None:
-    return None if product is None else (product.layer, product.output.shape)
+def _use(product: Product) -> Use:
+    return product.layer, product.output.shape
 
 
 def _goal(
