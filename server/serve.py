@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from fedbasin.server import checkpoint
 from fedbasin.server.access import AccessError
+from fedbasin.server.agenda import Agenda
 from fedbasin.server.grid import StreamingGrid
+from fedbasin.server.hooks import Hooks as Hooks
 from fedbasin.server.push import connect
-from fedbasin.server.run import Hooks as Hooks
+from fedbasin.server.round_report import Reporter
 from fedbasin.server.run import Result as Result
-from fedbasin.server.run import Run, decisive
+from fedbasin.server.run import Run
 from fedbasin.server.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.alignment.subset import SubsetError, choose_layers
 from fedbasin.strategies.allotment import check_budget
@@ -91,17 +93,7 @@ def _prepare(
     layers = _layers(settings, model, state)
     # Adapters have a symmetry of their own, and products of factors need none.
     if settings.align != "off" and not (settings.composed.adapters and symmetry is None):
-        if symmetry is None:
-            raise SettingsError(
-                f"fedbasin.align = {settings.align!r} needs the model's symmetry; pass "
-                "symmetry=trace(model, example_input) to serve, or set fedbasin.align = 'off'"
-            )
-        symmetry.check(state)
-        try:
-            symmetry = choose_layers(symmetry, settings.layers)
-        except SubsetError as error:
-            raise SettingsError(f"fedbasin.{error}") from error
-        _check_folds(settings, symmetry)
+        symmetry = _chosen(settings, symmetry, state)
     _check_observer(settings)
     if settings.bootstrap == "best" and hooks.score is None:
         raise SettingsError(
@@ -112,25 +104,35 @@ def _prepare(
         check_budget(settings.composed, layers, settings.statistics_budget_bytes)
     except BudgetError as error:
         raise SettingsError(f"fedbasin.{error}") from error
-    folder, found = settings.folder / str(context.run_id), None
+    folder = settings.folder / str(context.run_id)
+    begun = checkpoint.Checkpoint(0, state, settings.decisive)
     if settings.resume:
         folder = Path(settings.resume)
-        found = _resumed(folder, settings, state)
+        begun = _resumed(folder, settings, state)
     return Run(
-        settings,
-        str(context.run_id),
-        rounds,
-        symmetry,
+        Agenda(settings, symmetry, blocks, layers, hooks.score),
+        Reporter(str(context.run_id), rounds, settings.recipe),
         hooks,
-        blocks,
         tied(model.state_dict()),
         folder,
-        found.server_round if found else 0,
-        found.model if found else state,
-        found.memory if found else {},
-        found.handed_over if found else False,
-        layers,
+        begun,
     )
+
+
+def _chosen(settings: Settings, symmetry: Symmetry | None, state: State) -> Symmetry:
+    """The sites that are aligned, which must be the model's."""
+    if symmetry is None:
+        raise SettingsError(
+            f"fedbasin.align = {settings.align!r} needs the model's symmetry; pass "
+            "symmetry=trace(model, example_input) to serve, or set fedbasin.align = 'off'"
+        )
+    symmetry.check(state)
+    try:
+        symmetry = choose_layers(symmetry, settings.layers)
+    except SubsetError as error:
+        raise SettingsError(f"fedbasin.{error}") from error
+    _check_folds(settings, symmetry)
+    return symmetry
 
 
 def _layers(settings: Settings, model: nn.Module, state: State) -> list[Layer]:
@@ -169,7 +171,7 @@ def _check_observer(settings: Settings) -> None:
 
 def _resumed(folder: Path, settings: Settings, state: State) -> checkpoint.Checkpoint:
     found = checkpoint.load(folder)
-    ours, theirs = decisive(settings), found.settings
+    ours, theirs = settings.decisive, found.settings
     if ours != theirs:
         raise SettingsError(
             f"{folder} was made with {theirs}, and this run has {ours}; use the same settings"

@@ -19,6 +19,25 @@ from fedbasin.strategies.steps import STEPS
 
 PREFIX = "fedbasin."
 
+_DECISIVE = {
+    "recipe",
+    "fit",
+    "step",
+    "ridge",
+    "shrink",
+    "align",
+    "matcher",
+    "layers",
+    "start",
+    "bootstrap",
+    "merge",
+    "sum",
+    "probe_share",
+    "fraction_train",
+    "statistics_budget_bytes",
+    "seed",
+}
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -208,6 +227,11 @@ class Settings(BaseModel):
                 f"fused-points = {points} with fraction-evaluate = 0: nobody evaluates the new model; "
                 "set a fraction above 0, or fused-points = 0"
             )
+
+    @property
+    def decisive(self) -> str:
+        """Those that decide what a run computes; a run can only be resumed with the same."""
+        return self.model_dump_json(include=_DECISIVE)
 
     @property
     def observer_pass(self) -> Pass:

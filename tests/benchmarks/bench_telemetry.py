@@ -19,7 +19,7 @@ from fedbasin.client.moments import preactivation_moments
 from fedbasin.client.probe import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
-from fedbasin.server import checkpoint, directions, push, rounds, run, serve
+from fedbasin.server import checkpoint, directions, push, round_report, rounds, run, serve
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
@@ -58,7 +58,7 @@ _TELEMETRY = (
     ("directions of updates", directions.Directions, "__init__"),
     ("directions of updates", directions.Directions, "add"),
     ("directions of updates", directions.Directions, "finish"),
-    ("report of the round", run.Run, "_report"),
+    ("report of the round", round_report.Reporter, "finished"),
     ("rounds.jsonl", checkpoint, "append_report"),
     ("push", push.Line, "send"),
 )

@@ -12,8 +12,8 @@ from fedbasin.client import basin
 from fedbasin.proto import packing
 from fedbasin.server import checkpoint
 from fedbasin.server.checkpoint import CheckpointError
+from fedbasin.server.round_report import summary
 from fedbasin.server.rounds import QuorumLostError
-from fedbasin.server.run import summary
 from fedbasin.server.serve import Hooks, serve
 from fedbasin.server.settings import SettingsError
 from fedbasin.strategies.symmetry.sites import SymmetryError, parse
@@ -325,7 +325,16 @@ class TestResume:
         assert [r.round for r in resumed.reports] == [1, 2]
 
     @pytest.mark.parametrize(
-        "other", [{"recipe": "regmean"}, {"ridge": 0.5}, {"align": "off"}, {"seed": 1}]
+        "other",
+        [
+            {"recipe": "regmean"},
+            {"shrink": 0.5},
+            {"align": "off"},
+            {"matcher": "sinkhorn"},
+            {"layers": "first:1"},
+            {"probe_share": 0.5},
+            {"seed": 1},
+        ],
     )
     def test_with_settings_that_compute_something_else_is_refused(self, folder, other):
         done = start(tiny.federation(), folder)
