@@ -35,11 +35,6 @@ class Element:
     duals: tuple[int, ...] = ()
 
     @property
-    def is_permutation(self) -> bool:
-        """Whether entries are only moved, not mixed."""
-        return all(b is None or bool(((b == 0) | (b == 1)).all()) for b in self.blocks)
-
-    @property
     def is_monomial(self) -> bool:
         """Whether entries are moved and scaled, not mixed: a diagonal statistic can follow."""
         return all(b is None or bool(((b != 0).sum(-1) == 1).all()) for b in self.blocks)

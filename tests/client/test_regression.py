@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from fedbasin.client.regression import MARGIN, FlowError, order, regress
 from fedbasin.client.statistics import grams
+from fedbasin.server.modelfiles.precision import Doubled
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precision import Gram
 from fedbasin.strategies.fusion.update import Order, join
 from fedbasin.strategies.recipe import Target
-from tests.strategies.symmetry.tiny_transformers import MODELS, Doubled
+from tests.strategies.symmetry.tiny_transformers import MODELS
 
 W = torch.float64
 OF_ITSELF = [Target.features, Target.weights]

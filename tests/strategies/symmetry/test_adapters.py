@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
+from fedbasin.server.modelfiles.precision import Doubled
 from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.symmetry.adapters import adapted, adapters, general
 from fedbasin.strategies.symmetry.check import check
@@ -20,7 +21,7 @@ from fedbasin.strategies.symmetry.groups import Group, Orthogonal
 from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.symmetry.test_groups import drawn
-from tests.strategies.symmetry.tiny_transformers import MODELS, Doubled, symmetry_of
+from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert_classes": {"target_modules": ["query", "value", "dense"]},

@@ -7,35 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers as hf
 
+from fedbasin.server.modelfiles.precision import Doubled
 from fedbasin.strategies.symmetry.families.dispatch import family
 from fedbasin.strategies.symmetry.sites import Symmetry
 
 TOKENS = torch.tensor([[3, 9, 21, 7, 15, 2], [5, 8, 30, 11, 4, 2]])
 PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Doubled(TorchFunctionMode):
-    """Lets what a model insists on computing in float32 follow the precision of its input.
-
-    Norms and softmax are computed in float32 whatever the weights are, which would hide errors below 1e-7.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            if func is Tensor.to and torch.float32 in args:
-                return args[0]
-            if kwargs.get("dtype") == torch.float32:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
