@@ -68,10 +68,14 @@ class Settings(BaseModel):
     step: str = Field(
         "",
         description="what the fused model does to the global one: "
-        f"{', '.join(list(STEPS)[:-1])} or {list(STEPS)[-1]}; empty for the recipe's own",
+        f"{', '.join(list(STEPS)[:-1])} or {list(STEPS)[-1]}; empty for the recipe's own, and that of the one that "
+        "takes over from it",
     )
     ridge: float = Field(
-        0.0, ge=0, description="strength of the regulariser, relative; 0 for the recipe's own"
+        0.0,
+        ge=0,
+        description="strength of the regulariser, relative; 0 for the recipe's own. A head to labels keeps its own where a recipe "
+        "fits other layers too",
     )
     shrink: float = Field(
         1.0, ge=0, le=1, description="factor on the off-diagonal of Gram matrices (RegMean's alpha)"
@@ -172,6 +176,7 @@ class Settings(BaseModel):
         if self.step and self.step not in STEPS:
             raise ValueError(f"step = {self.step!r}: choose one of {', '.join(STEPS)}")
         RECIPES[self.recipe].check_align(self.align)
+        self._check_ridge()
         if self.matcher in ("activations", "learned") and self.align == "server":
             raise ValueError(
                 f"matcher = {self.matcher!r} with align = 'server': only clients have the data; set align = "
@@ -188,6 +193,14 @@ class Settings(BaseModel):
             )
         self._check_fused_points()
         return self
+
+    def _check_ridge(self) -> None:
+        if self.ridge and not RECIPES[self.recipe].regularises:
+            solving = ", ".join(name for name, recipe in RECIPES.items() if recipe.regularises)
+            raise ValueError(
+                f"ridge = {self.ridge} with recipe = {self.recipe!r}: it solves for nothing that could be regularised; "
+                f"set ridge = 0, or choose one of {solving}"
+            )
 
     def _check_merge(self) -> None:
         if self.merge == "star":
@@ -241,15 +254,16 @@ class Settings(BaseModel):
 
     @property
     def composed(self) -> Recipe:
-        """The recipe with this run's regulariser."""
-        recipe = RECIPES[self.recipe]
+        """The recipe with this run's step and regulariser, as is the one that takes over from it."""
+        return self._composed(RECIPES[self.recipe])
+
+    def _composed(self, recipe: Recipe) -> Recipe:
         if self.step:
             recipe = replace(recipe, step=STEPS[self.step])
-        if recipe.ridge is None:
-            return recipe
-        strength = self.ridge or recipe.ridge.strength
-        ridge = type(recipe.ridge)(strength, recipe.ridge.target)
-        return replace(recipe, ridge=ridge, shrink=self.shrink)
+        if self.ridge:
+            recipe = recipe.regularised(self.ridge)
+        then = None if recipe.then is None else self._composed(recipe.then)
+        return replace(recipe, shrink=self.shrink, then=then)
 
 
 def read_settings(run_config: Mapping[str, bool | float | int | str]) -> Settings:

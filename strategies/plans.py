@@ -16,13 +16,11 @@ from torch import Tensor
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Probe
 from fedbasin.strategies.fusion.compact import Encoding
+from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.recipe import Recipe, Target
 from fedbasin.strategies.stages import Along, Fitting, Stage
 from fedbasin.strategies.state import State, interpolate
-
-# Of a head to labels: its targets are no estimate that more rounds would improve.
-_HEAD_STRENGTH = 1e-3
 
 Grouping = Literal["layer", "block"]
 
@@ -202,6 +200,5 @@ def _prefix(name: str) -> str:
 
 
 def _strength(recipe: Recipe, fitting: Fitting) -> float:
-    if fitting.target is Target.labels or recipe.ridge is None:
-        return _HEAD_STRENGTH
-    return recipe.ridge.strength
+    ridge = recipe.head if fitting.target is Target.labels else recipe.ridge
+    return (ridge or Ridge()).strength

@@ -1,6 +1,6 @@
 """The named catalogue: a recipe is a point in matcher x precision x step, a value with a name."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
@@ -43,11 +43,11 @@ class Recipe:
     Attributes:
         name: as in the configuration.
         statistic: what clients collect, on the aligned model.
-        ridge: the regulariser of the fused blocks; None where no statistic is collected.
+        ridge: the regulariser of what is solved for, the head apart; None where that is nothing.
         shrink: factor on the off-diagonal of Gram matrices (RegMean's alpha); 1 leaves them.
         fit: what layers are fitted to after fusing, from the input on; None leaves them as they were fused.
         share: of the fitted layers in the result; the rest is as it was fused.
-        head: the last layer is fitted to the labels.
+        head: the last layer is fitted to the labels, with this regulariser; None leaves it to the others.
         probe: points of the path from the fused model to the fitted one that clients evaluate; the best is
             taken. 0 takes the fitted model.
         reach: how far clients then look beyond that point, on the line through it from the global model, in
@@ -65,7 +65,7 @@ class Recipe:
     shrink: float = 1.0
     fit: Target | None = None
     share: float = 1.0
-    head: bool = False
+    head: Ridge | None = None
     probe: int = 0
     reach: float = 0.0
     step: Step = field(default_factory=Replace)
@@ -76,7 +76,20 @@ class Recipe:
     @property
     def fits(self) -> bool:
         """Whether stages follow that fit layers."""
-        return self.head or self.fit is not None
+        return self.head is not None or self.fit is not None
+
+    @property
+    def regularises(self) -> bool:
+        """Whether anything is solved for."""
+        return self.ridge is not None or self.head is not None
+
+    def regularised(self, strength: float) -> "Recipe":
+        """The same with another strength: the head's where nothing else is solved for."""
+        if self.ridge is not None:
+            return replace(self, ridge=replace(self.ridge, strength=strength))
+        if self.head is not None:
+            return replace(self, head=replace(self.head, strength=strength))
+        return self
 
     def frozen(self, number: int) -> Literal["", "lora_A", "lora_B"]:
         """The factor of adapters that clients do not train in a round, counted from 1; empty where they train all.
@@ -127,20 +140,22 @@ RECIPES = {
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
-        Recipe("head", head=True),
+        Recipe("head", head=Ridge(1e-3)),
         Recipe(
             "auto",
             ridge=Ridge(1e-1),
             fit=Target.features,
             share=0.5,
-            head=True,
+            head=Ridge(1e-3),
             probe=5,
             reach=2.0,
             pays=0.1,
             then=_FEDAVGM,
         ),
-        Recipe("auto-head", head=True, probe=5, reach=2.0, pays=0.1, then=_FEDAVGM),
-        Recipe("features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=True),
+        Recipe("auto-head", head=Ridge(1e-3), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM),
+        Recipe(
+            "features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=Ridge(1e-3)
+        ),
         Recipe("lora", adapters=Adapters.products),
         Recipe("lora-factors", adapters=Adapters.factors),
         Recipe("lora-rotated", adapters=Adapters.rotated),

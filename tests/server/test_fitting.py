@@ -160,12 +160,13 @@ def test_a_round_is_the_regression_on_all_clients_data_at_once(tmp_path, recipe)
     close(run.model, directly(run, recipe, 0.03))
 
 
-def test_the_recipe_head_is_the_ridge_classifier_on_the_fused_features(tmp_path):
-    run = Run(tmp_path, recipe="head")
+@pytest.mark.parametrize(("config", "strength"), [({}, 1e-3), ({"ridge": 0.2}, 0.2)])
+def test_the_recipe_head_is_the_ridge_classifier_on_the_fused_features(tmp_path, config, strength):
+    run = Run(tmp_path, recipe="head", **config)
     state = mean(run)
     rows = [relu(hidden(state, run.data(node)[0])) for node in NODES]
     logits = [one_hot(run.data(node)[1], tiny.CLASSES) * (2 * MARGIN) - MARGIN for node in NODES]
-    expected = ridge(rows, [z.to(W) for z in logits], torch.zeros(3, 7, dtype=W), 1e-3)
+    expected = ridge(rows, [z.to(W) for z in logits], torch.zeros(3, 7, dtype=W), strength)
     close(run.model, fitted(state, HEAD, expected))
 
 
@@ -315,6 +316,11 @@ class TestHandingOver:
             run = Run(tmp_path, 3, recipe="auto")
         assert [len(report.stages) for report in run.result.reports] == [5, 1, 1]
         assert "less than 100 %: fedavgm takes over" in caplog.text
+
+    def test_it_takes_over_with_the_runs_own_step(self, tmp_path, monkeypatch):
+        self.paying(monkeypatch, 1.0)
+        run = Run(tmp_path, 3, recipe="auto", step="replace")
+        close(run.model, mean(run))  # as it would not be with momentum
 
     def test_a_run_that_was_cut_off_after_it_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
         self.paying(monkeypatch, 1.0)

@@ -95,6 +95,11 @@ def test_every_key_has_a_wrong_value_in_the_table():
         ),
         ({"layers": "nothing.*"}, {}, "fedbasin.layers.*'nothing.*' matches no site"),
         ({"fused_points": 3, "fraction_evaluate": 0.0}, {}, "nobody evaluates.*set a fraction"),
+        (
+            {"ridge": 0.5},
+            {},
+            "ridge = 0.5 with recipe = 'fedavg'.*set ridge = 0, or.* fisher, .*lorm",
+        ),
         ({"bootstrap": "best"}, {"hooks": Hooks()}, r"'best' needs a score; pass Hooks\(score"),
     ],
 )
@@ -140,6 +145,18 @@ def test_a_step_replaces_the_recipes_own():
     assert own.composed.step == RECIPES["features"].step
     assert given.composed.step == STEPS["yogi"]
     assert Settings(step="momentum").composed.step == STEPS["momentum"]
+
+
+@pytest.mark.parametrize("recipe", ["auto", "auto-head"])
+def test_a_step_is_also_that_of_the_recipe_that_takes_over(recipe):
+    assert Settings(recipe=recipe).composed.then == RECIPES["fedavgm"]
+    assert Settings(recipe=recipe, step="yogi").composed.then.step == STEPS["yogi"]
+
+
+def test_a_regulariser_is_the_heads_where_nothing_else_is_solved_for():
+    assert Settings(recipe="head", ridge=0.5).composed.head.strength == 0.5
+    both = Settings(recipe="auto", ridge=0.5).composed
+    assert (both.ridge.strength, both.head) == (0.5, RECIPES["auto"].head)
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

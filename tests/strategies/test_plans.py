@@ -175,6 +175,7 @@ def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_i
     recipe = RECIPES["features-head"]
     assert strengths(recipe) == 5 * [(recipe.ridge.strength, 0.5)] + [(1e-3, 1.0)]
     assert strengths(RECIPES["head"]) == [(1e-3, 1.0)]
+    assert strengths(RECIPES["head"].regularised(0.5)) == [(0.5, 1.0)]
 
 
 class TestProbe:

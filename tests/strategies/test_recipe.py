@@ -1,5 +1,6 @@
 import pytest
 
+from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.recipe import RECIPES, Recipe, Statistic, Target
 
 
@@ -14,15 +15,36 @@ def test_whoever_solves_for_layers_regularises_them(recipe):
     assert recipe.ridge is None or recipe.ridge.strength > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "body", "head"),
+    [
+        ("regmean", 0.5, None),
+        ("features-head", 0.5, RECIPES["features-head"].head.strength),
+        ("head", None, 0.5),
+        ("auto-head", None, 0.5),
+        ("fedavg", None, None),
+    ],
+)
+def test_a_head_takes_another_strength_where_nothing_else_is_solved_for(name, body, head):
+    found = RECIPES[name].regularised(0.5)
+    assert (found.ridge and found.ridge.strength, found.head and found.head.strength) == (
+        body,
+        head,
+    )
+    assert found.regularises == RECIPES[name].regularises == (name != "fedavg")
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_layers_are_fitted_to_features_or_weights_and_heads_alone_to_labels(recipe):
     assert recipe.fit in (None, Target.features, Target.weights)
-    assert recipe.fits == (recipe.fit is not None or recipe.head)
+    assert recipe.fits == (recipe.fit is not None or recipe.head is not None)
     assert 0 < recipe.share <= 1
 
 
 @pytest.mark.parametrize("align", ["client", "server", "off"])
-@pytest.mark.parametrize("recipe", [Recipe("mine", fit=Target.features), Recipe("mine", head=True)])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("mine", fit=Target.features), Recipe("mine", head=Ridge())]
+)
 def test_what_an_aligned_model_computes_only_its_client_can_say(recipe, align):
     if align == "server":
         with pytest.raises(ValueError, match=r"recipe 'mine' fits layers.*set align = 'client'"):
