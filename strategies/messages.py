@@ -19,7 +19,7 @@ from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import Statistic, Target
-from fedbasin.strategies.stages import Fitting, Kind, Stage, Start
+from fedbasin.strategies.stages import Ask, Fitting, Kind, Stage, Start
 from fedbasin.strategies.state import State
 
 _START = {Start.shared: pb.START_SHARED, Start.own: pb.START_OWN}
@@ -82,42 +82,56 @@ def broadcast(
         probe_bound: the largest draw with which a client still evaluates the path
             (`diagnostics.share`); None for all clients.
     """
+    header = _question(stage, server_round, digest or packing.digest(anchor), probe_bound)
+    content = RecordDict({"config": _settings(config, server_round, stage.ask.frozen)})
+    _write_tensors(stage.ask, anchor, header, content, packed=packed)
+    wire.write(content, header)
+    return Broadcast(stage.kind, content, header, _nbytes(content))
+
+
+def _question(stage: Stage, number: int, digest: bytes, probe_bound: int | None) -> pb.Request:
+    """All of a question that is no tensor."""
     ask = stage.ask
-    header = pb.Request(
-        round=server_round,
+    return pb.Request(
+        round=number,
         stage=stage.name,
         start=_START[ask.start],
-        anchor_digest=digest or packing.digest(anchor),
+        anchor_digest=digest,
         align=ask.symmetry is not None,
         symmetry=str(ask.symmetry or ""),
         precision=_KIND[ask.statistic],
         shrink=ask.shrink,
         path_points=ask.path_points,
+        order=ask.order,
         keep=ask.keep,
         probe_bound=probe_bound,
         matcher=ask.matcher.name,
+        blocks=[pb.Block(tensors=block) for block in ask.blocks],
+        encodings=encoding_messages(ask.encodings),
+        fit=None if ask.fit is None else _fit(ask.fit),
     )
-    settings = ConfigRecord({**config, "server-round": server_round})
-    if ask.frozen:
-        settings[FROZEN] = ask.frozen
-    content = RecordDict({"config": settings})
+
+
+def _settings(config: ConfigRecord, number: int, frozen: str) -> ConfigRecord:
+    """The app's own, and what it is told of the round."""
+    told = {FROZEN: frozen} if frozen else {}
+    return ConfigRecord({**config, "server-round": number, **told})
+
+
+def _write_tensors(
+    ask: Ask, anchor: State, header: pb.Request, content: RecordDict, *, packed: bool
+) -> None:
+    """The anchor, and what goes with it; the header says where each tensor lies."""
     if packed:
         content[wire.ARRAYS], specs = packing.pack(anchor)
         header.anchor.extend(specs)
     else:
         content[wire.ARRAYS] = plain.write(anchor)
-    header.order = ask.order
-    header.blocks.extend(pb.Block(tensors=block) for block in ask.blocks)
-    header.encodings.extend(encoding_messages(ask.encodings))
-    if ask.fit is not None:
-        header.fit.CopyFrom(_fit(ask.fit))
     if ask.link is not None:
         _write_link(ask.link, header, content)
     if ask.radii:
         content[wire.RADII], specs = packing.pack(ask.radii)
         header.radii.extend(specs)
-    wire.write(content, header)
-    return Broadcast(stage.kind, content, header, _nbytes(content))
 
 
 def _write_link(link: Link, header: pb.Request, content: RecordDict) -> None:
