@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.compact import Encoding
+from fedbasin.strategies.fusion.head import CrossValidated
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
-from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.stages import Along, Ask, Fitting, Kind
 from fedbasin.strategies.state import State, interpolate
 from fedbasin.strategies.validation import check_examples, check_fit
@@ -27,6 +27,7 @@ from fedbasin.strategies.validation import check_examples, check_fit
 class Fit:
     """Fit layers of the model so far."""
 
+    name = "fit"
     kind: Kind = "train"
     order: Order | None = None
 
@@ -42,35 +43,86 @@ class Fit:
         """Compose the stage.
 
         Args:
-            model: the model so far, on whose features the layers are fitted.
+            model: the model so far, on whose features the layers are fitted, and to which they are drawn.
             fitting: which layers, and to what.
-            strength: of the regulariser, relative to the mean diagonal of the clients' sum. A head to
-                labels is drawn to zero, all else to the model so far.
-            share: of the solution in the fitted layers; the rest stays as the model so far has it. A head
-                to labels is the solution.
+            strength: of the regulariser, relative to the mean diagonal of the clients' sum.
+            share: of the solution in the fitted layers; the rest stays as the model so far has it.
             encodings: how clients send their sums; those of other layers may be among them.
         """
-        self.name = "head" if fitting.target is Target.labels else "fit"
-        known = encodings or {}
-        own = {block: known[block] for block in fitting.blocks if block in known}
-        self.ask = Ask(fit=fitting, encodings=own)
-        self._blocks = fitting.blocks
-        self._model = model
-        self._tally = Tally.zero({})
+        self.ask = _ask(fitting, encodings)
         self._ridge = Ridge(strength, "anchor")
-        self._share = 1.0 if self.name == "head" else share
-        self._zero = zeroed(model, fitting.blocks)
-        self._base = self._zero if self.name == "head" else model
+        self._share = share
+        self._sums = _Sums(model, fitting.blocks)
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
-        check_fit(update, self._model, self._blocks, self._tally.blocks)
-        self._tally.fold(update)
+        self._sums.add(update)
 
     def finish(self) -> dict[str, Tensor]:
-        step = self._tally.finalize(self._zero, self._ridge)
-        names = [name for block in self._tally.blocks for name in block]
-        solution = {name: self._base[name] + step[name] for name in names}
-        return {**self._model, **interpolate(self._model, solution, self._share)}
+        model = self._sums.model
+        step = self._sums.solved(self._ridge)
+        solution = {name: model[name] + change for name, change in step.items()}
+        return {**model, **interpolate(model, solution, self._share)}
+
+
+class Head:
+    """Fit the last layer to labels: the solution itself, drawn to zero."""
+
+    name = "head"
+    kind: Kind = "train"
+    order: Order | None = None
+
+    def __init__(
+        self,
+        model: State,
+        fitting: Fitting,
+        ridge: Ridge | CrossValidated,
+        *,
+        encodings: Mapping[Block, Encoding] | None = None,
+    ) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the model so far, on whose features the layer is fitted.
+            fitting: which layer.
+            ridge: the regulariser.
+            encodings: how clients send their sums; those of other layers may be among them.
+        """
+        self.ask = _ask(fitting, encodings)
+        self._ridge = ridge
+        self._sums = _Sums(model, fitting.blocks)
+
+    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        self._sums.add(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        return {**self._sums.model, **self._sums.solved(self._ridge)}
+
+
+class _Sums:
+    """Normal equations of some layers over the clients, and what solves them."""
+
+    def __init__(self, model: State, blocks: Sequence[Block]) -> None:
+        self.model = model
+        self._blocks = blocks
+        self._tally = Tally.zero({})
+
+    def add(self, update: Update) -> None:
+        check_fit(update, self.model, self._blocks, self._tally.blocks)
+        self._tally.fold(update)
+
+    def solved(self, ridge: Ridge | CrossValidated) -> dict[str, Tensor]:
+        """The layers' solution, drawn to zero."""
+        if isinstance(ridge, CrossValidated):
+            (sums,) = self._tally.blocks.items()
+            ridge = ridge.ridge(*sums)
+        zero = {name: torch.zeros_like(self.model[name]) for b in self._blocks for name in b}
+        return self._tally.finalize(zero, ridge)
+
+
+def _ask(fitting: Fitting, encodings: Mapping[Block, Encoding] | None) -> Ask:
+    known = encodings or {}
+    own = {block: known[block] for block in fitting.blocks if block in known}
+    return Ask(fit=fitting, encodings=own)
 
 
 class Probe:
@@ -100,8 +152,3 @@ class Probe:
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)
-
-
-def zeroed(model: State, blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """The model with some layers at zero."""
-    return {**model, **{name: torch.zeros_like(model[name]) for b in blocks for name in b}}

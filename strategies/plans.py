@@ -14,8 +14,9 @@ from typing import Literal, Protocol, TypeAlias
 from torch import Tensor
 
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fit import Fit, Probe
+from fedbasin.strategies.fit import Fit, Head, Probe
 from fedbasin.strategies.fusion.compact import Encoding
+from fedbasin.strategies.fusion.head import CrossValidated
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.recipe import Recipe, Target
@@ -120,9 +121,8 @@ def round_plan(
     blocks = [block for fitting in fittings for block in fitting.blocks]
     encodings = encode(blocks) if encode and blocks else None
     for fitting in fittings:
-        strength = _strength(recipe, fitting)
-        make = partial(Fit, model, fitting, strength, recipe.share, encodings=encodings)
-        answer = yield Next(make, new, answer.nodes)
+        stage = partial(_fit, recipe, model, fitting, encodings)
+        answer = yield Next(stage, new, answer.nodes)
         model = answer.model
         new = {name: model[name] for block in fitting.blocks for name in block}
     if not (recipe.probe and fittings):
@@ -199,6 +199,10 @@ def _prefix(name: str) -> str:
     return numbered.group() if numbered else name
 
 
-def _strength(recipe: Recipe, fitting: Fitting) -> float:
-    ridge = recipe.head if fitting.target is Target.labels else recipe.ridge
-    return (ridge or Ridge()).strength
+def _fit(
+    recipe: Recipe, model: State, fitting: Fitting, encodings: Mapping[Block, Encoding] | None
+) -> Stage:
+    if fitting.target is Target.labels:
+        return Head(model, fitting, recipe.head or CrossValidated(), encodings=encodings)
+    strength = (recipe.ridge or Ridge()).strength
+    return Fit(model, fitting, strength, recipe.share, encodings=encodings)

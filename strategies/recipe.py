@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
+from fedbasin.strategies.fusion.head import CrossValidated
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.steps import Average, Momentum, Replace, Step
 
@@ -65,7 +66,7 @@ class Recipe:
     shrink: float = 1.0
     fit: Target | None = None
     share: float = 1.0
-    head: Ridge | None = None
+    head: Ridge | CrossValidated | None = None
     probe: int = 0
     reach: float = 0.0
     step: Step = field(default_factory=Replace)
@@ -88,7 +89,7 @@ class Recipe:
         if self.ridge is not None:
             return replace(self, ridge=replace(self.ridge, strength=strength))
         if self.head is not None:
-            return replace(self, head=replace(self.head, strength=strength))
+            return replace(self, head=Ridge(strength, "anchor"))
         return self
 
     def frozen(self, number: int) -> Literal["", "lora_A", "lora_B"]:
@@ -140,21 +141,25 @@ RECIPES = {
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
-        Recipe("head", head=Ridge(1e-3)),
+        Recipe("head", head=CrossValidated()),
         Recipe(
             "auto",
             ridge=Ridge(1e-1),
             fit=Target.features,
             share=0.5,
-            head=Ridge(1e-3),
+            head=CrossValidated(),
             probe=5,
             reach=2.0,
             pays=0.1,
             then=_FEDAVGM,
         ),
-        Recipe("auto-head", head=Ridge(1e-3), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM),
+        Recipe("auto-head", head=CrossValidated(), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM),
         Recipe(
-            "features-head", ridge=Ridge(1e-1), fit=Target.features, share=0.5, head=Ridge(1e-3)
+            "features-head",
+            ridge=Ridge(1e-1),
+            fit=Target.features,
+            share=0.5,
+            head=CrossValidated(),
         ),
         Recipe("lora", adapters=Adapters.products),
         Recipe("lora-factors", adapters=Adapters.factors),

@@ -9,11 +9,11 @@ import torch
 from flwr.app import Error, Message
 from torch.nn.functional import linear, one_hot, pad, relu
 
-from fedbasin.client.regression import MARGIN
 from fedbasin.proto import packing, wire
 from fedbasin.server.rounds import QuorumLostError
 from fedbasin.server.serve import serve
 from fedbasin.server.settings import SettingsError
+from fedbasin.strategies.fusion.head import MARGIN, least_error
 from fedbasin.strategies.recipe import RECIPES
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
@@ -111,12 +111,17 @@ def hidden(state, x):
     return linear(x, state["0.weight"], state["0.bias"]) * scale + shift
 
 
+def sums(rows, targets):
+    """Over all clients' rows."""
+    x, z = pad(torch.cat(rows), (0, 1), value=1.0), torch.cat(targets)
+    return x.T @ x, z.T @ x
+
+
 def ridge(rows, targets, base, strength):
     """Ridge regression of all clients' rows on their targets, drawn to `base`."""
-    x, z = pad(torch.cat(rows), (0, 1), value=1.0), torch.cat(targets)
-    rho = strength * (x.T @ x).diagonal().mean()
-    moment = z.T @ x + rho * base
-    return torch.linalg.solve(x.T @ x + rho * torch.eye(x.shape[1], dtype=W), moment.T).T
+    gram, moment = sums(rows, targets)
+    rho = strength * gram.diagonal().mean()
+    return torch.linalg.solve(gram + rho * torch.eye(len(gram), dtype=W), (moment + rho * base).T).T
 
 
 def fitted(state, block, solution):
@@ -160,13 +165,15 @@ def test_a_round_is_the_regression_on_all_clients_data_at_once(tmp_path, recipe)
     close(run.model, directly(run, recipe, 0.03))
 
 
-@pytest.mark.parametrize(("config", "strength"), [({}, 1e-3), ({"ridge": 0.2}, 0.2)])
-def test_the_recipe_head_is_the_ridge_classifier_on_the_fused_features(tmp_path, config, strength):
+@pytest.mark.parametrize("config", [{}, {"ridge": 0.2}])
+def test_the_recipe_head_is_the_ridge_classifier_on_the_fused_features(tmp_path, config):
     run = Run(tmp_path, recipe="head", **config)
     state = mean(run)
     rows = [relu(hidden(state, run.data(node)[0])) for node in NODES]
     logits = [one_hot(run.data(node)[1], tiny.CLASSES) * (2 * MARGIN) - MARGIN for node in NODES]
-    expected = ridge(rows, [z.to(W) for z in logits], torch.zeros(3, 7, dtype=W), strength)
+    goals = [z.to(W) for z in logits]
+    strength = config.get("ridge") or least_error(*sums(rows, goals))
+    expected = ridge(rows, goals, torch.zeros(3, 7, dtype=W), strength)
     close(run.model, fitted(state, HEAD, expected))
 
 

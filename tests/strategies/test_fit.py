@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fit import Fit, Probe, zeroed
+from fedbasin.strategies.fit import Fit, Head, Probe
+from fedbasin.strategies.fusion.head import CrossValidated, least_error
 from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.plans import best_point
@@ -94,12 +96,20 @@ def test_a_share_of_the_step_is_taken():
 
 def test_a_head_to_labels_is_the_solution_itself_drawn_to_zero():
     head = fitting(SECOND, target=Target.labels)
-    stage = Fit(model(), head, RIDGE, share=0.5)
+    stage = Head(model(), head, Ridge(RIDGE, "anchor"))
     found = fitted(stage, answer(SECOND, seed=1))
     assert stage.name == "head"
     torch.testing.assert_close(found["second.weight"], ridge_step(SECOND, (1,)))
-    drawn = fitted(Fit(model(), head, 1e12), answer(SECOND, seed=1))
+    drawn = fitted(Head(model(), head, Ridge(1e12, "anchor")), answer(SECOND, seed=1))
     assert drawn["second.weight"].abs().max() < 1e-9
+
+
+def test_a_head_can_choose_its_regulariser_from_the_sum_over_all_clients():
+    head, updates = fitting(FIRST, target=Target.labels), [answer(FIRST, seed=s) for s in (1, 2)]
+    gram = sum(update.precisions[FIRST].matrix for update in updates)
+    strength = least_error(gram, sum(update.moments[FIRST] for update in updates))
+    found = fitted(Head(model(), head, CrossValidated()), *updates)
+    torch.testing.assert_close(join(FIRST, found), ridge_step(FIRST, (1, 2), strength))
 
 
 def test_all_else_is_drawn_to_the_model_so_far():
@@ -282,12 +292,6 @@ def test_the_first_clients_order_counts():
     stage.accept(1, Update(weights, 1.0, order=Order(((FIRST,), (SECOND,)))))
     stage.accept(2, Update(weights, 1.0, order=Order(((SECOND,), (FIRST,)))))
     assert stage.order == Order(((FIRST,), (SECOND,)))
-
-
-def test_zeroed_leaves_the_model_that_it_is_made_from():
-    before = model()
-    assert not zeroed(before, [FIRST])["first.weight"].any()
-    assert before["first.weight"].all()
 
 
 class TestProbe:

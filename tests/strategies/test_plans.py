@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fit import Fit, Probe
+from fedbasin.strategies.fit import Fit, Head, Probe
+from fedbasin.strategies.fusion.head import CrossValidated
+from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.plans import Next, UnknownOrderError, round_plan
 from fedbasin.strategies.recipe import RECIPES, Recipe, Target
@@ -166,16 +168,19 @@ def test_every_attempt_has_a_fresh_stage():
         assert step.make() is not step.make()
 
 
-def strengths(recipe):
-    stages = [s for s in Driven(recipe).stages if isinstance(s, Fit)]
-    return [(stage._ridge.strength, stage._share) for stage in stages]
+def regularisers(recipe):
+    stages = [s for s in Driven(recipe).stages if isinstance(s, Fit | Head)]
+    return [
+        (stage._ridge, stage._share) if isinstance(stage, Fit) else stage._ridge for stage in stages
+    ]
 
 
 def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_its_own():
     recipe = RECIPES["features-head"]
-    assert strengths(recipe) == 5 * [(recipe.ridge.strength, 0.5)] + [(1e-3, 1.0)]
-    assert strengths(RECIPES["head"]) == [(1e-3, 1.0)]
-    assert strengths(RECIPES["head"].regularised(0.5)) == [(0.5, 1.0)]
+    body = (Ridge(recipe.ridge.strength, "anchor"), 0.5)
+    assert regularisers(recipe) == [*5 * [body], CrossValidated()]
+    assert regularisers(RECIPES["head"]) == [CrossValidated()]
+    assert regularisers(RECIPES["head"].regularised(0.5)) == [Ridge(0.5, "anchor")]
 
 
 class TestProbe:

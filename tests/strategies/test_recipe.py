@@ -1,5 +1,6 @@
 import pytest
 
+from fedbasin.strategies.fusion.head import CrossValidated
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.recipe import RECIPES, Recipe, Statistic, Target
 
@@ -19,18 +20,15 @@ def test_whoever_solves_for_layers_regularises_them(recipe):
     ("name", "body", "head"),
     [
         ("regmean", 0.5, None),
-        ("features-head", 0.5, RECIPES["features-head"].head.strength),
-        ("head", None, 0.5),
-        ("auto-head", None, 0.5),
+        ("features-head", 0.5, CrossValidated()),
+        ("head", None, Ridge(0.5, "anchor")),
+        ("auto-head", None, Ridge(0.5, "anchor")),
         ("fedavg", None, None),
     ],
 )
-def test_a_head_takes_another_strength_where_nothing_else_is_solved_for(name, body, head):
+def test_a_head_takes_a_given_strength_where_nothing_else_is_solved_for(name, body, head):
     found = RECIPES[name].regularised(0.5)
-    assert (found.ridge and found.ridge.strength, found.head and found.head.strength) == (
-        body,
-        head,
-    )
+    assert (found.ridge and found.ridge.strength, found.head) == (body, head)
     assert found.regularises == RECIPES[name].regularises == (name != "fedavg")
 
 
