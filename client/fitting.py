@@ -14,6 +14,7 @@ from fedbasin.client.measuring import path_message
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import regress
 from fedbasin.client.request import Data, Request, answer, required
+from fedbasin.client.totals import finished
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
 from fedbasin.strategies.encodings import read_encodings, write_grams
@@ -88,7 +89,8 @@ def _fit(
         block: encode_moment(found.moment, encodings.get(block, Encoding()).moment)
         for block, found in sums.items()
     }
-    grams = {block: found.inputs.dividing() for block, found in sums.items()}
+    totals = {block: found.inputs for block, found in sums.items()}
+    grams = finished(totals, lambda total: total.dividing())
     write_grams(header, content, grams, moments)
 
 

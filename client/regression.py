@@ -18,6 +18,7 @@ arXiv 2405.16240.
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import TypeAlias, TypeVar
@@ -30,8 +31,10 @@ from torch.nn.functional import one_hot
 from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.client.reach import Reach, Reaches
+from fedbasin.client.sharing import FlowError, Readers, check_leaders, find_leaders
 from fedbasin.client.totals import Total, nothing
 from fedbasin.strategies.fusion.compact import Encoding
+from fedbasin.strategies.fusion.head import MARGIN
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import Block, Order, join
 from fedbasin.strategies.recipe import Target
@@ -41,9 +44,6 @@ from fedbasin.strategies.state import State, tied
 Use: TypeAlias = tuple[Layer, torch.Size]
 Kept = TypeVar("Kept")
 
-# A label as logits: so much for its own class, so much less for every other.
-MARGIN = 5.0
-
 
 @dataclass(frozen=True, eq=False)
 class Sums:
@@ -51,7 +51,7 @@ class Sums:
 
     Attributes:
         inputs: `X~ X~^T`, with the ones last where there is a bias; one for each group of a grouped
-            convolution.
+            convolution. Layers that read the same tensor have it in common, the same object.
         moment: `(Z - W X~) X~^T`, `[out, in]`.
     """
 
@@ -62,10 +62,6 @@ class Sums:
     def gram(self) -> Float[Tensor, "*groups inputs inputs"]:
         """The inputs' Gram matrix as far as it is known."""
         return self.inputs.gram
-
-
-class FlowError(ValueError):
-    """A model whose course depends on its weights, so that its layers cannot be compared."""
 
 
 def order(model: nn.Module, batches: Batches) -> Order:
@@ -111,7 +107,7 @@ def regress(
 
     Raises:
         ValueError: there is no data, a block is none of the model's layers, or labels do not fit the output.
-        FlowError: the two models do not run through the layers in the same way.
+        FlowError: the two models do not run through the layers in the same way, or no two batches do.
     """
     layers = _chosen(model, blocks)
     bases = {block: _base(block, fused, target) for block in blocks}
@@ -119,12 +115,13 @@ def regress(
     _load(model, {**fused, **mine})
     teacher = _teacher(model, own) if target is Target.features else None
     known = encodings or {}
-    sums = {
-        layer.block: _nothing(layer, model, known.get(layer.block, Encoding())) for layer in layers
-    }
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        for batch in read(batches, model):
-            seen = _run(model, layers, batch, Product.copy)
+        leaders, several = find_leaders(model, layers, known, read(batches, model))
+        sums = _nothing(layers, model, leaders, known)
+        for batch in several:
+            readers = Readers(len(batch.targets))
+            seen = _run(model, layers, batch, partial(_copy, readers))
+            check_leaders(leaders, readers)
             wanted = (
                 _matching(_run(teacher, layers, batch, _use), seen)
                 if teacher
@@ -133,7 +130,14 @@ def regress(
             for (product, reach), own_reach in zip(seen, wanted, strict=True):
                 goal = _goal(target, product, reach, batch, own_reach)
                 block = product.layer.block
-                _add(sums[block], product, goal, bases[block], batch.mask)
+                _add(
+                    sums[block],
+                    product,
+                    goal,
+                    bases[block],
+                    batch.mask,
+                    leads=leaders[block] == block,
+                )
     return sums
 
 
@@ -159,10 +163,33 @@ def _teacher(model: nn.Module, own: State) -> nn.Module:
     return teacher.eval()
 
 
-def _nothing(layer: Layer, model: nn.Module, encoding: Encoding) -> Sums:
-    device = model.get_parameter(layer.block[0]).device
-    moment = torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=device)
-    return Sums(nothing(layer, encoding, device), moment)
+def _nothing(
+    layers: Sequence[Layer],
+    model: nn.Module,
+    leaders: Mapping[Block, Block],
+    encodings: Mapping[Block, Encoding],
+) -> dict[Block, Sums]:
+    """Of no rows; layers have their leader's inputs."""
+    device = {layer.block: model.get_parameter(layer.block[0]).device for layer in layers}
+    totals = {
+        layer.block: nothing(layer, encodings.get(layer.block, Encoding()), device[layer.block])
+        for layer in layers
+        if leaders[layer.block] == layer.block
+    }
+    return {
+        layer.block: Sums(
+            totals[leaders[layer.block]],
+            torch.zeros(
+                layer.outputs, layer.inputs, dtype=torch.float64, device=device[layer.block]
+            ),
+        )
+        for layer in layers
+    }
+
+
+def _copy(readers: Readers, product: Product) -> Product:
+    readers.see(product)
+    return product.copy()
 
 
 def _run(
@@ -231,9 +258,13 @@ def _base(block: Block, fused: State, target: Target) -> Tensor:
     return torch.zeros_like(base) if target is Target.labels else base
 
 
-def _add(sums: Sums, product: Product, goal: Tensor, base: Tensor, mask: Tensor | None) -> None:
+def _add(
+    sums: Sums, product: Product, goal: Tensor, base: Tensor, mask: Tensor | None, *, leads: bool
+) -> None:
+    """Add one product; its inputs only where no other layer has added them."""
     moment = sums.moment.view(product.layer.groups, -1, sums.moment.shape[-1])
     grouped = base.to(moment.device).view_as(moment)
     for rows, columns in zip(product.rows(mask), product.columns(goal, mask), strict=True):
-        sums.inputs.add(rows)
+        if leads:
+            sums.inputs.add(rows)
         moment.baddbmm_((columns - rows @ grouped.mT).mT, rows)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fedbasin.client.data import Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
-from fedbasin.client.totals import Total, nothing, shrunk
+from fedbasin.client.sharing import Readers, check_leaders, find_leaders
+from fedbasin.client.totals import Total, finished, nothing, shrunk
 from fedbasin.strategies.fusion.compact import Encoding, Pieces
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.update import Block
@@ -45,7 +46,7 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
     """
     _check_shrink(shrink)
     totals = _totals(model, batches, {}, None)
-    return {block: shrunk(total.gram, shrink) for block, total in totals.items()}
+    return finished(totals, lambda total: shrunk(total.gram, shrink))
 
 
 def gram_pieces(
@@ -69,7 +70,7 @@ def gram_pieces(
     """
     _check_shrink(shrink)
     totals = _totals(model, batches, encodings or {}, blocks)
-    return {block: total.weighing(shrink) for block, total in totals.items()}
+    return finished(totals, lambda total: total.weighing(shrink))
 
 
 def _check_shrink(shrink: float) -> None:
@@ -86,21 +87,29 @@ def _totals(
     blocks: Collection[Block] | None,
 ) -> dict[Block, Total]:
     layers = [layer for layer in gram_layers(model) if blocks is None or layer.block in blocks]
-    totals = {
-        layer.block: nothing(
-            layer,
-            encodings.get(layer.block, Encoding()),
-            model.get_parameter(layer.block[0]).device,
-        )
-        for layer in layers
-    }
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        for batch in read(batches, model):
-            with Products(model, layers, partial(_add, totals, batch.mask)):
+        leaders, several = find_leaders(model, layers, encodings, read(batches, model))
+        totals = {
+            layer.block: nothing(
+                layer,
+                encodings.get(layer.block, Encoding()),
+                model.get_parameter(layer.block[0]).device,
+            )
+            for layer in layers
+            if leaders[layer.block] == layer.block
+        }
+        for batch in several:
+            readers = Readers(len(batch.targets))
+            with Products(model, layers, partial(_add, totals, readers, batch.mask)):
                 forward(model, batch)
-    return totals
+            check_leaders(leaders, readers)
+    return {block: totals[leader] for block, leader in leaders.items()}
 
 
-def _add(totals: Mapping[Block, Total], mask: Tensor | None, product: Product) -> None:
-    for rows in product.rows(mask):
-        totals[product.layer.block].add(rows)
+def _add(
+    totals: Mapping[Block, Total], readers: Readers, mask: Tensor | None, product: Product
+) -> None:
+    readers.see(product)
+    if product.layer.block in totals:
+        for rows in product.rows(mask):
+            totals[product.layer.block].add(rows)

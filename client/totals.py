@@ -1,7 +1,8 @@
 """What is kept of a layer's inputs while they are read: their Gram matrix, or a sketch of it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,9 @@ from fedbasin.strategies.fusion.compact import (
 )
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.sketch import Sketch
+from fedbasin.strategies.fusion.update import Block
+
+Made = TypeVar("Made")
 
 
 class Total(Protocol):
@@ -110,6 +114,13 @@ def nothing(layer: Layer, encoding: Encoding, device: torch.device) -> Total:
     size = layer.inputs
     zeros = torch.zeros(*groups, size, size, dtype=torch.float64, device=device)
     return Square(zeros, encoding.gram, bias)
+
+
+def finished(totals: Mapping[Block, Total], finish: Callable[[Total], Made]) -> dict[Block, Made]:
+    """What each total comes to; layers that have one in common have that in common too, one object."""
+    made = {id(total): total for total in totals.values()}
+    results = {key: finish(total) for key, total in made.items()}
+    return {block: results[id(total)] for block, total in totals.items()}
 
 
 def shrunk(gram: Tensor, shrink: float) -> Tensor:

@@ -481,7 +481,10 @@ class Precision(_message.Message):
     MOMENT_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     MOMENT_MORE_FIELD_NUMBER: _builtins.int
+    SAME_FIELD_NUMBER: _builtins.int
     kind: Global___PrecisionKind.ValueType
+    same: _builtins.int
+    """In place of a statistic: the place in the list of an earlier block that reads the same inputs, whose it is too."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """weight, or weight and bias"""
@@ -511,12 +514,15 @@ class Precision(_message.Message):
         moment: Global___TensorSpec | None = ...,
         more: _abc.Iterable[Global___TensorSpec] | None = ...,
         moment_more: _abc.Iterable[Global___TensorSpec] | None = ...,
+        same: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["moment", b"moment", "statistic", b"statistic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_same", b"_same", "moment", b"moment", "same", b"same", "statistic", b"statistic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "moment", b"moment", "moment_more", b"moment_more", "more", b"more", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_same", b"_same", "kind", b"kind", "moment", b"moment", "moment_more", b"moment_more", "more", b"more", "same", b"same", "statistic", b"statistic", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__same: _TypeAlias = _typing.Literal["same"]  # noqa: Y015
+    _WhichOneofArgType__same: _TypeAlias = _typing.Literal["_same", b"_same"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__same) -> _WhichOneofReturnType__same | None: ...
 
 Global___Precision: _TypeAlias = Precision  # noqa: Y015
 

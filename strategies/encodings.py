@@ -1,6 +1,6 @@
 """Statistics as messages: how a request asks for them, how a client writes them, how a reply is read."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, RecordDict
@@ -93,22 +93,29 @@ def write_grams(
     Args:
         header: of the reply.
         content: of the reply.
-        grams: the pieces of each block's form.
+        grams: the pieces of each block's form; those that blocks have in common, one object, are sent once.
         moments: likewise, of the same blocks or of none.
     """
-    named = [("gram", grams), ("moment", moments)]
+    first: dict[int, Block] = {}
+    for block, pieces in grams.items():
+        first.setdefault(id(pieces), block)
+    own = {block: grams[block] for block in first.values()}
     tensors = {
         f"{what} {'+'.join(block)} {piece}": tensor
-        for what, of in named
+        for what, of in (("gram", own), ("moment", moments))
         for block, pieces in of.items()
         for piece, tensor in pieces.items()
     }
     content[wire.STATISTICS], packed = packing.pack(tensors)
     specs = iter(packed)
+    places = {block: place for place, block in enumerate(grams)}
     for block, pieces in grams.items():
         entry = header.precisions.add(tensors=block, kind=pb.PRECISION_KIND_GRAM)
-        entry.statistic.CopyFrom(next(specs))
-        entry.more.extend(next(specs) for _ in range(len(pieces) - 1))
+        if block in own:
+            entry.statistic.CopyFrom(next(specs))
+            entry.more.extend(next(specs) for _ in range(len(pieces) - 1))
+        else:
+            entry.same = places[first[id(pieces)]]
     for entry, pieces in zip(header.precisions, moments.values(), strict=False):
         entry.moment.CopyFrom(next(specs))
         entry.moment_more.extend(next(specs) for _ in range(len(pieces) - 1))
@@ -160,7 +167,11 @@ def statistics(
         if entry.kind != kind:
             raise Refusal(Outcome.unexpected_statistic, "+".join(block))
         encoding = encodings.get(block, Encoding())
-        found.precisions[block] = _precision(entry, tensors, encoding)
+        if entry.HasField("same"):
+            other = _same(entry, list(found.precisions), encodings)
+            found.precisions[block] = found.precisions[other]
+        else:
+            found.precisions[block] = _precision(entry, tensors, encoding)
         if entry.HasField("moment"):
             found.moments[block] = _moment(entry, tensors, encoding.moment)
     return found
@@ -168,11 +179,29 @@ def statistics(
 
 def _specs(precisions: Iterable[pb.Precision]) -> Iterator[pb.TensorSpec]:
     for entry in precisions:
-        yield entry.statistic
-        yield from entry.more
+        if not entry.HasField("same"):
+            yield entry.statistic
+            yield from entry.more
         if entry.HasField("moment"):
             yield entry.moment
             yield from entry.moment_more
+
+
+def _same(
+    entry: pb.Precision, before: Sequence[Block], encodings: Mapping[Block, Encoding]
+) -> Block:
+    """The block before this one whose Gram matrix it has in common."""
+    block = tuple(entry.tensors)
+    alone = entry.kind != pb.PRECISION_KIND_GRAM or entry.HasField("statistic")
+    if alone or entry.same >= len(before):
+        detail = f"{'+'.join(block)} refers to number {entry.same} of {len(before)} before it"
+        raise Refusal(Outcome.unexpected_statistic, detail)
+    other = before[entry.same]
+    forms = [encodings.get(each, Encoding()).gram for each in (block, other)]
+    if forms[0] != forms[1]:
+        detail = f"{'+'.join(block)} as {forms[1]}, as {'+'.join(other)}, and not as {forms[0]}"
+        raise Refusal(Outcome.wrong_shape, detail)
+    return other
 
 
 def _precision(entry: pb.Precision, tensors: Mapping[str, Tensor], encoding: Encoding) -> Precision:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.compact import Piece
 from fedbasin.strategies.fusion.kronecker import MOST_PRODUCTS, Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, common
 from fedbasin.strategies.fusion.update import Block, Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.state import State, floating
@@ -44,8 +44,7 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
         for name, tensor in update.parameters.items():
             _check_tensor(name, tensor, anchor[name])
     _check_blocks(update.precisions, blocks, anchor)
-    for block, precision in update.precisions.items():
-        _check_precision(block, precision, anchor)
+    _check_precisions(update.precisions, anchor)
 
 
 def check_fit(
@@ -67,8 +66,9 @@ def check_fit(
     """
     check_examples(update.examples)
     _check_blocks(update.precisions, blocks, model)
-    for block, precision in update.precisions.items():
-        _check_precision(block, precision, model)
+    _check_precisions(update.precisions, model)
+    _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.moments])
+    for block in update.precisions:
         _check_statistic("+".join(block), update.moments[block], tuple(join(block, model).shape))
     check_alike(update, others)
 
@@ -98,7 +98,11 @@ def check_pieces(
 
 
 def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]) -> None:
-    """Check that Gram matrices are of as many groups as those of the clients before, and that factors can be kept."""
+    """Check that an update's precisions can be added to those of the clients before.
+
+    Gram matrices are of as many groups, and the same blocks have one in common; Kronecker factors can be kept.
+    """
+    _check_common(update.precisions, {block: precision for block, (precision, _) in others.items()})
     for block, precision in update.precisions.items():
         other = others.get(block, (precision,))[0]
         if isinstance(precision, Gram) and isinstance(other, Gram):
@@ -107,6 +111,16 @@ def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]
             raise Refusal(
                 Outcome.too_many, f"{len(other.inputs)} clients' Kronecker factors are kept already"
             )
+
+
+def _check_common(precisions: Mapping[Block, Precision], others: Mapping[Block, Precision]) -> None:
+    ours, theirs = ({frozenset(blocks) for blocks in common(of)} for of in (precisions, others))
+    if others and (strange := ours - theirs):
+        blocks = sorted("+".join(block) for block in min(strange, key=sorted))
+        raise Refusal(
+            Outcome.unexpected_statistic,
+            f"a Gram matrix of {_list(blocks)} alone and together, unlike those of the clients before",
+        )
 
 
 def check_order(order: Order | None, model: State) -> None:
@@ -199,6 +213,14 @@ def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
         raise Refusal(outcome, _list(names))
 
 
+def _check_precisions(precisions: Mapping[Block, Precision], anchor: State) -> None:
+    for block, precision in precisions.items():
+        _check_precision(block, precision, anchor)
+    for first, *_ in common(precisions):
+        if isinstance(gram := precisions[first], Gram):
+            _check_gram("+".join(first), gram.matrix)
+
+
 def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
     name, weight = "+".join(block), anchor[block[0]]
     if isinstance(precision, Diagonal):
@@ -219,7 +241,6 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
                 Outcome.wrong_shape, f"the statistic of {name} has groups {tuple(groups)}"
             )
         _check_statistic(name, precision.matrix, (*groups, inputs, inputs))
-        _check_gram(name, precision.matrix)
 
 
 def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:

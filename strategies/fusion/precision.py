@@ -7,14 +7,19 @@
     Gram(X^T X)    second moments of a layer's inputs      RegMean  (Jin et al. 2023, arXiv 2212.09849)
 
 Laws: `p.solve(p.weigh(theta)) = theta` for a positive definite p; addition is commutative and associative.
+
+Layers that read the same inputs have one Gram matrix in common: the same object, which is summed and factorised once.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Key = TypeVar("Key")
 
 
 class SingularSumError(ValueError):
@@ -131,6 +136,33 @@ class Gram:
 
     def _grouped(self, theta: Tensor) -> Tensor:
         return theta.unflatten(0, (*self.matrix.shape[:-2], -1)) if self.matrix.dim() > 2 else theta
+
+
+def common(known: Mapping[Key, Precision | None]) -> list[tuple[Key, ...]]:
+    """The keys in groups, those together that have one Gram matrix in common; a group keeps their order."""
+    groups: dict[object, list[Key]] = {}
+    for key, precision in known.items():
+        # Not an equal one: layers whose inputs differ may well have equal matrices for once.
+        shared = precision is None or isinstance(precision, Gram)
+        groups.setdefault((id(precision),) if shared else key, []).append(key)
+    return [tuple(group) for group in groups.values()]
+
+
+def added(
+    known: Callable[[Key], Precision | None], more: Mapping[Key, Precision]
+) -> Iterator[tuple[tuple[Key, ...], Precision]]:
+    """Sums of what is known already and what comes with it, each made once for the keys that have both in common.
+
+    Sums are made one by one, as they are taken, so that no more than one is held beside those before.
+
+    Args:
+        known: what is known before; None where that is nothing. What comes is then copied.
+        more: what comes.
+    """
+    for alike in common(more):
+        for keys in common({key: known(key) for key in alike}):
+            before, coming = known(keys[0]), more[keys[0]]
+            yield keys, coming.scaled(1.0) if before is None else before + coming
 
 
 def _diagonal_of(precision: Diagonal | Scalar) -> Tensor | float:

@@ -8,14 +8,16 @@ other, and fused like one; then it is split again, at the rank of the global mod
 averaged, as `Tally` does.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.adapters import Adapter, find_adapters
 from fedbasin.strategies.fusion.lowrank import LowRank
-from fedbasin.strategies.fusion.precision import Precision
+from fedbasin.strategies.fusion.precision import Precision, added
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Update
 from fedbasin.strategies.state import State
@@ -74,14 +76,11 @@ class ProductTally:
     def fold(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
         for adapter, total in self.products.items():
-            product = adapter.product(update.parameters)
-            self.products[adapter] = total.plus(
-                product.scaled(update.examples), self.widths[adapter]
-            )
-            if (adapter.down,) in update.precisions:
-                known = update.precisions[adapter.down,]
-                moment = LowRank(product.left, known.weigh(product.right))
-                self._add(adapter, known.scaled(1.0), moment)
+            product = adapter.product(update.parameters).scaled(update.examples)
+            self.products[adapter] = total.plus(product, self.widths[adapter])
+        sent = {adapter: update.precisions.get((adapter.down,)) for adapter in self.products}
+        known = {adapter: gram for adapter, gram in sent.items() if gram is not None}
+        self._add(known, partial(_moment, update))
         self.rest.fold(replace(update, precisions={}, moments={}))
 
     def merge(self, other: "ProductTally") -> None:
@@ -89,8 +88,8 @@ class ProductTally:
         for adapter, product in other.products.items():
             total = self.products[adapter]
             self.products[adapter] = total.plus(product, self.widths[adapter])
-            if adapter in other.moments:
-                self._add(adapter, other.blocks[adapter.down,][0], other.moments[adapter])
+        known = {adapter: other.blocks[adapter.down,][0] for adapter in other.moments}
+        self._add(known, other.moments.__getitem__)
         self.rest.merge(other.rest)
 
     def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
@@ -105,12 +104,18 @@ class ProductTally:
             fused[adapter.down] = after.right.to(anchor[adapter.down].dtype)
         return fused
 
-    def _add(self, adapter: Adapter, known: Precision, moment: LowRank) -> None:
-        if adapter in self.moments:
-            known = self.blocks[adapter.down,][0] + known
-            moment = self.moments[adapter].plus(moment, self.widths[adapter])
-        self.moments[adapter] = moment
-        self.blocks[adapter.down,] = known, moment.left
+    def _add(
+        self, known: Mapping[Adapter, Precision], moment: Callable[[Adapter], LowRank]
+    ) -> None:
+        for adapters, total in added(self._known, known):
+            for adapter in adapters:
+                before, coming = self.moments.get(adapter), moment(adapter)
+                own = coming if before is None else before.plus(coming, self.widths[adapter])
+                self.moments[adapter] = own
+                self.blocks[adapter.down,] = total, own.left
+
+    def _known(self, adapter: Adapter) -> Precision | None:
+        return self.blocks[adapter.down,][0] if adapter in self.moments else None
 
     def _solution(self, adapter: Adapter, ridge: Ridge | None) -> LowRank:
         mean = self.products[adapter].scaled(1 / self.rest.examples)
@@ -123,3 +128,8 @@ class ProductTally:
         moment = self.moments[adapter]
         total = moment.plus(mean.scaled(prior.weight), moment.width + mean.width)
         return LowRank(total.left, (precision + prior).solve(total.right))
+
+
+def _moment(update: Update, adapter: Adapter) -> LowRank:
+    product = adapter.product(update.parameters)
+    return LowRank(product.left, update.precisions[adapter.down,].weigh(product.right))

@@ -7,15 +7,16 @@ tensor. The regulariser is one more client: the mean (or the anchor) with an iso
 is no singular sum.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedbasin.strategies.chunks import add_scaled, divided, zeros
-from fedbasin.strategies.fusion.precision import Precision
+from fedbasin.strategies.fusion.precision import Precision, added, common
 from fedbasin.strategies.fusion.update import Block, Update, join, split
 from fedbasin.strategies.state import State, floating
 
@@ -43,7 +44,8 @@ class Tally:
     Attributes:
         mean: `sum_k n_k theta_k` of every floating tensor.
         examples: `sum_k n_k`.
-        blocks: for each block `(sum Lambda, sum Lambda . theta)`.
+        blocks: for each block `(sum Lambda, sum Lambda . theta)`; blocks whose precisions every client had in common
+            have their sum in common.
         clients: number of updates.
     """
 
@@ -67,8 +69,7 @@ class Tally:
         """Add one client, in place; the update is not kept."""
         pairs = ((total, update.parameters[name]) for name, total in self.mean.items())
         add_scaled(pairs, update.examples)
-        for block, precision in update.precisions.items():
-            self._add(block, precision, _moment(block, precision, update))
+        self._add(update.precisions, partial(_moment, update))
         self.examples += update.examples
         self.clients += 1
 
@@ -76,8 +77,7 @@ class Tally:
         """Add another tally's clients, in place."""
         for name, total in self.mean.items():
             total += other.mean[name]
-        for block, (precision, moment) in other.blocks.items():
-            self._add(block, precision, moment)
+        self._add(other.precisions, lambda block: other.blocks[block][1])
         self.examples += other.examples
         self.clients += other.clients
 
@@ -86,26 +86,44 @@ class Tally:
         if not self.clients:
             return dict(anchor)
         fused = {**anchor, **divided(self.mean, self.examples, anchor)}
-        for block in self.blocks:
-            fused.update(split(block, self._solution(block, anchor, ridge), anchor))
+        for blocks in common(self.precisions):
+            solution = self._solution(blocks, anchor, ridge)
+            for block, part in zip(blocks, solution.split(self._lengths(blocks)), strict=True):
+                fused.update(split(block, part, anchor))
         return fused
 
-    def _add(self, block: Block, precision: Precision, moment: Tensor) -> None:
-        if block in self.blocks:
-            before, moments = self.blocks[block]
-            self.blocks[block] = (before + precision, moments.add_(moment))
-        else:
-            # A copy: the update is let go, and with it the reply that it may be a view of.
-            self.blocks[block] = (precision.scaled(1.0), moment.clone())
+    @property
+    def precisions(self) -> dict[Block, Precision]:
+        """The sums of the precisions."""
+        return {block: precision for block, (precision, _) in self.blocks.items()}
 
-    def _solution(self, block: Block, anchor: State, ridge: Ridge | None) -> Tensor:
-        precision, moment = self.blocks[block]
+    def _add(
+        self, precisions: Mapping[Block, Precision], moment: Callable[[Block], Tensor]
+    ) -> None:
+        for blocks, total in added(self._known, precisions):
+            for block in blocks:
+                # A copy: the update is let go, and with it the reply that it may be a view of.
+                before, coming = self.blocks.get(block), moment(block)
+                own = coming.clone() if before is None else before[1].add_(coming)
+                self.blocks[block] = total, own
+
+    def _known(self, block: Block) -> Precision | None:
+        return self.blocks[block][0] if block in self.blocks else None
+
+    def _lengths(self, blocks: Sequence[Block]) -> list[int]:
+        return [len(self.blocks[block][1]) for block in blocks]
+
+    def _solution(self, blocks: Sequence[Block], anchor: State, ridge: Ridge | None) -> Tensor:
+        """Of blocks with one precision in common, one below the other."""
+        precision = self.blocks[blocks[0]][0]
+        moment = _stacked([self.blocks[block][1] for block in blocks])
         if ridge is None:
             return precision.solve(moment)
         prior = precision.isotropic(ridge.strength)
-        target = self._target(block, anchor, ridge).to(moment.dtype)
+        targets = (self._target(block, anchor, ridge) for block in blocks)
+        target = _stacked([target.to(moment.dtype) for target in targets])
         if not prior.weight:
-            # Nobody knows anything of the block, as of a layer that no example reaches.
+            # Nobody knows anything of the blocks, as of a layer that no example reaches.
             return target
         return (precision + prior).solve(moment + prior.weigh(target))
 
@@ -115,10 +133,14 @@ class Tally:
         return join(block, {name: self.mean[name] / self.examples for name in block})
 
 
-def _moment(block: Block, precision: Precision, update: Update) -> Tensor:
+def _moment(update: Update, block: Block) -> Tensor:
     if block in update.moments:
         return update.moments[block]
-    return precision.weigh(join(block, update.parameters).double())
+    return update.precisions[block].weigh(join(block, update.parameters).double())
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, common
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.transform import Transform
 
@@ -35,7 +35,8 @@ class Update:
     Attributes:
         parameters: the floating tensors of its model.
         examples: the weight of every tensor that has no precision of its own.
-        precisions: what is known beyond that, block by block.
+        precisions: what is known beyond that, block by block. Layers that read the same inputs have one Gram matrix
+            in common, the same object.
         moments: `Lambda . theta` of blocks for which it is known without a theta, as a fit to targets.
         order: in which its model uses the blocks, where that was asked for.
     """
@@ -56,8 +57,10 @@ class Update:
         if self.moments:
             raise ValueError("moments belong to the frame that they were collected in")
         precisions = {
-            block: _moved(block, precision, self.parameters, transform)
-            for block, precision in self.precisions.items()
+            block: moved
+            for blocks in common(self.precisions)
+            for moved in [_moved(blocks[0], self.precisions[blocks[0]], self.parameters, transform)]
+            for block in blocks
         }
         return replace(self, parameters=transform.act(self.parameters), precisions=precisions)
 

@@ -157,3 +157,61 @@ def test_parts_that_overlap_are_malformed():
     with pytest.raises(packing.PackingError):
         statistics(content, header, GRAM, {BLOCK: encoding(Form(Kind.half))})
     assert wire.STATISTICS in content
+
+
+OTHER = ("other.weight", "other.bias")
+ALIKE = Encoding(Form(), MomentKind.float32, INPUTS)
+
+
+def sent(grams, moments=None):
+    header, content = pb.UpdateHeader(), RecordDict()
+    write_grams(header, content, grams, moments or {})
+    return header, content
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pieces_in_common_are_sent_once_and_read_as_one_matrix(form):
+    pieces = pieces_of(form)
+    moments = {block: {"values": torch.randn(OUTPUTS, INPUTS)} for block in (BLOCK, OTHER)}
+    header, content = sent({BLOCK: pieces, OTHER: pieces}, moments)
+    _, own = sent({BLOCK: pieces}, {BLOCK: moments[BLOCK]})
+    extra = packing.nbytes(content[wire.STATISTICS]) - packing.nbytes(own[wire.STATISTICS])
+    assert extra == 4 * OUTPUTS * INPUTS  # the other's moment
+    found = statistics(content, header, GRAM, dict.fromkeys((BLOCK, OTHER), encoding(form)))
+    assert found.precisions[BLOCK] is found.precisions[OTHER]
+    for block, moment in moments.items():
+        torch.testing.assert_close(found.moments[block], moment["values"].double())
+
+
+def test_equal_pieces_that_are_not_the_same_are_two():
+    header, content = sent({BLOCK: pieces_of(Form()), OTHER: pieces_of(Form())})
+    found = statistics(content, header, GRAM, {})
+    assert found.precisions[BLOCK] is not found.precisions[OTHER]
+
+
+def referring(change):
+    pieces = pieces_of(Form())
+    header, content = sent({BLOCK: pieces, OTHER: pieces})
+    change(header.precisions[1])
+    return header, content
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        (lambda entry: setattr(entry, "same", 1), "unexpected_statistic: other.*number 1 of 1"),
+        (lambda entry: setattr(entry, "same", 2**32 - 1), "unexpected_statistic"),
+        (lambda entry: entry.statistic.SetInParent(), "unexpected_statistic"),
+        (lambda entry: setattr(entry, "kind", pb.PRECISION_KIND_DIAGONAL), "unexpected_statistic"),
+    ],
+)
+def test_a_reference_to_no_earlier_matrix_is_refused(change, outcome):
+    header, content = referring(change)
+    with pytest.raises(Refusal, match=outcome):
+        statistics(content, header, GRAM, {})
+
+
+def test_a_reference_to_a_matrix_in_another_form_is_refused():
+    header, content = referring(lambda entry: None)
+    with pytest.raises(Refusal, match=r"wrong_shape: other.*as triangle.*not as half"):
+        statistics(content, header, GRAM, {BLOCK: ALIKE, OTHER: encoding(Form(Kind.half))})

@@ -1,5 +1,7 @@
 """What no client of the real federation can be made to send, and what an honest one must never be refused for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar
 from fedbasin.strategies.fusion.tally import Ridge, fuse
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.validation import check_examples, check_update
+from fedbasin.strategies.validation import check_alike, check_examples, check_fit, check_update
 
 ANCHOR = {
     "w": torch.zeros(3, 4),
@@ -159,3 +161,48 @@ def test_a_gram_that_passes_never_makes_the_regularised_sum_singular(seed, input
         assert fate is Outcome.not_positive
         return
     assert fuse(anchor, [update], Ridge(1e-3))["w"].isfinite().all()
+
+
+SQUARE = {name: torch.zeros(3, 4) for name in "qkv"}
+
+
+class TestWhatLayersHaveInCommon:
+    def sums(self, *groups):
+        grams = [(gram(4), group) for group in groups]
+        return {(name,): (one, torch.zeros(3, 4)) for one, group in grams for name in group}
+
+    def update(self, *groups):
+        grams = {block: one for block, (one, _) in self.sums(*groups).items()}
+        return Update(SQUARE, 1.0, grams)
+
+    @pytest.mark.parametrize("groups", [("qkv",), ("q", "k", "v"), ("qk", "v"), ("q", "vk")])
+    def test_is_the_same_for_every_client(self, groups):
+        check_alike(self.update(*groups), {})
+        check_alike(self.update(*reversed(groups)), self.sums(*groups))
+
+    @pytest.mark.parametrize("groups", [("q", "k", "v"), ("qk", "v"), ("qv", "k")])
+    def test_is_refused_where_it_is_another(self, groups):
+        with pytest.raises(Refusal, match="unlike those of the clients before") as refused:
+            check_alike(self.update(*groups), self.sums("q", "kv"))
+        assert refused.value.outcome is Outcome.unexpected_statistic
+
+    def test_is_looked_at_for_each_ones_shape(self):
+        shared = gram(4)
+        update = Update({"w": ONES["w"]}, 1.0, {("w",): shared, ("w2",): shared})
+        anchor = {"w": torch.zeros(3, 4), "w2": torch.zeros(3, 5)}
+        with pytest.raises(Refusal) as refused:
+            check_update(replace(update, parameters=anchor), anchor)
+        assert refused.value.outcome is Outcome.wrong_shape
+
+    def test_is_looked_at_once_for_what_it_promises(self):
+        bad = Gram(-torch.eye(4))
+        update = Update(SQUARE, 1.0, {("q",): bad, ("k",): bad})
+        with pytest.raises(Refusal) as refused:
+            check_update(update, SQUARE)
+        assert refused.value.outcome is Outcome.not_positive
+
+
+def test_a_fit_without_its_moment_is_refused():
+    with pytest.raises(Refusal) as refused:
+        check_fit(Update({}, 1.0, {("w",): gram(4)}), ANCHOR, [("w",)], {})
+    assert refused.value.outcome is Outcome.missing_statistic

@@ -201,3 +201,25 @@ def test_the_dense_product_is_never_made_and_clients_do_not_add_up():
     few, more = json.loads(done.stdout)
     assert few < 8192 * 8192 * 4 / 6  # a dense matrix in float32 takes 268 MB
     assert more < 4 * 8192 * 8 * 40  # 60 clients' factors in double take 31 MB
+
+
+def test_adapters_of_layers_that_read_the_same_have_one_sum():
+    names = {"y.lora_A.weight": A, "y.lora_B.weight": B}
+
+    def pair(seed, *, together):
+        one, other = update(seed, gram=True), update(seed + 50)
+        state = one.parameters | {name: other.parameters[of] for name, of in names.items()}
+        gram = one.precisions[A,]
+        second = gram if together else gram.scaled(1.0)
+        return Update(state, one.examples, {(A,): gram, ("y.lora_A.weight",): second})
+
+    anchor = pair(9, together=True).parameters
+    tally = ProductTally.zero(anchor)
+    for seed in range(3):
+        tally.fold(pair(seed, together=True))
+    assert len({id(gram) for gram, _ in tally.blocks.values()}) == 1
+    alone = ProductTally.zero(anchor)
+    for seed in range(3):
+        alone.fold(pair(seed, together=False))
+    expected, found = alone.finalize(anchor, Ridge()), tally.finalize(anchor, Ridge())
+    torch.testing.assert_close(found, expected)

@@ -354,3 +354,81 @@ def test_folding_keeps_nothing_of_the_update():
     for tensor in (*one.parameters.values(), *(p.matrix for p in one.precisions.values())):
         tensor.zero_()
     assert_equal(sums.finalize(anchor, Ridge()), before, tolerance=0)
+
+
+SIZES = {"q": 3, "k": 2, "v": 5}
+BLOCKS = [(f"{name}.weight", f"{name}.bias") for name in SIZES]
+GROUPS = [[0, 1, 2]], [[0], [1], [2]], [[0, 2], [1]]
+
+
+class TestBlocksWithAGramInCommon:
+    """As queries, keys and values, here of sizes of their own."""
+
+    def state(self, draw):
+        return {
+            name: torch.randn(shape, dtype=W, generator=draw)
+            for each, size in SIZES.items()
+            for name, shape in ((f"{each}.weight", (size, 4)), (f"{each}.bias", (size,)))
+        }
+
+    def updates(self, seed, groupings):
+        """Clients whose inputs are the same however they group their blocks."""
+        draw = torch.Generator().manual_seed(seed)
+        for groups in groupings:
+            x = torch.randn(7, 5, dtype=W, generator=draw)
+            parts = [(Gram(x.T @ x), group) for group in groups]
+            known = {BLOCKS[i]: gram for gram, group in parts for i in group}
+            examples = float(torch.randint(1, 9, (), generator=draw))
+            yield Update(self.state(draw), examples, {b: known[b] for b in BLOCKS})
+
+    def fused(self, seed, groupings, ridge):
+        anchor = self.state(torch.Generator().manual_seed(seed + 1))
+        sums = tally(anchor, self.updates(seed, groupings))
+        return sums, sums.finalize(anchor, ridge)
+
+    @every_ridge
+    @quickly
+    @given(seed=seeds, groupings=st.lists(st.sampled_from(GROUPS), min_size=1, max_size=4))
+    def test_are_fused_as_each_of_them_alone(self, ridge, seed, groupings):
+        _, expected = self.fused(seed, [GROUPS[1]] * len(groupings), ridge)
+        _, found = self.fused(seed, groupings, ridge)
+        assert_equal(found, expected)
+
+    def test_are_fused_as_each_of_them_alone_without_a_ridge(self):
+        _, expected = self.fused(0, [GROUPS[1]] * 2, None)
+        _, found = self.fused(0, [GROUPS[0]] * 2, None)
+        assert_equal(found, expected)
+
+    def test_have_one_sum_and_one_factorisation(self, monkeypatch):
+        made = []
+        factorise = torch.linalg.cholesky_ex
+        monkeypatch.setattr(
+            torch.linalg, "cholesky_ex", lambda matrix: made.append(matrix) or factorise(matrix)
+        )
+        sums, _ = self.fused(0, [GROUPS[0]] * 3, Ridge())
+        assert len({id(precision) for precision in sums.precisions.values()}) == 1
+        assert len(made) == 1
+
+    def test_are_split_where_a_client_has_them_apart(self):
+        sums, _ = self.fused(0, [GROUPS[0], GROUPS[2], GROUPS[0]], Ridge())
+        q, k, v = (sums.precisions[block] for block in BLOCKS)
+        assert q is v
+        assert q is not k
+
+    def test_keep_it_in_common_when_sums_are_merged(self):
+        anchor = self.state(torch.Generator().manual_seed(1))
+        one, two = self.updates(0, [GROUPS[0]] * 2)
+        sums = tally(anchor, [one])
+        sums.merge(tally(anchor, [two]))
+        assert len({id(precision) for precision in sums.precisions.values()}) == 1
+        assert_equal(sums.finalize(anchor, Ridge()), fuse(anchor, [one, two], Ridge()))
+
+    def test_that_nobody_knows_anything_of_are_the_mean(self):
+        anchor = self.state(torch.Generator().manual_seed(1))
+        nothing = Gram(torch.zeros(5, 5, dtype=W))
+        one, two = (
+            replace(update, precisions=dict.fromkeys(BLOCKS, nothing))
+            for update in self.updates(0, [GROUPS[0]] * 2)
+        )
+        plain = [replace(update, precisions={}) for update in (one, two)]
+        assert_equal(fuse(anchor, [one, two], Ridge()), fuse(anchor, plain))

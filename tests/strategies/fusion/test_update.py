@@ -64,3 +64,20 @@ def test_what_a_layer_computes_on_its_grams_rows_stays_when_both_are_moved():
     assert moved.examples == 5.0
     assert moved.precisions["first.bias",] == Scalar(3.0)
     assert not torch.equal(moved.precisions["second.weight",].matrix, rows.T @ rows)
+
+
+def test_layers_that_read_the_same_site_keep_their_gram_in_common():
+    symmetry = parse("hidden  S(4)  first.weight[0] q.weight[1] k.weight[1]")
+    draw = torch.Generator().manual_seed(0)
+    g, rows = random(symmetry, draw), torch.randn(9, 4, generator=draw, dtype=torch.float64)
+    gram = Gram(rows.T @ rows)
+    state = {
+        n: torch.randn(4, 4, generator=draw, dtype=torch.float64)
+        for n in ("first.weight", "q.weight", "k.weight")
+    }
+    precisions = {("q.weight",): gram, ("k.weight",): gram}
+    moved = Update(state, 1.0, precisions).moved(g)
+    assert not g.is_identity
+    assert moved.precisions["q.weight",] is moved.precisions["k.weight",]
+    alone = Update(state, 1.0, {("k.weight",): gram}).moved(g).precisions["k.weight",]
+    assert torch.equal(moved.precisions["k.weight",].matrix, alone.matrix)
