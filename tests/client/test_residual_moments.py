@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from fedbasin.client.regression import MARGIN, regress
-from fedbasin.strategies.fit import Fit
+from fedbasin.strategies.fit import Fit, Head
 from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.stages import Fitting
@@ -46,7 +47,9 @@ def wanted(target, own, model, client):
 def fitted(target):
     model, owns = net(0), [net(1), net(2)]
     fused = model.state_dict()
-    stage = Fit(fused, Fitting((BLOCK,), target, 0), RIDGE)
+    fitting = Fitting((BLOCK,), target, 0)
+    is_head = target is Target.labels
+    stage = Head(fused, fitting, Ridge(RIDGE, "anchor")) if is_head else Fit(fused, fitting, RIDGE)
     for client, own in enumerate(owns):
         batches = [data(client)]
         sums = regress(deepcopy(model), own.state_dict(), fused, [BLOCK], target, batches)[BLOCK]
