@@ -15,7 +15,7 @@ Source: RegMean, Jin et al. 2023, arXiv 2212.09849; RegMean++, Nguyen et al. 202
 arXiv 2405.16240.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +31,8 @@ from torch.nn.functional import one_hot
 from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.client.reach import Reach, Reaches
-from fedbasin.client.sharing import FlowError, Readers, check_leaders, find_leaders
-from fedbasin.client.totals import Total, nothing
+from fedbasin.client.sharing import FlowError, Readers, check_leaders, find_leaders, led_totals
+from fedbasin.client.totals import Total
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.head import MARGIN
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
@@ -117,28 +117,32 @@ def regress(
     known = encodings or {}
     with evaluating(model), layer_by_layer(), torch.no_grad():
         leaders, several = find_leaders(model, layers, known, read(batches, model))
-        sums = _nothing(layers, model, leaders, known)
+        sums = _nothing(model, layers, led_totals(model, layers, leaders, known))
         for batch in several:
-            readers = Readers(len(batch.targets))
-            seen = _run(model, layers, batch, partial(_copy, readers))
-            check_leaders(leaders, readers)
-            wanted = (
-                _matching(_run(teacher, layers, batch, _use), seen)
-                if teacher
-                else [None] * len(seen)
-            )
-            for (product, reach), own_reach in zip(seen, wanted, strict=True):
-                goal = _goal(target, product, reach, batch, own_reach)
+            for product, goal in _goals(model, teacher, layers, leaders, target, batch):
                 block = product.layer.block
-                _add(
-                    sums[block],
-                    product,
-                    goal,
-                    bases[block],
-                    batch.mask,
-                    leads=leaders[block] == block,
-                )
+                leads = leaders[block] == block
+                _add(sums[block], product, goal, bases[block], batch.mask, leads=leads)
     return sums
+
+
+def _goals(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    layers: Sequence[Layer],
+    leaders: Mapping[Block, Block],
+    target: Target,
+    batch: Batch,
+) -> Iterator[tuple[Product, Tensor]]:
+    """The products of the model that is fitted on one batch, each with what it is fitted to."""
+    readers = Readers(len(batch.targets))
+    seen = _run(model, layers, batch, partial(_copy, readers))
+    check_leaders(leaders, readers)
+    own: Sequence[Reach | None] = [None] * len(seen)
+    if teacher is not None:
+        own = _matching(_run(teacher, layers, batch, _use), seen)
+    for (product, reach), own_reach in zip(seen, own, strict=True):
+        yield product, _goal(target, product, reach, batch, own_reach)
 
 
 def _load(model: nn.Module, state: State) -> None:
@@ -164,27 +168,16 @@ def _teacher(model: nn.Module, own: State) -> nn.Module:
 
 
 def _nothing(
-    layers: Sequence[Layer],
-    model: nn.Module,
-    leaders: Mapping[Block, Block],
-    encodings: Mapping[Block, Encoding],
+    model: nn.Module, layers: Sequence[Layer], inputs: Mapping[Block, Total]
 ) -> dict[Block, Sums]:
-    """Of no rows; layers have their leader's inputs."""
-    device = {layer.block: model.get_parameter(layer.block[0]).device for layer in layers}
-    totals = {
-        layer.block: nothing(layer, encodings.get(layer.block, Encoding()), device[layer.block])
-        for layer in layers
-        if leaders[layer.block] == layer.block
-    }
     return {
-        layer.block: Sums(
-            totals[leaders[layer.block]],
-            torch.zeros(
-                layer.outputs, layer.inputs, dtype=torch.float64, device=device[layer.block]
-            ),
-        )
+        layer.block: Sums(inputs[layer.block], _zeros(model.get_parameter(layer.block[0]), layer))
         for layer in layers
     }
+
+
+def _zeros(weight: Tensor, layer: Layer) -> Tensor:
+    return torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=weight.device)
 
 
 def _copy(readers: Readers, product: Product) -> Product:

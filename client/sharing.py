@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedbasin.client.data import Batch, forward
 from fedbasin.client.products import Product, Products
+from fedbasin.client.totals import Total, nothing
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import Block
@@ -92,6 +93,25 @@ def find_leaders(
     }
     leaders = {key: block for block, key in reversed(alike.items())}
     return {block: leaders[key] for block, key in alike.items()}, chain([first], batches)
+
+
+def led_totals(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    leaders: Mapping[Block, Block],
+    encodings: Mapping[Block, Encoding],
+) -> dict[Block, Total]:
+    """For each layer the total of no rows of its leader, the same object."""
+    totals = {
+        layer.block: nothing(
+            layer,
+            encodings.get(layer.block, Encoding()),
+            model.get_parameter(layer.block[0]).device,
+        )
+        for layer in layers
+        if leaders[layer.block] == layer.block
+    }
+    return {block: totals[leader] for block, leader in leaders.items()}
 
 
 def check_leaders(leaders: Mapping[Block, Block], readers: Readers) -> None:

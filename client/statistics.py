@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedbasin.client.data import Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
-from fedbasin.client.sharing import Readers, check_leaders, find_leaders
-from fedbasin.client.totals import Total, finished, nothing, shrunk
+from fedbasin.client.sharing import Readers, check_leaders, find_leaders, led_totals
+from fedbasin.client.totals import Total, finished, shrunk
 from fedbasin.strategies.fusion.compact import Encoding, Pieces
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.update import Block
@@ -89,21 +89,14 @@ def _totals(
     layers = [layer for layer in gram_layers(model) if blocks is None or layer.block in blocks]
     with evaluating(model), layer_by_layer(), torch.no_grad():
         leaders, several = find_leaders(model, layers, encodings, read(batches, model))
-        totals = {
-            layer.block: nothing(
-                layer,
-                encodings.get(layer.block, Encoding()),
-                model.get_parameter(layer.block[0]).device,
-            )
-            for layer in layers
-            if leaders[layer.block] == layer.block
-        }
+        totals = led_totals(model, layers, leaders, encodings)
+        leading = {block: totals[block] for block, leader in leaders.items() if block == leader}
         for batch in several:
             readers = Readers(len(batch.targets))
-            with Products(model, layers, partial(_add, totals, readers, batch.mask)):
+            with Products(model, layers, partial(_add, leading, readers, batch.mask)):
                 forward(model, batch)
             check_leaders(leaders, readers)
-    return {block: totals[leader] for block, leader in leaders.items()}
+    return totals
 
 
 def _add(
