@@ -4,11 +4,13 @@ import warnings
 
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Context, RecordDict
 from torch import nn
 from torch.nn import functional as F
 
 from fedbasin.client import build_reply, read_request
+from fedbasin.client.context import keep_fused, keep_sent
+from fedbasin.client.fitting import fit_reply
 from fedbasin.client.regression import regress
 from fedbasin.client.sharing import FlowError
 from fedbasin.client.statistics import gram_pieces, grams
@@ -230,6 +232,37 @@ def test_a_replys_statistics_take_these_bytes_and_no_more(name):
     assert packing.nbytes(content[wire.STATISTICS]) == values + header
     alone = sum(triangle(layer.inputs) for layer in gram_layers(model)) + header
     assert values + header < 0.75 * alone
+
+
+def packed(state, header, specs):
+    content = RecordDict()
+    content[wire.ARRAYS], packed = packing.pack(state)
+    specs.extend(packed)
+    wire.write(content, header)
+    return content
+
+
+def fitted(model, blocks):
+    """A reply to a fit of these layers."""
+    own = {n: t.clone() for n, t in model.state_dict().items()}
+    context = Context(1, 100, {}, RecordDict(), {})
+    sent = pb.UpdateHeader(round=1, examples=3)
+    keep_sent(context, packed(own, sent, sent.tensors))
+    fit = pb.Fit(blocks=[pb.Block(tensors=b) for b in blocks], target=pb.FIT_TARGET_FEATURES)
+    header = pb.Request(round=1, stage="fit", fit=fit)
+    asked = packed(own, header, header.anchor)
+    keep_fused(context, asked)
+    return fit_reply(read_request(asked), context, model, lambda: DATA)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_fits_statistics_take_one_gram_and_a_moment_for_each_layer(name):
+    model = library(name, torch.float32)
+    layers = [la for la in gram_layers(model) if la.block[0].split(".")[-2] in ATTENTION[name]][:3]
+    content = fitted(model, [layer.block for layer in layers])
+    moments = sum(4 * layer.outputs * layer.inputs for layer in layers)
+    size = packing.nbytes(content[wire.STATISTICS])
+    assert size == triangle(layers[0].inputs) + moments + 128
 
 
 @pytest.mark.parametrize("name", ATTENTION)
