@@ -8,7 +8,7 @@ other, and fused like one; then it is split again, at the rank of the global mod
 averaged, as `Tally` does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedbasin.strategies.fusion.adapters import Adapter, find_adapters
 from fedbasin.strategies.fusion.lowrank import LowRank
-from fedbasin.strategies.fusion.precision import Precision, added
+from fedbasin.strategies.fusion.precision import Precision, added, common
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Update
 from fedbasin.strategies.state import State
@@ -97,11 +97,12 @@ class ProductTally:
         fused = self.rest.finalize(anchor)
         if not self.clients:
             return fused
-        for adapter in self.products:
-            before = adapter.product(anchor)
-            after = self._solution(adapter, ridge).balanced(before.width).facing(before)
-            fused[adapter.up] = after.left.to(anchor[adapter.up].dtype)
-            fused[adapter.down] = after.right.to(anchor[adapter.down].dtype)
+        for adapters in common({adapter: self._known(adapter) for adapter in self.products}):
+            for adapter, solution in zip(adapters, self._solutions(adapters, ridge), strict=True):
+                before = adapter.product(anchor)
+                after = solution.balanced(before.width).facing(before)
+                fused[adapter.up] = after.left.to(anchor[adapter.up].dtype)
+                fused[adapter.down] = after.right.to(anchor[adapter.down].dtype)
         return fused
 
     def _add(
@@ -117,17 +118,22 @@ class ProductTally:
     def _known(self, adapter: Adapter) -> Precision | None:
         return self.blocks[adapter.down,][0] if adapter in self.moments else None
 
-    def _solution(self, adapter: Adapter, ridge: Ridge | None) -> LowRank:
-        mean = self.products[adapter].scaled(1 / self.rest.examples)
-        if adapter not in self.moments or ridge is None:
-            return mean
-        precision, _ = self.blocks[adapter.down,]
+    def _solutions(self, adapters: Sequence[Adapter], ridge: Ridge | None) -> list[LowRank]:
+        """Of adapters that have one Gram matrix in common, or none at all."""
+        means = [self.products[adapter].scaled(1 / self.rest.examples) for adapter in adapters]
+        precision = self._known(adapters[0])
+        if precision is None or ridge is None:
+            return means
         prior = precision.isotropic(ridge.strength)
         if not prior.weight:
-            return mean
-        moment = self.moments[adapter]
-        total = moment.plus(mean.scaled(prior.weight), moment.width + mean.width)
-        return LowRank(total.left, (precision + prior).solve(total.right))
+            return means
+        totals = [
+            moment.plus(mean.scaled(prior.weight), moment.width + mean.width)
+            for moment, mean in zip(map(self.moments.__getitem__, adapters), means, strict=True)
+        ]
+        solved = (precision + prior).solve(torch.cat([total.right for total in totals]))
+        rights = solved.split([total.width for total in totals])
+        return [LowRank(t.left, right) for t, right in zip(totals, rights, strict=True)]
 
 
 def _moment(update: Update, adapter: Adapter) -> LowRank:
