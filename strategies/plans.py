@@ -129,42 +129,49 @@ def round_plan(
         return Planned(model)
     probe = partial(Probe, model, len(fittings), points=recipe.probe)
     answer = yield Next(partial(probe, along=Along()), new, answer.nodes)
-    first, share = answer.curve, best_point(answer.curve)
+    to_fitted = answer.curve
+    share = best_point(to_fitted)
     if not recipe.reach:
-        return Planned(interpolate(fused, model, share), gained(first, first))
+        return Planned(interpolate(fused, model, share), gained(to_fitted, to_fitted, share))
     along = Along(share, recipe.reach)
     answer = yield Next(partial(probe, along=along), {}, answer.nodes)
     start, end = along.ends(begun, fused, model)
-    best = interpolate(start, end, best_point(answer.curve))
-    return Planned(best, gained(first, answer.curve))
+    at = best_ahead(answer.curve, 1 / recipe.reach)
+    return Planned(interpolate(start, end, at), gained(to_fitted, answer.curve, at))
 
 
-def gained(first: Path | None, last: Path | None) -> float:
-    """The share of the mean loss that is gone at the best point of the last path.
+def gained(before: Path | None, after: Path | None, at: float) -> float:
+    """The share of the mean loss at the beginning of one path that is gone at a point of another.
 
-    Of the loss of the fused model, where the first path begins, or of that of the global model, where the last one
-    does if it is another: whichever is less. Nobody's word is no gain.
+    Nobody's word is no gain.
     """
-    if first is None or last is None or not (first.examples and last.examples):
+    if not (before and after and before.examples and after.examples):
         return 0.0
-    before = min(path.loss[0] / path.examples for path in (first, last))
-    return 1 - min(last.loss) / last.examples / before if before > 0 else 0.0
+    begun = before.mean_loss[0]
+    return 1 - after.mean_loss[after.points.index(at)] / begun if begun > 0 else 0.0
 
 
 def best_point(path: Path | None) -> float:
-    """Where on the path the clients' loss is lowest: 0 is the fused model, 1 the fitted one.
+    """Where on the path the clients' loss is lowest, of the points that they looked at.
 
-    Between the points the loss is taken to be the parabola through the best one and its neighbours. Nobody's
-    word leaves the fused model.
+    Nothing is read into what lies between them: away from the fitted model the loss need not be convex. Nobody's
+    word leaves the path's beginning.
     """
-    if path is None or not path.examples:
+    if not (path and path.examples):
         return 0.0
-    best = min(range(len(path.loss)), key=path.loss.__getitem__)
-    if not 0 < best < len(path.loss) - 1:
-        return path.points[best]
-    before, here, after = path.loss[best - 1 : best + 2]
-    width = path.points[best + 1] - path.points[best]
-    return path.points[best] + width / 2 * (before - after) / (before - 2 * here + after)
+    return min(zip(path.loss, path.points, strict=True))[1]
+
+
+def best_ahead(path: Path | None, otherwise: float) -> float:
+    """The same without the path's beginning: a round that stayed there would only be followed by another.
+
+    Args:
+        path: from where the round began.
+        otherwise: the point, if nobody said anything.
+    """
+    if not (path and path.examples):
+        return otherwise
+    return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
 def _fittings(recipe: Recipe, order: Order | None, grouping: Grouping) -> list[Fitting]:

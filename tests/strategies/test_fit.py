@@ -304,20 +304,17 @@ class TestProbe:
         with pytest.raises(Refusal, match="bad_weight"):
             stage.accept(2, Update({}, float("nan")))
 
-    @given(st.floats(0.0, 1.0), st.floats(0.1, 10.0), st.floats(-5.0, 5.0))
-    def test_the_best_point_of_a_parabola_is_its_lowest(self, lowest, bend, height):
+    @given(st.lists(st.floats(0.0, 1e3), min_size=5, max_size=5))
+    def test_the_best_point_is_one_that_was_looked_at_and_none_is_better(self, losses):
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
-        losses = tuple(height + bend * (t - lowest) ** 2 for t in points)
-        found = best_point(Path(points, losses, (0.0,) * 5, 1.0))
-        assert 0.0 <= found <= 1.0
-        if 0.25 <= lowest <= 0.75:
-            assert found == pytest.approx(lowest, abs=1e-6)
+        found = best_point(Path(points, tuple(losses), (0.0,) * 5, 1.0))
+        assert losses[points.index(found)] == min(losses)
 
     @pytest.mark.parametrize(
         ("losses", "best"),
-        [((1, 2, 3), 0.0), ((3, 2, 1), 1.0), ((1, 1, 1), 0.0), ((2, 1, 1), 0.75), ((2, 1, 2), 0.5)],
+        [((1, 2, 3), 0.0), ((3, 2, 1), 1.0), ((1, 1, 1), 0.0), ((2, 1, 1), 0.5)],
     )
-    def test_ends_stand_for_themselves(self, losses, best):
+    def test_of_equal_points_the_nearest_is_taken(self, losses, best):
         assert best_point(Path((0.0, 0.5, 1.0), losses, (0.0,) * 3, 1.0)) == best
 
     def test_nobodys_word_leaves_the_fused_model(self):

@@ -218,9 +218,17 @@ class TestProbe:
         assert driven.gain == 0
 
     @pytest.mark.parametrize("reach", [0.0, 3.0])
-    @pytest.mark.parametrize(("losses", "gain"), [((4, 3, 1, 2, 3), 0.75), ((4, 5, 6, 7, 8), 0.0)])
+    @pytest.mark.parametrize(
+        ("losses", "gain"), [((4, 3, 1, 2, 3), 0.75), ((8, 5, 6, 7, 8), 0.375)]
+    )
     def test_the_gain_is_the_share_of_the_fused_models_loss_that_is_gone(self, losses, gain, reach):
         assert self.driven(losses, reach=reach).gain == gain
+
+    def test_a_round_does_not_stay_where_it_began(self):
+        driven = self.driven((1, 2, 3, 4, 5), reach=3.0)
+        # Nothing is better than the fused model, and nothing ahead of the global one than its nearest point.
+        assert driven.stages[-1].ask.fit.along == Along(0.0, 3.0)
+        assert driven.gain == -1.0
 
     def test_a_recipe_that_does_not_probe_knows_no_gain(self):
         assert Driven(RECIPES["features-head"]).gain is None
