@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tests.benchmarks import (
     bench_certificate,
+    bench_finish,
     bench_fold,
     bench_layers,
     bench_lora,
@@ -24,6 +25,7 @@ from tests.benchmarks.figures import PAGE, Figure, Say, show, write
 
 BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "fold": bench_fold.measure,
+    "finish": bench_finish.measure,
     "memory": bench_memory.measure,
     "tensors": bench_tensors.measure,
     "certificate": bench_certificate.measure,
