@@ -150,7 +150,7 @@ RECIPES = {
             head=CrossValidated(),
             probe=5,
             reach=2.0,
-            pays=0.05,
+            pays=0.1,
             then=_FEDAVGM,
         ),
         Recipe(
@@ -158,7 +158,7 @@ RECIPES = {
             head=CrossValidated(),
             probe=5,
             reach=2.0,
-            pays=0.05,
+            pays=0.1,
             then=_FEDAVGM,
         ),
         Recipe(
