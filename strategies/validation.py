@@ -12,7 +12,7 @@ from torch import Tensor
 from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.compact import Piece
 from fedbasin.strategies.fusion.kronecker import MOST_PRODUCTS, Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched
 from fedbasin.strategies.fusion.update import Block, Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.state import State, floating
@@ -209,6 +209,8 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
             raise Refusal(Outcome.not_positive, f"the Fisher diagonal of {name}")
     if isinstance(precision, Kronecker):
         _check_kronecker(block, precision, anchor)
+    if isinstance(precision, Sketched):
+        _check_sketched(block, precision, anchor)
     if isinstance(precision, Gram):
         if weight.dim() < 2:
             raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
@@ -233,6 +235,17 @@ def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
     ):
         _check_statistic(f"{name}, its {side}", factor, (1, size, size))
         _check_gram(f"{name}, its {side}", factor)
+
+
+def _check_sketched(block: Block, precision: Sketched, anchor: State) -> None:
+    name = "+".join(block)
+    if anchor[block[0]].dim() < 2:
+        raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
+    _, inputs = join(block, anchor).shape
+    _check_statistic(f"{name}, its rows", precision.rows, (len(precision.rows), inputs))
+    _check_statistic(f"{name}, its spread", precision.spread, (inputs,))
+    if bool((precision.spread < 0).any()):
+        raise Refusal(Outcome.not_positive, f"the Gram matrix of {name}")
 
 
 def _check_statistic(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
