@@ -52,14 +52,15 @@ def test_where_labels_are_skewed_regmean_keeps_what_fedavg_loses(seed):
 
 def test_where_labels_are_skewed_features_keep_more_and_a_head_from_labels_most():
     """One round without a label sent, and the baseline of those that send sums of labels."""
-    means = {
-        recipe: fmean(accuracy(measure(recipe, "off", True, seed)) for seed in SEEDS)
+    found = {
+        recipe: [accuracy(measure(recipe, "off", True, seed)) for seed in SEEDS]
         for recipe in ("fedavg", "regmean", "features", "head")
     }
-    # Measured: 0.782, 0.942, 0.954 and 0.980; 0.977 for features-head and 0.969 for auto.
+    means = {recipe: fmean(of) for recipe, of in found.items()}
+    # Measured: 0.782, 0.940, 0.960 and 0.980.
     assert means["fedavg"] <= 0.80
-    assert means["features"] >= 0.95
-    assert means["features"] >= means["regmean"] + 0.005
+    assert min(found["features"]) >= 0.955
+    assert means["features"] >= means["regmean"] + 0.01
     assert means["head"] >= 0.97
 
 

@@ -38,7 +38,7 @@ class Precision(Protocol):
         """`Lambda^-1 . moment`: the weights that a sum stands for."""
         ...
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: Self) -> "Precision":
         """The precision of both together."""
         ...
 
