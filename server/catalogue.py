@@ -24,6 +24,7 @@ RECIPES = (
     "auto-head",
     "features-head",
     "lora",
+    "lora-products",
     "lora-factors",
     "lora-rotated",
     "lora-gram",

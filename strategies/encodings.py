@@ -23,7 +23,7 @@ from fedbasin.strategies.fusion.compact import (
     side,
 )
 from fedbasin.strategies.fusion.kronecker import Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched
 from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.validation import check_pieces
@@ -210,12 +210,20 @@ def _precision(entry: pb.Precision, tensors: Mapping[str, Tensor], encoding: Enc
         case pb.PRECISION_KIND_DIAGONAL:
             return Diagonal(statistic.double())
         case pb.PRECISION_KIND_GRAM:
-            more = [tensors[spec.name] for spec in entry.more]
-            return Gram(_gram(tuple(entry.tensors), [statistic, *more], encoding))
+            given = [statistic, *(tensors[spec.name] for spec in entry.more)]
+            return _known(tuple(entry.tensors), given, encoding)
         case pb.PRECISION_KIND_KRONECKER:
             return _kronecker(entry, tensors)
         case _:
             raise Refusal(Outcome.unexpected_statistic, "+".join(entry.tensors))
+
+
+def _known(block: Block, given: list[Tensor], encoding: Encoding) -> Gram | Sketched:
+    """The square only where it was sent, or where it has a mean or groups."""
+    if encoding.gram.kind is not Kind.sketch or len(block) > 1 or encoding.groups > 1:
+        return Gram(_gram(block, given, encoding))
+    pieces = _pieces(block, given, encoding)
+    return Sketched(pieces["values"].double(), pieces["spread"].double())
 
 
 def _kronecker(entry: pb.Precision, tensors: Mapping[str, Tensor]) -> Kronecker:
@@ -231,19 +239,25 @@ def _kronecker(entry: pb.Precision, tensors: Mapping[str, Tensor]) -> Kronecker:
 
 
 def _gram(block: Block, given: list[Tensor], encoding: Encoding) -> Tensor:
-    """The matrix; what it would take is known before it is made, so that a few bytes cannot ask for more."""
-    name, bias, values = "+".join(block), len(block) > 1, given[0]
+    """The matrix, in double; what was sent as a sketch too."""
+    pieces = _pieces(block, given, encoding)
+    try:
+        return decode(pieces, encoding.gram, len(block) > 1)
+    except IndefiniteError as error:
+        raise Refusal(Outcome.not_positive, f"{'+'.join(block)}: {error}") from error
+
+
+def _pieces(block: Block, given: list[Tensor], encoding: Encoding) -> Pieces:
+    """The pieces by name; what their matrix would take is known before it is made: few bytes cannot ask for more."""
+    values = given[0]
     groups: tuple[int, ...] = (encoding.groups,) if encoding.groups > 1 else ()
     inputs = encoding.inputs
     if not inputs:
         groups = tuple(values.shape[:-1])
         inputs = side(values.shape[-1]) if values.dim() else 0
-    expected = layout(encoding.gram, inputs, bias)
-    check_pieces(name, given, expected, groups)
-    try:
-        return decode(dict(zip(expected, given, strict=True)), encoding.gram, bias)
-    except IndefiniteError as error:
-        raise Refusal(Outcome.not_positive, f"{name}: {error}") from error
+    expected = layout(encoding.gram, inputs, len(block) > 1)
+    check_pieces("+".join(block), given, expected, groups)
+    return dict(zip(expected, given, strict=True))
 
 
 def _moment(entry: pb.Precision, tensors: Mapping[str, Tensor], kind: MomentKind) -> Tensor:

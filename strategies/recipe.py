@@ -58,6 +58,8 @@ class Recipe:
             path says; then the run goes over to `then` for good.
         then: the recipe that takes over.
         adapters: how low-rank adapters are fused, which the model must then have; None for models that have none.
+        sketched: Gram matrices of the adapters' inputs are sent as sketches of the adapters' ranks, where no budget says
+            otherwise.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Recipe:
     reach: float = 0.0
     step: Step = field(default_factory=Replace)
     adapters: Adapters | None = None
+    sketched: bool = False
     pays: float = 0.0
     then: "Recipe | None" = None
 
@@ -168,7 +171,8 @@ RECIPES = {
             share=0.5,
             head=CrossValidated(),
         ),
-        Recipe("lora", adapters=Adapters.products),
+        Recipe("lora", Statistic.gram, Ridge(1e-2), adapters=Adapters.products, sketched=True),
+        Recipe("lora-products", adapters=Adapters.products),
         Recipe("lora-factors", adapters=Adapters.factors),
         Recipe("lora-rotated", adapters=Adapters.rotated),
         Recipe("lora-gram", Statistic.gram, Ridge(1e-2), adapters=Adapters.products),

@@ -22,7 +22,7 @@ from fedbasin.strategies.alignment.matcher import Matcher
 from fedbasin.strategies.alignment.matching import AlignmentReport, match_weights
 from fedbasin.strategies.alignment.pairs import Link
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
-from fedbasin.strategies.fusion.adapters import blocks_of, find_adapters
+from fedbasin.strategies.fusion.adapters import blocks_of, find_adapters, sketched
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.products import ProductTally
 from fedbasin.strategies.fusion.tally import Tally
@@ -361,4 +361,5 @@ def _adapting(anchor: State, recipe: Recipe, ask: Ask) -> tuple[Ask, tuple[Block
     if recipe.statistic is Statistic.gram:
         blocks = tuple(blocks_of(found, "up" if ask.frozen == "lora_A" else "down"))
     symmetry = adapters(anchor) if recipe.adapters is Adapters.rotated else ask.symmetry
-    return replace(ask, symmetry=symmetry, blocks=blocks), blocks
+    encodings = ask.encodings or (sketched(anchor) if recipe.sketched else {})
+    return replace(ask, symmetry=symmetry, blocks=blocks, encodings=encodings), blocks

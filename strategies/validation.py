@@ -12,7 +12,7 @@ from torch import Tensor
 from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.compact import Piece
 from fedbasin.strategies.fusion.kronecker import MOST_PRODUCTS, Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, common
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched, common
 from fedbasin.strategies.fusion.update import Block, Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.state import State, floating
@@ -100,9 +100,8 @@ def check_pieces(
 def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]) -> None:
     """Check that an update's precisions can be added to those of the clients before.
 
-    Gram matrices are of as many groups, and the same blocks have one in common; Kronecker factors can be kept.
+    Gram matrices are of as many groups; Kronecker factors can be kept.
     """
-    _check_common(update.precisions, {block: precision for block, (precision, _) in others.items()})
     for block, precision in update.precisions.items():
         other = others.get(block, (precision,))[0]
         if isinstance(precision, Gram) and isinstance(other, Gram):
@@ -111,16 +110,6 @@ def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]
             raise Refusal(
                 Outcome.too_many, f"{len(other.inputs)} clients' Kronecker factors are kept already"
             )
-
-
-def _check_common(precisions: Mapping[Block, Precision], others: Mapping[Block, Precision]) -> None:
-    ours, theirs = ({frozenset(blocks) for blocks in common(of)} for of in (precisions, others))
-    if others and (strange := ours - theirs):
-        blocks = sorted("+".join(block) for block in min(strange, key=sorted))
-        raise Refusal(
-            Outcome.unexpected_statistic,
-            f"a Gram matrix of {_list(blocks)} alone and together, unlike those of the clients before",
-        )
 
 
 def check_order(order: Order | None, model: State) -> None:
@@ -231,6 +220,8 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
             raise Refusal(Outcome.not_positive, f"the Fisher diagonal of {name}")
     if isinstance(precision, Kronecker):
         _check_kronecker(block, precision, anchor)
+    if isinstance(precision, Sketched):
+        _check_sketched(block, precision, anchor)
     if isinstance(precision, Gram):
         if weight.dim() < 2:
             raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
@@ -254,6 +245,17 @@ def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
     ):
         _check_statistic(f"{name}, its {side}", factor, (1, size, size))
         _check_gram(f"{name}, its {side}", factor)
+
+
+def _check_sketched(block: Block, precision: Sketched, anchor: State) -> None:
+    name = "+".join(block)
+    if anchor[block[0]].dim() < 2:
+        raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
+    _, inputs = join(block, anchor).shape
+    _check_statistic(f"{name}, its rows", precision.rows, (len(precision.rows), inputs))
+    _check_statistic(f"{name}, its spread", precision.spread, (inputs,))
+    if bool((precision.spread < 0).any()):
+        raise Refusal(Outcome.not_positive, f"the Gram matrix of {name}")
 
 
 def _check_statistic(name: str, values: Tensor, shape: tuple[int, ...]) -> None:

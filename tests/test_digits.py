@@ -3,96 +3,31 @@
 Five clients, one round, the app's own settings. Accuracies are on 540 test images, so one image is 0.0019.
 """
 
-import sys
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
-from flwr.clientapp import ClientApp
 
-from fedbasin.client import basin
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.strategies.symmetry.tracing import trace
-from tests.federation import Federation
+from tests.one_round import one_round
 
-sys.path.append(str(Path(__file__).parents[1] / "deploy/digits"))
-
-from digits import client_app, server_app, task
-
-CLIENTS = 5
 SEEDS = (0, 1, 2)
-OWN = {"start": "own", "width": 512, "epochs": 60, "batch-size": 64, "alpha": 0.0}
+OWN = {"start": "own", "width": 512, "epochs": 60, "batch_size": 64, "alpha": 0.0}
 # Shared start, labels in Dirichlet(0.3) shares.
-SKEWED = {"start": "shared", "width": 256, "epochs": 40, "batch-size": 32, "alpha": 0.3}
-
-
-def once(train):
-    """Trains the same model from the same start on the same data once for all recipes."""
-    answers = {}
-
-    def remembering(message, context):
-        config = {k: v for k, v in context.run_config.items() if not k.startswith("fedbasin.")}
-        start = message.content["arrays"].values()
-        key = (context.node_id, *config.values(), *(array.data for array in start))
-        if key not in answers:
-            answers[key] = train(message, context).content
-        return Message(RecordDict(answers[key]), reply_to=message)
-
-    return remembering
+SKEWED = {"start": "shared", "width": 256, "epochs": 40, "batch_size": 32, "alpha": 0.3}
 
 
 @cache
-def app():
-    """The app's own functions behind its own mod, with a memory."""
-    made = ClientApp(
-        mods=[basin(client_app.own_model, lambda context: [client_app.own_examples(context)])]
-    )
-    made.train()(once(client_app.train_app))
-    return made
-
-
-@pytest.fixture(scope="module")
-def measure(tmp_path_factory):
+def measure(recipe, align, skewed, seed):
     """Accuracies of the global model and of the clients' ensemble, and the round's report."""
-    folder = str(tmp_path_factory.mktemp("runs"))
-
-    @cache
-    def run(recipe, align, skewed, seed):
-        setting = dict(SKEWED if skewed else OWN)
-        config = {
-            "fedbasin.recipe": recipe,
-            "fedbasin.align": align,
-            "fedbasin.start": setting.pop("start"),
-            "fedbasin.nodes": CLIENTS,
-            "fedbasin.fraction-evaluate": 0.0,
-            "fedbasin.folder": f"{folder}/{recipe}-{align}-{skewed}-{seed}",
-            "fedbasin.poll-seconds": 0.01,
-            "seed": seed,
-            **setting,
-        }
-        federation = Federation(app(), config, CLIENTS)
-        model = task.make_model(setting["width"], seed=0)
-        probe = server_app.Probe(task.make_model(setting["width"], 0), task.load_split()[1])
-        return serve(
-            federation.grid(),
-            federation.server_context(),
-            model,
-            1,
-            symmetry=trace(model, torch.zeros(1, task.PIXELS)),
-            hooks=Hooks(evaluate=probe.global_model, observe=probe.client),
-        )
-
-    return run
+    return one_round(recipe, align, seed=seed, **(SKEWED if skewed else OWN))
 
 
 def accuracy(result):
     return result.reports[0].metrics["test-accuracy"]
 
 
-def test_clients_that_never_shared_a_start_average_to_noise_until_they_are_aligned(measure):
+def test_clients_that_never_shared_a_start_average_to_noise_until_they_are_aligned():
     plain = [accuracy(measure("fedavg", "off", False, seed)) for seed in SEEDS]
     aligned = [accuracy(measure("fedavg", "client", False, seed)) for seed in SEEDS]
     assert max(plain) < 0.6
@@ -100,7 +35,7 @@ def test_clients_that_never_shared_a_start_average_to_noise_until_they_are_align
     assert fmean(aligned) >= 0.95
 
 
-def test_regmean_brings_them_to_their_ensemble(measure):
+def test_regmean_brings_them_to_their_ensemble():
     results = [measure("regmean", "client", False, seed) for seed in SEEDS]
     assert min(map(accuracy, results)) >= 0.955
     for result in results:
@@ -110,26 +45,27 @@ def test_regmean_brings_them_to_their_ensemble(measure):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_where_labels_are_skewed_regmean_keeps_what_fedavg_loses(measure, seed):
+def test_where_labels_are_skewed_regmean_keeps_what_fedavg_loses(seed):
     assert 0.70 <= accuracy(measure("fedavg", "off", True, seed)) <= 0.85
     assert accuracy(measure("regmean", "off", True, seed)) >= 0.90
 
 
-def test_where_labels_are_skewed_features_keep_more_and_a_head_from_labels_most(measure):
+def test_where_labels_are_skewed_features_keep_more_and_a_head_from_labels_most():
     """One round without a label sent, and the baseline of those that send sums of labels."""
-    means = {
-        recipe: fmean(accuracy(measure(recipe, "off", True, seed)) for seed in SEEDS)
+    found = {
+        recipe: [accuracy(measure(recipe, "off", True, seed)) for seed in SEEDS]
         for recipe in ("fedavg", "regmean", "features", "head")
     }
-    # Measured: 0.782, 0.942, 0.954 and 0.980; 0.977 for features-head and 0.969 for auto.
+    means = {recipe: fmean(of) for recipe, of in found.items()}
+    # Measured: 0.782, 0.940, 0.960 and 0.980.
     assert means["fedavg"] <= 0.80
-    assert means["features"] >= 0.95
-    assert means["features"] >= means["regmean"] + 0.005
+    assert min(found["features"]) >= 0.955
+    assert means["features"] >= means["regmean"] + 0.01
     assert means["head"] >= 0.97
 
 
 @pytest.mark.parametrize("recipe", ["fedavg", "regmean"])
-def test_from_a_shared_start_alignment_finds_the_identity(measure, recipe):
+def test_from_a_shared_start_alignment_finds_the_identity(recipe):
     aligned, plain = (measure(recipe, align, True, 0) for align in ("client", "off"))
     for name, tensor in plain.model.items():
         assert torch.equal(aligned.model[name], tensor)

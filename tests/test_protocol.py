@@ -118,6 +118,8 @@ class TestATask:
         ("cnn_norm", "digits"),
         ("transformer", "digits"),
         ("transformer", "recall"),
+        ("lora(rank=2, width=8)", "digits"),
+        ("lora_bert(rank=2)", "topics"),
     ],
 )
 @pytest.mark.parametrize("rule", ["fedavg", "FedAvg"])
@@ -126,6 +128,24 @@ def test_every_model_trains_under_both_servers(run, model, task, rule):
     start, end = run(replace(QUICK, task=task, split=split, model=model, rule=rule, clients=12), 1)
     assert end.loss != start.loss
     assert end.bytes_up > 0
+
+
+@pytest.mark.parametrize("rule", [name for name in rules.names() if name.startswith("lor")])
+def test_adapters_start_alike_under_every_recipe_of_theirs_and_travel_alone(run, rule):
+    setting = replace(QUICK, task="digits", model="lora(rank=2, width=8)")
+    start, end = run(replace(setting, rule=rule), 1)
+    plain, mean = run(replace(setting, rule="FedAvg"), 1)
+    assert (start.accuracy, start.loss) == (plain.accuracy, plain.loss)
+    assert end.loss != start.loss
+    # Ranks of two between 64, 8, 8 and 10, in four bytes; statistics on top.
+    assert min(end.bytes_up, mean.bytes_up) >= 3 * 2 * 4 * (64 + 8 + 8 + 8 + 8 + 10)
+    assert mean.bytes_up < 3 * 4 * (64 + 1) * 8  # of the first layer alone
+
+
+def test_adapters_need_a_model_that_reads_the_task(run):
+    for model, task in (("lora", "recall"), ("lora_bert", "digits")):
+        with pytest.raises(SpecError, match="choose"):
+            run(replace(QUICK, task=task, model=model))
 
 
 def test_a_single_example_left_over_does_not_stop_a_model_with_batchnorm():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fedbasin.strategies.fusion.compact import Encoding, Form, Kind
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.lowrank import LowRank
 from fedbasin.strategies.fusion.update import Block
@@ -110,6 +111,18 @@ def adapted_layers(state: State) -> list[Layer]:
         for adapter in find_adapters(state)
         if adapter.reads_rows
     ]
+
+
+def sketched(state: State) -> dict[Block, Encoding]:
+    """Gram matrices of the adapters' inputs as sketches of as many rows as A has, where that is less than the triangle.
+
+    So what is sent beside an adapter takes one row more than its A. Raises as `find_adapters`.
+    """
+    return {
+        layer.block: Encoding(Form(Kind.sketch, layer.outputs), inputs=layer.inputs)
+        for layer in adapted_layers(state)
+        if 2 * (layer.outputs + 1) < layer.inputs + 1
+    }
 
 
 def holding(state: State) -> nn.Module:

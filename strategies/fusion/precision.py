@@ -5,6 +5,7 @@
     Scalar(n)      n examples                              FedAvg   (McMahan et al. 2017, arXiv 1602.05629)
     Diagonal(F)    diagonal Fisher information             Fisher   (Matena and Raffel 2022, arXiv 2111.09832)
     Gram(X^T X)    second moments of a layer's inputs      RegMean  (Jin et al. 2023, arXiv 2212.09849)
+    Sketched(S, d) the same, as S^T S + diag(d)            solved after Woodbury 1950
 
 Laws: `p.solve(p.weigh(theta)) = theta` for a positive definite p; addition is commutative and associative.
 
@@ -42,7 +43,7 @@ class Precision(Protocol):
         """`Lambda^-1 . moment`: the weights that a sum stands for."""
         ...
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: Self) -> "Precision":
         """The precision of both together."""
         ...
 
@@ -122,7 +123,7 @@ class Gram:
         grouped = self._grouped(moment).double()
         return torch.cholesky_solve(grouped.mT, factor).mT.reshape(moment.shape)
 
-    def __add__(self, other: "Gram | Scalar") -> "Gram":
+    def __add__(self, other: "Gram | Sketched | Scalar") -> "Gram":
         if isinstance(other, Scalar):
             identity = torch.eye(self.matrix.shape[-1]).to(self.matrix)
             return Gram(self.matrix + other.weight * identity)
@@ -138,12 +139,58 @@ class Gram:
         return theta.unflatten(0, (*self.matrix.shape[:-2], -1)) if self.matrix.dim() > 2 else theta
 
 
+@dataclass(frozen=True, eq=False)
+class Sketched:
+    """A Gram matrix `S^T S + diag(d)` without the square, until the square is smaller than its rows would be.
+
+    (D + S^T S)^-1 = D^-1 - D^-1 S^T (I + S D^-1 S^T)^-1 S D^-1
+
+    Attributes:
+        rows: S.
+        spread: d, none of it negative.
+    """
+
+    rows: Float[Tensor, "kept inputs"]
+    spread: Float[Tensor, " inputs"]
+
+    @property
+    def matrix(self) -> Float[Tensor, "inputs inputs"]:
+        """The square."""
+        return self.rows.mT @ self.rows + self.spread.diag()
+
+    def weigh(self, theta: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+        theta = theta.to(self.rows.dtype)
+        return theta @ self.rows.mT @ self.rows + theta * self.spread
+
+    def solve(self, moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+        if not bool((self.spread > 0).all()):
+            raise SingularSumError
+        alone, scaled = moment.double() / self.spread, self.rows / self.spread
+        inner = scaled @ self.rows.mT + torch.eye(len(self.rows)).to(scaled)
+        factor = torch.linalg.cholesky(inner)
+        return alone - torch.cholesky_solve(self.rows @ alone.mT, factor).mT @ scaled
+
+    def __add__(self, other: "Sketched | Gram | Scalar") -> "Sketched | Gram":
+        if isinstance(other, Scalar):
+            return Sketched(self.rows, self.spread + other.weight)
+        if isinstance(other, Gram):
+            return other + self
+        total = Sketched(torch.cat([self.rows, other.rows]), self.spread + other.spread)
+        return Gram(total.matrix) if 2 * len(total.rows) > len(total.spread) else total
+
+    def scaled(self, factor: float) -> "Sketched":
+        return Sketched(self.rows * factor**0.5, self.spread * factor)
+
+    def isotropic(self, strength: float) -> Scalar:
+        return Scalar(strength * float((self.rows.square().sum(0) + self.spread).mean()))
+
+
 def common(known: Mapping[Key, Precision | None]) -> list[tuple[Key, ...]]:
     """The keys in groups, those together that have one Gram matrix in common; a group keeps their order."""
     groups: dict[object, list[Key]] = {}
     for key, precision in known.items():
         # Not an equal one: layers whose inputs differ may well have equal matrices for once.
-        shared = precision is None or isinstance(precision, Gram)
+        shared = precision is None or isinstance(precision, Gram | Sketched)
         groups.setdefault((id(precision),) if shared else key, []).append(key)
     return [tuple(group) for group in groups.values()]
 

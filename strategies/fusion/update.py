@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, common
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched, common
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.transform import Transform
 
@@ -86,6 +86,8 @@ def split(block: Block, joined: Tensor, like: State) -> dict[str, Tensor]:
 
 def _moved(block: Block, precision: Precision, state: State, transform: Transform) -> Precision:
     weight = block[0]
+    if isinstance(precision, Sketched):
+        precision = Gram(precision.matrix)
     if isinstance(precision, Gram):
         if precision.matrix.dim() > 2:
             raise ValueError(

@@ -15,6 +15,7 @@ from tests.benchmarks import (
     bench_matching_memory,
     bench_memory,
     bench_observer,
+    bench_one_round,
     bench_own_starts,
     bench_page,
     bench_rebasin,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "telemetry": bench_telemetry.measure,
     "observer": bench_observer.measure,
     "own_starts": bench_own_starts.measure,
+    "one_round": bench_one_round.measure,
     "lora": bench_lora.measure,
     "page": bench_page.measure,
 }

@@ -20,6 +20,7 @@ from tests.protocol.spec import made, parse
 from tests.protocol.splits import SPLITS
 from tests.protocol.task import Examples, Task
 from tests.protocol.training import Training, evaluate, fit, warm_up
+from tests.protocol.travelling import freeze, receive, state_of
 
 Predict: TypeAlias = Callable[[Tensor], Tensor]
 Record: TypeAlias = Callable[[Point], None]
@@ -87,9 +88,7 @@ class Experiment:
         """The same of a global model."""
         with self.meter.nobody():
             model = self.make_model(self.seed).eval()
-            model.load_state_dict(
-                dict(state)
-            )  # of float32 again, where a strategy has made float64
+            receive(model, state)  # of float32 again, where a strategy has made float64
         self.measure(server_round, model)
 
 
@@ -144,12 +143,13 @@ def make_app(experiment: Experiment) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         client, config = _index(context), message.content.config_records["config"]
         model = _loaded(experiment, message)
+        freeze(model, str(config.get("frozen-factor", "")))
         examples = experiment.examples(client)
         seed = 1000 * (int(str(config["server-round"])) - 1) + client + 77 * experiment.seed
         pull = float(str(config.get("proximal-mu", 0.0)))
         loss = fit(model, examples, experiment.training, seed, pull)
         metrics = MetricRecord({"train-loss": loss, "num-examples": len(examples[1])})
-        arrays = ArrayRecord(_plain(model))
+        arrays = ArrayRecord(state_of(model))
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     @app.evaluate()
@@ -170,10 +170,5 @@ def _index(context: Context) -> int:
 
 def _loaded(experiment: Experiment, message: Message) -> nn.Module:
     model = experiment.make_model(experiment.seed)
-    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    receive(model, message.content.array_records["arrays"].to_torch_state_dict())
     return model
-
-
-def _plain(model: nn.Module) -> dict[str, Tensor]:
-    """The state in the layout that travels."""
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

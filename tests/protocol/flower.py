@@ -7,6 +7,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx, Strategy
 
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import Spec, made
+from tests.protocol.travelling import state_of
 
 STRATEGIES: Mapping[str, Callable[..., Strategy]] = {
     kind.__name__: kind for kind in (FedAvg, FedAvgM, FedAdam, FedProx)
@@ -21,7 +22,7 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
     """
     strategy = made("strategy", rule, STRATEGIES)
     grid = experiment.federation({}).grid()
-    arrays = ArrayRecord(experiment.make_model(experiment.seed).state_dict())
+    arrays = ArrayRecord(state_of(experiment.make_model(experiment.seed)))
     experiment.measure_state(0, arrays.to_torch_state_dict())
     for server_round in range(1, rounds + 1):
         config = ConfigRecord({"server-round": server_round})

@@ -1,4 +1,4 @@
-"""The models: a perceptron, convolutional networks with and without BatchNorm, a small transformer."""
+"""The models: a perceptron, convolutional networks with and without BatchNorm, a small transformer, adapted ones."""
 
 from collections.abc import Callable
 from math import prod
@@ -61,6 +61,29 @@ def small_cnn() -> Make:
 def transformer(width: int = 32, heads: int = 4, blocks: int = 2) -> Make:
     """Pre-norm blocks on tokens, on the rows of an image, or on a vector cut into eight."""
     return lambda task: Transformer(task, width, heads, blocks)
+
+
+def lora(rank: int = 16, width: int = 256) -> Make:
+    """The perceptron, pretrained on half of the classes; only adapters of its three layers are trained and travel."""
+    base = mlp(width)
+
+    def make(task: Task) -> nn.Module:
+        from tests.protocol.adapted import adapted  # brings peft, which takes seconds
+
+        return adapted(base, task, rank)
+
+    return make
+
+
+def lora_bert(rank: int = 8) -> Make:
+    """The same of a tiny BERT of `transformers`, on tokens."""
+
+    def make(task: Task) -> nn.Module:
+        from tests.protocol.adapted import Bert, adapted
+
+        return adapted(Bert, task, rank)
+
+    return make
 
 
 def _convolutions(task: Task, *, norm: bool) -> list[nn.Module]:
@@ -157,4 +180,6 @@ MODELS: dict[str, Callable[..., Make]] = {
     "cnn_norm": cnn_norm,
     "small_cnn": small_cnn,
     "transformer": transformer,
+    "lora": lora,
+    "lora_bert": lora_bert,
 }

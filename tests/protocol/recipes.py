@@ -4,16 +4,19 @@ import tempfile
 from dataclasses import replace
 
 from fedbasin.server.serve import Hooks, serve
+from fedbasin.strategies.fusion.adapters import holding
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import Spec
+from tests.protocol.travelling import has_adapters, state_of
 
 
 def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
     """Run a recipe from the shared start that all rules have.
 
-    From a shared start alignment is the identity, and is left out unless the rule asks for it. `held=0.1` keeps a
+    From a shared start alignment is the identity, and is left out unless the rule asks for it; adapters make their own
+    symmetry, where their recipe wants one. `held=0.1` keeps a
     tenth of each client's examples out of its training, for comparing models on.
 
     Raises:
@@ -22,10 +25,11 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
     settings = dict(rule.settings)
     experiment = replace(experiment, held=settings.pop("held", 0.0))
     model = experiment.make_model(experiment.seed)
+    whole = not has_adapters(model)
     with tempfile.TemporaryDirectory() as folder:
         federation = experiment.federation(
             {
-                "fedbasin.align": "off",
+                "fedbasin.align": "off" if whole else "client",
                 "fedbasin.fraction-evaluate": 0.0,
                 "fedbasin.poll-seconds": 0.001,
                 "fedbasin.nodes": len(experiment.slices),
@@ -36,11 +40,11 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
             }
         )
         context = federation.server_context()
-        aligns = context.run_config["fedbasin.align"] != "off"
+        aligns = whole and context.run_config["fedbasin.align"] != "off"
         serve(
             federation.grid(),
             context,
-            model,
+            model if whole else holding(state_of(model)),
             rounds,
             symmetry=trace(model, experiment.task.train[0][:2]) if aligns else None,
             hooks=Hooks(evaluate=lambda number, state: _measured(experiment, number, state)),

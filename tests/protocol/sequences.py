@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from tests.protocol.task import Examples, Task
 
 _TRAIN, _TEST = 4000, 1000
+_FEW_TRAIN, _FEW_TEST = 1000, 500
 
 
 def recall(length: int = 6, letters: int = 8) -> Task:
@@ -35,6 +37,17 @@ def modular_sum(length: int = 3, modulus: int = 10) -> Task:
         return tokens, tokens.sum(1) % modulus
 
     return Task(*_both(examples), modulus, tokens=modulus)
+
+
+def topics(length: int = 16, words: int = 32, classes: int = 10) -> Task:
+    """Whose text it is: each of ten writers draws words with odds of their own. 1000 texts to train on, 500 to test."""
+    draw = np.random.default_rng(0)
+    odds = draw.dirichlet([0.2] * words, classes).cumsum(1)
+    labels = np.arange(_FEW_TRAIN + _FEW_TEST) % classes
+    thresholds = draw.random((len(labels), length, 1))
+    texts = torch.tensor((thresholds < odds[labels][:, None]).argmax(2))
+    named, end = torch.tensor(labels), _FEW_TRAIN
+    return Task((texts[:end], named[:end]), (texts[end:], named[end:]), classes, tokens=words)
 
 
 def _both(

@@ -20,6 +20,7 @@ def catalogue(cache_folder: Path) -> dict[str, Callable[..., Task]]:
         "glyphs": partial(_glyphs, cache_folder),
         "recall": sequences.recall,
         "modular_sum": sequences.modular_sum,
+        "topics": sequences.topics,
     }
 
 

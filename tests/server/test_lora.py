@@ -73,7 +73,7 @@ def score(net):
 
 
 def test_products_are_averaged_and_factors_are_not(tmp_path):
-    run = Run(tmp_path, recipe="lora")
+    run = Run(tmp_path, recipe="lora-products")
     for adapter, found in products(run.model).items():
         mean = run.mean(lambda state, a=adapter: products(state)[a])
         u, s, v = torch.linalg.svd(mean, full_matrices=False)
@@ -85,7 +85,7 @@ def test_products_are_averaged_and_factors_are_not(tmp_path):
 
 
 def test_clients_of_smaller_ranks_take_part(tmp_path):
-    run = Run(tmp_path, 2, app=adapted.make_app(rank=lambda node: 1 + node), recipe="lora")
+    run = Run(tmp_path, 2, app=adapted.make_app(rank=lambda node: 1 + node), recipe="lora-products")
     assert run.outcomes(2) == dict.fromkeys((100, 101, 102), "accepted")
     assert {len(s[a.down]) for s in run.app.sent.values() for a in find_adapters(s)} == {1, 2, 3}
     for adapter, found in products(run.model).items():
@@ -118,7 +118,7 @@ def test_flowers_own_loop_gives_what_the_server_gives(tmp_path, recipe, packed):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["lora-factors", "lora-rotated", "lora-gram"])
+@pytest.mark.parametrize("recipe", ["lora-factors", "lora-rotated", "lora-gram", "lora"])
 def test_smaller_ranks_are_taken_by_every_recipe_that_can(tmp_path, recipe):
     run = Run(tmp_path, 2, app=adapted.make_app(rank=lambda node: 1 + node), recipe=recipe)
     assert run.outcomes(2) == dict.fromkeys((100, 101, 102), "accepted")

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedbasin.strategies.fusion.adapters import AdapterError
-from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.compact import Encoding, Form, Kind
+from fedbasin.strategies.fusion.precision import Gram, Sketched
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import RECIPES
@@ -48,7 +49,8 @@ def test_one_factor_is_frozen_after_the_other_and_only_by_lorm():
 @pytest.mark.parametrize(
     ("recipe", "frozen", "blocks"),
     [
-        ("lora", "", ()),
+        ("lora", "", ((A,),)),
+        ("lora-products", "", ()),
         ("lora-factors", "", ()),
         ("lora-rotated", "", ()),
         ("lora-gram", "", ((A,),)),
@@ -93,9 +95,11 @@ BAD = {
     "another width": ("lora", "", spoilt(**{A: torch.ones(2, 6)}), "wrong_shape", A),
     "one more adapter": ("lora", "", spoilt(**{"y.lora_A.weight": ANCHOR[A]}), "unexpected_tensor", "y"),
     "no statistic": ("lora-gram", "", lambda u: replace(u, precisions={}), "missing_statistic", A),
-    "a statistic too much": ("lora", "", lambda u: replace(u, precisions={(A,): Gram(torch.eye(5))}), "unexpected_statistic", A),
+    "a statistic too much": ("lora-products", "", lambda u: replace(u, precisions={(A,): Gram(torch.eye(5))}), "unexpected_statistic", A),
     "a Gram of another size": ("lora-gram", "", lambda u: replace(u, precisions={(A,): Gram(torch.eye(4))}), "wrong_shape", A),
     "a negative Gram": ("lora-gram", "", lambda u: replace(u, precisions={(A,): Gram(-torch.eye(5))}), "not_positive", A),
+    "a sketch of another size": ("lora", "", lambda u: replace(u, precisions={(A,): Sketched(torch.ones(2, 4), torch.ones(5))}), "wrong_shape", A),
+    "a sketch of negative spread": ("lora", "", lambda u: replace(u, precisions={(A,): Sketched(torch.ones(2, 5), -torch.ones(5))}), "not_positive", A),
     "a trained frozen A": ("lorm", "lora_A", spoilt(**{A: ANCHOR[A] + 1}), "frozen_changed", A),
     "a trained frozen table": ("lorm", "lora_A", spoilt(**{TABLE: ANCHOR[TABLE] + 1}), "frozen_changed", TABLE),
     "a trained frozen B": ("lorm", "lora_B", spoilt(**{B: ANCHOR[B] + 1}), "frozen_changed", B),
@@ -157,14 +161,27 @@ class Largest(TorchDispatchMode):
         return output
 
 
-def test_no_tensor_is_ever_as_large_as_the_dense_product():
+@pytest.mark.parametrize("recipe", ["lora", "lora-products"])
+def test_no_tensor_is_ever_as_large_as_the_dense_product(recipe):
     size, rank = 400, 2
     anchor = {A: torch.randn(rank, size), B: torch.randn(size, rank)}
-    stage = fusing(anchor, RECIPES["lora"], Ask(), "off")
+    stage = fusing(anchor, RECIPES[recipe], Ask(), "off")
     with Largest() as seen:
         for node in range(20):
             near = {name: tensor + torch.randn_like(tensor) for name, tensor in anchor.items()}
-            stage.accept(node, Update(near, 1.0))
+            known = {
+                block: Sketched(near[A].double(), torch.ones(size)) for block in stage.ask.blocks
+            }
+            stage.accept(node, Update(near, 1.0, known))
         stage.finish()
-    # Of 160000: the stacked factors of nine clients.
-    assert 0 < seen.elements <= 9 * rank * size
+    # Of 160000: the stacked factors of nine clients, or the sketches of all.
+    assert 0 < seen.elements <= (9 if recipe == "lora-products" else 22) * rank * size
+
+
+def test_sketches_are_as_wide_as_the_adapters_unless_a_budget_says_otherwise():
+    anchor = {A: torch.randn(2, 9), B: torch.randn(4, 2), "y.lora_A.weight": torch.randn(2, 4), "y.lora_B.weight": torch.randn(4, 2)}  # fmt: skip
+    stage = fusing(anchor, RECIPES["lora"], Ask(), "off")
+    assert stage.ask.encodings == {(A,): Encoding(Form(Kind.sketch, 2), inputs=9)}
+    told = {(A,): Encoding(Form(Kind.diagonal), inputs=9)}
+    assert fusing(anchor, RECIPES["lora"], Ask(encodings=told), "off").ask.encodings == told
+    assert not fusing(anchor, RECIPES["lora-gram"], Ask(), "off").ask.encodings

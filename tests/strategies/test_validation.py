@@ -175,16 +175,10 @@ class TestWhatLayersHaveInCommon:
         grams = {block: one for block, (one, _) in self.sums(*groups).items()}
         return Update(SQUARE, 1.0, grams)
 
-    @pytest.mark.parametrize("groups", [("qkv",), ("q", "k", "v"), ("qk", "v"), ("q", "vk")])
-    def test_is_the_same_for_every_client(self, groups):
+    @pytest.mark.parametrize("groups", [("qkv",), ("q", "k", "v"), ("qk", "v"), ("qv", "k")])
+    def test_may_be_another_for_every_client_since_sums_of_both_are_right(self, groups):
         check_alike(self.update(*groups), {})
-        check_alike(self.update(*reversed(groups)), self.sums(*groups))
-
-    @pytest.mark.parametrize("groups", [("q", "k", "v"), ("qk", "v"), ("qv", "k")])
-    def test_is_refused_where_it_is_another(self, groups):
-        with pytest.raises(Refusal, match="unlike those of the clients before") as refused:
-            check_alike(self.update(*groups), self.sums("q", "kv"))
-        assert refused.value.outcome is Outcome.unexpected_statistic
+        check_alike(self.update(*groups), self.sums("q", "kv"))
 
     def test_is_looked_at_for_each_ones_shape(self):
         shared = gram(4)

@@ -1,12 +1,15 @@
 """One suite of laws for every precision: what a client knows about its weights, in float64."""
 
+from itertools import accumulate
+from operator import add
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.fusion.kronecker import Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar, SingularSumError
+from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar, SingularSumError, Sketched
 from fedbasin.strategies.fusion.update import join
 
 W = torch.float64
@@ -45,6 +48,10 @@ def gram_of_groups(draw):
     return Gram(rows.mT @ rows)
 
 
+def sketched(draw):
+    return Sketched(normal(draw, 2, 5), torch.rand(5, dtype=W, generator=draw) + 0.1)
+
+
 def kronecker(draw):
     inputs, outputs = normal(draw, 20, 5), normal(draw, 12, 3)
     return Kronecker((inputs.T @ inputs)[None], (outputs.T @ outputs)[None])
@@ -77,6 +84,7 @@ KINDS = {
     "gram with bias": (gram_with_bias, with_bias),
     "gram of a convolution": (gram_of_convolution, convolution),
     "grams of groups": (gram_of_groups, grouped),
+    "sketched": (sketched, matrix),
     "kronecker": (kronecker, matrix),
     "kronecker with bias": (kronecker, with_bias),
     "kroneckers of three clients": (kroneckers_of_three_clients, matrix),
@@ -139,11 +147,21 @@ def test_a_ridge_adds_its_strength_times_the_mean_diagonal_to_every_weight(kind,
     close((precision + prior).weigh(theta), precision.weigh(theta) + prior.weight * theta)
 
 
+def test_sketches_add_up_to_the_square_once_that_is_smaller():
+    draw = torch.Generator().manual_seed(0)
+    sketches = [Sketched(normal(draw, 2, 9), torch.ones(9, dtype=W)) for _ in range(5)]
+    sums = list(accumulate(sketches, add))
+    assert [type(total) for total in sums] == [Sketched, Sketched, Gram, Gram, Gram]
+    close(sums[-1].matrix, sum(sketch.matrix for sketch in sketches))
+    close((sketches[0] + sums[-1]).matrix, (sums[-1] + sketches[0]).matrix)
+
+
 @pytest.mark.parametrize(
     "precision",
     [
         Diagonal(torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=W)),
         Gram(torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=W)),
+        Sketched(torch.ones(1, 2, dtype=W), torch.zeros(2, dtype=W)),
         Kronecker(torch.ones(1, 2, 2, dtype=W), torch.eye(2, dtype=W)[None]),
         Kronecker(torch.eye(2, dtype=W)[None], torch.ones(1, 2, 2, dtype=W)),
         Kronecker(torch.zeros(1, 2, 2, dtype=W), torch.zeros(1, 2, 2, dtype=W)),

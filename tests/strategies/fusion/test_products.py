@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.fusion.adapters import AdapterError
-from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.precision import Gram, Sketched
 from fedbasin.strategies.fusion.products import ProductTally
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Update
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 OUT, IN = 30, 40
+KINDS = st.sampled_from([False, Gram, Sketched])
 
 
 def model(seed, rank=2, outputs=OUT, inputs=IN):
@@ -29,10 +30,12 @@ def model(seed, rank=2, outputs=OUT, inputs=IN):
 
 
 def update(seed, gram=False, **how):
+    """One client's; `gram` may be the kind of its statistic."""
     draw = torch.Generator().manual_seed(100 + seed)
     state = model(seed, **how)
     x = torch.randn(25 + seed, len(state[A][0]), generator=draw, dtype=torch.float64)
-    return Update(state, 1.0 + seed, {(A,): Gram(x.T @ x)} if gram else {})
+    known = Sketched(x[:4], x[4:].square().sum(0)) if gram is Sketched else Gram(x.T @ x)
+    return Update(state, 1.0 + seed, {(A,): known} if gram else {})
 
 
 def product(state):
@@ -72,7 +75,7 @@ def test_it_is_exact_where_the_rank_suffices():
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.permutations(range(6)), st.booleans())
+@given(st.permutations(range(6)), KINDS)
 def test_the_order_of_arrival_does_not_matter(order, gram):
     ridge = Ridge(1e-2) if gram else None
     one = fused([update(n, gram) for n in range(6)], ridge=ridge)
@@ -94,7 +97,7 @@ def test_the_order_of_many_clients_matters_no_more_than_the_bound_says():
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.integers(1, 20), st.booleans())
+@given(st.integers(1, 20), KINDS)
 def test_equal_clients_give_that_client(clients, gram):
     ridge = Ridge(1e-2) if gram else None
     found = fused(clients * [update(3, gram)], ridge=ridge)
@@ -106,7 +109,7 @@ def test_equal_clients_give_that_client(clients, gram):
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.integers(0, 99), st.booleans())
+@given(st.integers(0, 99), KINDS)
 def test_the_gauge_of_a_client_does_not_matter(seed, gram):
     ridge = Ridge(1e-2) if gram else None
     torch.manual_seed(seed)
@@ -124,7 +127,7 @@ def test_the_gauge_of_a_client_does_not_matter(seed, gram):
         torch.testing.assert_close(moved[name], tensor, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("gram", [False, Gram, Sketched])
 def test_sums_may_be_merged_in_a_tree(gram):
     anchor, ridge = model(99), Ridge(1e-2) if gram else None
     left, right = ProductTally.zero(anchor), ProductTally.zero(anchor)
