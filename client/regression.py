@@ -97,8 +97,9 @@ def regress(
 ) -> dict[Block, Sums]:
     """The normal equations of some layers.
 
-    Between the layers of one request the client's own weights are at work, so several levels may be asked for
-    at once.
+    Several levels may be asked for at once. Behind a layer that is fitted to features the model goes on with what
+    the client's own model computes there, as if it had been fitted already; with other targets, with what the
+    client's own weights make of the inputs.
 
     Args:
         model: to run; its tensors are replaced.
@@ -124,13 +125,10 @@ def regress(
     }
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
-            seen = _run(model, layers, batch, Product.copy)
-            wanted = (
-                _matching(_run(teacher, layers, batch, _use), seen)
-                if teacher
-                else [None] * len(seen)
-            )
-            for (product, reach), own_reach in zip(seen, wanted, strict=True):
+            wanted = _run(teacher, layers, batch, _use) if teacher else []
+            seen = _run(model, layers, batch, Product.copy, wanted)
+            goals = _matching(wanted, seen) if teacher else [None] * len(seen)
+            for (product, reach), own_reach in zip(seen, goals, strict=True):
                 goal = _goal(target, product, reach, batch, own_reach)
                 block = product.layer.block
                 _add(sums[block], product, goal, bases[block], batch.mask)
@@ -166,14 +164,23 @@ def _nothing(layer: Layer, model: nn.Module, encoding: Encoding) -> Sums:
 
 
 def _run(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, keep: Callable[[Product], Kept]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    keep: Callable[[Product], Kept],
+    leading: Sequence[tuple[Use, Reach]] = (),
 ) -> list[tuple[Kept, Reach]]:
-    """What is to be kept of each product of one forward pass, with where its output has got to."""
+    """What is to be kept of each product of one forward pass, with where its output has got to.
+
+    Behind the products the values of those that lead, another model's, are read.
+    """
     seen: list[tuple[Kept, Reach]] = []
     reaches = Reaches()
 
     def see(product: Product) -> None:
-        seen.append((keep(product), reaches.follow(product.output)))
+        use, lead = leading[len(seen)] if len(seen) < len(leading) else (None, None)
+        kept = keep(product)
+        seen.append((kept, reaches.follow(product.output, lead if use == _use(product) else None)))
 
     with reaches, Products(model, layers, see):
         forward(model, batch)
