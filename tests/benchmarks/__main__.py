@@ -14,9 +14,11 @@ from tests.benchmarks import (
     bench_matching_memory,
     bench_memory,
     bench_observer,
+    bench_own_features,
     bench_own_starts,
     bench_page,
     bench_rebasin,
+    bench_stages,
     bench_telemetry,
     bench_tensors,
 )
@@ -34,6 +36,8 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "telemetry": bench_telemetry.measure,
     "observer": bench_observer.measure,
     "own_starts": bench_own_starts.measure,
+    "own_features": bench_own_features.measure,
+    "stages": bench_stages.measure,
     "lora": bench_lora.measure,
     "page": bench_page.measure,
 }
