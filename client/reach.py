@@ -48,16 +48,23 @@ class Reach:
     Attributes:
         value: the output after the steps so far.
         undo: of each step.
+        lead: the same of another model, whose value takes the place of this one's where both have ended.
     """
 
     value: Tensor
     undo: list[Undo] = field(default_factory=list)
+    lead: "Reach | None" = None
 
     def back(self, value: Tensor) -> Tensor:
         """What the product would have to give for `value` to be reached."""
         for undo in reversed(self.undo):
             value = undo(value)
         return value
+
+    def led(self) -> Tensor | None:
+        """What takes the place of the value here, if anything does."""
+        ended = self.lead is not None and len(self.undo) == len(self.lead.undo)
+        return self.lead.value if self.lead and ended else None
 
 
 class Reaches(TorchFunctionMode):
@@ -68,10 +75,17 @@ class Reaches(TorchFunctionMode):
         # The tensors are held, so that no other can get their address.
         self._ends: defaultdict[int, list[tuple[Tensor, Reach]]] = defaultdict(list)
 
-    def follow(self, output: Tensor) -> Reach:
-        """Begin with a product's output."""
+    def follow(self, output: Tensor, lead: Reach | None = None) -> Reach:
+        """Begin with a product's output.
+
+        Args:
+            output: what the product gave; it is written over where the lead ends here.
+            lead: where the same product of another model has got to. Whatever reads the end of this reach is
+                given the end of that one.
+        """
         with torch._C.DisableTorchFunction():
-            reach = Reach(output.clone())
+            reach = Reach(output.clone(), lead=lead)
+            _take_lead(reach, output)
         self._ends[id(output)].append((output, reach))
         return reach
 
@@ -100,6 +114,13 @@ class Reaches(TorchFunctionMode):
                     reach.value = value
                     reach.undo.append(undo)
                     self._ends[id(output)].append((output, reach))
+                    _take_lead(reach, output)
+
+
+def _take_lead(reach: Reach, output: Tensor) -> None:
+    value = reach.led()
+    if value is not None:
+        output.copy_(value)
 
 
 def _tensors(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Tensor]:

@@ -93,8 +93,9 @@ def regress(
 ) -> dict[Block, Sums]:
     """The normal equations of some layers.
 
-    Between the layers of one request the client's own weights are at work, so several levels may be asked for
-    at once.
+    Several levels may be asked for at once. Behind a layer that is fitted to features the model goes on with what
+    the client's own model computes there, as if it had been fitted already; with other targets, with what the
+    client's own weights make of the inputs.
 
     Args:
         model: to run; its tensors are replaced.
@@ -136,11 +137,10 @@ def _goals(
 ) -> Iterator[tuple[Product, Tensor]]:
     """The products of the model that is fitted on one batch, each with what it is fitted to."""
     readers = Readers(len(batch.targets))
-    seen = _run(model, layers, batch, partial(_copy, readers))
+    wanted = _run(teacher, layers, batch, _use) if teacher else []
+    seen = _run(model, layers, batch, partial(_copy, readers), wanted)
     check_leaders(leaders, readers)
-    own: Sequence[Reach | None] = [None] * len(seen)
-    if teacher is not None:
-        own = _matching(_run(teacher, layers, batch, _use), seen)
+    own: Sequence[Reach | None] = _matching(wanted, seen) if teacher else [None] * len(seen)
     for (product, reach), own_reach in zip(seen, own, strict=True):
         yield product, _goal(target, product, reach, batch, own_reach)
 
@@ -186,14 +186,23 @@ def _copy(readers: Readers, product: Product) -> Product:
 
 
 def _run(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, keep: Callable[[Product], Kept]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    keep: Callable[[Product], Kept],
+    leading: Sequence[tuple[Use, Reach]] = (),
 ) -> list[tuple[Kept, Reach]]:
-    """What is to be kept of each product of one forward pass, with where its output has got to."""
+    """What is to be kept of each product of one forward pass, with where its output has got to.
+
+    Behind the products the values of those that lead, another model's, are read.
+    """
     seen: list[tuple[Kept, Reach]] = []
     reaches = Reaches()
 
     def see(product: Product) -> None:
-        seen.append((keep(product), reaches.follow(product.output)))
+        use, lead = leading[len(seen)] if len(seen) < len(leading) else (None, None)
+        kept = keep(product)
+        seen.append((kept, reaches.follow(product.output, lead if use == _use(product) else None)))
 
     with reaches, Products(model, layers, see):
         forward(model, batch)

@@ -101,7 +101,7 @@ class Settings(BaseModel):
     start: Literal["shared", "own"] = Field(
         "shared", description="own: clients begin from weights of their own in round 1"
     )
-    bootstrap: Literal["first", "medoid", "best"] = Field(
+    bootstrap: Literal["first", "largest", "medoid", "best"] = Field(
         "first", description="whose model becomes the first anchor where starts are own"
     )
     sum: Literal["reproducible", "fast"] = Field(

@@ -5,6 +5,7 @@ knows no message, no clock and no client: whoever drives it asks, waits and fold
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -185,25 +186,41 @@ def _fittings(recipe: Recipe, order: Order | None, grouping: Grouping) -> list[F
         )
     asked: list[tuple[tuple[Block, ...], Target]] = []
     if recipe.fit is not None:
-        body = [block for level in order.levels for block in level]
         left_out = {order.head} if recipe.head else set()
-        levels = [tuple(b for b in level if b not in left_out) for level in order.levels]
-        groups = levels if grouping == "layer" else _by_block(body, left_out)
-        asked = [(group, recipe.fit) for group in groups if group]
+        fitted = (tuple(b for b in level if b not in left_out) for level in order.levels)
+        levels = [level for level in fitted if level]
+        groups = levels if grouping == "layer" else _by_block(levels)
+        asked = [(group, recipe.fit) for group in groups]
     if recipe.head and order.head is not None:
         asked.append(((order.head,), Target.labels))
     return [Fitting(blocks, target, index) for index, (blocks, target) in enumerate(asked)]
 
 
-def _by_block(body: Sequence[Block], left_out: set[Block | None]) -> list[tuple[Block, ...]]:
-    """Layers whose names agree up to their last number, as those of one block of a transformer do."""
-    kept = [block for block in body if block not in left_out]
-    return [tuple(group) for _, group in groupby(kept, key=lambda block: _prefix(block[0]))]
+def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:
+    """Levels in stages: one from the second level of each block but the last on, and one for each level outside.
+
+    Only the first level of a stage reads what fused layers compute; those behind it read what the client's own model
+    does. Attention is what fusing weights disturbs most, so the level behind it is to be the first. What the last
+    block leaves over, the head behind it mends.
+    """
+    modules = _modules([level[0][0] for level in levels])
+    runs = [list(run) for _, run in groupby(range(len(levels)), modules.__getitem__)]
+    blocks = [run for run in runs if len(run) > 1]
+    starts = {run[1] for run in blocks[:-1]} | {run[0] for run in runs if len(run) == 1}
+    stages: list[tuple[Block, ...]] = [()]
+    for index, level in enumerate(levels):
+        stages = [*stages, level] if index in starts else [*stages[:-1], stages[-1] + level]
+    return [stage for stage in stages if stage]
 
 
-def _prefix(name: str) -> str:
-    numbered = re.match(r"(.*\.)?\d+\.", name)
-    return numbered.group() if numbered else name
+def _modules(names: Sequence[str]) -> list[str]:
+    """For each level its innermost numbered module that has more levels, as a block of a transformer; else its name."""
+    numbered = [[name[: match.end()] for match in re.finditer(r"\d+\.", name)] for name in names]
+    counts = Counter(prefix for prefixes in numbered for prefix in prefixes)
+    return [
+        next((prefix for prefix in reversed(prefixes) if counts[prefix] > 1), name)
+        for name, prefixes in zip(names, numbered, strict=True)
+    ]
 
 
 def _fit(

@@ -239,15 +239,15 @@ class AlignedFuse:
 
 
 Align = Literal["client", "server", "off"]
-Choice = Literal["first", "medoid", "best"]
+Choice = Literal["first", "largest", "medoid", "best"]
 
 
 class Bootstrap:
     """Find an anchor among clients that never shared a start: a random global model is none.
 
     Attributes:
-        choice: `first` takes the client with the lowest node id; `medoid` the one that is closest to all
-            others after aligning every pair; `best` the one with the lowest score.
+        choice: `first` takes the client with the lowest node id; `largest` the one with most examples; `medoid`
+            the one that is closest to all others after aligning every pair; `best` the one with the lowest score.
     """
 
     name = "bootstrap"
@@ -268,14 +268,15 @@ class Bootstrap:
         self._score = score
         # Not a sum: choosing needs the models themselves, so this stage does not stream.
         self._models: dict[int, dict[str, Tensor]] = {}
+        self._examples: dict[int, float] = {}
 
     def accept(self, node: int, update: Update) -> None:
         check_update(update, self._template, ())
-        if self._choice == "first" and self._models and node > min(self._models):
-            return
-        if self._choice == "first":
-            self._models.clear()
+        self._examples[node] = update.examples
         self._models[node] = {name: t.clone() for name, t in floating(update.parameters).items()}
+        if self._choice in ("first", "largest"):
+            chosen = self._chosen()
+            self._models = {chosen: self._models[chosen]}
 
     def finish(self) -> dict[str, Tensor]:
         if not self._models:
@@ -293,7 +294,7 @@ class Bootstrap:
             return math.inf if math.isnan(score) else score
         if self._choice == "medoid" and self._symmetry is not None:
             return self._distance_to_all(node, self._symmetry)
-        return node
+        return -self._examples[node] if self._choice == "largest" else node
 
     def _distance_to_all(self, node: int, symmetry: Symmetry) -> float:
         anchor = self._models[node]

@@ -16,9 +16,11 @@ from tests.benchmarks import (
     bench_memory,
     bench_observer,
     bench_one_round,
+    bench_own_features,
     bench_own_starts,
     bench_page,
     bench_rebasin,
+    bench_stages,
     bench_telemetry,
     bench_tensors,
 )
@@ -38,6 +40,8 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "observer": bench_observer.measure,
     "own_starts": bench_own_starts.measure,
     "one_round": bench_one_round.measure,
+    "own_features": bench_own_features.measure,
+    "stages": bench_stages.measure,
     "lora": bench_lora.measure,
     "page": bench_page.measure,
 }

@@ -23,6 +23,30 @@ def followed(output, steps):
     return reach, before, end
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        lambda y, skip: y,
+        lambda y, skip: y + skip,
+        lambda y, skip: y.flatten(1) + skip.flatten(1),
+        lambda y, skip: y.add_(skip),
+    ],
+)
+def test_where_it_ends_another_models_value_is_read(steps):
+    own, fused = (normal(2, 4, 3, 3, seed=s) for s in (2, 3))
+    with torch.no_grad():
+        with (reaches := Reaches()):
+            lead = reaches.follow(own)
+            goal = steps(own, normal(2, 4, 3, 3, seed=4))
+        before = fused.clone()
+        with (reaches := Reaches()):
+            reach = reaches.follow(fused, lead)
+            end = steps(fused, SKIP)
+    assert torch.equal(end, goal)
+    assert not torch.equal(steps(before, SKIP), goal)
+    torch.testing.assert_close(reach.back(goal).shape, before.shape)
+
+
 def batch_norm(features, training=False):
     norm = nn.BatchNorm2d(features, dtype=W).train(training)
     norm.running_mean.copy_(normal(features, seed=5))

@@ -280,6 +280,20 @@ def test_padding_is_left_out(target):
     torch.testing.assert_close(found.moment, alone.moment)
 
 
+def test_behind_a_layer_of_a_request_features_are_the_clients_own():
+    """As if the layer had been fitted already, so that no layer mends what another one of the request mends."""
+    torch.manual_seed(0)
+    model, x = mlp().to(W), normal(40, 4)
+    own, fused = state(model), other(state(model))
+    _, first, second = blocks_of(model)
+    expected = grams(model, [(x, labels(40))])[second]
+    found = regress(model, own, fused, [first, second], Target.features, [(x, labels(40))])
+    torch.testing.assert_close(found[second].gram, expected)
+    torch.testing.assert_close(
+        targets(found[second], second, fused), Gram(expected).weigh(join(second, own))
+    )
+
+
 @pytest.mark.parametrize("target", OF_ITSELF)
 def test_between_the_layers_of_one_request_the_clients_own_weights_are_at_work(target):
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ WRONG = [
     ("merge", "ring", "'star', 'chain' or 'tree'"),
     ("layers", 3, "string"),
     ("start", "cold", "'shared' or 'own'"),
-    ("bootstrap", "random", "'first', 'medoid' or 'best'"),
+    ("bootstrap", "random", "'first', 'largest', 'medoid' or 'best'"),
     ("sum", "exact", "'reproducible' or 'fast'"),
     ("barrier-points", 1, "a path has two ends"),
     ("barrier-points", 500, "less than or equal to 101"),

@@ -19,7 +19,7 @@ NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blo
 EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)
 ORDER = Order(((EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)), HEAD)
 LEVELS = [(EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)]
-BLOCKS = [(EMBED,), (Q, K, OUT), (NEXT_Q, NEXT_OUT), (HEAD,)]
+BLOCKS = [(EMBED, Q, K), (OUT, NEXT_Q, NEXT_OUT), (HEAD,)]
 
 
 def model(value):
@@ -78,16 +78,16 @@ SEQUENCES = {
     ("kfac", "layer"): ["fuse"],
     ("regmean", "block"): ["fuse"],
     ("regmean++", "layer"): ["fuse"] + 6 * ["fit"],
-    ("regmean++", "block"): ["fuse"] + 4 * ["fit"],
+    ("regmean++", "block"): ["fuse"] + 3 * ["fit"],
     ("features", "layer"): ["fuse"] + 6 * ["fit"],
-    ("features", "block"): ["fuse"] + 4 * ["fit"],
+    ("features", "block"): ["fuse"] + 3 * ["fit"],
     ("head", "layer"): ["fuse", "head"],
     ("head", "block"): ["fuse", "head"],
     ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
-    ("features-head", "block"): ["fuse"] + 3 * ["fit"] + ["head"],
+    ("features-head", "block"): ["fuse"] + 2 * ["fit"] + ["head"],
     ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
     ("auto-head", "layer"): ["fuse", "head", "probe", "probe"],
-    ("auto", "block"): ["fuse"] + 3 * ["fit"] + ["head", "probe", "probe"],
+    ("auto", "block"): ["fuse"] + 2 * ["fit"] + ["head", "probe", "probe"],
 }
 
 
@@ -130,6 +130,40 @@ def test_names_without_numbers_are_blocks_of_their_own():
     next(plan)
     asked = plan.send(Said(steps, [1], plain))
     assert asked.make().ask.fit.blocks == (("one.weight",),)
+
+
+def blockwise(*names):
+    """The names of the layers that a stage fits, for levels of these names."""
+    order = Order(tuple(((name,),) for name in names))
+    said = Said({name: torch.zeros(2, 2) for name in names}, [1], order)
+    plan = round_plan({}, RECIPES["features"], lambda: None, "block")
+    next(plan)
+    found = []
+    try:
+        answer = said
+        while True:
+            fitting = plan.send(answer).make().ask.fit
+            found.append([name for (name,) in fitting.blocks])
+            answer = replace(said, order=None)
+    except StopIteration:
+        return found
+
+
+def test_twelve_blocks_are_fourteen_stages_with_embedding_head_and_training():
+    parts = ("attention.query", "attention.output", "mlp.up", "mlp.down")
+    names = [f"blocks.{block}.{part}.weight" for block in range(12) for part in parts]
+    found = blockwise("embedding.weight", *names, "head.weight")
+    assert 1 + len(found) == 14
+    assert found[0] == ["embedding.weight", "blocks.0.attention.query.weight"]
+    assert found[1][0] == "blocks.0.attention.output.weight"
+    assert found[1][-1] == "blocks.1.attention.query.weight"
+    assert found[-1] == ["head.weight"]
+
+
+def test_a_numbered_layer_inside_a_block_is_no_block():
+    parts = ("attn.weight", "mlp.0.weight", "mlp.2.weight")
+    names = [f"encoder.layer_{block}.{part}" for block in range(3) for part in parts]
+    assert [len(stage) for stage in blockwise(*names)] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("recipe", ["features", "features-head", "auto"])

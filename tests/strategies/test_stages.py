@@ -145,6 +145,15 @@ class TestBootstrap:
             stage.accept(node, Update(state(node), 1.0))
         assert torch.equal(stage.finish()["first.weight"], state(3)["first.weight"])
 
+    @pytest.mark.parametrize("order", list(itertools.permutations([5, 3, 9])))
+    def test_largest_has_most_examples_in_any_order_of_arrival_and_ties_go_to_the_lowest_node(
+        self, order
+    ):
+        stage = Bootstrap(state(0), "largest")
+        for node in order:
+            stage.accept(node, Update(state(node), {5: 20.0, 3: 10.0, 9: 20.0}[node]))
+        assert torch.equal(stage.finish()["first.weight"], state(5)["first.weight"])
+
     def test_counters_stay_the_templates(self):
         stage = Bootstrap(state(0))
         stage.accept(3, Update(state(3), 1.0))

@@ -1,0 +1,27 @@
+"""The server: prints what each stage took as JSON."""
+
+import json
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from deep import make_model
+from fedbasin.server.serve import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    (report,) = serve(grid, context, make_model(int(context.run_config["levels"])), 1).reports
+    stages = [
+        {
+            "stage": stage.stage,
+            "seconds": stage.seconds,
+            "server": stage.server_seconds,
+            "start": max(client.metrics["start-seconds"] for client in stage.clients),
+            "work": max(client.metrics["work-seconds"] for client in stage.clients),
+        }
+        for stage in report.stages
+    ]
+    print("measured " + json.dumps(stages), flush=True)
