@@ -21,9 +21,10 @@ def age_seconds() -> float:
 
 
 def timed(message: Message, context: Context, call_next) -> Message:
-    start, begun = age_seconds(), time.perf_counter()
+    seconds = {"start-seconds": age_seconds(), "start-cpu-seconds": time.process_time()}
+    begun = time.perf_counter()
     reply = call_next(message, context)
-    seconds = {"start-seconds": start, "work-seconds": time.perf_counter() - begun}
+    seconds["work-seconds"] = time.perf_counter() - begun
     reply.content["metrics"] = MetricRecord({**reply.content["metrics"], **seconds})
     return reply
 

@@ -20,6 +20,7 @@ def main(grid: Grid, context: Context) -> None:
             "seconds": stage.seconds,
             "server": stage.server_seconds,
             "start": max(client.metrics["start-seconds"] for client in stage.clients),
+            "start-cpu": max(client.metrics["start-cpu-seconds"] for client in stage.clients),
             "work": max(client.metrics["work-seconds"] for client in stage.clients),
         }
         for stage in report.stages
