@@ -25,7 +25,7 @@ CLIENTS = ((4, 3), (5, 4), (4, 5))  # number of clients and seed
 EPOCHS = 20
 
 HOW = f"""Deployed: a SuperLink and {NODES} SuperNodes as processes on loopback, one round of `features` on a model of {LEVELS} levels,
-which is one stage of training and {LEVELS} of fitting. Seconds of a stage, medians, by what the time goes to: the server's own work; the
+which is one stage of training and {LEVELS} of fitting. Seconds of a stage, medians (and extremes), by what the time goes to: the server's own work; the
 slowest client's answer; the start of the slowest process with the import of PyTorch, which Flower does anew for every message;
 and the rest, which is polling and transport. Whatever else runs on the machine shares its cores, so the start is also given as
 the processor's seconds, which wait for nobody. Blocks: a pre-norm transformer of {BLOCKS} blocks and width 32 on the rows of
@@ -40,6 +40,7 @@ def measure(say: Say) -> Figure:
         for key in ("seconds", "server", "work", "start", "start-cpu")
     }
     rest = statistics.median(s["seconds"] - s["server"] - s["work"] - s["start"] for s in stages)
+    quickest, *_, slowest = sorted(s["seconds"] for s in stages)
     say(f"stages: {len(stages)} deployed, {parts['seconds']:.1f} s each")
     found = [fitted(clients, seed, say) for clients, seed in CLIENTS]
     layer, block = ([draw[how] for draw in found] for how in ("layer", "block"))
@@ -47,7 +48,10 @@ def measure(say: Say) -> Figure:
     most = max(count for _, count in block)
     rows = [
         ("deployed: stages", str(len(stages))),
-        ("deployed: seconds per stage", f"{parts['seconds']:.1f}"),
+        (
+            "deployed: seconds per stage",
+            f"{parts['seconds']:.1f} ({quickest:.1f} to {slowest:.1f})",
+        ),
         ("of these the server's work", f"{parts['server']:.2f}"),
         ("of these the slowest client's work", f"{parts['work']:.2f}"),
         ("of these the start of its process", f"{parts['start']:.1f}"),
