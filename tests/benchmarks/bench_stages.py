@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedbasin.deploy.local import deployment
+from fedbasin.deploy.local import ConfigValue, deployment
 from tests.benchmarks.bench_own_features import Clients, drawn
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.protocol.models import transformer
@@ -46,7 +46,7 @@ def measure(say: Say) -> Figure:
     layer, block = ([draw[how] for draw in found] for how in ("layer", "block"))
     lost = statistics.mean(a[0] - b[0] for a, b in zip(layer, block, strict=True))
     most = max(count for _, count in block)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("deployed: stages", str(len(stages))),
         (
             "deployed: seconds per stage",
@@ -84,7 +84,11 @@ def deployed(say: Say) -> list[dict[str, float]]:
         deployment(NODES, node_config, Path(folder)) as flower,
     ):
         runs = str(flower.folder / "runs")
-        config = {"levels": LEVELS, "fedbasin.nodes": NODES, "fedbasin.folder": runs}
+        config: dict[str, ConfigValue] = {
+            "levels": LEVELS,
+            "fedbasin.nodes": NODES,
+            "fedbasin.folder": runs,
+        }
         run = flower.run(APP, config, progress, timeout_seconds=1800)
     (line,) = (line for line in run.log if line.startswith("measured "))
     stages: list[dict[str, float]] = json.loads(line.removeprefix("measured "))
