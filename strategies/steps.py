@@ -7,10 +7,11 @@
     Adam, Yogi  theta <- theta + lr m / (sqrt(v) + tau)                  Reddi et al. 2021, arXiv 2003.00295
 
 A step is a value; what it remembers from round to round goes in and comes out as tensors, which a checkpoint
-keeps. Tensors that are no floating point are the fused model's.
+keeps. Tensors that are no floating point are the fused model's, and so are BatchNorm's running statistics: they are
+measured and not learned, and a variance that goes on in its direction falls below zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.state import State, floating, interpolate
+
+# As torch's normalisation layers call them.
+_MEASURED = ("running_mean", "running_var")
 
 Memory: TypeAlias = dict[str, Tensor]
 Stepped: TypeAlias = tuple[dict[str, Tensor], Memory]
@@ -138,15 +142,18 @@ def _towards(model: State, fused: State, share: float) -> dict[str, Tensor]:
 
 
 def _changes(model: State, fused: State) -> dict[str, Tensor]:
-    return {
-        name: fused[name].double() - tensor.double() for name, tensor in floating(model).items()
-    }
+    return {name: fused[name].double() - tensor.double() for name, tensor in _learned(model)}
+
+
+def _learned(model: State) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in floating(model).items():
+        if not name.endswith(_MEASURED):
+            yield name, tensor
 
 
 def _moved(model: State, fused: State, by: Callable[[str], Tensor]) -> dict[str, Tensor]:
     moved = {
-        name: (tensor.double() + by(name)).to(tensor.dtype)
-        for name, tensor in floating(model).items()
+        name: (tensor.double() + by(name)).to(tensor.dtype) for name, tensor in _learned(model)
     }
     return {**fused, **moved}
 

@@ -190,3 +190,23 @@ def test_adam_is_flowers_own_but_for_its_bias_correction():
             moved = factor * (ours[name] - before[name])
             torch.testing.assert_close(theirs[name] - before[name], moved)
         before = theirs
+
+
+@pytest.mark.parametrize("step", [Momentum(), Adam(), Yogi()])
+def test_what_a_model_measured_is_the_fused_models_and_no_direction_to_go_on_in(step):
+    def measured(seed, variance):
+        return {
+            **state(seed),
+            "norm.running_var": torch.tensor([variance]),
+            "norm.running_mean": torch.zeros(1),
+        }
+
+    fused = [measured(seed, variance) for seed, variance in ((1, 0.5), (2, 0.1), (3, 0.05))]
+    found = walked(step, fused, measured(0, 1.0))
+    assert [float(model["norm.running_var"]) for model in found] == pytest.approx([0.5, 0.1, 0.05])
+    assert not torch.equal(found[-1]["weight"], fused[-1]["weight"])
+
+
+def test_momentum_would_take_a_variance_below_zero():
+    fused = [{"variance": torch.tensor([v])} for v in (0.5, 0.1, 0.05)]
+    assert walked(Momentum(), fused, {"variance": torch.ones(1)})[-1]["variance"] < 0
