@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fedbasin.server.serve import Hooks, serve
 from fedbasin.strategies.fusion.adapters import holding
+from fedbasin.strategies.recipe import RECIPES
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.tracing import trace
 from tests.protocol.experiment import Experiment
@@ -15,9 +16,9 @@ from tests.protocol.travelling import has_adapters, state_of
 def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
     """Run a recipe from the shared start that all rules have.
 
-    From a shared start alignment is the identity, and is left out unless the rule asks for it; adapters make their own
-    symmetry, where their recipe wants one. `held=0.1` keeps a
-    tenth of each client's examples out of its training, for comparing models on.
+    From a shared start alignment is the identity, and is left out unless the rule asks for it; recipes for adapters have
+    a symmetry of their own. `held=0.1` keeps a tenth of each client's examples out of its training, for comparing
+    models on.
 
     Raises:
         SettingsError: no recipe or setting has that name; the message lists those there are.
@@ -29,7 +30,7 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         federation = experiment.federation(
             {
-                "fedbasin.align": "off" if whole else "client",
+                "fedbasin.align": "client" if _turns(rule) else "off",
                 "fedbasin.fraction-evaluate": 0.0,
                 "fedbasin.poll-seconds": 0.001,
                 "fedbasin.nodes": len(experiment.slices),
@@ -49,6 +50,10 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
             symmetry=trace(model, experiment.task.train[0][:2]) if aligns else None,
             hooks=Hooks(evaluate=lambda number, state: _measured(experiment, number, state)),
         )
+
+
+def _turns(rule: Spec) -> bool:
+    return rule.name in RECIPES and RECIPES[rule.name].adapters is not None
 
 
 def _measured(experiment: Experiment, server_round: int, state: State) -> dict[str, float]:
