@@ -28,6 +28,8 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 
 - On glyphs the settings of Flower's strategies were tried on one seed and 15 rounds of Dirichlet(0.3), FedAvgM with 0.5, 0.7 and 0.9 and FedAdam with
   0.01 and 0.03, and the best one, FedAvgM with 0.7, was run on all seeds and splits.
+- Flower's FedAvgM takes BatchNorm's running variances along with its momentum, below zero in some rounds: its rows of 0.100 on `cnn_norm`. FedAvg is the
+  peer to look at there.
 
 ```
 python -m tests.protocol run --task digits --split 'dirichlet([0.1, 0.3])' --seeds 5 --jobs 2 \\
