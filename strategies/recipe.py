@@ -133,6 +133,7 @@ class Recipe:
 
 
 _FEDAVGM = Recipe("fedavgm", step=Momentum(0.7))
+_AUTO_HEAD = Recipe("auto-head", head=CrossValidated(), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM)
 
 RECIPES = {
     recipe.name: recipe
@@ -145,25 +146,8 @@ RECIPES = {
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
         Recipe("head", head=CrossValidated()),
-        Recipe(
-            "auto",
-            ridge=Ridge(1e-1),
-            fit=Target.features,
-            share=0.5,
-            head=CrossValidated(),
-            probe=5,
-            reach=2.0,
-            pays=0.1,
-            then=_FEDAVGM,
-        ),
-        Recipe(
-            "auto-head",
-            head=CrossValidated(),
-            probe=5,
-            reach=2.0,
-            pays=0.1,
-            then=_FEDAVGM,
-        ),
+        replace(_AUTO_HEAD, name="auto", ridge=Ridge(1e-1), fit=Target.features, share=0.5),
+        _AUTO_HEAD,
         Recipe(
             "features-head",
             ridge=Ridge(1e-1),

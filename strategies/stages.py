@@ -9,7 +9,7 @@ to do with a refusal is written once, for all stages, by whoever runs them.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, Protocol
@@ -273,20 +273,22 @@ class Bootstrap:
     def accept(self, node: int, update: Update) -> None:
         check_update(update, self._template, ())
         self._examples[node] = update.examples
-        self._models[node] = {name: t.clone() for name, t in floating(update.parameters).items()}
         if self._choice in ("first", "largest"):
-            chosen = self._chosen()
-            self._models = {chosen: self._models[chosen]}
+            # Known without its weights, so no more than one model is kept, and only what may be chosen is copied.
+            if self._chosen([*self._models, node]) != node:
+                return
+            self._models.clear()
+        self._models[node] = {name: t.clone() for name, t in floating(update.parameters).items()}
 
     def finish(self) -> dict[str, Tensor]:
         if not self._models:
             return dict(self._template)
-        model = {**self._template, **self._models[self._chosen()]}
+        model = {**self._template, **self._models[self._chosen(self._models)]}
         return model if self._symmetry is None else self._symmetry.fold(model)
 
-    def _chosen(self) -> int:
+    def _chosen(self, nodes: Iterable[int]) -> int:
         """Ties go to the lowest node id."""
-        return min(sorted(self._models), key=self._cost)
+        return min(sorted(nodes), key=self._cost)
 
     def _cost(self, node: int) -> float:
         if self._choice == "best" and self._score is not None:
