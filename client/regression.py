@@ -31,7 +31,7 @@ from torch.nn.functional import one_hot
 from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.client.reach import Reach, Reaches
-from fedbasin.client.sharing import FlowError, Readers, check_leaders, find_leaders, led_totals
+from fedbasin.client.sharing import Inputs, Shared
 from fedbasin.client.totals import Total
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.head import MARGIN
@@ -45,13 +45,17 @@ Use: TypeAlias = tuple[Layer, torch.Size]
 Kept = TypeVar("Kept")
 
 
+class FlowError(ValueError):
+    """A model whose course depends on its weights, so that its layers cannot be compared with another's."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sums:
     """One layer's normal equations over a client's examples, in double.
 
     Attributes:
         inputs: `X~ X~^T`, with the ones last where there is a bias; one for each group of a grouped
-            convolution. Layers that read the same tensor have it in common, the same object.
+            convolution. Layers that read the same tensors have it in common, the same object.
         moment: `(Z - W X~) X~^T`, `[out, in]`.
     """
 
@@ -108,41 +112,38 @@ def regress(
 
     Raises:
         ValueError: there is no data, a block is none of the model's layers, or labels do not fit the output.
-        FlowError: the two models do not run through the layers in the same way, or no two batches do.
+        FlowError: the two models do not run through the layers in the same way.
     """
     layers = _chosen(model, blocks)
     bases = {block: _base(block, fused, target) for block in blocks}
     mine = {name: own[name] for block in blocks for name in block}
     _load(model, {**fused, **mine})
     teacher = _teacher(model, own) if target is Target.features else None
-    known = encodings or {}
+    shared, moments = Shared(model, layers, encodings or {}), _nothing(model, layers)
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        leaders, several = find_leaders(model, layers, known, read(batches, model))
-        sums = _nothing(model, layers, led_totals(model, layers, leaders, known))
-        for batch in several:
-            for product, goal in _goals(model, teacher, layers, leaders, target, batch):
+        for batch in read(batches, model):
+            for product, number, goal in _goals(model, teacher, layers, target, batch):
                 block = product.layer.block
-                leads = leaders[block] == block
-                _add(sums[block], product, goal, bases[block], batch.mask, leads=leads)
-    return sums
+                total = shared.read(block, number)
+                _add(total, moments[block], product, goal, bases[block], batch.mask)
+            shared.end()
+    return {block: Sums(total, moments[block]) for block, total in shared.totals.items()}
 
 
 def _goals(
     model: nn.Module,
     teacher: nn.Module | None,
     layers: Sequence[Layer],
-    leaders: Mapping[Block, Block],
     target: Target,
     batch: Batch,
-) -> Iterator[tuple[Product, Tensor]]:
-    """The products of the model that is fitted on one batch, each with what it is fitted to."""
-    readers = Readers(len(batch.targets))
+) -> Iterator[tuple[Product, int, Tensor]]:
+    """The products of the model that is fitted on one batch, with the number of what each reads and its goal."""
+    numbers: list[int] = []
     wanted = _run(teacher, layers, batch, _use) if teacher else []
-    seen = _run(model, layers, batch, partial(_copy, readers), wanted)
-    check_leaders(leaders, readers)
+    seen = _run(model, layers, batch, partial(_copy, Inputs(), numbers), wanted)
     own: Sequence[Reach | None] = _matching(wanted, seen) if teacher else [None] * len(seen)
-    for (product, reach), own_reach in zip(seen, own, strict=True):
-        yield product, _goal(target, product, reach, batch, own_reach)
+    for (product, reach), number, own_reach in zip(seen, numbers, own, strict=True):
+        yield product, number, _goal(target, product, reach, batch, own_reach)
 
 
 def _load(model: nn.Module, state: State) -> None:
@@ -167,21 +168,16 @@ def _teacher(model: nn.Module, own: State) -> nn.Module:
     return teacher.eval()
 
 
-def _nothing(
-    model: nn.Module, layers: Sequence[Layer], inputs: Mapping[Block, Total]
-) -> dict[Block, Sums]:
-    return {
-        layer.block: Sums(inputs[layer.block], _zeros(model.get_parameter(layer.block[0]), layer))
-        for layer in layers
-    }
+def _nothing(model: nn.Module, layers: Sequence[Layer]) -> dict[Block, Tensor]:
+    return {layer.block: _zeros(model.get_parameter(layer.block[0]), layer) for layer in layers}
 
 
 def _zeros(weight: Tensor, layer: Layer) -> Tensor:
     return torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=weight.device)
 
 
-def _copy(readers: Readers, product: Product) -> Product:
-    readers.see(product)
+def _copy(inputs: Inputs, numbers: list[int], product: Product) -> Product:
+    numbers.append(inputs.number(product))
     return product.copy()
 
 
@@ -261,12 +257,17 @@ def _base(block: Block, fused: State, target: Target) -> Tensor:
 
 
 def _add(
-    sums: Sums, product: Product, goal: Tensor, base: Tensor, mask: Tensor | None, *, leads: bool
+    inputs: Total | None,
+    moment: Tensor,
+    product: Product,
+    goal: Tensor,
+    base: Tensor,
+    mask: Tensor | None,
 ) -> None:
     """Add one product; its inputs only where no other layer has added them."""
-    moment = sums.moment.view(product.layer.groups, -1, sums.moment.shape[-1])
-    grouped = base.to(moment.device).view_as(moment)
+    groups = product.layer.groups
+    moment, base = (each.unflatten(0, (groups, -1)) for each in (moment, base.to(moment.device)))
     for rows, columns in zip(product.rows(mask), product.columns(goal, mask), strict=True):
-        if leads:
-            sums.inputs.add(rows)
-        moment.baddbmm_((columns - rows @ grouped.mT).mT, rows)
+        if inputs is not None:
+            inputs.add(rows)
+        moment.baddbmm_((columns - rows @ base.mT).mT, rows)

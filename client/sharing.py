@@ -1,129 +1,123 @@
-"""Which layers read the same rows, so that one Gram matrix serves them all: queries, keys and values; gate and up.
+"""Which layers have read the same tensors, so that one total serves them all: queries, keys and values; gate and up.
 
-It is read off the first batch, and held to in every later one: a sum over the inputs of the first of such layers,
-their leader, is the others' too.
+Before the first batch all layers of one size have one total, that of no rows. They part where one reads what another
+does not, while the model runs: each goes on from what they have both read. So totals are exact for every model, and
+no batch is looked at twice.
 """
 
-from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import count
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
-from fedbasin.client.data import Batch, forward
-from fedbasin.client.products import Product, Products
+from fedbasin.client.products import Product
 from fedbasin.client.totals import Total, nothing
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import Block
 
 
-class FlowError(ValueError):
-    """A model whose course depends on its weights or its inputs, so that its layers cannot be compared."""
+class Inputs:
+    """Numbers for what one forward pass reads: one number for one tensor, read with one kernel."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[ReferenceType[Tensor], int]] = {}
+        self._numbers = count()
+
+    def number(self, product: Product) -> int:
+        """Of what a product has just read; another one after somebody has written into it."""
+        inputs = product.inputs
+        if inputs.is_inference():  # nobody counts what is written into it
+            return next(self._numbers)
+        key = id(inputs), inputs._version, product.kernel
+        known = self._known.get(key)
+        # An address may be another tensor's by now.
+        if known is None or known[0]() is not inputs:
+            known = self._known[key] = ref(inputs), next(self._numbers)
+        return known[1]
 
 
-class Readers:
-    """The layers of one forward pass, by what they read. See them while it runs.
+@dataclass(eq=False)
+class _Group:
+    """Layers that have read the same tensors.
 
     Attributes:
-        examples: in the batch.
+        total: of their rows.
+        members: the layers.
+        latest: the number of the tensor that was read last.
+        waiting: the members that have not read it.
+        before: the total without it, as long as there are such members.
     """
 
-    def __init__(self, examples: int) -> None:
-        self.examples = examples
-        self._first: dict[Hashable, tuple[ReferenceType[Tensor], Block]] = {}
-        self._leaders: dict[Block, Block] = {}
-        self._calls: Counter[Block] = Counter()
-
-    def see(self, product: Product) -> None:
-        """Take note of a product, as soon as it is computed."""
-        block = product.layer.block
-        self._calls[block] += 1
-        self._leaders[block] = self._leader(product) if self._is_plain(product) else block
-
-    def leaders(self) -> dict[Block, Block]:
-        """For each layer that was called, the first that read the same; itself where one was called twice."""
-        return {
-            block: leader if self._calls[block] == self._calls[leader] == 1 else block
-            for block, leader in self._leaders.items()
-        }
-
-    def _leader(self, product: Product) -> Block:
-        """The first reader of the same tensor, if nobody has written into it since."""
-        inputs, layer = product.inputs, product.layer
-        key = id(inputs), inputs._version, product.kernel, layer.inputs
-        first = self._first.get(key)
-        # An address may be another tensor's by now.
-        if first is None or first[0]() is not inputs:
-            first = self._first[key] = ref(inputs), layer.block
-        return first[1]
-
-    def _is_plain(self, product: Product) -> bool:
-        """Whether the rows are those of every example: those that a router picks are others on each client."""
-        inputs = product.inputs
-        whole = inputs.dim() > 2 and len(inputs) == self.examples
-        return whole and product.layer.groups == 1 and not inputs.is_inference()
+    total: Total
+    members: set[Block] = field(default_factory=set)
+    latest: int | None = None
+    waiting: set[Block] = field(default_factory=set)
+    before: Total | None = None
 
 
-def find_leaders(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    encodings: Mapping[Block, Encoding],
-    batches: Iterator[Batch],
-) -> tuple[dict[Block, Block], Iterator[Batch]]:
-    """For each layer the one whose Gram matrix is its own too, itself where that is nobody else's; and all batches.
+class Shared:
+    """The totals of some layers' inputs; those that have read the same tensors have one, the same object."""
 
-    Args:
-        model: in evaluation mode.
-        layers: those that are looked at.
-        encodings: how they are sent; those that differ have nothing in common.
-        batches: the first is looked at beforehand.
-    """
-    alone = {layer.block: layer.block for layer in layers}
-    if len(layers) < 2:
-        return alone, batches
-    first = next(batches)
-    readers = Readers(len(first.targets))
-    with Products(model, layers, readers.see):
-        forward(model, first)
-    found = alone | readers.leaders()
-    alike = {
-        block: (leader, encodings.get(block, Encoding()).gram) for block, leader in found.items()
-    }
-    leaders = {key: block for block, key in reversed(alike.items())}
-    return {block: leaders[key] for block, key in alike.items()}, chain([first], batches)
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], encodings: Mapping[Block, Encoding]
+    ) -> None:
+        """Begin with no rows.
 
+        Args:
+            model: that is read.
+            layers: of it.
+            encodings: how they are sent; those that differ have nothing in common.
+        """
+        self._groups: dict[Block, _Group] = {}
+        alike: dict[Hashable, _Group] = {}
+        for layer in layers:
+            block, encoding = layer.block, encodings.get(layer.block, Encoding())
+            device = model.get_parameter(block[0]).device
+            # A grouped convolution has several matrices, each for its own part of the outputs.
+            alone = block if layer.groups > 1 else None
+            key = layer.inputs, len(block), encoding.gram, device, alone
+            if key not in alike:
+                alike[key] = _Group(nothing(layer, encoding, device))
+            self._groups[block] = alike[key]
+            alike[key].members.add(block)
 
-def led_totals(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    leaders: Mapping[Block, Block],
-    encodings: Mapping[Block, Encoding],
-) -> dict[Block, Total]:
-    """For each layer the total of no rows of its leader, the same object."""
-    totals = {
-        layer.block: nothing(
-            layer,
-            encodings.get(layer.block, Encoding()),
-            model.get_parameter(layer.block[0]).device,
-        )
-        for layer in layers
-        if leaders[layer.block] == layer.block
-    }
-    return {block: totals[leader] for block, leader in leaders.items()}
+    @property
+    def totals(self) -> dict[Block, Total]:
+        """What each layer has read."""
+        return {block: group.total for block, group in self._groups.items()}
 
+    def read(self, block: Block, number: int) -> Total | None:
+        """What a layer's rows are to be added to, at once; None if they have been, for another layer.
 
-def check_leaders(leaders: Mapping[Block, Block], readers: Readers) -> None:
-    """Check that what was found of the first batch holds in a later one.
+        Args:
+            block: the layer.
+            number: of what it reads in this forward pass.
+        """
+        group = self._groups[block]
+        if number == group.latest and block in group.waiting:
+            group.waiting.remove(block)
+            group.before = group.before if group.waiting else None
+            return None
+        self._part(group)
+        group = self._groups[block]
+        group.latest, group.waiting = number, group.members - {block}
+        group.before = deepcopy(group.total) if group.waiting else None
+        return group.total
 
-    Raises:
-        FlowError: it does not.
-    """
-    now = readers.leaders()
-    for block, leader in leaders.items():
-        if now.get(block) != now.get(leader):
-            raise FlowError(
-                f"{block[0]} and {leader[0]} read the same tensor in the first batch and not in a later one; a model "
-                "whose course depends on its inputs needs the recipe fedavg or fisher"
-            )
+    def end(self) -> None:
+        """End a forward pass: layers that still wait have not read what the others have."""
+        for group in set(self._groups.values()):
+            self._part(group)
+
+    def _part(self, group: _Group) -> None:
+        """Let those that wait go on by themselves."""
+        if group.before is None:
+            return
+        rest = _Group(group.before, group.waiting)
+        self._groups |= dict.fromkeys(rest.members, rest)
+        group.members = group.members - rest.members
+        group.waiting, group.before = set(), None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedbasin.client.data import Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
-from fedbasin.client.sharing import Readers, check_leaders, find_leaders, led_totals
+from fedbasin.client.sharing import Inputs, Shared
 from fedbasin.client.totals import Total, finished, shrunk
 from fedbasin.strategies.fusion.compact import Encoding, Pieces
 from fedbasin.strategies.fusion.layers import gram_layers
@@ -87,22 +87,17 @@ def _totals(
     blocks: Collection[Block] | None,
 ) -> dict[Block, Total]:
     layers = [layer for layer in gram_layers(model) if blocks is None or layer.block in blocks]
+    shared = Shared(model, layers, encodings)
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        leaders, several = find_leaders(model, layers, encodings, read(batches, model))
-        totals = led_totals(model, layers, leaders, encodings)
-        leading = {block: totals[block] for block, leader in leaders.items() if block == leader}
-        for batch in several:
-            readers = Readers(len(batch.targets))
-            with Products(model, layers, partial(_add, leading, readers, batch.mask)):
+        for batch in read(batches, model):
+            with Products(model, layers, partial(_add, shared, Inputs(), batch.mask)):
                 forward(model, batch)
-            check_leaders(leaders, readers)
-    return totals
+            shared.end()
+    return shared.totals
 
 
-def _add(
-    totals: Mapping[Block, Total], readers: Readers, mask: Tensor | None, product: Product
-) -> None:
-    readers.see(product)
-    if product.layer.block in totals:
+def _add(shared: Shared, inputs: Inputs, mask: Tensor | None, product: Product) -> None:
+    total = shared.read(product.layer.block, inputs.number(product))
+    if total is not None:
         for rows in product.rows(mask):
-            totals[product.layer.block].add(rows)
+            total.add(rows)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.regression import MARGIN, order, regress
-from fedbasin.client.sharing import FlowError
+from fedbasin.client.regression import MARGIN, FlowError, order, regress
 from fedbasin.client.statistics import grams
 from fedbasin.server.modelfiles.precision import Doubled
 from fedbasin.strategies.fusion.layers import gram_layers

@@ -1,10 +1,12 @@
-"""Layers that read the same tensor have one sum over it: which they are, and that it is what each would have alone."""
+"""Layers that read the same tensors have one total: which they are, and that it is what each would have alone."""
 
 import warnings
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, RecordDict
+from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +14,6 @@ from fedbasin.client import build_reply, read_request
 from fedbasin.client.context import keep_fused, keep_sent
 from fedbasin.client.fitting import fit_reply
 from fedbasin.client.regression import regress
-from fedbasin.client.sharing import FlowError
 from fedbasin.client.statistics import gram_pieces, grams
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
@@ -95,15 +96,21 @@ def between(model, x):
     return y + model.b(x)
 
 
-TOGETHER = {"as they are": lambda m, x: m.a(x) + m.b(x), "in another order": lambda m, x: m.b(x) + m.a(x)}  # fmt: skip
+TOGETHER = {
+    "as they are": lambda m, x: m.a(x) + m.b(x),
+    "in another order": lambda m, x: m.b(x) + m.a(x),
+    "both twice": lambda m, x: m.a(x) + m.b(x) + m.b(y := 2 * x) + m.a(y),
+    "rows that a router picked": lambda m, x: (m.a(p := x[:1]) + m.b(p)).expand(3, -1, -1),
+    "one row an example": lambda m, x: (m.a(p := x[:, 0]) + m.b(p)).unsqueeze(1),
+    "no example apart": lambda m, x: (m.a(p := x.flatten(0, 1)) + m.b(p)).unflatten(0, (3, -1)),
+}
 ALONE = {
     "an equal tensor": lambda m, x: m.a(x) + m.b(x.clone()),
     "written over between": between,
     "one of them twice": lambda m, x: m.a(x) + m.b(x) + m.b(2 * x),
     "the other twice": lambda m, x: m.a(x) + m.a(2 * x) + m.b(x),
-    "a row that a router picked": lambda m, x: m.a(x[:, 0]) + m.b(x[:, 0]),
-    "rows that a router picked": lambda m, x: (m.a(p := x[:1]) + m.b(p)).expand(3, -1, -1),
-    "no example apart": lambda m, x: (m.a(p := x.flatten(0, 1)) + m.b(p)).unflatten(0, (3, -1)),
+    "both twice, one after the other": lambda m, x: m.a(x) + m.a(y := 2 * x) + m.b(x) + m.b(y),
+    "equal rows": lambda m, x: m.a(x[:, 0]) + m.b(x[:, 0]),
 }
 
 
@@ -117,24 +124,28 @@ def reading(forward, **made):
     return Reading(forward, **made).to(W)
 
 
-def expected(model, data):
-    """Each layer's own, one at a time."""
-    return {b: gram_pieces(model, data, blocks=[b])[b]["values"] for b in grams(model, data)}
+def check_alone(found, model, data):
+    """Each matrix is, to the last bit, that of its layer alone."""
+    for block, gram in found.items():
+        (alone,) = regress(
+            model, own := model.state_dict(), own, [block], Target.weights, data
+        ).values()
+        assert torch.equal(gram, (alone.gram + alone.gram.mT) / 2)
 
 
 @pytest.mark.parametrize("forward", TOGETHER.values(), ids=TOGETHER)
-def test_what_reads_the_same_tensor_shares(forward):
-    assert shared(grams(reading(forward), tokens())) == [("a", "b")]
+def test_what_reads_the_same_tensors_shares(forward):
+    found = grams(model := reading(forward), tokens())
+    assert shared(found) == [("a", "b")]
+    check_alone(found, model, tokens())
 
 
 @pytest.mark.parametrize("forward", ALONE.values(), ids=ALONE)
-def test_what_may_not_always_read_the_same_tensor_does_not_share(forward):
+def test_what_reads_other_tensors_does_not_share(forward):
     model = reading(forward)
     found = grams(model, tokens())
     assert not shared(found)
-    for block, values in expected(model, tokens()).items():
-        rows, columns = torch.triu_indices(*found[block].shape)
-        torch.testing.assert_close(found[block][rows, columns].float(), values)
+    check_alone(found, model, tokens())
 
 
 def test_a_layer_without_a_bias_does_not_share_with_one_that_has_it():
@@ -188,21 +199,114 @@ def test_a_padded_batch_is_summed_without_its_padding():
     torch.testing.assert_close(found, rows.T @ rows)
 
 
-def test_a_model_that_reads_otherwise_in_a_later_batch_is_refused_by_name():
-    def moody(model, x):
-        return model.a(x) + (model.b(x) if len(x) > 1 else 0)
+LATER = {
+    "the other is left out": lambda m, x: m.a(x),
+    "the one is left out": lambda m, x: m.b(x),
+    "the other reads something else": lambda m, x: m.a(x) + m.b(2 * x),
+    "the other goes first, with something else": lambda m, x: m.b(2 * x) + m.a(x),
+    "the other once more": lambda m, x: m.a(x) + m.b(x) + m.b(2 * x),
+    "the one once more": lambda m, x: m.a(x) + m.b(x) + m.a(2 * x),
+    "the one once more before the other": lambda m, x: m.a(x) + m.a(2 * x) + m.b(x),
+}
 
-    with pytest.raises(
-        FlowError, match=r"b\.weight and a\.weight read the same tensor in the first"
-    ):
-        grams(reading(moody), tokens(3) + tokens(1))
+
+def moody(later):
+    """As together, but otherwise for a single example."""
+    return reading(lambda m, x: m.a(x) + m.b(x) if len(x) > 1 else later(m, x))
 
 
-def test_layers_that_are_not_called_at_all_in_a_later_batch_are_in_order():
-    def moody(model, x):
-        return model.a(x) + model.b(x) if len(x) > 1 else x
+@pytest.mark.parametrize("batches", [(3, 1), (1, 3), (3, 1, 3)])
+@pytest.mark.parametrize("later", LATER.values(), ids=LATER)
+def test_layers_part_where_they_no_longer_read_the_same(later, batches):
+    data = [batch for count in batches for batch in tokens(count)]
+    found = grams(model := moody(later), data)
+    assert not shared(found)
+    check_alone(found, model, data)
 
-    assert shared(grams(reading(moody), tokens(3) + tokens(1))) == [("a", "b")]
+
+def test_layers_stay_together_through_a_batch_that_calls_neither():
+    data = tokens(1) + tokens(3) + tokens(1) + tokens(3)
+    found = grams(model := moody(lambda m, x: m.twice(x)), data)
+    assert shared(found) == [("a", "b")]
+    check_alone(found, model, data)
+
+
+@pytest.mark.parametrize("later", LATER.values(), ids=LATER)
+def test_fits_part_too_and_keep_their_moments(later):
+    model, data = moody(later), tokens(3) + tokens(1) + tokens(3)
+    own = {n: t.clone() for n, t in model.state_dict().items()}
+    fused = {n: t + 0.1 for n, t in own.items()}
+    blocks = [layer.block for layer in gram_layers(model)]
+    for block, sums in regress(model, own, fused, blocks, Target.weights, data).items():
+        (alone,) = regress(model, own, fused, [block], Target.weights, data).values()
+        assert torch.equal(sums.gram, alone.gram)
+        torch.testing.assert_close(sums.moment, alone.moment)
+
+
+class Programme(nn.Module):
+    """Three layers, and for each batch which of them reads which tensor."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+        self.batches = batches
+
+    def forward(self, x, number):
+        given = [x, 2 * x, 3 * x]
+        reads = self.batches[int(number)]
+        return sum((self.get_submodule(layer)(given[tensor]) for layer, tensor in reads), x)
+
+
+READS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches=st.lists(READS, min_size=1, max_size=4), sketched=st.booleans())
+def test_whatever_layers_read_each_has_the_total_that_it_would_have_alone(batches, sketched):
+    torch.manual_seed(0)
+    model = Programme(batches).to(W)
+    data = [
+        ({"x": x + number, "number": torch.tensor(number)}, y)
+        for number in range(len(batches))
+        for x, y in tokens()
+    ]
+    form = Form(Kind.sketch, 2) if sketched else Form()
+    known = {layer.block: Encoding(form, inputs=5) for layer in gram_layers(model)}
+    found = gram_pieces(model, data, encodings=known)
+    for block, pieces in found.items():
+        alone = gram_pieces(model, data, encodings=known, blocks=[block])[block]
+        assert all(torch.equal(piece, alone[name]) for name, piece in pieces.items())
+    reads = {n: [[t for layer, t in reads if layer == n] for reads in batches] for n in "abc"}
+    groups = {}
+    for block, pieces in found.items():
+        groups.setdefault(id(pieces), []).append(reads[block[0][0]])
+    assert all(other == first for first, *others in groups.values() for other in others)
+
+
+def test_projections_share_in_a_transformer_that_leaves_early_for_some():
+    """Without its last block, a batch of one leaves those of the others as they are."""
+    model = library("llama_alone")
+    layers = model.config.num_hidden_layers
+
+    def leave(module, args):
+        module.config.num_hidden_layers = layers if len(args[0]) > 1 else 1
+
+    model.register_forward_pre_hook(leave)
+    found = grams(model, data := DATA + DATA)
+    assert shared(found).count(ATTENTION["llama_alone"]) == layers
+    check_alone(found, model, data)
+
+
+def test_every_batch_is_run_once_by_each_model():
+    model, passes = library("llama_alone"), []
+    model.register_forward_hook(lambda module, *_: passes.append(module is model))
+    own = {n: t.clone() for n, t in model.state_dict().items()}
+    blocks = [layer.block for layer in gram_layers(model)]
+    grams(model, DATA)
+    assert passes == [True] * len(DATA)
+    passes.clear()
+    regress(model, own, own, blocks, Target.features, DATA)
+    assert sorted(passes) == [False] * len(DATA) + [True] * len(DATA)
 
 
 def triangle(inputs):
