@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.compact import Encoding
-from fedbasin.strategies.fusion.head import CrossValidated
+from fedbasin.strategies.fusion.head import CrossValidated, closed_form
+from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.tally import Ridge, Tally
-from fedbasin.strategies.fusion.update import Block, Order, Update
+from fedbasin.strategies.fusion.update import Block, Order, Update, split
 from fedbasin.strategies.stages import Along, Ask, Fitting, Kind
 from fedbasin.strategies.state import State, interpolate
 from fedbasin.strategies.validation import check_examples, check_fit
@@ -65,7 +66,7 @@ class Fit:
 
 
 class Head:
-    """Fit the last layer to labels: the solution itself, drawn to zero."""
+    """Fit the last layer to labels, whatever it has been so far."""
 
     name = "head"
     kind: Kind = "train"
@@ -95,7 +96,9 @@ class Head:
         self._sums.add(update)
 
     def finish(self) -> dict[str, Tensor]:
-        return {**self._sums.model, **self._sums.solved(self._ridge)}
+        ((block, sums),) = self._sums.of_blocks.items()
+        model = self._sums.model
+        return {**model, **split(block, closed_form(block, *sums, self._ridge), model)}
 
 
 class _Sums:
@@ -110,11 +113,13 @@ class _Sums:
         check_fit(update, self.model, self._blocks, self._tally.blocks)
         self._tally.fold(update)
 
-    def solved(self, ridge: Ridge | CrossValidated) -> dict[str, Tensor]:
+    @property
+    def of_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:
+        """For each layer its precision and its moment."""
+        return self._tally.blocks
+
+    def solved(self, ridge: Ridge) -> dict[str, Tensor]:
         """The layers' solution, drawn to zero."""
-        if isinstance(ridge, CrossValidated):
-            (sums,) = self._tally.blocks.items()
-            ridge = ridge.ridge(*sums)
         zero = {name: torch.zeros_like(self.model[name]) for b in self._blocks for name in b}
         return self._tally.finalize(zero, ridge)
 

@@ -1,12 +1,22 @@
-"""A closed-form head: ridge regression from labels, its strength chosen by generalised cross-validation.
+"""A closed-form head: linear discriminants from labels, their regulariser chosen by generalised cross-validation.
 
-    W = Y X^T (G + rho I)^-1        G = X X^T,  Y is +MARGIN at an example's label and -MARGIN elsewhere
-    GCV(rho) = ||Y - W X||^2 / (n - tr G (G + rho I)^-1)^2
+    C = sum_c sum_{x in c} (x - m_c) (x - m_c)^T / n      m_c  mean of class c, p_c its share of the n examples
+    w_c = (C + rho I)^-1 m_c      b_c = log p_c - w_c^T m_c / 2
+
+Least squares on labels needs the same sums, but where classes are many they hide one another there. Its size is kept:
+the discriminants are multiplied with the number that explains the labels best, +MARGIN at an example's own and
+-MARGIN elsewhere, because training goes on from them, and the scatter of features that were trained on the
+same labels says too little of how sure a head may be.
+
+    GCV(rho) = ||Y - W X||^2 / (n - tr G (G + rho I)^-1)^2        of least squares, G = X X^T, Y the labels
 
 This is the error on examples that are left out in turn, up to a rotation of the examples. It needs no held-out data and
 no message of its own: all of it follows from the sums G, Y X^T and n. Features that were trained on the same labels are
-no fresh ones, so it errs to the weak side. Golub, Heath and Wahba 1979, "Generalized cross-validation as a method for
-choosing a good ridge parameter", Technometrics 21(2).
+no fresh ones, so it errs to the weak side.
+
+Sources: Fisher 1936, "The use of multiple measurements in taxonomic problems", Annals of Eugenics 7(2); Friedman 1989,
+"Regularized discriminant analysis", JASA 84(405); in a federation Luo et al. 2021 (CCVR), arXiv 2106.05001; Golub, Heath
+and Wahba 1979, "Generalized cross-validation as a method for choosing a good ridge parameter", Technometrics 21(2).
 """
 
 from dataclasses import dataclass
@@ -16,11 +26,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.fusion.precision import Gram, Precision
+from fedbasin.strategies.fusion.precision import Gram, Precision, Scalar
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Block
 
 MARGIN = 5.0
+# Of a class, beside the example that it is given: inexact sums may say less than none.
+_LEAST = 0.5
 # Half a decade apart; relative to the mean diagonal of G.
 _STRENGTHS = tuple(10 ** (half / 2) for half in range(-8, 5))
 
@@ -35,17 +47,65 @@ class CrossValidated:
 
     otherwise: float = 1e-3
 
-    def ridge(self, block: Block, sums: tuple[Precision, Float[Tensor, "out inputs"]]) -> Ridge:
-        """The ridge with the least error on examples left out.
 
-        Args:
-            block: the head's weight, and its bias.
-            sums: of its inputs, with a one as the last of them for the bias; of labels and inputs.
-        """
-        precision, moment = sums
-        if len(block) == 1 or not isinstance(precision, Gram):
-            return Ridge(self.otherwise, "anchor")
-        return Ridge(least_error(precision.matrix, moment) or self.otherwise, "anchor")
+def closed_form(
+    block: Block,
+    precision: Precision,
+    moment: Float[Tensor, "out inputs"],
+    ridge: Ridge | CrossValidated,
+) -> Float[Tensor, "out inputs"]:
+    """The head that the clients' sums stand for.
+
+    Discriminants where the sums say how many examples each class has; a head without a bias, or one whose inputs are
+    known by a sketch, is least squares on the labels.
+
+    Args:
+        block: the head's weight, and its bias.
+        precision: of its inputs, with a one as the last of them for the bias.
+        moment: of labels and inputs.
+        ridge: the regulariser, drawn to zero.
+    """
+    gram = precision.matrix if len(block) > 1 and isinstance(precision, Gram) else None
+    prior = precision.isotropic(_strength(ridge, gram, moment))
+    if not prior.weight:
+        return torch.zeros_like(moment)  # no example reaches the head
+    if gram is None:
+        return (precision + prior).solve(moment)
+    return discriminants(gram, moment, prior)
+
+
+def _strength(ridge: Ridge | CrossValidated, gram: Tensor | None, moment: Tensor) -> float:
+    if isinstance(ridge, Ridge):
+        return ridge.strength
+    found = None if gram is None else least_error(gram, moment)
+    return found or ridge.otherwise
+
+
+def discriminants(
+    gram: Float[Tensor, "inputs inputs"], moment: Float[Tensor, "out inputs"], prior: Scalar
+) -> Float[Tensor, "out inputs"]:
+    """Linear discriminants of the classes, in the size in which they explain the labels best.
+
+    Each class has one more example, at the mean of all: one that nobody has seen is where it stands in nobody's way.
+
+    Args:
+        gram: of the inputs; the last one is the one that stands for the bias.
+        moment: of labels and inputs.
+        prior: on the scatter within classes.
+    """
+    gram, moment = gram.double(), moment.double()
+    sums = (moment + MARGIN * gram[-1]) / (2 * MARGIN)  # of each class, its number of examples last
+    smoothed = sums + gram[-1] / gram[-1, -1]
+    counts = smoothed[:, -1:].clamp(min=_LEAST)
+    means = smoothed / counts
+    crossed = sums.mT @ means
+    within = gram - crossed - crossed.mT + means.mT @ (sums[:, -1:] * means)
+    slopes = (Gram(within[:-1, :-1]) + prior).solve(means[:, :-1]) * gram[-1, -1]
+    offsets = counts.log() - (slopes * means[:, :-1]).sum(1, keepdim=True) / 2
+    scores = torch.cat([slopes, offsets], 1)
+    scores -= scores.mean(0)
+    explained = (scores @ gram * scores).sum()
+    return scores * ((scores * moment).sum() / explained) if explained > 0 else scores
 
 
 def least_error(

@@ -13,7 +13,9 @@ from fedbasin.proto import packing, wire
 from fedbasin.server.rounds import QuorumLostError
 from fedbasin.server.serve import serve
 from fedbasin.server.settings import SettingsError
-from fedbasin.strategies.fusion.head import MARGIN, least_error
+from fedbasin.strategies.fusion.head import MARGIN, CrossValidated, closed_form
+from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.recipe import RECIPES
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
@@ -166,15 +168,15 @@ def test_a_round_is_the_regression_on_all_clients_data_at_once(tmp_path, recipe)
 
 
 @pytest.mark.parametrize("config", [{}, {"ridge": 0.2}])
-def test_the_recipe_head_is_the_ridge_classifier_on_the_fused_features(tmp_path, config):
+def test_the_recipe_head_is_the_discriminants_of_all_clients_fused_features(tmp_path, config):
     run = Run(tmp_path, recipe="head", **config)
     state = mean(run)
     rows = [relu(hidden(state, run.data(node)[0])) for node in NODES]
     logits = [one_hot(run.data(node)[1], tiny.CLASSES) * (2 * MARGIN) - MARGIN for node in NODES]
     goals = [z.to(W) for z in logits]
-    strength = config.get("ridge") or least_error(*sums(rows, goals))
-    expected = ridge(rows, goals, torch.zeros(3, 7, dtype=W), strength)
-    close(run.model, fitted(state, HEAD, expected))
+    gram, moment = sums(rows, goals)
+    asked = Ridge(config["ridge"]) if config else CrossValidated()
+    close(run.model, fitted(state, HEAD, closed_form(HEAD, Gram(gram), moment, asked)))
 
 
 def test_half_of_the_way_is_taken_before_the_head_is_fitted(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Head, Probe
-from fedbasin.strategies.fusion.head import CrossValidated, least_error
+from fedbasin.strategies.fusion.head import CrossValidated, closed_form
 from fedbasin.strategies.fusion.precision import Gram
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order, Update, join
@@ -104,12 +104,13 @@ def test_a_head_to_labels_is_the_solution_itself_drawn_to_zero():
     assert drawn["second.weight"].abs().max() < 1e-9
 
 
-def test_a_head_can_choose_its_regulariser_from_the_sum_over_all_clients():
+def test_a_head_with_a_bias_is_what_the_sum_over_all_clients_stands_for():
     head, updates = fitting(FIRST, target=Target.labels), [answer(FIRST, seed=s) for s in (1, 2)]
-    gram = sum(update.precisions[FIRST].matrix for update in updates)
-    strength = least_error(gram, sum(update.moments[FIRST] for update in updates))
+    gram = Gram(sum(update.precisions[FIRST].matrix for update in updates))
+    moment = sum(update.moments[FIRST] for update in updates)
     found = fitted(Head(model(), head, CrossValidated()), *updates)
-    torch.testing.assert_close(join(FIRST, found), ridge_step(FIRST, (1, 2), strength))
+    expected = closed_form(FIRST, gram, moment, CrossValidated())
+    torch.testing.assert_close(join(FIRST, found), expected.to(W))
 
 
 def test_all_else_is_drawn_to_the_model_so_far():

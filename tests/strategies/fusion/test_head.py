@@ -2,10 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn.functional import one_hot
 
-from fedbasin.strategies.fusion.head import MARGIN, CrossValidated, least_error
-from fedbasin.strategies.fusion.precision import Diagonal, Gram
+from fedbasin.strategies.fusion.head import MARGIN, CrossValidated, closed_form, least_error
+from fedbasin.strategies.fusion.precision import Gram, Sketched
+from fedbasin.strategies.fusion.tally import Ridge
 
 BLOCK = ("head.weight", "head.bias")
 CLASSES = 3
@@ -61,14 +63,121 @@ def test_the_chosen_strength_is_near_the_best_on_fresh_examples(seed):
     assert error[chosen] < error[1e-4] / 2
 
 
-def test_a_head_without_a_bias_or_a_gram_matrix_says_not_enough():
+def sums(x, y):
+    return Gram(x.T @ x), y.T @ x
+
+
+def by_class(x, y, rho):
+    """Discriminants from the rows of each class, in the size of the least squared error."""
+    features, labels = x[:, :-1], y.argmax(1)
+    members = [features[labels == label] for label in range(y.shape[1])]
+    smoothed = [torch.cat([part, features.mean(0)[None]]) for part in members]
+    means = torch.stack([part.mean(0) for part in smoothed])
+    spread = sum((part - mean).T @ (part - mean) for part, mean in zip(members, means, strict=True))
+    slopes = torch.linalg.solve((spread + rho * torch.eye(len(spread))) / len(x), means.T).T
+    shares = torch.tensor([float(len(part)) for part in smoothed], dtype=x.dtype)
+    scores = torch.cat([slopes, (shares.log() - (slopes * means).sum(1) / 2)[:, None]], 1)
+    scores = scores - scores.mean(0)
+    size = torch.linalg.lstsq((x @ scores.T).reshape(-1, 1), y.reshape(-1, 1)).solution
+    return scores * size
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(4, 60),
+    strength=st.sampled_from([1e-3, 0.1, 10.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_give_the_discriminants_that_the_rows_would(rows, strength, seed):
+    x, y = examples(rows, 0.2, seed)
+    precision, moment = sums(x, y)
+    found = closed_form(BLOCK, precision, moment, Ridge(strength))
+    expected = by_class(x, y, strength * precision.matrix.diagonal().mean())
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_head_on_many_examples_says_what_scikit_learns_discriminants_say():
+    x, y = examples(5000, 0.3)
+    found = closed_form(BLOCK, *sums(x, y), Ridge(1e-9))
+    peer = LinearDiscriminantAnalysis().fit(x[:, :-1].numpy(), y.argmax(1).numpy())
+    same = (x @ found.T).argmax(1).numpy() == peer.predict(x[:, :-1].numpy())
+    assert same.mean() > 0.998
+
+
+def test_a_class_between_two_others_is_seen_where_least_squares_hides_it():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(100)
+    x = 4.0 * labels[:, None].double() + torch.randn(300, 1, generator=draw, dtype=torch.float64)
+    x = torch.cat([x, torch.ones(300, 1, dtype=torch.float64)], 1)
+    y = (one_hot(labels, 3) * 2.0 - 1).double() * MARGIN
+    squares = torch.linalg.lstsq(x, y).solution.T
+    right = [
+        ((x @ head.T).argmax(1) == labels).double().mean()
+        for head in (squares, closed_form(BLOCK, *sums(x, y), Ridge(1e-6)))
+    ]
+    assert right[0] < 0.7
+    assert right[1] > 0.95
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**16), by=st.permutations(range(CLASSES)))
+def test_classes_and_inputs_may_change_places(seed, by):
+    x, y = examples(30, 0.2, seed)
+    turn = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
+    moved = closed_form(BLOCK, *sums(x[:, [*turn, 8]], y[:, by]), CrossValidated())
+    torch.testing.assert_close(
+        moved, closed_form(BLOCK, *sums(x, y), CrossValidated())[by][:, [*turn, 8]]
+    )
+
+
+def test_a_class_without_examples_is_in_nobodys_way():
+    x, y = examples(200, 0.0)
+    more = torch.cat([y, torch.full((200, 1), -MARGIN, dtype=y.dtype)], 1)
+    scores = x @ closed_form(BLOCK, *sums(x, more), Ridge(1e-3)).T
+    assert (scores.argmax(1) < CLASSES).all()
+
+
+def test_one_class_alone_has_nothing_to_be_told_from():
+    x, _ = examples(20, 0.0)
+    y = torch.full((20, 1), MARGIN, dtype=x.dtype)
+    assert torch.equal(closed_form(BLOCK, *sums(x, y), Ridge(0.1)), torch.zeros(1, 9).double())
+
+
+@pytest.mark.parametrize("rows", [3, 60])
+def test_sums_rounded_as_they_travel_give_nearly_the_same_head(rows):
+    x, y = examples(rows, 0.2, inputs=30)
+    precision, moment = sums(x, y)
+    exact = closed_form(BLOCK, precision, moment, Ridge(1e-3))
+    rounded = closed_form(BLOCK, Gram(precision.matrix.float()), moment.float(), Ridge(1e-3))
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("ridge", [Ridge(0.25), CrossValidated(otherwise=0.25)])
+def test_a_head_without_a_bias_is_least_squares(ridge):
     x, y = examples(40, 0.5)
-    rule = CrossValidated(otherwise=0.25)
-    assert rule.ridge(BLOCK[:1], (Gram(x.T @ x), y.T @ x)).strength == 0.25
-    assert rule.ridge(BLOCK, (Diagonal(torch.ones(3, 9)), y.T @ x)).strength == 0.25
-    assert rule.ridge(BLOCK, (Gram(x.T @ x), y.T @ x)).strength != 0.25
+    precision, moment = sums(x, y)
+    rho = 0.25 * precision.matrix.diagonal().mean() * torch.eye(9, dtype=x.dtype)
+    expected = torch.linalg.solve(precision.matrix + rho, moment.T).T
+    torch.testing.assert_close(closed_form(BLOCK[:1], precision, moment, ridge), expected)
 
 
-def test_a_head_that_no_example_reaches_is_left_to_the_other_strength():
+def test_a_head_whose_inputs_are_known_by_a_sketch_is_least_squares():
+    x, y = examples(40, 0.5)
+    sketch = Sketched(x, torch.zeros(9, dtype=x.dtype))
+    rho = 0.25 * (x.T @ x).diagonal().mean() * torch.eye(9, dtype=x.dtype)
+    expected = torch.linalg.solve(x.T @ x + rho, x.T @ y).T
+    found = closed_form(BLOCK, sketch, y.T @ x, CrossValidated(otherwise=0.25))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_regulariser_is_the_one_of_the_sums():
+    x, y = examples(40, 0.5)
+    strength = least_error(x.T @ x, y.T @ x)
+    found = closed_form(BLOCK, *sums(x, y), CrossValidated())
+    torch.testing.assert_close(found, closed_form(BLOCK, *sums(x, y), Ridge(strength)))
+
+
+@pytest.mark.parametrize("ridge", [Ridge(0.25), CrossValidated()])
+def test_a_head_that_no_example_reaches_is_zero(ridge):
     nothing = torch.zeros(9, 9, dtype=torch.float64)
-    assert CrossValidated(0.25).ridge(BLOCK, (Gram(nothing), nothing[:3])).strength == 0.25
+    assert not closed_form(BLOCK, Gram(nothing), nothing[:3], ridge).any()
