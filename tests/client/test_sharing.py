@@ -191,6 +191,17 @@ def test_layers_that_are_sent_in_other_forms_do_not_share():
     assert list(found[b]) == ["values"]
 
 
+def test_layers_that_are_never_called_share_zeros_where_these_are_sent_alike():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(5, 3, bias=False)).to(W)
+    model.forward = lambda x: x
+    half = {la.block: Encoding(Form(Kind.half), inputs=5) for la in gram_layers(model)}
+    found = gram_pieces(model, [(torch.ones(2, 4), torch.zeros(2))], encodings=half)
+    assert not any(piece.any() for pieces in found.values() for piece in pieces.values())
+    first, second, unbiased = found.values()
+    assert first is second
+    assert list(unbiased) == ["values", "root"]
+
+
 def test_a_padded_batch_is_summed_without_its_padding():
     model, ((x, y),) = reading(TOGETHER["as they are"]), tokens()
     mask = torch.arange(5) < torch.tensor([5, 1, 3]).unsqueeze(1)
