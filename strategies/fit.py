@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.compact import Encoding
-from fedbasin.strategies.fusion.head import CrossValidated, closed_form
+from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update, split
@@ -76,7 +76,7 @@ class Head:
         self,
         model: State,
         fitting: Fitting,
-        ridge: Ridge | CrossValidated,
+        ridge: Ridge | Evidence,
         *,
         encodings: Mapping[Block, Encoding] | None = None,
     ) -> None:

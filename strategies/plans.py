@@ -17,7 +17,7 @@ from torch import Tensor
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Head, Probe
 from fedbasin.strategies.fusion.compact import Encoding
-from fedbasin.strategies.fusion.head import CrossValidated
+from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.recipe import Recipe, Target
@@ -227,6 +227,6 @@ def _fit(
     recipe: Recipe, model: State, fitting: Fitting, encodings: Mapping[Block, Encoding] | None
 ) -> Stage:
     if fitting.target is Target.labels:
-        return Head(model, fitting, recipe.head or CrossValidated(), encodings=encodings)
+        return Head(model, fitting, recipe.head or Evidence(), encodings=encodings)
     strength = (recipe.ridge or Ridge()).strength
     return Fit(model, fitting, strength, recipe.share, encodings=encodings)

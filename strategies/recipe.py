@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
-from fedbasin.strategies.fusion.head import CrossValidated
+from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.steps import Average, Momentum, Replace, Step
 
@@ -68,7 +68,7 @@ class Recipe:
     shrink: float = 1.0
     fit: Target | None = None
     share: float = 1.0
-    head: Ridge | CrossValidated | None = None
+    head: Ridge | Evidence | None = None
     probe: int = 0
     reach: float = 0.0
     step: Step = field(default_factory=Replace)
@@ -133,7 +133,7 @@ class Recipe:
 
 
 _FEDAVGM = Recipe("fedavgm", step=Momentum(0.7))
-_AUTO_HEAD = Recipe("auto-head", head=CrossValidated(), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM)
+_AUTO_HEAD = Recipe("auto-head", head=Evidence(), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM)
 
 RECIPES = {
     recipe.name: recipe
@@ -145,7 +145,7 @@ RECIPES = {
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
         Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
-        Recipe("head", head=CrossValidated()),
+        Recipe("head", head=Evidence()),
         replace(_AUTO_HEAD, name="auto", ridge=Ridge(1e-1), fit=Target.features, share=0.5),
         _AUTO_HEAD,
         Recipe(
@@ -153,7 +153,7 @@ RECIPES = {
             ridge=Ridge(1e-1),
             fit=Target.features,
             share=0.5,
-            head=CrossValidated(),
+            head=Evidence(),
         ),
         Recipe("lora", Statistic.gram, Ridge(1e-2), adapters=Adapters.products, sketched=True),
         Recipe("lora-products", adapters=Adapters.products),

@@ -1,4 +1,4 @@
-"""A closed-form head: linear discriminants from labels, their regulariser chosen by generalised cross-validation.
+"""A closed-form head: linear discriminants from labels, their regulariser the one with most evidence.
 
     C = sum_c sum_{x in c} (x - m_c) (x - m_c)^T / n      m_c  mean of class c, p_c its share of the n examples
     w_c = (C + rho I)^-1 m_c      b_c = log p_c - w_c^T m_c / 2
@@ -8,19 +8,20 @@ the discriminants are multiplied with the number that explains the labels best, 
 -MARGIN elsewhere, because training goes on from them, and the scatter of features that were trained on the
 same labels says too little of how sure a head may be.
 
-    GCV(rho) = ||Y - W X||^2 / (n - tr G (G + rho I)^-1)^2        of least squares, G = X X^T, Y the labels
+    evidence(rho) = n log(||Y||^2 - tr Y X^T (G + rho I)^-1 X Y^T) + log det (G + rho I) - p log rho        the least
 
-This is the error on examples that are left out in turn, up to a rotation of the examples. It needs no held-out data and
-no message of its own: all of it follows from the sums G, Y X^T and n. Features that were trained on the same labels are
-no fresh ones, so it errs to the weak side.
+That is how likely the labels are with least squares behind them, G = X X^T of p inputs, whatever the weights: it weighs
+what they explain against how well they had to be chosen. It needs no held-out data and no message of its own: all of it
+follows from the sums G, Y X^T and n. Generalised cross-validation, which needs the same, errs to the weak side where
+features were trained on the same labels.
 
 Sources: Fisher 1936, "The use of multiple measurements in taxonomic problems", Annals of Eugenics 7(2); Friedman 1989,
-"Regularized discriminant analysis", JASA 84(405); in a federation Luo et al. 2021 (CCVR), arXiv 2106.05001; Golub, Heath
-and Wahba 1979, "Generalized cross-validation as a method for choosing a good ridge parameter", Technometrics 21(2).
+"Regularized discriminant analysis", JASA 84(405); in a federation Luo et al. 2021 (CCVR), arXiv 2106.05001; MacKay 1992,
+"Bayesian interpolation", Neural Computation 4(3).
 """
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, log
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,7 @@ _STRENGTHS = tuple(10 ** (half / 2) for half in range(-8, 5))
 
 
 @dataclass(frozen=True)
-class CrossValidated:
+class Evidence:
     """A regulariser of which the clients' sums say how strong it is.
 
     Attributes:
@@ -52,7 +53,7 @@ def closed_form(
     block: Block,
     precision: Precision,
     moment: Float[Tensor, "out inputs"],
-    ridge: Ridge | CrossValidated,
+    ridge: Ridge | Evidence,
 ) -> Float[Tensor, "out inputs"]:
     """The head that the clients' sums stand for.
 
@@ -74,10 +75,10 @@ def closed_form(
     return discriminants(gram, moment, prior)
 
 
-def _strength(ridge: Ridge | CrossValidated, gram: Tensor | None, moment: Tensor) -> float:
+def _strength(ridge: Ridge | Evidence, gram: Tensor | None, moment: Tensor) -> float:
     if isinstance(ridge, Ridge):
         return ridge.strength
-    found = None if gram is None else least_error(gram, moment)
+    found = None if gram is None else most_evident(gram, moment)
     return found or ridge.otherwise
 
 
@@ -108,10 +109,10 @@ def discriminants(
     return scores * ((scores * moment).sum() / explained) if explained > 0 else scores
 
 
-def least_error(
+def most_evident(
     gram: Float[Tensor, "inputs inputs"], moment: Float[Tensor, "out inputs"]
 ) -> float | None:
-    """The strength with the least error on examples left out, relative to the mean diagonal.
+    """The strength under which the labels are most likely, relative to the mean diagonal.
 
     Args:
         gram: of the inputs; the last one is the one that stands for the bias.
@@ -128,11 +129,10 @@ def least_error(
     values = values.clamp(min=0)
     seen = (moment.double() @ vectors).square().sum(0)
 
-    def error(strength: float) -> float:
-        ridged = values + strength * values.mean()
-        left = energy - float((seen * (2 * ridged - values) / ridged.square()).sum())
-        free = rows - float((values / ridged).sum())
+    def surprise(strength: float) -> float:
+        prior = strength * values.mean()
+        left = energy - float((seen / (values + prior)).sum())
         # An inexact Gram matrix can explain more than there is.
-        return left / free**2 if left > 0 and free > 0 else inf
+        return rows * log(left) + float((values / prior).log1p().sum()) if left > 0 else inf
 
-    return min(_STRENGTHS, key=error)
+    return min(_STRENGTHS, key=surprise)

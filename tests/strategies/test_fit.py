@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Head, Probe
-from fedbasin.strategies.fusion.head import CrossValidated, closed_form
+from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precision import Gram
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order, Update, join
@@ -108,8 +108,8 @@ def test_a_head_with_a_bias_is_what_the_sum_over_all_clients_stands_for():
     head, updates = fitting(FIRST, target=Target.labels), [answer(FIRST, seed=s) for s in (1, 2)]
     gram = Gram(sum(update.precisions[FIRST].matrix for update in updates))
     moment = sum(update.moments[FIRST] for update in updates)
-    found = fitted(Head(model(), head, CrossValidated()), *updates)
-    expected = closed_form(FIRST, gram, moment, CrossValidated())
+    found = fitted(Head(model(), head, Evidence()), *updates)
+    expected = closed_form(FIRST, gram, moment, Evidence())
     torch.testing.assert_close(join(FIRST, found), expected.to(W))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Head, Probe
-from fedbasin.strategies.fusion.head import CrossValidated
+from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.plans import Next, UnknownOrderError, round_plan
@@ -212,8 +212,8 @@ def regularisers(recipe):
 def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_its_own():
     recipe = RECIPES["features-head"]
     body = (Ridge(recipe.ridge.strength, "anchor"), 0.5)
-    assert regularisers(recipe) == [*5 * [body], CrossValidated()]
-    assert regularisers(RECIPES["head"]) == [CrossValidated()]
+    assert regularisers(recipe) == [*5 * [body], Evidence()]
+    assert regularisers(RECIPES["head"]) == [Evidence()]
     assert regularisers(RECIPES["head"].regularised(0.5)) == [Ridge(0.5, "anchor")]
 
 

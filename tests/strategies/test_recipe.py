@@ -1,6 +1,6 @@
 import pytest
 
-from fedbasin.strategies.fusion.head import CrossValidated
+from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.recipe import RECIPES, Recipe, Statistic, Target
 
@@ -20,7 +20,7 @@ def test_whoever_solves_for_layers_regularises_them(recipe):
     ("name", "body", "head"),
     [
         ("regmean", 0.5, None),
-        ("features-head", 0.5, CrossValidated()),
+        ("features-head", 0.5, Evidence()),
         ("head", None, Ridge(0.5, "anchor")),
         ("auto-head", None, Ridge(0.5, "anchor")),
         ("fedavg", None, None),

@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch.distributions import MultivariateNormal
 from torch.nn.functional import one_hot
 
-from fedbasin.strategies.fusion.head import MARGIN, CrossValidated, closed_form, least_error
+from fedbasin.strategies.fusion.head import MARGIN, Evidence, closed_form, most_evident
 from fedbasin.strategies.fusion.precision import Gram, Sketched
 from fedbasin.strategies.fusion.tally import Ridge
 
@@ -25,25 +26,26 @@ def examples(rows, noise, seed=0, inputs=8):
 
 
 def by_rows(x, y, strength):
-    """The criterion from the rows themselves and their hat matrix."""
-    gram = x.T @ x
-    rho = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype)
-    hat = x @ torch.linalg.solve(gram + rho, x.T)
-    return (y - hat @ y).square().sum() / (len(x) - hat.trace()) ** 2
+    """How unlikely the labels are, from the covariance that the weights behind them give the rows."""
+    rho = strength * (x.T @ x).diagonal().mean()
+    covariance = torch.eye(len(x), dtype=x.dtype) + x @ x.T / rho
+    scale = (y * torch.linalg.solve(covariance, y)).sum() / y.numel()
+    normal = MultivariateNormal(torch.zeros(len(x), dtype=x.dtype), scale * covariance)
+    return -normal.log_prob(y.T).sum()
 
 
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(4, 60), noise=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 2**16))
 def test_sums_choose_what_the_rows_would(rows, noise, seed):
     x, y = examples(rows, noise, seed)
-    chosen = least_error(x.T @ x, y.T @ x)
+    chosen = most_evident(x.T @ x, y.T @ x)
     best = min(by_rows(x, y, 10 ** (half / 2)) for half in range(-8, 5))
     torch.testing.assert_close(by_rows(x, y, chosen), best)
 
 
 def test_wrong_labels_call_for_a_stronger_ridge():
     clean, noisy = (
-        least_error(x.T @ x, y.T @ x) for x, y in (examples(40, noise) for noise in (0.0, 0.9))
+        most_evident(x.T @ x, y.T @ x) for x, y in (examples(40, noise) for noise in (0.0, 0.9))
     )
     assert clean < noisy
 
@@ -57,7 +59,7 @@ def test_the_chosen_strength_is_near_the_best_on_fresh_examples(seed):
         return x, y, head
 
     x, y, _ = wrong(1.0)
-    chosen = least_error(x.T @ x, y.T @ x)
+    chosen = most_evident(x.T @ x, y.T @ x)
     truth = torch.linalg.lstsq(*examples(20_000, 0.0, seed, inputs=40)).solution
     error = {s: (wrong(s)[2] - truth).square().sum() for s in (1e-4, chosen)}
     assert error[chosen] < error[1e-4] / 2
@@ -124,9 +126,9 @@ def test_a_class_between_two_others_is_seen_where_least_squares_hides_it():
 def test_classes_and_inputs_may_change_places(seed, by):
     x, y = examples(30, 0.2, seed)
     turn = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
-    moved = closed_form(BLOCK, *sums(x[:, [*turn, 8]], y[:, by]), CrossValidated())
+    moved = closed_form(BLOCK, *sums(x[:, [*turn, 8]], y[:, by]), Evidence())
     torch.testing.assert_close(
-        moved, closed_form(BLOCK, *sums(x, y), CrossValidated())[by][:, [*turn, 8]]
+        moved, closed_form(BLOCK, *sums(x, y), Evidence())[by][:, [*turn, 8]]
     )
 
 
@@ -152,7 +154,7 @@ def test_sums_rounded_as_they_travel_give_nearly_the_same_head(rows):
     torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("ridge", [Ridge(0.25), CrossValidated(otherwise=0.25)])
+@pytest.mark.parametrize("ridge", [Ridge(0.25), Evidence(otherwise=0.25)])
 def test_a_head_without_a_bias_is_least_squares(ridge):
     x, y = examples(40, 0.5)
     precision, moment = sums(x, y)
@@ -166,18 +168,18 @@ def test_a_head_whose_inputs_are_known_by_a_sketch_is_least_squares():
     sketch = Sketched(x, torch.zeros(9, dtype=x.dtype))
     rho = 0.25 * (x.T @ x).diagonal().mean() * torch.eye(9, dtype=x.dtype)
     expected = torch.linalg.solve(x.T @ x + rho, x.T @ y).T
-    found = closed_form(BLOCK, sketch, y.T @ x, CrossValidated(otherwise=0.25))
+    found = closed_form(BLOCK, sketch, y.T @ x, Evidence(otherwise=0.25))
     torch.testing.assert_close(found, expected)
 
 
 def test_the_regulariser_is_the_one_of_the_sums():
     x, y = examples(40, 0.5)
-    strength = least_error(x.T @ x, y.T @ x)
-    found = closed_form(BLOCK, *sums(x, y), CrossValidated())
+    strength = most_evident(x.T @ x, y.T @ x)
+    found = closed_form(BLOCK, *sums(x, y), Evidence())
     torch.testing.assert_close(found, closed_form(BLOCK, *sums(x, y), Ridge(strength)))
 
 
-@pytest.mark.parametrize("ridge", [Ridge(0.25), CrossValidated()])
+@pytest.mark.parametrize("ridge", [Ridge(0.25), Evidence()])
 def test_a_head_that_no_example_reaches_is_zero(ridge):
     nothing = torch.zeros(9, 9, dtype=torch.float64)
     assert not closed_form(BLOCK, Gram(nothing), nothing[:3], ridge).any()
