@@ -4,7 +4,7 @@ The client builds on what it kept in this round: its own model as it was sent, a
 which every request brings the part that is new.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Context, MetricRecord, RecordDict
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from fedbasin.client.measuring import path_message
 from fedbasin.client.probe import path_losses
 from fedbasin.client.regression import regress
 from fedbasin.client.request import Data, Request, answer, required
+from fedbasin.client.running import Moments, measuring
 from fedbasin.client.totals import finished
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import wire
+from fedbasin.proto import packing, wire
 from fedbasin.strategies.encodings import read_encodings, write_grams
 from fedbasin.strategies.fusion.compact import Encoding, encode_moment
+from fedbasin.strategies.fusion.running import Norm
 from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.stages import Along
 from fedbasin.strategies.state import State, tied
@@ -84,7 +86,10 @@ def _fit(
         return
     blocks = [tuple(block.tensors) for block in asked.blocks]
     encodings = read_encodings(request.header.encodings)
-    sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches(), encodings)
+    norms = [Norm(norm.name, norm.eps) for norm in asked.norms]
+    with measuring(model, norms) as read:
+        sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches(), encodings)
+    _write_measured(header, content, fused, read)
     moments = {
         block: encode_moment(found.moment, encodings.get(block, Encoding()).moment)
         for block, found in sums.items()
@@ -92,6 +97,22 @@ def _fit(
     totals = {block: found.inputs for block, found in sums.items()}
     grams = finished(totals, lambda total: total.dividing())
     write_grams(header, content, grams, moments)
+
+
+def _write_measured(
+    header: pb.UpdateHeader, content: RecordDict, fused: State, read: Mapping[Norm, Moments]
+) -> None:
+    """The running statistics that the fused model has on the client's data."""
+    measured = {
+        name: statistic
+        for norm, moments in read.items()
+        for name, statistic in zip(
+            norm.measured, moments.statistics(*map(fused.__getitem__, norm.measured)), strict=True
+        )
+    }
+    if measured:
+        content[wire.ARRAYS], specs = packing.pack(measured)
+        header.tensors.extend(specs)
 
 
 def _merged(pieces: Sequence[State], model: nn.Module) -> dict[str, Tensor]:

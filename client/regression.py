@@ -31,6 +31,7 @@ from torch.nn.functional import one_hot
 from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.products import Product, Products, layer_by_layer
 from fedbasin.client.reach import Reach, Reaches
+from fedbasin.client.running import find_norms
 from fedbasin.client.sharing import Inputs, Shared
 from fedbasin.client.totals import Total
 from fedbasin.strategies.fusion.compact import Encoding
@@ -69,7 +70,7 @@ class Sums:
 
 
 def order(model: nn.Module, batches: Batches) -> Order:
-    """Read the order of the layers off one batch.
+    """Read the order of the layers off one batch, and the BatchNorms off the modules.
 
     Raises:
         ValueError: there is no data.
@@ -83,7 +84,7 @@ def order(model: nn.Module, batches: Batches) -> Order:
     ordered = sorted(first, key=[product.layer.block for product in seen].index)
     levels = groupby(ordered, key=lambda block: id(first[block].inputs))
     head = seen[-1].layer.block if seen and seen[-1].output is logits else None
-    return Order(tuple(tuple(level) for _, level in levels), head)
+    return Order(tuple(tuple(level) for _, level in levels), head, find_norms(model))
 
 
 def regress(

@@ -75,6 +75,8 @@ def _describe_order(header: pb.UpdateHeader, found: Order) -> None:
         header.levels.add(blocks=[pb.Block(tensors=block) for block in level])
     if found.head:
         header.head.tensors.extend(found.head)
+    for norm in found.norms:
+        header.norms.add(name=norm.name, eps=norm.eps)
 
 
 def _examples(metrics: dict[str, float]) -> float:

@@ -253,6 +253,32 @@ class Level(_message.Message):
 Global___Level: _TypeAlias = Level  # noqa: Y015
 
 @_typing.final
+class Norm(_message.Message):
+    """A BatchNorm with running statistics, gain and shift."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EPS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the module"""
+    eps: _builtins.float
+    """what it adds to variances"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        eps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eps", b"eps", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Norm: _TypeAlias = Norm  # noqa: Y015
+
+@_typing.final
 class Fit(_message.Message):
     """Layers to fit on the features of the model so far. Its tensors travel in pieces: those of sequence 0 are all,
     those of a later one replace what the client kept of the one before.
@@ -264,6 +290,7 @@ class Fit(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    NORMS_FIELD_NUMBER: _builtins.int
     target: Global___FitTarget.ValueType
     sequence: _builtins.int
     @_builtins.property
@@ -272,6 +299,10 @@ class Fit(_message.Message):
     def path(self) -> Global___Along:
         """evaluate this path, which `path_points` asks points of"""
 
+    @_builtins.property
+    def norms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Norm]:
+        """BatchNorms whose running statistics are to be measured on the model so far; they come back as its tensors do."""
+
     def __init__(
         self,
         *,
@@ -279,10 +310,11 @@ class Fit(_message.Message):
         target: Global___FitTarget.ValueType = ...,
         sequence: _builtins.int = ...,
         path: Global___Along | None = ...,
+        norms: _abc.Iterable[Global___Norm] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "path", b"path", "sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "norms", b"norms", "path", b"path", "sequence", b"sequence", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,6 +805,7 @@ class UpdateHeader(_message.Message):
     LEVELS_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    NORMS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -807,6 +840,10 @@ class UpdateHeader(_message.Message):
     def head(self) -> Global___Block:
         """the layer that gives the model's own output; absent where none does"""
 
+    @_builtins.property
+    def norms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Norm]:
+        """with the order of the layers"""
+
     def __init__(
         self,
         *,
@@ -827,10 +864,11 @@ class UpdateHeader(_message.Message):
         levels: _abc.Iterable[Global___Level] | None = ...,
         head: Global___Block | None = ...,
         lost: _builtins.bool = ...,
+        norms: _abc.Iterable[Global___Norm] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "head", b"head", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "head", b"head", "levels", b"levels", "lost", b"lost", "path", b"path", "precisions", b"precisions", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "examples", b"examples", "function_changed", b"function_changed", "head", b"head", "levels", b"levels", "lost", b"lost", "norms", b"norms", "path", b"path", "precisions", b"precisions", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "symmetry_digest", b"symmetry_digest", "tensors", b"tensors", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

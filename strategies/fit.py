@@ -10,7 +10,7 @@ directions that no client has seen stay as they are. Clients send what is left t
 inexact `X~ X~^T` then changes how far the step goes, and not where steps end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precision import Precision
+from fedbasin.strategies.fusion.running import restated
 from fedbasin.strategies.fusion.tally import Ridge, Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update, split
 from fedbasin.strategies.stages import Along, Ask, Fitting, Kind
@@ -53,7 +54,7 @@ class Fit:
         self.ask = _ask(fitting, encodings)
         self._ridge = Ridge(strength, "anchor")
         self._share = share
-        self._sums = _Sums(model, fitting.blocks)
+        self._sums = _Sums(model, fitting)
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
@@ -62,7 +63,7 @@ class Fit:
         model = self._sums.model
         step = self._sums.solved(self._ridge)
         solution = {name: model[name] + change for name, change in step.items()}
-        return {**model, **interpolate(model, solution, self._share)}
+        return self._sums.restated({**model, **interpolate(model, solution, self._share)})
 
 
 class Head:
@@ -90,7 +91,7 @@ class Head:
         """
         self.ask = _ask(fitting, encodings)
         self._ridge = ridge
-        self._sums = _Sums(model, fitting.blocks)
+        self._sums = _Sums(model, fitting)
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
@@ -98,20 +99,30 @@ class Head:
     def finish(self) -> dict[str, Tensor]:
         ((block, sums),) = self._sums.of_blocks.items()
         model = self._sums.model
-        return {**model, **split(block, closed_form(block, *sums, self._ridge), model)}
+        solution = split(block, closed_form(block, *sums, self._ridge), model)
+        return self._sums.restated({**model, **solution})
 
 
 class _Sums:
-    """Normal equations of some layers over the clients, and what solves them."""
+    """Normal equations of some layers over the clients, what solves them, and running statistics."""
 
-    def __init__(self, model: State, blocks: Sequence[Block]) -> None:
+    def __init__(self, model: State, fitting: Fitting) -> None:
         self.model = model
-        self._blocks = blocks
+        self._blocks = fitting.blocks
+        self._norms = fitting.norms
+        self._measured = {name: model[name] for norm in self._norms for name in norm.measured}
         self._tally = Tally.zero({})
+        self._statistics = Tally.zero(self._measured)
 
     def add(self, update: Update) -> None:
-        check_fit(update, self.model, self._blocks, self._tally.blocks)
+        check_fit(update, self.model, self._blocks, self._measured, self._tally.blocks)
         self._tally.fold(update)
+        self._statistics.fold(Update(update.parameters, update.examples))
+
+    def restated(self, fitted: State) -> dict[str, Tensor]:
+        """The fitted model with the statistics that the clients have measured."""
+        measured = self._statistics.finalize(self._measured)
+        return restated(fitted, measured, self._norms)
 
     @property
     def of_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:

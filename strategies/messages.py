@@ -16,6 +16,7 @@ from fedbasin.strategies.alignment.matching import AlignmentReport
 from fedbasin.strategies.alignment.pairs import Link
 from fedbasin.strategies.encodings import encoding_messages, read_encodings, statistics
 from fedbasin.strategies.fusion.compact import Encoding
+from fedbasin.strategies.fusion.running import Norm
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.recipe import Statistic, Target
@@ -147,7 +148,8 @@ def _fit(ask: Fitting) -> pb.Fit:
     blocks = [pb.Block(tensors=block) for block in ask.blocks]
     target = pb.FIT_TARGET_UNSPECIFIED if ask.target is None else _TARGET[ask.target]
     path = None if ask.along is None else pb.Along(share=ask.along.share, reach=ask.along.reach)
-    return pb.Fit(blocks=blocks, target=target, sequence=ask.sequence, path=path)
+    norms = [pb.Norm(name=norm.name, eps=norm.eps) for norm in ask.norms]
+    return pb.Fit(blocks=blocks, target=target, sequence=ask.sequence, path=path, norms=norms)
 
 
 def requests(sent: Broadcast, nodes: Iterable[int]) -> list[Message]:
@@ -213,17 +215,19 @@ def _order(header: pb.UpdateHeader) -> Order | None:
     if not header.levels:
         return None
     levels = (tuple(tuple(block.tensors) for block in level.blocks) for level in header.levels)
-    return Order(tuple(levels), tuple(header.head.tensors) or None)
+    norms = tuple(Norm(norm.name, norm.eps) for norm in header.norms)
+    return Order(tuple(levels), tuple(header.head.tensors) or None, norms)
 
 
 def _fitted(
     content: RecordDict, header: pb.UpdateHeader, encodings: Mapping[Block, Encoding]
 ) -> Update:
-    """Sums without weights: what layers are fitted to."""
+    """Sums without weights: what layers are fitted to; and running statistics, where they were asked for."""
     if header.lost:
         raise Refusal(Outcome.lost_model, f"round {header.round}, {header.stage}")
     found = statistics(content, header, pb.PRECISION_KIND_GRAM, encodings)
-    return Update({}, header.examples, found.precisions, found.moments)
+    measured = _parameters(content, header) if header.tensors else {}
+    return Update(measured, header.examples, found.precisions, found.moments)
 
 
 def _receive_evaluation(message: Message, asked: pb.Request) -> Received:

@@ -7,7 +7,7 @@ knows no message, no clock and no client: whoever drives it asks, waits and fold
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Literal, Protocol, TypeAlias
@@ -124,8 +124,8 @@ def round_plan(
     for fitting in fittings:
         stage = partial(_fit, recipe, model, fitting, encodings)
         answer = yield Next(stage, new, answer.nodes)
+        new = {name: t for name, t in answer.model.items() if t is not model[name]}
         model = answer.model
-        new = {name: model[name] for block in fitting.blocks for name in block}
     if not (recipe.probe and fittings):
         return Planned(model)
     probe = partial(Probe, model, len(fittings), points=recipe.probe)
@@ -193,7 +193,9 @@ def _fittings(recipe: Recipe, order: Order | None, grouping: Grouping) -> list[F
         asked = [(group, recipe.fit) for group in groups]
     if recipe.head and order.head is not None:
         asked.append(((order.head,), Target.labels))
-    return [Fitting(blocks, target, index) for index, (blocks, target) in enumerate(asked)]
+    fittings = [Fitting(blocks, target, index) for index, (blocks, target) in enumerate(asked)]
+    # What the layers below compute is settled when the last one is fitted.
+    return [*fittings[:-1], replace(fittings[-1], norms=order.norms)]
 
 
 def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:

@@ -25,6 +25,7 @@ from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.fusion.adapters import blocks_of, find_adapters, sketched
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.products import ProductTally
+from fedbasin.strategies.fusion.running import Norm
 from fedbasin.strategies.fusion.tally import Tally
 from fedbasin.strategies.fusion.update import Block, Order, Update
 from fedbasin.strategies.outcome import Outcome, Refusal
@@ -84,12 +85,14 @@ class Fitting:
         target: what they are fitted to; None where there are none.
         sequence: of the piece of the fused model that the request carries; 0 is all of it.
         along: the path to evaluate, where that is asked for.
+        norms: BatchNorms whose statistics are measured on the model so far.
     """
 
     blocks: tuple[Block, ...]
     target: Target | None
     sequence: int
     along: Along | None = None
+    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

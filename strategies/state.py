@@ -9,6 +9,9 @@ from torch import Tensor
 
 State: TypeAlias = Mapping[str, Tensor]
 
+# As torch's normalisation layers call what they measure, and do not learn.
+MEASURED = ("running_mean", "running_var")
+
 _PIECE = 2**18  # elements
 
 
@@ -52,12 +55,10 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 def beyond(a: State, b: State, t: float) -> dict[str, Tensor]:
     """The point `(1 - t) a + t b` of the parameters, where t may be more than 1.
 
-    Tensors that are nowhere negative at `b`, as variances, are taken from there: beyond it they might be.
+    Running statistics are taken from `b`: beyond it a variance might be negative.
     """
     moved = interpolate(a, b, t)
-    return {
-        name: tensor if bool((tensor >= 0).all()) else moved[name] for name, tensor in b.items()
-    }
+    return {name: tensor if name.endswith(MEASURED) else moved[name] for name, tensor in b.items()}
 
 
 def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:

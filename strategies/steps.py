@@ -18,10 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.state import State, floating, interpolate
-
-# As torch's normalisation layers call them.
-_MEASURED = ("running_mean", "running_var")
+from fedbasin.strategies.state import MEASURED, State, floating, interpolate
 
 Memory: TypeAlias = dict[str, Tensor]
 Stepped: TypeAlias = tuple[dict[str, Tensor], Memory]
@@ -147,7 +144,7 @@ def _changes(model: State, fused: State) -> dict[str, Tensor]:
 
 def _learned(model: State) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in floating(model).items():
-        if not name.endswith(_MEASURED):
+        if not name.endswith(MEASURED):
             yield name, tensor
 
 

@@ -4,6 +4,7 @@ Shapes, dtypes and names are compared with the anchor; numbers must be finite; s
 their kind promises: a diagonal is not negative, a Gram matrix is symmetric and positive semi-definite.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -51,6 +52,7 @@ def check_fit(
     update: Update,
     model: State,
     blocks: Collection[Block],
+    measured: State,
     others: Mapping[Block, tuple[Precision, Tensor]],
 ) -> None:
     """Check what a client says of layers that are fitted.
@@ -59,6 +61,7 @@ def check_fit(
         update: as decoded, without weights.
         model: the model so far.
         blocks: the layers that were asked for.
+        measured: the model's running statistics that were asked for.
         others: the sums of the clients before, empty for the first.
 
     Raises:
@@ -70,7 +73,16 @@ def check_fit(
     _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.moments])
     for block in update.precisions:
         _check_statistic("+".join(block), update.moments[block], tuple(join(block, model).shape))
+    _check_measured(update.parameters, measured)
     check_alike(update, others)
+
+
+def _check_measured(parameters: State, measured: State) -> None:
+    _check_names(parameters, measured)
+    for name, tensor in parameters.items():
+        _check_tensor(name, tensor, measured[name])
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise Refusal(Outcome.not_positive, name)
 
 
 def check_pieces(
@@ -124,6 +136,11 @@ def check_order(order: Order | None, model: State) -> None:
         raise Refusal(
             Outcome.malformed, f"the order of the layers lacks {order.head or 'them all'}"
         )
+    for norm in order.norms:
+        tensors = [floating(model).get(name) for name in (*norm.measured, *norm.learned)]
+        shapes = {None if tensor is None else tensor.shape for tensor in tensors}
+        if None in shapes or len(shapes) > 1 or not 0 < norm.eps < math.inf:
+            raise Refusal(Outcome.malformed, f"{norm} is no BatchNorm of the model")
 
 
 def check_frozen(parameters: State, anchor: State, factor: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedbasin.strategies.chunks import add_scaled, divided, zeros
 from fedbasin.strategies.fusion.precision import Precision, added, common
+from fedbasin.strategies.fusion.running import second_moments, variances
 from fedbasin.strategies.fusion.update import Block, Update, join, split
 from fedbasin.strategies.state import State, floating
 
@@ -42,7 +43,7 @@ class Tally:
     that update; no updates give the anchor; `finalize(g . u) = g . finalize(u)` where statistics can follow.
 
     Attributes:
-        mean: `sum_k n_k theta_k` of every floating tensor.
+        mean: `sum_k n_k theta_k` of every floating tensor; of second moments in the place of running variances.
         examples: `sum_k n_k`.
         blocks: for each block `(sum Lambda, sum Lambda . theta)`; blocks whose precisions every client had in common
             have their sum in common.
@@ -67,7 +68,8 @@ class Tally:
 
     def fold(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
-        pairs = ((total, update.parameters[name]) for name, total in self.mean.items())
+        parameters = second_moments(update.parameters)
+        pairs = ((total, parameters[name]) for name, total in self.mean.items())
         add_scaled(pairs, update.examples)
         self._add(update.precisions, partial(_moment, update))
         self.examples += update.examples
@@ -86,6 +88,8 @@ class Tally:
         if not self.clients:
             return dict(anchor)
         fused = {**anchor, **divided(self.mean, self.examples, anchor)}
+        for name, variance in variances(self.mean, self.examples):
+            fused[name] = variance.to(anchor[name].dtype)
         for blocks in common(self.precisions):
             solution = self._solution(blocks, anchor, ridge)
             for block, part in zip(blocks, solution.split(self._lengths(blocks)), strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched, common
+from fedbasin.strategies.fusion.running import Norm
 from fedbasin.strategies.state import State
 from fedbasin.strategies.symmetry.transform import Transform
 
@@ -22,10 +23,12 @@ class Order:
     Attributes:
         levels: blocks that read the same tensor stand together, as queries, keys and values do.
         head: the block whose output is the model's own, if one is.
+        norms: the model's BatchNorms.
     """
 
     levels: tuple[tuple[Block, ...], ...]
     head: Block | None = None
+    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ class Run:
         if not reply.has_error() and wire.ARRAYS in reply.content:
             header = wire.read_update(reply.content)
             arrays = packing.unpack(reply.content[wire.ARRAYS], header.tensors)
-            self.sent[node] = {name: tensor.to(W) for name, tensor in arrays.items()}
+            if header.stage == "fuse":
+                self.sent[node] = {name: tensor.to(W) for name, tensor in arrays.items()}
         return self.on_reply(self, node, self.request.stage, reply)
 
     def asked(self, message):
@@ -137,10 +139,23 @@ def weight_and_bias(state, block):
 def mean(run):
     counts = {node: float(len(run.data(node)[1])) for node in NODES}
     total = sum(counts.values())
-    return {
-        name: sum(counts[node] * run.sent[node][name] for node in NODES) / total
-        for name in run.sent[NODES[0]]
-    }
+
+    def over_clients(of):
+        return sum(counts[node] * of(run.sent[node]) for node in NODES) / total
+
+    state = {name: over_clients(itemgetter(name)) for name in run.sent[NODES[0]]}
+    moments = over_clients(lambda own: own["1.running_var"] + own["1.running_mean"] ** 2)
+    return {**state, "1.running_var": moments - state["1.running_mean"] ** 2}
+
+
+def restated(state, xs):
+    """With the running statistics that the model has on all clients' data at once, and the same function."""
+    read = linear(torch.cat(xs), state["0.weight"], state["0.bias"])
+    scale, shift = norm(state)
+    mean, variance = read.mean(0), read.var(0, unbiased=False)
+    statistics = {"1.running_mean": mean, "1.running_var": variance}
+    learned = {"1.weight": scale * (variance + 1e-5).sqrt(), "1.bias": shift + scale * mean}
+    return {**state, **statistics, **learned}
 
 
 def directly(run, recipe, strength):
@@ -158,7 +173,8 @@ def directly(run, recipe, strength):
     if recipe != "features":
         read = rows
     goals = [linear(x, own["3.weight"], own["3.bias"]) for own, x in zip(owns, read, strict=True)]
-    return fitted(state, HEAD, ridge(rows, goals, weight_and_bias(state, HEAD), strength))
+    whole = fitted(state, HEAD, ridge(rows, goals, weight_and_bias(state, HEAD), strength))
+    return restated(whole, xs)
 
 
 @pytest.mark.parametrize("recipe", ["features", "regmean++"])
@@ -176,7 +192,8 @@ def test_the_recipe_head_is_the_discriminants_of_all_clients_fused_features(tmp_
     goals = [z.to(W) for z in logits]
     gram, moment = sums(rows, goals)
     asked = Ridge(config["ridge"]) if config else Evidence()
-    close(run.model, fitted(state, HEAD, closed_form(HEAD, Gram(gram), moment, asked)))
+    expected = fitted(state, HEAD, closed_form(HEAD, Gram(gram), moment, asked))
+    close(run.model, restated(expected, [run.data(node)[0] for node in NODES]))
 
 
 def test_half_of_the_way_is_taken_before_the_head_is_fitted(tmp_path):

@@ -101,13 +101,16 @@ class TestUnderFlowersOwnLoop:
         ours = start(FedBasin(align="off", sampling=sampled()), tiny.federation(), 2)
         flowers = start(sampled(), tiny.federation(), 2)
         for name, tensor in state_of(flowers).items():
-            if tensor.dtype == torch.float32:
+            if name.endswith("running_var"):
+                # What clients' means differ by is part of the variance.
+                assert (state_of(ours)[name] > tensor).all()
+            elif tensor.dtype == torch.float32:
                 torch.testing.assert_close(state_of(ours)[name], tensor)
         assert ours.train_metrics_clientapp[2]["loss"] == pytest.approx(
             flowers.train_metrics_clientapp[2]["loss"], rel=1e-4
         )
         assert dict(ours.evaluate_metrics_clientapp[2]) == pytest.approx(
-            dict(flowers.evaluate_metrics_clientapp[2])
+            dict(flowers.evaluate_metrics_clientapp[2]), rel=0.02
         )
 
     def test_counters_stay_counters(self):

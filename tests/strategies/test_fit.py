@@ -11,6 +11,7 @@ from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fit import Fit, Head, Probe
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.running import Norm
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order, Update, join
 from fedbasin.strategies.outcome import Outcome, Refusal
@@ -27,6 +28,12 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=W)
 
 
+def batch_norm(name, *sizes):
+    learned, measured = (torch.ones(size, dtype=W) for size in sizes)
+    names = {"weight": learned, "bias": learned, "running_mean": measured, "running_var": measured}
+    return {f"{name}.{key}": tensor for key, tensor in names.items()}
+
+
 def model(seed=0):
     return {
         "first.weight": normal(6, 4, seed=seed),
@@ -34,6 +41,8 @@ def model(seed=0):
         "norm": normal(6, seed=seed + 2),
         "second.weight": normal(3, 6, seed=seed + 3),
         "conv.weight": normal(4, 2, 3, 3, seed=seed + 4),
+        **batch_norm("bn", 4, 4),
+        **batch_norm("odd", 4, 5),
         "count": torch.tensor(seed),
     }
 
@@ -249,6 +258,43 @@ def test_what_does_not_belong_into_the_sum_is_named_and_leaves_no_trace(outcome,
         assert torch.equal(tensor, expected[name])
 
 
+def measured(**changes):
+    statistics = {
+        "bn.running_mean": torch.zeros(4, dtype=W),
+        "bn.running_var": torch.ones(4, dtype=W),
+    }
+    statistics |= {name.replace("_", ".", 1): tensor for name, tensor in changes.items()}
+    known = {name: tensor for name, tensor in statistics.items() if tensor is not None}
+    return replace(answer(), parameters=known)
+
+
+STATISTICS = {
+    "none": (O.missing_tensor, lambda: answer()),
+    "one alone": (O.missing_tensor, lambda: measured(bn_running_var=None)),
+    "another tensor": (O.unexpected_tensor, lambda: measured(bn_weight=torch.ones(4, dtype=W))),
+    "another size": (O.wrong_shape, lambda: measured(bn_running_mean=torch.ones(3, dtype=W))),
+    "NaN": (O.non_finite, lambda: measured(bn_running_mean=nan(torch.ones(4, dtype=W)))),
+    "a negative variance": (O.not_positive, lambda: measured(bn_running_var=-torch.ones(4, dtype=W))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("outcome", "bad"), STATISTICS.values(), ids=STATISTICS)
+def test_running_statistics_that_were_not_asked_for_so_are_refused(outcome, bad):
+    stage = Fit(model(), replace(fitting(), norms=(Norm("bn", 1e-5),)), RIDGE)
+    stage.accept(1, measured())
+    with pytest.raises(Refusal) as refused:
+        stage.accept(2, bad())
+    assert refused.value.outcome is outcome
+    found = stage.finish()
+    assert torch.equal(found["bn.running_var"], torch.ones(4, dtype=W))
+
+
+def test_running_statistics_that_nobody_asked_for_are_refused():
+    stage = Fit(model(), fitting(), RIDGE)
+    with pytest.raises(Refusal, match="unexpected_tensor"):
+        stage.accept(1, measured())
+
+
 def test_a_client_with_other_groups_than_those_before_is_refused():
     x = normal(40, 18, seed=1)
     whole = Update({}, 40.0, {CONV: Gram(x.T @ x)}, {CONV: torch.zeros(4, 18, dtype=W)})
@@ -270,6 +316,9 @@ ORDERS = {
     "a weight with another's bias": (O.malformed, Order(((("second.weight", "first.bias"),),))),
     "a layer twice": (O.malformed, Order(((FIRST,), (FIRST,)))),
     "a head that is not in it": (O.malformed, Order(((FIRST,),), SECOND)),
+    "a norm that is not there": (O.malformed, Order(((FIRST,),), norms=(Norm("first", 1e-5),))),
+    "a norm without eps": (O.malformed, Order(((FIRST,),), norms=(Norm("bn", 0.0),))),
+    "a norm of two sizes": (O.malformed, Order(((FIRST,),), norms=(Norm("odd", 1e-5),))),
 }
 
 
@@ -281,7 +330,7 @@ def test_an_order_that_names_no_layers_of_the_model_is_refused(outcome, order):
         stage.accept(1, Update(weights, 1.0, order=order))
     assert refused.value.outcome is outcome
     assert stage.order is None
-    honest = Order(((FIRST,), (SECOND,)), SECOND)
+    honest = Order(((FIRST,), (SECOND,)), SECOND, (Norm("bn", 1e-5),))
     stage.accept(2, Update(weights, 1.0, order=honest))
     assert stage.order == honest
     torch.testing.assert_close(stage.finish()["norm"], weights["norm"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedbasin.strategies.state import distance, floating, interpolate
+from fedbasin.strategies.state import beyond, distance, floating, interpolate
 
 
 def test_only_floating_tensors_can_be_averaged() -> None:
@@ -30,3 +30,11 @@ def test_interpolation_goes_from_one_end_to_the_other() -> None:
     middle = interpolate(a, b, 0.5)
     assert torch.equal(middle["w"], torch.tensor([1.0, 2.0]))
     assert middle["count"] == 5
+
+
+def test_beyond_its_end_a_path_takes_running_statistics_from_there() -> None:
+    a = {"norm.weight": torch.tensor([1.0]), "norm.running_var": torch.tensor([4.0])}
+    b = {"norm.weight": torch.tensor([2.0]), "norm.running_var": torch.tensor([1.0])}
+    moved = beyond(a, b, 2.0)
+    assert moved["norm.weight"] == 3.0  # a gain is learned, and positive only for once
+    assert moved["norm.running_var"] == 1.0
