@@ -3,10 +3,10 @@
     C = sum_c sum_{x in c} (x - m_c) (x - m_c)^T / n      m_c  mean of class c, p_c its share of the n examples
     w_c = (C + rho I)^-1 m_c      b_c = log p_c - w_c^T m_c / 2
 
-Least squares on labels needs the same sums, but where classes are many they hide one another there. Its size is kept:
-the discriminants are multiplied with the number that explains the labels best, +MARGIN at an example's own and
--MARGIN elsewhere, because training goes on from them, and the scatter of features that were trained on the
-same labels says too little of how sure a head may be.
+Least squares on labels needs the same sums, but where classes are many they hide one another there. As they stand the
+discriminants are log-probabilities, too sure of themselves on features that were trained on the same labels. In the size
+that explains labels of +MARGIN and -MARGIN best they are too faint where classes are many. Training goes on from
+them, and does best between the two: their size is the geometric mean.
 
     evidence(rho) = n log(||Y||^2 - tr Y X^T (G + rho I)^-1 X Y^T) + log det (G + rho I) - p log rho        the least
 
@@ -85,7 +85,7 @@ def _strength(ridge: Ridge | Evidence, gram: Tensor | None, moment: Tensor) -> f
 def discriminants(
     gram: Float[Tensor, "inputs inputs"], moment: Float[Tensor, "out inputs"], prior: Scalar
 ) -> Float[Tensor, "out inputs"]:
-    """Linear discriminants of the classes, in the size in which they explain the labels best.
+    """Linear discriminants of the classes, in a size between that of log-probabilities and that of the labels.
 
     Each class has one more example, at the mean of all: one that nobody has seen is where it stands in nobody's way.
 
@@ -106,7 +106,8 @@ def discriminants(
     scores = torch.cat([slopes, offsets], 1)
     scores -= scores.mean(0)
     explained = (scores @ gram * scores).sum()
-    return scores * ((scores * moment).sum() / explained) if explained > 0 else scores
+    size = (scores * moment).sum().clamp(min=0) / explained if explained > 0 else explained
+    return scores * size.sqrt()
 
 
 def most_evident(
