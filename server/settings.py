@@ -177,6 +177,7 @@ class Settings(BaseModel):
             raise ValueError(f"step = {self.step!r}: choose one of {', '.join(STEPS)}")
         RECIPES[self.recipe].check_align(self.align)
         self._check_ridge()
+        self._check_shrink()
         if self.matcher in ("activations", "learned") and self.align == "server":
             raise ValueError(
                 f"matcher = {self.matcher!r} with align = 'server': only clients have the data; set align = "
@@ -200,6 +201,14 @@ class Settings(BaseModel):
             raise ValueError(
                 f"ridge = {self.ridge} with recipe = {self.recipe!r}: it solves for nothing that could be regularised; "
                 f"set ridge = 0, or choose one of {solving}"
+            )
+
+    def _check_shrink(self) -> None:
+        if self.shrink < 1 and not RECIPES[self.recipe].shrinks:
+            shrinking = ", ".join(name for name, recipe in RECIPES.items() if recipe.shrinks)
+            raise ValueError(
+                f"shrink = {self.shrink} with recipe = {self.recipe!r}: it weighs with no Gram matrix that has an "
+                f"off-diagonal; set shrink = 1, or choose one of {shrinking}"
             )
 
     def _check_merge(self) -> None:

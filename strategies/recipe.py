@@ -87,6 +87,11 @@ class Recipe:
         """Whether anything is solved for."""
         return self.ridge is not None or self.head is not None
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether weights are weighed with Gram matrices that have an off-diagonal."""
+        return self.statistic is Statistic.gram and not self.sketched
+
     def regularised(self, strength: float) -> "Recipe":
         """The same with another strength: the head's where nothing else is solved for."""
         if self.ridge is not None:

@@ -328,7 +328,7 @@ class TestResume:
         "other",
         [
             {"recipe": "regmean"},
-            {"shrink": 0.5},
+            {"recipe": "regmean", "shrink": 0.5},
             {"align": "off"},
             {"matcher": "sinkhorn"},
             {"layers": "first:1"},

@@ -140,6 +140,13 @@ def test_a_regulariser_replaces_the_recipes_own():
     assert given.composed.statistic is own.composed.statistic
 
 
+@pytest.mark.parametrize("recipe", ["fedavg", "features", "head", "lora"])
+def test_shrinking_what_has_no_off_diagonal_is_refused(recipe):
+    message = rf"shrink = 0.9 with recipe = '{recipe}'.*choose one of regmean, lora-gram, lorm"
+    with pytest.raises(SettingsError, match=message):
+        read_settings({"fedbasin.recipe": recipe, "fedbasin.shrink": 0.9})
+
+
 def test_a_step_replaces_the_recipes_own():
     own, given = Settings(recipe="features"), Settings(recipe="features", step="yogi")
     assert own.composed.step == RECIPES["features"].step
