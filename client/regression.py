@@ -7,8 +7,8 @@ A client sends `X~ X~^T` and `(Z - W X~) X~^T`, W the layer that is fitted as it
 examples, no label, no gradient, no single row. What is left to explain, and not what is wanted, because then an
 inexact `X~ X~^T` only changes how far one stage gets. RegMean is the case in which the fused inputs are the
 client's own. Where an output is added to a residual stream or
-normalised, the sum or the normalised image is what is fitted (`reach`). With labels in the place of Z a last
-layer has its closed form.
+normalised, the sum or the normalised image is what is fitted (`reach`). With one at an example's class in the place
+of Z, the sums are those of each class, which a last layer has a closed form for.
 
 Source: RegMean, Jin et al. 2023, arXiv 2212.09849; RegMean++, Nguyen et al. 2025, arXiv 2508.03121 (targets
 `W_k X~_k`); closed-form heads, Fani et al. 2024 (Fed3R), arXiv 2402.01989, and Zhuang et al. 2024 (AFL),
@@ -35,7 +35,6 @@ from fedbasin.client.running import find_norms
 from fedbasin.client.sharing import Inputs, Shared
 from fedbasin.client.totals import Total
 from fedbasin.strategies.fusion.compact import Encoding
-from fedbasin.strategies.fusion.head import MARGIN
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import Block, Order, join
 from fedbasin.strategies.recipe import Target
@@ -228,12 +227,13 @@ def _goal(
     target: Target, product: Product, reach: Reach, batch: Batch, own: Reach | None
 ) -> Tensor:
     if target is Target.labels:
-        return _logits(batch, product)
+        return _classes(batch, product)
     # Without a teacher the layer's own weights say what they would have given.
     return product.output if own is None else reach.back(own.value)
 
 
-def _logits(batch: Batch, product: Product) -> Tensor:
+def _classes(batch: Batch, product: Product) -> Tensor:
+    """One at an example's class, so that its moment sums the inputs of each class."""
     labels, output = batch.targets, product.output
     if labels.shape != output.shape[:-1] or labels.is_floating_point():
         raise ValueError(
@@ -248,7 +248,7 @@ def _logits(batch: Batch, product: Product) -> Tensor:
             f"targets from {int(labels.min())} to {int(labels.max())} for {classes} logits; a closed-form head needs class indices "
             f"from 0 to {classes - 1}, and rows without one left out by the batch's mask"
         )
-    return one_hot(labels, classes) * (2 * MARGIN) - MARGIN
+    return one_hot(labels, classes)
 
 
 def _base(block: Block, fused: State, target: Target) -> Tensor:

@@ -52,9 +52,9 @@ class Evidence:
 def closed_form(
     block: Block,
     precision: Precision,
-    moment: Float[Tensor, "out inputs"],
+    sums: Float[Tensor, "classes inputs"],
     ridge: Ridge | Evidence,
-) -> Float[Tensor, "out inputs"]:
+) -> Float[Tensor, "classes inputs"]:
     """The head that the clients' sums stand for.
 
     Discriminants where the sums say how many examples each class has; a head without a bias, or one whose inputs are
@@ -63,61 +63,69 @@ def closed_form(
     Args:
         block: the head's weight, and its bias.
         precision: of its inputs, with a one as the last of them for the bias.
-        moment: of labels and inputs.
+        sums: of the inputs, for each class.
         ridge: the regulariser, drawn to zero.
     """
     gram = precision.matrix if len(block) > 1 and isinstance(precision, Gram) else None
-    prior = precision.isotropic(_strength(ridge, gram, moment))
+    prior = precision.isotropic(_strength(ridge, gram, sums))
     if not prior.weight:
-        return torch.zeros_like(moment)  # no example reaches the head
+        return torch.zeros_like(sums)  # no example reaches the head
     if gram is None:
-        return (precision + prior).solve(moment)
-    return discriminants(gram, moment, prior)
+        return (precision + prior).solve(_labelled(sums))
+    return discriminants(gram, sums, prior)
 
 
-def _strength(ridge: Ridge | Evidence, gram: Tensor | None, moment: Tensor) -> float:
+def _labelled(sums: Float[Tensor, "classes inputs"]) -> Float[Tensor, "classes inputs"]:
+    """The product of labels and inputs: every example is of one class."""
+    return MARGIN * (2 * sums - sums.sum(0))
+
+
+def _strength(ridge: Ridge | Evidence, gram: Tensor | None, sums: Tensor) -> float:
     if isinstance(ridge, Ridge):
         return ridge.strength
-    found = None if gram is None else most_evident(gram, moment)
+    found = None if gram is None else most_evident(gram, sums)
     return found or ridge.otherwise
 
 
 def discriminants(
-    gram: Float[Tensor, "inputs inputs"], moment: Float[Tensor, "out inputs"], prior: Scalar
-) -> Float[Tensor, "out inputs"]:
+    gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes inputs"], prior: Scalar
+) -> Float[Tensor, "classes inputs"]:
     """Linear discriminants of the classes, in a size between that of log-probabilities and that of the labels.
 
     Each class has one more example, at the mean of all: one that nobody has seen is where it stands in nobody's way.
 
     Args:
         gram: of the inputs; the last one is the one that stands for the bias.
-        moment: of labels and inputs.
+        sums: of the inputs, for each class.
         prior: on the scatter within classes.
     """
-    gram, moment = gram.double(), moment.double()
-    sums = (moment + MARGIN * gram[-1]) / (2 * MARGIN)  # of each class, its number of examples last
+    gram, sums = gram.double(), sums.double()
     smoothed = sums + gram[-1] / gram[-1, -1]
     counts = smoothed[:, -1:].clamp(min=_LEAST)
     means = smoothed / counts
     crossed = sums.mT @ means
     within = gram - crossed - crossed.mT + means.mT @ (sums[:, -1:] * means)
-    slopes = (Gram(within[:-1, :-1]) + prior).solve(means[:, :-1]) * gram[-1, -1]
+    values, vectors = torch.linalg.eigh(within[:-1, :-1])
+    # Inexact sums may leave less than nothing within.
+    ridged = vectors / (values.clamp(min=0) + prior.weight)
+    slopes = means[:, :-1] @ ridged @ vectors.mT * gram[-1, -1]
     offsets = counts.log() - (slopes * means[:, :-1]).sum(1, keepdim=True) / 2
     scores = torch.cat([slopes, offsets], 1)
     scores -= scores.mean(0)
     explained = (scores @ gram * scores).sum()
-    size = (scores * moment).sum().clamp(min=0) / explained if explained > 0 else explained
+    labelled = (scores * _labelled(sums)).sum().clamp(min=0)
+    size = labelled / explained if explained > 0 else explained
     return scores * size.sqrt()
 
 
 def most_evident(
-    gram: Float[Tensor, "inputs inputs"], moment: Float[Tensor, "out inputs"]
+    gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes inputs"]
 ) -> float | None:
     """The strength under which the labels are most likely, relative to the mean diagonal.
 
     Args:
         gram: of the inputs; the last one is the one that stands for the bias.
-        moment: of labels and inputs.
+        sums: of the inputs, for each class.
 
     Returns:
         None where no example reaches the head.
@@ -125,10 +133,10 @@ def most_evident(
     rows = float(gram[-1, -1])
     if not rows:
         return None
-    energy = rows * len(moment) * MARGIN**2
+    energy = rows * len(sums) * MARGIN**2
     values, vectors = torch.linalg.eigh(gram.double())
     values = values.clamp(min=0)
-    seen = (moment.double() @ vectors).square().sum(0)
+    seen = (_labelled(sums.double()) @ vectors).square().sum(0)
 
     def surprise(strength: float) -> float:
         prior = strength * values.mean()

@@ -14,7 +14,7 @@ from fedbasin.proto import packing, wire
 from fedbasin.server.rounds import QuorumLostError
 from fedbasin.server.serve import serve
 from fedbasin.server.settings import SettingsError
-from fedbasin.strategies.fusion.head import MARGIN, Evidence, closed_form
+from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precision import Gram
 from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.recipe import RECIPES
@@ -188,8 +188,7 @@ def test_the_recipe_head_is_the_discriminants_of_all_clients_fused_features(tmp_
     run = Run(tmp_path, recipe="head", **config)
     state = mean(run)
     rows = [relu(hidden(state, run.data(node)[0])) for node in NODES]
-    logits = [one_hot(run.data(node)[1], tiny.CLASSES) * (2 * MARGIN) - MARGIN for node in NODES]
-    goals = [z.to(W) for z in logits]
+    goals = [one_hot(run.data(node)[1], tiny.CLASSES).to(W) for node in NODES]
     gram, moment = sums(rows, goals)
     asked = Ridge(config["ridge"]) if config else Evidence()
     expected = fitted(state, HEAD, closed_form(HEAD, Gram(gram), moment, asked))

@@ -103,23 +103,16 @@ def test_a_share_of_the_step_is_taken():
         torch.testing.assert_close(half[name], (before[name] + whole[name]) / 2)
 
 
-def test_a_head_to_labels_is_the_solution_itself_drawn_to_zero():
-    head = fitting(SECOND, target=Target.labels)
-    stage = Head(model(), head, Ridge(RIDGE, "anchor"))
-    found = fitted(stage, answer(SECOND, seed=1))
+@pytest.mark.parametrize("block", [FIRST, SECOND])
+@pytest.mark.parametrize("ridge", [Ridge(RIDGE), Evidence()])
+def test_a_head_to_labels_is_what_the_sum_over_all_clients_stands_for(block, ridge):
+    head, updates = fitting(block, target=Target.labels), [answer(block, seed=s) for s in (1, 2)]
+    gram = Gram(sum(update.precisions[block].matrix for update in updates))
+    moment = sum(update.moments[block] for update in updates)
+    stage = Head(model(), head, ridge)
+    found = fitted(stage, *updates)
     assert stage.name == "head"
-    torch.testing.assert_close(found["second.weight"], ridge_step(SECOND, (1,)))
-    drawn = fitted(Head(model(), head, Ridge(1e12, "anchor")), answer(SECOND, seed=1))
-    assert drawn["second.weight"].abs().max() < 1e-9
-
-
-def test_a_head_with_a_bias_is_what_the_sum_over_all_clients_stands_for():
-    head, updates = fitting(FIRST, target=Target.labels), [answer(FIRST, seed=s) for s in (1, 2)]
-    gram = Gram(sum(update.precisions[FIRST].matrix for update in updates))
-    moment = sum(update.moments[FIRST] for update in updates)
-    found = fitted(Head(model(), head, Evidence()), *updates)
-    expected = closed_form(FIRST, gram, moment, Evidence())
-    torch.testing.assert_close(join(FIRST, found), expected.to(W))
+    torch.testing.assert_close(join(block, found), closed_form(block, gram, moment, ridge).to(W))
 
 
 def test_all_else_is_drawn_to_the_model_so_far():

@@ -6,6 +6,15 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import one_hot
 
+from fedbasin.strategies.fusion.compact import (
+    Form,
+    Kind,
+    MomentKind,
+    decode,
+    decode_moment,
+    encode,
+    encode_moment,
+)
 from fedbasin.strategies.fusion.head import MARGIN, Evidence, closed_form, most_evident
 from fedbasin.strategies.fusion.precision import Gram, Sketched
 from fedbasin.strategies.fusion.tally import Ridge
@@ -25,6 +34,16 @@ def examples(rows, noise, seed=0, inputs=8):
     return torch.cat([x, ones], 1), (one_hot(labels, CLASSES) * 2.0 - 1).double() * MARGIN
 
 
+def sums(x, y):
+    """What clients say: labels are one at an example's class."""
+    return Gram(x.T @ x), (y > 0).to(x.dtype).T @ x
+
+
+def known(x, y):
+    precision, of_classes = sums(x, y)
+    return precision.matrix, of_classes
+
+
 def by_rows(x, y, strength):
     """How unlikely the labels are, from the covariance that the weights behind them give the rows."""
     rho = strength * (x.T @ x).diagonal().mean()
@@ -38,14 +57,14 @@ def by_rows(x, y, strength):
 @given(rows=st.integers(4, 60), noise=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 2**16))
 def test_sums_choose_what_the_rows_would(rows, noise, seed):
     x, y = examples(rows, noise, seed)
-    chosen = most_evident(x.T @ x, y.T @ x)
+    chosen = most_evident(*known(x, y))
     best = min(by_rows(x, y, 10 ** (half / 2)) for half in range(-8, 5))
     torch.testing.assert_close(by_rows(x, y, chosen), best)
 
 
 def test_wrong_labels_call_for_a_stronger_ridge():
     clean, noisy = (
-        most_evident(x.T @ x, y.T @ x) for x, y in (examples(40, noise) for noise in (0.0, 0.9))
+        most_evident(*known(x, y)) for x, y in (examples(40, noise) for noise in (0.0, 0.9))
     )
     assert clean < noisy
 
@@ -59,14 +78,10 @@ def test_the_chosen_strength_is_near_the_best_on_fresh_examples(seed):
         return x, y, head
 
     x, y, _ = wrong(1.0)
-    chosen = most_evident(x.T @ x, y.T @ x)
+    chosen = most_evident(*known(x, y))
     truth = torch.linalg.lstsq(*examples(20_000, 0.0, seed, inputs=40)).solution
     error = {s: (wrong(s)[2] - truth).square().sum() for s in (1e-4, chosen)}
     assert error[chosen] < error[1e-4] / 2
-
-
-def sums(x, y):
-    return Gram(x.T @ x), y.T @ x
 
 
 def by_class(x, y, rho):
@@ -92,8 +107,8 @@ def by_class(x, y, rho):
 )
 def test_sums_give_the_discriminants_that_the_rows_would(rows, strength, seed):
     x, y = examples(rows, 0.2, seed)
-    precision, moment = sums(x, y)
-    found = closed_form(BLOCK, precision, moment, Ridge(strength))
+    precision, of_classes = sums(x, y)
+    found = closed_form(BLOCK, precision, of_classes, Ridge(strength))
     expected = by_class(x, y, strength * precision.matrix.diagonal().mean())
     torch.testing.assert_close(found, expected)
 
@@ -148,19 +163,19 @@ def test_one_class_alone_has_nothing_to_be_told_from():
 @pytest.mark.parametrize("rows", [3, 60])
 def test_sums_rounded_as_they_travel_give_nearly_the_same_head(rows):
     x, y = examples(rows, 0.2, inputs=30)
-    precision, moment = sums(x, y)
-    exact = closed_form(BLOCK, precision, moment, Ridge(1e-3))
-    rounded = closed_form(BLOCK, Gram(precision.matrix.float()), moment.float(), Ridge(1e-3))
+    precision, of_classes = sums(x, y)
+    exact = closed_form(BLOCK, precision, of_classes, Ridge(1e-3))
+    rounded = closed_form(BLOCK, Gram(precision.matrix.float()), of_classes.float(), Ridge(1e-3))
     torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("ridge", [Ridge(0.25), Evidence(otherwise=0.25)])
 def test_a_head_without_a_bias_is_least_squares(ridge):
     x, y = examples(40, 0.5)
-    precision, moment = sums(x, y)
+    precision, of_classes = sums(x, y)
     rho = 0.25 * precision.matrix.diagonal().mean() * torch.eye(9, dtype=x.dtype)
-    expected = torch.linalg.solve(precision.matrix + rho, moment.T).T
-    torch.testing.assert_close(closed_form(BLOCK[:1], precision, moment, ridge), expected)
+    expected = torch.linalg.solve(precision.matrix + rho, x.T @ y).T
+    torch.testing.assert_close(closed_form(BLOCK[:1], precision, of_classes, ridge), expected)
 
 
 def test_a_head_whose_inputs_are_known_by_a_sketch_is_least_squares():
@@ -168,13 +183,13 @@ def test_a_head_whose_inputs_are_known_by_a_sketch_is_least_squares():
     sketch = Sketched(x, torch.zeros(9, dtype=x.dtype))
     rho = 0.25 * (x.T @ x).diagonal().mean() * torch.eye(9, dtype=x.dtype)
     expected = torch.linalg.solve(x.T @ x + rho, x.T @ y).T
-    found = closed_form(BLOCK, sketch, y.T @ x, Evidence(otherwise=0.25))
+    found = closed_form(BLOCK, sketch, sums(x, y)[1], Evidence(otherwise=0.25))
     torch.testing.assert_close(found, expected)
 
 
 def test_the_regulariser_is_the_one_of_the_sums():
     x, y = examples(40, 0.5)
-    strength = most_evident(x.T @ x, y.T @ x)
+    strength = most_evident(*known(x, y))
     found = closed_form(BLOCK, *sums(x, y), Evidence())
     torch.testing.assert_close(found, closed_form(BLOCK, *sums(x, y), Ridge(strength)))
 
@@ -183,3 +198,20 @@ def test_the_regulariser_is_the_one_of_the_sums():
 def test_a_head_that_no_example_reaches_is_zero(ridge):
     nothing = torch.zeros(9, 9, dtype=torch.float64)
     assert not closed_form(BLOCK, Gram(nothing), nothing[:3], ridge).any()
+
+
+@pytest.mark.parametrize("form", [Form(Kind.half), Form(Kind.byte)])
+@pytest.mark.parametrize("rows", [10, 200])
+def test_sums_in_fewer_bytes_give_a_head_nearly_as_good(form, rows):
+    x, y = examples(rows + 2000, 0.0, inputs=20)
+    (x, fresh), (y, labels) = x.split((rows, 2000)), y.split((rows, 2000))
+    gram, of_classes = known(x, y)
+    lossy = decode(encode(gram, form, bias=True), form, bias=True)
+    moment = MomentKind.byte if form.kind is Kind.byte else MomentKind.float16
+    coarse = decode_moment(encode_moment(of_classes, moment))
+    right = [
+        ((fresh @ closed_form(BLOCK, Gram(g), c, Evidence()).T).argmax(1) == labels.argmax(1))
+        for g, c in ((gram, of_classes), (lossy, coarse))
+    ]
+    exact, inexact = (found.double().mean() for found in right)
+    assert inexact > 0.85 * exact
