@@ -149,7 +149,7 @@ RECIPES = {
         Recipe("kfac", Statistic.kronecker, Ridge(1e-3)),
         Recipe("regmean", Statistic.gram, Ridge(1e-3)),
         Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
-        Recipe("features", ridge=Ridge(1e-3), fit=Target.features, step=Average()),
+        Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
         Recipe("head", head=Evidence()),
         replace(_AUTO_HEAD, name="auto", ridge=Ridge(1e-1), fit=Target.features, share=0.5),
         _AUTO_HEAD,
