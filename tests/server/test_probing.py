@@ -46,7 +46,8 @@ class Run:
             if wire.ARRAYS in reply.content:
                 header = wire.read_update(reply.content)
                 state = packing.unpack(reply.content[wire.ARRAYS], header.tensors)
-                self.sent[header.round, node] = state
+                if header.stage == "fuse":
+                    self.sent[header.round, node] = state
             return reply
 
         return seen
