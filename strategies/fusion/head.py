@@ -114,8 +114,8 @@ def discriminants(
     scores -= scores.mean(0)
     explained = (scores @ gram * scores).sum()
     labelled = (scores * _labelled(sums)).sum().clamp(min=0)
-    size = labelled / explained if explained > 0 else explained
-    return scores * size.sqrt()
+    # One class alone has nothing to be told from, and inexact sums may explain less than nothing.
+    return scores * (labelled / explained).sqrt() if explained > 0 else torch.zeros_like(scores)
 
 
 def most_evident(
