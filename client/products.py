@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedbasin.client.attention import attend, is_plain
 from fedbasin.strategies.fusion.layers import Layer
+from fedbasin.strategies.fusion.update import stored
 
 # Numbers held at once beside the model and its activations: 2^22 float64 are 32 MiB.
 ROW_ELEMENTS = 2**22
@@ -30,6 +31,7 @@ Margins: TypeAlias = tuple[int, int, int, int]
 # Where torch's functions have their arguments.
 _ORDER = {
     F.linear: ("input", "weight", "bias"),
+    torch.addmm: ("bias", "input", "weight"),
     torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
 }
 
@@ -132,7 +134,7 @@ class Products(TorchFunctionMode):
     ) -> None:
         super().__init__()
         parameters = dict(model.named_parameters())
-        self._layers = {id(parameters[layer.block[0]]): layer for layer in layers}
+        self._layers = {id(parameters[stored(layer.block)[0]]): layer for layer in layers}
         self._see = see
 
     def __torch_function__(

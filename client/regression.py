@@ -36,7 +36,7 @@ from fedbasin.client.sharing import Inputs, Shared
 from fedbasin.client.totals import Total
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
-from fedbasin.strategies.fusion.update import Block, Order, join
+from fedbasin.strategies.fusion.update import Block, Order, join, stored
 from fedbasin.strategies.recipe import Target
 from fedbasin.strategies.state import State, tied
 
@@ -116,7 +116,7 @@ def regress(
     """
     layers = _chosen(model, blocks)
     bases = {block: _base(block, fused, target) for block in blocks}
-    mine = {name: own[name] for block in blocks for name in block}
+    mine = {name: own[name] for block in blocks for name in stored(block)}
     _load(model, {**fused, **mine})
     teacher = _teacher(model, own) if target is Target.features else None
     shared, moments = Shared(model, layers, encodings or {}), _nothing(model, layers)
@@ -169,7 +169,9 @@ def _teacher(model: nn.Module, own: State) -> nn.Module:
 
 
 def _nothing(model: nn.Module, layers: Sequence[Layer]) -> dict[Block, Tensor]:
-    return {layer.block: _zeros(model.get_parameter(layer.block[0]), layer) for layer in layers}
+    return {
+        layer.block: _zeros(model.get_parameter(stored(layer.block)[0]), layer) for layer in layers
+    }
 
 
 def _zeros(weight: Tensor, layer: Layer) -> Tensor:

@@ -17,7 +17,7 @@ from fedbasin.client.products import Product
 from fedbasin.client.totals import Total, nothing
 from fedbasin.strategies.fusion.compact import Encoding
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block
+from fedbasin.strategies.fusion.update import Block, stored
 
 
 class Inputs:
@@ -76,7 +76,7 @@ class Shared:
         alike: dict[Hashable, _Group] = {}
         for layer in layers:
             block, encoding = layer.block, encodings.get(layer.block, Encoding())
-            device = model.get_parameter(block[0]).device
+            device = model.get_parameter(stored(block)[0]).device
             # A grouped convolution has several matrices, each for its own part of the outputs.
             alone = block if layer.groups > 1 else None
             key = layer.inputs, len(block), encoding.gram, device, alone

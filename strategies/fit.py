@@ -20,7 +20,7 @@ from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precision import Precision
 from fedbasin.strategies.fusion.running import restated
 from fedbasin.strategies.fusion.tally import Ridge, Tally
-from fedbasin.strategies.fusion.update import Block, Order, Update, split
+from fedbasin.strategies.fusion.update import Block, Order, Update, split, stored
 from fedbasin.strategies.stages import Along, Ask, Fitting, Kind
 from fedbasin.strategies.state import State, interpolate
 from fedbasin.strategies.validation import check_examples, check_fit
@@ -131,7 +131,9 @@ class _Sums:
 
     def solved(self, ridge: Ridge) -> dict[str, Tensor]:
         """The layers' solution, drawn to zero."""
-        zero = {name: torch.zeros_like(self.model[name]) for b in self._blocks for name in b}
+        zero = {
+            name: torch.zeros_like(self.model[name]) for b in self._blocks for name in stored(b)
+        }
         return self._tally.finalize(zero, ridge)
 
 

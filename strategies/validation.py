@@ -14,7 +14,7 @@ from fedbasin.strategies.chunks import is_finite, one_core
 from fedbasin.strategies.fusion.compact import Piece
 from fedbasin.strategies.fusion.kronecker import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched, common
-from fedbasin.strategies.fusion.update import Block, Order, Update, join
+from fedbasin.strategies.fusion.update import Block, Order, Update, join, stored, weight_of
 from fedbasin.strategies.outcome import Outcome, Refusal
 from fedbasin.strategies.state import State, floating
 
@@ -193,17 +193,21 @@ def _check_blocks(
         known = [block for block in known if block in expected]
     _refuse(Outcome.unexpected_statistic, [block for block in precisions if block not in known])
     _refuse(Outcome.missing_statistic, [block for block in expected or () if block not in known])
-    names = [name for block in known for name in block]
+    names = [name for block in known for name in stored(block)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refusal(Outcome.unexpected_statistic, f"{_list(twice)} in more than one block")
 
 
 def _is_block(block: Block, anchor: State) -> bool:
     """Whether the names can be joined: a weight, or a matrix and its bias."""
-    tensors = [anchor[name] for name in block if name in floating(anchor)]
-    shapes = [tensor.shape for tensor in tensors]
+    tensors = [anchor[name] for name in stored(block) if name in floating(anchor)]
     if len(tensors) < len(block):
         return False
+    if block != stored(block) and tensors[0].dim() != 2:
+        return False
+    shapes = (
+        [weight_of(block, anchor).shape, *(bias.shape for bias in tensors[1:])] if block else []
+    )
     return len(shapes) == 1 or (
         len(shapes) == 2 and len(shapes[0]) > 1 and shapes[1] == shapes[0][:1]
     )
@@ -211,7 +215,7 @@ def _is_block(block: Block, anchor: State) -> bool:
 
 def _is_layer(block: Block, model: State) -> bool:
     """Whether the block is multiplied with inputs, so that it can be fitted."""
-    return _is_block(block, model) and model[block[0]].dim() > 1
+    return _is_block(block, model) and weight_of(block, model).dim() > 1
 
 
 def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
@@ -228,7 +232,7 @@ def _check_precisions(precisions: Mapping[Block, Precision], anchor: State) -> N
 
 
 def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
-    name, weight = "+".join(block), anchor[block[0]]
+    name, weight = "+".join(block), weight_of(block, anchor)
     if isinstance(precision, Diagonal):
         if len(block) > 1:
             raise Refusal(Outcome.unexpected_statistic, f"a Fisher diagonal of {name} together")
@@ -253,7 +257,7 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
 
 def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
     name = "+".join(block)
-    if anchor[block[0]].dim() < 2:
+    if weight_of(block, anchor).dim() < 2:
         raise Refusal(Outcome.unexpected_statistic, f"Kronecker factors of {name}, no matrix")
     outputs, inputs = join(block, anchor).shape
     for side, factor, size in (
@@ -266,7 +270,7 @@ def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
 
 def _check_sketched(block: Block, precision: Sketched, anchor: State) -> None:
     name = "+".join(block)
-    if anchor[block[0]].dim() < 2:
+    if weight_of(block, anchor).dim() < 2:
         raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
     _, inputs = join(block, anchor).shape
     _check_statistic(f"{name}, its rows", precision.rows, (len(precision.rows), inputs))

@@ -1,12 +1,13 @@
 """Which blocks of a model a statistic speaks of: read from its modules, the same on server and client."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedbasin.strategies.fusion.update import Block
+from fedbasin.strategies.fusion.update import TRANSPOSED, Block, stored
 from fedbasin.strategies.recipe import Statistic
 
 # Inputs or outputs of which second moments are kept on both sides: a square of 4096 float64 is 128 MiB.
@@ -18,7 +19,7 @@ class Layer:
     """A weight that is multiplied with inputs, alone or with its bias.
 
     Attributes:
-        block: the names of its tensors, the weight first.
+        block: the names of its tensors, the weight first; `TRANSPOSED` behind one that is stored as `[in, out]`.
         inputs: numbers that one output is computed from, a one for the bias included.
         outputs: of all groups together.
         groups: parts of a convolution that read channels of their own.
@@ -57,6 +58,7 @@ def kronecker_layers(model: nn.Module) -> list[Layer]:
         layer
         for layer in gram_layers(model)
         if layer.groups == 1
+        and layer.block == stored(layer.block)
         and max(layer.inputs, layer.outputs) <= MOST_WIDE
         and model.get_parameter(layer.block[0]).requires_grad
     ]
@@ -79,6 +81,8 @@ def _products(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
     """The weights that a module multiplies its inputs with, each with its bias."""
     pair: tuple[Tensor | None, Tensor | None]
     match module:
+        case _ if _is_transposed(module):
+            pair = module.get_parameter("weight"), module.get_parameter("bias")
         case nn.Linear() | nn.Conv2d():
             pair = module.weight, module.bias
         case nn.MultiheadAttention():
@@ -92,5 +96,15 @@ def _products(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
 
 def _layer(module: nn.Module, pair: tuple[Tensor, ...], names: dict[int, str]) -> Layer:
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    inputs = pair[0][0].numel() + len(pair) - 1
-    return Layer(tuple(names[id(tensor)] for tensor in pair), inputs, len(pair[0]), groups)
+    block = tuple(names[id(tensor)] for tensor in pair)
+    weight = pair[0]
+    if _is_transposed(module):
+        block, weight = (block[0] + TRANSPOSED, *block[1:]), weight.T
+    return Layer(block, weight[0].numel() + len(pair) - 1, len(weight), groups)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, which `transformers` stores as `[in, out]`."""
+    # Where a model has one, its module has been imported; it is not for this.
+    known = sys.modules.get("transformers.pytorch_utils")
+    return known is not None and isinstance(module, known.Conv1D)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedbasin.strategies.chunks import add_scaled, divided, zeros
 from fedbasin.strategies.fusion.precision import Precision, added, common
 from fedbasin.strategies.fusion.running import second_moments, variances
-from fedbasin.strategies.fusion.update import Block, Update, join, split
+from fedbasin.strategies.fusion.update import Block, Update, join, split, stored
 from fedbasin.strategies.state import State, floating
 
 
@@ -134,7 +134,7 @@ class Tally:
     def _target(self, block: Block, anchor: State, ridge: Ridge) -> Tensor:
         if ridge.target == "anchor":
             return join(block, anchor)
-        return join(block, {name: self.mean[name] / self.examples for name in block})
+        return join(block, {name: self.mean[name] / self.examples for name in stored(block)})
 
 
 def _moment(update: Update, block: Block) -> Tensor:

@@ -15,6 +15,9 @@ from fedbasin.strategies.symmetry.transform import Transform
 # The tensors that one precision speaks of: a weight, or a weight and its bias.
 Block: TypeAlias = tuple[str, ...]
 
+# Behind the name of a weight that a model stores as `[in, out]`.
+TRANSPOSED = ".T"
+
 
 @dataclass(frozen=True)
 class Order:
@@ -68,27 +71,37 @@ class Update:
         return replace(self, parameters=transform.act(self.parameters), precisions=precisions)
 
 
+def stored(block: Block) -> tuple[str, ...]:
+    """The names of the block's tensors in a state."""
+    return *(name.removesuffix(TRANSPOSED) for name in block[:1]), *block[1:]
+
+
+def weight_of(block: Block, state: State) -> Tensor:
+    """The block's weight as it multiplies, `[out, in, ...]`."""
+    weight = state[stored(block)[0]]
+    return weight.T if block[0].endswith(TRANSPOSED) else weight
+
+
 def join(block: Block, state: State) -> Tensor:
     """The block as one tensor: a vector, a matrix `[out, in]`, or `[out, in + 1]` with the bias last."""
-    weight = state[block[0]]
+    weight = weight_of(block, state)
     matrix = weight.flatten(1) if weight.dim() > 1 else weight
     return matrix if len(block) == 1 else torch.cat([matrix, state[block[1]][:, None]], dim=1)
 
 
 def split(block: Block, joined: Tensor, like: State) -> dict[str, Tensor]:
     """Undo `join`, with the shapes and dtypes of `like`."""
-    weight = like[block[0]]
-    if len(block) == 1:
-        return {block[0]: joined.reshape(weight.shape).to(weight.dtype)}
-    bias = like[block[1]]
-    return {
-        block[0]: joined[:, :-1].reshape(weight.shape).to(weight.dtype).contiguous(),
-        block[1]: joined[:, -1].to(bias.dtype).contiguous(),
-    }
+    weight, name = weight_of(block, like), stored(block)[0]
+    matrix = joined if len(block) == 1 else joined[:, :-1]
+    shaped = matrix.reshape(weight.shape).to(weight.dtype)
+    found = {name: (shaped.T if block[0].endswith(TRANSPOSED) else shaped).contiguous()}
+    if len(block) > 1:
+        found[block[1]] = joined[:, -1].to(like[block[1]].dtype).contiguous()
+    return found
 
 
 def _moved(block: Block, precision: Precision, state: State, transform: Transform) -> Precision:
-    weight = block[0]
+    weight = stored(block)[0]
     if isinstance(precision, Sketched):
         precision = Gram(precision.matrix)
     if isinstance(precision, Gram):
@@ -96,8 +109,9 @@ def _moved(block: Block, precision: Precision, state: State, transform: Transfor
             raise ValueError(
                 f"{weight}: the Gram matrices of a grouped convolution cannot follow; align on the client"
             )
-        inputs = state[weight].shape[1]
-        return Gram(transform.act_on_inputs(weight, precision.matrix, inputs))
+        inputs = weight_of(block, state).shape[1]
+        axis = 0 if block[0].endswith(TRANSPOSED) else 1
+        return Gram(transform.act_on_inputs(weight, precision.matrix, inputs, axis))
     if isinstance(precision, Diagonal):
         if transform.mixes(weight):
             raise ValueError(
