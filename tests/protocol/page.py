@@ -27,16 +27,18 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
   here, chosen by the mean test accuracy over all rounds, for every rule alike; that flatters what was tried more.
 
 - On glyphs the settings of Flower's strategies were tried on one seed and 15 rounds of Dirichlet(0.3), FedAvgM with 0.5, 0.7 and 0.9 and FedAdam with
-  0.01 and 0.03, and the best one, FedAvgM with 0.7, was run on all seeds and splits.
+  0.01 and 0.03, and the best one, FedAvgM with 0.7, was run on all seeds and splits; FedProx with 0.01 on Dirichlet(0.3).
 - Flower's FedAvgM takes BatchNorm's running variances along with its momentum, below zero in some rounds: its rows of 0.100 on `cnn_norm`. FedAvg is the
   peer to look at there.
 
 ```
 python -m tests.protocol run --task digits --split 'dirichlet([0.1, 0.3])' --seeds 5 --jobs 2 \\
     --rule FedAvg --rule 'FedAvgM(server_momentum=[0.5, 0.7, 0.9])' --rule 'FedAdam(eta=[0.01, 0.03])' \\
+    --rule 'FedProx(proximal_mu=[0.01, 0.1])' \\
     --rule RidgeHead --rule RandomFeaturesHead --rule auto --rule auto-head --rule features --rule head
 python -m tests.protocol run --task clusters --task teacher --split 'dirichlet([0.1, 0.3])' --seeds 5 --rounds 15 --jobs 2 \\
     --rule FedAvg --rule 'FedAvgM(server_momentum=[0.5, 0.7, 0.9])' --rule 'FedAdam(eta=[0.01, 0.03])' \\
+    --rule 'FedProx(proximal_mu=[0.01, 0.1])' \\
     --rule RidgeHead --rule RandomFeaturesHead --rule auto --rule auto-head
 python -m tests.protocol run --task glyphs --model cnn --split 'dirichlet([0.1, 0.3])' --split groups --rounds 30 --jobs 2 \\
     --rule 'FedAvgM(server_momentum=0.7)' --rule RidgeHead --rule RandomFeaturesHead --rule auto-head
