@@ -158,7 +158,8 @@ class Products(TorchFunctionMode):
         return output
 
     def _multiplied(self, output: Tensor, given: Mapping[str, Any]) -> Tensor:
-        layer = self._layers.get(id(given["weight"]))
+        # Functions that a layer calls by other names, as `mat2`, are none of those that are watched.
+        layer = self._layers.get(id(given.get("weight")))
         if layer is None:
             return output
         kernel = _kernel(given) if given["weight"].dim() == 4 else None

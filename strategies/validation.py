@@ -201,13 +201,11 @@ def _check_blocks(
 def _is_block(block: Block, anchor: State) -> bool:
     """Whether the names can be joined: a weight, or a matrix and its bias."""
     tensors = [anchor[name] for name in stored(block) if name in floating(anchor)]
-    if len(tensors) < len(block):
+    if not block or len(tensors) < len(block):
         return False
     if block != stored(block) and tensors[0].dim() != 2:
         return False
-    shapes = (
-        [weight_of(block, anchor).shape, *(bias.shape for bias in tensors[1:])] if block else []
-    )
+    shapes = [weight_of(block, anchor).shape, *(bias.shape for bias in tensors[1:])]
     return len(shapes) == 1 or (
         len(shapes) == 2 and len(shapes[0]) > 1 and shapes[1] == shapes[0][:1]
     )

@@ -173,6 +173,22 @@ def test_gpt2_is_fitted_branch_by_branch():
         model.load_state_dict(fused)
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(5, 4).to(W), nn.Parameter(torch.ones(4, 3, dtype=W))
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return torch.addmm(input=torch.zeros(3, dtype=W), mat1=hidden, mat2=self.table)
+
+
+def test_a_product_that_is_called_by_keywords_is_nobodys():
+    found = grams(ByKeyword(), numbers(0))
+    assert list(found) == [("layer.weight", "layer.bias")]
+    assert found["layer.weight", "layer.bias"].any()
+
+
 BLOCK = ("first.weight.T", "first.bias")
 BAD = {
     "a layer under both names": {BLOCK: 6, ("first.weight", "first.bias"): 6},

@@ -42,8 +42,15 @@ python -m tests.protocol run --task clusters --task teacher --split 'dirichlet([
     --rule RidgeHead --rule RandomFeaturesHead --rule auto --rule auto-head
 python -m tests.protocol run --task glyphs --model cnn --split 'dirichlet([0.1, 0.3])' --split groups --rounds 30 --jobs 2 \\
     --rule 'FedAvgM(server_momentum=0.7)' --rule RidgeHead --rule RandomFeaturesHead --rule auto-head
+python -m tests.protocol run --task glyphs --model cnn --split 'dirichlet([0.1, 0.3])' --split groups --jobs 2 --rule FedAvg
+python -m tests.protocol run --task glyphs --model cnn --rounds 15 --jobs 2 --rule auto --rule 'FedProx(proximal_mu=0.01)'
+python -m tests.protocol run --task glyphs --model cnn --split 'dirichlet(0.1)' --split groups --rounds 10 --jobs 2 --rule auto
 python -m tests.protocol run --task digits --model cnn_norm --model transformer --jobs 2 \\
-    --rule 'FedAvgM(server_momentum=0.7)' --rule auto --rule auto-head
+    --rule FedAvg --rule 'FedAvgM(server_momentum=[0.5, 0.7])' --rule auto --rule auto-head
+python -m tests.protocol run --task wine --task cancer --split iid --split 'dirichlet(0.3)' --clients 5 --seeds 5 --rounds 10 --jobs 2 \\
+    --rule fedavg --rule 'FedAvgM(server_momentum=[0.5, 0.7, 0.9])' --rule RidgeHead --rule auto --rule auto-head --rule head
+python -m tests.protocol run --task digits --split 'shards(2)' --seeds 5 --rounds 10 --jobs 2 --rule fedavg --rule features \\
+    --rule 'FedAvgM(server_momentum=[0.5, 0.7, 0.9])' --rule RidgeHead --rule auto --rule auto-head --rule head
 python -m tests.protocol report
 ```
 """

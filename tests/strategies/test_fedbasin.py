@@ -110,7 +110,8 @@ class TestUnderFlowersOwnLoop:
             flowers.train_metrics_clientapp[2]["loss"], rel=1e-4
         )
         assert dict(ours.evaluate_metrics_clientapp[2]) == pytest.approx(
-            dict(flowers.evaluate_metrics_clientapp[2]), rel=0.02
+            dict(flowers.evaluate_metrics_clientapp[2]),
+            rel=0.02,  # for the variance alone; all else is equal, as it says above
         )
 
     def test_counters_stay_counters(self):
