@@ -32,8 +32,13 @@ def observer(**settings):
     thread.start()
     context = serving(Settings(**{"port": 0, "metrics_port": 0} | settings))
     try:
-        yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
-        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
+        addresses = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(30)
+        try:
+            yield addresses
+        finally:
+            # Also where the test skips or fails: a server left open would raise in some later test.
+            closing = context.__aexit__(None, None, None)
+            asyncio.run_coroutine_threadsafe(closing, loop).result(30)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -80,7 +85,7 @@ def prometheus(target, folder, scrape_seconds=1):
     """A Prometheus on a free port that scrapes an observer's page and evaluates our rules."""
     program = shutil.which("prometheus")
     if program is None:
-        pytest.skip("prometheus is not on PATH")
+        pytest.skip("prometheus is not on PATH; Debian and Ubuntu: apt-get install prometheus")
     config = {
         "global": {"scrape_interval": f"{scrape_seconds}s", "evaluation_interval": "1s"},
         "rule_files": [str(RULES)],
