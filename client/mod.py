@@ -14,11 +14,11 @@ from typing import TypeAlias
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 
-from fedbasin.client.adapters import model_names
-from fedbasin.client.context import forget, keep, keep_begun, keep_fused, keep_sent, kept, sent
+from fedbasin.client.client_state import forget, keep, keep_begun, keep_fused, keep_sent, kept, sent
 from fedbasin.client.data import Batches
-from fedbasin.client.fitting import fit_reply
-from fedbasin.client.measuring import fused_path
+from fedbasin.client.lora_names import model_names
+from fedbasin.client.measure.measure import fused_path
+from fedbasin.client.refit.refit_reply import fit_reply
 from fedbasin.client.reply import build_reply
 from fedbasin.client.request import Data, Request, read_request
 from fedbasin.proto import fedbasin_pb2 as pb

@@ -8,16 +8,16 @@ A model that alignment has made another function of is not sent: the reply says 
 from flwr.app import MetricRecord, RecordDict
 from torch import nn
 
-from fedbasin.client.aligning import align
-from fedbasin.client.collecting import collect
-from fedbasin.client.measuring import measure
-from fedbasin.client.regression import order
+from fedbasin.client.align import align
+from fedbasin.client.measure.measure import measure
+from fedbasin.client.refit.regression import order
 from fedbasin.client.request import Data, Request, answer, required
+from fedbasin.client.statistics.collect import collect
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
-from fedbasin.strategies.fusion.adapters import widened
+from fedbasin.strategies.fusion.lora.lora_factors import widened
 from fedbasin.strategies.fusion.update import Order
-from fedbasin.strategies.state import State, floating
+from fedbasin.strategies.tensors.state import State, floating
 
 
 def build_reply(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedbasin.client.data import Batches
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
-from fedbasin.strategies.diagnostics.share import draw
+from fedbasin.strategies.diagnostics.probe_sampling import draw
 
 Data: TypeAlias = Callable[[], Batches]
 

@@ -20,8 +20,8 @@ from fedbasin.deploy.local import Deployment, deployment
 from fedbasin.deploy.picture import draw_paths
 from fedbasin.deploy.processes import DeploymentError
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.checkpoint import read_reports
-from fedbasin.server.gauges import height
+from fedbasin.server.observe.gauges import height
+from fedbasin.server.run.checkpoint import read_reports
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
 CLIENTS = 5

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from fedbasin.server import catalogue
-from fedbasin.server.catalogue import Metric
-from fedbasin.strategies.outcome import Outcome
+from fedbasin.server.observe import metric_catalogue as catalogue
+from fedbasin.server.observe.metric_catalogue import Metric
+from fedbasin.strategies.round.outcomes import Outcome
 
 _ROOM = Path(__file__).resolve().parent
 RULES = _ROOM / "prometheus" / "rules.yml"

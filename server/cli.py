@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedbasin.server.modelfiles import commands
+from fedbasin.server.files import commands
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedbasin.proto.fedbasin_pb2 import RoundReport, RoundsRequest
     from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-    from fedbasin.server.observer import Addresses
+    from fedbasin.server.observe.observer import Addresses
 
 _HERE = "127.0.0.1:9470"
 
@@ -99,8 +99,8 @@ def observe(
     """
     import asyncio
 
-    from fedbasin.server import observer
-    from fedbasin.server.access import AccessError, Guard
+    from fedbasin.server.observe import observer
+    from fedbasin.server.observe.access import AccessError, Guard
 
     def announce(addresses: "Addresses") -> None:
         lines = asdict(addresses)
@@ -138,8 +138,8 @@ def rounds(
     """
     from rich.console import Console
 
-    from fedbasin.server.store import to_line
-    from fedbasin.server.table import table
+    from fedbasin.server.observe.rounds_table import table
+    from fedbasin.server.observe.store import to_line
 
     with _asking(address, ca, token_file) as observer:
         found = observer.GetRounds(_request(run), timeout=30).reports
@@ -167,7 +167,7 @@ def watch(
     """
     from rich.console import Console
 
-    from fedbasin.server.live import show_live
+    from fedbasin.server.observe.live import show_live
 
     console = Console()
     try:
@@ -196,9 +196,9 @@ def download(
 
     Prints the round. Ends with 0, and with 1 where there is no such model or it did not arrive whole.
     """
-    from fedbasin.server.access import AccessError, Pass
-    from fedbasin.server.download import DownloadError
-    from fedbasin.server.download import download as fetch
+    from fedbasin.server.observe.access import AccessError, Pass
+    from fedbasin.server.observe.download import DownloadError
+    from fedbasin.server.observe.download import download as fetch
 
     try:
         found = fetch(address, run, output, own=Pass(ca, token_file))
@@ -223,7 +223,7 @@ def report(
 
     Ends with 0, and with 1 where the folder has no report or the file cannot be written.
     """
-    from fedbasin.server.report import file
+    from fedbasin.server.report import report_file as file
 
     if as_markdown and as_json:
         raise typer.BadParameter("choose one form", param_hint="--markdown and --json")
@@ -245,7 +245,7 @@ def settings(as_json: Json = False) -> None:
 
     Settings stand in the app's pyproject.toml, or in `flwr run --run-config`.
     """
-    from fedbasin.server.settings import described
+    from fedbasin.server.run.settings import described
 
     if not as_json:
         typer.echo("| setting | default | what it does |\n|---|---|---|")
@@ -266,8 +266,8 @@ def _asking(address: str, ca: Path | None, token_file: Path | None) -> "Iterator
     import grpc
 
     from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-    from fedbasin.server.access import AccessError, Pass
-    from fedbasin.server.push import connect
+    from fedbasin.server.observe.access import AccessError, Pass
+    from fedbasin.server.observe.push import connect
 
     try:
         with connect(address, Pass(ca, token_file)) as channel:
@@ -294,8 +294,8 @@ def _request(run: str) -> "RoundsRequest":
 def _lines(
     console: "Console", reports: "Iterable[RoundReport]", as_json: bool
 ) -> "Iterator[RoundReport]":
-    from fedbasin.server.store import to_line
-    from fedbasin.server.table import table
+    from fedbasin.server.observe.rounds_table import table
+    from fedbasin.server.observe.store import to_line
 
     if not as_json:
         console.print(table([]))

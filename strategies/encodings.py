@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
-from fedbasin.strategies.fusion.compact import (
+from fedbasin.strategies.fusion.compression.formats import (
     Encoding,
     Form,
     IndefiniteError,
@@ -22,11 +22,11 @@ from fedbasin.strategies.fusion.compact import (
     moment_layout,
     side,
 )
-from fedbasin.strategies.fusion.kronecker import Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched
+from fedbasin.strategies.fusion.kronecker_precision import Kronecker
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched
 from fedbasin.strategies.fusion.update import Block
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.validation import check_pieces
+from fedbasin.strategies.round.checks import check_pieces
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
 
 _GRAM = {
     Kind.triangle: pb.GRAM_FORM_TRIANGLE,

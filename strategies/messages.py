@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
-from fedbasin.strategies.alignment.matching import AlignmentReport
-from fedbasin.strategies.alignment.pairs import Link
+from fedbasin.strategies.alignment.pairwise_merging import Link
+from fedbasin.strategies.alignment.weight_matching import AlignmentReport
 from fedbasin.strategies.encodings import encoding_messages, read_encodings, statistics
-from fedbasin.strategies.fusion.compact import Encoding
-from fedbasin.strategies.fusion.running import Norm
+from fedbasin.strategies.fusion.batchnorm import Norm
+from fedbasin.strategies.fusion.compression.formats import Encoding
 from fedbasin.strategies.fusion.update import Block, Order, Update
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import Statistic, Target
-from fedbasin.strategies.stages import Ask, Fitting, Kind, Stage, Start
-from fedbasin.strategies.state import State
+from fedbasin.strategies.recipes import Statistic, Target
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.stages import Ask, Fitting, Kind, Stage, Start
+from fedbasin.strategies.tensors.state import State
 
 _START = {Start.shared: pb.START_SHARED, Start.own: pb.START_OWN}
 _KIND = {

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedbasin.client import basin
-from fedbasin.strategies.fusion.adapters import holding, narrowed
+from fedbasin.strategies.fusion.lora.lora_factors import holding, narrowed
 from tests.federation import Federation
 
 WORDS, PLACES, CLASSES = 12, 6, 3

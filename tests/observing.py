@@ -17,9 +17,9 @@ import pytest
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-from fedbasin.server.access import Pass
-from fedbasin.server.observer import Settings, serving
-from fedbasin.server.push import connect
+from fedbasin.server.observe.access import Pass
+from fedbasin.server.observe.observer import Settings, serving
+from fedbasin.server.observe.push import connect
 
 RULES = Path(__file__).parent.parent / "deploy" / "prometheus" / "rules.yml"
 

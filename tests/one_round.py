@@ -14,9 +14,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedbasin.client import basin
-from fedbasin.server.run import Result
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.server.run.loop import Result
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.strategies.symmetry.discover.tracing import trace
 from tests.federation import Federation
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy/digits"))

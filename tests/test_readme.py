@@ -79,7 +79,7 @@ def test_the_python_of_a_page_runs(page: Path) -> None:
 
 
 def test_the_settings_page_is_what_the_code_says() -> None:
-    from fedbasin.server.settings import described
+    from fedbasin.server.run.settings import described
 
     page = (ROOT / "docs" / "settings.md").read_text()
     for key, default, text in described():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedbasin.client import basin
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
 from tests.federation import Federation
 
 CLASSES = 3

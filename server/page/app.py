@@ -28,14 +28,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from fedbasin.server.history import History
+from fedbasin.server.observe.history import History
 from fedbasin.server.page.headers import SecurityHeaders
 from fedbasin.server.page.runs import Runs
 from fedbasin.server.page.stream import events
 from fedbasin.server.page.view import Choice, page
-from fedbasin.server.report.alignment import alignment
+from fedbasin.server.report.alignment_section import alignment
 from fedbasin.server.report.document import style
-from fedbasin.server.report.run import Run
+from fedbasin.server.report.reported_run import Run
 from fedbasin.server.report.summary import as_json
 
 _STATIC = Path(__file__).parent / "static"

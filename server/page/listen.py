@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 import uvicorn
 from starlette.types import ASGIApp
 
-from fedbasin.server.access import Guard
+from fedbasin.server.observe.access import Guard
 
 _GRACE_SECONDS = 1
 

@@ -7,8 +7,8 @@ from typing import overload
 from starlette.concurrency import run_in_threadpool
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.history import Entry, History
-from fedbasin.server.report.run import Run
+from fedbasin.server.observe.history import Entry, History
+from fedbasin.server.report.reported_run import Run
 from fedbasin.server.report.summary import Round, summarise
 
 _KEPT = 8  # runs whose summaries are remembered

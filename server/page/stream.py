@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.history import ClosedError, History
+from fedbasin.server.observe.history import ClosedError, History
 from fedbasin.server.report.summary import as_json, summarise
 
 SILENCE_SECONDS = 15.0  # proxies give up a connection that says nothing for longer

@@ -6,10 +6,10 @@ from typing import Self
 from urllib.parse import urlencode
 
 from fedbasin.proto.fedbasin_pb2 import RunSummary
+from fedbasin.server.report.charts.markup import Html, join, tag
 from fedbasin.server.report.document import document, parts, themes, title
-from fedbasin.server.report.markup import Html, join, tag
-from fedbasin.server.report.progress import overview
-from fedbasin.server.report.run import Run
+from fedbasin.server.report.progress_section import overview
+from fedbasin.server.report.reported_run import Run
 
 
 @dataclass(frozen=True)

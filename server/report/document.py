@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 
-from fedbasin.server.report.alignment import alignment
-from fedbasin.server.report.barriers import fused, path
-from fedbasin.server.report.basin import basin, probes
-from fedbasin.server.report.markup import Html, join, tag, trusted
-from fedbasin.server.report.progress import barriers, metrics, overview, rounds
-from fedbasin.server.report.replies import costs, outcomes
-from fedbasin.server.report.run import Run
-from fedbasin.server.report.table import table
+from fedbasin.server.report.alignment_section import alignment
+from fedbasin.server.report.barrier_section import fused, path
+from fedbasin.server.report.basin_section import basin, probes
+from fedbasin.server.report.charts.html_table import table
+from fedbasin.server.report.charts.markup import Html, join, tag, trusted
+from fedbasin.server.report.progress_section import barriers, metrics, overview, rounds
+from fedbasin.server.report.replies_section import costs, outcomes
+from fedbasin.server.report.reported_run import Run
 
 
 def style() -> str:

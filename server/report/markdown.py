@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.report.basin import CHARTS
-from fedbasin.server.report.replies import counted
-from fedbasin.server.report.run import Run
-from fedbasin.server.report.sites import sites
+from fedbasin.server.report.basin_section import CHARTS
+from fedbasin.server.report.charts.text import arrow, duration, number, size
+from fedbasin.server.report.replies_section import counted
+from fedbasin.server.report.reported_run import Run
+from fedbasin.server.report.space_measures import sites
 from fedbasin.server.report.summary import Round
-from fedbasin.server.report.text import arrow, duration, number, size
 
 
 def markdown(run: Run) -> str:

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from functools import cached_property
 
 from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport, StageReport
-from fedbasin.server.gauges import brief, height, probing
+from fedbasin.server.observe.gauges import brief, height, probing
 from fedbasin.strategies.diagnostics.barrier import Curve, accuracy_barrier, linear_barrier
-from fedbasin.strategies.outcome import Outcome
+from fedbasin.strategies.round.outcomes import Outcome
 
 ACCEPTED = Outcome.accepted.name
 

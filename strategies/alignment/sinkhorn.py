@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.alignment.ascent import Ascent, agreement
-from fedbasin.strategies.alignment.certificate import Radii
-from fedbasin.strategies.alignment.matching import Alignment, finished, folded, match_weights
-from fedbasin.strategies.alignment.moved import Moved
-from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.assignment import assign
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.groups import Permutation
-from fedbasin.strategies.symmetry.sites import Site, Symmetry
+from fedbasin.strategies.alignment.coordinate_ascent import Ascent, agreement
+from fedbasin.strategies.alignment.identity_bound import Radii
+from fedbasin.strategies.alignment.transformed_state import Moved
+from fedbasin.strategies.alignment.weight_matching import Alignment, finished, folded, match_weights
+from fedbasin.strategies.symmetry.groups.assignment import assign
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.groups.groups import Permutation
+from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
+from fedbasin.strategies.tensors.state import State
 
 # Temperatures, as shares of a score's standard deviation: nearly uniform at first, nearly an order at last.
 _TEMPERATURES = tuple(2.0 * 0.5**step for step in range(8))

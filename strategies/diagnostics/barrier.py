@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # the observer draws barriers and needs no torch for it
-    from fedbasin.strategies.state import State
+    from fedbasin.strategies.tensors.state import State
 
 Curve: TypeAlias = Sequence[float]
 

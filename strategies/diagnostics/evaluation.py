@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.strategies.batches import Batch, Batches, evaluating, forward, read
-from fedbasin.strategies.state import State
+from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read
+from fedbasin.strategies.tensors.state import State
 
 IGNORED = -100  # the target that PyTorch's cross entropy leaves out
 

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.state import State, floating
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
+from fedbasin.strategies.tensors.state import State, floating
 
 Angles = Float[Tensor, "count size"]
 

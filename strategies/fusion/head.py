@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.fusion.precision import Gram, Precision, Scalar
-from fedbasin.strategies.fusion.tally import Ridge
+from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.precisions import Gram, Precision, Scalar
 from fedbasin.strategies.fusion.update import Block
 
 MARGIN = 5.0

@@ -7,10 +7,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Precision, Sketched, common
-from fedbasin.strategies.fusion.running import Norm
-from fedbasin.strategies.state import State
+from fedbasin.strategies.fusion.batchnorm import Norm
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
 from fedbasin.strategies.symmetry.transform import Transform
+from fedbasin.strategies.tensors.state import State
 
 # The tensors that one precision speaks of: a weight, or a weight and its bias.
 Block: TypeAlias = tuple[str, ...]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.tensors.state import State
 
 DOUBLE_TOLERANCE = 1e-10
 SINGLE_TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.state import State, tied
+from fedbasin.strategies.tensors.state import State, tied
 
 # A bias divided by less would drown all else that turns with the stream.
 _SMALLEST_GAIN = 1e-6

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.state import State, tied
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.sites import Member, Symmetry
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.symmetry import Member, Symmetry
+from fedbasin.strategies.tensors.state import State, tied
 
 
 @dataclass(frozen=True, eq=False)

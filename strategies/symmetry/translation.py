@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.state import State
+from fedbasin.strategies.tensors.state import State
 
 Vector = Float[Tensor, " width"]
 

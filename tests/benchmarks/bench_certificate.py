@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import Alignment, match_weights
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
+from fedbasin.strategies.symmetry.discover.tracing import trace
 from tests.benchmarks.figures import Figure, Goal, Say, median_ratio
 
 INPUTS, WIDTH = 768, 3072

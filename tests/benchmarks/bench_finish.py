@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.precision import Gram
-from fedbasin.strategies.fusion.tally import Tally
+from fedbasin.strategies.fusion.accumulator import Tally
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update
 from tests.benchmarks.figures import (
     Figure,

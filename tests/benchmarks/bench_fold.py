@@ -16,9 +16,9 @@ from torch import Tensor
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
 from fedbasin.strategies import messages
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Fuse
-from fedbasin.strategies.state import State
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.stages import Ask, Fuse
+from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, median_ratio
 
 REPLIES = 10

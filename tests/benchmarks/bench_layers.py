@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.alignment.subset import choose_layers
-from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.families.dispatch import family
-from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.strategies.alignment.layer_subset import choose_layers
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.models.families import family
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say
 
 LAYERS, WIDTH, HEADS, HIDDEN = 24, 256, 4, 1024

@@ -14,13 +14,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
-from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.fusion.tally import Tally
+from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.fusion.accumulator import Tally
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.state import State, distance
-from fedbasin.strategies.symmetry.families.dispatch import family
-from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.strategies.symmetry.models.families import family
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.tensors.state import State, distance
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, median_ratio
 
 LAYERS, HEADS, WIDTH = 12, 12, 768

@@ -6,8 +6,8 @@ import sys
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.symmetry import parse
 from tests.benchmarks.figures import (
     Figure,
     Goal,

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from fedbasin.server.serve import serve
+from fedbasin.server.run.serve import serve
 from tests.benchmarks.figures import (
     Figure,
     Goal,

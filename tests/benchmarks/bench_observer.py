@@ -15,7 +15,7 @@ from grpc import aio
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-from fedbasin.server.push import connect
+from fedbasin.server.observe.push import connect
 from tests.benchmarks.figures import Figure, Goal, Say
 
 ROUNDS = 1000

@@ -18,13 +18,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fedbasin.client import basin
-from fedbasin.client.regression import regress
-from fedbasin.server.serve import serve
-from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.client.refit.regression import regress
+from fedbasin.server.run.serve import serve
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join, split
-from fedbasin.strategies.recipe import Target
-from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.residual import turning_transformer
+from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.symmetry.models.residual_rotation import turning_transformer
+from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.bench_own_starts import EPOCHS, HEADS, TRAINED, train
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.federation import Federation

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from fedbasin.strategies.alignment.learned import Search, match_learned
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.alignment.pairs import Link, Links, Merged, chain, follow, tree
-from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.residual import turning_transformer
-from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.strategies.alignment.learned_matching import Search, match_learned
+from fedbasin.strategies.alignment.pairwise_merging import Link, Links, Merged, chain, follow, tree
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.models.residual_rotation import turning_transformer
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.strategies.symmetry.families import Transformer
 
@@ -34,7 +34,7 @@ STEPS = 400
 HOW = f"""Digits as 8 rows of 8 pixels, {TRAINED} to train on, split evenly at random; a pre-norm transformer of two blocks and
 width 32, trained by each client from a start of its own for {EPOCHS} epochs in batches of 32: SGD at 0.05 with momentum
 0.9, AdamW at 0.002. Then one round. Test accuracy; mean of {len(SEEDS[4])} seeds with 4 clients, {len(SEEDS[8])} with 8. `star`: everyone aligns to the first client,
-`chain` and `tree` as in `strategies/alignment/pairs.py`; `weights` is `match_weights` with a turning residual stream,
+`chain` and `tree` as in `strategies/alignment/pairwise_merging.py`; `weights` is `match_weights` with a turning residual stream,
 `learned` is `match_learned` with {STEPS} steps and smoothed labels on the client's own data. In a tree one client aligns a merge, on its own data
 alone. `ensemble` averages the clients' probabilities and is no single model."""
 

@@ -18,11 +18,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import grid, linear_barrier
-from fedbasin.strategies.state import State, interpolate
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.tensors.state import State, interpolate
 from tests.benchmarks.figures import Figure, Goal, Say
 
 WIDTH, EPOCHS, PAIRS, POINTS = 512, 20, 3, 11

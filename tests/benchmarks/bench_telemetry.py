@@ -15,13 +15,13 @@ from flwr.app import Context, Message, RecordDict
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.moments import preactivation_moments
-from fedbasin.client.probe import path_losses
+from fedbasin.client.capture.preactivations import preactivation_moments
+from fedbasin.client.measure.loss_path import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import wire
 from fedbasin.server import checkpoint, directions, push, round_report, rounds, run, serve
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.benchmarks.grid import PulledGrid

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.activations import correlations
-from fedbasin.strategies.alignment.activations import match_activations
-from fedbasin.strategies.symmetry.sites import parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.client.capture.feature_correlations import correlations
+from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
-from fedbasin.strategies.symmetry.transformer import preln_transformer
 from tests.strategies.symmetry.families import Transformer
 
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from peft import get_peft_model_state_dict as saved
 from torch import nn
 
-from fedbasin.client.adapters import completed, model_names
+from fedbasin.client.lora_names import completed, model_names
 
 
 def adapted(**config):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from flwr.app import Context, MetricRecord, RecordDict
 
-from fedbasin.client.context import (
+from fedbasin.client.client_state import (
     begun,
     forget,
     fused_pieces,

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from fedbasin.client.curves import curve_losses, train_bend
-from fedbasin.client.probe import path_losses
+from fedbasin.client.measure.loss_path import path_losses
+from fedbasin.client.measure.train_bend import curve_losses, train_bend
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
-from fedbasin.strategies.diagnostics.curves import straight
+from fedbasin.strategies.diagnostics.bent_paths import straight
 from tests.strategies.diagnostics.models import examples, learnt, mlp
 
 A, B = learnt(1), learnt(2)

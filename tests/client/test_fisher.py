@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-import fedbasin.client.fisher as fisher_module
-from fedbasin.client.fisher import diagonal_fisher
+import fedbasin.client.statistics.fisher as fisher_module
+from fedbasin.client.statistics.fisher import diagonal_fisher
 
 W = torch.float64
 

@@ -5,9 +5,9 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import nn
 
-from fedbasin.client.context import keep_begun, keep_fused, keep_sent
-from fedbasin.client.fitting import fit_reply
-from fedbasin.client.probe import evaluate
+from fedbasin.client.client_state import keep_begun, keep_fused, keep_sent
+from fedbasin.client.measure.loss_path import evaluate
+from fedbasin.client.refit.refit_reply import fit_reply
 from fedbasin.client.request import MissingDataError, read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.fisher import diagonal_fisher
-from fedbasin.client.kronecker import kronecker_factors
-from fedbasin.client.statistics import grams
+from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.client.statistics.gram import grams
+from fedbasin.client.statistics.kronecker_factors import kronecker_factors
 
 W = torch.float64
 

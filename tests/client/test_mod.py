@@ -9,8 +9,8 @@ from fedbasin.client import basin
 from fedbasin.client.mod import AppReplyError
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.messages import broadcast, requests
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Start, fusing
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.stages import Ask, Bootstrap, Evaluate, Start, fusing
 from tests import tiny
 
 NODE = 101

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from fedbasin.client.capture.preactivations import preactivation_moments
 from fedbasin.client.data import Batch
-from fedbasin.client.moments import preactivation_moments
-from fedbasin.strategies.diagnostics.variance import variance_ratios
-from fedbasin.strategies.state import interpolate
+from fedbasin.strategies.diagnostics.variance_ratios import variance_ratios
+from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.diagnostics.models import examples, learnt, mlp
 
 

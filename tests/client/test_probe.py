@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.probe import evaluate, path_losses
+from fedbasin.client.measure.loss_path import evaluate, path_losses
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client import products
-from fedbasin.client.products import Product, Products
-from fedbasin.client.statistics import grams
+from fedbasin.client.capture import layer_calls as products
+from fedbasin.client.capture.layer_calls import Product, Products
+from fedbasin.client.statistics.gram import grams
 from fedbasin.strategies.fusion.layers import gram_layers
 from tests.strategies.symmetry.tiny_transformers import MODELS
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.reach import Reaches
+from fedbasin.client.refit.invertible_path import Reaches
 
 W = torch.float64
 

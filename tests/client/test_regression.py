@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.regression import FlowError, order, regress
-from fedbasin.client.statistics import grams
-from fedbasin.server.modelfiles.precision import Doubled
+from fedbasin.client.refit.regression import FlowError, order, regress
+from fedbasin.client.statistics.gram import grams
+from fedbasin.server.files.double_precision import Doubled
 from fedbasin.strategies.fusion.layers import gram_layers
-from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Order, join
-from fedbasin.strategies.recipe import Target
+from fedbasin.strategies.recipes import Target
 from tests.strategies.symmetry.tiny_transformers import MODELS
 
 W = torch.float64

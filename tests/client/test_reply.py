@@ -5,18 +5,18 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from fedbasin.client import build_reply, read_request
-from fedbasin.client.fisher import diagonal_fisher
-from fedbasin.client.probe import path_losses
+from fedbasin.client.measure.loss_path import path_losses
 from fedbasin.client.request import MissingDataError
-from fedbasin.client.statistics import grams
+from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.client.statistics.gram import grams
 from fedbasin.proto import packing, wire
-from fedbasin.strategies.alignment.matcher import Matcher
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.fusion.compact import Form, encode
+from fedbasin.strategies.alignment.matchers import Matcher
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.fusion.compression.formats import Form, encode
 from fedbasin.strategies.messages import broadcast
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, fusing
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.stages import Ask, fusing
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests import tiny
 

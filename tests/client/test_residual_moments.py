@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.regression import regress
-from fedbasin.strategies.fit import Fit, Head
+from fedbasin.client.refit.regression import regress
+from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import closed_form
-from fedbasin.strategies.fusion.precision import Gram
-from fedbasin.strategies.fusion.tally import Ridge
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
-from fedbasin.strategies.recipe import Target
-from fedbasin.strategies.stages import Fitting
+from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.round.refit import Fit, Head
+from fedbasin.strategies.round.stages import Fitting
 
 W = torch.float64
 BLOCK = ("2.weight", "2.bias")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.running import find_norms, measuring
-from fedbasin.strategies.fusion.running import Norm
+from fedbasin.client.capture.batchnorm_statistics import find_norms, measuring
+from fedbasin.strategies.fusion.batchnorm import Norm
 
 
 class Net(nn.Module):

@@ -11,19 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbasin.client import build_reply, read_request
-from fedbasin.client.context import keep_fused, keep_sent
-from fedbasin.client.fitting import fit_reply
-from fedbasin.client.regression import regress
-from fedbasin.client.statistics import gram_pieces, grams
+from fedbasin.client.client_state import keep_fused, keep_sent
+from fedbasin.client.refit.refit_reply import fit_reply
+from fedbasin.client.refit.regression import regress
+from fedbasin.client.statistics.gram import gram_pieces, grams
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
 from fedbasin.strategies.encodings import statistics
-from fedbasin.strategies.fusion.compact import Encoding, Form, Kind
+from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
 from fedbasin.strategies.messages import broadcast
-from fedbasin.strategies.recipe import RECIPES, Target
-from fedbasin.strategies.stages import Ask, fusing
-from fedbasin.strategies.state import interpolate
+from fedbasin.strategies.recipes import RECIPES, Target
+from fedbasin.strategies.round.stages import Ask, fusing
+from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.symmetry.tiny_transformers import MODELS, TOKENS
 
 W = torch.float64

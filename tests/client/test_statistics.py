@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from fedbasin.client import products
-from fedbasin.client.fisher import diagonal_fisher
-from fedbasin.client.statistics import grams
+from fedbasin.client.capture import layer_calls as products
+from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.client.statistics.gram import grams
 
 W = torch.float64
 

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from fedbasin.client.regression import regress
-from fedbasin.client.statistics import gram_pieces, grams
-from fedbasin.strategies.fit import Fit
-from fedbasin.strategies.fusion.compact import Encoding, Form, Kind, decode, layout
+from fedbasin.client.refit.regression import regress
+from fedbasin.client.statistics.gram import gram_pieces, grams
+from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind, decode, layout
 from fedbasin.strategies.fusion.layers import gram_layers
-from fedbasin.strategies.fusion.precision import Gram
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
-from fedbasin.strategies.recipe import Target
-from fedbasin.strategies.stages import Fitting
+from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.round.refit import Fit
+from fedbasin.strategies.round.stages import Fitting
 
 W = torch.float64
 FORMS = [

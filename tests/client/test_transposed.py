@@ -8,18 +8,18 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedbasin.client.regression import order, regress
-from fedbasin.client.statistics import grams
-from fedbasin.strategies.fit import Fit
+from fedbasin.client.refit.regression import order, regress
+from fedbasin.client.statistics.gram import grams
+from fedbasin.strategies.fusion.accumulator import Ridge, fuse
 from fedbasin.strategies.fusion.layers import gram_layers, kronecker_layers
-from fedbasin.strategies.fusion.precision import Gram
-from fedbasin.strategies.fusion.tally import Ridge, fuse
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join, split, stored
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import Target
-from fedbasin.strategies.stages import Fitting
+from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.round.checks import check_update
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.refit import Fit
+from fedbasin.strategies.round.stages import Fitting
 from fedbasin.strategies.symmetry.transform import random
-from fedbasin.strategies.validation import check_update
 from tests.strategies.symmetry.tiny_transformers import symmetry_of
 
 W = torch.float64

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fedbasin.deploy.processes import SCRIPTS, plain
-from fedbasin.server.settings import read_settings
+from fedbasin.server.run.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())

@@ -9,7 +9,7 @@ import yaml
 
 from fedbasin.deploy import dashboard
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-from fedbasin.server.push import connect
+from fedbasin.server.observe.push import connect
 from tests.federation import Federation
 from tests.observing import observer, prometheus
 
@@ -106,9 +106,9 @@ def reports(tmp_path_factory):
 
     import torch
 
-    from fedbasin.server.probing import Probe
-    from fedbasin.server.serve import Hooks, serve
-    from fedbasin.strategies.symmetry.tracing import trace
+    from fedbasin.server.run.probe_set import Probe
+    from fedbasin.server.run.serve import Hooks, serve
+    from fedbasin.strategies.symmetry.discover.tracing import trace
 
     config = {
         "width": 32,

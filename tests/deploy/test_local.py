@@ -36,7 +36,7 @@ APP = """
 import time
 
 import numpy as np
-from fedbasin.server.grid import StreamingGrid, available
+from fedbasin.server.run.streaming_grid import StreamingGrid, available
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp

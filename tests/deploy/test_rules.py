@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fedbasin.deploy.metrics_page import PAGE, RULES, page
-from fedbasin.server import catalogue
+from fedbasin.server.observe import metric_catalogue as catalogue
 
 TESTS = RULES.with_name("rules_test.yml")
 rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]

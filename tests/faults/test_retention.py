@@ -4,7 +4,7 @@ import weakref
 import torch
 from flwr.app import Context, RecordDict
 
-from fedbasin.server.serve import serve
+from fedbasin.server.run.serve import serve
 from tests.benchmarks.grid import PulledGrid
 
 

@@ -4,7 +4,7 @@ import sys
 
 from rich.console import Console
 
-from fedbasin.server.settings import SettingsError
+from fedbasin.server.run.settings import SettingsError
 from tests.protocol.cli import app
 from tests.protocol.results import ResultsError
 from tests.protocol.spec import SpecError

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedbasin.client import basin
-from fedbasin.strategies.state import State
+from fedbasin.strategies.tensors.state import State
 from tests.protocol import tasks
 from tests.protocol.meter import Meter, MeteredFederation
 from tests.protocol.models import MODELS

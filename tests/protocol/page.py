@@ -15,7 +15,7 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 
 - Every rule has the same examples in the same slices, the same first model and the same local training (AdamW,
   learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every round.
-- Recipes of fedbasin (lower case) run through `fedbasin.server.serve` and the client's mod; Flower's strategies
+- Recipes of fedbasin (lower case) run through `fedbasin.server.run.serve` and the client's mod; Flower's strategies
   (`FedAvg`, `FedAvgM`, `FedAdam`, `FedProx`) are the real objects, over the same clients. Only the network is missing.
 - Bytes are those of all records of all messages, both ways. Seconds are processor time on one thread: training,
   statistics and packing of all clients together, and the server's own.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedbasin.server.report.chart import Axis, axis
-from fedbasin.server.report.markup import Html, join, tag, trusted
+from fedbasin.server.report.charts.chart import Axis, axis
+from fedbasin.server.report.charts.markup import Html, join, tag, trusted
 from tests.protocol.setting import Point
 from tests.protocol.summary import Row
 from tests.protocol.tables import megabytes

@@ -3,11 +3,11 @@
 import tempfile
 from dataclasses import replace
 
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.strategies.fusion.adapters import holding
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.state import State
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.strategies.fusion.lora.lora_factors import holding
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.tensors.state import State
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import Spec
 from tests.protocol.travelling import has_adapters, state_of

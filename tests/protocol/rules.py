@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.recipes import RECIPES
 from tests.protocol import flower, heads, recipes
 from tests.protocol.experiment import Record, prepare
 from tests.protocol.setting import Setting

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.checkpoint import (
+from fedbasin.server.run.checkpoint import (
     MODEL,
     REPORTS,
     Checkpoint,

@@ -13,7 +13,7 @@ from importlib import metadata
 import pytest
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.push import push
+from fedbasin.server.observe.push import push
 
 # Flower, where other tests import it, sets this variable for its own processes.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "GRPC_VERBOSITY"}

@@ -3,10 +3,10 @@
 import torch
 from typer.testing import CliRunner
 
-from fedbasin.server.access import Guard, Pass
-from fedbasin.server.checkpoint import Checkpoint, save
 from fedbasin.server.cli import app
-from fedbasin.server.push import push
+from fedbasin.server.observe.access import Guard, Pass
+from fedbasin.server.observe.push import push
+from fedbasin.server.run.checkpoint import Checkpoint, save
 from tests.observing import observer, report
 
 TOKEN = "a-token-of-the-tests"

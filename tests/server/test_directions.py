@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.directions import Directions
+from fedbasin.server.run.directions import Directions
 from fedbasin.strategies.diagnostics.geometry import cosine
-from fedbasin.strategies.state import distance
+from fedbasin.strategies.tensors.state import distance
 
 
 def state(seed):

@@ -11,13 +11,13 @@ from flwr.app import Error, Message
 from torch.nn.functional import linear, one_hot, pad, relu
 
 from fedbasin.proto import packing, wire
-from fedbasin.server.rounds import QuorumLostError
-from fedbasin.server.serve import serve
-from fedbasin.server.settings import SettingsError
+from fedbasin.server.run.serve import serve
+from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.run.stage_loop import QuorumLostError
+from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence, closed_form
-from fedbasin.strategies.fusion.precision import Gram
-from fedbasin.strategies.fusion.tally import Ridge
-from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.fusion.precisions import Gram
+from fedbasin.strategies.recipes import RECIPES
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from fedbasin.client.probe import evaluate
+from fedbasin.client.measure.loss_path import evaluate
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
-from fedbasin.server.serve import serve
+from fedbasin.server.run.serve import serve
 from fedbasin.strategies.diagnostics.barrier import along, linear_barrier, midpoint_gap
-from fedbasin.strategies.diagnostics.pairs import from_fused
-from fedbasin.strategies.state import interpolate
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.diagnostics.model_pairs import from_fused
+from fedbasin.strategies.symmetry.symmetry import parse
+from fedbasin.strategies.tensors.state import interpolate
 from tests import tiny
 
 NODES = [100, 101, 102]

@@ -10,7 +10,13 @@ from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import RunNotRunningException
 
-from fedbasin.server.grid import Quorum, Reply, StreamingGrid, TooFewNodesError, available
+from fedbasin.server.run.streaming_grid import (
+    Quorum,
+    Reply,
+    StreamingGrid,
+    TooFewNodesError,
+    available,
+)
 from tests.server.fake_grid import SUPERLINK_NODE_ID, FakeGrid, http_error
 
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.kronecker import kronecker_factors
-from fedbasin.server.serve import serve
-from fedbasin.server.settings import Settings, SettingsError, read_settings
-from fedbasin.strategies.fusion.kronecker import MOST_PRODUCTS, Kronecker
-from fedbasin.strategies.fusion.tally import Tally
+from fedbasin.client.statistics.kronecker_factors import kronecker_factors
+from fedbasin.server.run.serve import serve
+from fedbasin.server.run.settings import Settings, SettingsError, read_settings
+from fedbasin.strategies.fusion.accumulator import Tally
+from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, fusing
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.stages import Ask, fusing
 from tests import tiny
 
 KFAC = RECIPES["kfac"]

@@ -6,15 +6,15 @@ from flwr.app import Error, Message
 from torch.func import functional_call
 
 from fedbasin.proto import packing, wire
-from fedbasin.server.rounds import QuorumLostError
-from fedbasin.server.serve import serve
-from fedbasin.server.settings import SettingsError, read_settings
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.server.run.serve import serve
+from fedbasin.server.run.settings import SettingsError, read_settings
+from fedbasin.server.run.stage_loop import QuorumLostError
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Bootstrap, fusing
-from fedbasin.strategies.state import floating
-from fedbasin.strategies.symmetry.residual import turning_transformer
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.stages import Ask, Bootstrap, fusing
+from fedbasin.strategies.symmetry.models.residual_rotation import turning_transformer
+from fedbasin.strategies.tensors.state import floating
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
 from tests.strategies.symmetry.families import Transformer

@@ -7,14 +7,14 @@ from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict as saved
 
 from fedbasin.proto import wire
-from fedbasin.server.serve import serve
-from fedbasin.server.settings import SettingsError
-from fedbasin.strategies.fedbasin import FedBasin
-from fedbasin.strategies.fusion.adapters import find_adapters
+from fedbasin.server.run.serve import serve
+from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.strategy import FedBasin
+from fedbasin.strategies.fusion.lora.lora_factors import find_adapters
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.outcome import Refusal
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, fusing
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.outcomes import Refusal
+from fedbasin.strategies.round.stages import Ask, fusing
 from tests import adapted, tiny
 from tests.server.fake_grid import FakeGrid
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.symmetry import parse
 from tests import tiny
 from tests.server.test_serve import folder as folder  # a fixture
 from tests.server.test_serve import start

@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-from fedbasin.server.history import History, Limits
-from fedbasin.server.observer import SERVICE
-from fedbasin.server.push import Line, connect, push
-from fedbasin.server.store import FILE
+from fedbasin.server.observe.history import History, Limits
+from fedbasin.server.observe.observer import SERVICE
+from fedbasin.server.observe.push import Line, connect, push
+from fedbasin.server.observe.store import FILE
 from tests.observing import observer, report, served
 
 
@@ -291,7 +291,7 @@ def test_a_restarted_observer_has_its_history_and_its_counters(tmp_path):
 def test_a_line_is_dialled_once_and_outlives_an_observer_that_restarts(tmp_path, monkeypatch):
     dialled = []
     monkeypatch.setattr(
-        "fedbasin.server.push.connect", lambda *to: dialled.append(to) or connect(*to)
+        "fedbasin.server.observe.push.connect", lambda *to: dialled.append(to) or connect(*to)
     )
     with served(store=tmp_path) as (addresses, _):
         line = Line(addresses.observer)

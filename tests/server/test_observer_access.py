@@ -16,9 +16,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-from fedbasin.server.access import AccessError, Guard, Pass, read_token
-from fedbasin.server.observer import SERVICE
-from fedbasin.server.push import connect, push
+from fedbasin.server.observe.access import AccessError, Guard, Pass, read_token
+from fedbasin.server.observe.observer import SERVICE
+from fedbasin.server.observe.push import connect, push
 from tests.observing import observer, report
 
 TOKEN = "a" * 20 + "-right"

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server import checkpoint, models
-from fedbasin.server.checkpoint import Checkpoint
-from fedbasin.server.download import DownloadError, download
-from fedbasin.server.models import Models, NoModelError
-from fedbasin.server.push import push
+from fedbasin.server.observe import published_models as models
+from fedbasin.server.observe.download import DownloadError, download
+from fedbasin.server.observe.published_models import Models, NoModelError
+from fedbasin.server.observe.push import push
+from fedbasin.server.run import checkpoint
+from fedbasin.server.run.checkpoint import Checkpoint
 from tests.observing import observer, report, served
 
 ROOT = Path(__file__).parent.parent.parent
@@ -157,7 +158,7 @@ def test_what_came_wrongly_never_becomes_the_target(shown, tmp_path, monkeypatch
         def GetModel(self, request):  # noqa: N802 - the name in the .proto
             return iter(spoil(pieces))
 
-    monkeypatch.setattr("fedbasin.server.download.ObserverStub", Spoiling)
+    monkeypatch.setattr("fedbasin.server.observe.download.ObserverStub", Spoiling)
     with pytest.raises(DownloadError):
         download(shown[0].observer, "run", target)
     assert target.read_text() == "before"

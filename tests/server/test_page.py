@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedbasin.server.access import Guard
-from fedbasin.server.history import History
+from fedbasin.server.observe.access import Guard
+from fedbasin.server.observe.history import History
+from fedbasin.server.observe.push import push
 from fedbasin.server.page import stream
-from fedbasin.server.push import push
 from tests.observing import observer
 from tests.server.reports import run_of
 from tests.server.test_observer_access import Authority

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from fedbasin.client.moments import preactivation_moments
+from fedbasin.client.capture.preactivations import preactivation_moments
 from fedbasin.proto import packing, wire
-from fedbasin.server.serve import serve
+from fedbasin.server.run.serve import serve
 from fedbasin.strategies.diagnostics.geometry import cosine
-from fedbasin.strategies.diagnostics.spectra import spectral_alignment
-from fedbasin.strategies.diagnostics.variance import variance_ratios
-from fedbasin.strategies.state import distance, floating
+from fedbasin.strategies.diagnostics.singular_vectors import spectral_alignment
+from fedbasin.strategies.diagnostics.variance_ratios import variance_ratios
+from fedbasin.strategies.tensors.state import distance, floating
 from tests import tiny
 from tests.federation import Federation
 

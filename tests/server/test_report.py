@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.checkpoint import REPORTS, append_report
-from fedbasin.server.report.basin import CHARTS
-from fedbasin.server.report.chart import Axis, Bars, Line, axis, bar_chart, line_chart
+from fedbasin.server.report.basin_section import CHARTS
+from fedbasin.server.report.charts.chart import Axis, Bars, Line, axis, bar_chart, line_chart
+from fedbasin.server.report.charts.markup import tag
+from fedbasin.server.report.charts.text import number
 from fedbasin.server.report.document import report
-from fedbasin.server.report.file import NoRunError, html, lines, read, text
 from fedbasin.server.report.markdown import escaped, markdown
-from fedbasin.server.report.markup import tag
-from fedbasin.server.report.run import Run
-from fedbasin.server.report.sites import binned, sites
-from fedbasin.server.report.text import number
-from fedbasin.strategies.outcome import Outcome
+from fedbasin.server.report.report_file import NoRunError, html, lines, read, text
+from fedbasin.server.report.reported_run import Run
+from fedbasin.server.report.space_measures import binned, sites
+from fedbasin.server.run.checkpoint import REPORTS, append_report
+from fedbasin.strategies.round.outcomes import Outcome
 from tests.server.reports import SITES, run_of
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`"

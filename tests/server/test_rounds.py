@@ -7,14 +7,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message
 
-from fedbasin.client.probe import path_losses
+from fedbasin.client.measure.loss_path import path_losses
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
-from fedbasin.server.grid import StreamingGrid
-from fedbasin.server.paths import add_path
-from fedbasin.server.rounds import Budget, Question, QuorumLostError, run_stage
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Evaluate, fusing
+from fedbasin.server.run.client_paths import add_path
+from fedbasin.server.run.stage_loop import Budget, Question, QuorumLostError, run_stage
+from fedbasin.server.run.streaming_grid import StreamingGrid
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.stages import Ask, Evaluate, fusing
 from tests import tiny
 
 NODES = [100, 101, 102]

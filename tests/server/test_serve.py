@@ -10,14 +10,14 @@ from torch import nn
 
 from fedbasin.client import basin
 from fedbasin.proto import packing
-from fedbasin.server import checkpoint
-from fedbasin.server.checkpoint import CheckpointError
-from fedbasin.server.round_report import summary
-from fedbasin.server.rounds import QuorumLostError
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.server.settings import SettingsError
-from fedbasin.strategies.symmetry.sites import SymmetryError, parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.server.run import checkpoint
+from fedbasin.server.run.checkpoint import CheckpointError
+from fedbasin.server.run.reporter import summary
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.run.stage_loop import QuorumLostError
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.symmetry import SymmetryError, parse
 from tests import tiny
 
 HIDDEN = trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.zeros(2, 4))

@@ -3,10 +3,10 @@
 import pytest
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.access import Guard, Pass
-from fedbasin.server.rounds import QuorumLostError
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.server.settings import SettingsError
+from fedbasin.server.observe.access import Guard, Pass
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.run.stage_loop import QuorumLostError
 from tests import tiny
 from tests.observing import served
 

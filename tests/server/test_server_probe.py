@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from fedbasin.proto import packing, wire
-from fedbasin.server.probing import Probe, Spool
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.server.settings import SettingsError
+from fedbasin.server.run.probe_set import Probe, Spool
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.server.run.settings import SettingsError
 from fedbasin.strategies.diagnostics.barrier import along
 from fedbasin.strategies.diagnostics.ensemble import Ensemble
 from fedbasin.strategies.diagnostics.evaluation import evaluate, predict
-from fedbasin.strategies.diagnostics.share import draw
-from fedbasin.strategies.state import interpolate
+from fedbasin.strategies.diagnostics.probe_sampling import draw
+from fedbasin.strategies.tensors.state import interpolate
 from tests import tiny
 
 

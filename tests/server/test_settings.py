@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.server.settings import Settings, SettingsError, read_settings
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.steps import STEPS
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.server.run.settings import Settings, SettingsError, read_settings
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.server_optimizers import STEPS
 from tests import tiny
 
 # key, value, what the message says beside them

@@ -8,13 +8,13 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
 from fedbasin.proto import wire
-from fedbasin.server.serve import serve
-from fedbasin.server.settings import SettingsError
+from fedbasin.server.run.serve import serve
+from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.encodings import read_encodings
-from fedbasin.strategies.fedbasin import FedBasin
-from fedbasin.strategies.fusion.budget import BudgetError, choose, spent
+from fedbasin.strategies.fusion.compression.budget import BudgetError, choose, spent
 from fedbasin.strategies.fusion.layers import gram_layers
-from fedbasin.strategies.recipe import RECIPES
+from fedbasin.strategies.recipes import RECIPES
 from tests import tiny
 
 LAYERS = gram_layers(tiny.net())

@@ -10,11 +10,11 @@ from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server import catalogue
-from fedbasin.server.telemetry import Telemetry
-from fedbasin.strategies.outcome import Outcome
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import AlignedFuse, Bootstrap, Evaluate, Fuse
+from fedbasin.server.observe import metric_catalogue as catalogue
+from fedbasin.server.observe.telemetry import Telemetry
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.round.stages import AlignedFuse, Bootstrap, Evaluate, Fuse
 
 
 def alignment(certified, gain, before, after, error):

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 from rich.console import Console
 
-from fedbasin.server.live import screen, sparkline
-from fedbasin.server.push import push
+from fedbasin.server.observe.live import screen, sparkline
+from fedbasin.server.observe.push import push
 from fedbasin.server.report.summary import summarise
 from tests.observing import observer
 from tests.server.reports import run_of

@@ -7,13 +7,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedbasin.strategies.fusion.adapters import AdapterError
-from fedbasin.strategies.fusion.compact import Encoding, Form, Kind
-from fedbasin.strategies.fusion.precision import Gram, Sketched
+from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind
+from fedbasin.strategies.fusion.lora.lora_factors import AdapterError
+from fedbasin.strategies.fusion.precisions import Gram, Sketched
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, fusing
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.stages import Ask, fusing
 
 A, B, TABLE = "x.lora_A.weight", "x.lora_B.weight", "e.lora_embedding_A"
 ANCHOR = {

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedbasin.strategies import chunks
+from fedbasin.strategies.tensors import parallel as chunks
 
 SHAPES = {"matrix": (3, 5), "scalar": (), "empty": (0, 4), "long": (70, 100)}
 

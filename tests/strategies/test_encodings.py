@@ -12,7 +12,7 @@ from fedbasin.strategies.encodings import (
     statistics,
     write_grams,
 )
-from fedbasin.strategies.fusion.compact import (
+from fedbasin.strategies.fusion.compression.formats import (
     Encoding,
     Form,
     Kind,
@@ -21,8 +21,8 @@ from fedbasin.strategies.fusion.compact import (
     encode,
     encode_moment,
 )
-from fedbasin.strategies.fusion.sketch import Sketch
-from fedbasin.strategies.outcome import Refusal
+from fedbasin.strategies.fusion.compression.sketch import Sketch
+from fedbasin.strategies.round.outcomes import Refusal
 
 BLOCK = ("fc.weight", "fc.bias")
 INPUTS, OUTPUTS = 6, 3

@@ -16,11 +16,11 @@ from flwr.serverapp.strategy import (
 from torch import nn
 
 from fedbasin.client import basin
-from fedbasin.strategies.fedbasin import FedBasin
+from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.fusion.layers import known_blocks
-from fedbasin.strategies.outcome import Outcome
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.state import distance
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.tensors.state import distance
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
 

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fit import Fit, Head, Probe
+from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.batchnorm import Norm
 from fedbasin.strategies.fusion.head import Evidence, closed_form
-from fedbasin.strategies.fusion.precision import Gram
-from fedbasin.strategies.fusion.running import Norm
-from fedbasin.strategies.fusion.tally import Ridge
+from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Order, Update, join
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.plans import best_point
-from fedbasin.strategies.recipe import RECIPES, Target
-from fedbasin.strategies.stages import Along, Ask, Fitting, Fuse
+from fedbasin.strategies.recipes import RECIPES, Target
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.refit import Fit, Head, Probe
+from fedbasin.strategies.round.round import best_point
+from fedbasin.strategies.round.stages import Along, Ask, Fitting, Fuse
 
 FIRST, SECOND, CONV = ("first.weight", "first.bias"), ("second.weight",), ("conv.weight",)
 RIDGE = 1e-2

@@ -7,11 +7,11 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedbasin.client.request import read_request
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
-from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.fusion.kronecker import Kronecker
+from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.layers import known_blocks
-from fedbasin.strategies.fusion.precision import Diagonal, Gram
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram
 from fedbasin.strategies.messages import (
     alignment_message,
     broadcast,
@@ -19,9 +19,9 @@ from fedbasin.strategies.messages import (
     receive_metrics,
     requests,
 )
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import RECIPES
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, fusing
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.stages import Ask, Bootstrap, Evaluate, fusing
 from tests import tiny
 
 

@@ -3,7 +3,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.metrics import WeightedMeans
+from fedbasin.strategies.round.weighted_means import WeightedMeans
 
 numbers = st.floats(-1e6, 1e6)
 weights = st.floats(0.1, 1e6)

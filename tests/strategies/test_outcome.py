@@ -12,15 +12,15 @@ from prometheus_client import CollectorRegistry
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
-from fedbasin.server.grid import StreamingGrid
-from fedbasin.server.rounds import Budget, Question, run_stage
-from fedbasin.server.telemetry import Telemetry
-from fedbasin.strategies.fit import Fit
-from fedbasin.strategies.fusion.compact import Form, decode, encode
+from fedbasin.server.observe.telemetry import Telemetry
+from fedbasin.server.run.stage_loop import Budget, Question, run_stage
+from fedbasin.server.run.streaming_grid import StreamingGrid
+from fedbasin.strategies.fusion.compression.formats import Form, decode, encode
 from fedbasin.strategies.fusion.layers import known_blocks
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import RECIPES, Target
-from fedbasin.strategies.stages import Ask, Fitting, fusing
+from fedbasin.strategies.recipes import RECIPES, Target
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.refit import Fit
+from fedbasin.strategies.round.stages import Ask, Fitting, fusing
 from tests import tiny
 
 BAD = 101

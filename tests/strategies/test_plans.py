@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fit import Fit, Head, Probe
+from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.fusion.tally import Ridge
 from fedbasin.strategies.fusion.update import Order
-from fedbasin.strategies.plans import Next, UnknownOrderError, round_plan
-from fedbasin.strategies.recipe import RECIPES, Recipe, Target
-from fedbasin.strategies.stages import Along, Ask, Fuse
+from fedbasin.strategies.recipes import RECIPES, Recipe, Target
+from fedbasin.strategies.round.refit import Fit, Head, Probe
+from fedbasin.strategies.round.round import Next, UnknownOrderError, round_plan
+from fedbasin.strategies.round.stages import Along, Ask, Fuse
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
 EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)

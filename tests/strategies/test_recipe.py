@@ -1,8 +1,8 @@
 import pytest
 
+from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.fusion.tally import Ridge
-from fedbasin.strategies.recipe import RECIPES, Recipe, Statistic, Target
+from fedbasin.strategies.recipes import RECIPES, Recipe, Statistic, Target
 
 
 def test_recipes_stand_under_their_own_names():

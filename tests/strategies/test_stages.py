@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from fedbasin.strategies.fusion.precision import Diagonal, Gram
-from fedbasin.strategies.fusion.tally import fuse
+from fedbasin.strategies.fusion.accumulator import fuse
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.recipe import RECIPES, Statistic
-from fedbasin.strategies.stages import Ask, Bootstrap, Evaluate, Start, fusing
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.recipes import RECIPES, Statistic
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.stages import Ask, Bootstrap, Evaluate, Start, fusing
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 
 SYMMETRY = parse("hidden  S(6)  first.weight[0] first.bias[0] second.weight[1]")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedbasin.strategies.state import beyond, distance, floating, interpolate
+from fedbasin.strategies.tensors.state import beyond, distance, floating, interpolate
 
 
 def test_only_floating_tensors_can_be_averaged() -> None:

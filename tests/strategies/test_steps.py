@@ -8,8 +8,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.state import distance
-from fedbasin.strategies.steps import STEPS, Adam, Average, Ema, Momentum, Replace, Yogi
+from fedbasin.strategies.server_optimizers import STEPS, Adam, Average, Ema, Momentum, Replace, Yogi
+from fedbasin.strategies.tensors.state import distance
 from tests.server.fake_grid import FakeGrid
 
 W = torch.float64

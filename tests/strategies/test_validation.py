@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.kronecker import Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar
-from fedbasin.strategies.fusion.tally import Ridge, fuse
+from fedbasin.strategies.fusion.accumulator import Ridge, fuse
+from fedbasin.strategies.fusion.kronecker_precision import Kronecker
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Scalar
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.outcome import Outcome, Refusal
-from fedbasin.strategies.validation import check_alike, check_examples, check_fit, check_update
+from fedbasin.strategies.round.checks import check_alike, check_examples, check_fit, check_update
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
 
 ANCHOR = {
     "w": torch.zeros(3, 4),

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from digits.task import PIXELS, Examples, evaluate, load_split, make_model
-from fedbasin.server.serve import Hooks, serve
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.server.run.serve import Hooks, serve
+from fedbasin.strategies.symmetry.discover.tracing import trace
 
 app = ServerApp()
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedbasin.strategies.symmetry.residual import turning_family
+from fedbasin.strategies.symmetry.models.residual_rotation import turning_family
 from tests.server.modelfiles.stored import (
     MLP,
     answer,

@@ -5,15 +5,15 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedbasin.strategies.alignment import certificate
-from fedbasin.strategies.alignment.ascent import agreement
-from fedbasin.strategies.alignment.certificate import (
+from fedbasin.strategies.alignment import identity_bound as certificate
+from fedbasin.strategies.alignment.coordinate_ascent import agreement
+from fedbasin.strategies.alignment.identity_bound import (
     Radii,
     drifts_of,
     identity_radii,
 )
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.symmetry.sites import Site, Symmetry, parse
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.symmetry import Site, Symmetry, parse
 from fedbasin.strategies.symmetry.transform import random
 
 SYMMETRY = parse("hidden S(7) in.weight[0] in.bias[0] (mean[0]) out.weight[1]")

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.client.activations import correlations
-from fedbasin.strategies.alignment.activations import match_activations
-from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.client.capture.feature_correlations import correlations
+from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.alignment.identity_bound import identity_radii
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
-from fedbasin.strategies.state import distance
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.transform import random
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.alignment.test_matching import (
     drawn,
     equal,

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.strategies.alignment.learned import Search, match_learned
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.learned_matching import Search, match_learned
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.evaluation import evaluate
-from fedbasin.strategies.state import State, interpolate
-from fedbasin.strategies.symmetry.residual import turning_transformer
-from fedbasin.strategies.symmetry.sites import Symmetry, parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.models.residual_rotation import turning_transformer
+from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
+from fedbasin.strategies.tensors.state import State, interpolate
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
 SHORT = Search(steps=25, smoothing=0.0)

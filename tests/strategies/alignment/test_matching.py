@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import Alignment, match_weights
-from fedbasin.strategies.state import distance
-from fedbasin.strategies.symmetry.groups import Permutation
-from fedbasin.strategies.symmetry.sites import Symmetry, parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.groups.groups import Permutation
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
+from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.symmetry.transform import Transform, random
-from fedbasin.strategies.symmetry.transformer import preln_transformer
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
 few = settings(max_examples=6, deadline=None)

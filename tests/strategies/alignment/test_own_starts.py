@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedbasin.strategies.alignment.pairs import chain
+from fedbasin.strategies.alignment.pairwise_merging import chain
 from tests.benchmarks.bench_own_starts import begin, figures
 
 

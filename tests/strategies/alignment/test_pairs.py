@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.alignment.pairs import Link, Links, Merged, chain, follow, tree
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.alignment.pairwise_merging import Link, Links, Merged, chain, follow, tree
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.symmetry import parse
 
 SYMMETRY = parse("hidden  S(6)  w[0] v[1]")
 untimed = settings(max_examples=40, deadline=None)

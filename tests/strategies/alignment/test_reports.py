@@ -1,10 +1,10 @@
 import torch
 
-from fedbasin.strategies.alignment.certificate import identity_radii
-from fedbasin.strategies.alignment.matching import find_by_weights, match_weights
-from fedbasin.strategies.alignment.moved import Moved
-from fedbasin.strategies.alignment.reports import Decision
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.alignment.alignment_report import Decision
+from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.transformed_state import Moved
+from fedbasin.strategies.alignment.weight_matching import find_by_weights, match_weights
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.alignment.test_matching import drawn, equal, family, near
 

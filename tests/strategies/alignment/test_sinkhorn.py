@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbasin.strategies.alignment.matching import match_weights
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn, sinkhorn
-from fedbasin.strategies.symmetry.assignment import assign
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.groups.assignment import assign
 
 
 def drawn(*shape, seed=0):

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.alignment.subset import SubsetError, choose_layers, layer_of
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.alignment.layer_subset import SubsetError, choose_layers, layer_of
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.symmetry import parse
 from tests.strategies.alignment.test_matching import equal, family
 
 LAYERS = 4

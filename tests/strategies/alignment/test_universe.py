@@ -3,10 +3,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from fedbasin.strategies.alignment.universe import match_many, match_pairs, synchronise
-from fedbasin.strategies.state import distance
+from fedbasin.strategies.alignment.many_models import match_many, match_pairs, synchronise
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.transform import random
-from fedbasin.strategies.symmetry.transformer import preln_transformer
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.alignment.test_matching import drawn, equal, family, near
 from tests.strategies.symmetry.families import Transformer
 

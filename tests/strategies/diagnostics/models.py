@@ -6,7 +6,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fedbasin.strategies.diagnostics.barrier import Evaluate
-from fedbasin.strategies.state import State
+from fedbasin.strategies.tensors.state import State
 
 SITES = "hidden  S(16)  0.weight[0] 0.bias[0] 2.weight[1]"
 

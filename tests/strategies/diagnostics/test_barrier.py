@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import (
     Barriers,
     Path,
@@ -20,9 +20,9 @@ from fedbasin.strategies.diagnostics.barrier import (
     mean_barrier,
     midpoint_gap,
 )
-from fedbasin.strategies.state import interpolate
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
+from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.diagnostics.models import SITES, examples, learnt, mlp, on
 
 quickly = settings(max_examples=25, deadline=None)

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.diagnostics.curves import Bent, straight
-from fedbasin.strategies.state import interpolate
+from fedbasin.strategies.diagnostics.bent_paths import Bent, straight
+from fedbasin.strategies.tensors.state import interpolate
 
 quickly = settings(max_examples=25, deadline=None)
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.diagnostics.drift import Drift, Sample
 from fedbasin.strategies.diagnostics.geometry import cosine
-from fedbasin.strategies.state import distance
+from fedbasin.strategies.diagnostics.update_cosines import Drift, Sample
+from fedbasin.strategies.tensors.state import distance
 
 quickly = settings(max_examples=20, deadline=None)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from fedbasin.strategies.diagnostics.barrier import Path, along
-from fedbasin.strategies.diagnostics.endpoints import TOLERANCES, Verdict, endpoint_error
-from fedbasin.strategies.state import interpolate
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.diagnostics.endpoint_proof import TOLERANCES, Verdict, endpoint_error
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
+from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.diagnostics.models import SITES, examples, learnt, on
 
 ROTATED = "hidden  O(16)  0.weight[0] 0.bias[0] 2.weight[1]"

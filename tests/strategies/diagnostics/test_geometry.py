@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.geometry import (
     alignment_gain,
     cosine,
@@ -15,11 +15,11 @@ from fedbasin.strategies.diagnostics.geometry import (
     site_geometry,
     skew_ratio,
 )
-from fedbasin.strategies.state import distance
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.diagnostics.models import SITES, learnt
 
 quickly = settings(max_examples=25, deadline=None)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.diagnostics.barrier import along, barriers, midpoint_gap
-from fedbasin.strategies.diagnostics.pairs import from_fused, pairwise, simplex
-from fedbasin.strategies.state import interpolate
+from fedbasin.strategies.diagnostics.model_pairs import from_fused, pairwise, simplex
+from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.diagnostics.models import examples, learnt, on
 
 quickly = settings(max_examples=25, deadline=None)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.diagnostics.share import bound, draw
+from fedbasin.strategies.diagnostics.probe_sampling import bound, draw
 
 nodes = st.sets(st.integers(0, 2**64 - 1), min_size=1, max_size=60)
 

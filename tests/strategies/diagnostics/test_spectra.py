@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.diagnostics.spectra import affordable, spectral_alignment
-from fedbasin.strategies.symmetry.groups import Orthogonal
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.diagnostics.singular_vectors import affordable, spectral_alignment
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.diagnostics.models import SITES, learnt
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.diagnostics.variance import Moments, variance_ratio, variance_ratios
+from fedbasin.strategies.diagnostics.variance_ratios import Moments, variance_ratio, variance_ratios
 
 quickly = settings(max_examples=25, deadline=None)
 

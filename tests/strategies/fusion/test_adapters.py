@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.adapters import (
+from fedbasin.strategies.fusion.layers import Layer
+from fedbasin.strategies.fusion.lora.lora_factors import (
     Adapter,
     AdapterError,
     adapted_layers,
@@ -15,7 +16,6 @@ from fedbasin.strategies.fusion.adapters import (
     narrowed,
     widened,
 )
-from fedbasin.strategies.fusion.layers import Layer
 
 SHAPES = {"lora_A": (2, 5), "lora_B": (3, 2)}
 

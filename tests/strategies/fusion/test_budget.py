@@ -4,8 +4,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from fedbasin.strategies.fusion.budget import BudgetError, choose, spent
-from fedbasin.strategies.fusion.compact import Form, Kind, MomentKind
+from fedbasin.strategies.fusion.compression.budget import BudgetError, choose, spent
+from fedbasin.strategies.fusion.compression.formats import Form, Kind, MomentKind
 from fedbasin.strategies.fusion.layers import Layer
 
 ORDER = list(Kind)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fedbasin.strategies.fusion.compact import (
+from fedbasin.strategies.fusion.compression.formats import (
     Form,
     IndefiniteError,
     Kind,

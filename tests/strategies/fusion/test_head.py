@@ -6,7 +6,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import one_hot
 
-from fedbasin.strategies.fusion.compact import (
+from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.compression.formats import (
     Form,
     Kind,
     MomentKind,
@@ -16,8 +17,7 @@ from fedbasin.strategies.fusion.compact import (
     encode_moment,
 )
 from fedbasin.strategies.fusion.head import MARGIN, Evidence, closed_form, most_evident
-from fedbasin.strategies.fusion.precision import Gram, Sketched
-from fedbasin.strategies.fusion.tally import Ridge
+from fedbasin.strategies.fusion.precisions import Gram, Sketched
 
 BLOCK = ("head.weight", "head.bias")
 CLASSES = 3

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.kronecker import Kronecker
-from fedbasin.strategies.fusion.precision import Gram, Scalar, SingularSumError
+from fedbasin.strategies.fusion.kronecker_precision import Kronecker
+from fedbasin.strategies.fusion.precisions import Gram, Scalar, SingularSumError
 
 W = torch.float64
 OUT, IN = 3, 5

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from fedbasin.client.fisher import diagonal_fisher
-from fedbasin.client.statistics import grams
+from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.client.statistics.gram import grams
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
-from fedbasin.strategies.recipe import Statistic
+from fedbasin.strategies.recipes import Statistic
 
 
 class Net(nn.Module):

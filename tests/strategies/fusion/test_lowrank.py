@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.lowrank import LowRank
+from fedbasin.strategies.fusion.lora.lowrank import LowRank
 
 
 def draw(seed, outputs=9, inputs=14, rank=2):

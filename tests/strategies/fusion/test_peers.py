@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.fisher import diagonal_fisher
-from fedbasin.client.statistics import grams
-from fedbasin.strategies.fusion.precision import Diagonal, Gram
-from fedbasin.strategies.fusion.tally import fuse
+from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.client.statistics.gram import grams
+from fedbasin.strategies.fusion.accumulator import fuse
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram
 from fedbasin.strategies.fusion.update import Update
 
 W = torch.float64

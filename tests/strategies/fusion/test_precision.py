@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.kronecker import Kronecker
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar, SingularSumError, Sketched
+from fedbasin.strategies.fusion.kronecker_precision import Kronecker
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Scalar, SingularSumError, Sketched
 from fedbasin.strategies.fusion.update import join
 
 W = torch.float64

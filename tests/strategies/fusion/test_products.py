@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.adapters import AdapterError
-from fedbasin.strategies.fusion.precision import Gram, Sketched
-from fedbasin.strategies.fusion.products import ProductTally
-from fedbasin.strategies.fusion.tally import Ridge
+from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.lora.lora_factors import AdapterError
+from fedbasin.strategies.fusion.lora.product_accumulator import ProductTally
+from fedbasin.strategies.fusion.precisions import Gram, Sketched
 from fedbasin.strategies.fusion.update import Update
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
@@ -182,7 +182,7 @@ def test_a_state_without_adapters_has_no_products():
 
 PEAK = """
 import json, resource, sys, torch
-from fedbasin.strategies.fusion.products import ProductTally
+from fedbasin.strategies.fusion.lora.product_accumulator import ProductTally
 from fedbasin.strategies.fusion.update import Update
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 def peak(size, clients):

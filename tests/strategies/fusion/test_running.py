@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbasin.strategies.fusion.running import Norm, restated
-from fedbasin.strategies.fusion.tally import Tally, fuse
+from fedbasin.strategies.fusion.accumulator import Tally, fuse
+from fedbasin.strategies.fusion.batchnorm import Norm, restated
 from fedbasin.strategies.fusion.update import Update
 
 W = torch.float64

@@ -4,8 +4,8 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from fedbasin.strategies.fusion.compact import Form, Kind, decode, layout
-from fedbasin.strategies.fusion.sketch import Sketch
+from fedbasin.strategies.fusion.compression.formats import Form, Kind, decode, layout
+from fedbasin.strategies.fusion.compression.sketch import Sketch
 
 W = torch.float64
 

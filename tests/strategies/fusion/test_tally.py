@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.precision import Diagonal, Gram, Scalar, SingularSumError
-from fedbasin.strategies.fusion.tally import Ridge, Tally, fuse
+from fedbasin.strategies.fusion.accumulator import Ridge, Tally, fuse
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Scalar, SingularSumError
 from fedbasin.strategies.fusion.update import Update, join
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 
 W = torch.float64

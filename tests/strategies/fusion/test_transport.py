@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.fusion.transport import soft_fusion, soften
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.alignment.optimal_transport import soft_fusion, soften
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.discover.tracing import trace
 from fedbasin.strategies.symmetry.transform import random
 
 

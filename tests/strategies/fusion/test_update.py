@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedbasin.strategies.fusion.precision import Gram, Scalar
+from fedbasin.strategies.fusion.precisions import Gram, Scalar
 from fedbasin.strategies.fusion.update import Update, join, split
-from fedbasin.strategies.symmetry.sites import parse
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 
 STATE = {

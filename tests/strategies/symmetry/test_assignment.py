@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from fedbasin.strategies.symmetry import assignment
-from fedbasin.strategies.symmetry.assignment import assign, assign_all
+from fedbasin.strategies.symmetry.groups import assignment
+from fedbasin.strategies.symmetry.groups.assignment import assign, assign_all
 
 WIDE = 1100  # searched among candidates
 

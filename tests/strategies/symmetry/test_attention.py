@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.symmetry.test_groups import drawn
 

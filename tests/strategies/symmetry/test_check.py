@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import CheckReport, check, prove
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.tracing import trace
-from fedbasin.strategies.symmetry.transformer import preln_transformer
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from tests.strategies.symmetry.families import FAMILIES, ResNet, Transformer, mlp
 
 IMAGES = torch.zeros(2, 8, 8)

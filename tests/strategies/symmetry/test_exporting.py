@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.exporting import trace_exported
-from fedbasin.strategies.symmetry.sites import SymmetryError
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.exported_graph import trace_exported
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from tests.strategies.symmetry.families import FAMILIES
 from tests.strategies.symmetry.test_attention import IMAGES, Images
 from tests.strategies.symmetry.test_tracing import NASTY, Net

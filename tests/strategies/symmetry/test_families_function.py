@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, check
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.families.dispatch import FAMILIES, family
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.models.families import FAMILIES, family
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import Transform, random
 from tests.strategies.symmetry.tiny_transformers import MODELS, hf, symmetry_of
 

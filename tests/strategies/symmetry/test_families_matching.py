@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.state import distance
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.sites import Site, Symmetry
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform, random
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.test_transform import grams_of
 from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fedbasin.strategies.symmetry.check import CheckReport, check
-from fedbasin.strategies.symmetry.sites import Site, Symmetry, parse
+from fedbasin.strategies.symmetry.symmetry import Site, Symmetry, parse
 from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of
 
 

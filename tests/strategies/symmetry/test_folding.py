@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedbasin.strategies.symmetry.folding import Fold, FoldError, Reader, fold, read_fold
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 
 
 class Normed(nn.Module):

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.element import Element
-from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.residual_rotations import Centred
+from fedbasin.strategies.symmetry.groups.centred import Centred
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 
 GROUPS: list[Group] = [
     Permutation(1),

@@ -4,7 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.groups import (
+from fedbasin.strategies.symmetry.groups.block_groups import DirectSum, PairSigns, Rotary, Shared
+from fedbasin.strategies.symmetry.groups.general_linear import Conformal, General, Positive
+from fedbasin.strategies.symmetry.groups.group_notation import NotationError, read
+from fedbasin.strategies.symmetry.groups.groups import (
     Group,
     Orthogonal,
     Permutation,
@@ -12,9 +15,6 @@ from fedbasin.strategies.symmetry.groups import (
     gated,
     signed,
 )
-from fedbasin.strategies.symmetry.inner import DirectSum, PairSigns, Rotary, Shared
-from fedbasin.strategies.symmetry.notation import NotationError, read
-from fedbasin.strategies.symmetry.stretching import Conformal, General, Positive
 from tests.strategies.symmetry.test_groups import (
     drawn,
     matrices,

@@ -6,9 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.inner import DirectSum, Inner, PairSigns, Rotary, Shared
-from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.groups.block_groups import (
+    DirectSum,
+    Inner,
+    PairSigns,
+    Rotary,
+    Shared,
+)
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import Transform, random
 
 sizes = st.integers(1, 9)

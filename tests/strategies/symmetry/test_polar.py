@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbasin.strategies.symmetry import polar as module
-from fedbasin.strategies.symmetry.polar import polar
+from fedbasin.strategies.symmetry.groups import polar as module
+from fedbasin.strategies.symmetry.groups.polar import polar
 
 
 def _drawn(seed: int, least: float, size: int = 6, count: int = 3) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.strategies.alignment.matching import match_weights
-from fedbasin.strategies.state import distance
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.groups import Orthogonal
-from fedbasin.strategies.symmetry.residual import turning, turning_family, turning_transformer
-from fedbasin.strategies.symmetry.residual_rotations import Centred
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.groups.centred import Centred
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal
+from fedbasin.strategies.symmetry.models.prenorm_transformer import Names, preln_transformer
+from fedbasin.strategies.symmetry.models.residual_rotation import (
+    turning,
+    turning_family,
+    turning_transformer,
+)
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
-from fedbasin.strategies.symmetry.transformer import Names, preln_transformer
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.families import Transformer
 from tests.strategies.symmetry.tiny_transformers import MODELS, Tiny, hf, text
 

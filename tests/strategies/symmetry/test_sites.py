@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.symmetry.groups import Group, Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.sites import Member, Site, Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError, parse
 
 sizes = st.integers(1, 40)
 names = st.text("abz09._-", min_size=1, max_size=12)

@@ -4,21 +4,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedbasin.strategies.alignment.matching import match_weights
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.groups import Wreath
-from fedbasin.strategies.symmetry.inner import agreement
-from fedbasin.strategies.symmetry.rescaling import rescaled
-from fedbasin.strategies.symmetry.scale import best_scale
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.stretching import (
+from fedbasin.strategies.symmetry.groups.block_groups import agreement
+from fedbasin.strategies.symmetry.groups.general_linear import (
     Conformal,
     General,
     IllConditionedError,
     contragredient,
 )
+from fedbasin.strategies.symmetry.groups.groups import Wreath
+from fedbasin.strategies.symmetry.groups.scale import best_scale
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
+from fedbasin.strategies.symmetry.models.rescaling import rescaled
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
-from fedbasin.strategies.symmetry.transformer import preln_transformer
 from tests.strategies.symmetry.families import Transformer
 from tests.strategies.symmetry.test_groups import drawn
 from tests.strategies.symmetry.test_transform import gram

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from fedbasin.strategies.symmetry.families.dispatch import FAMILIES
-from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.strategies.symmetry.models.families import FAMILIES
+from fedbasin.strategies.symmetry.symmetry import Symmetry
 
 PAGE = Path(__file__).parents[3] / "docs" / "symmetries.md"
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.sites import SymmetryError, parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.symmetry import SymmetryError, parse
 from tests.strategies.symmetry.families import FAMILIES, ConvNet, ResNet, mlp
 
 EXPECTED = {

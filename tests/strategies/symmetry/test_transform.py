@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedbasin.strategies.state import State, distance, tied
-from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation
-from fedbasin.strategies.symmetry.sites import Symmetry, parse
-from fedbasin.strategies.symmetry.tracing import trace
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
+from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.symmetry.transform import Transform, identity, random
-from fedbasin.strategies.symmetry.transformer import preln_transformer
+from fedbasin.strategies.tensors.state import State, distance, tied
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.groups import Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.sites import SymmetryError, parse
-from fedbasin.strategies.symmetry.transformer import Names, preln_transformer
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.models.prenorm_transformer import Names, preln_transformer
+from fedbasin.strategies.symmetry.symmetry import SymmetryError, parse
 from tests.strategies.symmetry.families import Block, Transformer
 
 IMAGES = torch.zeros(2, 8, 8)

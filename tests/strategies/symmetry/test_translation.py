@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.state import distance
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.sites import Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.transformer import preln_transformer
+from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.translation import Translation, nearest, random, read_shift
+from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.families import Transformer
 from tests.strategies.symmetry.test_groups import drawn
 from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of

@@ -12,9 +12,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers as hf
 
-from fedbasin.server.modelfiles.precision import Doubled
-from fedbasin.strategies.symmetry.families.dispatch import family
-from fedbasin.strategies.symmetry.sites import Symmetry
+from fedbasin.server.files.double_precision import Doubled
+from fedbasin.strategies.symmetry.models.families import family
+from fedbasin.strategies.symmetry.symmetry import Symmetry
 
 TOKENS = torch.tensor([[3, 9, 21, 7, 15, 2], [5, 8, 30, 11, 4, 2]])
 PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

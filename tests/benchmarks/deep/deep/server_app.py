@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from deep import make_model
-from fedbasin.server.serve import serve
+from fedbasin.server.run.serve import serve
 
 app = ServerApp()
 

@@ -18,7 +18,7 @@ def fedbasin_rounds(
 ) -> list[float]:
     import torch
 
-    from fedbasin.server.serve import serve
+    from fedbasin.server.run.serve import serve
 
     weights = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
     model = torch.nn.ParameterDict(weights)

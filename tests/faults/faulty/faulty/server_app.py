@@ -1,7 +1,7 @@
 import torch
 from flwr.serverapp import ServerApp
 
-from fedbasin.server.serve import serve
+from fedbasin.server.run.serve import serve
 
 app = ServerApp()
 

@@ -1,0 +1,1 @@
+"""Hooks that record what a model computes while it runs."""

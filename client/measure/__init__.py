@@ -1,0 +1,1 @@
+"""Diagnostics that a client computes on its own data: losses along paths, variances, singular vectors."""

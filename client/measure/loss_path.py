@@ -1,0 +1,48 @@
+"""Probing the basin: a model's loss on the client's data along a path of states.
+
+    L(t) = sum over examples of the cross entropy of the model (1 - t) anchor + t end
+
+Source: linear mode connectivity, Frankle et al. 2020, arXiv 1912.05671. BatchNorm's running statistics are
+interpolated like every other tensor and not measured again at each point, so a network that has them shows a
+higher barrier than it would after recalibration (Jordan et al. 2023, arXiv 2211.08403).
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.diagnostics.evaluation import IGNORED as IGNORED
+from fedbasin.strategies.diagnostics.evaluation import Score as Score
+from fedbasin.strategies.diagnostics.evaluation import bind
+from fedbasin.strategies.diagnostics.evaluation import evaluate as evaluate
+from fedbasin.strategies.tensors.batches import Batches
+from fedbasin.strategies.tensors.state import State, interpolate
+
+
+def path_losses(model: nn.Module, anchor: State, end: State, batches: Batches, points: int) -> Path:
+    """Scores at `points` equally spaced points of the straight line from `anchor` to `end`.
+
+    Tensors that are not floating, such as BatchNorm's counters, are those of `end`. The data is read once
+    for each point.
+
+    Raises:
+        ValueError: Fewer than two points, or data that is not the same each time it is read; see also `evaluate`.
+        TypeError: The batches can be read only once.
+    """
+    if points < 2:
+        raise ValueError(f"a path of {points} points; ask for at least the two ends")
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            "the batches of a path are read once for each point; pass a list or a DataLoader, not an iterator"
+        )
+    first, last = bind(model, anchor), bind(model, end)
+    grid = tuple(i / (points - 1) for i in range(points))
+    scores = [evaluate(model, interpolate(first, last, t), batches) for t in grid]
+    loss, correct, examples = zip(*scores, strict=True)
+    if len(set(examples)) > 1:
+        raise ValueError(
+            f"the data held {examples} examples at the points of one path; "
+            "pass batches that are the same each time they are read"
+        )
+    return Path(grid, loss, correct, examples[0])

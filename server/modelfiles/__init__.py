@@ -1,1 +1,0 @@
-"""Models in files: read, inspected, aligned, checked and written back, without a run."""

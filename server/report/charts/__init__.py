@@ -1,0 +1,1 @@
+"""Charts, tables and markup that reports and the observer's page are built from."""

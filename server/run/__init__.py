@@ -1,0 +1,1 @@
+"""A run on the server: settings, the round loop, checkpoints and the streaming grid."""

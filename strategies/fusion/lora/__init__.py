@@ -1,0 +1,1 @@
+"""Fusion of low-rank adapters: factors, products and their low-rank sums."""

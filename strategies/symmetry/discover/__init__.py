@@ -1,0 +1,1 @@
+"""Discovery of a model's symmetry from its traced or exported forward pass."""

@@ -1,0 +1,248 @@
+"""Rules for the attention layers of plain torch: `nn.MultiheadAttention` and the layers and stacks of `nn.Transformer`.
+
+    heads:   O(d)*O(d) wr S(h), queries and keys turning together, values against the output projection
+    units:   S(m) between the two Linears of a layer
+    stream:  joined to what the layer reads, as branches are added to it
+
+Tracing sees such a layer as one operation. A fused `in_proj_weight` reads queries, keys and values with one axis, so
+what they come from is one space, in cross attention too. Keys that a layer adds itself (`bias_k`, zeros) meet no bias:
+then the key bias counts, and values cannot be shifted.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fedbasin.strategies.symmetry.discover.operations import (
+    FUNCTIONS,
+    PLAIN_MODULES,
+    Feature,
+    ModuleRule,
+    Walk,
+    elementwise,
+    shape,
+)
+from fedbasin.strategies.symmetry.discover.units import Space
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Wreath
+from fedbasin.strategies.symmetry.symmetry import Member, Site
+from fedbasin.strategies.symmetry.translation import Output, Shift
+
+
+def _attention(walk: Walk, node: fx.Node, module: nn.MultiheadAttention) -> Feature:
+    sources = _sources(walk, node, module, "query", "key", "value")
+    spaces = (_read(walk, source) for source in sources)
+    written = _attended(walk, str(node.target), module, *spaces)
+    if not _arguments(node, module).get("average_attn_weights", True):
+        # Weights head by head show the order of the heads.
+        walk.spaces.bind(f"{node.target}.out_proj.weight", 1, walk.fixed)
+    return _feature(written, sources[0])
+
+
+def _encoder_layer(walk: Walk, node: fx.Node, module: nn.TransformerEncoderLayer) -> Feature:
+    (source,) = _sources(walk, node, module, "src")
+    return _feature(_encoded(walk, str(node.target), module, _read(walk, source)), source)
+
+
+def _encoder(walk: Walk, node: fx.Node, module: nn.TransformerEncoder) -> Feature:
+    (source,) = _sources(walk, node, module, "src")
+    return _feature(_encoders(walk, str(node.target), module, _read(walk, source)), source)
+
+
+def _decoder_layer(walk: Walk, node: fx.Node, module: nn.TransformerDecoderLayer) -> Feature:
+    source, memory = _sources(walk, node, module, "tgt", "memory")
+    spaces = _read(walk, source), _read(walk, memory)
+    return _feature(_decoded(walk, str(node.target), module, *spaces), source)
+
+
+def _decoder(walk: Walk, node: fx.Node, module: nn.TransformerDecoder) -> Feature:
+    source, memory = _sources(walk, node, module, "tgt", "memory")
+    spaces = _read(walk, source), _read(walk, memory)
+    return _feature(_decoders(walk, str(node.target), module, *spaces), source)
+
+
+def _transformer(walk: Walk, node: fx.Node, module: Any) -> Feature:
+    source, target = _sources(walk, node, module, "src", "tgt")
+    name = str(node.target)
+    memory = _encoders(walk, f"{name}.encoder", module.encoder, _read(walk, source))
+    stream = _decoders(walk, f"{name}.decoder", module.decoder, _read(walk, target), memory)
+    return _feature(stream, target)
+
+
+LAYERS: dict[type[nn.Module], ModuleRule] = {
+    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerDecoderLayer: _decoder_layer,
+    nn.TransformerEncoder: _encoder,
+    nn.TransformerDecoder: _decoder,
+    nn.Transformer: _transformer,
+}
+"""Modules with attention inside."""
+
+_KNOWN = (*LAYERS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether all that a layer is made of is what its class puts there."""
+    known = all(
+        isinstance(part, _KNOWN) or type(part) in PLAIN_MODULES for part in module.modules()
+    )
+    own = all(type(part).__module__.startswith("torch.nn.modules.") for part in module.modules())
+    return known and own
+
+
+def _arguments(node: fx.Node, module: nn.Module) -> dict[str, Any]:
+    return inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
+
+
+def _sources(walk: Walk, node: fx.Node, module: nn.Module, *names: str) -> list[fx.Node]:
+    """The values that a layer reads; whatever else has a feature, as a computed mask, keeps its places."""
+    given = _arguments(node, module)
+    found = [given[name] for name in names]
+    for other in node.all_input_nodes:
+        if other in walk.features and other not in found:
+            walk.features[other].space.fix()
+    return found
+
+
+def _read(walk: Walk, value: fx.Node) -> Space:
+    """The space on the last axis of a value."""
+    feature = walk.features.get(value)
+    if feature is None:
+        return walk.fixed
+    if feature.axis != len(shape(value) or ()) - 1:
+        feature.space.fix()
+        return walk.fixed
+    return feature.space
+
+
+def _feature(space: Space, like: fx.Node) -> Feature:
+    return Feature(space, len(shape(like) or ()) - 1)
+
+
+def _encoders(walk: Walk, name: str, stack: nn.TransformerEncoder, stream: Space) -> Space:
+    for number, layer in enumerate(stack.layers):
+        stream = _encoded(walk, f"{name}.layers.{number}", layer, stream)
+    return _last_normed(walk, name, stack, stream)
+
+
+def _decoders(
+    walk: Walk, name: str, stack: nn.TransformerDecoder, stream: Space, memory: Space
+) -> Space:
+    for number, layer in enumerate(stack.layers):
+        stream = _decoded(walk, f"{name}.layers.{number}", layer, stream, memory)
+    return _last_normed(walk, name, stack, stream)
+
+
+def _last_normed(walk: Walk, name: str, stack: Any, stream: Space) -> Space:
+    if stack.norm is not None:
+        _bind(walk, f"{name}.norm", 0, stream)
+    return stream
+
+
+def _encoded(walk: Walk, name: str, layer: Any, stream: Space) -> Space:
+    found = _attended(walk, f"{name}.self_attn", layer.self_attn, stream, stream, stream)
+    return _finished(walk, name, layer, walk.spaces.join(stream, found), norms=2)
+
+
+def _decoded(walk: Walk, name: str, layer: Any, stream: Space, memory: Space) -> Space:
+    found = _attended(walk, f"{name}.self_attn", layer.self_attn, stream, stream, stream)
+    stream = walk.spaces.join(stream, found)
+    across = layer.multihead_attn
+    found = _attended(walk, f"{name}.multihead_attn", across, stream, memory, memory)
+    return _finished(walk, name, layer, walk.spaces.join(stream, found), norms=3)
+
+
+def _finished(walk: Walk, name: str, layer: Any, stream: Space, *, norms: int) -> Space:
+    """The norms of a layer and its two Linears."""
+    for number in range(norms):
+        _bind(walk, f"{name}.norm{number + 1}", 0, stream)
+    up, down = f"{name}.linear1", f"{name}.linear2"
+    units = walk.spaces.new(up, layer.linear1.out_features)
+    _bind(walk, up, 0, units)
+    walk.spaces.bind(f"{up}.weight", 1, stream)
+    walk.spaces.bind(f"{down}.weight", 1, units)
+    _bind(walk, down, 0, stream)
+    if not _is_elementwise(layer.activation):
+        units.fix()
+    return stream
+
+
+def _is_elementwise(activation: Callable[..., Any]) -> bool:
+    if isinstance(activation, nn.Module):
+        return PLAIN_MODULES.get(type(activation)) is elementwise
+    return FUNCTIONS.get(activation) is elementwise
+
+
+def _bind(walk: Walk, layer: str, axis: int, space: Space) -> None:
+    """Weight and, if there is one, bias of a layer that writes or scales the space."""
+    for parameter in (f"{layer}.weight", f"{layer}.bias"):
+        if parameter in walk.spaces.aliases:
+            walk.spaces.bind(parameter, axis, space)
+
+
+def _attended(
+    walk: Walk, name: str, module: nn.MultiheadAttention, query: Space, key: Space, value: Space
+) -> Space:
+    """Read queries, keys and values; the space that the output projection writes."""
+    parts = _Parts(name, module)
+    for (weight, _), read in zip(parts.projections, (query, key, value), strict=True):
+        walk.spaces.bind(weight, 1, read)
+    written = walk.spaces.new(f"{name}.out_proj", module.embed_dim)
+    _bind(walk, f"{name}.out_proj", 0, written)
+    if (f"{name}.out_proj.weight", 1) not in walk.spaces.bound:
+        heads = walk.spaces.occupied(parts.site(), tuple(parts.shifts()))
+        for member in parts.members():
+            walk.spaces.bind(member.tensor, member.axis, heads)
+    return written
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an attention calls its tensors."""
+
+    name: str
+    module: nn.MultiheadAttention
+
+    @property
+    def projections(self) -> list[tuple[str, tuple[int, int] | None]]:
+        """Weights of query, key and value, and the part of it where they are fused."""
+        if self.module.in_proj_weight is None:
+            return [(f"{self.name}.{part}_proj_weight", None) for part in "qkv"]
+        return [(f"{self.name}.in_proj_weight", third) for third in self._thirds]
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether there are keys beside those that are projected."""
+        return self.module.bias_k is not None or self.module.add_zero_attn
+
+    def site(self) -> Site:
+        size, count = self.module.head_dim, self.module.num_heads
+        group = Wreath((Orthogonal(size), Orthogonal(size)), count)
+        return Site(f"{self.name}.heads", group, tuple(self.members()))
+
+    def members(self) -> Iterator[Member]:
+        for (weight, part), leg in zip(self.projections, (0, 0, 1), strict=True):
+            yield Member(weight, 0, part, leg)
+        if self.module.in_proj_bias is not None:
+            for number, third in enumerate(self._thirds):
+                scored = number != 1 or self.adds_keys
+                yield Member(f"{self.name}.in_proj_bias", 0, third, number // 2, scored)
+        if self.module.bias_k is not None:
+            yield Member(f"{self.name}.bias_k", 2)
+            yield Member(f"{self.name}.bias_v", 2, leg=1)
+        yield Member(f"{self.name}.out_proj.weight", 1, leg=1)
+
+    def shifts(self) -> Iterator[Shift]:
+        if self.module.in_proj_bias is not None and not self.adds_keys:
+            _, key, value = self._thirds
+            bias, output = f"{self.name}.in_proj_bias", f"{self.name}.out_proj"
+            yield Shift(bias, key)
+            yield Shift(bias, value, output=Output(f"{output}.weight", 1, f"{output}.bias"))
+
+    @property
+    def _thirds(self) -> list[tuple[int, int]]:
+        width = self.module.embed_dim
+        return [(number * width, (number + 1) * width) for number in range(3)]

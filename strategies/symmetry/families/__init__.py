@@ -1,1 +1,0 @@
-"""Symmetries of published transformer architectures, read from a model's config and parameter names."""

@@ -1,0 +1,1 @@
+"""The groups that can act on a space of a model, and their elements."""

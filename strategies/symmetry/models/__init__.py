@@ -1,0 +1,1 @@
+"""Symmetries of published architectures, derived from configuration and parameter names."""

@@ -1,0 +1,225 @@
+"""Bidirectional encoders with the norm after the sum: BERT, RoBERTa, DistilBERT, DeBERTa-v2.
+
+    x <- LN(x + attention(x)),    x <- LN(x + W_2 act(W_1 x))
+
+The output of a norm is the skip of the next block, so the residual stream keeps only its permutations, and one
+permutation holds for the whole network (Devlin et al. 2019, arXiv 1810.04805; Liu et al. 2019, arXiv 1907.11692;
+Sanh et al. 2019, arXiv 1910.01108; He et al. 2021, arXiv 2111.09543).
+"""
+
+from fedbasin.strategies.symmetry.groups.groups import Permutation, signed
+from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Space, heads
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.tensors.state import State
+
+
+def bert(config: Config, state: State, *, residual: bool) -> Symmetry:
+    """BERT: with a pooler and classifier, a masked language head, or a span or token classifier."""
+    return _bert(config, Draft(state), "bert.", residual=residual)
+
+
+def roberta(config: Config, state: State, *, residual: bool) -> Symmetry:
+    """RoBERTa: BERT's encoder under other heads."""
+    return _bert(config, Draft(state), "roberta.", residual=residual)
+
+
+def _bert(config: Config, draft: Draft, name: str, *, residual: bool) -> Symmetry:
+    prefix = name if draft.has(f"{name}embeddings.word_embeddings") else ""
+    stream = _embedded(config, draft, f"{prefix}embeddings")
+    for block in range(config.count("num_hidden_layers")):
+        layer = f"{prefix}encoder.layer.{block}"
+        names = _within(f"{layer}.attention", "self.{part}")
+        heads(draft, f"heads.{block}", names, config.count("num_attention_heads"))
+        stream.reads(names.query, names.key, names.value)
+        _feed_forward(draft, stream, layer, block)
+    _pooled(draft, stream, f"{prefix}pooler.dense", "classifier", "cls.seq_relationship")
+    _dense_classifier(draft, stream, "classifier.dense", "classifier.out_proj")
+    _masked_head(config, draft, stream, "cls.predictions.transform", "cls.predictions")
+    _masked_head(config, draft, stream, "lm_head", "lm_head")
+    return _finished(draft, stream, bare=not prefix or not residual)
+
+
+def _within(attention: str, pattern: str) -> Projections:
+    query, key, value = (pattern.format(part=part) for part in ("query", "key", "value"))
+    return Projections(*(f"{attention}.{name}" for name in (query, key, value, "output.dense")))
+
+
+def _embedded(config: Config, draft: Draft, embeddings: str) -> Space:
+    """The residual stream, with its tables and their norm."""
+    width = config.count("hidden_size", "dim")
+    stream = draft.space("residual", Permutation(width))
+    stream.reads(f"{embeddings}.word_embeddings")
+    for table in ("position_embeddings", "token_type_embeddings"):
+        if draft.has(f"{embeddings}.{table}"):
+            stream.reads(f"{embeddings}.{table}")
+    stream.scales(f"{embeddings}.LayerNorm")
+    return stream
+
+
+def _feed_forward(draft: Draft, stream: Space, layer: str, block: int) -> None:
+    """What follows the heads in a block of BERT or DeBERTa."""
+    stream.writes(f"{layer}.attention.output.dense")
+    stream.scales(f"{layer}.attention.output.LayerNorm")
+    _hidden(draft, stream, f"mlp.{block}", f"{layer}.intermediate.dense", f"{layer}.output.dense")
+    stream.scales(f"{layer}.output.LayerNorm")
+
+
+def _hidden(draft: Draft, stream: Space, name: str, up: str, down: str) -> None:
+    units = draft.space(name, Permutation(draft.shape(f"{up}.weight")[0]))
+    units.writes(up)
+    units.reads(down)
+    stream.reads(up)
+    stream.writes(down)
+
+
+def _pooled(draft: Draft, stream: Space, pooler: str, *readers: str) -> None:
+    """A dense layer and tanh, an odd function, so its units have signs; without one a plain classifier."""
+    present = [reader for reader in readers if draft.has(reader)]
+    draft.keep(*(f"{reader}.bias" for reader in readers))
+    if not draft.has(pooler):
+        stream.reads(*present)
+        return
+    stream.reads(pooler)
+    if not present:
+        # The pooled features are handed out.
+        draft.keep(f"{pooler}.bias")
+        return
+    units = draft.space("pooler", signed(draft.shape(f"{pooler}.weight")[0]))
+    units.writes(pooler)
+    units.reads(*present)
+
+
+def _dense_classifier(draft: Draft, stream: Space, dense: str, out: str) -> None:
+    """RoBERTa's classifier: dense, tanh, out."""
+    if draft.has(dense):
+        draft.keep(f"{out}.bias")
+        units = draft.space("classifier", signed(draft.shape(f"{dense}.weight")[0]))
+        units.writes(dense)
+        units.reads(out)
+        stream.reads(dense)
+
+
+def _masked_head(config: Config, draft: Draft, stream: Space, transform: str, head: str) -> None:
+    """Dense, activation, norm and decoder of a masked language model."""
+    dense, decoder = f"{transform}.dense", f"{head}.decoder"
+    if not draft.has(dense):
+        return
+    draft.keep(f"{head}.bias", f"{decoder}.bias")
+    norm = "LayerNorm" if draft.has(f"{transform}.LayerNorm") else "layer_norm"
+    masked_head(config, draft, stream, dense, f"{transform}.{norm}", decoder)
+
+
+def masked_head(
+    config: Config, draft: Draft, stream: Space, dense: str, norm: str, decoder: str
+) -> None:
+    """A head whose decoder may be the token table.
+
+    A tied decoder reads the stream's own units: then the dense layer has the stream on both axes, which makes
+    matching quadratic. It moves with both and counts with neither.
+    """
+    tied = config.get("tie_word_embeddings", default=True)
+    units = stream if tied else draft.space("head", Permutation(draft.shape(f"{dense}.weight")[0]))
+    stream.reads(dense, scored=not tied)
+    units.moves(f"{dense}.weight", 0, scored=not tied)
+    units.moves(f"{dense}.bias")
+    units.scales(norm)
+    if draft.has(decoder):
+        units.reads(decoder)
+
+
+def _finished(draft: Draft, stream: Space, *, bare: bool) -> Symmetry:
+    if draft.has("qa_outputs"):
+        stream.reads("qa_outputs")
+        draft.keep("qa_outputs.bias")
+    # A model without a head hands the stream itself out.
+    return draft.finish(*("residual",) * bare)
+
+
+def distilbert(config: Config, state: State, *, residual: bool) -> Symmetry:
+    """DistilBERT: masked language head, sequence, span or token classifier."""
+    draft = Draft(state)
+    prefix = "distilbert." if draft.has("distilbert.embeddings.word_embeddings") else ""
+    stream = _embedded(config, draft, f"{prefix}embeddings")
+    for block in range(config.count("n_layers", "num_hidden_layers")):
+        layer = f"{prefix}transformer.layer.{block}"
+        names = Projections(*(f"{layer}.attention.{part}_lin" for part in ("q", "k", "v", "out")))
+        heads(draft, f"heads.{block}", names, config.count("n_heads", "num_attention_heads"))
+        stream.reads(names.query, names.key, names.value)
+        stream.writes(names.output)
+        stream.scales(f"{layer}.sa_layer_norm")
+        _hidden(draft, stream, f"mlp.{block}", f"{layer}.ffn.lin1", f"{layer}.ffn.lin2")
+        stream.scales(f"{layer}.output_layer_norm")
+    if draft.has("vocab_transform"):
+        draft.keep("vocab_projector.bias")
+        names3 = ("vocab_transform", "vocab_layer_norm", "vocab_projector")
+        masked_head(config, draft, stream, *names3)
+    _rectified(draft, stream)
+    return _finished(draft, stream, bare=not prefix or not residual)
+
+
+def _rectified(draft: Draft, stream: Space) -> None:
+    """DistilBERT's classifier: dense, ReLU, out; for tokens out alone."""
+    draft.keep("classifier.bias")
+    if draft.has("pre_classifier"):
+        units = draft.space("classifier", Permutation(draft.shape("pre_classifier.weight")[0]))
+        units.writes("pre_classifier")
+        units.reads("classifier")
+        stream.reads("pre_classifier")
+    elif draft.has("classifier"):
+        stream.reads("classifier")
+
+
+def deberta_v2(config: Config, state: State, *, residual: bool) -> Symmetry:
+    """DeBERTa-v2 and v3: relative positions are read by the heads' own projections or by projections of their own.
+
+    With `share_att_key` the table of positions is read by query and key, so it belongs to the stream; without,
+    it is a space of its own, and `pos_key_proj` turns with the queries that meet it, `pos_query_proj` with the keys:
+    all four are one leg. A key bias meets positions too, so it counts.
+    """
+    draft = Draft(state)
+    prefix = "deberta." if draft.has("deberta.embeddings.word_embeddings") else ""
+    stream = _embedded(config, draft, f"{prefix}embeddings")
+    positions = _positions(config, draft, stream, f"{prefix}encoder")
+    for block in range(config.count("num_hidden_layers")):
+        layer = f"{prefix}encoder.layer.{block}"
+        within = f"{layer}.attention.self"
+        names = _within(f"{layer}.attention", "self.{part}_proj")
+        count = config.count("num_attention_heads")
+        meeting = "p2c" in (config.get("pos_att_type") or ())
+        found = heads(draft, f"heads.{block}", names, count, key_bias_scored=meeting)
+        stream.reads(names.query, names.key, names.value)
+        for reader in (f"{within}.pos_key_proj", f"{within}.pos_query_proj"):
+            if draft.has(reader):
+                # What it adds is the same for all keys of a query, as a key bias without positions is.
+                found.writes(reader, bias_scored=not reader.endswith("pos_key_proj"))
+                positions.reads(reader)
+        _feed_forward(draft, stream, layer, block)
+    _context_pooled(draft, stream)
+    _masked_head(config, draft, stream, "cls.predictions.transform", "cls.predictions")
+    return _finished(draft, stream, bare=not prefix or not residual)
+
+
+def _positions(config: Config, draft: Draft, stream: Space, encoder: str) -> Space:
+    """The space of the relative positions' table."""
+    table = f"{encoder}.rel_embeddings"
+    if not draft.has(table):
+        return stream
+    shared = config.get("share_att_key", default=False)
+    width = draft.shape(f"{table}.weight")[1]
+    space = stream if shared else draft.space("positions", Permutation(width))
+    space.reads(table)
+    if draft.has(f"{encoder}.LayerNorm"):
+        space.scales(f"{encoder}.LayerNorm")
+    return space
+
+
+def _context_pooled(draft: Draft, stream: Space) -> None:
+    """Dense, any activation, classifier; for tokens the classifier alone."""
+    draft.keep("classifier.bias")
+    if draft.has("pooler.dense"):
+        units = draft.space("pooler", Permutation(draft.shape("pooler.dense.weight")[0]))
+        units.writes("pooler.dense")
+        units.reads("classifier")
+        stream.reads("pooler.dense")
+    elif draft.has("classifier"):
+        stream.reads("classifier")

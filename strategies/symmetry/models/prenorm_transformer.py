@@ -1,0 +1,189 @@
+"""The symmetry of pre-norm transformers (ViT, GPT) written in plain torch, from their names and shapes.
+
+    x <- x + W_O concat_h softmax(q_h k_h^T / sqrt(d_h)) v_h,    x <- x + W_2 act(W_1 norm(x))
+
+The residual stream is a permutation `S(d)`, shared by everything that writes to it or reads from it. Heads change
+places, and inside a head queries and keys are turned together, values against the output projection:
+`O(d_h)*O(d_h) wr S(h)` (Zhang et al. 2025, arXiv 2502.00264). The hidden units of an MLP are a permutation.
+
+Without rotary positions a key bias adds the same to all scores of a query and says nothing: it moves with its head
+but does not count in matching, and any vector may be added to it. Rotary positions, normalised queries and keys, and gated MLPs have other groups:
+this family is not theirs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.translation import Output, Shift
+from fedbasin.strategies.tensors.state import State
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a model calls its parts; `{block}` stands for the block's number, from 0.
+
+    Attributes:
+        embedding: a Linear or convolution that writes the residual stream, or None.
+        tables: tensors whose last axis is the residual stream: token tables, positions, class tokens.
+        attention_norm: the LayerNorm before attention.
+        query: the projection to queries, a Linear; `key`, `value` and `output` likewise.
+        mlp_norm: the LayerNorm before the MLP.
+        up: the MLP's first Linear.
+        down: its second.
+        final_norm: the LayerNorm before the head.
+        head: the Linear that reads the final norm, or None.
+    """
+
+    embedding: str | None = "embedding"
+    tables: tuple[str, ...] = ("positions",)
+    attention_norm: str = "blocks.{block}.attention_norm"
+    query: str = "blocks.{block}.attention.query"
+    key: str = "blocks.{block}.attention.key"
+    value: str = "blocks.{block}.attention.value"
+    output: str = "blocks.{block}.attention.output"
+    mlp_norm: str = "blocks.{block}.mlp_norm"
+    up: str = "blocks.{block}.mlp.up"
+    down: str = "blocks.{block}.mlp.down"
+    final_norm: str = "final_norm"
+    head: str | None = "head"
+
+
+def preln_transformer(
+    state: State, heads: int, names: Names | None = None, *, residual: bool = True
+) -> Symmetry:
+    """The sites of a transformer: the residual stream, then heads and MLP units block by block.
+
+    Args:
+        state: tensors of the model; only names and shapes are read. Biases are optional.
+        heads: attention heads of a block.
+        names: what the model calls its parts.
+        residual: False leaves the residual stream as it is.
+
+    Raises:
+        SymmetryError: a tensor is missing, or does not have the shape that its part should have.
+    """
+    return _Family(state, heads, names or Names()).symmetry(residual=residual)
+
+
+@dataclass(frozen=True)
+class _Family:
+    state: State
+    heads: int
+    names: Names
+
+    def symmetry(self, *, residual: bool) -> Symmetry:
+        blocks = range(self._count())
+        stream = self._residual(blocks)
+        inner = [site for block in blocks for site in (self._heads(block), self._hidden(block))]
+        shifts = tuple(shift for block in blocks for shift in self._shifts(block))
+        return Symmetry((stream, *inner) if residual else tuple(inner), shifts=shifts)
+
+    def _count(self) -> int:
+        block = 0
+        while f"{self.names.query.format(block=block)}.weight" in self.state:
+            block += 1
+            if "{block}" not in self.names.query:
+                return block
+        # Without a first block the lookup below names what is missing.
+        return max(block, 1)
+
+    def _residual(self, blocks: range) -> Site:
+        width = self._length(f"{self.names.query.format(block=0)}.weight", 1)
+        members = tuple(self._stream(blocks, width))
+        return Site("residual", Permutation(width), members)
+
+    def _stream(self, blocks: range, width: int) -> Iterator[Member]:
+        names = self.names
+        if names.embedding is not None:
+            yield from self._writer(names.embedding, width)
+        for table in names.tables:
+            yield self._member(table, len(self._shape(table)) - 1, width)
+        for block in blocks:
+            yield from self._writer(names.attention_norm.format(block=block), width)
+            for reader in (names.query, names.key, names.value):
+                yield self._member(f"{reader.format(block=block)}.weight", 1, width)
+            yield from self._writer(names.output.format(block=block), width)
+            yield from self._writer(names.mlp_norm.format(block=block), width)
+            yield self._member(f"{names.up.format(block=block)}.weight", 1, width)
+            yield from self._writer(names.down.format(block=block), width)
+        yield from self._writer(names.final_norm, width)
+        if names.head is not None:
+            yield self._member(f"{names.head}.weight", 1, width)
+
+    def _heads(self, block: int) -> Site:
+        query, key, value, output = (
+            name.format(block=block)
+            for name in (self.names.query, self.names.key, self.names.value, self.names.output)
+        )
+        scores = self._length(f"{query}.weight", 0)
+        values = self._length(f"{value}.weight", 0)
+        members = (
+            *self._writer(query, scores),
+            self._member(f"{key}.weight", 0, scores),
+            *self._bias(key, scores, scored=False),
+            *self._writer(value, values, leg=1),
+            self._member(f"{output}.weight", 1, values, leg=1),
+        )
+        inners = (self._inside(query, scores), self._inside(value, values))
+        return Site(f"heads.{block}", Wreath(inners, self.heads), members)
+
+    def _shifts(self, block: int) -> Iterator[Shift]:
+        key, value, output = (
+            name.format(block=block)
+            for name in (self.names.key, self.names.value, self.names.output)
+        )
+        if f"{key}.bias" in self.state:
+            yield Shift(f"{key}.bias")
+        if f"{value}.bias" in self.state and f"{output}.bias" in self.state:
+            into = Output(f"{output}.weight", 1, f"{output}.bias")
+            yield Shift(f"{value}.bias", output=into)
+
+    def _inside(self, projection: str, width: int) -> Orthogonal:
+        if self.heads < 1 or width % self.heads:
+            raise SymmetryError(
+                f"{projection}.weight writes {width} features, which {self.heads} heads cannot share; "
+                f"give the model's number of heads"
+            )
+        return Orthogonal(width // self.heads)
+
+    def _hidden(self, block: int) -> Site:
+        up, down = self.names.up.format(block=block), self.names.down.format(block=block)
+        width = self._length(f"{up}.weight", 0)
+        members = (*self._writer(up, width), self._member(f"{down}.weight", 1, width))
+        return Site(f"mlp.{block}", Permutation(width), members)
+
+    def _writer(self, name: str, width: int, leg: int = 0) -> Iterator[Member]:
+        """Weight and bias of a layer whose first axis is the site; a norm scales it."""
+        yield self._member(f"{name}.weight", 0, width, leg)
+        yield from self._bias(name, width, leg)
+
+    def _bias(
+        self, name: str, width: int, leg: int = 0, *, scored: bool = True
+    ) -> Iterator[Member]:
+        if f"{name}.bias" in self.state:
+            yield self._member(f"{name}.bias", 0, width, leg, scored=scored)
+
+    def _member(
+        self, tensor: str, axis: int, width: int, leg: int = 0, *, scored: bool = True
+    ) -> Member:
+        if self._length(tensor, axis) != width:
+            raise SymmetryError(
+                f"{tensor} has shape {self._shape(tensor)}, but axis {axis} should have {width} entries; "
+                f"this family has separate query, key, value and output projections of one width"
+            )
+        return Member(tensor, axis, leg=leg, scored=scored)
+
+    def _length(self, tensor: str, axis: int) -> int:
+        shape = self._shape(tensor)
+        if axis >= len(shape):
+            raise SymmetryError(f"{tensor} has shape {shape} and no axis {axis}")
+        return shape[axis]
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        if tensor not in self.state:
+            raise SymmetryError(
+                f"the model has no tensor {tensor!r}; say what it is called in Names"
+            )
+        return tuple(self.state[tensor].shape)

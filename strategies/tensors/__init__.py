@@ -1,0 +1,1 @@
+"""Operations on model states: names, interpolation, long tensors, batches of examples."""
