@@ -39,7 +39,7 @@ def align_learned(
     """`match_learned` at the place where the two will be merged.
 
     Args:
-        symmetry: the sites.
+        symmetry: the spaces.
         model: lends its architecture.
         anchor: the state to align to.
         client: the state to align.

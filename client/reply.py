@@ -10,13 +10,13 @@ from torch import nn
 
 from fedbasin.client.align import align
 from fedbasin.client.measure.measure import measure
-from fedbasin.client.refit.regression import order
+from fedbasin.client.refit.regression import read_layer_graph
 from fedbasin.client.request import Data, Request, answer, required
 from fedbasin.client.statistics.collect import collect
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
+from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.strategies.fusion.lora.lora_factors import widened
-from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.tensors.state import State, floating
 
 
@@ -48,7 +48,7 @@ def build_reply(
     header.train_seconds = train_seconds
     content = RecordDict({"metrics": MetricRecord(dict(metrics))})
     if request.header.align:
-        # A site of adapters is as wide as the anchor's rank.
+        # A space of adapters is as wide as the anchor's rank.
         trained = widened(trained, request.anchor)
     aligned = align(request, trained, model, data, header)
     measure(request, trained, aligned, model, data, header)
@@ -56,7 +56,7 @@ def build_reply(
         collect(request, aligned, model, data, header, content)
         _pack(request, aligned, header, content)
     if request.header.order:
-        _describe_order(header, order(model, required(data, "the order of the layers")()))
+        _describe_order(header, read_layer_graph(model, required(data, "the layer graph")()))
     wire.write(content, header)
     return content
 
@@ -70,7 +70,7 @@ def _pack(request: Request, aligned: State, header: pb.UpdateHeader, content: Re
         content[wire.ARRAYS] = plain.write({name: aligned[name] for name in request.anchor})
 
 
-def _describe_order(header: pb.UpdateHeader, found: Order) -> None:
+def _describe_order(header: pb.UpdateHeader, found: LayerGraph) -> None:
     for level in found.levels:
         header.levels.add(blocks=[pb.Block(tensors=block) for block in level])
     if found.head:

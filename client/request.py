@@ -26,7 +26,7 @@ class Request:
     Attributes:
         header: as sent.
         anchor: the global model.
-        radii: the anchor's identity radii, by site.
+        radii: the anchor's identity radii, by space.
         path_points: points of the path that this client is to evaluate; 0 for none.
         moving: the floating tensors of a merge to align in place of the client's own model; empty for none.
         seed: of what this client draws in this round.

@@ -439,7 +439,7 @@ class Request(_message.Message):
     order: _builtins.bool
     """say in which order the model uses its layers"""
     matcher: _builtins.str
-    """a name of fedbasin.strategies.alignment.matcher.Matcher; empty: weights"""
+    """a name of fedbasin.strategies.alignment.matchers.Matcher; empty: weights"""
     merged_examples: _builtins.float
     """behind the anchor, with which the model will be merged by examples; 0: not known"""
     moving_examples: _builtins.float
@@ -447,7 +447,7 @@ class Request(_message.Message):
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
     def radii(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """identity radii of the sites, in the record "radii" """
+        """identity radii of the spaces, in the record "radii" """
 
     @_builtins.property
     def fit(self) -> Global___Fit:
@@ -559,10 +559,10 @@ class Precision(_message.Message):
 Global___Precision: _TypeAlias = Precision  # noqa: Y015
 
 @_typing.final
-class SiteReport(_message.Message):
+class SpaceReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SITE_FIELD_NUMBER: _builtins.int
+    SPACE_FIELD_NUMBER: _builtins.int
     CERTIFIED_FIELD_NUMBER: _builtins.int
     MOVED_FIELD_NUMBER: _builtins.int
     GAIN_FIELD_NUMBER: _builtins.int
@@ -570,7 +570,7 @@ class SiteReport(_message.Message):
     LARGEST_ANGLE_FIELD_NUMBER: _builtins.int
     SKEW_BEFORE_FIELD_NUMBER: _builtins.int
     SKEW_AFTER_FIELD_NUMBER: _builtins.int
-    site: _builtins.str
+    space: _builtins.str
     certified: _builtins.bool
     """the identity was proven optimal, nothing was searched"""
     moved: _builtins.float
@@ -580,14 +580,14 @@ class SiteReport(_message.Message):
     fixed_points: _builtins.float
     """share of the units that stayed in their place"""
     largest_angle: _builtins.float
-    """of the site's rotations, radians; absent where units only change places"""
+    """of the space's rotations, radians; absent where units only change places"""
     skew_before: _builtins.float
     """How far the agreement of anchor and client is from symmetric, 0 to 2; absent where nothing can turn."""
     skew_after: _builtins.float
     def __init__(
         self,
         *,
-        site: _builtins.str = ...,
+        space: _builtins.str = ...,
         certified: _builtins.bool = ...,
         moved: _builtins.float = ...,
         gain: _builtins.float = ...,
@@ -598,7 +598,7 @@ class SiteReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points", "_largest_angle", b"_largest_angle", "_skew_after", b"_skew_after", "_skew_before", b"_skew_before", "fixed_points", b"fixed_points", "largest_angle", b"largest_angle", "skew_after", b"skew_after", "skew_before", b"skew_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points", "_largest_angle", b"_largest_angle", "_skew_after", b"_skew_after", "_skew_before", b"_skew_before", "certified", b"certified", "fixed_points", b"fixed_points", "gain", b"gain", "largest_angle", b"largest_angle", "moved", b"moved", "site", b"site", "skew_after", b"skew_after", "skew_before", b"skew_before"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points", "_largest_angle", b"_largest_angle", "_skew_after", b"_skew_after", "_skew_before", b"_skew_before", "certified", b"certified", "fixed_points", b"fixed_points", "gain", b"gain", "largest_angle", b"largest_angle", "moved", b"moved", "skew_after", b"skew_after", "skew_before", b"skew_before", "space", b"space"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fixed_points: _TypeAlias = _typing.Literal["fixed_points"]  # noqa: Y015
     _WhichOneofArgType__fixed_points: _TypeAlias = _typing.Literal["_fixed_points", b"_fixed_points"]  # noqa: Y015
@@ -617,13 +617,13 @@ class SiteReport(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__skew_before) -> _WhichOneofReturnType__skew_before | None: ...
 
-Global___SiteReport: _TypeAlias = SiteReport  # noqa: Y015
+Global___SpaceReport: _TypeAlias = SpaceReport  # noqa: Y015
 
 @_typing.final
 class AlignmentReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SITES_FIELD_NUMBER: _builtins.int
+    SPACES_FIELD_NUMBER: _builtins.int
     SWEEPS_FIELD_NUMBER: _builtins.int
     DISTANCE_BEFORE_FIELD_NUMBER: _builtins.int
     DISTANCE_AFTER_FIELD_NUMBER: _builtins.int
@@ -641,9 +641,9 @@ class AlignmentReport(_message.Message):
     no path was probed, or where the data is not the same each time it is read.
     """
     decision: _builtins.str
-    """a name of fedbasin.strategies.alignment.reports.Decision"""
+    """a name of fedbasin.strategies.alignment.alignment_report.Decision"""
     @_builtins.property
-    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteReport]: ...
+    def spaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpaceReport]: ...
     @_builtins.property
     def spectral(self) -> Global___Spectral:
         """absent where it was not measured"""
@@ -651,7 +651,7 @@ class AlignmentReport(_message.Message):
     def __init__(
         self,
         *,
-        sites: _abc.Iterable[Global___SiteReport] | None = ...,
+        spaces: _abc.Iterable[Global___SpaceReport] | None = ...,
         sweeps: _builtins.int = ...,
         distance_before: _builtins.float = ...,
         distance_after: _builtins.float = ...,
@@ -662,7 +662,7 @@ class AlignmentReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "endpoint_error", b"endpoint_error", "spectral", b"spectral"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "decision", b"decision", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "sites", b"sites", "spectral", b"spectral", "sweeps", b"sweeps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error", "decision", b"decision", "distance_after", b"distance_after", "distance_before", b"distance_before", "endpoint_error", b"endpoint_error", "seconds", b"seconds", "spaces", b"spaces", "spectral", b"spectral", "sweeps", b"sweeps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__endpoint_error: _TypeAlias = _typing.Literal["endpoint_error"]  # noqa: Y015
     _WhichOneofArgType__endpoint_error: _TypeAlias = _typing.Literal["_endpoint_error", b"_endpoint_error"]  # noqa: Y015
@@ -876,7 +876,7 @@ Global___UpdateHeader: _TypeAlias = UpdateHeader  # noqa: Y015
 
 @_typing.final
 class ClientReport(_message.Message):
-    """What became of one client's reply. `outcome` is a name of fedbasin.strategies.outcome.Outcome."""
+    """What became of one client's reply. `outcome` is a name of fedbasin.strategies.round.outcomes.Outcome."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -9,9 +9,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedbasin.proto import plain
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.compression.stage_budget import fuse_encodings
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.messages import (
     Broadcast,
     Received,

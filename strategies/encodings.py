@@ -8,12 +8,10 @@ from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind, MomentKind
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.compression.formats import (
-    Encoding,
-    Form,
     IndefiniteError,
-    Kind,
-    MomentKind,
     Pieces,
     decode,
     decode_moment,
@@ -24,17 +22,16 @@ from fedbasin.strategies.fusion.compression.formats import (
 )
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched
-from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.round.checks import check_pieces
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 
 _GRAM = {
-    Kind.triangle: pb.GRAM_FORM_TRIANGLE,
-    Kind.half: pb.GRAM_FORM_HALF,
-    Kind.byte: pb.GRAM_FORM_BYTE,
-    Kind.sketch: pb.GRAM_FORM_SKETCH,
-    Kind.blocks: pb.GRAM_FORM_BLOCKS,
-    Kind.diagonal: pb.GRAM_FORM_DIAGONAL,
+    GramKind.triangle: pb.GRAM_FORM_TRIANGLE,
+    GramKind.half: pb.GRAM_FORM_HALF,
+    GramKind.byte: pb.GRAM_FORM_BYTE,
+    GramKind.sketch: pb.GRAM_FORM_SKETCH,
+    GramKind.blocks: pb.GRAM_FORM_BLOCKS,
+    GramKind.diagonal: pb.GRAM_FORM_DIAGONAL,
 }
 _MOMENT = {
     MomentKind.float32: pb.MOMENT_FORM_FLOAT32,
@@ -76,7 +73,7 @@ def read_encodings(messages: Iterable[pb.Encoding]) -> dict[Block, Encoding]:
     """
     return {
         tuple(m.tensors): Encoding(
-            Form(_KIND[m.gram], m.size), _MOMENT_KIND[m.moment], m.inputs, m.groups
+            GramForm(_KIND[m.gram], m.size), _MOMENT_KIND[m.moment], m.inputs, m.groups
         )
         for m in messages
     }
@@ -126,7 +123,7 @@ def write_kroneckers(
 ) -> None:
     """Add Kronecker factors to a reply, as two triangles each: of the inputs, then of the outputs."""
     tensors = {
-        f"{side} {'+'.join(block)}": encode(factor.cpu(), Form(), bias=False)["values"]
+        f"{side} {'+'.join(block)}": encode(factor.cpu(), GramForm(), bias=False)["values"]
         for block, pair in factors.items()
         for side, factor in zip(("inputs", "outputs"), pair, strict=True)
     }
@@ -220,7 +217,7 @@ def _precision(entry: pb.Precision, tensors: Mapping[str, Tensor], encoding: Enc
 
 def _known(block: Block, given: list[Tensor], encoding: Encoding) -> Gram | Sketched:
     """The square only where it was sent, or where it has a mean or groups."""
-    if encoding.gram.kind is not Kind.sketch or len(block) > 1 or encoding.groups > 1:
+    if encoding.gram.kind is not GramKind.sketch or len(block) > 1 or encoding.groups > 1:
         return Gram(_gram(block, given, encoding))
     pieces = _pieces(block, given, encoding)
     return Sketched(pieces["values"].double(), pieces["spread"].double())

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain, wire
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import BatchNorm, Block, LayerGraph
 from fedbasin.strategies.alignment.pairwise_merging import Link
 from fedbasin.strategies.alignment.weight_matching import AlignmentReport
 from fedbasin.strategies.encodings import encoding_messages, read_encodings, statistics
-from fedbasin.strategies.fusion.batchnorm import Norm
-from fedbasin.strategies.fusion.compression.formats import Encoding
-from fedbasin.strategies.fusion.update import Block, Order, Update
+from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.recipes import Statistic, Target
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.stages import Ask, Fitting, Kind, Stage, Start
@@ -103,7 +103,7 @@ def _question(stage: Stage, number: int, digest: bytes, probe_bound: int | None)
         precision=_KIND[ask.statistic],
         shrink=ask.shrink,
         path_points=ask.path_points,
-        order=ask.order,
+        order=ask.layer_graph,
         keep=ask.keep,
         probe_bound=probe_bound,
         matcher=ask.matcher.name,
@@ -208,15 +208,15 @@ def _update(
 ) -> Update:
     parameters = _parameters(content, header)
     precisions = statistics(content, header, kind, encodings).precisions
-    return Update(parameters, header.examples, precisions, order=_order(header))
+    return Update(parameters, header.examples, precisions, layer_graph=_order(header))
 
 
-def _order(header: pb.UpdateHeader) -> Order | None:
+def _order(header: pb.UpdateHeader) -> LayerGraph | None:
     if not header.levels:
         return None
     levels = (tuple(tuple(block.tensors) for block in level.blocks) for level in header.levels)
-    norms = tuple(Norm(norm.name, norm.eps) for norm in header.norms)
-    return Order(tuple(levels), tuple(header.head.tensors) or None, norms)
+    norms = tuple(BatchNorm(norm.name, norm.eps) for norm in header.norms)
+    return LayerGraph(tuple(levels), tuple(header.head.tensors) or None, norms)
 
 
 def _fitted(
@@ -309,9 +309,9 @@ def _parameters(content: RecordDict, header: pb.UpdateHeader) -> dict[str, Tenso
 def alignment_message(report: AlignmentReport, seconds: float = 0.0) -> pb.AlignmentReport:
     """How an alignment went, as it is sent and reported."""
     return pb.AlignmentReport(
-        sites=[
-            pb.SiteReport(
-                site=s.site,
+        spaces=[
+            pb.SpaceReport(
+                space=s.space,
                 certified=s.certified,
                 moved=s.moved,
                 gain=s.gain,
@@ -320,7 +320,7 @@ def alignment_message(report: AlignmentReport, seconds: float = 0.0) -> pb.Align
                 skew_before=s.skew_before,
                 skew_after=s.skew_after,
             )
-            for s in report.sites
+            for s in report.spaces
         ],
         sweeps=report.sweeps,
         distance_before=report.distance_before,

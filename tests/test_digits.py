@@ -70,4 +70,4 @@ def test_from_a_shared_start_alignment_finds_the_identity(recipe):
     for name, tensor in plain.model.items():
         assert torch.equal(aligned.model[name], tensor)
     for client in aligned.reports[0].stages[0].clients:
-        assert [site.moved for site in client.alignment.sites] == [0, 0]
+        assert [space.moved for space in client.alignment.spaces] == [0, 0]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedbasin.strategies.fusion.batchnorm import Norm
+from fedbasin.proto.layer_graph import BatchNorm
 
 
-def find_norms(model: nn.Module) -> tuple[Norm, ...]:
+def find_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
     """The BatchNorms with running statistics, a gain and a shift, in the order of the modules."""
     return tuple(
-        Norm(name, module.eps)
+        BatchNorm(name, module.eps)
         for name, module in model.named_modules()
         if name
         and isinstance(module, _BatchNorm)
@@ -48,7 +48,9 @@ class Moments:
 
 
 @contextmanager
-def measuring(model: nn.Module, norms: Collection[Norm]) -> Iterator[Mapping[Norm, Moments]]:
+def measuring(
+    model: nn.Module, norms: Collection[BatchNorm]
+) -> Iterator[Mapping[BatchNorm, Moments]]:
     """Watch what BatchNorms read.
 
     Args:

@@ -1,6 +1,6 @@
 """How the features of anchor and client correlate on the client's data: one pass, sums alone.
 
-    C = sum over rows of  z^a (z^k)^T  -  (sum z^a)(sum z^k)^T / rows        z the output of a layer that writes a site
+    C = sum over rows of  z^a (z^k)^T  -  (sum z^a)(sum z^k)^T / rows        z the output of a layer that writes a space
 
 What activation matching maximises (`strategies/alignment/activation_matching.py`). A row is an example, a token that is no
 padding, or a position of a convolution's output.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedbasin.client.capture.layer_calls import layer_by_layer, unpadded
 from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.strategies.diagnostics.evaluation import bind
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.tensors.state import State
 
 Rows = Float[Tensor, "channels rows"]
@@ -29,38 +29,40 @@ _OUTPUT_AXIS = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.Conv3d: 0, nn.Embed
 
 @dataclass
 class _Sums:
-    """Of one writer of a site: products of features, and features.
+    """Of one writer of a space: products of features, and features.
 
     Attributes:
-        leg: which of the group's feature spaces it writes.
+        role: which of the group's feature spaces it writes.
         products: as the group keeps them.
         anchor, client: sums of the features, `[width, 1]`.
         rows: how many.
     """
 
-    leg: int
+    role: int
     products: Tensor
     anchor: Tensor
     client: Tensor
     rows: int
 
-    def centred(self, site: Site) -> Tensor:
+    def centred(self, space: Space) -> Tensor:
         """The products of deviations from the mean."""
         scale = self.rows**0.5
-        return self.products - site.group.score(self.anchor / scale, self.client / scale, self.leg)
+        return self.products - space.group.score(
+            self.anchor / scale, self.client / scale, self.role
+        )
 
 
 def correlations(
     symmetry: Symmetry, model: nn.Module, anchor: State, own: State, batches: Batches
 ) -> dict[str, tuple[Tensor, ...]]:
-    """C of every leg of every site, by site name, in double on the CPU.
+    """C of every role of every space, by space name, in double on the CPU.
 
-    A site is seen where a module of its own writes it: a linear layer, a convolution or an embedding. Sites that none
-    writes are left out, as are those that stretch, whose legs need more than products; a leg that none writes, such as
+    A space is seen where a module of its own writes it: a linear layer, a convolution or an embedding. Spaces that none
+    writes are left out, as are those that stretch, whose roles need more than products; a role that none writes, such as
     a norm's gains, is zero.
 
     Args:
-        symmetry: the sites.
+        symmetry: the spaces.
         model: lends its architecture; it runs in evaluation mode and is left as it was.
         anchor: the global model.
         own: the client's.
@@ -71,15 +73,15 @@ def correlations(
     """
     writers = dict(_writers(model))
     bound = [bind(model, state) for state in (anchor, own)]
-    sums: dict[str, dict[Member, _Sums]] = {}
+    sums: dict[str, dict[Axis, _Sums]] = {}
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read(batches, model):
             ours, theirs = (_features(model, writers, batch, state) for state in bound)
-            for site in symmetry.sites:
-                for member in _seen(site, writers, ours):
-                    found = _products(site, member, ours[member.tensor], theirs[member.tensor])
-                    _add(sums.setdefault(site.name, {}), member, found)
-    return {s.name: _by_leg(s, sums[s.name]) for s in symmetry.sites if s.name in sums}
+            for space in symmetry.spaces:
+                for axis in _seen(space, writers, ours):
+                    found = _products(space, axis, ours[axis.tensor], theirs[axis.tensor])
+                    _add(sums.setdefault(space.name, {}), axis, found)
+    return {s.name: _by_role(s, sums[s.name]) for s in symmetry.spaces if s.name in sums}
 
 
 def _writers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
@@ -90,16 +92,16 @@ def _writers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
 
 
 def _seen(
-    site: Site, writers: dict[str, tuple[nn.Module, int]], features: dict[str, Rows]
-) -> Iterator[Member]:
-    """The members that write the site, with the axis that their features have."""
-    element = site.group.identity()
-    if any(dual != leg for leg, dual in enumerate(element.duals)):
+    space: Space, writers: dict[str, tuple[nn.Module, int]], features: dict[str, Rows]
+) -> Iterator[Axis]:
+    """The axes that write the space, with the axis that their features have."""
+    element = space.group.identity()
+    if any(dual != role for role, dual in enumerate(element.duals)):
         return
-    for member in site.scored:
-        known = member.tensor in features and member.outer is None
-        if known and member.axis == writers[member.tensor][1]:
-            yield replace(member, axis=0)
+    for axis in space.scored:
+        known = axis.tensor in features and axis.outer is None
+        if known and axis.dim == writers[axis.tensor][1]:
+            yield replace(axis, dim=0)
 
 
 def _features(
@@ -131,31 +133,31 @@ def _see(
     features[name] = torch.cat([features[name], seen], 1) if name in features else seen
 
 
-def _products(site: Site, member: Member, ours: Rows, theirs: Rows) -> _Sums:
-    width = site.width(member.leg)
-    a, k = (member.rows(each, width) for each in (ours, theirs))
-    score = site.group.score(a, k, member.leg)
-    return _Sums(member.leg, score.cpu(), a.sum(1, True).cpu(), k.sum(1, True).cpu(), a.shape[1])
+def _products(space: Space, axis: Axis, ours: Rows, theirs: Rows) -> _Sums:
+    width = space.width(axis.role)
+    a, k = (axis.rows(each, width) for each in (ours, theirs))
+    score = space.group.score(a, k, axis.role)
+    return _Sums(axis.role, score.cpu(), a.sum(1, True).cpu(), k.sum(1, True).cpu(), a.shape[1])
 
 
-def _add(sums: dict[Member, _Sums], member: Member, found: _Sums) -> None:
-    if member not in sums:
-        sums[member] = found
+def _add(sums: dict[Axis, _Sums], axis: Axis, found: _Sums) -> None:
+    if axis not in sums:
+        sums[axis] = found
         return
-    held = sums[member]
+    held = sums[axis]
     held.products += found.products
     held.anchor += found.anchor
     held.client += found.client
     held.rows += found.rows
 
 
-def _by_leg(site: Site, sums: dict[Member, _Sums]) -> tuple[Tensor, ...]:
-    legs: list[Tensor] = []
-    for leg in range(len(site.group.sizes)):
-        nothing = torch.zeros(site.width(leg), 1, dtype=torch.float64)
-        total = site.group.score(nothing, nothing, leg)
+def _by_role(space: Space, sums: dict[Axis, _Sums]) -> tuple[Tensor, ...]:
+    roles: list[Tensor] = []
+    for role in range(len(space.group.sizes)):
+        nothing = torch.zeros(space.width(role), 1, dtype=torch.float64)
+        total = space.group.score(nothing, nothing, role)
         for each in sums.values():
-            if each.leg == leg:
-                total = total + each.centred(site)
-        legs.append(total)
-    return tuple(legs)
+            if each.role == role:
+                total = total + each.centred(space)
+        roles.append(total)
+    return tuple(roles)

@@ -144,7 +144,7 @@ def _compare_directions(
 
     Where nothing was searched and no path is asked for, a reply is to cost what it cost without this.
     """
-    searched = not all(site.certified for site in header.alignment.sites)
+    searched = not all(space.certified for space in header.alignment.spaces)
     layers = affordable(request.anchor, _PRODUCTS)
     if not (request.header.align and layers and (searched or request.path_points)):
         return

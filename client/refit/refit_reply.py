@@ -18,9 +18,10 @@ from fedbasin.client.request import Data, Request, answer, required
 from fedbasin.client.statistics.gram_accumulators import finished
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.strategies.encodings import read_encodings, write_grams
-from fedbasin.strategies.fusion.batchnorm import Norm
-from fedbasin.strategies.fusion.compression.formats import Encoding, encode_moment
+from fedbasin.strategies.fusion.compression.formats import encode_moment
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.stages import Along
 from fedbasin.strategies.tensors.state import State, tied
@@ -86,7 +87,7 @@ def _fit(
         return
     blocks = [tuple(block.tensors) for block in asked.blocks]
     encodings = read_encodings(request.header.encodings)
-    norms = [Norm(norm.name, norm.eps) for norm in asked.norms]
+    norms = [BatchNorm(norm.name, norm.eps) for norm in asked.norms]
     with measuring(model, norms) as read:
         sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches(), encodings)
     _write_measured(header, content, fused, read)
@@ -100,7 +101,7 @@ def _fit(
 
 
 def _write_measured(
-    header: pb.UpdateHeader, content: RecordDict, fused: State, read: Mapping[Norm, Moments]
+    header: pb.UpdateHeader, content: RecordDict, fused: State, read: Mapping[BatchNorm, Moments]
 ) -> None:
     """The running statistics that the fused model has on the client's data."""
     measured = {

@@ -34,9 +34,10 @@ from fedbasin.client.data import Batch, Batches, evaluating, forward, read
 from fedbasin.client.refit.invertible_path import Reach, Reaches
 from fedbasin.client.statistics.gram_accumulators import Total
 from fedbasin.client.statistics.shared_inputs import Inputs, Shared
-from fedbasin.strategies.fusion.compression.formats import Encoding
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
-from fedbasin.strategies.fusion.update import Block, Order, join, stored
+from fedbasin.strategies.fusion.update import join, stored
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.tensors.state import State, tied
 
@@ -68,8 +69,8 @@ class Sums:
         return self.inputs.gram
 
 
-def order(model: nn.Module, batches: Batches) -> Order:
-    """Read the order of the layers off one batch, and the BatchNorms off the modules.
+def read_layer_graph(model: nn.Module, batches: Batches) -> LayerGraph:
+    """Read the layer graph off one batch, and the BatchNorms off the modules.
 
     Raises:
         ValueError: there is no data.
@@ -83,7 +84,7 @@ def order(model: nn.Module, batches: Batches) -> Order:
     ordered = sorted(first, key=[product.layer.block for product in seen].index)
     levels = groupby(ordered, key=lambda block: id(first[block].inputs))
     head = seen[-1].layer.block if seen and seen[-1].output is logits else None
-    return Order(tuple(tuple(level) for _, level in levels), head, find_norms(model))
+    return LayerGraph(tuple(tuple(level) for _, level in levels), head, find_norms(model))
 
 
 def regress(

@@ -11,9 +11,9 @@ from fedbasin.client.statistics.gram import gram_pieces
 from fedbasin.client.statistics.kronecker_factors import kronecker_factors
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.encodings import read_encodings, write_grams, write_kroneckers
 from fedbasin.strategies.fusion.compression.formats import Pieces
-from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.tensors.state import State
 
 

@@ -16,9 +16,10 @@ from fedbasin.client.capture.layer_calls import Product, Products, layer_by_laye
 from fedbasin.client.data import Batches, evaluating, forward, read
 from fedbasin.client.statistics.gram_accumulators import Total, finished, shrunk
 from fedbasin.client.statistics.shared_inputs import Inputs, Shared
-from fedbasin.strategies.fusion.compression.formats import Encoding, Pieces
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.fusion.compression.formats import Pieces
 from fedbasin.strategies.fusion.layers import gram_layers
-from fedbasin.strategies.fusion.update import Block
 
 
 def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block, Tensor]:

@@ -8,18 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.fusion.compression.formats import (
-    Encoding,
-    Form,
-    Kind,
-    Pieces,
-    decode,
-    dominating,
-    encode,
-)
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind
+from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.fusion.compression.formats import Pieces, decode, dominating, encode
 from fedbasin.strategies.fusion.compression.sketch import Sketch
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block
 
 Made = TypeVar("Made")
 
@@ -55,7 +48,7 @@ class Square:
     """
 
     gram: Float[Tensor, "*groups inputs inputs"]
-    form: Form
+    form: GramForm
     bias: bool
 
     def add(self, rows: Float[Tensor, "groups part in"]) -> None:
@@ -75,7 +68,7 @@ class Sketched:
     """A sketch for each group, so that the square is never made."""
 
     sketches: list[Sketch]
-    form: Form
+    form: GramForm
     groups: tuple[int, ...]
 
     def add(self, rows: Float[Tensor, "groups part in"]) -> None:
@@ -107,7 +100,7 @@ def nothing(layer: Layer, encoding: Encoding, device: torch.device) -> Total:
     """The total of no rows, of the kind that the encoding needs."""
     groups = (layer.groups,) if layer.groups > 1 else ()
     bias = len(layer.block) > 1
-    if encoding.gram.kind is Kind.sketch:
+    if encoding.gram.kind is GramKind.sketch:
         size = encoding.gram.size
         sketches = [Sketch.zero(size, layer.inputs, bias) for _ in range(layer.groups)]
         return Sketched(sketches, encoding.gram, groups)

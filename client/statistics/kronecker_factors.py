@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fedbasin.client.capture.layer_calls import Product, Products, layer_by_layer
 from fedbasin.client.data import Batches, evaluating, forward, read
 from fedbasin.client.statistics.model_labels import EXACT_LABELS, label_scores
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer, kronecker_layers
-from fedbasin.strategies.fusion.update import Block
 
 # Share of B that is the same for all outputs. See docs/fisher.md.
 ALIKE = 0.5

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fedbasin.client.capture.layer_calls import Product
 from fedbasin.client.statistics.gram_accumulators import Total, nothing
-from fedbasin.strategies.fusion.compression.formats import Encoding
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block, stored
+from fedbasin.strategies.fusion.update import stored
 
 
 class Inputs:

@@ -39,7 +39,7 @@ def align(
         model: the model that is moved.
         symmetry: of both.
         asked: told the name of each of the model's tensors when the search reads it.
-        certify: look first for sites where the identity is provably the best; costs memory.
+        certify: look first for spaces where the identity is provably the best; costs memory.
 
     Raises:
         ModelError: an entry is infinite or not a number, or a norm cannot be folded.
@@ -134,13 +134,13 @@ def as_json(report: AlignmentReport) -> dict[str, Any]:
 def shown(report: AlignmentReport) -> Group:
     """The report for the eye."""
     made = Table(box=None, pad_edge=False)
-    made.add_column("site", overflow="fold")
+    made.add_column("space", overflow="fold")
     for name in ("moved", "gain"):
         made.add_column(name, justify="right")
     made.add_column("certified")
-    for site in report.sites:
+    for space in report.spaces:
         made.add_row(
-            site.site, number(site.moved), number(site.gain), "yes" if site.certified else ""
+            space.space, number(space.moved), number(space.gain), "yes" if space.certified else ""
         )
     before, after = report.distance_before, report.distance_after
     sweeps = "1 sweep" if report.sweeps == 1 else f"{report.sweeps} sweeps"

@@ -1,4 +1,4 @@
-"""Proof by execution for a stored model: random elements of each kind of site, and of all at once."""
+"""Proof by execution for a stored model: random elements of each kind of space, and of all at once."""
 
 import re
 from dataclasses import asdict, dataclass, replace
@@ -16,19 +16,19 @@ from fedbasin.strategies.tensors.state import tied
 
 @dataclass(frozen=True)
 class Verdict:
-    """What random elements of some sites did to the model's outputs.
+    """What random elements of some spaces did to the model's outputs.
 
     Attributes:
-        kind: name of the sites without their numbers; "all" is every site at once.
-        sites: how many there are.
+        kind: name of the spaces without their numbers; "all" is every space at once.
+        spaces: how many there are.
         double_error: largest relative change of an output in float64.
         single_error: the same in float32.
-        guilty: the sites that change the function when they act alone.
+        guilty: the spaces that change the function when they act alone.
         passed: whether the changes are rounding.
     """
 
     kind: str
-    sites: int
+    spaces: int
     double_error: float
     single_error: float
     guilty: tuple[str, ...]
@@ -40,16 +40,16 @@ class Verdict:
 
 
 def verdicts(built: Built, symmetry: Symmetry, *, trials: int, seed: int) -> list[Verdict]:
-    """Check each kind of site, and all together.
+    """Check each kind of space, and all together.
 
     Raises:
-        SymmetryError: a site does not fit the module, or the module does not run.
+        SymmetryError: a space does not fit the module, or the module does not run.
     """
     whole = spread(symmetry, tied(built.module.state_dict()))
     kinds: dict[str, Symmetry] = {}
-    for site in whole.sites:
-        held = kinds.get(_kind(site.name), replace(whole, sites=()))
-        kinds[_kind(site.name)] = replace(held, sites=(*held.sites, site))
+    for space in whole.spaces:
+        held = kinds.get(_kind(space.name), replace(whole, spaces=()))
+        kinds[_kind(space.name)] = replace(held, spaces=(*held.spaces, space))
     return [
         _verdict(kind, built, each, trials, seed) for kind, each in {**kinds, "all": whole}.items()
     ]
@@ -59,7 +59,7 @@ def _verdict(kind: str, built: Built, symmetry: Symmetry, trials: int, seed: int
     report = check(built.module, symmetry, *built.inputs, trials=trials, seed=seed)
     return Verdict(
         kind=kind,
-        sites=len(symmetry.sites),
+        spaces=len(symmetry.spaces),
         double_error=max(trial.double_error for trial in report.trials),
         single_error=max(trial.single_error for trial in report.trials),
         guilty=report.guilty,
@@ -70,16 +70,16 @@ def _verdict(kind: str, built: Built, symmetry: Symmetry, trials: int, seed: int
 def shown(found: list[Verdict]) -> Group:
     """The verdicts for the eye."""
     made = Table(box=None, pad_edge=False)
-    made.add_column("sites", overflow="fold")
+    made.add_column("spaces", overflow="fold")
     for name in ("number", "float64", "float32"):
         made.add_column(name, justify="right")
     made.add_column("function")
     for one in found:
         errors = (f"{error:.1e}" for error in (one.double_error, one.single_error))
-        made.add_row(one.kind, str(one.sites), *errors, "kept" if one.passed else "BROKEN")
-    guilty = dict.fromkeys(site for one in found for site in one.guilty)
+        made.add_row(one.kind, str(one.spaces), *errors, "kept" if one.passed else "BROKEN")
+    guilty = dict.fromkeys(space for one in found for space in one.guilty)
     return Group(made, *([f"\nbroken by {', '.join(guilty)}"] if guilty else []))
 
 
-def _kind(site: str) -> str:
-    return re.sub(r"\.?\d+", "", site) or site
+def _kind(space: str) -> str:
+    return re.sub(r"\.?\d+", "", space) or space

@@ -34,14 +34,14 @@ Config = Annotated[
     Path | None,
     typer.Option(help="A config.json that names a known family; a folder's own needs no option."),
 ]
-Sites = Annotated[
+Spaces = Annotated[
     list[str] | None,
     typer.Option(
-        "--sites", "--layers", metavar="GLOB", help="Only sites with such names; again for more."
+        "--spaces", "--layers", metavar="GLOB", help="Only spaces with such names; again for more."
     ),
 ]
-First = Annotated[int | None, typer.Option(min=1, help="Only sites of the first N blocks.")]
-Last = Annotated[int | None, typer.Option(min=1, help="Only sites of the last N blocks.")]
+First = Annotated[int | None, typer.Option(min=1, help="Only spaces of the first N blocks.")]
+Last = Annotated[int | None, typer.Option(min=1, help="Only spaces of the last N blocks.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Where to write; appears when it is whole.")
 ]
@@ -57,7 +57,7 @@ def inspect(
     model: Model,
     symmetry: Notation = None,
     config: Config = None,
-    sites: Sites = None,
+    spaces: Spaces = None,
     first: First = None,
     last: Last = None,
     notation: Annotated[
@@ -65,7 +65,7 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a model's symmetry: its sites, their groups and widths, and their share of the parameters.
+    """Show a model's symmetry: its spaces, their groups and widths, and their share of the parameters.
 
     The symmetry comes from --symmetry, --config, the metadata of the file or the config of the folder. Values are
     not read.
@@ -81,7 +81,7 @@ def inspect(
 
         stored = open_model(model)
         whole = symmetry_of(stored, symmetry, config)
-        meant = chosen(whole, sites or (), first, last)
+        meant = chosen(whole, spaces or (), first, last)
         found = inspection.inspected(stored, whole, meant)
     if notation:
         typer.echo(str(meant), nl=False)
@@ -98,13 +98,13 @@ def align(
     output: Output,
     symmetry: Notation = None,
     config: Config = None,
-    sites: Sites = None,
+    spaces: Spaces = None,
     first: First = None,
     last: Last = None,
     certify: Annotated[
         bool,
         typer.Option(
-            "--certify", help="Prove first where a site lies best already; needs memory for it."
+            "--certify", help="Prove first where a space lies best already; needs memory for it."
         ),
     ] = False,
     transform: Annotated[
@@ -119,7 +119,7 @@ def align(
     Units, heads and streams are put in the order, and turned, so that they come closest to the anchor's. What is
     written has the layout, the dtypes and the other files of MODEL.
 
-    Prints for each site how far it moved (0 to 1), its gain in agreement and whether the identity was certified.
+    Prints for each space how far it moved (0 to 1), its gain in agreement and whether the identity was certified.
 
     Ends with 0, with 2 where something cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C,
     which leaves nothing behind.
@@ -148,7 +148,7 @@ def align(
             alignment.refuse_other_config(other, stored, symmetry_of(other), whole)
         with _matching() as asked:
             found = alignment.align(
-                other, stored, chosen(whole, sites or (), first, last), asked, certify=certify
+                other, stored, chosen(whole, spaces or (), first, last), asked, certify=certify
             )
         _write(stored, output, alignment.applied(found.transform, stored))
         if transform is not None:
@@ -190,7 +190,7 @@ def check(
     model: Model,
     symmetry: Notation = None,
     config: Config = None,
-    sites: Sites = None,
+    spaces: Spaces = None,
     first: First = None,
     last: Last = None,
     module: Annotated[
@@ -200,7 +200,7 @@ def check(
             help="Function that returns the torch module of a file, and an example of its inputs.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Random elements for each kind of site.")] = 3,
+    trials: Annotated[int, typer.Option(min=1, help="Random elements for each kind of space.")] = 3,
     seed: Annotated[int, typer.Option(help="Of elements, inputs and noise.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -229,7 +229,7 @@ def check(
         )
         whole = symmetry_of(stored, symmetry, config, made.module.state_dict())
         found = checking.verdicts(
-            made, chosen(whole, sites or (), first, last), trials=trials, seed=seed
+            made, chosen(whole, spaces or (), first, last), trials=trials, seed=seed
         )
     if as_json:
         typer.echo("".join(f"{json.dumps(one.as_json())}\n" for one in found), nl=False)

@@ -1,4 +1,4 @@
-"""What a stored model's symmetry touches, site by site, and what it leaves alone."""
+"""What a stored model's symmetry touches, space by space, and what it leaves alone."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from fedbasin.server.files.reading import StoredModel
 from fedbasin.server.report.charts.text import size
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class SiteRow:
-    """One site.
+class SpaceRow:
+    """One space.
 
     Attributes:
-        site: its name.
+        space: its name.
         group: in the notation.
-        width: units of its first leg.
+        width: units of its first role.
         tensors: names of what it touches.
-        share: of the model's parameters, 0 to 1; a matrix between two sites counts for both.
+        share: of the model's parameters, 0 to 1; a matrix between two spaces counts for both.
     """
 
-    site: str
+    space: str
     group: str
     width: int
     tensors: tuple[str, ...]
@@ -48,8 +48,8 @@ class Inspection:
         dtypes: number of tensors of each dtype.
         tied: names that are left out, with the name under which the tensor is stored.
         ties_embeddings: whether the config says that the head is the input's table.
-        untouched: tensors that no site of the whole symmetry touches.
-        sites: the sites that were asked for.
+        untouched: tensors that no space of the whole symmetry touches.
+        spaces: the spaces that were asked for.
     """
 
     model: str
@@ -61,7 +61,7 @@ class Inspection:
     tied: dict[str, str]
     ties_embeddings: bool
     untouched: tuple[str, ...]
-    sites: tuple[SiteRow, ...]
+    spaces: tuple[SpaceRow, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The same as a mapping for JSON."""
@@ -74,11 +74,11 @@ def inspected(model: StoredModel, whole: Symmetry, meant: Symmetry) -> Inspectio
     Args:
         model: the stored model.
         whole: its symmetry, which says what is not touched.
-        meant: the sites to list.
+        meant: the spaces to list.
     """
     shapes = model.shapes()
     total = sum(tensor.numel() for tensor in shapes.values())
-    touched = {member.tensor for site in whole.sites for member in site.members}
+    touched = {axis.tensor for space in whole.spaces for axis in space.axes}
     return Inspection(
         model=str(model.path),
         files=len(model.shards),
@@ -89,28 +89,32 @@ def inspected(model: StoredModel, whole: Symmetry, meant: Symmetry) -> Inspectio
         tied=model.ties,
         ties_embeddings=bool(model.config.get("tie_word_embeddings", False)),
         untouched=tuple(name for name in shapes if name not in touched),
-        sites=tuple(_row(site, shapes, total) for site in meant.sites),
+        spaces=tuple(_row(space, shapes, total) for space in meant.spaces),
     )
 
 
-def _row(site: Site, shapes: Mapping[str, Tensor], total: int) -> SiteRow:
+def _row(space: Space, shapes: Mapping[str, Tensor], total: int) -> SpaceRow:
     entries: Counter[str] = Counter()
-    for member in site.members:
-        entries[member.tensor] += member.view(shapes[member.tensor]).numel()
-    # A tensor with the site on both axes is touched once.
+    for axis in space.axes:
+        entries[axis.tensor] += axis.view(shapes[axis.tensor]).numel()
+    # A tensor with the space on both axes is touched once.
     own = sum(min(count, shapes[name].numel()) for name, count in entries.items())
-    return SiteRow(site.name, str(site.group), site.width(), tuple(entries), own / max(total, 1))
+    return SpaceRow(
+        space.name, str(space.group), space.width(), tuple(entries), own / max(total, 1)
+    )
 
 
 def shown(found: Inspection) -> Group:
     """The same for the eye."""
     made = Table(box=None, pad_edge=False)
-    made.add_column("site", overflow="fold")
+    made.add_column("space", overflow="fold")
     made.add_column("group", overflow="fold")
     for name in ("width", "tensors", "share"):
         made.add_column(name, justify="right")
-    for row in found.sites:
-        made.add_row(row.site, row.group, str(row.width), str(len(row.tensors)), f"{row.share:.1%}")
+    for row in found.spaces:
+        made.add_row(
+            row.space, row.group, str(row.width), str(len(row.tensors)), f"{row.share:.1%}"
+        )
     return Group(made, "", *_lines(found))
 
 
@@ -123,7 +127,7 @@ def _lines(found: Inspection) -> list[str]:
         f"{found.parameters:,} parameters in {found.tensors} tensors ({dtypes}), {size(found.bytes)} in {files}",
         *([f"stored once: {_listed(tied)}"] if tied else []),
         *([head] if found.ties_embeddings else []),
-        f"touched by no site: {_listed(list(found.untouched)) or 'nothing'}",
+        f"touched by no space: {_listed(list(found.untouched)) or 'nothing'}",
     ]
 
 

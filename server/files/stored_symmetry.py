@@ -1,4 +1,4 @@
-"""Where a stored model's symmetry comes from, and which of its sites are meant.
+"""Where a stored model's symmetry comes from, and which of its spaces are meant.
 
 The first of these that there is: a file in the notation, a config that names a family, the `symmetry` in the
 metadata of the model's file, the config.json of its folder.
@@ -16,7 +16,7 @@ import torch
 from fedbasin.server.files.published_names import library_names
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, read_json
 from fedbasin.strategies.symmetry.models.families import family
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.tensors.state import State
 
 # The key of a file's metadata that holds a notation.
@@ -56,30 +56,30 @@ def symmetry_of(
 def chosen(
     symmetry: Symmetry, globs: Sequence[str] = (), first: int | None = None, last: int | None = None
 ) -> Symmetry:
-    """The sites whose name fits one of `globs` (all without any), of the first or the last blocks.
+    """The spaces whose name fits one of `globs` (all without any), of the first or the last blocks.
 
-    Every site is a symmetry of its own, so any choice of them is one.
+    Every space is a symmetry of its own, so any choice of them is one.
 
     Raises:
-        ModelError: no site is left.
+        ModelError: no space is left.
     """
-    blocks = sorted({block for site in symmetry.sites if (block := _block(site)) is not None})
+    blocks = sorted({block for space in symmetry.spaces if (block := _block(space)) is not None})
     meant = {*blocks[: first or 0], *(blocks[-last:] if last else [])}
-    sites = tuple(
-        site
-        for site in symmetry.sites
-        if (not globs or any(fnmatchcase(site.name, glob) for glob in globs))
-        and ((first is None and last is None) or _block(site) in meant)
+    spaces = tuple(
+        space
+        for space in symmetry.spaces
+        if (not globs or any(fnmatchcase(space.name, glob) for glob in globs))
+        and ((first is None and last is None) or _block(space) in meant)
     )
-    if not sites:
-        names = [site.name for site in symmetry.sites]
+    if not spaces:
+        names = [space.name for space in symmetry.spaces]
         there = f"there are {few(names)}" if names else "the symmetry has none"
-        raise ModelError(f"no site is meant by {few(list(globs)) or 'that'}; {there}")
-    return replace(symmetry, sites=sites)
+        raise ModelError(f"no space is meant by {few(list(globs)) or 'that'}; {there}")
+    return replace(symmetry, spaces=spaces)
 
 
 def spread(symmetry: Symmetry, tied: Mapping[str, str]) -> Symmetry:
-    """The symmetry with a member for every name of a tied tensor.
+    """The symmetry with an axis for every name of a tied tensor.
 
     Args:
         symmetry: names some of them.
@@ -88,16 +88,16 @@ def spread(symmetry: Symmetry, tied: Mapping[str, str]) -> Symmetry:
     twins: dict[str, list[str]] = {}
     for name, first in tied.items():
         twins.setdefault(first, []).append(name)
-    return replace(symmetry, sites=tuple(_spread(site, tied, twins) for site in symmetry.sites))
+    return replace(symmetry, spaces=tuple(_spread(space, tied, twins) for space in symmetry.spaces))
 
 
-def _spread(site: Site, tied: Mapping[str, str], twins: Mapping[str, list[str]]) -> Site:
+def _spread(space: Space, tied: Mapping[str, str], twins: Mapping[str, list[str]]) -> Space:
     named = (
-        replace(member, tensor=name)
-        for member in site.members
-        for name in twins.get(tied.get(member.tensor, ""), [member.tensor])
+        replace(axis, tensor=name)
+        for axis in space.axes
+        for name in twins.get(tied.get(axis.tensor, ""), [axis.tensor])
     )
-    return replace(site, members=tuple(dict.fromkeys(named)))
+    return replace(space, axes=tuple(dict.fromkeys(named)))
 
 
 def _source(
@@ -137,51 +137,51 @@ def _of_family(path: Path, config: Mapping[str, Any], shapes: State) -> Symmetry
 
 
 def _renamed(symmetry: Symmetry, names: Mapping[str, str]) -> Symmetry:
-    """With other names for tensors and layers; two names of one tensor become one member."""
+    """With other names for tensors and layers; two names of one tensor become one axis."""
     layers = {
         library.removesuffix(".weight"): stored.removesuffix(".weight")
         for library, stored in names.items()
     }
     words = layers | dict(names)
     found = parse(re.sub(r"[^\s\[\]()]+", lambda m: words.get(m[0], m[0]), str(symmetry)))
-    sites = (replace(site, members=tuple(dict.fromkeys(site.members))) for site in found.sites)
-    return replace(found, sites=tuple(sites))
+    spaces = (replace(space, axes=tuple(dict.fromkeys(space.axes))) for space in found.spaces)
+    return replace(found, spaces=tuple(spaces))
 
 
 def _without_ties(symmetry: Symmetry, ties: Mapping[str, str]) -> Symmetry:
-    """Without the members of names that are stored under another, which must move alike."""
+    """Without the axes of names that are stored under another, which must move alike."""
     for name, kept in ties.items():
         moves = _moves(symmetry, name)
         if moves and moves != _moves(symmetry, kept):
             raise SymmetryError(
                 f"{name!r} and {kept!r} are one tensor, which the symmetry would move in two ways"
             )
-    sites = tuple(
-        replace(site, members=tuple(m for m in site.members if m.tensor not in ties))
-        for site in symmetry.sites
+    spaces = tuple(
+        replace(space, axes=tuple(m for m in space.axes if m.tensor not in ties))
+        for space in symmetry.spaces
     )
-    return replace(symmetry, sites=sites)
+    return replace(symmetry, spaces=spaces)
 
 
-def _moves(symmetry: Symmetry, tensor: str) -> set[tuple[str, Member]]:
+def _moves(symmetry: Symmetry, tensor: str) -> set[tuple[str, Axis]]:
     return {
-        (site.name, replace(member, tensor="", scored=True))
-        for site in symmetry.sites
-        for member in site.members
-        if member.tensor == tensor
+        (space.name, replace(axis, tensor="", scored=True))
+        for space in symmetry.spaces
+        for axis in space.axes
+        if axis.tensor == tensor
     }
 
 
 def _refuse_narrow(path: Path, symmetry: Symmetry, shapes: State) -> None:
-    for site in symmetry.sites:
-        for member in site.members:
-            if shapes[member.tensor].dtype not in _DTYPES:
+    for space in symmetry.spaces:
+        for axis in space.axes:
+            if shapes[axis.tensor].dtype not in _DTYPES:
                 raise ModelError(
-                    f"{path}: {member.tensor!r} of site {site.name!r} is {shapes[member.tensor].dtype}, in which "
+                    f"{path}: {axis.tensor!r} of space {space.name!r} is {shapes[axis.tensor].dtype}, in which "
                     "nothing can be turned; convert the model to bfloat16 or float32"
                 )
 
 
-def _block(site: Site) -> int | None:
-    number = re.search(r"\d+", site.name)
+def _block(space: Space) -> int | None:
+    number = re.search(r"\d+", space.name)
     return int(number[0]) if number else None

@@ -54,7 +54,7 @@ def gauges(report: RoundReport) -> Iterator[Gauge]:
 
 
 def brief(report: RoundReport) -> Iterator[Gauge]:
-    """Those beside the barrier for which no site has to be looked at: sites are most of a report."""
+    """Those beside the barrier for which no space has to be looked at: spaces are most of a report."""
     yield from _fused(report.fused_path)
     yield from _spectral(alignments(report))
     yield from _drift(report.drift)
@@ -134,20 +134,20 @@ def _fused(path: PathSums) -> Iterator[Gauge]:
 def _alignments(moves: Sequence[AlignmentReport]) -> Iterator[Gauge]:
     if not moves:
         return
-    sites = [site for move in moves for site in move.sites]
-    yield of.GAIN, sum(site.gain for site in sites) / len(moves), ()
+    spaces = [space for move in moves for space in move.spaces]
+    yield of.GAIN, sum(space.gain for space in spaces) / len(moves), ()
     yield of.DISTANCE, fmean(move.distance_before for move in moves), ("before",)
     yield of.DISTANCE, fmean(move.distance_after for move in moves), ("after",)
-    if sites:
-        yield of.CERTIFIED, fmean(site.certified for site in sites), ()
+    if spaces:
+        yield of.CERTIFIED, fmean(space.certified for space in spaces), ()
     if errors := [move.endpoint_error for move in moves if move.HasField("endpoint_error")]:
         yield of.ENDPOINT_ERROR, max(errors), ()
     yield from _spectral(moves)
-    if stayed := [site.fixed_points for site in sites if site.HasField("fixed_points")]:
+    if stayed := [space.fixed_points for space in spaces if space.HasField("fixed_points")]:
         yield of.FIXED_POINTS, fmean(stayed), ()
-    if turning := [site for site in sites if site.HasField("skew_before")]:
-        yield of.SKEW, fmean(site.skew_before for site in turning), ("before",)
-        yield of.SKEW, fmean(site.skew_after for site in turning), ("after",)
+    if turning := [space for space in spaces if space.HasField("skew_before")]:
+        yield of.SKEW, fmean(space.skew_before for space in turning), ("before",)
+        yield of.SKEW, fmean(space.skew_after for space in turning), ("after",)
 
 
 def _spectral(moves: Sequence[AlignmentReport]) -> Iterator[Gauge]:

@@ -147,10 +147,10 @@ FUSED_GAP = Metric(
     "the ends, when it was last probed; negative where mixing helps.",
 )
 GAIN = Metric(
-    "alignment_gain", "Rise of the matching objective, summed over sites, mean of clients."
+    "alignment_gain", "Rise of the matching objective, summed over spaces, mean of clients."
 )
 CERTIFIED = Metric(
-    "certified_sites_ratio", "Share of sites whose identity alignment was proven optimal."
+    "certified_spaces_ratio", "Share of spaces whose identity alignment was proven optimal."
 )
 DISTANCE = Metric(
     "anchor_distance",
@@ -165,11 +165,11 @@ SPECTRAL = Metric(
 )
 FIXED_POINTS = Metric(
     "fixed_points_ratio",
-    "Share of units that alignment left in their place, mean of sites and clients.",
+    "Share of units that alignment left in their place, mean of spaces and clients.",
 )
 SKEW = Metric(
     "skew_ratio",
-    "How far the agreement of clients and anchor is from symmetric, 0 to 2, mean of the sites that can turn, before "
+    "How far the agreement of clients and anchor is from symmetric, 0 to 2, mean of the spaces that can turn, before "
     "and after alignment.",
     ("recipe", "when"),
 )

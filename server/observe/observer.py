@@ -204,10 +204,10 @@ async def serving(settings: Settings) -> AsyncIterator[Addresses]:
     with _opened(settings.store) as store:
         observer = Observer(Telemetry(registry), store, Models(settings.models))
         async with (
-            _http(settings, observer.history, registry) as site,
+            _http(settings, observer.history, registry) as page,
             _service(settings, observer) as address,
         ):
-            yield Addresses(address, f"{site}/metrics", f"{site}/")
+            yield Addresses(address, f"{page}/metrics", f"{page}/")
 
 
 @contextmanager

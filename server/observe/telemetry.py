@@ -6,7 +6,7 @@ for as OpenMetrics, counters and histograms carry the run and the round that mov
 """
 
 import math
-from collections import Counter as Tally
+from collections import Counter as Count
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -119,7 +119,7 @@ class Telemetry:
         self._count(of.PROBE_BYTES, source, report.probe.spooled_bytes, "server")
 
     def _observe_clients(self, source: "_Source", name: str, stage: StageReport) -> None:
-        fates = Tally(self._outcomes.admit(client.outcome) for client in stage.clients)
+        fates = Count(self._outcomes.admit(client.outcome) for client in stage.clients)
         for outcome, number in fates.items():
             self._count(of.UPDATES, source, number, outcome)
         self._count(of.RECEIVED, source, sum(client.bytes_up for client in stage.clients))

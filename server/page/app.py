@@ -1,7 +1,7 @@
 """The HTTP application of an observer.
 
     /                            the page
-    /sites?run=                  the heat maps of a run, a part of the page that is fetched when it is there
+    /spaces?run=                  the heat maps of a run, a part of the page that is fetched when it is there
     /api/runs                    the runs
     /api/runs/{id}/rounds?from=  rounds in brief
     /api/runs/{id}/events?from=  the same as server-sent events, past and to come
@@ -51,15 +51,15 @@ def application(
         registry: behind /metrics.
         guards: what looks at a request first.
     """
-    site = _Site(history, registry)
+    handlers = _Handlers(history, registry)
     routes = [
-        Route("/", site.page),
-        Route("/sites", site.sites),
-        Route("/metrics", site.metrics),
-        Route("/api/runs", site.runs),
-        Route("/api/runs/{run_id:path}/rounds", site.rounds),
-        Route("/api/runs/{run_id:path}/events", site.events),
-        Route("/api/events", site.events),
+        Route("/", handlers.page),
+        Route("/spaces", handlers.spaces),
+        Route("/metrics", handlers.metrics),
+        Route("/api/runs", handlers.runs),
+        Route("/api/runs/{run_id:path}/rounds", handlers.rounds),
+        Route("/api/runs/{run_id:path}/events", handlers.events),
+        Route("/api/events", handlers.events),
         Route("/static/style.css", _style),  # the report's own, shared
         Mount("/static", StaticFiles(directory=_STATIC)),
     ]
@@ -67,7 +67,7 @@ def application(
     return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), *guards, zipped])
 
 
-class _Site:
+class _Handlers:
     """The pages over one history."""
 
     def __init__(self, history: History, registry: CollectorRegistry) -> None:
@@ -83,7 +83,7 @@ class _Site:
             runs.append(await self._run(choice.other))
         return HTMLResponse(await run_in_threadpool(page, summaries, runs, choice))
 
-    async def sites(self, request: Request) -> Response:
+    async def spaces(self, request: Request) -> Response:
         run = await self._run(request.query_params.get("run", ""))
         return HTMLResponse(await run_in_threadpool(alignment, run))
 

@@ -62,10 +62,10 @@ def page(summaries: Sequence[RunSummary], runs: list[Run], choice: Choice) -> st
     return document(name, head, *body)
 
 
-def waiting_for_sites(run: Run) -> Html:
+def waiting_for_spaces(run: Run) -> Html:
     """A link to the heat maps, which a script follows at once."""
-    address = f"sites?{urlencode({'run': run.name})}"
-    link = tag("a", "Show the heat maps of all sites", href=address)
+    address = f"spaces?{urlencode({'run': run.name})}"
+    link = tag("a", "Show the heat maps of all spaces", href=address)
     return tag("div", tag("p", link), data_src=address)
 
 
@@ -78,7 +78,7 @@ def _content(runs: list[Run], choice: Choice) -> list[Html]:
             join([tag("h2", run.name, class_="runname"), its])
             for run, its in zip(runs, tiles, strict=True)
         ]
-    made = [join(tiles), *parts(runs, waiting_for_sites(runs[0]), choice.round)]
+    made = [join(tiles), *parts(runs, waiting_for_spaces(runs[0]), choice.round)]
     return [tag("div", part, id=f"part-{index}", data_live=True) for index, part in enumerate(made)]
 
 

@@ -38,7 +38,7 @@ def parts(runs: Sequence[Run], heat_maps: Html, number: int | None = None) -> li
 
     Args:
         runs: one, or two to compare; what cannot be laid over each other shows the first alone.
-        heat_maps: the sites of the first run.
+        heat_maps: the spaces of the first run.
         number: of the round whose curves and clients are shown; the newest that was probed if None.
     """
     run, whose = runs[0], f" of {runs[0].name}" if len(runs) > 1 else ""
@@ -49,7 +49,7 @@ def parts(runs: Sequence[Run], heat_maps: Html, number: int | None = None) -> li
         _section("progress", "By round", tag("div", barriers(runs), metrics(runs), class_="grid")),
         _section("path", "From model to model", tag("div", *paths, class_="grid pairs")),
         _section("basin", "Where the models lie", basin(runs)),
-        _section("alignment", f"Alignment by site{whose}", heat_maps),
+        _section("alignment", f"Alignment by space{whose}", heat_maps),
         _section("outcomes", f"Replies{whose}", outcomes(run, run.shown(number))),
         _section(
             "costs",

@@ -8,12 +8,12 @@ from fedbasin.server.report.basin_section import CHARTS
 from fedbasin.server.report.charts.text import arrow, duration, number, size
 from fedbasin.server.report.replies_section import counted
 from fedbasin.server.report.reported_run import Run
-from fedbasin.server.report.space_measures import sites
+from fedbasin.server.report.space_measures import spaces
 from fedbasin.server.report.summary import Round
 
 
 def markdown(run: Run) -> str:
-    """The run's rounds, the newest curves, outcomes with advice, and alignment by site."""
+    """The run's rounds, the newest curves, outcomes with advice, and alignment by space."""
     parts = (
         f"# {escaped(run.name)}\n\n{_headline(run)}\n",
         "## Rounds\n\n" + _rounds(run.rounds),
@@ -97,23 +97,23 @@ def _basin(rounds: Sequence[Round]) -> str:
 
 
 def _alignment(reports: Sequence[RoundReport]) -> str:
-    aligned = ((report.round, sites(report)) for report in reversed(reports))
+    aligned = ((report.round, spaces(report)) for report in reversed(reports))
     number_of, found = next(((n, some) for n, some in aligned if some), (0, {}))
     if not found:
         return ""
     rows = (
         (
             name,
-            number(site.moved),
-            number(site.gain),
-            number(site.certified),
-            number(site.fixed),
-            arrow(site.skew_before, site.skew_after) or "–",
+            number(space.moved),
+            number(space.gain),
+            number(space.certified),
+            number(space.fixed),
+            arrow(space.skew_before, space.skew_after) or "–",
         )
-        for name, site in found.items()
+        for name, space in found.items()
     )
-    head = ("site", "moved", "gain", "certified", "stayed", "skew")
-    return f"## Alignment by site, round {number_of}\n\n" + _table(head, rows)
+    head = ("space", "moved", "gain", "certified", "stayed", "skew")
+    return f"## Alignment by space, round {number_of}\n\n" + _table(head, rows)
 
 
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

@@ -128,7 +128,7 @@ class Round:
 
 
 def summarise(report: RoundReport) -> Round:
-    """A report in brief. It does not look at sites, which are most of a report."""
+    """A report in brief. It does not look at spaces, which are most of a report."""
     path = report.path
     return Round(
         report.run_id,

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
+from fedbasin.proto.layer_graph import Block
 from fedbasin.server.run.settings import Settings
 from fedbasin.server.run.stage_loop import Budget
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.fusion.compression.stage_budget import fit_encodings, fuse_encodings
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.pairwise import linked_plan
 from fedbasin.strategies.round.round import Next, Plan, round_plan
@@ -82,7 +82,7 @@ class Agenda:
         keep = recipe.fits or paired or settings.fused_points > 0
         ask = replace(
             self._ask(number, keep=keep),
-            order=recipe.fits,
+            layer_graph=recipe.fits,
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
             frozen=recipe.frozen(number),
         )

@@ -120,7 +120,7 @@ def _prepare(
 
 
 def _chosen(settings: Settings, symmetry: Symmetry | None, state: State) -> Symmetry:
-    """The sites that are aligned, which must be the model's."""
+    """The spaces that are aligned, which must be the model's."""
     if symmetry is None:
         raise SettingsError(
             f"fedbasin.align = {settings.align!r} needs the model's symmetry; pass "

@@ -85,7 +85,7 @@ class Settings(BaseModel):
     )
     matcher: Literal["weights", "sinkhorn", "activations", "learned"] = Field(
         "weights",
-        description="what decides how a client is aligned: its weights, the same with all sites deciding together, "
+        description="what decides how a client is aligned: its weights, the same with all spaces deciding together, "
         "its features on its own data, or what it learns on that data",
     )
     merge: Literal["star", "chain", "tree"] = Field(
@@ -95,7 +95,7 @@ class Settings(BaseModel):
     )
     layers: str = Field(
         "",
-        description="which sites of the symmetry are aligned: patterns of names, first:N and last:N, separated by "
+        description="which spaces of the symmetry are aligned: patterns of names, first:N and last:N, separated by "
         "commas; empty for all",
     )
     start: Literal["shared", "own"] = Field(

@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.server.run.client_paths import add_path, checked_path, checked_variance
 from fedbasin.server.run.directions import Directions
 from fedbasin.server.run.streaming_grid import Quorum, Reply, StreamingGrid
@@ -22,7 +23,6 @@ from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.probe_sampling import bound
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.encodings import encoding_messages
-from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.messages import (
     Broadcast,
     Received,
@@ -99,7 +99,7 @@ class StageResult:
         path: sums over the accepted clients.
         variance: of the layers, means over the clients that measured it.
         directions: of the clients' updates, to be finished with the round's model; None in stages that fuse nothing.
-        order: of the model's layers, where the stage asked for it.
+        layer_graph: of the model's layers, where the stage asked for it.
     """
 
     model: dict[str, Tensor]
@@ -108,7 +108,7 @@ class StageResult:
     path: pb.PathSums
     variance: Mapping[str, float] = field(default_factory=dict)
     directions: Directions | None = None
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     @property
     def curve(self) -> Path | None:
@@ -230,7 +230,7 @@ class _Attempt:
             self.path,
             self.variance.means(),
             self.directions,
-            self.stage.order,
+            self.stage.layer_graph,
         )
 
     def _probe_bound(self, nodes: Sequence[int]) -> int | None:

@@ -19,14 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.groups.groups import Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.tensors.parallel import one_core
 from fedbasin.strategies.tensors.state import State
 
 Radii = Mapping[str, Float[Tensor, " units"]]
 
-Drifts = Mapping[Member, Float[Tensor, " blocks"]]
-"""Of every tensor at a site, what the client changed in each unit, or block of units, squared."""
+Drifts = Mapping[Axis, Float[Tensor, " blocks"]]
+"""Of every tensor at a space, what the client changed in each unit, or block of units, squared."""
 
 # A radius that rounding could have made too large proves nothing.
 _SLACK = 1 - 1e-4
@@ -34,7 +34,7 @@ _SLACK = 1 - 1e-4
 # Units compared at a time, so that memory does not grow with the square of the width.
 _ROWS = 1024
 
-# Width of a leg beyond which blocks are not compared: the score of all with all is held at once.
+# Width of a role beyond which blocks are not compared: the score of all with all is held at once.
 _WIDEST = 8192
 
 # Sums in double are exact to this share.
@@ -45,46 +45,46 @@ _PIECE = 256
 
 
 def identity_radii(symmetry: Symmetry, anchor: State) -> dict[str, Tensor]:
-    """The identity radius of every unit or block that may change places, by site name.
+    """The identity radius of every unit or block that may change places, by space name.
 
-    Sites without a proof are left out: where a tensor has the site on two axes, where elements stretch, and where
+    Spaces without a proof are left out: where a tensor has the space on two axes, where elements stretch, and where
     blocks are too wide to be compared.
     """
     radii = {}
-    for site in symmetry.sites:
-        if isinstance(site.group, Permutation) and not site.quadratic:
-            radii[site.name] = _half_separation(_units(site, anchor))
-        elif isinstance(site.group, Wreath) and not site.quadratic and _is_provable(site.group):
-            radii[site.name] = _half_separation_of_blocks(site, site.group, anchor)
+    for space in symmetry.spaces:
+        if isinstance(space.group, Permutation) and not space.quadratic:
+            radii[space.name] = _half_separation(_units(space, anchor))
+        elif isinstance(space.group, Wreath) and not space.quadratic and _is_provable(space.group):
+            radii[space.name] = _half_separation_of_blocks(space, space.group, anchor)
     return radii
 
 
-def drifts_of(site: Site, anchor: State, client: State) -> Drifts:
-    """What the client changed at a site, tensor by tensor."""
+def drifts_of(space: Space, anchor: State, client: State) -> Drifts:
+    """What the client changed at a space, tensor by tensor."""
     with one_core():
-        return {member: _drift(member, site, anchor, client) for member in site.scored}
+        return {axis: _drift(axis, space, anchor, client) for axis in space.scored}
 
 
-def is_certified(site: Site, drifts: Drifts, radii: Radii) -> bool:
-    """Whether the identity is proven optimal at this site. False proves nothing."""
-    return isinstance(site.group, Permutation) and _is_within(site, drifts, radii)
+def is_certified(space: Space, drifts: Drifts, radii: Radii) -> bool:
+    """Whether the identity is proven optimal at this space. False proves nothing."""
+    return isinstance(space.group, Permutation) and _is_within(space, drifts, radii)
 
 
-def keeps_order(site: Site, drifts: Drifts, radii: Radii) -> bool:
-    """Whether no block is exchanged in the best element of this site. False proves nothing."""
-    return isinstance(site.group, Wreath) and _is_within(site, drifts, radii)
+def keeps_order(space: Space, drifts: Drifts, radii: Radii) -> bool:
+    """Whether no block is exchanged in the best element of this space. False proves nothing."""
+    return isinstance(space.group, Wreath) and _is_within(space, drifts, radii)
 
 
-def _is_within(site: Site, drifts: Drifts, radii: Radii) -> bool:
-    if site.name not in radii:
+def _is_within(space: Space, drifts: Drifts, radii: Radii) -> bool:
+    if space.name not in radii:
         return False
     drift = torch.stack(list(drifts.values())).sum(0).sqrt()
-    return bool((drift < radii[site.name].to(drift.device) * _SLACK).all())
+    return bool((drift < radii[space.name].to(drift.device) * _SLACK).all())
 
 
-def _drift(member: Member, site: Site, anchor: State, client: State) -> Float[Tensor, " blocks"]:
-    width = site.width(member.leg)
-    ours, theirs = (member.rows(state[member.tensor], width) for state in (anchor, client))
+def _drift(axis: Axis, space: Space, anchor: State, client: State) -> Float[Tensor, " blocks"]:
+    width = space.width(axis.role)
+    ours, theirs = (axis.rows(state[axis.tensor], width) for state in (anchor, client))
     # A difference of two halves is rounded to half; the proof cannot spare those digits.
     single = torch.promote_types(ours.dtype, torch.float32)
     # Not a norm: over any axis but the last in memory, torch's takes ten times as long. Not in double: a sum in
@@ -93,11 +93,11 @@ def _drift(member: Member, site: Site, anchor: State, client: State) -> Float[Te
         (client_rows - anchor_rows.to(single)).square_().sum(1).double()
         for anchor_rows, client_rows in zip(ours.split(_PIECE), theirs.split(_PIECE), strict=True)
     ]
-    return torch.cat(squares).reshape(site.group.count, -1).sum(1)
+    return torch.cat(squares).reshape(space.group.count, -1).sum(1)
 
 
-def _units(site: Site, state: State) -> Float[Tensor, "units features"]:
-    rows = [member.rows(state[member.tensor], site.width()) for member in site.scored]
+def _units(space: Space, state: State) -> Float[Tensor, "units features"]:
+    rows = [axis.rows(state[axis.tensor], space.width()) for axis in space.scored]
     single = torch.promote_types(rows[0].dtype, torch.float32)
     return torch.cat([each.to(single) for each in rows], dim=1)
 
@@ -122,14 +122,14 @@ def _gaps(start: int, rows: Tensor, units: Tensor, squares: Tensor, doubt: float
 
 def _is_provable(group: Wreath) -> bool:
     """Whether its elements keep lengths, and all blocks can be compared at once."""
-    keeps_lengths = all(dual == leg for leg, dual in enumerate(group.duals))
+    keeps_lengths = all(dual == role for role, dual in enumerate(group.duals))
     return keeps_lengths and max(group.widths) <= _WIDEST
 
 
 def _half_separation_of_blocks(
-    site: Site, group: Wreath, anchor: State
+    space: Space, group: Wreath, anchor: State
 ) -> Float[Tensor, " blocks"]:
-    scores = _self_scores(site, group, anchor)
+    scores = _self_scores(space, group, anchor)
     home = torch.arange(group.count)
     # A block's own entry of M is its rows' products: the trace is the squared norm.
     own = torch.stack([score[home, home].diagonal(dim1=-2, dim2=-1).sum(-1) for score in scores])
@@ -142,10 +142,10 @@ def _half_separation_of_blocks(
     return (gaps.fill_diagonal_(torch.inf).amin(1).sqrt() / 2).float()
 
 
-def _self_scores(site: Site, group: Wreath, anchor: State) -> tuple[Tensor, ...]:
+def _self_scores(space: Space, group: Wreath, anchor: State) -> tuple[Tensor, ...]:
     totals: dict[int, Tensor] = {}
-    for member in site.scored:
-        rows = member.rows(anchor[member.tensor], site.width(member.leg)).double()
-        score = group.score(rows, rows, member.leg).cpu()
-        totals[member.leg] = totals[member.leg] + score if member.leg in totals else score
-    return tuple(totals[leg] for leg in sorted(totals))
+    for axis in space.scored:
+        rows = axis.rows(anchor[axis.tensor], space.width(axis.role)).double()
+        score = group.score(rows, rows, axis.role).cpu()
+        totals[axis.role] = totals[axis.role] + score if axis.role in totals else score
+    return tuple(totals[role] for role in sorted(totals))

@@ -2,7 +2,7 @@
 
     minimise over T    E_t [ L((1 - t) anchor + t T . client) ]        t near a place on the path
 
-Every site has a matrix M, and its element is the group's own maximiser of `<T, M>`: the function is kept whatever M is.
+Every space has a matrix M, and its element is the group's own maximiser of `<T, M>`: the function is kept whatever M is.
 The gradient with respect to M is that of the polar factor at singular values of 1 where entries mix, and passes
 straight through the assignment where units change places (straight-through estimator: Ainsworth et al. 2023, arXiv
 2209.04836; with polar factors Theus et al. 2025, arXiv 2506.22712),
@@ -22,12 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.strategies.alignment.alignment_report import AlignmentReport, SiteReport
+from fedbasin.strategies.alignment.alignment_report import AlignmentReport, SpaceReport
 from fedbasin.strategies.alignment.weight_matching import Alignment, distances, match_weights
 from fedbasin.strategies.diagnostics.evaluation import bind, counted
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read
 from fedbasin.strategies.tensors.state import State, interpolate
@@ -68,11 +68,11 @@ def match_learned(
     """Align `client` to `anchor` by weights, then by the loss near one point of the path between them.
 
     Laws: the client's function is kept; the smoothed loss at the place is never above that after weight matching, on
-    the batches that both are compared on. Sites that stretch, and the order of blocks that mix inside, stay as weight
+    the batches that both are compared on. Spaces that stretch, and the order of blocks that mix inside, stay as weight
     matching left them. Unlike there, the distance to the anchor may rise.
 
     Args:
-        symmetry: the sites; `symmetry.check(anchor)` must hold.
+        symmetry: the spaces; `symmetry.check(anchor)` must hold.
         model: lends its architecture; it is left as it was.
         anchor: the state to align to.
         client: the state to align; what is returned is folded.
@@ -117,7 +117,7 @@ class _Task:
 
 def _learn(task: _Task, batches: Batches, search: Search) -> Transform | None:
     """The best transform of the two ends of the search; None if that is the start."""
-    latents = {site.name: _start(site) for site in task.symmetry.sites if _learnable(site)}
+    latents = {space.name: _start(space) for space in task.symmetry.spaces if _learnable(space)}
     with evaluating(task.model), torch.enable_grad():
         _descend(task, latents, batches, search)
     found = Transform(task.symmetry, {name: latent.nearest() for name, latent in latents.items()})
@@ -129,7 +129,7 @@ def _learn(task: _Task, batches: Batches, search: Search) -> Transform | None:
 
 
 def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, search: Search) -> None:
-    parameters = [leg for latent in latents.values() for leg in latent.legs]
+    parameters = [role for latent in latents.values() for role in latent.roles]
     if not (parameters and search.steps):
         return
     optimiser = torch.optim.Adam(parameters, search.rate)
@@ -143,8 +143,8 @@ def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, searc
         if not loss.isfinite():
             raise ValueError(f"the loss is {loss.item()} at t = {t:.2f}; learn at a smaller rate")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for leg, gradient in zip(parameters, gradients, strict=True):
-            leg.grad = gradient
+        for role, gradient in zip(parameters, gradients, strict=True):
+            role.grad = gradient
         optimiser.step()
         schedule.step()
 
@@ -156,54 +156,54 @@ def _forever(batches: Batches, model: nn.Module) -> Iterator[Batch]:
 
 @dataclass(frozen=True, eq=False)
 class _Latent:
-    """A site's matrices M, leg by leg, which start at the identity.
+    """A space's matrices M, role by role, which start at the identity.
 
     Attributes:
-        site: whose element is sought.
-        legs: what Adam moves.
+        space: whose element is sought.
+        roles: what Adam moves.
         mixes: whether the group turns entries into each other. Then blocks keep their places: an exchange of
             heads is a jump that gradients do not see coming.
     """
 
-    site: Site
-    legs: tuple[Float[Tensor, "width width"], ...]
+    space: Space
+    roles: tuple[Float[Tensor, "width width"], ...]
     mixes: bool
 
     def nearest(self) -> Element:
         """The element that fits M best."""
         scores = tuple(
-            self.site.group.score(leg.detach().double(), torch.eye(len(leg)).double(), number)
-            for number, leg in enumerate(self._matrices())
+            self.space.group.score(role.detach().double(), torch.eye(len(role)).double(), number)
+            for number, role in enumerate(self._matrices())
         )
-        return self.site.group.maximiser(scores, 0.0)
+        return self.space.group.maximiser(scores, 0.0)
 
     def element(self) -> Element:
-        """The same as one dense block on each leg, through which gradients flow back to M."""
+        """The same as one dense block on each role, through which gradients flow back to M."""
         nearest, matrices = self.nearest(), self._matrices()
-        dense = (nearest.act(torch.eye(len(m)), 0, leg) for leg, m in enumerate(matrices))
+        dense = (nearest.act(torch.eye(len(m)), 0, role) for role, m in enumerate(matrices))
         estimate = _tangent if self.mixes else _straight
         blocks = tuple(estimate(m, t)[None] for m, t in zip(matrices, dense, strict=True))
         return Element(torch.arange(1), blocks, tuple(len(m) for m in matrices))
 
     def _matrices(self) -> list[Tensor]:
-        return [leg * self._mask(number) for number, leg in enumerate(self.legs)]
+        return [role * self._mask(number) for number, role in enumerate(self.roles)]
 
-    def _mask(self, leg: int) -> Tensor:
-        count, size = self.site.group.count, self.site.group.sizes[leg]
+    def _mask(self, role: int) -> Tensor:
+        count, size = self.space.group.count, self.space.group.sizes[role]
         places = torch.eye(count) if self.mixes else torch.ones(count, count)
         return torch.kron(places, torch.ones(size, size))
 
 
-def _start(site: Site) -> _Latent:
-    widths = (site.width(leg) for leg in range(len(site.group.sizes)))
-    drawn = site.group.random(torch.Generator().manual_seed(0))
-    legs = tuple(torch.eye(width).requires_grad_() for width in widths)
-    return _Latent(site, legs, mixes=not drawn.is_monomial)
+def _start(space: Space) -> _Latent:
+    widths = (space.width(role) for role in range(len(space.group.sizes)))
+    drawn = space.group.random(torch.Generator().manual_seed(0))
+    roles = tuple(torch.eye(width).requires_grad_() for width in widths)
+    return _Latent(space, roles, mixes=not drawn.is_monomial)
 
 
-def _learnable(site: Site) -> bool:
-    element = site.group.identity()
-    return all(element.dual(leg) == leg for leg in range(len(element.sizes)))
+def _learnable(space: Space) -> bool:
+    element = space.group.identity()
+    return all(element.dual(role) == role for role in range(len(element.sizes)))
 
 
 def _straight(latent: Tensor, matrix: Tensor) -> Tensor:
@@ -219,14 +219,14 @@ def _tangent(latent: Tensor, matrix: Tensor) -> Tensor:
 def _report(
     task: _Task, start: AlignmentReport, transform: Transform, state: State
 ) -> AlignmentReport:
-    sites = tuple(_moved(site, transform.elements[site.site]) for site in start.sites)
+    spaces = tuple(_moved(space, transform.elements[space.space]) for space in start.spaces)
     after = math.hypot(*distances(task.symmetry, task.anchor, state).values())
-    return replace(start, sites=sites, distance_after=after)
+    return replace(start, spaces=spaces, distance_after=after)
 
 
-def _moved(site: SiteReport, element: Element) -> SiteReport:
+def _moved(space: SpaceReport, element: Element) -> SpaceReport:
     return replace(
-        site,
+        space,
         certified=False,
         moved=element.moved(),
         fixed_points=fixed_points(element),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedbasin.strategies.alignment.weight_matching import Alignment, find_by_weights, match_weights
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform, identity
 from fedbasin.strategies.tensors.state import State
 
@@ -41,7 +41,7 @@ def match_many(
     Laws: no pass raises the sum of squared distances between the models; equal models in any frames come together.
 
     Args:
-        symmetry: the sites; the models are folded already.
+        symmetry: the spaces; the models are folded already.
         models: at least two.
         max_passes: bound on the passes over all models.
 
@@ -93,10 +93,10 @@ def synchronise(
     cycle-consistent whatever the pairs are; the first model's map is the identity, so its frame is the universe.
 
     Args:
-        symmetry: the sites; their elements keep lengths (groups that stretch are left to weight matching).
+        symmetry: the spaces; their elements keep lengths (groups that stretch are left to weight matching).
         pairs: one transform for every ordered pair.
         count: number of models.
-        max_passes: bound on the passes over all models, at each site.
+        max_passes: bound on the passes over all models, at each space.
 
     Raises:
         ValueError: a pair is missing.
@@ -104,35 +104,37 @@ def synchronise(
     missing = [pair for pair in permutations(range(count), 2) if pair not in pairs]
     if missing:
         raise ValueError(f"no transform for the pair {missing[0]}; match every ordered pair")
-    by_site = {site.name: _synchronised(site, pairs, count, max_passes) for site in symmetry.sites}
+    by_space = {
+        space.name: _synchronised(space, pairs, count, max_passes) for space in symmetry.spaces
+    }
     return [
-        Transform(symmetry, {name: maps[model] for name, maps in by_site.items()})
+        Transform(symmetry, {name: maps[model] for name, maps in by_space.items()})
         for model in range(count)
     ]
 
 
-def _synchronised(site: Site, pairs: Pairs, count: int, max_passes: int) -> list[Element]:
-    maps = [site.group.identity(), *(pairs[0, q].elements[site.name] for q in range(1, count))]
+def _synchronised(space: Space, pairs: Pairs, count: int, max_passes: int) -> list[Element]:
+    maps = [space.group.identity(), *(pairs[0, q].elements[space.name] for q in range(1, count))]
     for _ in range(max_passes):
         before = list(maps)
         for q in range(1, count):
-            maps[q] = _voted(site, pairs, maps, q)
+            maps[q] = _voted(space, pairs, maps, q)
         if all(old is new for old, new in zip(before, maps, strict=True)):
             break
     return maps
 
 
-def _voted(site: Site, pairs: Pairs, maps: list[Element], q: int) -> Element:
+def _voted(space: Space, pairs: Pairs, maps: list[Element], q: int) -> Element:
     """The map of model q that the others' maps and their pairs with it ask for; the one it has where that ties."""
-    votes = [maps[p].after(pairs[p, q].elements[site.name]) for p in range(len(maps)) if p != q]
+    votes = [maps[p].after(pairs[p, q].elements[space.name]) for p in range(len(maps)) if p != q]
     scores = []
-    for leg in range(len(site.group.sizes)):
-        eye = torch.eye(site.width(leg), dtype=torch.float64)
-        total = torch.stack([vote.act(eye, 0, leg) for vote in votes]).sum(0)
-        scores.append(site.group.score(total, eye, leg))
-    best = site.group.maximiser(tuple(scores), prior=0.0)
+    for role in range(len(space.group.sizes)):
+        eye = torch.eye(space.width(role), dtype=torch.float64)
+        total = torch.stack([vote.act(eye, 0, role) for vote in votes]).sum(0)
+        scores.append(space.group.score(total, eye, role))
+    best = space.group.maximiser(tuple(scores), prior=0.0)
     held = maps[q]
-    rises = site.group.value(tuple(scores), best) - site.group.value(tuple(scores), held)
+    rises = space.group.value(tuple(scores), best) - space.group.value(tuple(scores), held)
     return best if rises > _PROGRESS else held
 
 

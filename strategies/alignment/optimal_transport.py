@@ -29,7 +29,7 @@ def soft_fusion(
     """The mean of the anchor and the softened client.
 
     Args:
-        symmetry: the sites; those of other groups than permutations stay as they are.
+        symmetry: the spaces; those of other groups than permutations stay as they are.
         anchor: whose units are kept in their places.
         client: whose units are mixed.
         share: of the client.
@@ -41,7 +41,7 @@ def soft_fusion(
 def soften(
     symmetry: Symmetry, anchor: State, client: State, temperature: float = 0.05
 ) -> dict[str, Tensor]:
-    """The client with its units mixed towards the anchor's, site after site; another function than before.
+    """The client with its units mixed towards the anchor's, space after space; another function than before.
 
     Raises:
         ValueError: the temperature is not positive.
@@ -51,10 +51,10 @@ def soften(
             f"temperature = {temperature}; at 0 there is nothing soft: match weights instead"
         )
     mixed = Moved(symmetry, client, {})
-    for site in symmetry.sites:
-        if isinstance(site.group, Permutation):
-            (score,) = agreement(site, site.group, anchor, mixed)
-            mixed.elements[site.name] = _mixture(score, temperature)
+    for space in symmetry.spaces:
+        if isinstance(space.group, Permutation):
+            (score,) = agreement(space, space.group, anchor, mixed)
+            mixed.elements[space.name] = _mixture(score, temperature)
     return {name: mixed[name] for name in client}
 
 

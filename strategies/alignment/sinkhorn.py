@@ -1,6 +1,6 @@
-"""Sinkhorn matching: orders are softened, annealed and rounded, so that all sites decide before any is settled.
+"""Sinkhorn matching: orders are softened, annealed and rounded, so that all spaces decide before any is settled.
 
-    P_s  <-  sinkhorn(M_s / t)        M_s under the soft P of all other sites,  t falling to 0
+    P_s  <-  sinkhorn(M_s / t)        M_s under the soft P of all other spaces,  t falling to 0
 
 `sinkhorn` scales a matrix to row and column sums of 1 and can be differentiated; at a low temperature it is the best
 order (softassign: Gold and Rangarajan 1996; for networks Peña et al. 2023, CVPR, and Cuturi 2013 for the scaling). Soft
@@ -19,7 +19,7 @@ from fedbasin.strategies.alignment.weight_matching import Alignment, finished, f
 from fedbasin.strategies.symmetry.groups.assignment import assign
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.groups.groups import Permutation
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.tensors.state import State
 
 # Temperatures, as shares of a score's standard deviation: nearly uniform at first, nearly an order at last.
@@ -58,15 +58,15 @@ def match_sinkhorn(
 ) -> Alignment:
     """Align `client` to `anchor`, at least as close as `match_weights` with the same arguments brings it.
 
-    Laws: as of `match_weights`. Where that proves the identity at every site, nothing is softened. Groups other than
-    permutations, and sites with one tensor on two axes, are left to the ascent.
+    Laws: as of `match_weights`. Where that proves the identity at every space, nothing is softened. Groups other than
+    permutations, and spaces with one tensor on two axes, are left to the ascent.
 
     Raises:
         FoldError: a norm's gain vanishes where it would have to be divided by.
     """
     anchor, client = folded(symmetry, anchor), folded(symmetry, client)
     best = match_weights(symmetry, anchor, client, radii, prior=prior, max_sweeps=max_sweeps)
-    if all(site.certified for site in best.report.sites):
+    if all(space.certified for space in best.report.spaces):
         return best
     for _ in range(_MOST_STARTS):
         ascent = Ascent(symmetry, anchor, client, {}, prior)
@@ -81,16 +81,16 @@ def match_sinkhorn(
 
 def _annealed(symmetry: Symmetry, anchor: State, client: State, prior: float) -> dict[str, Element]:
     """The orders that soft ones of falling temperature end in."""
-    sites = [s for s in symmetry.sites if isinstance(s.group, Permutation) and not s.quadratic]
+    spaces = [s for s in symmetry.spaces if isinstance(s.group, Permutation) and not s.quadratic]
     soft = Moved(symmetry, client, {})
     scores: dict[str, Tensor] = {}
     for temperature in _TEMPERATURES:
-        for site in sites:
-            soft.elements.pop(site.name, None)
-            (score,) = agreement(site, site.group, anchor, soft)
-            scores[site.name] = score
-            soft.elements[site.name] = _softened(score, temperature)
-    return {site.name: _rounded(site, scores[site.name], prior) for site in sites}
+        for space in spaces:
+            soft.elements.pop(space.name, None)
+            (score,) = agreement(space, space.group, anchor, soft)
+            scores[space.name] = score
+            soft.elements[space.name] = _softened(score, temperature)
+    return {space.name: _rounded(space, scores[space.name], prior) for space in spaces}
 
 
 def _softened(score: Tensor, temperature: float) -> Element:
@@ -100,6 +100,6 @@ def _softened(score: Tensor, temperature: float) -> Element:
     return Element(torch.arange(1), (plan.cpu()[None],), (len(plan),))
 
 
-def _rounded(site: Site, score: Tensor, prior: float) -> Element:
+def _rounded(space: Space, score: Tensor, prior: float) -> Element:
     bonus = prior * float(torch.linalg.vector_norm(score)) / len(score) ** 0.5
-    return Element(assign(score, bonus), (None,), site.group.sizes)
+    return Element(assign(score, bonus), (None,), space.group.sizes)

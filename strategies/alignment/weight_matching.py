@@ -1,8 +1,8 @@
 """Weight matching: the transform that brings a client closest to the anchor.
 
-    maximise  J(T) = sum_w <W_w^a, T . W_w^k>        over the product of the sites' groups
+    maximise  J(T) = sum_w <W_w^a, T . W_w^k>        over the product of the spaces' groups
 
-by coordinate ascent: J is linear in each site while the others are held, and each group knows its exact
+by coordinate ascent: J is linear in each space while the others are held, and each group knows its exact
 maximiser, so J never falls and the distance to the anchor never rises. Git Re-Basin (Ainsworth, Hayase,
 Srinivasa 2023, arXiv 2209.04836) for permutations; the rotations of attention heads follow Zhang et al. 2025
 (arXiv 2502.00264). Data-free.
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from fedbasin.strategies.alignment.alignment_report import AlignmentReport as AlignmentReport
-from fedbasin.strategies.alignment.alignment_report import SiteReport as SiteReport
+from fedbasin.strategies.alignment.alignment_report import SpaceReport as SpaceReport
 from fedbasin.strategies.alignment.coordinate_ascent import Ascent
 from fedbasin.strategies.alignment.identity_bound import Radii
 from fedbasin.strategies.symmetry.symmetry import Symmetry
@@ -57,12 +57,12 @@ def match_weights(
     changes nothing; ties go to the identity.
 
     Args:
-        symmetry: the sites; `symmetry.check(anchor)` must hold.
+        symmetry: the spaces; `symmetry.check(anchor)` must hold.
         anchor: the state to align to.
         client: the state to align; what is returned is folded.
-        radii: the anchor's identity radii (`identity_radii`); None searches every site.
+        radii: the anchor's identity radii (`identity_radii`); None searches every space.
         prior: strength of the preference for the identity.
-        max_sweeps: bound on the passes over all sites.
+        max_sweeps: bound on the passes over all spaces.
 
     Raises:
         FoldError: a norm's gain vanishes where it would have to be divided by.
@@ -89,8 +89,8 @@ def find_by_weights(
 ) -> Found:
     """The transform of `match_weights` without the aligned state, which `Moved` or `Transform.act` gives.
 
-    Tensors are read site by site and not kept: states may be mappings that read from files, and memory beside
-    them is that of one site's score. Both are folded already.
+    Tensors are read space by space and not kept: states may be mappings that read from files, and memory beside
+    them is that of one space's score. Both are folded already.
     """
     ascent = Ascent(symmetry, anchor, client, radii or {}, prior)
     sweeps = ascent.run(max_sweeps)
@@ -102,7 +102,7 @@ def _report(ascent: Ascent, sweeps: int, moved: State) -> AlignmentReport:
 
     Args:
         ascent: the search.
-        sweeps: its passes over the sites.
+        sweeps: its passes over the spaces.
         moved: the client after it; only what has moved is measured again.
     """
     symmetry, anchor = ascent.symmetry, ascent.anchor
@@ -110,7 +110,7 @@ def _report(ascent: Ascent, sweeps: int, moved: State) -> AlignmentReport:
     touched = [name for name in before if ascent.client.is_touched(name)]
     after = before | _distances(touched, anchor, moved)
     return AlignmentReport(
-        tuple(ascent.report(site) for site in symmetry.sites),
+        tuple(ascent.report(space) for space in symmetry.spaces),
         sweeps,
         math.hypot(*before.values()),
         math.hypot(*after.values()),
@@ -131,12 +131,12 @@ def distances(
     """Anchor to client, by tensor, of all floating tensors whose distance matching can only lower.
 
     Args:
-        symmetry: the sites.
+        symmetry: the spaces.
         anchor: the state to align to.
         client: the state to align.
         known: those that need not be measured again.
     """
-    silent = {m.tensor for site in symmetry.sites for m in site.members if not m.scored}
+    silent = {m.tensor for space in symmetry.spaces for m in space.axes if not m.scored}
     unknown = (name for name in anchor if name not in silent and name not in known)
     return {**known, **_distances(unknown, anchor, client)}
 

@@ -2,7 +2,7 @@
 
     cosine      <a - anchor, b - anchor> / (||a - anchor|| ||b - anchor||)
     gain        (<anchor, after> - <anchor, before>) / (||anchor|| ||before||)
-    skew ratio  ||M - M^T|| / ||M||, with M the agreement of anchor and client units at a site
+    skew ratio  ||M - M^T|| / ||M||, with M the agreement of anchor and client units at a space
 
 `M` is symmetric and positive at the best rotation, so the skew ratio after aligning says how well that worked,
 and before aligning how far the client has turned. Clients that took a single SGD step from the anchor have none.
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.state import State, floating
 
@@ -25,20 +25,20 @@ Angles = Float[Tensor, "count size"]
 
 
 @dataclass(frozen=True)
-class SiteGeometry:
-    """What aligning did to one site; distances are over the parts of tensors that it matches by.
+class SpaceGeometry:
+    """What aligning did to one space; distances are over the parts of tensors that it matches by.
 
     Attributes:
-        site: its name.
+        space: its name.
         distance_before: Euclidean, client to anchor.
         distance_after: the same after alignment.
         fixed_points: share of the units that stayed in their place.
-        largest_angle: of all rotations in the site, radians from 0 to pi; 0 where units only change places.
+        largest_angle: of all rotations in the space, radians from 0 to pi; 0 where units only change places.
         skew_before: skew ratio of client and anchor, 0 to 2.
         skew_after: the same after alignment; near 0 where a rotation was found exactly.
     """
 
-    site: str
+    space: str
     distance_before: float
     distance_after: float
     fixed_points: float
@@ -47,10 +47,10 @@ class SiteGeometry:
     skew_after: float
 
 
-def site_geometry(
+def space_geometry(
     transform: Transform, anchor: State, before: State, after: State
-) -> tuple[SiteGeometry, ...]:
-    """The geometry of every site of an alignment, in the symmetry's order.
+) -> tuple[SpaceGeometry, ...]:
+    """The geometry of every space of an alignment, in the symmetry's order.
 
     Args:
         transform: what the alignment found.
@@ -59,22 +59,22 @@ def site_geometry(
         after: the client under the transform.
     """
     return tuple(
-        _describe(site, transform.elements[site.name], anchor, before, after)
-        for site in transform.symmetry.sites
+        _describe(space, transform.elements[space.name], anchor, before, after)
+        for space in transform.symmetry.spaces
     )
 
 
 def _describe(
-    site: Site, element: Element, anchor: State, before: State, after: State
-) -> SiteGeometry:
-    return SiteGeometry(
-        site=site.name,
-        distance_before=site_distance(site, anchor, before),
-        distance_after=site_distance(site, anchor, after),
+    space: Space, element: Element, anchor: State, before: State, after: State
+) -> SpaceGeometry:
+    return SpaceGeometry(
+        space=space.name,
+        distance_before=space_distance(space, anchor, before),
+        distance_after=space_distance(space, anchor, after),
         fixed_points=fixed_points(element),
         largest_angle=largest_angle(element) or 0.0,
-        skew_before=skew_ratio(site, anchor, before),
-        skew_after=skew_ratio(site, anchor, after),
+        skew_before=skew_ratio(space, anchor, before),
+        skew_after=skew_ratio(space, anchor, after),
     )
 
 
@@ -91,16 +91,16 @@ def alignment_gain(symmetry: Symmetry, anchor: State, before: State, after: Stat
     Law: `(||before - anchor||^2 - ||after - anchor||^2) / (2 ||anchor|| ||before||)`, as a transform keeps
     norms; never negative for a matched client.
     """
-    names = {member.tensor for site in symmetry.sites for member in site.scored}
+    names = {axis.tensor for space in symmetry.spaces for axis in space.scored}
     ours, old, new = ({n: state[n].double() for n in names} for state in (anchor, before, after))
     scale = _norm(ours.values()) * _norm(old.values())
     return (_inner(ours, new) - _inner(ours, old)) / scale if scale else 0.0
 
 
-def site_distance(site: Site, a: State, b: State) -> float:
-    """Euclidean distance of the parts of tensors that a site matches by, each counted once."""
-    parts: dict[tuple[str, tuple[int, int] | None], Member] = {
-        (m.tensor, m.part): m for m in site.scored
+def space_distance(space: Space, a: State, b: State) -> float:
+    """Euclidean distance of the parts of tensors that a space matches by, each counted once."""
+    parts: dict[tuple[str, tuple[int, int] | None], Axis] = {
+        (m.tensor, m.part): m for m in space.scored
     }
     return _norm(m.view(a[n]).double() - m.view(b[n]).double() for (n, _), m in parts.items())
 
@@ -126,7 +126,7 @@ def largest_angle(element: Element) -> float | None:
 
 
 def rotation_angles(element: Element) -> list[Angles]:
-    """The angles by which the blocks turn, for each leg that has rotations.
+    """The angles by which the blocks turn, for each role that has rotations.
 
     An orthogonal map turns planes by angles, the arguments of its eigenvalues: each plane's angle stands twice,
     a direction that stays has 0 and one that is reflected has pi. Radians, ascending.
@@ -140,28 +140,28 @@ def _angles(blocks: Float[Tensor, "count size size"]) -> Angles:
     return torch.linalg.eigvalsh(symmetric).clamp(-1, 1).acos().sort(-1).values
 
 
-def skew_ratio(site: Site, anchor: State, client: State) -> float:
-    """How far the agreement of anchor and client at a site is from symmetric: 0 to 2, all legs together."""
-    return skew([_agreement(site, leg, anchor, client) for leg in range(len(site.group.sizes))])
+def skew_ratio(space: Space, anchor: State, client: State) -> float:
+    """How far the agreement of anchor and client at a space is from symmetric: 0 to 2, all roles together."""
+    return skew([_agreement(space, role, anchor, client) for role in range(len(space.group.sizes))])
 
 
 def skew(scores: Sequence[Tensor]) -> float:
-    """`||M - M^T|| / ||M||` of the agreements M of all legs, as the site's group keeps them."""
+    """`||M - M^T|| / ||M||` of the agreements M of all roles, as the space's group keeps them."""
     # A group that stretches keeps squared norms beside M.
     scores = [score[..., : score.shape[-2]] for score in scores]
     size = _norm(scores)
     return _norm(score - _transposed(score) for score in scores) / size if size else 0.0
 
 
-def _agreement(site: Site, leg: int, anchor: State, client: State) -> Tensor:
-    """M of one leg, as its group keeps it."""
-    width = site.width(leg)
+def _agreement(space: Space, role: int, anchor: State, client: State) -> Tensor:
+    """M of one role, as its group keeps it."""
+    width = space.width(role)
     rows = (
-        (member.rows(anchor[member.tensor], width), member.rows(client[member.tensor], width))
-        for member in site.scored
-        if member.leg == leg
+        (axis.rows(anchor[axis.tensor], width), axis.rows(client[axis.tensor], width))
+        for axis in space.scored
+        if axis.role == role
     )
-    terms = (site.group.score(ours.double(), theirs.double(), leg) for ours, theirs in rows)
+    terms = (space.group.score(ours.double(), theirs.double(), role) for ours, theirs in rows)
     return sum(terms, torch.zeros((), dtype=torch.float64))
 
 

@@ -2,7 +2,7 @@
 
     sum_k Lambda_k        sum_k Lambda_k . theta_k
 
-A commutative monoid: `Tally.zero`, `lift`, `merge`, `finalize`. Sums may be merged in a tree or split by
+A commutative monoid: `Accumulator.zero`, `lift`, `merge`, `finalize`. Sums may be merged in a tree or split by
 tensor. The regulariser is one more client: the mean (or the anchor) with an isotropic precision, so there
 is no singular sum.
 """
@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.batchnorm import second_moments, variances
 from fedbasin.strategies.fusion.precisions import Precision, added, common
-from fedbasin.strategies.fusion.update import Block, Update, join, split, stored
+from fedbasin.strategies.fusion.update import Update, join, split, stored
 from fedbasin.strategies.tensors.parallel import add_scaled, divided, zeros
 from fedbasin.strategies.tensors.state import State, floating
 
@@ -36,7 +37,7 @@ class Ridge:
 
 
 @dataclass(eq=False)
-class Tally:
+class Accumulator:
     """The sums over the clients so far. The one mutable value of the strategies.
 
     Laws: `merge` is associative and commutative up to rounding, with `zero` neutral; K equal updates give
@@ -56,7 +57,7 @@ class Tally:
     clients: int = 0
 
     @classmethod
-    def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "Tally":
+    def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "Accumulator":
         """The empty sum over the anchor's floating tensors.
 
         Args:
@@ -66,7 +67,7 @@ class Tally:
         """
         return cls(zeros(floating(anchor), dtype))
 
-    def fold(self, update: Update) -> None:
+    def add(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
         parameters = second_moments(update.parameters)
         pairs = ((total, parameters[name]) for name, total in self.mean.items())
@@ -75,8 +76,8 @@ class Tally:
         self.examples += update.examples
         self.clients += 1
 
-    def merge(self, other: "Tally") -> None:
-        """Add another tally's clients, in place."""
+    def merge(self, other: "Accumulator") -> None:
+        """Add another accumulator's clients, in place."""
         for name, total in self.mean.items():
             total += other.mean[name]
         self._add(other.precisions, lambda block: other.blocks[block][1])
@@ -149,7 +150,7 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:
     """All of a round's arithmetic in one call, for updates that are at hand."""
-    tally = Tally.zero(anchor)
+    accumulator = Accumulator.zero(anchor)
     for update in updates:
-        tally.fold(update)
-    return tally.finalize(anchor, ridge)
+        accumulator.add(update)
+    return accumulator.finalize(anchor, ridge)

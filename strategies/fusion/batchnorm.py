@@ -13,34 +13,11 @@ arXiv 2211.08403.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.strategies.tensors.state import State
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A BatchNorm with running statistics, a gain and a shift.
-
-    Attributes:
-        name: of the module.
-        eps: what it adds to variances.
-    """
-
-    name: str
-    eps: float
-
-    @property
-    def measured(self) -> tuple[str, str]:
-        """The names of its running mean and variance."""
-        return f"{self.name}.running_mean", f"{self.name}.running_var"
-
-    @property
-    def learned(self) -> tuple[str, str]:
-        """The names of its gain and shift."""
-        return f"{self.name}.weight", f"{self.name}.bias"
 
 
 def second_moments(state: State) -> dict[str, Tensor]:
@@ -60,7 +37,7 @@ def variances(moments: State, examples: float) -> Iterator[tuple[str, Tensor]]:
             yield name, central.clamp(min=0)
 
 
-def restated(model: State, measured: State, norms: Iterable[Norm]) -> dict[str, Tensor]:
+def restated(model: State, measured: State, norms: Iterable[BatchNorm]) -> dict[str, Tensor]:
     """The same function with other running statistics.
 
     Args:

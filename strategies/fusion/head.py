@@ -27,9 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.precisions import Gram, Precision, Scalar
-from fedbasin.strategies.fusion.update import Block
 
 MARGIN = 5.0
 # Of a class, beside the example that it is given: inexact sums may say less than none.

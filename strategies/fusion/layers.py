@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedbasin.strategies.fusion.update import TRANSPOSED, Block, stored
+from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.fusion.update import TRANSPOSED, stored
 from fedbasin.strategies.recipes import Statistic
 
 # Inputs or outputs of which second moments are kept on both sides: a square of 4096 float64 is 128 MiB.

@@ -2,36 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.batchnorm import Norm
+from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.state import State
 
-# The tensors that one precision speaks of: a weight, or a weight and its bias.
-Block: TypeAlias = tuple[str, ...]
-
 # Behind the name of a weight that a model stores as `[in, out]`.
 TRANSPOSED = ".T"
-
-
-@dataclass(frozen=True)
-class Order:
-    """In which order a model uses its layers.
-
-    Attributes:
-        levels: blocks that read the same tensor stand together, as queries, keys and values do.
-        head: the block whose output is the model's own, if one is.
-        norms: the model's BatchNorms.
-    """
-
-    levels: tuple[tuple[Block, ...], ...]
-    head: Block | None = None
-    norms: tuple[Norm, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +25,14 @@ class Update:
         precisions: what is known beyond that, block by block. Layers that read the same inputs have one Gram matrix
             in common, the same object.
         moments: `Lambda . theta` of blocks for which it is known without a theta, as a fit to targets.
-        order: in which its model uses the blocks, where that was asked for.
+        layer_graph: the layers of its model in the order of use, where that was asked for.
     """
 
     parameters: State
     examples: float
     precisions: Mapping[Block, Precision] = field(default_factory=dict)
     moments: Mapping[Block, Tensor] = field(default_factory=dict)
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def moved(self, transform: Transform) -> "Update":
         """The update in another frame: weights and statistics together.

@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.strategies.fusion.compression.formats import Piece
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
-from fedbasin.strategies.fusion.update import Block, Order, Update, join, stored, weight_of
+from fedbasin.strategies.fusion.update import Update, join, stored, weight_of
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State, floating
@@ -124,19 +125,17 @@ def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]
             )
 
 
-def check_order(order: Order | None, model: State) -> None:
-    """Check that a client's order of layers is one of the model's; raises as `check_update`."""
-    if order is None:
-        raise Refusal(Outcome.missing_statistic, "the order of the layers")
-    named = [block for level in order.levels for block in level]
+def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
+    """Check that a client's layer graph is one of the model's; raises as `check_update`."""
+    if layer_graph is None:
+        raise Refusal(Outcome.missing_statistic, "the layer graph")
+    named = [block for level in layer_graph.levels for block in level]
     strange = [block for block in named if not _is_layer(block, model)]
     if strange or len(set(named)) < len(named):
-        raise Refusal(Outcome.malformed, f"the order of the layers names {strange or 'some twice'}")
-    if not named or (order.head and order.head not in named):
-        raise Refusal(
-            Outcome.malformed, f"the order of the layers lacks {order.head or 'them all'}"
-        )
-    for norm in order.norms:
+        raise Refusal(Outcome.malformed, f"the layer graph names {strange or 'some twice'}")
+    if not named or (layer_graph.head and layer_graph.head not in named):
+        raise Refusal(Outcome.malformed, f"the layer graph lacks {layer_graph.head or 'them all'}")
+    for norm in layer_graph.norms:
         tensors = [floating(model).get(name) for name in (*norm.measured, *norm.learned)]
         shapes = {None if tensor is None else tensor.shape for tensor in tensors}
         if None in shapes or len(shapes) > 1 or not 0 < norm.eps < math.inf:

@@ -9,8 +9,9 @@ from functools import partial
 
 from torch import Tensor
 
+from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.strategies.alignment.pairwise_merging import LINKS, Link, Links, Merge, Merged
-from fedbasin.strategies.fusion.update import Order, Update
+from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.round.checks import check_update
 from fedbasin.strategies.round.round import Answer, Next, Plan, Planned
 from fedbasin.strategies.round.stages import Ask, Kind
@@ -22,7 +23,7 @@ class Linked:
 
     name = "link"
     kind: Kind = "train"
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def __init__(self, template: State, link: Link, ask: Ask) -> None:
         """Compose the stage.

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.accumulator import Ridge, Tally
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block, LayerGraph
+from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import restated
-from fedbasin.strategies.fusion.compression.formats import Encoding
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Precision
-from fedbasin.strategies.fusion.update import Block, Order, Update, split, stored
+from fedbasin.strategies.fusion.update import Update, split, stored
 from fedbasin.strategies.round.checks import check_examples, check_fit
 from fedbasin.strategies.round.stages import Along, Ask, Fitting, Kind
 from fedbasin.strategies.tensors.state import State, interpolate
@@ -31,7 +32,7 @@ class Fit:
 
     name = "fit"
     kind: Kind = "train"
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Head:
 
     name = "head"
     kind: Kind = "train"
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def __init__(
         self,
@@ -111,13 +112,13 @@ class _Sums:
         self._blocks = fitting.blocks
         self._norms = fitting.norms
         self._measured = {name: model[name] for norm in self._norms for name in norm.measured}
-        self._tally = Tally.zero({})
-        self._statistics = Tally.zero(self._measured)
+        self._accumulator = Accumulator.zero({})
+        self._statistics = Accumulator.zero(self._measured)
 
     def add(self, update: Update) -> None:
-        check_fit(update, self.model, self._blocks, self._measured, self._tally.blocks)
-        self._tally.fold(update)
-        self._statistics.fold(Update(update.parameters, update.examples))
+        check_fit(update, self.model, self._blocks, self._measured, self._accumulator.blocks)
+        self._accumulator.add(update)
+        self._statistics.add(Update(update.parameters, update.examples))
 
     def restated(self, fitted: State) -> dict[str, Tensor]:
         """The fitted model with the statistics that the clients have measured."""
@@ -127,14 +128,14 @@ class _Sums:
     @property
     def of_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:
         """For each layer its precision and its moment."""
-        return self._tally.blocks
+        return self._accumulator.blocks
 
     def solved(self, ridge: Ridge) -> dict[str, Tensor]:
         """The layers' solution, drawn to zero."""
         zero = {
             name: torch.zeros_like(self.model[name]) for b in self._blocks for name in stored(b)
         }
-        return self._tally.finalize(zero, ridge)
+        return self._accumulator.finalize(zero, ridge)
 
 
 def _ask(fitting: Fitting, encodings: Mapping[Block, Encoding] | None) -> Ask:
@@ -151,7 +152,7 @@ class Probe:
 
     name = "probe"
     kind: Kind = "evaluate"
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def __init__(self, model: State, sequence: int, along: Along, points: int) -> None:
         """Compose the stage.

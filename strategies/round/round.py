@@ -14,11 +14,11 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Ridge
-from fedbasin.strategies.fusion.compression.formats import Encoding
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.fusion.update import Block, Order
 from fedbasin.strategies.recipes import Recipe, Target
 from fedbasin.strategies.round.refit import Fit, Head, Probe
 from fedbasin.strategies.round.stages import Along, Fitting, Stage
@@ -67,7 +67,7 @@ class Answer(Protocol):
         ...
 
     @property
-    def order(self) -> Order | None:
+    def layer_graph(self) -> LayerGraph | None:
         """Of the layers, where the stage asked for it."""
         ...
 
@@ -108,7 +108,7 @@ def round_plan(
     Args:
         begun: the global model that the round begins with.
         recipe: which.
-        fuse: makes the first stage; it asks for the order of the layers if the recipe fits any, and that
+        fuse: makes the first stage; it asks for the layer graph if the recipe fits any, and that
             clients keep their models.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; exactly, if None.
@@ -118,7 +118,7 @@ def round_plan(
     """
     answer = yield Next(fuse)
     fused = model = new = answer.model
-    fittings = _fittings(recipe, answer.order, grouping)
+    fittings = _fittings(recipe, answer.layer_graph, grouping)
     blocks = [block for fitting in fittings for block in fitting.blocks]
     encodings = encode(blocks) if encode and blocks else None
     for fitting in fittings:
@@ -175,27 +175,27 @@ def best_ahead(path: Path | None, otherwise: float) -> float:
     return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
-def _fittings(recipe: Recipe, order: Order | None, grouping: Grouping) -> list[Fitting]:
+def _fittings(recipe: Recipe, layer_graph: LayerGraph | None, grouping: Grouping) -> list[Fitting]:
     """The layers to fit, stage by stage."""
     if not recipe.fits:
         return []
-    if order is None or not order.levels or (recipe.head and order.head is None):
+    if layer_graph is None or not layer_graph.levels or (recipe.head and layer_graph.head is None):
         raise UnknownOrderError(
             f"recipe {recipe.name!r} fits {'a last linear layer' if recipe.head else 'linear layers'}, and the "
             "clients' model has none; choose the recipe fedavg, or regmean"
         )
     asked: list[tuple[tuple[Block, ...], Target]] = []
     if recipe.fit is not None:
-        left_out = {order.head} if recipe.head else set()
-        fitted = (tuple(b for b in level if b not in left_out) for level in order.levels)
+        left_out = {layer_graph.head} if recipe.head else set()
+        fitted = (tuple(b for b in level if b not in left_out) for level in layer_graph.levels)
         levels = [level for level in fitted if level]
         groups = levels if grouping == "layer" else _by_block(levels)
         asked = [(group, recipe.fit) for group in groups]
-    if recipe.head and order.head is not None:
-        asked.append(((order.head,), Target.labels))
+    if recipe.head and layer_graph.head is not None:
+        asked.append(((layer_graph.head,), Target.labels))
     fittings = [Fitting(blocks, target, index) for index, (blocks, target) in enumerate(asked)]
     # What the layers below compute is settled when the last one is fitted.
-    return [*fittings[:-1], replace(fittings[-1], norms=order.norms)]
+    return [*fittings[:-1], replace(fittings[-1], norms=layer_graph.norms)]
 
 
 def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:

@@ -17,23 +17,23 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import BatchNorm, Block, LayerGraph
 from fedbasin.strategies.alignment.identity_bound import Radii, identity_radii
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.pairwise_merging import Link
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import AlignmentReport, match_weights
-from fedbasin.strategies.fusion.accumulator import Tally
-from fedbasin.strategies.fusion.batchnorm import Norm
-from fedbasin.strategies.fusion.compression.formats import Encoding
+from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketched
-from fedbasin.strategies.fusion.lora.product_accumulator import ProductTally
-from fedbasin.strategies.fusion.update import Block, Order, Update
+from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
+from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.recipes import Adapters, Recipe, Statistic, Target
 from fedbasin.strategies.round.checks import (
     check_alike,
     check_examples,
     check_frozen,
-    check_order,
+    check_layer_graph,
     check_update,
 )
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
@@ -92,7 +92,7 @@ class Fitting:
     target: Target | None
     sequence: int
     along: Along | None = None
-    norms: tuple[Norm, ...] = ()
+    norms: tuple[BatchNorm, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Ask:
         shrink: factor on the off-diagonal of Gram matrices.
         path_points: points of the path from the model that is sent to the client's at which it evaluates the loss.
         fit: layers to fit; nothing is trained then.
-        order: say in which order the model uses its layers.
+        layer_graph: say in which order the model uses its layers.
         keep: another stage of the round follows, for which the client keeps its model, as trained and as sent.
         encodings: how Gram matrices and moments are sent; those of blocks that are not named, exactly.
         matcher: how the client aligns its model.
@@ -123,7 +123,7 @@ class Ask:
     shrink: float = 1.0
     path_points: int = 0
     fit: Fitting | None = None
-    order: bool = False
+    layer_graph: bool = False
     keep: bool = False
     encodings: Mapping[Block, Encoding] = field(default_factory=dict)
     matcher: Matcher = Matcher.weights
@@ -142,7 +142,7 @@ class Stage(Protocol):
         name: as in messages and reports.
         kind: which of the app's functions answers.
         ask: what is wanted.
-        order: of the model's layers, as the first client says, where it was asked for.
+        layer_graph: of the model's layers, as the first client says, where it was asked for.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Stage(Protocol):
     ask: Ask
 
     @property
-    def order(self) -> Order | None:
+    def layer_graph(self) -> LayerGraph | None:
         """Known once a client has been folded."""
         ...
 
@@ -189,26 +189,26 @@ class Fuse:
         self._recipe = recipe
         self._blocks = () if recipe.statistic is Statistic.none else blocks
         products = recipe.adapters is Adapters.products
-        self._tally = (ProductTally if products else Tally).zero(anchor, dtype)
-        self.order: Order | None = None
+        self._accumulator = (ProductAccumulator if products else Accumulator).zero(anchor, dtype)
+        self.layer_graph: LayerGraph | None = None
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         expected = self._blocks
-        if expected is None and self._tally.clients:
-            expected = self._tally.blocks
+        if expected is None and self._accumulator.clients:
+            expected = self._accumulator.blocks
         if expected is None and not update.precisions:
             wanted = self._recipe.statistic
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {wanted.value}")
         check_update(update, self._anchor, expected)
-        check_alike(update, self._tally.blocks)
+        check_alike(update, self._accumulator.blocks)
         check_frozen(update.parameters, self._anchor, self.ask.frozen)
-        if self.ask.order:
-            check_order(update.order, self._anchor)
-            self.order = self.order or update.order
-        self._tally.fold(update)
+        if self.ask.layer_graph:
+            check_layer_graph(update.layer_graph, self._anchor)
+            self.layer_graph = self.layer_graph or update.layer_graph
+        self._accumulator.add(update)
 
     def finish(self) -> dict[str, Tensor]:
-        return self._tally.finalize(self._anchor, self._recipe.ridge)
+        return self._accumulator.finalize(self._anchor, self._recipe.ridge)
 
 
 class AlignedFuse:
@@ -237,8 +237,8 @@ class AlignedFuse:
         return self._fuse.finish()
 
     @property
-    def order(self) -> Order | None:
-        return self._fuse.order
+    def layer_graph(self) -> LayerGraph | None:
+        return self._fuse.layer_graph
 
 
 Align = Literal["client", "server", "off"]
@@ -255,7 +255,7 @@ class Bootstrap:
 
     name = "bootstrap"
     kind: Kind = "train"
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def __init__(
         self,
@@ -317,7 +317,7 @@ class Evaluate:
 
     name = "evaluate"
     kind: Kind = "evaluate"
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
 
     def __init__(self, model: State, path_points: int = 0) -> None:
         self.ask = Ask(path_points=path_points)

@@ -1,1 +1,1 @@
-"""Which transforms leave a model's function unchanged: groups, sites, tracing."""
+"""Which transforms leave a model's function unchanged: groups, spaces, tracing."""

@@ -4,7 +4,7 @@
 
 Where the symmetry folds norms, g acts on the folded parameters, which must have the same function too. The
 parameters are shaken first: units that are still equal, as the scales of a fresh normalisation layer are, would
-hide a member that was left behind.
+hide an axis that was left behind.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +46,7 @@ class CheckReport:
 
     Attributes:
         trials: the errors, trial by trial.
-        guilty: the sites and shifts that change the function when they act alone; searched only after a failure.
+        guilty: the spaces and shifts that change the function when they act alone; searched only after a failure.
     """
 
     trials: tuple[Trial, ...]
@@ -73,7 +73,7 @@ def check(
         seed: for transforms, inputs and parameters.
 
     Raises:
-        SymmetryError: a member does not fit the model, or the model returns no floating tensor.
+        SymmetryError: an axis does not fit the model, or the model returns no floating tensor.
     """
     symmetry.check(_tensors_of(model))
     with torch.random.fork_rng(), in_mode(model, training=False), torch.no_grad():
@@ -97,14 +97,14 @@ def prove(model: nn.Module, symmetry: Symmetry, *inputs: Tensor) -> Symmetry:
         inputs: an example.
 
     Raises:
-        SymmetryError: naming the sites and shifts that change the function.
+        SymmetryError: naming the spaces and shifts that change the function.
     """
     report = check(model, symmetry, *inputs)
     if report.passed:
         return symmetry
     worst = max(trial.double_error for trial in report.trials)
-    # Sites may pass alone and fail together.
-    guilty = "; ".join(report.guilty) or "all sites together"
+    # Spaces may pass alone and fail together.
+    guilty = "; ".join(report.guilty) or "all spaces together"
     raise SymmetryError(
         f"{type(model).__name__} becomes another function (off by {worst:.1e} in float64) under: {guilty}; "
         "leave these out, or write them as the architecture has them"
@@ -112,11 +112,11 @@ def prove(model: nn.Module, symmetry: Symmetry, *inputs: Tensor) -> Symmetry:
 
 
 def _parts(symmetry: Symmetry) -> Iterator[tuple[str, Symmetry]]:
-    """Every site and every shift alone, by name."""
-    for site in symmetry.sites:
-        yield site.name, replace(symmetry, sites=(site,), shifts=())
+    """Every space and every shift alone, by name."""
+    for space in symmetry.spaces:
+        yield space.name, replace(symmetry, spaces=(space,), shifts=())
     for shift in symmetry.shifts:
-        yield str(shift), replace(symmetry, sites=(), shifts=(shift,))
+        yield str(shift), replace(symmetry, spaces=(), shifts=(shift,))
 
 
 def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], seed: int) -> Trial:
@@ -136,11 +136,11 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], see
 
 
 def _moving(symmetry: Symmetry, generator: torch.Generator) -> Transform:
-    """A random transform; a draw that leaves a site in place would prove nothing about it."""
+    """A random transform; a draw that leaves a space in place would prove nothing about it."""
     elements = {}
-    for site in symmetry.sites:
-        draws = (site.group.random(generator) for _ in range(_DRAWS))
-        elements[site.name] = next((e for e in draws if not e.is_identity), site.group.identity())
+    for space in symmetry.spaces:
+        draws = (space.group.random(generator) for _ in range(_DRAWS))
+        elements[space.name] = next((e for e in draws if not e.is_identity), space.group.identity())
     return Transform(symmetry, elements)
 
 

@@ -1,4 +1,4 @@
-"""A transform: one group element for every site, acting on whole updates.
+"""A transform: one group element for every space, acting on whole updates.
 
     theta -> g . theta        G -> T G T^T        F -> F[p] / a^2
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.symmetry import Member, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Axis, Symmetry
 from fedbasin.strategies.tensors.state import State, tied
 
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """One element per site; sites without an entry stay as they are.
+    """One element per space; spaces without an entry stay as they are.
 
     Laws: `g.inverse().act(g.act(s)) == s`, `g.after(h).act(s) == g.act(h.act(s))`, and `act` keeps the
     model's function.
@@ -31,11 +31,11 @@ class Transform:
 
     @property
     def is_identity(self) -> bool:
-        """Whether no site is changed."""
+        """Whether no space is changed."""
         return all(element.is_identity for element in self.elements.values())
 
     def act(self, state: State) -> dict[str, Tensor]:
-        """The transformed state; tensors that no site touches are the same objects.
+        """The transformed state; tensors that no space touches are the same objects.
 
         Names of one tensor share their memory afterwards too, if they move alike.
         """
@@ -49,34 +49,34 @@ class Transform:
         squared = {name: element.squared() for name, element in self.elements.items()}
         return _acted(self.symmetry, squared, squares)
 
-    def act_on_inputs(self, tensor: str, gram: Tensor, inputs: int, axis: int = 1) -> Tensor:
+    def act_on_inputs(self, tensor: str, gram: Tensor, inputs: int, dim: int = 1) -> Tensor:
         """Move a Gram matrix with the layer whose inputs it sums, `G -> T G T^T`.
 
-        What reads a space is on the dual of the leg that the space's features are on.
+        What reads a space is on the dual of the role that the space's features are on.
 
         Args:
             tensor: name of the layer's weight.
             gram: `[n, n]`, or `[n + 1, n + 1]` with the ones column last.
             inputs: input channels of the weight, a divisor of n (a convolution has a run for each).
-            axis: the axis of the weight that reads: 1, or 0 where it is stored `[in, out]`, as in GPT-2.
+            dim: the axis of the weight that reads: 1, or 0 where it is stored `[in, out]`, as in GPT-2.
         """
         owned = gram.shape[0] // inputs
-        for element, member in self._readers(tensor, axis):
-            start, stop = member.part or (0, inputs)
-            period = member.period and member.period * owned
-            part, leg = (start * owned, stop * owned), element.dual(member.leg)
+        for element, axis in self._readers(tensor, dim):
+            start, stop = axis.part or (0, inputs)
+            period = axis.period and axis.period * owned
+            part, role = (start * owned, stop * owned), element.dual(axis.role)
             for side in (0, 1):
-                gram = Member(tensor, side, part, leg, period=period).act(element, gram)
+                gram = Axis(tensor, side, part, role, period=period).act(element, gram)
         return gram
 
     def mixes(self, tensor: str) -> bool:
         """Whether a rotation touches the tensor, so that no diagonal can follow it."""
         return any(
-            not self.elements[site.name].is_monomial
-            for site in self.symmetry.sites
-            if site.name in self.elements
-            for member in site.members
-            if member.tensor == tensor
+            not self.elements[space.name].is_monomial
+            for space in self.symmetry.spaces
+            if space.name in self.elements
+            for axis in space.axes
+            if axis.tensor == tensor
         )
 
     def inverse(self) -> "Transform":
@@ -89,13 +89,13 @@ class Transform:
         products = {name: self.elements[name].after(first.elements[name]) for name in both}
         return Transform(self.symmetry, {**first.elements, **self.elements, **products})
 
-    def _readers(self, tensor: str, axis: int) -> list[tuple[Element, Member]]:
+    def _readers(self, tensor: str, dim: int) -> list[tuple[Element, Axis]]:
         return [
-            (self.elements[site.name], member)
-            for site in self.symmetry.sites
-            if site.name in self.elements
-            for member in site.members
-            if member.tensor == tensor and member.axis == axis
+            (self.elements[space.name], axis)
+            for space in self.symmetry.spaces
+            if space.name in self.elements
+            for axis in space.axes
+            if axis.tensor == tensor and axis.dim == dim
         ]
 
 
@@ -107,21 +107,21 @@ def _acted(symmetry: Symmetry, elements: Mapping[str, Element], state: State) ->
         if first[name] != name and _alike(acts, moves[first[name]]):
             result[name] = result[first[name]]
             continue
-        for element, member in acts:
-            result[name] = member.act(element, result[name])
+        for element, axis in acts:
+            result[name] = axis.act(element, result[name])
     return result
 
 
-_Acts = list[tuple[Element, Member]]
+_Acts = list[tuple[Element, Axis]]
 
 
 def _moves(symmetry: Symmetry, elements: Mapping[str, Element], state: State) -> dict[str, _Acts]:
-    """What acts on each tensor, in the order of the sites."""
+    """What acts on each tensor, in the order of the spaces."""
     result: dict[str, _Acts] = {}
-    for site in symmetry.sites:
-        for member in site.members if site.name in elements else ():
-            if member.tensor in state:
-                result.setdefault(member.tensor, []).append((elements[site.name], member))
+    for space in symmetry.spaces:
+        for axis in space.axes if space.name in elements else ():
+            if axis.tensor in state:
+                result.setdefault(axis.tensor, []).append((elements[space.name], axis))
     return result
 
 
@@ -136,10 +136,10 @@ def _alike(one: _Acts, other: _Acts) -> bool:
 
 def identity(symmetry: Symmetry) -> Transform:
     """The transform that changes nothing."""
-    return Transform(symmetry, {site.name: site.group.identity() for site in symmetry.sites})
+    return Transform(symmetry, {space.name: space.group.identity() for space in symmetry.spaces})
 
 
 def random(symmetry: Symmetry, generator: torch.Generator) -> Transform:
     """A uniformly drawn transform, for checks and planted problems."""
-    drawn = {site.name: site.group.random(generator) for site in symmetry.sites}
+    drawn = {space.name: space.group.random(generator) for space in symmetry.spaces}
     return Transform(symmetry, drawn)

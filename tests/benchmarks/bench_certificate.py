@@ -58,5 +58,5 @@ def _timed(seconds: list[float], work: Callable[..., Any], *arguments: Any) -> A
 
 def _require_same(found: Alignment, searched: Alignment) -> None:
     torch.testing.assert_close(found.state, searched.state, rtol=0, atol=0)
-    if not all(site.certified for site in found.report.sites) or not found.transform.is_identity:
+    if not all(space.certified for space in found.report.spaces) or not found.transform.is_identity:
         raise RuntimeError("the client drifted too far for the certificate: nothing was compared")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.accumulator import Tally
+from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update
 from tests.benchmarks.figures import (
@@ -55,7 +55,7 @@ class Seconds(NamedTuple):
 HOW = f"""One of the {LAYERS} layers of a transformer of width {WIDTH} with a feed-forward part of {INNER}; all are alike, so the model
 takes {LAYERS} times as long. {CLIENTS} clients send weights and Gram matrices in float32, without biases. The usual way keeps all replies,
 and then stacks and sums the Gram matrices of each of six linear maps, sums `W_k G_k` and multiplies by `torch.inverse`.
-fedbasin's `Tally` folds replies as they come, in float64, and solves with one Cholesky factor for query, key and value. Both make the
+fedbasin's `Accumulator` folds replies as they come, in float64, and solves with one Cholesky factor for query, key and value. Both make the
 same products `W_k G_k`; fedbasin makes them while it waits for other clients, so from the last reply on there is one fold and
 `finalize`. Results agree to 1e-6, in float32 to 1e-2. Seconds of the processor, as other work runs beside, on {THREADS} threads together;
 {REPETITIONS} times in turns, medians. Operations are counted as 2 for a product and its sum: `2 n^2 m` for a product, `8/3 n^3` for an inverse (LU, then as many right-hand sides as
@@ -172,16 +172,16 @@ def inverses(kept: Sequence[Reply], dtype: torch.dtype) -> tuple[dict[str, Tenso
 def folded(arriving: Iterator[Reply]) -> tuple[dict[str, Tensor], Seconds]:
     """What a server does: each reply is added, and let go."""
     anchor = {name: torch.zeros(OUTPUTS[name], INPUTS[reads]) for name, reads in READS.items()}
-    tally, sums, last = Tally.zero(anchor), 0.0, 0.0
+    accumulator, sums, last = Accumulator.zero(anchor), 0.0, 0.0
     for reply in arriving:
         started = time.process_time()
         grams = {reads: Gram(gram.double()) for reads, gram in reply.grams.items()}
         known = {(name,): grams[reads] for name, reads in READS.items()}
-        tally.fold(Update(reply.weights, 1.0, known))
+        accumulator.add(Update(reply.weights, 1.0, known))
         last = time.process_time() - started
         sums += last
     started = time.process_time()
-    fused = tally.finalize(anchor)
+    fused = accumulator.finalize(anchor)
     return fused, Seconds(sums, last, time.process_time() - started)
 
 

@@ -19,7 +19,7 @@ SUBSETS = ("first:6", "last:6", "mlp.*", "heads.*")
 HOW = f"""A BERT of {LAYERS} layers ({WIDTH} wide, {HEADS} heads, feed-forward {HIDDEN}) with random weights and an unrelated client; the
 residual stream is left as it is, so layers are independent and each is matched alone (`layers = "*.N"`). Gain
 is the fall of the squared distance to the anchor. Random weights gain alike in all layers: the table says what a layer
-costs and that subsets add up; where a trained model gains is for its own report to say, which names every site."""
+costs and that subsets add up; where a trained model gains is for its own report to say, which names every space."""
 
 
 def measure(say: Say) -> Figure:

@@ -16,7 +16,7 @@ from transformers import RobertaConfig, RobertaModel
 
 from fedbasin.strategies.alignment.identity_bound import identity_radii
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.fusion.accumulator import Tally
+from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.symmetry import Symmetry
@@ -32,7 +32,7 @@ REPLIES = 3
 Tensors = dict[str, Tensor]
 
 HOW = f"""Models of RoBERTa-base's shape ({LAYERS} layers, {WIDTH} wide, {HEADS} heads, feed-forward 3072) with random
-weights; the residual stream is left as it is, so every site is independent and both ways end in the same
+weights; the residual stream is left as it is, so every space is independent and both ways end in the same
 distance, which is checked. The client is another random model, or the anchor with noise of {NOISE:.0%} of each
 tensor's scale. Plain: for each layer the score matrix of the feed-forward units, SciPy's `linear_sum_assignment`, units
 permuted by products with the permutation matrix; for the heads loops over pairs of heads, a singular value
@@ -144,9 +144,9 @@ def _plain_heads(anchor: State, state: Tensors, prefix: str) -> None:
     order = linear_sum_assignment(gains.numpy(), maximize=True)[1]
     old = {name: state[name] for name in (queries, keys, values, output)}
     for name in (queries, keys, values):
-        leg = int(name == values)
+        role = int(name == values)
         state[name] = torch.cat(
-            [turns[i, j][leg] @ old[name][rows[j]] for i, j in enumerate(order)]
+            [turns[i, j][role] @ old[name][rows[j]] for i, j in enumerate(order)]
         )
     turned = [old[output][:, rows[j]] @ turns[i, j][1].T for i, j in enumerate(order)]
     state[output] = torch.cat(turned, dim=1)
@@ -185,10 +185,10 @@ def main(kind: str) -> None:
     def folded() -> None:
         for index in range(REPLIES):
             found = match_weights(symmetry, anchor, client, sent)
-            tally.fold(Update(found.state, 1.0 + index))
+            accumulator.add(Update(found.state, 1.0 + index))
 
     match_weights(symmetry, anchor, client, sent)  # threads and memory warm up
-    tally = Tally.zero(anchor)
+    accumulator = Accumulator.zero(anchor)
     for _ in range(REPETITIONS[kind]):
         theirs = _timed(seconds["plain"], plain, anchor, client)
         found = _timed(seconds["fedbasin"], match_weights, symmetry, anchor, client, sent)

@@ -1,4 +1,4 @@
-"""Peak memory of aligning a site of 7168 units, in a fresh process."""
+"""Peak memory of aligning a space of 7168 units, in a fresh process."""
 
 import json
 import sys
@@ -36,11 +36,11 @@ def measure(say: Say) -> Figure:
     rows = [
         ("anchor and update", f"{(models - base) / 1e6:.0f}"),
         ("while aligning", f"{(peak - base) / 1e6:.0f}"),
-        ("anchor, update and one site's matrix in double", f"{limit / 1e6:.0f}"),
-        ("anchor, update and one site's matrix in single", f"{(limit - MATRIX / 2) / 1e6:.0f}"),
+        ("anchor, update and one space's matrix in double", f"{limit / 1e6:.0f}"),
+        ("anchor, update and one space's matrix in single", f"{(limit - MATRIX / 2) / 1e6:.0f}"),
     ]
     goal = Goal(
-        "aligning needs less than anchor, update and one site's matrix",
+        "aligning needs less than anchor, update and one space's matrix",
         f"{(peak - base) / 1e6:.0f} of {limit / 1e6:.0f} MB",
         peak - base < limit,
     )

@@ -41,8 +41,8 @@ def observer_process():
 
 def report(number, run, last=False):
     """What a round of fifty clients with an aligned model each says: about 10 kB."""
-    sites = [pb.SiteReport(site=f"layer.{i}", moved=0.5, gain=1.5) for i in range(4)]
-    alignment = pb.AlignmentReport(sites=sites, distance_before=2, distance_after=1)
+    spaces = [pb.SpaceReport(space=f"layer.{i}", moved=0.5, gain=1.5) for i in range(4)]
+    alignment = pb.AlignmentReport(spaces=spaces, distance_before=2, distance_after=1)
     clients = [
         pb.ClientReport(
             node_id=2**60 + i, outcome="accepted", bytes_up=10**6, seconds=2, alignment=alignment

@@ -1,4 +1,4 @@
-"""How soon the observer's page paints a run of 500 rounds and 50 sites, in a real Chromium on loopback."""
+"""How soon the observer's page paints a run of 500 rounds and 50 spaces, in a real Chromium on loopback."""
 
 import shutil
 import statistics
@@ -6,7 +6,7 @@ import statistics
 from playwright.sync_api import Page, sync_playwright
 
 from tests.benchmarks.figures import Figure, Goal, Say
-from tests.server.reports import many_sites, run_of
+from tests.server.reports import many_spaces, run_of
 from tests.server.test_page import observer, told
 
 _VIEWS = 5
@@ -16,9 +16,9 @@ _ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
 
 def measure(say: Say) -> Figure:
     """First contentful paint of the first view of a run, and of those that follow."""
-    say("page: 500 rounds of 50 sites, 4 clients")
+    say("page: 500 rounds of 50 spaces, 4 clients")
     with observer() as addresses, sync_playwright() as playwright:
-        told(addresses, run_of("long", rounds=500, clients=4, sites=many_sites(50)))
+        told(addresses, run_of("long", rounds=500, clients=4, spaces=many_spaces(50)))
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=_ARGUMENTS
         )
@@ -28,10 +28,10 @@ def measure(say: Say) -> Figure:
     warm = statistics.median(paints[1:])
     return Figure(
         "First paint of the observer's page",
-        "A run of 500 rounds, 50 sites and 4 clients; the time from the start of the navigation to the first "
+        "A run of 500 rounds, 50 spaces and 4 clients; the time from the start of the navigation to the first "
         f"contentful paint, in headless Chromium on loopback. The median of {_VIEWS - 1} views after the first.",
         ("", "first view, ms", "views after it, ms"),
-        [("500 rounds x 50 sites", f"{paints[0]:.0f}", f"{warm:.0f}")],
+        [("500 rounds x 50 spaces", f"{paints[0]:.0f}", f"{warm:.0f}")],
         [
             Goal("the first view paints within 1 s", f"{paints[0]:.0f} ms", paints[0] < 1000),
             Goal("views after it paint within 1 s", f"{warm:.0f} ms", warm < 1000),

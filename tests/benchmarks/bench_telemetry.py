@@ -88,13 +88,13 @@ class ReportingGrid(PulledGrid):
 
 
 def alignment() -> pb.AlignmentReport:
-    sites = [
-        pb.SiteReport(site=f"{2 * i}.out", moved=0.5, gain=1.5, fixed_points=0.5)
+    spaces = [
+        pb.SpaceReport(space=f"{2 * i}.out", moved=0.5, gain=1.5, fixed_points=0.5)
         for i in range(HIDDEN)
     ]
     spectral = pb.Spectral(before=0.1, after=0.5, matrices=2, of=HIDDEN)
     return pb.AlignmentReport(
-        sites=sites, distance_before=2, distance_after=1, endpoint_error=0, spectral=spectral
+        spaces=spaces, distance_before=2, distance_after=1, endpoint_error=0, spectral=spectral
     )
 
 

@@ -53,7 +53,7 @@ def test_heads_that_were_exchanged_and_turned_are_found_by_what_they_compute():
     planted = random(symmetry, drawn(1))
     client = planted.act(anchor)
     found = correlations(symmetry, model, anchor, client, batches((40, 8, 8), 10))
-    assert found.keys() == {site.name for site in symmetry.sites}
+    assert found.keys() == {space.name for space in symmetry.spaces}
     report = match_activations(symmetry, anchor, client, found).report
     assert report.distance_after < 1e-4 * report.distance_before
 
@@ -72,7 +72,7 @@ def test_padding_does_not_count():
     torch.testing.assert_close(padded, short)
 
 
-def test_a_site_that_no_module_writes_is_left_out():
+def test_a_space_that_no_module_writes_is_left_out():
     model = mlp()
     symmetry = parse("inputs S(5) 0.weight[1]")
     assert not correlations(symmetry, model, *[model.state_dict()] * 2, batches((9, 5), 9))

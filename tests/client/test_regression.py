@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.refit.regression import FlowError, order, regress
+from fedbasin.client.refit.regression import FlowError, regress
 from fedbasin.client.statistics.gram import grams
+from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.server.files.double_precision import Doubled
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precisions import Gram
-from fedbasin.strategies.fusion.update import Order, join
+from fedbasin.strategies.fusion.update import join
 from fedbasin.strategies.recipes import Target
 from tests.strategies.symmetry.tiny_transformers import MODELS
 
@@ -151,7 +152,7 @@ def test_on_the_first_layer_a_fit_is_regmean(made, target):
     """Its inputs are the same under every model."""
     model, data = made
     own, fused = state(model), other(state(model))
-    first, *_ = order(model, data).levels[0]
+    first, *_ = read_layer_graph(model, data).levels[0]
     # What stands below the first layer, embeddings and norms, is fused before.
     fused |= {n: t for n, t in own.items() if "embed" in n and n not in first}
     expected = grams(model, data)[first]
@@ -403,20 +404,20 @@ def test_no_data_is_refused():
 
 class TestOrder:
     def test_of_a_stack_is_its_layers_and_its_last_one_the_head(self):
-        found = order(mlp(), [(torch.zeros(2, 4), labels(2))])
-        assert found == Order(
+        found = read_layer_graph(mlp(), [(torch.zeros(2, 4), labels(2))])
+        assert found == LayerGraph(
             ((("0.weight", "0.bias"),), (("2.weight", "2.bias"),), ((HEAD),)), HEAD
         )
 
     def test_is_that_of_the_calls_and_not_of_the_modules(self):
-        found = order(Residual(), [(torch.zeros(2, 2, 4, 4), labels(2))])
+        found = read_layer_graph(Residual(), [(torch.zeros(2, 2, 4, 4), labels(2))])
         names = [[block[0].split(".")[0] for block in level] for level in found.levels]
         # The stem's images, activated in place, are read by the branch and by the way around it.
         assert names == [["stem"], ["one"], ["two"], ["down"], ["head"]]
         assert found.head == ("head.weight", "head.bias")
 
     def test_of_an_encoder_goes_block_by_block(self):
-        found = order(Encoder(True), [(torch.zeros(2, 5, 8), labels(2))])
+        found = read_layer_graph(Encoder(True), [(torch.zeros(2, 5, 8), labels(2))])
         levels = [block[0] for level in found.levels for block in level]
         inner = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")  # fmt: skip
         expected = [f"body.layers.{i}.{name}" for i in (0, 1) for name in inner]
@@ -428,7 +429,7 @@ class TestOrder:
     )  # fmt: skip
     def test_layers_that_read_the_same_tensor_stand_together(self, name, level):
         model, inputs = MODELS[name].model(), next(iter(MODELS[name].inputs.values()))
-        found = order(model, [(inputs, labels(2))])
+        found = read_layer_graph(model, [(inputs, labels(2))])
         named = [tuple(block[0].split(".")[-2] for block in group) for group in found.levels]
         assert named.count(level) == 2
         if name == "llama":
@@ -437,24 +438,26 @@ class TestOrder:
     def test_names_a_shared_layer_where_it_is_used_first(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
         model[2].weight, model[2].bias = model[0].weight, model[0].bias
-        found = order(model, [(torch.zeros(2, 4), labels(2))])
+        found = read_layer_graph(model, [(torch.zeros(2, 4), labels(2))])
         assert found.levels == ((("0.weight", "0.bias"),), (("3.weight", "3.bias"),))
 
     def test_leaves_out_what_is_never_called(self):
         model = mlp()
         model.unused = nn.Linear(3, 3)
         model.forward = model[:5].forward
-        found = order(model, [(torch.zeros(2, 4), labels(2))])
+        found = read_layer_graph(model, [(torch.zeros(2, 4), labels(2))])
         assert len(found.levels) == 3
 
     @pytest.mark.parametrize("last", [nn.Tanh(), nn.Softmax(-1), nn.LayerNorm(3)])
     def test_a_model_that_does_something_to_its_logits_has_no_head(self, last):
-        found = order(nn.Sequential(nn.Linear(4, 3), last), [(torch.zeros(2, 4), labels(2))])
-        assert found == Order(((("0.weight", "0.bias"),),), None)
+        found = read_layer_graph(
+            nn.Sequential(nn.Linear(4, 3), last), [(torch.zeros(2, 4), labels(2))]
+        )
+        assert found == LayerGraph(((("0.weight", "0.bias"),),), None)
 
     def test_a_model_without_such_layers_has_an_empty_order(self):
-        assert order(nn.Tanh(), [(torch.zeros(2, 4), labels(2))]) == Order((), None)
+        assert read_layer_graph(nn.Tanh(), [(torch.zeros(2, 4), labels(2))]) == LayerGraph((), None)
 
     def test_no_data_is_refused(self):
         with pytest.raises(ValueError, match="no examples"):
-            order(mlp(), [])
+            read_layer_graph(mlp(), [])

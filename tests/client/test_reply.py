@@ -10,9 +10,10 @@ from fedbasin.client.request import MissingDataError
 from fedbasin.client.statistics.fisher import diagonal_fisher
 from fedbasin.client.statistics.gram import grams
 from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import GramForm
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.fusion.compression.formats import Form, encode
+from fedbasin.strategies.fusion.compression.formats import encode
 from fedbasin.strategies.messages import broadcast
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.stages import Ask, fusing
@@ -112,7 +113,7 @@ def test_grams_are_those_of_the_aligned_model(shrink):
     found = statistics(content, header)
     assert found.keys() == expected.keys()
     for block, gram in expected.items():
-        torch.testing.assert_close(found[block], encode(gram, Form(), bias=True)["values"])
+        torch.testing.assert_close(found[block], encode(gram, GramForm(), bias=True)["values"])
 
 
 def test_a_fisher_diagonal_has_the_number_of_examples_as_its_mean():

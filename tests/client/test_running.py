@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedbasin.client.capture.batchnorm_statistics import find_norms, measuring
-from fedbasin.strategies.fusion.batchnorm import Norm
+from fedbasin.proto.layer_graph import BatchNorm
 
 
 class Net(nn.Module):
@@ -32,7 +32,11 @@ def net():
 
 
 def test_norms_with_statistics_gain_and_shift_are_found():
-    assert find_norms(net()) == (Norm("norm", 1e-3), Norm("after", 1e-5), Norm("unused", 1e-5))
+    assert find_norms(net()) == (
+        BatchNorm("norm", 1e-3),
+        BatchNorm("after", 1e-5),
+        BatchNorm("unused", 1e-5),
+    )
     assert find_norms(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))) == ()
     assert find_norms(nn.BatchNorm1d(2)) == ()  # nothing of it could be fitted
 
@@ -44,7 +48,7 @@ def test_what_is_read_in_batches_has_the_statistics_of_all_of_it(size):
         for batch in images().split(size):
             model(batch)
         read = model.conv(images()).transpose(0, 1).flatten(1)
-    mean, variance = moments[Norm("norm", 1e-3)].statistics(*torch.zeros(2, 3))
+    mean, variance = moments[BatchNorm("norm", 1e-3)].statistics(*torch.zeros(2, 3))
     torch.testing.assert_close(mean, read.mean(1))
     torch.testing.assert_close(variance, read.var(1, unbiased=False))
 
@@ -54,11 +58,11 @@ def test_one_that_reads_nothing_keeps_what_it_has():
     with torch.no_grad(), measuring(model, find_norms(model)) as moments:
         model(images())
     mean, variance = torch.ones(4), torch.full((4,), 2.0)
-    assert moments[Norm("unused", 1e-5)].statistics(mean, variance) == (mean, variance)
+    assert moments[BatchNorm("unused", 1e-5)].statistics(mean, variance) == (mean, variance)
 
 
 def test_copies_and_later_runs_are_not_watched():
-    model, norms = net(), [Norm("norm", 1e-3)]
+    model, norms = net(), [BatchNorm("norm", 1e-3)]
     with torch.no_grad(), measuring(model, norms) as moments:
         model(images())
         copy = deepcopy(model)
@@ -71,7 +75,7 @@ def test_copies_and_later_runs_are_not_watched():
 
 
 def test_statistics_have_the_dtype_of_the_models():
-    model, norm = net().double(), Norm("norm", 1e-3)
+    model, norm = net().double(), BatchNorm("norm", 1e-3)
     with torch.no_grad(), measuring(model, [norm]) as moments:
         model(images().double())
     given = torch.zeros(2, 3, dtype=torch.bfloat16)
@@ -82,6 +86,6 @@ def test_statistics_have_the_dtype_of_the_models():
 def test_a_module_that_is_no_batchnorm_is_refused_by_name(name):
     with (
         pytest.raises(ValueError, match=rf"{name} is no BatchNorm of this Net; use the same model"),
-        measuring(net(), [Norm(name, 1e-5)]),
+        measuring(net(), [BatchNorm(name, 1e-5)]),
     ):
         pass

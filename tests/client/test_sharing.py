@@ -17,8 +17,8 @@ from fedbasin.client.refit.regression import regress
 from fedbasin.client.statistics.gram import gram_pieces, grams
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.strategies.encodings import statistics
-from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
 from fedbasin.strategies.messages import broadcast
 from fedbasin.strategies.recipes import RECIPES, Target
@@ -183,7 +183,7 @@ def test_groups_of_channels_do_not_share():
 def test_layers_that_are_sent_in_other_forms_do_not_share():
     model = reading(TOGETHER["as they are"])
     a, b = [("a.weight", "a.bias"), ("b.weight", "b.bias")]
-    half = {each: Encoding(Form(Kind.half), inputs=5) for each in (a, b)}
+    half = {each: Encoding(GramForm(GramKind.half), inputs=5) for each in (a, b)}
     assert shared(gram_pieces(model, tokens(), encodings=half)) == [("a", "b")]
     del half[b]
     found = gram_pieces(model, tokens(), encodings=half)
@@ -194,7 +194,7 @@ def test_layers_that_are_sent_in_other_forms_do_not_share():
 def test_layers_that_are_never_called_share_zeros_where_these_are_sent_alike():
     model = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(5, 3, bias=False)).to(W)
     model.forward = lambda x: x
-    half = {la.block: Encoding(Form(Kind.half), inputs=5) for la in gram_layers(model)}
+    half = {la.block: Encoding(GramForm(GramKind.half), inputs=5) for la in gram_layers(model)}
     found = gram_pieces(model, [(torch.ones(2, 4), torch.zeros(2))], encodings=half)
     assert not any(piece.any() for pieces in found.values() for piece in pieces.values())
     first, second, unbiased = found.values()
@@ -281,7 +281,7 @@ def test_whatever_layers_read_each_has_the_total_that_it_would_have_alone(batche
         for number in range(len(batches))
         for x, y in tokens()
     ]
-    form = Form(Kind.sketch, 2) if sketched else Form()
+    form = GramForm(GramKind.sketch, 2) if sketched else GramForm()
     known = {layer.block: Encoding(form, inputs=5) for layer in gram_layers(model)}
     found = gram_pieces(model, data, encodings=known)
     for block, pieces in found.items():

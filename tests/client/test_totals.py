@@ -10,7 +10,8 @@ from torch import nn
 
 from fedbasin.client.refit.regression import regress
 from fedbasin.client.statistics.gram import gram_pieces, grams
-from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind, decode, layout
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind
+from fedbasin.strategies.fusion.compression.formats import decode, layout
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
@@ -20,12 +21,12 @@ from fedbasin.strategies.round.stages import Fitting
 
 W = torch.float64
 FORMS = [
-    Form(),
-    Form(Kind.half),
-    Form(Kind.byte),
-    Form(Kind.sketch, 3),
-    Form(Kind.blocks, 2),
-    Form(Kind.diagonal),
+    GramForm(),
+    GramForm(GramKind.half),
+    GramForm(GramKind.byte),
+    GramForm(GramKind.sketch, 3),
+    GramForm(GramKind.blocks, 2),
+    GramForm(GramKind.diagonal),
 ]
 BLOCK = ("2.weight", "2.bias")
 
@@ -67,7 +68,9 @@ def test_every_form_of_every_group_is_as_its_layout_says(form, bias):
 
 def test_a_sketch_with_as_many_rows_as_inputs_is_nearly_exact():
     model = net(0)
-    encodings = {layer.block: Encoding(Form(Kind.sketch, 12)) for layer in gram_layers(model)}
+    encodings = {
+        layer.block: Encoding(GramForm(GramKind.sketch, 12)) for layer in gram_layers(model)
+    }
     exact = grams(model, data(1))
     for block, pieces in gram_pieces(model, data(1), encodings=encodings).items():
         found = decode(pieces, encodings[block].gram, bias=True)
@@ -75,7 +78,7 @@ def test_a_sketch_with_as_many_rows_as_inputs_is_nearly_exact():
 
 
 def test_what_cannot_be_shrunk_is_refused():
-    encodings = {BLOCK: Encoding(Form(Kind.sketch, 2))}
+    encodings = {BLOCK: Encoding(GramForm(GramKind.sketch, 2))}
     with pytest.raises(ValueError, match=r"shrink = 0.5: a sketch"):
         gram_pieces(net(0), data(1), 0.5, encodings)
     with pytest.raises(ValueError, match=r"choose a factor from 0"):
@@ -121,8 +124,10 @@ def test_a_step_in_any_form_never_makes_the_fit_worse(form, seed):
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_in_any_form_end_where_the_exact_one_does(form):
     model = net(0)
-    exact, _ = fitted(model, Form(), 4)
-    found, losses = fitted(model, form, 40 if form.kind in {Kind.blocks, Kind.diagonal} else 8)
+    exact, _ = fitted(model, GramForm(), 4)
+    found, losses = fitted(
+        model, form, 40 if form.kind in {GramKind.blocks, GramKind.diagonal} else 8
+    )
     least = objective(exact, [net(1), net(2)])
     assert losses[-1] <= 1.02 * least
     assert join(BLOCK, found).isfinite().all()

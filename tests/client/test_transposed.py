@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedbasin.client.refit.regression import order, regress
+from fedbasin.client.refit.regression import regress
 from fedbasin.client.statistics.gram import grams
 from fedbasin.strategies.fusion.accumulator import Ridge, fuse
 from fedbasin.strategies.fusion.layers import gram_layers, kronecker_layers
@@ -128,7 +128,7 @@ def test_a_fit_is_that_of_the_ordinary_network(target):
     found = []
     for transposed in (True, False):
         model = Plain(0, transposed=transposed)
-        fused, asked = model.state_dict(), order(model, numbers(1))
+        fused, asked = model.state_dict(), read_layer_graph(model, numbers(1))
         blocks = tuple(block for level in asked.levels for block in level)
         stage = Fit(fused, Fitting(blocks, target, 0), 1e-2)
         for seed in (1, 2):
@@ -157,7 +157,7 @@ def test_gram_matrices_move_with_the_model_that_a_server_aligns():
 
 def test_gpt2_is_fitted_branch_by_branch():
     model = gpt2()
-    asked = order(model, texts())
+    asked = read_layer_graph(model, texts())
     assert len(asked.levels) == 9
     fused = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     own = gpt2(1).state_dict()

@@ -1,4 +1,4 @@
-"""Round reports as a real run would send them: losses that fall, clients that fail, sites that settle."""
+"""Round reports as a real run would send them: losses that fall, clients that fail, spaces that settle."""
 
 import math
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ def run_of(
     run_id="regmean-aligned",
     rounds=12,
     clients=6,
-    sites=SITES,
+    spaces=SITES,
     recipe="regmean",
     seed=0,
     of=None,
@@ -25,18 +25,18 @@ def run_of(
     random = np.random.default_rng(seed)
     of = of or rounds
     return [
-        _round(random, run_id, number, of, clients, sites, recipe)
+        _round(random, run_id, number, of, clients, spaces, recipe)
         for number in range(1, rounds + 1)
     ]
 
 
-def many_sites(number):
+def many_spaces(number):
     return tuple(f"encoder.layer.{index:02}.ffn.hidden" for index in range(number))
 
 
-def _round(random, run_id, number, of, clients, sites, recipe):
+def _round(random, run_id, number, of, clients, spaces, recipe):
     skill = 1 - math.exp(-number / (0.25 * of + 1))
-    stages = [_stage(random, name, number, clients, sites, skill) for name in _stages(number)]
+    stages = [_stage(random, name, number, clients, spaces, skill) for name in _stages(number)]
     accuracy = 0.31 + 0.62 * skill + random.normal(0, 0.004)
     return pb.RoundReport(
         schema_version=pb.SCHEMA_VERSION,
@@ -66,15 +66,15 @@ def _stages(number):
     return ("bootstrap", "fuse", "evaluate") if number == 1 else ("fuse", "evaluate")
 
 
-def _stage(random, name, number, clients, sites, skill):
-    told = [_client(random, name, node, sites, skill) for node in range(1, clients + 1)]
+def _stage(random, name, number, clients, spaces, skill):
+    told = [_client(random, name, node, spaces, skill) for node in range(1, clients + 1)]
     slowest = max(client.seconds for client in told)
     return pb.StageReport(
         stage=name, seconds=slowest + 0.4, server_seconds=0.4 * random.random(), clients=told
     )
 
 
-def _client(random, stage, node, sites, skill):
+def _client(random, stage, node, spaces, skill):
     client = pb.ClientReport(
         node_id=10**18 + 7919 * node,
         outcome="accepted",
@@ -87,11 +87,11 @@ def _client(random, stage, node, sites, skill):
         probe_bytes=400,
     )
     if stage == "fuse":
-        _fuse(random, client, node, sites, skill)
+        _fuse(random, client, node, spaces, skill)
     return client
 
 
-def _fuse(random, client, node, sites, skill):
+def _fuse(random, client, node, spaces, skill):
     if random.random() < 0.06:
         outcome = random.choice(["timeout", "non_finite", "wrong_round"])
         detail = {"non_finite": "blocks.0.ffn.weight has 3 NaN of 4096"}.get(str(outcome), "")
@@ -104,18 +104,18 @@ def _fuse(random, client, node, sites, skill):
         0.4 + 0.4 * skill,
     )
     client.alignment.spectral.matrices, client.alignment.spectral.of = 3, 9
-    for index, name in enumerate(sites):
-        moved = max(0.0, (1 - skill) * (0.95 - 0.6 * index / len(sites)) + random.normal(0, 0.03))
-        client.alignment.sites.add(
-            site=name,
+    for index, name in enumerate(spaces):
+        moved = max(0.0, (1 - skill) * (0.95 - 0.6 * index / len(spaces)) + random.normal(0, 0.03))
+        client.alignment.spaces.add(
+            space=name,
             certified=moved < 0.08,
             moved=min(moved, 1.0),
             gain=40 * moved * (1 + index % 3),
             fixed_points=1 - min(moved, 1.0),
         )
         if "heads" in name:
-            site = client.alignment.sites[-1]
-            site.largest_angle, site.skew_before, site.skew_after = 3 * (1 - skill), 1.2, 0.01
+            space = client.alignment.spaces[-1]
+            space.largest_angle, space.skew_before, space.skew_after = 3 * (1 - skill), 1.2, 0.01
 
 
 def _fused(skill, examples):

@@ -385,7 +385,7 @@ class TestOwnStarts:
     def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path):
         run = Run(tmp_path, recipe="features", align="client", start="own", ridge=0.03)
         assert [s.stage for s in run.stages()] == ["bootstrap", "fuse", "fit", "fit"]
-        moved = [site.moved for c in run.stages()[1].clients for site in c.alignment.sites]
+        moved = [space.moved for c in run.stages()[1].clients for space in c.alignment.spaces]
         assert any(moved)
         close(run.model, directly(run, "features", 0.03))
 

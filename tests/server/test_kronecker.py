@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from fedbasin.client.statistics.kronecker_factors import kronecker_factors
 from fedbasin.server.run.serve import serve
 from fedbasin.server.run.settings import Settings, SettingsError, read_settings
-from fedbasin.strategies.fusion.accumulator import Tally
+from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.recipes import RECIPES
@@ -44,7 +44,7 @@ def test_what_clients_send_is_fused_to_what_their_own_factors_give():
     models = [tiny.net(seed) for seed in (1, 2)]
     data = [tiny.examples(context) for context in tiny.federation(2).contexts.values()]
     fuse = fusing(anchor, KFAC, Ask(), "off")
-    direct = Tally.zero(anchor)
+    direct = Accumulator.zero(anchor)
     for node, (model, batch) in enumerate(zip(models, data, strict=True)):
         factors = kronecker_factors(model, [batch])
         precisions = {b: Kronecker(f.inputs[None], f.outputs[None]) for b, f in factors.items()}

@@ -136,8 +136,8 @@ def test_a_rank_above_the_servers_is_refused_by_name():
 def test_factors_turn_to_the_anchors_where_that_is_asked(tmp_path):
     run = Run(tmp_path, 2, recipe="lora-rotated")
     stage = run.result.reports[1].stages[0]
-    sites = [site for client in stage.clients for site in client.alignment.sites]
-    assert len(sites) == 3 * len(find_adapters(run.model))
+    spaces = [space for client in stage.clients for space in client.alignment.spaces]
+    assert len(spaces) == 3 * len(find_adapters(run.model))
     assert all(c.alignment.distance_after <= c.alignment.distance_before for c in stage.clients)
 
 

@@ -26,9 +26,9 @@ def test_the_server_aligns_by_softened_orders_too(folder):
 
 
 def test_only_the_chosen_layers_are_aligned(folder):
-    (site,) = tiny.symmetry().sites
-    members = " ".join(map(str, site.members))
-    symmetry = parse(f"{site.name} {site.group} {members}\nlast.9 S(3) 3.bias[0]")
+    (space,) = tiny.symmetry().spaces
+    axes = " ".join(map(str, space.axes))
+    symmetry = parse(f"{space.name} {space.group} {axes}\nlast.9 S(3) 3.bias[0]")
     result = start(tiny.federation(), folder, symmetry=symmetry, layers="!last.*")
     for each in alignments(result):
-        assert [report.site for report in each.sites] == [site.name]
+        assert [report.space for report in each.spaces] == [space.name]

@@ -43,7 +43,7 @@ def told(addresses, reports):
 
 
 @pytest.fixture(scope="module")
-def site():
+def space():
     """An observer with a finished run, a running one, and one with hostile words."""
     with observer() as addresses:
         told(addresses, run_of("plain", rounds=8, recipe="fedavg", seed=1))
@@ -53,8 +53,8 @@ def site():
 
 
 @pytest.fixture(scope="module")
-def client(site):
-    with httpx.Client(base_url=site.page, trust_env=False) as made:
+def client(space):
+    with httpx.Client(base_url=space.page, trust_env=False) as made:
         yield made
 
 
@@ -95,7 +95,7 @@ def test_a_round_that_is_none_shows_the_newest(client, query):
     assert "Round 6: loss" in client.get("/", params=query).text
 
 
-@pytest.mark.parametrize("path", ["/?run=nonsense", "/sites?run=nonsense", "/api/runs/nonsense/rounds",
+@pytest.mark.parametrize("path", ["/?run=nonsense", "/spaces?run=nonsense", "/api/runs/nonsense/rounds",
                                   "/api/runs/nonsense/events"])  # fmt: skip
 def test_an_unknown_run_is_not_found_and_is_not_repeated_as_html(client, path):
     answer = client.get(path)
@@ -104,7 +104,7 @@ def test_an_unknown_run_is_not_found_and_is_not_repeated_as_html(client, path):
 
 
 def test_hostile_words_stay_words(client):
-    for path in ("/", "/sites"):
+    for path in ("/", "/spaces"):
         page = client.get(path, params={"run": HOSTILE}).text
         assert HOSTILE not in page
         assert "onerror=" not in page.replace("onerror=alert(1)&gt;", "")
@@ -202,7 +202,7 @@ def test_scrapers_may_ask_for_openmetrics(client):
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=")
 
 
-def test_another_sites_name_for_this_machine_is_refused(client):
+def test_another_spaces_name_for_this_machine_is_refused(client):
     assert client.get("/", headers={"host": "evil.example"}).status_code == 421
     assert client.get("/", headers={"host": "localhost:1"}).status_code == 200
     assert client.get("/", headers={"host": "[::1]:1"}).status_code == 200
@@ -274,8 +274,8 @@ def color(tab):
     return tab.evaluate("getComputedStyle(document.documentElement).backgroundColor")
 
 
-def test_a_browser_draws_all_charts(site, tab):
-    tab.goto(site.page)
+def test_a_browser_draws_all_charts(space, tab):
+    tab.goto(space.page)
     tab.locator("svg.heat").first.wait_for()
     assert tab.locator("figure").count() >= 9
     for box in tab.locator("svg.canvas").all():
@@ -298,8 +298,8 @@ def test_a_round_that_ends_appears_without_a_reload(tab):
         assert tab.locator("details").first.get_attribute("open") is not None
 
 
-def test_a_choice_shows_at_once_and_stays_in_the_address(site, tab):
-    tab.goto(site.page)
+def test_a_choice_shows_at_once_and_stays_in_the_address(space, tab):
+    tab.goto(space.page)
     tab.select_option("#choose-with", "plain")
     tab.locator("h2.runname", has_text="plain").wait_for()
     tab.select_option("#choose-round", "2")
@@ -309,8 +309,8 @@ def test_a_choice_shows_at_once_and_stays_in_the_address(site, tab):
     assert tab.locator("h3", has_text="plain, round 2: loss").count() == 1
 
 
-def test_the_keyboard_reaches_everything_and_opens_tables(site, tab):
-    tab.goto(site.page)
+def test_the_keyboard_reaches_everything_and_opens_tables(space, tab):
+    tab.goto(space.page)
     tab.locator("svg.heat").first.wait_for()
     reached = []
     for _ in range(60):
@@ -325,9 +325,9 @@ def test_the_keyboard_reaches_everything_and_opens_tables(site, tab):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_follows_the_system_and_the_readers_choice_survives_a_reload(site, browser, scheme):
+def test_it_follows_the_system_and_the_readers_choice_survives_a_reload(space, browser, scheme):
     page = browser.new_page(color_scheme=scheme)
-    page.goto(site.page)
+    page.goto(space.page)
     system = color(page)
     other = "dark" if scheme == "light" else "light"
     page.locator("label", has_text=other.capitalize()).click()
@@ -339,16 +339,16 @@ def test_it_follows_the_system_and_the_readers_choice_survives_a_reload(site, br
 
 
 @pytest.mark.parametrize("width", [1280, 420])
-def test_nothing_is_wider_than_the_window(site, tab, width):
+def test_nothing_is_wider_than_the_window(space, tab, width):
     tab.set_viewport_size({"width": width, "height": 900})
-    tab.goto(f"{site.page}?with=plain")
+    tab.goto(f"{space.page}?with=plain")
     tab.locator("svg.heat").first.wait_for()
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_it_works_without_scripts(site, browser):
+def test_it_works_without_scripts(space, browser):
     page = browser.new_page(java_script_enabled=False)
-    page.goto(site.page)
+    page.goto(space.page)
     page.select_option("#choose-run", "plain")
     page.locator("button").click()
     assert page.locator("dd b", has_text="8 of 8").count() == 1
@@ -360,9 +360,9 @@ def test_it_works_without_scripts(site, browser):
 @pytest.mark.skipif(AXE is None, reason="FEDBASIN_AXE does not name an axe.min.js")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("query", ["", "?with=plain"])
-def test_axe_finds_nothing(site, browser, scheme, query):
+def test_axe_finds_nothing(space, browser, scheme, query):
     page = browser.new_page(color_scheme=scheme, bypass_csp=True)
-    page.goto(f"{site.page}{query}")
+    page.goto(f"{space.page}{query}")
     page.locator("svg.heat").first.wait_for()
     page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     page.add_script_tag(content=Path(AXE).read_text())

@@ -20,7 +20,7 @@ from fedbasin.server.report.document import report
 from fedbasin.server.report.markdown import escaped, markdown
 from fedbasin.server.report.report_file import NoRunError, html, lines, read, text
 from fedbasin.server.report.reported_run import Run
-from fedbasin.server.report.space_measures import binned, sites
+from fedbasin.server.report.space_measures import binned, spaces
 from fedbasin.server.run.checkpoint import REPORTS, append_report
 from fedbasin.strategies.round.outcomes import Outcome
 from tests.server.reports import SITES, run_of
@@ -108,7 +108,7 @@ def test_the_way_from_the_new_model_stands_beside_the_way_from_the_anchor():
     assert "new model (0) to client (1)" in document
 
 
-def test_a_site_says_how_far_it_turned_and_what_skew_is_left():
+def test_a_space_says_how_far_it_turned_and_what_skew_is_left():
     document = report(Run.of(run_of(rounds=1)))
     (row,) = re.findall(r'<th scope="row">blocks.0.attention.heads</th>.*?</tr>', document)
     assert re.search(r"<td>\d+°</td><td>1.2 → 0.01</td>", row)
@@ -140,7 +140,7 @@ def hostile_run():
     client = one.stages[1].clients[0]
     client.outcome, client.detail = HOSTILE, HOSTILE
     one.stages[0].stage = HOSTILE
-    one.stages[1].clients[1].alignment.sites[0].site = HOSTILE
+    one.stages[1].clients[1].alignment.spaces[0].space = HOSTILE
     return Run.of([one])
 
 
@@ -195,7 +195,7 @@ def test_bars_stack_from_zero():
 
 
 def test_many_rounds_share_columns_and_their_means():
-    found = [(one.round, sites(one)) for one in run_of(rounds=10)]
+    found = [(one.round, spaces(one)) for one in run_of(rounds=10)]
     columns = binned(found, 4)
     assert [(span.start, span.stop) for span, _ in columns] == [(1, 4), (4, 7), (7, 10), (10, 11)]
     name = SITES[0]

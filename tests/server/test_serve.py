@@ -83,7 +83,7 @@ class TestARun:
         assert equal(on_client.model, on_server.model)
         assert not torch.equal(on_client.model["0.weight"], off.model["0.weight"])
         moved = [
-            [site.moved for c in run.reports[0].stages[1].clients for site in c.alignment.sites]
+            [space.moved for c in run.reports[0].stages[1].clients for space in c.alignment.spaces]
             for run in (on_client, on_server)
         ]
         assert moved[0] == moved[1]
@@ -378,7 +378,7 @@ def test_one_line_says_how_a_stage_went(folder):
 class TestProof:
     """With an example the symmetry is run before the first message."""
 
-    def test_a_symmetry_that_changes_the_function_is_refused_by_its_sites(self):
+    def test_a_symmetry_that_changes_the_function_is_refused_by_its_spaces(self):
         federation = tiny.federation()
         grid = federation.grid()
         # The hidden units without the layer that reads them.

@@ -93,7 +93,7 @@ def test_every_key_has_a_wrong_value_in_the_table():
             {},
             "only clients have the data; set align = 'client'",
         ),
-        ({"layers": "nothing.*"}, {}, "fedbasin.layers.*'nothing.*' matches no site"),
+        ({"layers": "nothing.*"}, {}, "fedbasin.layers.*'nothing.*' matches no space"),
         ({"fused_points": 3, "fraction_evaluate": 0.0}, {}, "nobody evaluates.*set a fraction"),
         (
             {"ridge": 0.5},

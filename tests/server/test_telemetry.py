@@ -18,13 +18,13 @@ from fedbasin.strategies.round.stages import AlignedFuse, Bootstrap, Evaluate, F
 
 
 def alignment(certified, gain, before, after, error):
-    sites = [
-        pb.SiteReport(site=f"s{i}", certified=c, gain=gain, fixed_points=1 if c else gain / 4)
+    spaces = [
+        pb.SpaceReport(space=f"s{i}", certified=c, gain=gain, fixed_points=1 if c else gain / 4)
         for i, c in enumerate(certified)
     ]
-    sites[0].skew_before, sites[0].skew_after = gain / 2, gain / 8
+    spaces[0].skew_before, spaces[0].skew_after = gain / 2, gain / 8
     return pb.AlignmentReport(
-        sites=sites,
+        spaces=spaces,
         distance_before=before,
         distance_after=after,
         endpoint_error=error,
@@ -163,7 +163,7 @@ def value(text, name, /, **labels):
         ("fused_barrier_loss", {}, 3),
         ("fused_midpoint_gap_loss", {}, 3),
         ("alignment_gain", {}, 3),  # (2 + 2 + 1 + 1) / 2
-        ("certified_sites_ratio", {}, 0.25),
+        ("certified_spaces_ratio", {}, 0.25),
         ("anchor_distance", {"when": "before"}, 15),
         ("anchor_distance", {"when": "after"}, 5),
         ("spectral_alignment_ratio", {"when": "before"}, 0.15),

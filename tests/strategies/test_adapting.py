@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError
 from fedbasin.strategies.fusion.precisions import Gram, Sketched
 from fedbasin.strategies.fusion.update import Update
@@ -181,7 +181,7 @@ def test_no_tensor_is_ever_as_large_as_the_dense_product(recipe):
 def test_sketches_are_as_wide_as_the_adapters_unless_a_budget_says_otherwise():
     anchor = {A: torch.randn(2, 9), B: torch.randn(4, 2), "y.lora_A.weight": torch.randn(2, 4), "y.lora_B.weight": torch.randn(4, 2)}  # fmt: skip
     stage = fusing(anchor, RECIPES["lora"], Ask(), "off")
-    assert stage.ask.encodings == {(A,): Encoding(Form(Kind.sketch, 2), inputs=9)}
-    told = {(A,): Encoding(Form(Kind.diagonal), inputs=9)}
+    assert stage.ask.encodings == {(A,): Encoding(GramForm(GramKind.sketch, 2), inputs=9)}
+    told = {(A,): Encoding(GramForm(GramKind.diagonal), inputs=9)}
     assert fusing(anchor, RECIPES["lora"], Ask(encodings=told), "off").ask.encodings == told
     assert not fusing(anchor, RECIPES["lora-gram"], Ask(), "off").ask.encodings

@@ -6,21 +6,14 @@ from flwr.app import RecordDict
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind, MomentKind
 from fedbasin.strategies.encodings import (
     encoding_messages,
     read_encodings,
     statistics,
     write_grams,
 )
-from fedbasin.strategies.fusion.compression.formats import (
-    Encoding,
-    Form,
-    Kind,
-    MomentKind,
-    decode,
-    encode,
-    encode_moment,
-)
+from fedbasin.strategies.fusion.compression.formats import decode, encode, encode_moment
 from fedbasin.strategies.fusion.compression.sketch import Sketch
 from fedbasin.strategies.round.outcomes import Refusal
 
@@ -28,12 +21,12 @@ BLOCK = ("fc.weight", "fc.bias")
 INPUTS, OUTPUTS = 6, 3
 GRAM = pb.PRECISION_KIND_GRAM
 FORMS = [
-    Form(),
-    Form(Kind.half),
-    Form(Kind.byte),
-    Form(Kind.sketch, 2),
-    Form(Kind.blocks, 2),
-    Form(Kind.diagonal),
+    GramForm(),
+    GramForm(GramKind.half),
+    GramForm(GramKind.byte),
+    GramForm(GramKind.sketch, 2),
+    GramForm(GramKind.blocks, 2),
+    GramForm(GramKind.diagonal),
 ]
 
 
@@ -44,7 +37,7 @@ def rows():
 
 
 def pieces_of(form):
-    if form.kind is Kind.sketch:
+    if form.kind is GramKind.sketch:
         sketch = Sketch.zero(form.size, INPUTS, bias=True)
         sketch.add(rows())
         return sketch.finished(above=True)
@@ -114,22 +107,22 @@ def test_every_part_is_finite(form):
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_a_form_that_was_not_asked_for_is_refused(form):
     with pytest.raises(Refusal, match=r"wrong_shape.*parts"):
-        received(pieces_of(form), encoding(Form()))
+        received(pieces_of(form), encoding(GramForm()))
     with pytest.raises(Refusal, match=r"wrong_shape.*parts"):
-        received(pieces_of(Form()), encoding(form))
+        received(pieces_of(GramForm()), encoding(form))
 
 
 def test_correlations_of_nothing_are_not_positive():
-    pieces = pieces_of(Form(Kind.half))
+    pieces = pieces_of(GramForm(GramKind.half))
     pieces["values"] = torch.full_like(pieces["values"], -(2**15) + 1)
     with pytest.raises(Refusal, match="not_positive"):
-        received(pieces, encoding(Form(Kind.half)))
+        received(pieces, encoding(GramForm(GramKind.half)))
 
 
 def test_a_few_bytes_cannot_ask_for_a_large_matrix():
     pieces = {"values": torch.ones(99_999), "mean": torch.ones(100_000)}
     with pytest.raises(Refusal, match=r"wrong_shape.*\(99999,\), not \(5,\)"):
-        received(pieces, encoding(Form(Kind.diagonal)))
+        received(pieces, encoding(GramForm(GramKind.diagonal)))
 
 
 @pytest.mark.parametrize(
@@ -147,20 +140,20 @@ def test_a_few_bytes_cannot_ask_for_a_large_matrix():
 )
 def test_a_moment_has_its_parts(moment, outcome):
     with pytest.raises(Refusal, match=outcome):
-        received(pieces_of(Form()), encoding(Form(), MomentKind.float16), moment)
+        received(pieces_of(GramForm()), encoding(GramForm(), MomentKind.float16), moment)
 
 
 def test_parts_that_overlap_are_malformed():
     header, content = pb.UpdateHeader(), RecordDict()
-    write_grams(header, content, {BLOCK: pieces_of(Form(Kind.half))}, {})
+    write_grams(header, content, {BLOCK: pieces_of(GramForm(GramKind.half))}, {})
     header.precisions[0].more[0].CopyFrom(header.precisions[0].more[1])
     with pytest.raises(packing.PackingError):
-        statistics(content, header, GRAM, {BLOCK: encoding(Form(Kind.half))})
+        statistics(content, header, GRAM, {BLOCK: encoding(GramForm(GramKind.half))})
     assert wire.STATISTICS in content
 
 
 OTHER = ("other.weight", "other.bias")
-ALIKE = Encoding(Form(), MomentKind.float32, INPUTS)
+ALIKE = Encoding(GramForm(), MomentKind.float32, INPUTS)
 
 
 def sent(grams, moments=None):
@@ -184,13 +177,13 @@ def test_pieces_in_common_are_sent_once_and_read_as_one_matrix(form):
 
 
 def test_equal_pieces_that_are_not_the_same_are_two():
-    header, content = sent({BLOCK: pieces_of(Form()), OTHER: pieces_of(Form())})
+    header, content = sent({BLOCK: pieces_of(GramForm()), OTHER: pieces_of(GramForm())})
     found = statistics(content, header, GRAM, {})
     assert found.precisions[BLOCK] is not found.precisions[OTHER]
 
 
 def referring(change):
-    pieces = pieces_of(Form())
+    pieces = pieces_of(GramForm())
     header, content = sent({BLOCK: pieces, OTHER: pieces})
     change(header.precisions[1])
     return header, content
@@ -214,4 +207,4 @@ def test_a_reference_to_no_earlier_matrix_is_refused(change, outcome):
 def test_a_reference_to_a_matrix_in_another_form_is_refused():
     header, content = referring(lambda entry: None)
     with pytest.raises(Refusal, match=r"wrong_shape: other.*as triangle.*not as half"):
-        statistics(content, header, GRAM, {BLOCK: ALIKE, OTHER: encoding(Form(Kind.half))})
+        statistics(content, header, GRAM, {BLOCK: ALIKE, OTHER: encoding(GramForm(GramKind.half))})

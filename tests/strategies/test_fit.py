@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbasin.proto.layer_graph import BatchNorm, LayerGraph
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Ridge
-from fedbasin.strategies.fusion.batchnorm import Norm
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Gram
-from fedbasin.strategies.fusion.update import Order, Update, join
+from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import RECIPES, Target
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.refit import Fit, Head, Probe
@@ -162,8 +162,8 @@ def test_layers_keep_their_dtype(dtype):
 
 
 @settings(deadline=None, max_examples=20)
-@given(order=st.permutations([1, 2, 3, 4]))
-def test_the_order_of_arrival_does_not_show(order):
+@given(layer_graph=st.permutations([1, 2, 3, 4]))
+def test_the_order_of_arrival_does_not_show(layer_graph):
     stage = Fit(model(), fitting(), RIDGE)
     found = fitted(stage, *(answer(seed=10 * s, examples=float(s)) for s in order))
     other = fitted(Fit(model(), fitting(), RIDGE), *(answer(seed=10 * s) for s in (1, 2, 3, 4)))
@@ -273,7 +273,7 @@ STATISTICS = {
 
 @pytest.mark.parametrize(("outcome", "bad"), STATISTICS.values(), ids=STATISTICS)
 def test_running_statistics_that_were_not_asked_for_so_are_refused(outcome, bad):
-    stage = Fit(model(), replace(fitting(), norms=(Norm("bn", 1e-5),)), RIDGE)
+    stage = Fit(model(), replace(fitting(), norms=(BatchNorm("bn", 1e-5),)), RIDGE)
     stage.accept(1, measured())
     with pytest.raises(Refusal) as refused:
         stage.accept(2, bad())
@@ -300,41 +300,47 @@ def test_a_client_with_other_groups_than_those_before_is_refused():
 
 ORDERS = {
     "none": (O.missing_statistic, None),
-    "empty": (O.malformed, Order(())),
-    "an empty level": (O.malformed, Order(((),))),
-    "a tensor that is not there": (O.malformed, Order(((("x",),),))),
-    "a vector": (O.malformed, Order(((("norm",),),))),
-    "a counter": (O.malformed, Order(((("count",),),))),
-    "no tensor at all": (O.malformed, Order((((),),))),
-    "a weight with another's bias": (O.malformed, Order(((("second.weight", "first.bias"),),))),
-    "a layer twice": (O.malformed, Order(((FIRST,), (FIRST,)))),
-    "a head that is not in it": (O.malformed, Order(((FIRST,),), SECOND)),
-    "a norm that is not there": (O.malformed, Order(((FIRST,),), norms=(Norm("first", 1e-5),))),
-    "a norm without eps": (O.malformed, Order(((FIRST,),), norms=(Norm("bn", 0.0),))),
-    "a norm of two sizes": (O.malformed, Order(((FIRST,),), norms=(Norm("odd", 1e-5),))),
+    "empty": (O.malformed, LayerGraph(())),
+    "an empty level": (O.malformed, LayerGraph(((),))),
+    "a tensor that is not there": (O.malformed, LayerGraph(((("x",),),))),
+    "a vector": (O.malformed, LayerGraph(((("norm",),),))),
+    "a counter": (O.malformed, LayerGraph(((("count",),),))),
+    "no tensor at all": (O.malformed, LayerGraph((((),),))),
+    "a weight with another's bias": (
+        O.malformed,
+        LayerGraph(((("second.weight", "first.bias"),),)),
+    ),
+    "a layer twice": (O.malformed, LayerGraph(((FIRST,), (FIRST,)))),
+    "a head that is not in it": (O.malformed, LayerGraph(((FIRST,),), SECOND)),
+    "a norm that is not there": (
+        O.malformed,
+        LayerGraph(((FIRST,),), norms=(BatchNorm("first", 1e-5),)),
+    ),
+    "a norm without eps": (O.malformed, LayerGraph(((FIRST,),), norms=(BatchNorm("bn", 0.0),))),
+    "a norm of two sizes": (O.malformed, LayerGraph(((FIRST,),), norms=(BatchNorm("odd", 1e-5),))),
 }
 
 
-@pytest.mark.parametrize(("outcome", "order"), ORDERS.values(), ids=ORDERS)
-def test_an_order_that_names_no_layers_of_the_model_is_refused(outcome, order):
-    stage = Fuse(model(), RECIPES["features"], Ask(order=True))
+@pytest.mark.parametrize(("outcome", "layer_graph"), ORDERS.values(), ids=ORDERS)
+def test_an_order_that_names_no_layers_of_the_model_is_refused(outcome, layer_graph):
+    stage = Fuse(model(), RECIPES["features"], Ask(layer_graph=True))
     weights = {name: t for name, t in model(9).items() if t.is_floating_point()}
     with pytest.raises(Refusal) as refused:
-        stage.accept(1, Update(weights, 1.0, order=order))
+        stage.accept(1, Update(weights, 1.0, layer_graph=layer_graph))
     assert refused.value.outcome is outcome
-    assert stage.order is None
-    honest = Order(((FIRST,), (SECOND,)), SECOND, (Norm("bn", 1e-5),))
-    stage.accept(2, Update(weights, 1.0, order=honest))
-    assert stage.order == honest
+    assert stage.layer_graph is None
+    honest = LayerGraph(((FIRST,), (SECOND,)), SECOND, (BatchNorm("bn", 1e-5),))
+    stage.accept(2, Update(weights, 1.0, layer_graph=honest))
+    assert stage.layer_graph == honest
     torch.testing.assert_close(stage.finish()["norm"], weights["norm"])
 
 
 def test_the_first_clients_order_counts():
-    stage = Fuse(model(), RECIPES["features"], Ask(order=True))
+    stage = Fuse(model(), RECIPES["features"], Ask(layer_graph=True))
     weights = {name: t for name, t in model(9).items() if t.is_floating_point()}
-    stage.accept(1, Update(weights, 1.0, order=Order(((FIRST,), (SECOND,)))))
-    stage.accept(2, Update(weights, 1.0, order=Order(((SECOND,), (FIRST,)))))
-    assert stage.order == Order(((FIRST,), (SECOND,)))
+    stage.accept(1, Update(weights, 1.0, layer_graph=LayerGraph(((FIRST,), (SECOND,)))))
+    stage.accept(2, Update(weights, 1.0, layer_graph=LayerGraph(((SECOND,), (FIRST,)))))
+    assert stage.layer_graph == LayerGraph(((FIRST,), (SECOND,)))
 
 
 class TestProbe:

@@ -142,7 +142,7 @@ def test_an_answer_to_another_question_is_refused():
 def test_how_an_alignment_went_is_written_down():
     found = match_weights(tiny.symmetry(), tiny.net(0).state_dict(), tiny.net(1).state_dict())
     message = alignment_message(found.report, 1.5)
-    (site,), (sent,) = found.report.sites, message.sites
-    assert (sent.site, sent.moved, sent.gain) == (site.site, site.moved, site.gain)
+    (space,), (sent,) = found.report.spaces, message.spaces
+    assert (sent.space, sent.moved, sent.gain) == (space.space, space.moved, space.gain)
     assert message.distance_before > message.distance_after > 0
     assert (message.sweeps, message.seconds) == (found.report.sweeps, 1.5)

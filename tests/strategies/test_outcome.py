@@ -12,10 +12,11 @@ from prometheus_client import CollectorRegistry
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import GramForm
 from fedbasin.server.observe.telemetry import Telemetry
 from fedbasin.server.run.stage_loop import Budget, Question, run_stage
 from fedbasin.server.run.streaming_grid import StreamingGrid
-from fedbasin.strategies.fusion.compression.formats import Form, decode, encode
+from fedbasin.strategies.fusion.compression.formats import decode, encode
 from fedbasin.strategies.fusion.layers import known_blocks
 from fedbasin.strategies.recipes import RECIPES, Target
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
@@ -112,8 +113,8 @@ def gram(change):
     """The same of a Gram matrix, which travels as a triangle."""
 
     def changed(triangle):
-        square = decode({"values": triangle}, Form(), bias=True)
-        return encode(change(square), Form(), bias=True)["values"]
+        square = decode({"values": triangle}, GramForm(), bias=True)
+        return encode(change(square), GramForm(), bias=True)["values"]
 
     return statistic(changed)
 
@@ -332,7 +333,7 @@ def test_the_table_covers_every_outcome():
 def fit_result(federation, nodes):
     """The second stage of a round, which builds on what clients kept of the first; BAD has lost it."""
     anchor, grid = tiny.net().state_dict(), StreamingGrid(federation.grid(), 0.001)
-    ask, recipe = Ask(keep=True, order=True), RECIPES["features"]
+    ask, recipe = Ask(keep=True, layer_graph=True), RECIPES["features"]
     fuse = Question(lambda: fusing(anchor, recipe, ask, "off"), anchor, 1, ConfigRecord())
     fused = run_stage(grid, fuse, NODES, Budget()).model
     federation.contexts[BAD].state.clear()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.fusion.update import Order
 from fedbasin.strategies.recipes import RECIPES, Recipe, Target
 from fedbasin.strategies.round.refit import Fit, Head, Probe
 from fedbasin.strategies.round.round import Next, UnknownOrderError, round_plan
@@ -17,7 +17,7 @@ from fedbasin.strategies.round.stages import Along, Ask, Fuse
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
 EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)
-ORDER = Order(((EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)), HEAD)
+ORDER = LayerGraph(((EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)), HEAD)
 LEVELS = [(EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)]
 BLOCKS = [(EMBED, Q, K), (OUT, NEXT_Q, NEXT_OUT), (HEAD,)]
 
@@ -33,7 +33,7 @@ class Said:
 
     model: dict[str, Tensor]
     nodes: list[int]
-    order: Order | None = None
+    layer_graph: LayerGraph | None = None
     curve: Path | None = None
 
 
@@ -43,12 +43,12 @@ class Driven:
 
     recipe: Recipe
     grouping: str = "layer"
-    order: Order | None = ORDER
+    layer_graph: LayerGraph | None = ORDER
     curve: Path | None = None
     asked: list[Next] = field(default_factory=list)
 
     def __post_init__(self):
-        fuse = Fuse(model(0.0), self.recipe, Ask(order=True, keep=True))
+        fuse = Fuse(model(0.0), self.recipe, Ask(layer_graph=True, keep=True))
         plan = round_plan(model(0.0), self.recipe, lambda: fuse, self.grouping)
         state, step = model(0.0), next(plan)
         try:
@@ -58,7 +58,7 @@ class Driven:
                 moved = {n: torch.full_like(state[n], -float(len(self.asked))) for b in (fit.blocks if fit else ()) for n in b}  # fmt: skip
                 state = {**state, **moved}
                 nodes = list(range(10 - len(self.asked)))
-                step = plan.send(Said(state, nodes, self.order, self.curve))
+                step = plan.send(Said(state, nodes, self.layer_graph, self.curve))
         except StopIteration as end:
             self.result, self.gain = end.value.model, end.value.gain
 
@@ -117,13 +117,13 @@ def test_a_head_to_labels_comes_last_and_is_fitted_to_nothing_else():
 
 
 def test_a_head_that_stands_beside_other_layers_leaves_their_level():
-    beside = Order(((EMBED,), (OUT, HEAD)), HEAD)
-    fittings = Driven(RECIPES["features-head"], order=beside).fittings
+    beside = LayerGraph(((EMBED,), (OUT, HEAD)), HEAD)
+    fittings = Driven(RECIPES["features-head"], layer_graph=beside).fittings
     assert [fitting.blocks for fitting in fittings] == [(EMBED,), (OUT,), (HEAD,)]
 
 
 def test_names_without_numbers_are_blocks_of_their_own():
-    plain = Order(tuple(((f"{n}.weight",),) for n in ("one", "two", "three")))
+    plain = LayerGraph(tuple(((f"{n}.weight",),) for n in ("one", "two", "three")))
     recipe = RECIPES["features"]
     steps = {f"{n}.weight": torch.zeros(2, 2) for n in ("one", "two", "three")}
     plan = round_plan({}, recipe, lambda: Fuse(steps, recipe, Ask()), "block")
@@ -134,8 +134,8 @@ def test_names_without_numbers_are_blocks_of_their_own():
 
 def blockwise(*names):
     """The names of the layers that a stage fits, for levels of these names."""
-    order = Order(tuple(((name,),) for name in names))
-    said = Said({name: torch.zeros(2, 2) for name in names}, [1], order)
+    layer_graph = LayerGraph(tuple(((name,),) for name in names))
+    said = Said({name: torch.zeros(2, 2) for name in names}, [1], layer_graph)
     plan = round_plan({}, RECIPES["features"], lambda: None, "block")
     next(plan)
     found = []
@@ -144,7 +144,7 @@ def blockwise(*names):
         while True:
             fitting = plan.send(answer).make().ask.fit
             found.append([name for (name,) in fitting.blocks])
-            answer = replace(said, order=None)
+            answer = replace(said, layer_graph=None)
     except StopIteration:
         return found
 
@@ -268,17 +268,17 @@ class TestProbe:
         assert Driven(RECIPES["features-head"]).gain is None
 
 
-@pytest.mark.parametrize("order", [None, Order(())])
+@pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
 @pytest.mark.parametrize("recipe", ["features", "head", "auto"])
-def test_a_model_without_layers_that_fit_is_refused_by_the_recipes_name(recipe, order):
+def test_a_model_without_layers_that_fit_is_refused_by_the_recipes_name(recipe, layer_graph):
     with pytest.raises(
         UnknownOrderError, match=f"recipe {recipe!r} fits .* choose the recipe fedavg"
     ):
-        Driven(RECIPES[recipe], order=order)
+        Driven(RECIPES[recipe], layer_graph=layer_graph)
 
 
 def test_a_recipe_of_a_head_needs_a_model_that_has_one():
     headless = replace(ORDER, head=None)
     with pytest.raises(UnknownOrderError, match="a last linear layer"):
-        Driven(RECIPES["features-head"], order=headless)
-    assert len(Driven(RECIPES["features"], order=headless).asked) == 7
+        Driven(RECIPES["features-head"], layer_graph=headless)
+    assert len(Driven(RECIPES["features"], layer_graph=headless).asked) == 7

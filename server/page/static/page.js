@@ -43,7 +43,7 @@ async function refresh() {
   replaceParts(page);
   replaceChoices(page.getElementById("choose"));
   document.title = page.title;
-  await loadSites();
+  await loadSpaces();
 }
 
 function replaceParts(page) {
@@ -87,7 +87,7 @@ function replaceChoices(fresh) {
   if (moved) follow();
 }
 
-async function loadSites() {
+async function loadSpaces() {
   for (const place of document.querySelectorAll("[data-src]")) {
     const answer = await fetch(place.dataset.src).catch(() => undefined);
     if (!answer?.ok) continue;
@@ -134,4 +134,4 @@ if (form()) {
 }
 setInterval(() => source ?? refresh(), LOOK_FOR_RUNS_MS);
 follow();
-loadSites();
+loadSpaces();

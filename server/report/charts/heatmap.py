@@ -1,4 +1,4 @@
-"""A heat map: one row per site, one column per round, the colour in six levels."""
+"""A heat map: one row per space, one column per round, the colour in six levels."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from fedbasin.server.report.charts.markup import Html, join, tag
 from fedbasin.server.report.charts.text import number
 
 LEVELS = 6
-_NAME = 22  # characters of a site's name that fit
+_NAME = 22  # characters of a space's name that fit
 
 
 def heat_map(

@@ -10,16 +10,10 @@ from itertools import accumulate, pairwise
 from math import inf
 from typing import TypeVar
 
-from fedbasin.strategies.fusion.compression.formats import (
-    Encoding,
-    Form,
-    Kind,
-    MomentKind,
-    layout,
-    moment_layout,
-)
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind, MomentKind
+from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.fusion.compression.formats import layout, moment_layout
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block
 
 # Inputs for each row of a sketch, from the finer one to the coarser.
 _SKETCHES = (16, 32)
@@ -83,11 +77,16 @@ def _steps(
             yield _moment_bytes(layer, kind), replace(now, moment=smaller)
 
 
-def _gram_ladder(layer: Layer, *, sketches: bool) -> list[Form]:
+def _gram_ladder(layer: Layer, *, sketches: bool) -> list[GramForm]:
     """The forms of a Gram matrix, from the best."""
-    rows = [Form(Kind.sketch, max(1, layer.inputs // each)) for each in _SKETCHES * sketches]
-    rounded, parts = [Form(Kind.half), Form(Kind.byte)], [Form(Kind.blocks, _BLOCK)]
-    forms = [Form(), *rounded, *rows, *parts, Form(Kind.diagonal)]
+    rows = [
+        GramForm(GramKind.sketch, max(1, layer.inputs // each)) for each in _SKETCHES * sketches
+    ]
+    rounded, parts = (
+        [GramForm(GramKind.half), GramForm(GramKind.byte)],
+        [GramForm(GramKind.blocks, _BLOCK)],
+    )
+    forms = [GramForm(), *rounded, *rows, *parts, GramForm(GramKind.diagonal)]
     return _descending(forms, [_gram_bytes(layer, form) for form in forms])
 
 
@@ -102,7 +101,7 @@ def _descending(forms: Sequence[T], costs: Sequence[int]) -> list[T]:
     return [form for form, cost, low in zip(forms, costs, least, strict=False) if cost < low]
 
 
-def _gram_bytes(layer: Layer, form: Form) -> int:
+def _gram_bytes(layer: Layer, form: GramForm) -> int:
     pieces = layout(form, layer.inputs, len(layer.block) > 1)
     return layer.groups * sum(piece.nbytes for piece in pieces.values())
 

@@ -10,8 +10,7 @@ error relative to each entry, makes nearly singular matrices indefinite. A sketc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from math import isqrt, prod
 from typing import TypeAlias
 
@@ -19,67 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
+
 # The largest entry of a row of a moment in float16; the most that it could be is 65504.
 _LARGEST = 2.0**15
 
 Pieces: TypeAlias = dict[str, Tensor]
 
 
-class Kind(Enum):
-    """Of a Gram matrix, what is sent."""
-
-    triangle = "the upper triangle: exact"
-    half = "correlations in 16 bits, and exact variances"
-    byte = "correlations in 8 bits, and exact variances"
-    sketch = "a few directions, and what they leave of the variances"
-    blocks = "covariances of inputs that stand together"
-    diagonal = "variances"
-
-
 # Correlations in fixed point, the largest number standing for one.
-_FIXED = {Kind.half: torch.int16, Kind.byte: torch.int8}
-
-
-class MomentKind(Enum):
-    """How a moment is sent."""
-
-    float32 = "every entry in 32 bits"
-    float16 = "every entry in 16 bits, and a scale for each row"
-    byte = "every entry in 8 bits, and a scale for each row and each column"
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a Gram matrix is sent.
-
-    Attributes:
-        kind: what of it.
-        size: rows of a sketch, or inputs in a block; 0 for the others.
-    """
-
-    kind: Kind = Kind.triangle
-    size: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.kind.name}({self.size})" if self.size else self.kind.name
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How one layer's statistics are sent.
-
-    Attributes:
-        gram: its Gram matrix.
-        moment: its moment, where it is fitted.
-        inputs: numbers in a row of it, a one for the bias included; 0 where only the client knows, which a
-            triangle then tells.
-        groups: Gram matrices, one for each group of a convolution.
-    """
-
-    gram: Form = field(default_factory=Form)
-    moment: MomentKind = MomentKind.float32
-    inputs: int = 0
-    groups: int = 1
+_FIXED = {GramKind.half: torch.int16, GramKind.byte: torch.int8}
 
 
 @dataclass(frozen=True)
@@ -99,7 +47,7 @@ class IndefiniteError(ValueError):
     """What was sent is of no positive semi-definite matrix."""
 
 
-def layout(form: Form, inputs: int, bias: bool) -> dict[str, Piece]:
+def layout(form: GramForm, inputs: int, bias: bool) -> dict[str, Piece]:
     """The tensors that a form sends, in their order, `values` first.
 
     Args:
@@ -111,12 +59,12 @@ def layout(form: Form, inputs: int, bias: bool) -> dict[str, Piece]:
     values, root = Piece(torch.float32, (_kept(form, own),)), Piece(torch.float32, (own,))
     mean = {"mean": Piece(torch.float32, (inputs,))} if bias else {}
     match form.kind:
-        case Kind.triangle:
+        case GramKind.triangle:
             return {"values": Piece(torch.float32, (inputs * (inputs + 1) // 2,))}
-        case Kind.half | Kind.byte:
+        case GramKind.half | GramKind.byte:
             pairs = Piece(_FIXED[form.kind], (own * (own - 1) // 2,))
             return {"values": pairs, "root": root} | mean
-        case Kind.sketch:
+        case GramKind.sketch:
             rows = Piece(torch.float32, (form.size, own))
             return {"values": rows, "spread": root} | mean
         case _:
@@ -136,17 +84,17 @@ def moment_layout(kind: MomentKind, outputs: int, inputs: int) -> dict[str, Piec
             return {"values": Piece(torch.int8, shape), "scale": scale, "columns": columns}
 
 
-def encode(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Pieces:
+def encode(gram: Float[Tensor, "*groups n n"], form: GramForm, bias: bool) -> Pieces:
     """What a form keeps of a Gram matrix.
 
     Raises:
         ValueError: the form is a sketch, which is made of rows and not of their Gram matrix.
     """
-    if form.kind is Kind.sketch:
+    if form.kind is GramKind.sketch:
         raise ValueError(
             "a sketch is made of rows; use fedbasin.strategies.fusion.compression.sketch"
         )
-    if form.kind is Kind.triangle:
+    if form.kind is GramKind.triangle:
         return {"values": _upper(gram).float()}
     scatter = _scatter(gram) if bias else gram
     mean = {"mean": gram[..., -1].float()} if bias else {}
@@ -156,7 +104,9 @@ def encode(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Pieces
     return {"values": scatter[..., where[0], where[1]].float()} | mean
 
 
-def decode(pieces: Mapping[str, Tensor], form: Form, bias: bool) -> Float[Tensor, "*groups n n"]:
+def decode(
+    pieces: Mapping[str, Tensor], form: GramForm, bias: bool
+) -> Float[Tensor, "*groups n n"]:
     """The matrix that the pieces stand for, in double.
 
     Raises:
@@ -164,11 +114,11 @@ def decode(pieces: Mapping[str, Tensor], form: Form, bias: bool) -> Float[Tensor
     """
     values = pieces["values"]
     match form.kind:
-        case Kind.triangle:
+        case GramKind.triangle:
             return _symmetric(values.double())
-        case Kind.half | Kind.byte:
+        case GramKind.half | GramKind.byte:
             scatter = _from_correlations(values, pieces["root"].double())
-        case Kind.sketch:
+        case GramKind.sketch:
             rows = values.double()
             scatter = rows.mT @ rows + torch.diag_embed(pieces["spread"].double())
         case _:
@@ -177,7 +127,7 @@ def decode(pieces: Mapping[str, Tensor], form: Form, bias: bool) -> Float[Tensor
     return _with_mean(scatter, pieces["mean"].double()) if bias else scatter
 
 
-def dominating(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Tensor:
+def dominating(gram: Float[Tensor, "*groups n n"], form: GramForm, bias: bool) -> Tensor:
     """The Gram matrix with a diagonal raised so far that what the form keeps of it is no less than the matrix.
 
     A fit to residuals divides by what is known of the inputs. What is left out must not make steps too long:
@@ -188,7 +138,7 @@ def dominating(gram: Float[Tensor, "*groups n n"], form: Form, bias: bool) -> Te
     scatter = _scatter(gram) if bias else gram
     if form.kind in _FIXED:
         rise = _noise(form, scatter.shape[-1]) * scatter.diagonal(dim1=-2, dim2=-1)
-    elif form.kind in {Kind.blocks, Kind.diagonal}:
+    elif form.kind in {GramKind.blocks, GramKind.diagonal}:
         rise = _outside(scatter, form)
     else:
         return gram
@@ -286,12 +236,12 @@ def _lifted(correlations: Tensor, lift: Tensor) -> Tensor:
     return correlations + torch.diag_embed(lift.unsqueeze(-1).expand(correlations.shape[:-1]))
 
 
-def _noise(form: Form, size: int) -> float:
+def _noise(form: GramForm, size: int) -> float:
     """The largest eigenvalue of what rounding changes in correlations; one is off by up to half a unit."""
     return float(2 * (size / 3) ** 0.5 * 0.5 / torch.iinfo(_FIXED[form.kind]).max)
 
 
-def _outside(scatter: Tensor, form: Form) -> Tensor:
+def _outside(scatter: Tensor, form: GramForm) -> Tensor:
     """What the covariances outside the blocks can add up to, for each input."""
     root = scatter.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     block = torch.arange(scatter.shape[-1]) // _edge(form, scatter.shape[-1])
@@ -299,32 +249,32 @@ def _outside(scatter: Tensor, form: Form) -> Tensor:
     return root * (outside / root.where(root > 0, 1.0).unsqueeze(-2)).sum(-1)
 
 
-def _edge(form: Form, size: int) -> int:
-    return {Kind.triangle: size, Kind.diagonal: 1}.get(form.kind, form.size)
+def _edge(form: GramForm, size: int) -> int:
+    return {GramKind.triangle: size, GramKind.diagonal: 1}.get(form.kind, form.size)
 
 
-def _kept(form: Form, size: int) -> int:
+def _kept(form: GramForm, size: int) -> int:
     """How many entries of the upper triangle stand in the blocks."""
     edge = min(_edge(form, size), size) or 1
     whole, rest = divmod(size, edge)
     return (whole * edge * (edge + 1) + rest * (rest + 1)) // 2
 
 
-def _size_of_blocks(values: Tensor, form: Form) -> int:
+def _size_of_blocks(values: Tensor, form: GramForm) -> int:
     """The size of the matrix that has so many entries in its blocks."""
     edge = _edge(form, 1)
     whole, rest = divmod(values.shape[-1], edge * (edge + 1) // 2)
     return whole * edge + side(rest)
 
 
-def _within(size: int, form: Form) -> Tensor:
+def _within(size: int, form: GramForm) -> Tensor:
     """Rows and columns of the entries of the upper triangle that stand in the blocks."""
     rows, columns = torch.triu_indices(size, size)
     edge = _edge(form, size) or 1
     return torch.stack([rows, columns])[:, rows // edge == columns // edge]
 
 
-def _from_blocks(values: Tensor, size: int, form: Form) -> Tensor:
+def _from_blocks(values: Tensor, size: int, form: GramForm) -> Tensor:
     rows, columns = _within(size, form)
     full = values.new_zeros(*values.shape[:-1], size, size)
     full[..., rows, columns] = full[..., columns, rows] = values
@@ -337,4 +287,4 @@ def _upper(gram: Tensor) -> Tensor:
 
 
 def _symmetric(values: Tensor) -> Tensor:
-    return _from_blocks(values, side(values.shape[-1]), Form())
+    return _from_blocks(values, side(values.shape[-1]), GramForm())

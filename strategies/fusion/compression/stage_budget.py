@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Sequence
 
+from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.compression.budget import choose
-from fedbasin.strategies.fusion.compression.formats import Encoding
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.recipes import Recipe, Statistic
 
 

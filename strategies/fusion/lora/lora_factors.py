@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fedbasin.strategies.fusion.compression.formats import Encoding, Form, Kind
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.lora.lowrank import LowRank
-from fedbasin.strategies.fusion.update import Block
 from fedbasin.strategies.tensors.state import State
 
 _DOWN = re.compile(r".+\.lora_(embedding_A(\.[^.]+)?|A(\.[^.]+)?\.weight)")
@@ -119,7 +119,7 @@ def sketched(state: State) -> dict[Block, Encoding]:
     So what is sent beside an adapter takes one row more than its A. Raises as `find_adapters`.
     """
     return {
-        layer.block: Encoding(Form(Kind.sketch, layer.outputs), inputs=layer.inputs)
+        layer.block: Encoding(GramForm(GramKind.sketch, layer.outputs), inputs=layer.inputs)
         for layer in adapted_layers(state)
         if 2 * (layer.outputs + 1) < layer.inputs + 1
     }

@@ -5,7 +5,7 @@
 
 The mean of factors is no mean of products: B and A are known up to `B M^-1`, `M A`. The product is a weight like any
 other, and fused like one; then it is split again, at the rank of the global model. Everything else in the state is
-averaged, as `Tally` does.
+averaged, as `Accumulator` does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.accumulator import Ridge, Tally
+from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.lora.lora_factors import Adapter, find_adapters
 from fedbasin.strategies.fusion.lora.lowrank import LowRank
 from fedbasin.strategies.fusion.precisions import Precision, added, common
-from fedbasin.strategies.fusion.update import Block, Update
+from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tensors.state import State
 
 # Ranks of the sum, in multiples of the adapter's own.
@@ -27,8 +28,8 @@ _WIDTH = 4
 
 
 @dataclass(eq=False)
-class ProductTally:
-    """The sums over the clients so far; as `Tally`, and mutable as that one.
+class ProductAccumulator:
+    """The sums over the clients so far; as `Accumulator`, and mutable as that one.
 
     Laws: `merge` is associative and commutative, with `zero` neutral, up to rounding and to `dropped`, which is nothing
     for up to eight clients and for layers no larger than four times the rank; clients with the same product give that
@@ -42,14 +43,14 @@ class ProductTally:
         blocks: for each block of such a matrix its sum, and the left factor of the moment.
     """
 
-    rest: Tally
+    rest: Accumulator
     widths: dict[Adapter, int]
     products: dict[Adapter, LowRank]
     moments: dict[Adapter, LowRank] = field(default_factory=dict)
     blocks: dict[Block, tuple[Precision, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "ProductTally":
+    def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "ProductAccumulator":
         """The empty sum.
 
         Raises:
@@ -60,7 +61,7 @@ class ProductTally:
         rest = {name: tensor for name, tensor in anchor.items() if name not in factors}
         nothing = {a: LowRank.zero(len(anchor[a.up]), anchor[a.down].shape[1]) for a in adapters}
         widths = {adapter: _WIDTH * len(anchor[adapter.down]) for adapter in adapters}
-        return cls(Tally.zero(rest, dtype), widths, nothing)
+        return cls(Accumulator.zero(rest, dtype), widths, nothing)
 
     @property
     def clients(self) -> int:
@@ -73,7 +74,7 @@ class ProductTally:
         lost = max(product.dropped for product in self.products.values())
         return lost / self.rest.examples if lost else 0.0
 
-    def fold(self, update: Update) -> None:
+    def add(self, update: Update) -> None:
         """Add one client, in place; the update is not kept."""
         for adapter, total in self.products.items():
             product = adapter.product(update.parameters).scaled(update.examples)
@@ -81,10 +82,10 @@ class ProductTally:
         sent = {adapter: update.precisions.get((adapter.down,)) for adapter in self.products}
         known = {adapter: gram for adapter, gram in sent.items() if gram is not None}
         self._add(known, partial(_moment, update))
-        self.rest.fold(replace(update, precisions={}, moments={}))
+        self.rest.add(replace(update, precisions={}, moments={}))
 
-    def merge(self, other: "ProductTally") -> None:
-        """Add another tally's clients, in place."""
+    def merge(self, other: "ProductAccumulator") -> None:
+        """Add another accumulator's clients, in place."""
         for adapter, product in other.products.items():
             total = self.products[adapter]
             self.products[adapter] = total.plus(product, self.widths[adapter])

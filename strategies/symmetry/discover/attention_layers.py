@@ -25,9 +25,9 @@ from fedbasin.strategies.symmetry.discover.operations import (
     elementwise,
     shape,
 )
-from fedbasin.strategies.symmetry.discover.units import Space
+from fedbasin.strategies.symmetry.discover.units import Units
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site
+from fedbasin.strategies.symmetry.symmetry import Axis, Space
 from fedbasin.strategies.symmetry.translation import Output, Shift
 
 
@@ -37,7 +37,7 @@ def _attention(walk: Walk, node: fx.Node, module: nn.MultiheadAttention) -> Feat
     written = _attended(walk, str(node.target), module, *spaces)
     if not _arguments(node, module).get("average_attn_weights", True):
         # Weights head by head show the order of the heads.
-        walk.spaces.bind(f"{node.target}.out_proj.weight", 1, walk.fixed)
+        walk.table.bind(f"{node.target}.out_proj.weight", 1, walk.fixed)
     return _feature(written, sources[0])
 
 
@@ -103,70 +103,70 @@ def _sources(walk: Walk, node: fx.Node, module: nn.Module, *names: str) -> list[
     found = [given[name] for name in names]
     for other in node.all_input_nodes:
         if other in walk.features and other not in found:
-            walk.features[other].space.fix()
+            walk.features[other].units.fix()
     return found
 
 
-def _read(walk: Walk, value: fx.Node) -> Space:
+def _read(walk: Walk, value: fx.Node) -> Units:
     """The space on the last axis of a value."""
     feature = walk.features.get(value)
     if feature is None:
         return walk.fixed
     if feature.axis != len(shape(value) or ()) - 1:
-        feature.space.fix()
+        feature.units.fix()
         return walk.fixed
-    return feature.space
+    return feature.units
 
 
-def _feature(space: Space, like: fx.Node) -> Feature:
-    return Feature(space, len(shape(like) or ()) - 1)
+def _feature(units: Units, like: fx.Node) -> Feature:
+    return Feature(units, len(shape(like) or ()) - 1)
 
 
-def _encoders(walk: Walk, name: str, stack: nn.TransformerEncoder, stream: Space) -> Space:
+def _encoders(walk: Walk, name: str, stack: nn.TransformerEncoder, stream: Units) -> Units:
     for number, layer in enumerate(stack.layers):
         stream = _encoded(walk, f"{name}.layers.{number}", layer, stream)
     return _last_normed(walk, name, stack, stream)
 
 
 def _decoders(
-    walk: Walk, name: str, stack: nn.TransformerDecoder, stream: Space, memory: Space
-) -> Space:
+    walk: Walk, name: str, stack: nn.TransformerDecoder, stream: Units, memory: Units
+) -> Units:
     for number, layer in enumerate(stack.layers):
         stream = _decoded(walk, f"{name}.layers.{number}", layer, stream, memory)
     return _last_normed(walk, name, stack, stream)
 
 
-def _last_normed(walk: Walk, name: str, stack: Any, stream: Space) -> Space:
+def _last_normed(walk: Walk, name: str, stack: Any, stream: Units) -> Units:
     if stack.norm is not None:
         _bind(walk, f"{name}.norm", 0, stream)
     return stream
 
 
-def _encoded(walk: Walk, name: str, layer: Any, stream: Space) -> Space:
+def _encoded(walk: Walk, name: str, layer: Any, stream: Units) -> Units:
     found = _attended(walk, f"{name}.self_attn", layer.self_attn, stream, stream, stream)
-    return _finished(walk, name, layer, walk.spaces.join(stream, found), norms=2)
+    return _finished(walk, name, layer, walk.table.join(stream, found), norms=2)
 
 
-def _decoded(walk: Walk, name: str, layer: Any, stream: Space, memory: Space) -> Space:
+def _decoded(walk: Walk, name: str, layer: Any, stream: Units, memory: Units) -> Units:
     found = _attended(walk, f"{name}.self_attn", layer.self_attn, stream, stream, stream)
-    stream = walk.spaces.join(stream, found)
+    stream = walk.table.join(stream, found)
     across = layer.multihead_attn
     found = _attended(walk, f"{name}.multihead_attn", across, stream, memory, memory)
-    return _finished(walk, name, layer, walk.spaces.join(stream, found), norms=3)
+    return _finished(walk, name, layer, walk.table.join(stream, found), norms=3)
 
 
-def _finished(walk: Walk, name: str, layer: Any, stream: Space, *, norms: int) -> Space:
+def _finished(walk: Walk, name: str, layer: Any, stream: Units, *, norms: int) -> Units:
     """The norms of a layer and its two Linears."""
     for number in range(norms):
         _bind(walk, f"{name}.norm{number + 1}", 0, stream)
     up, down = f"{name}.linear1", f"{name}.linear2"
-    units = walk.spaces.new(up, layer.linear1.out_features)
-    _bind(walk, up, 0, units)
-    walk.spaces.bind(f"{up}.weight", 1, stream)
-    walk.spaces.bind(f"{down}.weight", 1, units)
+    hidden = walk.table.new(up, layer.linear1.out_features)
+    _bind(walk, up, 0, hidden)
+    walk.table.bind(f"{up}.weight", 1, stream)
+    walk.table.bind(f"{down}.weight", 1, hidden)
     _bind(walk, down, 0, stream)
     if not _is_elementwise(layer.activation):
-        units.fix()
+        hidden.fix()
     return stream
 
 
@@ -176,26 +176,26 @@ def _is_elementwise(activation: Callable[..., Any]) -> bool:
     return FUNCTIONS.get(activation) is elementwise
 
 
-def _bind(walk: Walk, layer: str, axis: int, space: Space) -> None:
+def _bind(walk: Walk, layer: str, axis: int, units: Units) -> None:
     """Weight and, if there is one, bias of a layer that writes or scales the space."""
     for parameter in (f"{layer}.weight", f"{layer}.bias"):
-        if parameter in walk.spaces.aliases:
-            walk.spaces.bind(parameter, axis, space)
+        if parameter in walk.table.aliases:
+            walk.table.bind(parameter, axis, units)
 
 
 def _attended(
-    walk: Walk, name: str, module: nn.MultiheadAttention, query: Space, key: Space, value: Space
-) -> Space:
+    walk: Walk, name: str, module: nn.MultiheadAttention, query: Units, key: Units, value: Units
+) -> Units:
     """Read queries, keys and values; the space that the output projection writes."""
     parts = _Parts(name, module)
     for (weight, _), read in zip(parts.projections, (query, key, value), strict=True):
-        walk.spaces.bind(weight, 1, read)
-    written = walk.spaces.new(f"{name}.out_proj", module.embed_dim)
+        walk.table.bind(weight, 1, read)
+    written = walk.table.new(f"{name}.out_proj", module.embed_dim)
     _bind(walk, f"{name}.out_proj", 0, written)
-    if (f"{name}.out_proj.weight", 1) not in walk.spaces.bound:
-        heads = walk.spaces.occupied(parts.site(), tuple(parts.shifts()))
-        for member in parts.members():
-            walk.spaces.bind(member.tensor, member.axis, heads)
+    if (f"{name}.out_proj.weight", 1) not in walk.table.bound:
+        heads = walk.table.occupied(parts.space(), tuple(parts.shifts()))
+        for axis in parts.axes():
+            walk.table.bind(axis.tensor, axis.dim, heads)
     return written
 
 
@@ -218,22 +218,22 @@ class _Parts:
         """Whether there are keys beside those that are projected."""
         return self.module.bias_k is not None or self.module.add_zero_attn
 
-    def site(self) -> Site:
+    def space(self) -> Space:
         size, count = self.module.head_dim, self.module.num_heads
         group = Wreath((Orthogonal(size), Orthogonal(size)), count)
-        return Site(f"{self.name}.heads", group, tuple(self.members()))
+        return Space(f"{self.name}.heads", group, tuple(self.axes()))
 
-    def members(self) -> Iterator[Member]:
-        for (weight, part), leg in zip(self.projections, (0, 0, 1), strict=True):
-            yield Member(weight, 0, part, leg)
+    def axes(self) -> Iterator[Axis]:
+        for (weight, part), role in zip(self.projections, (0, 0, 1), strict=True):
+            yield Axis(weight, 0, part, role)
         if self.module.in_proj_bias is not None:
             for number, third in enumerate(self._thirds):
                 scored = number != 1 or self.adds_keys
-                yield Member(f"{self.name}.in_proj_bias", 0, third, number // 2, scored)
+                yield Axis(f"{self.name}.in_proj_bias", 0, third, number // 2, scored)
         if self.module.bias_k is not None:
-            yield Member(f"{self.name}.bias_k", 2)
-            yield Member(f"{self.name}.bias_v", 2, leg=1)
-        yield Member(f"{self.name}.out_proj.weight", 1, leg=1)
+            yield Axis(f"{self.name}.bias_k", 2)
+            yield Axis(f"{self.name}.bias_v", 2, role=1)
+        yield Axis(f"{self.name}.out_proj.weight", 1, role=1)
 
     def shifts(self) -> Iterator[Shift]:
         if self.module.in_proj_bias is not None and not self.adds_keys:

@@ -1,4 +1,4 @@
-"""Permutation sites of a model that torch.fx cannot follow, read from what torch.export makes of it.
+"""Permutation spaces of a model that torch.fx cannot follow, read from what torch.export makes of it.
 
 An exported program is a list of ATen operators on tensors, without modules and without Python: whatever the forward pass
 decides by shapes has been decided as the example's shapes have it, so a symmetry that is read here is one for inputs
@@ -28,12 +28,12 @@ from fedbasin.strategies.symmetry.discover.operations import (
     shape,
     viewed,
 )
-from fedbasin.strategies.symmetry.discover.units import Space, Spaces, aliases
+from fedbasin.strategies.symmetry.discover.units import Units, UnitTable, aliases
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 
 
 def trace_exported(model: nn.Module, *example_inputs: Tensor) -> Symmetry:
-    """The permutation sites of a model, as `trace` gives them, for inputs of the example's shapes.
+    """The permutation spaces of a model, as `trace` gives them, for inputs of the example's shapes.
 
     Args:
         model: any module that torch.export can export. It is left as it was.
@@ -42,10 +42,10 @@ def trace_exported(model: nn.Module, *example_inputs: Tensor) -> Symmetry:
     Raises:
         SymmetryError: the model cannot be exported, as one that decides by data.
     """
-    walk = Walk(model, Spaces(aliases(model)))
+    walk = Walk(model, UnitTable(aliases(model)))
     for training in (False, True):
         _Program(walk, _exported(model, example_inputs, training=training)).follow()
-    return Symmetry(tuple(walk.spaces.sites()))
+    return Symmetry(tuple(walk.table.spaces()))
 
 
 def _exported(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> ExportedProgram:
@@ -96,10 +96,10 @@ class _Program:
         long = [axis for axis, length in enumerate(shape(node) or ()) if length > 1]
         if name is None or not long or all(_is_own(node, user) for user in node.users):
             return None
-        space = self.walk.spaces.new(name, (shape(node) or ())[long[-1]])
+        units = self.walk.table.new(name, (shape(node) or ())[long[-1]])
         for axis in range(len(shape(node) or ())):
-            self.walk.spaces.bind(name, axis, space if axis == long[-1] else self.walk.fixed)
-        return Feature(space, long[-1])
+            self.walk.table.bind(name, axis, units if axis == long[-1] else self.walk.fixed)
+        return Feature(units, long[-1])
 
     def name(self, node: Any) -> str | None:
         """The name of a parameter or buffer that can be followed."""
@@ -108,7 +108,7 @@ class _Program:
         signature = self.program.graph_signature
         known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         found = known.get(node.name)
-        return found if found in self.walk.spaces.aliases else None
+        return found if found in self.walk.table.aliases else None
 
     def names(self, node: fx.Node, places: Iterable[int]) -> list[str] | None:
         """The parameters among an operator's arguments; None if one of them is computed."""
@@ -116,12 +116,12 @@ class _Program:
         found = [self.name(argument) for argument in given if argument is not None]
         return None if None in found else [name for name in found if name is not None]
 
-    def bind(self, names: Iterable[str], axis: int, space: Space) -> None:
+    def bind(self, names: Iterable[str], axis: int, units: Units) -> None:
         for name in names:
-            self.walk.spaces.bind(name, axis, space)
+            self.walk.table.bind(name, axis, units)
 
-    def written(self, weight: str, width: int) -> Space:
-        return self.walk.spaces.new(weight.rpartition(".")[0] or weight, width)
+    def written(self, weight: str, width: int) -> Units:
+        return self.walk.table.new(weight.rpartition(".")[0] or weight, width)
 
 
 def _linear(program: _Program, node: fx.Node) -> Feature | None:
@@ -130,9 +130,9 @@ def _linear(program: _Program, node: fx.Node) -> Feature | None:
         return program.walk.leave(node)
     last = len(shape(node) or ()) - 1
     program.bind(names[:1], 1, program.walk.read(node, last))
-    space = program.written(names[0], (shape(node) or ())[last])
-    program.bind(names, 0, space)
-    return Feature(space, last)
+    units = program.written(names[0], (shape(node) or ())[last])
+    program.bind(names, 0, units)
+    return Feature(units, last)
 
 
 def _convolution(program: _Program, node: fx.Node) -> Feature | None:
@@ -144,18 +144,18 @@ def _convolution(program: _Program, node: fx.Node) -> Feature | None:
     read = program.walk.read(node, channels)
     if groups == 1:
         program.bind(names[:1], 1, read)
-        space = program.written(names[0], len(weight))
-        program.bind(names, 0, space)
-        return Feature(space, channels)
+        units = program.written(names[0], len(weight))
+        program.bind(names, 0, units)
+        return Feature(units, channels)
     program.bind(names[:1], 1, program.walk.fixed)
     if read is not program.walk.fixed:
         read.whole(int(str(groups)))
     return _scaled(program, names, read, channels)
 
 
-def _scaled(program: _Program, names: list[str], space: Space, axis: int) -> Feature | None:
-    program.bind(names, 0, space)
-    return None if space is program.walk.fixed else Feature(space, axis)
+def _scaled(program: _Program, names: list[str], units: Units, axis: int) -> Feature | None:
+    program.bind(names, 0, units)
+    return None if units is program.walk.fixed else Feature(units, axis)
 
 
 def _batch_norm(program: _Program, node: fx.Node) -> Feature | None:
@@ -173,7 +173,7 @@ def _layer_norm(program: _Program, node: fx.Node) -> Feature | None:
     first = len(shape(node) or ()) - len(lengths)
     for axis in range(len(lengths)):
         ours = feature is not None and feature.axis == first + axis
-        program.bind(names, axis, feature.space if feature and ours else program.walk.fixed)
+        program.bind(names, axis, feature.units if feature and ours else program.walk.fixed)
     return feature
 
 
@@ -183,9 +183,9 @@ def _embedding(program: _Program, node: fx.Node) -> Feature | None:
         return program.walk.leave(node)
     program.bind(names, 0, program.walk.fixed)
     last = len(shape(node) or ()) - 1
-    space = program.written(names[0], (shape(node) or ())[last])
-    program.bind(names, 1, space)
-    return Feature(space, last)
+    units = program.written(names[0], (shape(node) or ())[last])
+    program.bind(names, 1, units)
+    return Feature(units, last)
 
 
 _LAYERS = {

@@ -17,14 +17,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fedbasin.strategies.symmetry.discover.units import Space, Spaces
+from fedbasin.strategies.symmetry.discover.units import Units, UnitTable
 
 
 @dataclass(frozen=True)
 class Feature:
     """An axis of a value that carries the units of a space."""
 
-    space: Space
+    units: Units
     axis: int
 
 
@@ -33,9 +33,9 @@ class Walk:
     """A model as far as it has been followed."""
 
     model: nn.Module
-    spaces: Spaces
+    table: UnitTable
     features: dict[fx.Node, Feature] = field(default_factory=dict)
-    fixed: Space = field(default_factory=lambda: Space("", 0, fixed=True))
+    fixed: Units = field(default_factory=lambda: Units("", 0, fixed=True))
 
     def of(self, node: fx.Node) -> list[Feature]:
         """The features among the inputs of an operation."""
@@ -44,31 +44,31 @@ class Walk:
     def leave(self, node: fx.Node) -> Feature | None:
         """Fix what goes into an operation; the result has no feature."""
         for feature in self.of(node):
-            feature.space.fix()
+            feature.units.fix()
         return None
 
-    def read(self, node: fx.Node, axis: int) -> Space:
+    def read(self, node: fx.Node, axis: int) -> Units:
         """The space that an operation meets on an axis of its first input."""
         feature = self.features.get(_source(node))
         if feature is None:
             return self.fixed
         if feature.axis != axis:
-            feature.space.fix()
+            feature.units.fix()
             return self.fixed
-        return feature.space
+        return feature.units
 
-    def bind(self, node: fx.Node, names: Iterable[str], axis: int, space: Space) -> None:
+    def bind(self, node: fx.Node, names: Iterable[str], axis: int, units: Units) -> None:
         """Bind an axis of those parameters that the called module has."""
         module = self.model.get_submodule(str(node.target))
         for name in names:
             if getattr(module, name, None) is not None:
-                self.spaces.bind(f"{node.target}.{name}", axis, space)
+                self.table.bind(f"{node.target}.{name}", axis, units)
 
-    def write(self, node: fx.Node, width: int, axis: int) -> Space:
+    def write(self, node: fx.Node, width: int, axis: int) -> Units:
         """The space of the units that a module writes with an axis of its weight."""
-        space = self.spaces.new(str(node.target), width)
-        self.bind(node, ("weight",), axis, space)
-        return space
+        units = self.table.new(str(node.target), width)
+        self.bind(node, ("weight",), axis, units)
+        return units
 
 
 ModuleRule = Callable[[Walk, fx.Node, Any], Feature | None]
@@ -98,30 +98,30 @@ def _source(node: fx.Node) -> fx.Node:
 def _linear(walk: Walk, node: fx.Node, module: nn.Linear) -> Feature:
     last = _dims(node) - 1
     walk.bind(node, ("weight",), 1, walk.read(node, last))
-    space = walk.write(node, module.out_features, 0)
-    walk.bind(node, ("bias",), 0, space)
-    return Feature(space, last)
+    units = walk.write(node, module.out_features, 0)
+    walk.bind(node, ("bias",), 0, units)
+    return Feature(units, last)
 
 
 def _convolution(walk: Walk, node: fx.Node, module: nn.Conv2d) -> Feature | None:
     channels = _dims(node) - module.weight.dim() + 1
     if module.groups == 1:
         walk.bind(node, ("weight",), 1, walk.read(node, channels))
-        space = walk.write(node, module.out_channels, 0)
-        walk.bind(node, ("bias",), 0, space)
-        return Feature(space, channels)
+        units = walk.write(node, module.out_channels, 0)
+        walk.bind(node, ("bias",), 0, units)
+        return Feature(units, channels)
     # Outputs belong to their group of inputs: groups move as wholes, a channel each if it is depthwise.
     walk.bind(node, ("weight",), 1, walk.fixed)
-    space = walk.read(node, channels)
-    if space is not walk.fixed:
-        space.whole(module.groups)
+    units = walk.read(node, channels)
+    if units is not walk.fixed:
+        units.whole(module.groups)
     return _scale(walk, node, channels, ("weight", "bias"))
 
 
 def _scale(walk: Walk, node: fx.Node, axis: int, names: Iterable[str]) -> Feature | None:
-    space = walk.read(node, axis)
-    walk.bind(node, names, 0, space)
-    return None if space is walk.fixed else Feature(space, axis)
+    units = walk.read(node, axis)
+    walk.bind(node, names, 0, units)
+    return None if units is walk.fixed else Feature(units, axis)
 
 
 def _batch_norm(walk: Walk, node: fx.Node, module: nn.BatchNorm2d) -> Feature | None:  # noqa: ARG001
@@ -129,12 +129,12 @@ def _batch_norm(walk: Walk, node: fx.Node, module: nn.BatchNorm2d) -> Feature | 
 
 
 def _group_norm(walk: Walk, node: fx.Node, module: nn.GroupNorm) -> Feature | None:
-    space = walk.read(node, 1)
+    units = walk.read(node, 1)
     if 1 < module.num_groups < module.num_channels:
-        if space.width == module.num_channels:
-            space.grouped(module.num_groups)
+        if units.width == module.num_channels:
+            units.grouped(module.num_groups)
         else:
-            space.fix()
+            units.fix()
     return _scale(walk, node, 1, ("weight", "bias"))
 
 
@@ -143,8 +143,8 @@ def _layer_norm(walk: Walk, node: fx.Node, module: nn.LayerNorm | nn.RMSNorm) ->
     first = _dims(node) - len(module.normalized_shape)
     for axis in range(len(module.normalized_shape)):
         ours = feature is not None and feature.axis == first + axis
-        space = feature.space if feature is not None and ours else walk.fixed
-        walk.bind(node, ("weight", "bias"), axis, space)
+        units = feature.units if feature is not None and ours else walk.fixed
+        walk.bind(node, ("weight", "bias"), axis, units)
     return feature
 
 
@@ -178,8 +178,8 @@ def elementwise(walk: Walk, node: fx.Node) -> Feature | None:
     axis = _dims(node) + min(places)
     if len(places) > 1 or not all(_fits(walk, n, node, axis) for n in values):
         return walk.leave(node)
-    spaces = [walk.features[n].space for n in featured]
-    return Feature(reduce(walk.spaces.join, spaces), axis)
+    spaces = [walk.features[n].units for n in featured]
+    return Feature(reduce(walk.table.join, spaces), axis)
 
 
 def _fits(walk: Walk, value: fx.Node, node: fx.Node, axis: int) -> bool:
@@ -195,8 +195,8 @@ def reshaped(walk: Walk, node: fx.Node) -> Feature | None:
     before = math.prod(_shape(_source(node))[: feature.axis])
     for axis, length in enumerate(_shape(node)):
         begins = math.prod(_shape(node)[:axis]) == before
-        if begins and length and length % feature.space.width == 0:
-            return Feature(feature.space, axis)
+        if begins and length and length % feature.units.width == 0:
+            return Feature(feature.units, axis)
     return walk.leave(node)
 
 
@@ -213,7 +213,7 @@ def viewed(walk: Walk, node: fx.Node) -> Feature | None:
         for i, pair in enumerate(zip(result.shape, result.stride(), strict=True))
         if pair == wanted
     ]
-    return Feature(feature.space, found[0]) if len(found) == 1 else walk.leave(node)
+    return Feature(feature.units, found[0]) if len(found) == 1 else walk.leave(node)
 
 
 def expanded(walk: Walk, node: fx.Node) -> Feature | None:
@@ -221,7 +221,7 @@ def expanded(walk: Walk, node: fx.Node) -> Feature | None:
     source, feature = _source(node), walk.features[_source(node)]
     axis = feature.axis - _dims(source) + _dims(node)
     same = _shape(source)[feature.axis] == _shape(node)[axis]
-    return Feature(feature.space, axis) if same else walk.leave(node)
+    return Feature(feature.units, axis) if same else walk.leave(node)
 
 
 def concatenated(walk: Walk, node: fx.Node) -> Feature | None:
@@ -231,8 +231,8 @@ def concatenated(walk: Walk, node: fx.Node) -> Feature | None:
     axes = {walk.features[n].axis if n in walk.features else -1 for n in values}
     if len(axes) > 1 or not isinstance(axis, int) or axis % _dims(node) in axes or -1 in axes:
         return walk.leave(node)
-    spaces = [walk.features[n].space for n in values]
-    return Feature(reduce(walk.spaces.join, spaces), axes.pop())
+    spaces = [walk.features[n].units for n in values]
+    return Feature(reduce(walk.table.join, spaces), axes.pop())
 
 
 def taken(walk: Walk, node: fx.Node) -> Feature | None:
@@ -249,7 +249,7 @@ def reduced(walk: Walk, node: fx.Node) -> Feature | None:
     result = _apply(node, torch.empty(list(range(2, 2 + _dims(source))), device="meta"))
     lengths = list(result.shape)
     kept = 2 + feature.axis
-    return Feature(feature.space, lengths.index(kept)) if kept in lengths else None
+    return Feature(feature.units, lengths.index(kept)) if kept in lengths else None
 
 
 def _apply(node: fx.Node, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Find the permutation symmetry of a model by following its features through a traced forward pass.
 
-Layers whose units may change places give a site each: `S(n)`, and `S(c) wr S(g)` where a group normalisation
+Layers whose units may change places give a space each: `S(n)`, and `S(c) wr S(g)` where a group normalisation
 keeps g runs of c channels together. Inputs and outputs stay as they are, and so does every feature that meets
 an operation without a rule: what is found is a symmetry, but it need not be all of it. The weight-sharing
 argument is that of the permutation specifications of Git Re-Basin (Ainsworth et al. 2023, arXiv 2209.04836),
@@ -30,12 +30,12 @@ from fedbasin.strategies.symmetry.discover.operations import (
     shape,
     taken,
 )
-from fedbasin.strategies.symmetry.discover.units import Spaces, aliases
+from fedbasin.strategies.symmetry.discover.units import UnitTable, aliases
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 
 
 def trace(model: nn.Module, *example_inputs: Tensor) -> Symmetry:
-    """The permutation sites of a model, in forward order, named after the module that writes each.
+    """The permutation spaces of a model, in forward order, named after the module that writes each.
 
     Training and evaluation are both followed where they differ. The model is left as it was.
 
@@ -48,11 +48,11 @@ def trace(model: nn.Module, *example_inputs: Tensor) -> Symmetry:
     """
     evaluation = _graph(model, training=False)
     training = _graph(model, training=True)
-    walk = Walk(model, Spaces(aliases(model)))
+    walk = Walk(model, UnitTable(aliases(model)))
     _follow(walk, model, evaluation, example_inputs)
     if str(training) != str(evaluation):
         _follow(walk, model, training, example_inputs)
-    return Symmetry(tuple(walk.spaces.sites()), shifts=tuple(walk.spaces.shifts()))
+    return Symmetry(tuple(walk.table.spaces()), shifts=tuple(walk.table.shifts()))
 
 
 def _graph(model: nn.Module, *, training: bool) -> fx.Graph:
@@ -123,13 +123,13 @@ def _parameter(walk: Walk, node: fx.Node) -> Feature | None:
     name, lengths = str(node.target), shape(node) or ()
     long = [axis for axis, length in enumerate(lengths) if length > 1]
     parameter = walk.model.state_dict(keep_vars=True).get(name)
-    if not long or not isinstance(parameter, nn.Parameter) or name not in walk.spaces.aliases:
+    if not long or not isinstance(parameter, nn.Parameter) or name not in walk.table.aliases:
         _keep(walk, name)
         return None
-    space = walk.spaces.new(name, lengths[long[-1]])
+    units = walk.table.new(name, lengths[long[-1]])
     for axis in range(len(lengths)):
-        walk.spaces.bind(name, axis, space if axis == long[-1] else walk.fixed)
-    return Feature(space, long[-1])
+        walk.table.bind(name, axis, units if axis == long[-1] else walk.fixed)
+    return Feature(units, long[-1])
 
 
 def _function(node: fx.Node) -> Rule | None:
@@ -169,7 +169,7 @@ def _module(walk: Walk, node: fx.Node) -> Feature | None:
 def _is_followed(walk: Walk, name: str, module: nn.Module) -> bool:
     """Whether a layer with attention is as its class makes it, and its tensors are no other's."""
     tensors = [f"{name}.{parameter}" for parameter in module.state_dict()]
-    alone = all(walk.spaces.aliases.get(tensor) == (tensor,) for tensor in tensors)
+    alone = all(walk.table.aliases.get(tensor) == (tensor,) for tensor in tensors)
     hooked = any(map(_is_hooked, module.modules()))
     return alone and not hooked and is_plain(module)
 
@@ -177,7 +177,7 @@ def _is_followed(walk: Walk, name: str, module: nn.Module) -> bool:
 def _is_saved(walk: Walk, name: str, module: nn.Module) -> bool:
     """Whether what the module computes with are tensors of the state, none overlapping another."""
     computed = {p for p in ("weight", "bias") if getattr(module, p, None) is not None}
-    return all(f"{name}.{p}" in walk.spaces.aliases for p in computed | set(module.state_dict()))
+    return all(f"{name}.{p}" in walk.table.aliases for p in computed | set(module.state_dict()))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -189,6 +189,6 @@ def _keep(walk: Walk, name: str) -> None:
     """Fix every axis of a tensor, or of all tensors below a module."""
     for tensor, parameter in walk.model.state_dict().items():
         below = tensor == name or tensor.startswith(f"{name}.")
-        if below and tensor in walk.spaces.aliases:
+        if below and tensor in walk.table.aliases:
             for axis in range(parameter.dim()):
-                walk.spaces.bind(tensor, axis, walk.fixed)
+                walk.table.bind(tensor, axis, walk.fixed)

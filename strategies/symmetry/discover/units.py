@@ -1,4 +1,4 @@
-"""Feature spaces under construction: a union-find that tracing fills and reads its sites from.
+"""Feature spaces under construction: a union-find that tracing fills and reads its spaces from.
 
 A space is a set of units whose order might be free. Every use of a parameter axis *binds* the axis to a space;
 two bindings of one axis make the spaces one, and so do sums and products of features. What cannot be followed
@@ -12,12 +12,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.groups.groups import Group, Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site
+from fedbasin.strategies.symmetry.symmetry import Axis, Space
 from fedbasin.strategies.symmetry.translation import Shift
 
 
 @dataclass(eq=False)
-class Space:
+class Units:
     """The units that one layer writes, until they turn out to be those of another.
 
     Attributes:
@@ -26,7 +26,7 @@ class Space:
         groups: normalisation groups that must stay together, 1 where there are none.
         fixed: whether the units must stay in their places.
         parent: the space that this one turned out to be.
-        site: what acts where it is no order of units, as heads that turn; such a space joins no other.
+        space: what acts where it is no order of units, as heads that turn; such a space joins no other.
         shifts: biases that are free while the space is.
     """
 
@@ -34,11 +34,11 @@ class Space:
     width: int
     groups: int = 1
     fixed: bool = False
-    parent: "Space | None" = None
-    site: Site | None = None
+    parent: "Units | None" = None
+    space: Space | None = None
     shifts: tuple[Shift, ...] = ()
 
-    def root(self) -> "Space":
+    def root(self) -> "Units":
         """The space that stands for all that are joined."""
         return self if self.parent is None else self.parent.root()
 
@@ -67,33 +67,33 @@ class Space:
 
 
 @dataclass
-class Spaces:
+class UnitTable:
     """All spaces of a model, in forward order, and the parameter axes bound to them."""
 
     aliases: dict[str, tuple[str, ...]]
-    made: list[Space] = field(default_factory=list)
-    bound: dict[tuple[str, int], Space] = field(default_factory=dict)
+    made: list[Units] = field(default_factory=list)
+    bound: dict[tuple[str, int], Units] = field(default_factory=dict)
 
-    def new(self, name: str, width: int) -> Space:
+    def new(self, name: str, width: int) -> Units:
         """A space of its own."""
-        self.made.append(Space(name, width))
+        self.made.append(Units(name, width))
         return self.made[-1]
 
-    def occupied(self, site: Site, shifts: tuple[Shift, ...] = ()) -> Space:
-        """A space with its own site, which the bindings of others can only fix."""
-        space = self.new(site.name, site.width())
-        space.site, space.shifts = site, shifts
-        return space
+    def occupied(self, space: Space, shifts: tuple[Shift, ...] = ()) -> Units:
+        """Add units on which a given space acts; bindings of other layers can only fix them."""
+        units = self.new(space.name, space.width())
+        units.space, units.shifts = space, shifts
+        return units
 
-    def join(self, one: Space, other: Space) -> Space:
+    def join(self, one: Units, other: Units) -> Units:
         """Make the two spaces one; if their units do not correspond, fix both."""
         one, other = one.root(), other.root()
         if one is other:
             return one
-        if not (one.site or other.site):
-            fine, coarse = sorted((one, other), key=lambda space: -space.width)
+        if not (one.space or other.space):
+            fine, coarse = sorted((one, other), key=lambda units: -units.width)
             fine.whole(coarse.width)
-        if one.width != other.width or one.fixed or other.fixed or one.site or other.site:
+        if one.width != other.width or one.fixed or other.fixed or one.space or other.space:
             one.fix()
             other.fix()
             return one
@@ -103,30 +103,30 @@ class Spaces:
             first.grouped(second.groups)
         return first
 
-    def bind(self, tensor: str, axis: int, space: Space) -> None:
+    def bind(self, tensor: str, axis: int, units: Units) -> None:
         """Let the axis of a parameter follow the space, under all of the parameter's names."""
         key = (self.aliases[tensor][0], axis)
-        self.bound[key] = self.join(self.bound.get(key, space), space)
+        self.bound[key] = self.join(self.bound.get(key, units), units)
 
-    def sites(self) -> Iterable[Site]:
+    def spaces(self) -> Iterable[Space]:
         """The spaces whose units are free, with every parameter axis that moves with them."""
-        for space in self.made:
-            if space.site is not None and not space.fixed:
-                yield space.site
-            elif space.parent is None and not space.fixed and space.width > 1:
-                yield Site(space.name, _group(space), tuple(self._members(space)))
+        for units in self.made:
+            if units.space is not None and not units.fixed:
+                yield units.space
+            elif units.parent is None and not units.fixed and units.width > 1:
+                yield Space(units.name, _group(units), tuple(self._axes(units)))
 
     def shifts(self) -> Iterable[Shift]:
         """The biases that may be moved by a vector."""
-        for space in self.made:
-            if not space.fixed:
-                yield from space.shifts
+        for units in self.made:
+            if not units.fixed:
+                yield from units.shifts
 
-    def _members(self, space: Space) -> Iterable[Member]:
+    def _axes(self, units: Units) -> Iterable[Axis]:
         for (tensor, axis), bound in self.bound.items():
-            if bound.root() is space:
+            if bound.root() is units:
                 for name in self.aliases[tensor]:
-                    yield Member(name, axis, scored=not _is_statistic(name))
+                    yield Axis(name, axis, scored=not _is_statistic(name))
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -166,10 +166,10 @@ def _overlap(one: _Memory, other: _Memory) -> bool:
     return one.storage == other.storage and one.start < other.stop and other.start < one.stop
 
 
-def _group(space: Space) -> Group:
-    if space.groups == 1:
-        return Permutation(space.width)
-    return Wreath((Permutation(space.width // space.groups),), space.groups)
+def _group(units: Units) -> Group:
+    if units.groups == 1:
+        return Permutation(units.width)
+    return Wreath((Permutation(units.width // units.groups),), units.groups)
 
 
 def _is_statistic(name: str) -> bool:

@@ -10,7 +10,7 @@ Each knows the exact maximiser of `<T, M>` for a batch of score matrices, `M[i, 
     A+B             A on the first entries, B on the rest: rotary positions on a part of the head
     (A*B)xS(g)      g heads that share a key and a value head (Ainslie et al. 2023, arXiv 2305.13245)
 
-A *leg* is one feature space. Elements are dense matrices, one for each leg.
+A *role* is one feature space. Elements are dense matrices, one for each role.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedbasin.strategies.symmetry.groups.assignment import assign_all
 
-Legs = tuple[Tensor, ...]
+Roles = tuple[Tensor, ...]
 Scores = Float[Tensor, "*batch n n"]
 
 # Up to this many heads on one key every order is tried, so that the maximum is the best of all.
@@ -36,36 +36,36 @@ _ALL_ORDERS = 3
 
 
 class Inner(Protocol):
-    """A group on the legs of one block.
+    """A group on the roles of one block.
 
     Law: no element has a larger `<T, M>` than `maximisers(scores)`, and that is `values(scores)`.
     """
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Width of the block, leg by leg."""
+        """Width of the block, role by role."""
         ...
 
     @property
     def duals(self) -> tuple[int, ...]:
-        """For each leg the leg with the inverse transposes: itself where the maps are orthogonal."""
+        """For each role the role with the inverse transposes: itself where the maps are orthogonal."""
         ...
 
-    def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
-        """The largest `<T, M>`, summed over the legs, of each member of a batch of scores."""
+    def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
+        """The largest `<T, M>`, summed over the roles, of each axis of a batch of scores."""
         ...
 
-    def maximisers(self, scores: Legs) -> Legs:
-        """The element that attains it: a matrix for each leg and each member of the batch."""
+    def maximisers(self, scores: Roles) -> Roles:
+        """The element that attains it: a matrix for each role and each axis of the batch."""
         ...
 
-    def draw(self, count: int, generator: torch.Generator) -> Legs:
-        """`count` uniformly drawn elements, `[count, width, width]` for each leg, in float64."""
+    def draw(self, count: int, generator: torch.Generator) -> Roles:
+        """`count` uniformly drawn elements, `[count, width, width]` for each role, in float64."""
         ...
 
 
-class SingleLeg(ABC):
-    """An inner group with one leg, of orthogonal maps: matrices instead of tuples of matrices."""
+class SingleRole(ABC):
+    """An inner group with one role, of orthogonal maps: matrices instead of tuples of matrices."""
 
     @property
     def duals(self) -> tuple[int, ...]:
@@ -83,20 +83,20 @@ class SingleLeg(ABC):
     def inner_random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n n"]:
         """`count` drawn matrices, in float64."""
 
-    def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
+    def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
         (score,) = scores
         return self.inner_values(score)
 
-    def maximisers(self, scores: Legs) -> Legs:
+    def maximisers(self, scores: Roles) -> Roles:
         (score,) = scores
         return (self.inner_maximisers(score),)
 
-    def draw(self, count: int, generator: torch.Generator) -> Legs:
+    def draw(self, count: int, generator: torch.Generator) -> Roles:
         return (self.inner_random(count, generator),)
 
 
 @dataclass(frozen=True)
-class _Pairs(SingleLeg):
+class _Pairs(SingleRole):
     """Pairs of entries that are `stride` apart, in a space of `size`."""
 
     size: int
@@ -177,14 +177,14 @@ class PairSigns(_Pairs):
 
 
 @dataclass(frozen=True)
-class DirectSum(SingleLeg):
+class DirectSum(SingleRole):
     """One group on the first entries, another on those that follow."""
 
     parts: tuple[Inner, ...]
 
     def __post_init__(self) -> None:
         if any(len(part.widths) > 1 for part in self.parts):
-            raise ValueError(f"{self}: a sum has one leg; give groups with several a block each")
+            raise ValueError(f"{self}: a sum has one role; give groups with several a block each")
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
@@ -225,7 +225,7 @@ class DirectSum(SingleLeg):
 class Shared:
     """`heads` heads that change places but all carry one element, which they share with a single head.
 
-    Legs: first the single heads of `inners` (key, value), then the heads that share them (query, output).
+    Roles: first the single heads of `inners` (key, value), then the heads that share them (query, output).
     The latter carry `P (x) T`: the order of the heads and the one element.
 
     With more than three heads the order is climbed to, from the identity and from the order that suits the
@@ -248,20 +248,20 @@ class Shared:
         single = duals_of(self.inners)
         return (*single, *(len(single) + dual for dual in single))
 
-    def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
+    def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
         orders = self._orders(scores)
         return inner_values(self.inners, self._joined(scores, orders))
 
-    def maximisers(self, scores: Legs) -> Legs:
+    def maximisers(self, scores: Roles) -> Roles:
         orders = self._orders(scores)
         return self._dense(inner_maximisers(self.inners, self._joined(scores, orders)), orders)
 
-    def draw(self, count: int, generator: torch.Generator) -> Legs:
+    def draw(self, count: int, generator: torch.Generator) -> Roles:
         drawn = [torch.randperm(self.heads, generator=generator) for _ in range(count)]
-        single = tuple(leg for inner in self.inners for leg in inner.draw(count, generator))
+        single = tuple(role for inner in self.inners for role in inner.draw(count, generator))
         return self._dense(single, torch.stack(drawn))
 
-    def _orders(self, scores: Legs) -> Tensor:
+    def _orders(self, scores: Roles) -> Tensor:
         """The best order of the heads, `[*batch, heads]`."""
         few = self.heads <= _ALL_ORDERS
         candidates = torch.stack(self._all(scores) if few else self._climbed(scores))
@@ -270,19 +270,19 @@ class Shared:
         best = torch.stack(found).argmax(0)
         return torch.take_along_dim(candidates, best[None, ..., None], 0)[0]
 
-    def _all(self, scores: Legs) -> list[Tensor]:
+    def _all(self, scores: Roles) -> list[Tensor]:
         batch = scores[0].shape[:-2]
         orders = itertools.permutations(range(self.heads))
         return [torch.tensor(order).expand(*batch, self.heads) for order in orders]
 
-    def _climbed(self, scores: Legs) -> list[Tensor]:
+    def _climbed(self, scores: Roles) -> list[Tensor]:
         """Orders that no exchange with the inner elements held, nor the reverse, makes better."""
         home = torch.arange(self.heads).expand(*scores[0].shape[:-2], self.heads)
         single = scores[: len(widths_of(self.inners))]
         start = self._order_under(scores, inner_maximisers(self.inners, single))
         return [self._climb(scores, orders) for orders in (home, start)]
 
-    def _climb(self, scores: Legs, orders: Tensor) -> Tensor:
+    def _climb(self, scores: Roles, orders: Tensor) -> Tensor:
         for _ in range(self.heads * self.heads):
             elements = inner_maximisers(self.inners, self._joined(scores, orders))
             better = self._order_under(scores, elements)
@@ -291,14 +291,14 @@ class Shared:
             orders = better
         return orders
 
-    def _order_under(self, scores: Legs, elements: Legs) -> Tensor:
+    def _order_under(self, scores: Roles, elements: Roles) -> Tensor:
         """The best order of the heads when the element that they share is given."""
         pairs = zip(elements, self._by_head(scores), strict=True)
         gains = [torch.einsum("...ij,...acij->...ac", element, own) for element, own in pairs]
         return assign_all(torch.stack(gains).sum(0))
 
-    def _by_head(self, scores: Legs) -> Legs:
-        """The sharing legs as `[*batch, heads, heads, width, width]`: anchor's head by client's."""
+    def _by_head(self, scores: Roles) -> Roles:
+        """The sharing roles as `[*batch, heads, heads, width, width]`: anchor's head by client's."""
         single = widths_of(self.inners)
         shared = scores[len(single) :]
         return tuple(
@@ -308,7 +308,7 @@ class Shared:
             for score, width in zip(shared, single, strict=True)
         )
 
-    def _joined(self, scores: Legs, orders: Tensor) -> Legs:
+    def _joined(self, scores: Roles, orders: Tensor) -> Roles:
         """What an element of one head agrees with, when all heads that share it are in this order."""
         picked = orders[..., :, None, None, None]
         return tuple(
@@ -316,24 +316,24 @@ class Shared:
             for alone, own in zip(scores, self._by_head(scores), strict=False)
         )
 
-    def _dense(self, single: Legs, orders: Tensor) -> Legs:
+    def _dense(self, single: Roles, orders: Tensor) -> Roles:
         places = torch.eye(self.heads, dtype=torch.float64)[orders]
         spread = tuple(
-            torch.einsum("...ac,...ij->...aicj", places.to(leg.dtype), leg)
+            torch.einsum("...ac,...ij->...aicj", places.to(role.dtype), role)
             .flatten(-4, -3)
             .flatten(-2, -1)
-            for leg in single
+            for role in single
         )
         return (*single, *spread)
 
 
 def widths_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
-    """The widths of all legs, inner group by inner group."""
+    """The widths of all roles, inner group by inner group."""
     return tuple(width for inner in inners for width in inner.widths)
 
 
 def duals_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
-    """For each leg of all inner groups the leg with the inverse transposes."""
+    """For each role of all inner groups the role with the inverse transposes."""
     result: tuple[int, ...] = ()
     for inner in inners:
         result += tuple(len(result) + dual for dual in inner.duals)
@@ -352,20 +352,20 @@ def agreement(maps: Scores, scores: Tensor) -> Float[Tensor, "*batch"]:
 
 
 def inner_values(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Float[Tensor, "*batch"]:
-    """The largest `<T, M>` where every inner group has legs of its own; scores are let go one by one."""
+    """The largest `<T, M>` where every inner group has roles of its own; scores are let go one by one."""
     return reduce(torch.add, starmap(_values, _by_inner(inners, scores)))
 
 
-def _values(inner: Inner, scores: Legs) -> Float[Tensor, "*batch"]:
+def _values(inner: Inner, scores: Roles) -> Float[Tensor, "*batch"]:
     return inner.values(scores)
 
 
-def inner_maximisers(inners: tuple[Inner, ...], scores: Legs) -> Legs:
-    """The matrices that attain it, leg by leg."""
-    return tuple(leg for inner, own in _by_inner(inners, scores) for leg in inner.maximisers(own))
+def inner_maximisers(inners: tuple[Inner, ...], scores: Roles) -> Roles:
+    """The matrices that attain it, role by role."""
+    return tuple(role for inner, own in _by_inner(inners, scores) for role in inner.maximisers(own))
 
 
-def _by_inner(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Iterator[tuple[Inner, Legs]]:
+def _by_inner(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Iterator[tuple[Inner, Roles]]:
     rest = iter(scores)
     for inner in inners:
         yield inner, tuple(itertools.islice(rest, len(inner.widths)))

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.groups.block_groups import Scores, SingleLeg
+from fedbasin.strategies.symmetry.groups.block_groups import Scores, SingleRole
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Rows, with_prior
 
 
 @dataclass(frozen=True)
-class Centred(SingleLeg):
+class Centred(SingleRole):
     """O(size - 1), on a space of `size` entries."""
 
     size: int
@@ -50,8 +50,8 @@ class Centred(SingleLeg):
     def random(self, generator: torch.Generator) -> Element:
         return self._element(self.inner_random(1, generator))
 
-    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
-        return Orthogonal(self.size).score(anchor, client, leg)
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
+        return Orthogonal(self.size).score(anchor, client, role)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
         return self._element(self.inner_maximisers(with_prior(scores[0], prior)))

@@ -3,12 +3,12 @@
     T = sum_i  e_i e_order[i]^T (x) blocks[i]        so      (T z)_i = blocks[i] z_order[i]
 
 One type serves every group of the project: a permutation is blocks of size one, a rotation is one block,
-rotated heads are an identity order, exchanged heads with their rotations are both. A *leg* is one feature
+rotated heads are an identity order, exchanged heads with their rotations are both. A *role* is one feature
 space that the element acts on; a head has two (query-key and value-output), which are exchanged together.
 
-A map that is not orthogonal comes with its *contragredient*, the inverse transpose, on a leg of its own: what
-writes a space is on the one leg, what reads it on the other, as `(W T^-1)` is `T^-T` on the input axis. An
-orthogonal map is its own contragredient and needs no second leg.
+A map that is not orthogonal comes with its *contragredient*, the inverse transpose, on a role of its own: what
+writes a space is on the one role, what reads it on the other, as `(W T^-1)` is `T^-T` on the input axis. An
+orthogonal map is its own contragredient and needs no second role.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Element:
-    """What one site does to its feature spaces, the legs.
+    """What one space does to its feature spaces, the roles.
 
     Attributes:
         order: block `order[i]` of the argument becomes block `i`.
-        blocks: for each leg the maps, or None where every block stays as it is.
-        sizes: block size of each leg.
-        duals: for each leg the leg that has the inverse transposes; empty where all maps are orthogonal.
+        blocks: for each role the maps, or None where every block stays as it is.
+        sizes: block size of each role.
+        duals: for each role the role that has the inverse transposes; empty where all maps are orthogonal.
     """
 
     order: Int[Tensor, " count"]
@@ -52,7 +52,7 @@ class Element:
         """Whether no block changes places."""
         return torch.equal(self.order, torch.arange(len(self.order)))
 
-    def act(self, tensor: Tensor, axis: int, leg: int = 0) -> Tensor:
+    def act(self, tensor: Tensor, axis: int, role: int = 0) -> Tensor:
         """Apply T along one axis, whose length is a multiple of `count * size`.
 
         The multiple is the number of consecutive entries that one unit owns, as the pixels of a channel
@@ -61,13 +61,13 @@ class Element:
         length = tensor.shape[axis]
         order = self.order.to(tensor.device)
         owned = length // len(order)
-        blocks = self.blocks[leg]
-        if blocks is None or self.sizes[leg] == 1:
+        blocks = self.blocks[role]
+        if blocks is None or self.sizes[role] == 1:
             offsets = torch.arange(owned, device=tensor.device)
             moved = tensor.index_select(axis, (order[:, None] * owned + offsets).reshape(-1))
             return moved if blocks is None else _scaled(moved, blocks.reshape(-1), axis)
         moved = tensor.movedim(axis, 0)
-        units = moved.reshape(len(order), self.sizes[leg], -1)
+        units = moved.reshape(len(order), self.sizes[role], -1)
         if not self.is_in_place:
             units = units[order]
         # Half precision is mixed in single and rounded once.
@@ -78,7 +78,7 @@ class Element:
     def inverse(self) -> "Element":
         """The element that undoes this one."""
         back = torch.argsort(self.order)
-        undoing = (self.blocks[self.dual(leg)] for leg in range(len(self.sizes)))
+        undoing = (self.blocks[self.dual(role)] for role in range(len(self.sizes)))
         blocks = tuple(None if b is None else b[back].mT.contiguous() for b in undoing)
         return Element(back, blocks, self.sizes, self.duals)
 
@@ -88,24 +88,24 @@ class Element:
         blocks = tuple(_product(own, other, self.order) for own, other in pairs)
         return Element(first.order[self.order], blocks, self.sizes, self.duals)
 
-    def dual(self, leg: int) -> int:
-        """The leg with the inverse transposes of a leg's maps."""
-        return self.duals[leg] if self.duals else leg
+    def dual(self, role: int) -> int:
+        """The role with the inverse transposes of a role's maps."""
+        return self.duals[role] if self.duals else role
 
     def squared(self) -> "Element":
-        """What a monomial element does to squared gradients, each on the dual leg of its parameter.
+        """What a monomial element does to squared gradients, each on the dual role of its parameter.
 
         Signs vanish, and what divides the parameter multiplies its gradient.
         """
-        legs = (self.blocks[self.dual(leg)] for leg in range(len(self.sizes)))
+        roles = (self.blocks[self.dual(role)] for role in range(len(self.sizes)))
         return Element(
-            self.order, tuple(None if b is None else b.square() for b in legs), self.sizes
+            self.order, tuple(None if b is None else b.square() for b in roles), self.sizes
         )
 
     def moved(self) -> float:
         """How far from the identity, from 0 to 1.
 
-        The share of displaced blocks, or `||T - I||_F / (2 sqrt(n))` of the leg that turns most,
+        The share of displaced blocks, or `||T - I||_F / (2 sqrt(n))` of the role that turns most,
         whichever is more; at most 1, which a scale may exceed.
         """
         home = self.order == torch.arange(len(self.order))

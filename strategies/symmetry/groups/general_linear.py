@@ -1,17 +1,17 @@
-"""Groups that stretch: their elements are not orthogonal, so readers carry the inverse transposes on a leg of their own.
+"""Groups that stretch: their elements are not orthogonal, so readers carry the inverse transposes on a role of their own.
 
     P(d)    a positive number times the identity: a ReLU unit (d = 1), or a head's queries against its keys
     CO(d)   a rotation or reflection and a positive number; CO(1) is every number but zero, for a linear unit
     GL(d)   every invertible map: the inner space of a low-rank adapter, (B, A) -> (B T^-1, T A)
 
-Each has two legs, T and T^-T. Stretching changes norms, so what is maximised has a quadratic part,
+Each has two roles, T and T^-T. Stretching changes norms, so what is maximised has a quadratic part,
 
-    J(T) = sum_legs <T, M> - (tr T H T^T - tr H) / 2        M = A K^T, H = K K^T (anchor A, client K)
+    J(T) = sum_roles <T, M> - (tr T H T^T - tr H) / 2        M = A K^T, H = K K^T (anchor A, client K)
 
 which is `(||A||^2 + ||K||^2 - ||A - T K||^2) / 2`: the agreement `<T, M>` again wherever T keeps norms. P(d) has a
 closed form up to a quartic, `p a^4 - q a^3 + s a - r = 0` (the rescaling of Zhang et al. 2025, arXiv 2502.00264), CO(d)
 alternates it with the polar factor, and GL(d) climbs from the best of rotation and least squares: its J is not
-concave. The rotation that aligns adapters is `O(d)`, without a second leg (FedRot-LoRA, 2026).
+concave. The rotation that aligns adapters is `O(d)`, without a second role (FedRot-LoRA, 2026).
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.groups.block_groups import Legs, agreement
+from fedbasin.strategies.symmetry.groups.block_groups import Roles, agreement
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal
 from fedbasin.strategies.symmetry.groups.scale import best_scale
 
@@ -67,15 +67,15 @@ class _Stretching(ABC):
     def random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count size size"]:
         """Drawn maps in float64, stretching by at most two either way."""
 
-    def values(self, scores: Legs) -> Float[Tensor, "*batch"]:
+    def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
         found = zip(self.maximisers(scores), scores, strict=True)
-        return torch.stack([agreement(leg, score) for leg, score in found]).sum(0)
+        return torch.stack([agreement(role, score) for role, score in found]).sum(0)
 
-    def maximisers(self, scores: Legs) -> Legs:
+    def maximisers(self, scores: Roles) -> Roles:
         found = self.best(*scores)
         return found, contragredient(found)
 
-    def draw(self, count: int, generator: torch.Generator) -> Legs:
+    def draw(self, count: int, generator: torch.Generator) -> Roles:
         drawn = self.random(count, generator)
         return drawn, contragredient(drawn)
 
@@ -135,7 +135,7 @@ class General(_Stretching):
         return f"GL({self.size})"
 
     def best(self, primal: Stretched, dual: Stretched) -> Maps:
-        pairs = zip(*(leg.reshape(-1, *leg.shape[-2:]) for leg in (primal, dual)), strict=True)
+        pairs = zip(*(role.reshape(-1, *role.shape[-2:]) for role in (primal, dual)), strict=True)
         found = torch.stack([self._climbed(*pair) for pair in pairs])
         return found.reshape(*primal.shape[:-1], self.size)
 
@@ -179,9 +179,9 @@ def contragredient(maps: Maps) -> Maps:
     return torch.linalg.inv(maps).mT.contiguous()
 
 
-def _least_squares(leg: Tensor) -> Tensor:
+def _least_squares(role: Tensor) -> Tensor:
     """The T with `T H = M`, smallest where H has no rank."""
-    found: Tensor = torch.linalg.lstsq(_grams(leg).mT, _scores(leg).mT, driver="gelsd").solution
+    found: Tensor = torch.linalg.lstsq(_grams(role).mT, _scores(role).mT, driver="gelsd").solution
     return found.mT
 
 
@@ -207,17 +207,17 @@ def _ascended(start: Tensor, primal: Tensor, dual: Tensor) -> Tensor:
     return torch.from_numpy(found).reshape(shape)
 
 
-def _scores(leg: Stretched) -> Maps:
-    return leg[..., : leg.shape[-2]]
+def _scores(role: Stretched) -> Maps:
+    return role[..., : role.shape[-2]]
 
 
-def _grams(leg: Stretched) -> Maps:
-    return leg[..., leg.shape[-2] :]
+def _grams(role: Stretched) -> Maps:
+    return role[..., role.shape[-2] :]
 
 
-def _traces(leg: Stretched) -> tuple[Tensor, Tensor]:
+def _traces(role: Stretched) -> tuple[Tensor, Tensor]:
     """The traces of M and of H."""
-    halves = (half.diagonal(dim1=-2, dim2=-1).sum(-1) for half in (_scores(leg), _grams(leg)))
+    halves = (half.diagonal(dim1=-2, dim2=-1).sum(-1) for half in (_scores(role), _grams(role)))
     agreed, squared = halves
     return agreed, squared
 

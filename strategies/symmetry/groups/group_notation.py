@@ -77,7 +77,7 @@ class _Reader:
             return self._repeated(inner, int(self.rest.pop(0)[1:]))
         if self.rest[:1] == ["*"]:
             raise NotationError(
-                f"{self.text!r} has several legs but nothing exchanges them; write two sites"
+                f"{self.text!r} has several roles but nothing exchanges them; write two spaces"
             )
         if not isinstance(inner, Permutation | Orthogonal | Centred):
             raise NotationError(
@@ -124,7 +124,7 @@ class _Reader:
     def _repeated(self, inner: Inner, count: int) -> Group:
         if not isinstance(inner, Orthogonal) or count == 1:
             raise NotationError(
-                f"{self.text!r}: only rotations repeat; permutations in blocks need a site each"
+                f"{self.text!r}: only rotations repeat; permutations in blocks need a space each"
             )
         return Orthogonal(inner.size, count)
 

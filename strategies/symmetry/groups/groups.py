@@ -1,12 +1,12 @@
-"""The groups: which elements may act on a site, and which of them fits a score best.
+"""The groups: which elements may act on a space, and which of them fits a score best.
 
 Matching maximises `<T, M>` over a group, where `M[i, j]` says how well unit `i` of the anchor agrees with
-unit `j` of the client, summed over all tensors of the site. Each group knows its exact maximiser:
+unit `j` of the client, summed over all tensors of the space. Each group knows its exact maximiser:
 
     S(n)                 permutations: linear assignment (Ainsworth et al. 2023, arXiv 2209.04836)
     O(d)^h               a rotation or reflection in each of h heads: polar factor (Schönemann 1966; for
                          attention Zhang et al. 2025, arXiv 2502.00264)
-    A*B wr S(h)          h blocks that are exchanged, each with its own inner elements, one for each leg:
+    A*B wr S(h)          h blocks that are exchanged, each with its own inner elements, one for each role:
                          assignment over blocks whose entry is the inner maximum; the inner groups are in
                          `inner.py`. With O(1), a sign, inside: the signed permutations B(n) = O(1) wr S(n)
 
@@ -27,7 +27,7 @@ from fedbasin.strategies.symmetry.groups.block_groups import (
     Inner,
     Scores,
     Shared,
-    SingleLeg,
+    SingleRole,
     agreement,
     duals_of,
     inner_maximisers,
@@ -44,7 +44,7 @@ _NORM_FLOOR = 1e-30
 
 
 class Group(Protocol):
-    """A closed set of elements on one or more legs.
+    """A closed set of elements on one or more roles.
 
     Law: `maximiser(scores)` is in the group and no element of it has a larger `value`.
     """
@@ -56,7 +56,7 @@ class Group(Protocol):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Size of a block, leg by leg."""
+        """Size of a block, role by role."""
         ...
 
     def identity(self) -> Element:
@@ -67,7 +67,7 @@ class Group(Protocol):
         """A uniformly drawn element."""
         ...
 
-    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
         """One tensor's contribution to M, only the parts that the group can use."""
         ...
 
@@ -81,7 +81,7 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
-class Permutation(SingleLeg):
+class Permutation(SingleRole):
     """S(n): units change places."""
 
     count: int
@@ -99,7 +99,7 @@ class Permutation(SingleLeg):
     def random(self, generator: torch.Generator) -> Element:
         return Element(torch.randperm(self.count, generator=generator), (None,), (1,))
 
-    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:  # noqa: ARG002 - the one leg
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - the one role
         return anchor @ client.mT
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
@@ -133,7 +133,7 @@ class Permutation(SingleLeg):
 
 
 @dataclass(frozen=True)
-class Orthogonal(SingleLeg):
+class Orthogonal(SingleRole):
     """O(size)^count: every block is turned or reflected by itself, and stays in its place."""
 
     size: int
@@ -153,7 +153,7 @@ class Orthogonal(SingleLeg):
         blocks = self.inner_random(self.count, generator)
         return Element(torch.arange(self.count), (blocks,), self.sizes)
 
-    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:  # noqa: ARG002 - the one leg
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - the one role
         shape = (self.count, self.size, -1)
         return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
 
@@ -194,7 +194,7 @@ class Wreath:
     A wreath product may itself be an inner group: experts change places, and in each of them its units.
 
     Attributes:
-        inners: the groups inside a block; their legs are the legs of the product, in this order.
+        inners: the groups inside a block; their roles are the roles of the product, in this order.
         count: number of blocks.
 
     Raises:
@@ -206,7 +206,7 @@ class Wreath:
 
     def __post_init__(self) -> None:
         nested = [inner for inner in self.inners if isinstance(inner, Wreath | Shared)]
-        if any(dual != leg for inner in nested for leg, dual in enumerate(inner.duals)):
+        if any(dual != role for inner in nested for role, dual in enumerate(inner.duals)):
             raise ValueError(f"{self}: only whole blocks stretch; rotate inside nested blocks")
 
     def __str__(self) -> str:
@@ -230,17 +230,17 @@ class Wreath:
     def random(self, generator: torch.Generator) -> Element:
         order = torch.randperm(self.count, generator=generator)
         drawn = (inner.draw(self.count, generator) for inner in self.inners)
-        return self._element(order, tuple(leg for legs in drawn for leg in legs))
+        return self._element(order, tuple(role for roles in drawn for role in roles))
 
-    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
         """`[count, count, size, size]`: every block of the anchor against every block of the client.
 
         Where maps stretch `[count, count, size, 2 size]`: and the client's block against itself.
         """
-        scores = self._by_block(anchor @ client.mT, self.sizes[leg])
-        if self.duals[leg] == leg:
+        scores = self._by_block(anchor @ client.mT, self.sizes[role])
+        if self.duals[role] == role:
             return scores
-        blocks = client.reshape(self.count, self.sizes[leg], -1)
+        blocks = client.reshape(self.count, self.sizes[role], -1)
         return torch.cat([scores, (blocks @ blocks.mT).expand_as(scores)], dim=-1)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
@@ -251,7 +251,7 @@ class Wreath:
         return self._element(order, inner_maximisers(self.inners, chosen))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
-        """`<T, M>`; less half the squared norm that is gained, on legs that stretch."""
+        """`<T, M>`; less half the squared norm that is gained, on roles that stretch."""
         rows = torch.arange(self.count)
         return sum(
             _inner_product(block, score[rows, element.order])
@@ -261,13 +261,13 @@ class Wreath:
     def values(self, scores: tuple[Tensor, ...]) -> Float[Tensor, "*batch"]:
         found = self.maximisers(scores)
         pairs = zip(found, scores, strict=True)
-        return torch.stack([(leg * score).sum((-2, -1)) for leg, score in pairs]).sum(0)
+        return torch.stack([(role * score).sum((-2, -1)) for role, score in pairs]).sum(0)
 
     def maximisers(self, scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         batch = scores[0].shape[:-2]
         flat = [score.reshape(-1, *score.shape[-2:]) for score in scores]
         found = [self._dense(self._best(each)) for each in zip(*flat, strict=True)]
-        return tuple(torch.stack(leg).unflatten(0, batch) for leg in zip(*found, strict=True))
+        return tuple(torch.stack(role).unflatten(0, batch) for role in zip(*found, strict=True))
 
     @property
     def in_place(self) -> "InPlace":
@@ -279,7 +279,7 @@ class Wreath:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         drawn = [self._dense(self.random(generator)) for _ in range(count)]
-        return tuple(torch.stack(leg) for leg in zip(*drawn, strict=True))
+        return tuple(torch.stack(role) for role in zip(*drawn, strict=True))
 
     def _best(self, scores: tuple[Tensor, ...]) -> Element:
         blocks = (self._by_block(*pair) for pair in zip(scores, self.sizes, strict=True))
@@ -287,8 +287,8 @@ class Wreath:
 
     def _dense(self, element: Element) -> tuple[Tensor, ...]:
         return tuple(
-            element.act(torch.eye(width, dtype=torch.float64), 0, leg)
-            for leg, width in enumerate(self.widths)
+            element.act(torch.eye(width, dtype=torch.float64), 0, role)
+            for role, width in enumerate(self.widths)
         )
 
     def _by_block(self, matrix: Float[Tensor, "n n"], size: int) -> Tensor:
@@ -309,9 +309,9 @@ class InPlace(Wreath):
     def random(self, generator: torch.Generator) -> Element:
         return self._with(super().random(generator).blocks)
 
-    def score(self, anchor: Rows, client: Rows, leg: int) -> Tensor:
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
         """`[count, size, size]`: every block of the anchor against the same block of the client."""
-        shape = (self.count, self.sizes[leg], -1)
+        shape = (self.count, self.sizes[role], -1)
         return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
@@ -331,7 +331,7 @@ def signed(count: int, *, scales: bool = False) -> Wreath:
 
     Args:
         count: number of units.
-        scales: adds a second leg that only follows the order: a norm's weight has no sign.
+        scales: adds a second role that only follows the order: a norm's weight has no sign.
     """
     return Wreath((Orthogonal(1), Permutation(1)) if scales else (Orthogonal(1),), count)
 
@@ -339,7 +339,7 @@ def signed(count: int, *, scales: bool = False) -> Wreath:
 def gated(count: int) -> Wreath:
     """The hidden units of `down(act(gate(x)) * up(x))`: they change places and, as `up` is linear, signs.
 
-    Legs: 0 is the gate, 1 are up and down.
+    Roles: 0 is the gate, 1 are up and down.
     """
     return Wreath((Permutation(1), Orthogonal(1)), count)
 

@@ -20,14 +20,14 @@ from fedbasin.strategies.symmetry.models.draft import (
     Config,
     Draft,
     Projections,
-    Space,
+    Role,
     grouped_heads,
     share,
 )
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
 
-# In `signed(n, scales=True)` the leg of what follows the order without the sign.
+# In `signed(n, scales=True)` the role of what follows the order without the sign.
 _SCALES = 1
 
 
@@ -44,15 +44,15 @@ def gpt2(config: Config, state: State, *, residual: bool) -> Symmetry:
     return _finished(draft, stream, bare=not prefix or not residual)
 
 
-def _gpt2_block(draft: Draft, stream: Space, layer: str, block: int, count: int) -> None:
+def _gpt2_block(draft: Draft, stream: Role, layer: str, block: int, count: int) -> None:
     fused, output = f"{layer}.attn.c_attn", f"{layer}.attn.c_proj"
     width = draft.shape(f"{output}.weight")[0]
     turned = Orthogonal(share(width, count, fused))
     head = draft.space(f"heads.{block}", Wreath((turned, turned), count))
-    for number, leg in enumerate((0, 0, 1)):
+    for number, role in enumerate((0, 0, 1)):
         part = (number * width, (number + 1) * width)
         # The key bias, the second third, adds the same to all scores of a query.
-        head.at(leg).writes(fused, 1, part, bias_scored=number != 1)
+        head.at(role).writes(fused, 1, part, bias_scored=number != 1)
     head.at(1).reads(output, axis=0)
     draft.shifts_keys(fused, (width, 2 * width))
     draft.shifts_values(fused, output, (2 * width, 3 * width), axis=0)
@@ -93,8 +93,8 @@ def _interleaved_heads(config: Config, draft: Draft, name: str, attention: str) 
     fused, count = f"{attention}.query_key_value", config.count("num_attention_heads")
     size = share(draft.shape(f"{attention}.dense.weight")[1], count, fused)
     head = draft.space(name, Wreath((_partly_turned(config, size), Orthogonal(size)), count))
-    for number, leg in enumerate((0, 0, 1)):
-        head.at(leg).writes(fused, 0, (number * size, (number + 1) * size), period=3 * size)
+    for number, role in enumerate((0, 0, 1)):
+        head.at(role).writes(fused, 0, (number * size, (number + 1) * size), period=3 * size)
     head.at(1).reads(f"{attention}.dense")
     part = (2 * size, 3 * size)
     draft.shifts_values(fused, f"{attention}.dense", part, period=3 * size)
@@ -153,7 +153,7 @@ def _rotary_line(
 
 
 def _rotary_heads(
-    config: Config, draft: Draft, stream: Space, attention: str, block: int, *, normed: bool
+    config: Config, draft: Draft, stream: Role, attention: str, block: int, *, normed: bool
 ) -> None:
     names = Projections(*(f"{attention}.{part}_proj" for part in "qkvo"))
     queries = config.count("num_attention_heads")
@@ -165,7 +165,7 @@ def _rotary_heads(
     stream.writes(names.output)
 
 
-def _gated_units(draft: Draft, stream: Space, mlp: str, block: int) -> None:
+def _gated_units(draft: Draft, stream: Role, mlp: str, block: int) -> None:
     gate, up, down = (f"{mlp}.{part}_proj" for part in ("gate", "up", "down"))
     units = draft.space(f"mlp.{block}", gated(draft.shape(f"{gate}.weight")[0]))
     units.writes(gate)
@@ -175,7 +175,7 @@ def _gated_units(draft: Draft, stream: Space, mlp: str, block: int) -> None:
     stream.writes(down)
 
 
-def _experts(draft: Draft, stream: Space, mlp: str, block: int) -> None:
+def _experts(draft: Draft, stream: Role, mlp: str, block: int) -> None:
     router, up, down = (
         f"{mlp}.gate.weight",
         f"{mlp}.experts.gate_up_proj",
@@ -193,7 +193,7 @@ def _experts(draft: Draft, stream: Space, mlp: str, block: int) -> None:
     stream.moves(down, 1)
 
 
-def _finished(draft: Draft, stream: Space, *, bare: bool) -> Symmetry:
+def _finished(draft: Draft, stream: Role, *, bare: bool) -> Symmetry:
     for head in ("lm_head", "embed_out", "score"):
         if draft.has(head):
             stream.reads(head)

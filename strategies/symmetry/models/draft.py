@@ -11,7 +11,7 @@ from typing import Any
 
 from fedbasin.strategies.symmetry.groups.block_groups import Inner, Shared
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import Output, Shift
 from fedbasin.strategies.tensors.state import State, tied
 
@@ -54,21 +54,21 @@ class Config:
 
 @dataclass
 class Draft:
-    """The sites of a model so far, in order.
+    """The spaces of a model so far, in order.
 
     Attributes:
         state: tensors of the model; only names and shapes are read.
     """
 
     state: State
-    sites: dict[str, Site] = field(default_factory=dict)
+    spaces: dict[str, Space] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
     shifts: list[Shift] = field(default_factory=list)
 
-    def space(self, name: str, group: Group, leg: int = 0) -> "Space":
-        """A new site, and its first leg."""
-        self.sites[name] = Site(name, group, ())
-        return Space(self, name, leg)
+    def space(self, name: str, group: Group, role: int = 0) -> "Role":
+        """A new space, and its first role."""
+        self.spaces[name] = Space(name, group, ())
+        return Role(self, name, role)
 
     def has(self, layer: str) -> bool:
         """Whether the model has a tensor or a layer of that name."""
@@ -87,7 +87,7 @@ class Draft:
         return tuple(self.state[tensor].shape)
 
     def keep(self, *tensors: str) -> None:
-        """Tensors that no site moves, if the model has them: what is written to labels, buffers."""
+        """Tensors that no space moves, if the model has them: what is written to labels, buffers."""
         self.fixed |= set(tensors)
 
     def shifts_keys(self, layer: str, part: tuple[int, int] | None = None) -> None:
@@ -111,21 +111,21 @@ class Draft:
             self.shifts.append(Shift(value, part, period, into))
 
     def finish(self, *left_out: str) -> Symmetry:
-        """The symmetry without the sites that are `left_out`.
+        """The symmetry without the spaces that are `left_out`.
 
         Raises:
-            SymmetryError: naming a tensor that no site moves and that is not known to stay, or two names of
+            SymmetryError: naming a tensor that no space moves and that is not known to stay, or two names of
                 one tensor that would move apart.
         """
         self._refuse_forgotten()
         self._refuse_torn()
-        sites = tuple(site for name, site in self.sites.items() if name not in left_out)
-        found = Symmetry(sites, shifts=tuple(self.shifts))
+        spaces = tuple(space for name, space in self.spaces.items() if name not in left_out)
+        found = Symmetry(spaces, shifts=tuple(self.shifts))
         found.check(self.state)
         return found
 
     def _refuse_forgotten(self) -> None:
-        spoken = {member.tensor for site in self.sites.values() for member in site.members}
+        spoken = {axis.tensor for space in self.spaces.values() for axis in space.axes}
         for tensor, value in self.state.items():
             known = tensor in spoken or any(fnmatchcase(tensor, p) for p in self._staying())
             if value.is_floating_point() and not known:
@@ -135,11 +135,11 @@ class Draft:
                 )
 
     def _refuse_torn(self) -> None:
-        moves: dict[str, set[tuple[str, Member]]] = {}
-        for site in self.sites.values():
-            for member in site.members:
-                move = (site.name, replace(member, tensor="", scored=True))
-                moves.setdefault(member.tensor, set()).add(move)
+        moves: dict[str, set[tuple[str, Axis]]] = {}
+        for space in self.spaces.values():
+            for axis in space.axes:
+                move = (space.name, replace(axis, tensor="", scored=True))
+                moves.setdefault(axis.tensor, set()).add(move)
         # Tensors without memory share none.
         real = {name: tensor for name, tensor in self.state.items() if not tensor.is_meta}
         for name, first in tied(real).items():
@@ -154,41 +154,41 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Space:
-    """One leg of a site; its methods add members."""
+class Role:
+    """One role of a space; its methods add axes."""
 
     draft: Draft
-    site: str
-    leg: int = 0
+    space: str
+    role: int = 0
 
-    def at(self, leg: int) -> "Space":
-        """Another leg of the same site."""
-        return replace(self, leg=leg)
+    def at(self, role: int) -> "Role":
+        """Another role of the same space."""
+        return replace(self, role=role)
 
     def moves(
         self,
         tensor: str,
-        axis: int = 0,
+        dim: int = 0,
         part: tuple[int, int] | None = None,
         *,
         scored: bool = True,
         period: int | None = None,
         outer: int | None = None,
     ) -> None:
-        """Add one axis of one tensor, whose entries must be those of the leg.
+        """Add one axis of one tensor, whose entries must be those of the role.
 
         Raises:
             SymmetryError: there is no such tensor, or its shape is another.
         """
         shape = self.draft.shape(tensor)
-        old = self.draft.sites[self.site]
-        member = Member(tensor, axis, part, self.leg, scored, period, outer)
-        if axis >= len(shape) or _units(member, shape) != old.width(self.leg):
+        old = self.draft.spaces[self.space]
+        axis = Axis(tensor, dim, part, self.role, scored, period, outer)
+        if dim >= len(shape) or _units(axis, shape) != old.width(self.role):
             raise SymmetryError(
-                f"{tensor} has shape {shape}, which leaves axis {axis} other than the {old.width(self.leg)} "
-                f"units of {self.site!r}; is the config the model's own?"
+                f"{tensor} has shape {shape}, which leaves axis {dim} other than the {old.width(self.role)} "
+                f"units of {self.space!r}; is the config the model's own?"
             )
-        self.draft.sites[self.site] = replace(old, members=(*old.members, member))
+        self.draft.spaces[self.space] = replace(old, axes=(*old.axes, axis))
 
     def writes(
         self,
@@ -199,27 +199,27 @@ class Space:
         period: int | None = None,
         bias_scored: bool = True,
     ) -> None:
-        """Weight and, if there is one, bias of a layer that writes the leg."""
+        """Weight and, if there is one, bias of a layer that writes the role."""
         self.moves(f"{layer}.weight", axis, part, period=period)
         if f"{layer}.bias" in self.draft.state:
             self.moves(f"{layer}.bias", 0, part, period=period, scored=bias_scored)
 
     def reads(self, *layers: str, axis: int = 1, scored: bool = True) -> None:
-        """Weights of layers that read the leg; a table of embeddings is one."""
+        """Weights of layers that read the role; a table of embeddings is one."""
         for layer in layers:
             self.moves(f"{layer}.weight", axis, scored=scored)
 
     def scales(self, *norms: str) -> None:
-        """Weight and, if there is one, bias of norms over the leg."""
+        """Weight and, if there is one, bias of norms over the role."""
         for norm in norms:
             self.writes(norm)
 
 
-def _units(member: Member, shape: tuple[int, ...]) -> int:
-    length = shape[member.axis]
-    period = member.period or length
-    start, stop = member.part or (0, period)
-    slices = 1 if member.outer is None else shape[member.outer]
+def _units(axis: Axis, shape: tuple[int, ...]) -> int:
+    length = shape[axis.dim]
+    period = axis.period or length
+    start, stop = axis.part or (0, period)
+    slices = 1 if axis.outer is None else shape[axis.outer]
     return (stop - start) * (length // period) * slices
 
 
@@ -235,8 +235,8 @@ class Projections:
 
 def heads(
     draft: Draft, name: str, layers: Projections, count: int, *, key_bias_scored: bool = False
-) -> Space:
-    """Heads without rotary positions: `O(d)*O(d) wr S(count)`, legs query-key and value-output.
+) -> Role:
+    """Heads without rotary positions: `O(d)*O(d) wr S(count)`, roles query-key and value-output.
 
     A key bias adds the same to all scores of a query, so it moves but does not count, unless something besides
     the query reads the keys.

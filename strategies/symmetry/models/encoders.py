@@ -8,7 +8,7 @@ Sanh et al. 2019, arXiv 1910.01108; He et al. 2021, arXiv 2111.09543).
 """
 
 from fedbasin.strategies.symmetry.groups.groups import Permutation, signed
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Space, heads
+from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 
@@ -44,7 +44,7 @@ def _within(attention: str, pattern: str) -> Projections:
     return Projections(*(f"{attention}.{name}" for name in (query, key, value, "output.dense")))
 
 
-def _embedded(config: Config, draft: Draft, embeddings: str) -> Space:
+def _embedded(config: Config, draft: Draft, embeddings: str) -> Role:
     """The residual stream, with its tables and their norm."""
     width = config.count("hidden_size", "dim")
     stream = draft.space("residual", Permutation(width))
@@ -56,7 +56,7 @@ def _embedded(config: Config, draft: Draft, embeddings: str) -> Space:
     return stream
 
 
-def _feed_forward(draft: Draft, stream: Space, layer: str, block: int) -> None:
+def _feed_forward(draft: Draft, stream: Role, layer: str, block: int) -> None:
     """What follows the heads in a block of BERT or DeBERTa."""
     stream.writes(f"{layer}.attention.output.dense")
     stream.scales(f"{layer}.attention.output.LayerNorm")
@@ -64,7 +64,7 @@ def _feed_forward(draft: Draft, stream: Space, layer: str, block: int) -> None:
     stream.scales(f"{layer}.output.LayerNorm")
 
 
-def _hidden(draft: Draft, stream: Space, name: str, up: str, down: str) -> None:
+def _hidden(draft: Draft, stream: Role, name: str, up: str, down: str) -> None:
     units = draft.space(name, Permutation(draft.shape(f"{up}.weight")[0]))
     units.writes(up)
     units.reads(down)
@@ -72,7 +72,7 @@ def _hidden(draft: Draft, stream: Space, name: str, up: str, down: str) -> None:
     stream.writes(down)
 
 
-def _pooled(draft: Draft, stream: Space, pooler: str, *readers: str) -> None:
+def _pooled(draft: Draft, stream: Role, pooler: str, *readers: str) -> None:
     """A dense layer and tanh, an odd function, so its units have signs; without one a plain classifier."""
     present = [reader for reader in readers if draft.has(reader)]
     draft.keep(*(f"{reader}.bias" for reader in readers))
@@ -89,7 +89,7 @@ def _pooled(draft: Draft, stream: Space, pooler: str, *readers: str) -> None:
     units.reads(*present)
 
 
-def _dense_classifier(draft: Draft, stream: Space, dense: str, out: str) -> None:
+def _dense_classifier(draft: Draft, stream: Role, dense: str, out: str) -> None:
     """RoBERTa's classifier: dense, tanh, out."""
     if draft.has(dense):
         draft.keep(f"{out}.bias")
@@ -99,7 +99,7 @@ def _dense_classifier(draft: Draft, stream: Space, dense: str, out: str) -> None
         stream.reads(dense)
 
 
-def _masked_head(config: Config, draft: Draft, stream: Space, transform: str, head: str) -> None:
+def _masked_head(config: Config, draft: Draft, stream: Role, transform: str, head: str) -> None:
     """Dense, activation, norm and decoder of a masked language model."""
     dense, decoder = f"{transform}.dense", f"{head}.decoder"
     if not draft.has(dense):
@@ -110,7 +110,7 @@ def _masked_head(config: Config, draft: Draft, stream: Space, transform: str, he
 
 
 def masked_head(
-    config: Config, draft: Draft, stream: Space, dense: str, norm: str, decoder: str
+    config: Config, draft: Draft, stream: Role, dense: str, norm: str, decoder: str
 ) -> None:
     """A head whose decoder may be the token table.
 
@@ -127,7 +127,7 @@ def masked_head(
         units.reads(decoder)
 
 
-def _finished(draft: Draft, stream: Space, *, bare: bool) -> Symmetry:
+def _finished(draft: Draft, stream: Role, *, bare: bool) -> Symmetry:
     if draft.has("qa_outputs"):
         stream.reads("qa_outputs")
         draft.keep("qa_outputs.bias")
@@ -157,7 +157,7 @@ def distilbert(config: Config, state: State, *, residual: bool) -> Symmetry:
     return _finished(draft, stream, bare=not prefix or not residual)
 
 
-def _rectified(draft: Draft, stream: Space) -> None:
+def _rectified(draft: Draft, stream: Role) -> None:
     """DistilBERT's classifier: dense, ReLU, out; for tokens out alone."""
     draft.keep("classifier.bias")
     if draft.has("pre_classifier"):
@@ -174,7 +174,7 @@ def deberta_v2(config: Config, state: State, *, residual: bool) -> Symmetry:
 
     With `share_att_key` the table of positions is read by query and key, so it belongs to the stream; without,
     it is a space of its own, and `pos_key_proj` turns with the queries that meet it, `pos_query_proj` with the keys:
-    all four are one leg. A key bias meets positions too, so it counts.
+    all four are one role. A key bias meets positions too, so it counts.
     """
     draft = Draft(state)
     prefix = "deberta." if draft.has("deberta.embeddings.word_embeddings") else ""
@@ -199,7 +199,7 @@ def deberta_v2(config: Config, state: State, *, residual: bool) -> Symmetry:
     return _finished(draft, stream, bare=not prefix or not residual)
 
 
-def _positions(config: Config, draft: Draft, stream: Space, encoder: str) -> Space:
+def _positions(config: Config, draft: Draft, stream: Role, encoder: str) -> Role:
     """The space of the relative positions' table."""
     table = f"{encoder}.rel_embeddings"
     if not draft.has(table):
@@ -213,7 +213,7 @@ def _positions(config: Config, draft: Draft, stream: Space, encoder: str) -> Spa
     return space
 
 
-def _context_pooled(draft: Draft, stream: Space) -> None:
+def _context_pooled(draft: Draft, stream: Role) -> None:
     """Dense, any activation, classifier; for tokens the classifier alone."""
     draft.keep("classifier.bias")
     if draft.has("pooler.dense"):

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from fedbasin.strategies.symmetry.groups.general_linear import General
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import Shift
 from fedbasin.strategies.tensors.state import State
 
@@ -29,7 +29,7 @@ def general(rank: int) -> Wreath:
 
 
 def adapters(state: State, group: Callable[[int], Group] = Orthogonal) -> Symmetry:
-    """The inner spaces of a model's adapters, one site each.
+    """The inner spaces of a model's adapters, one space each.
 
     Args:
         state: of the adapted model, or of its adapters alone; only names and shapes are read.
@@ -38,7 +38,7 @@ def adapters(state: State, group: Callable[[int], Group] = Orthogonal) -> Symmet
     Raises:
         SymmetryError: there are no adapters, or a factor lacks its partner.
     """
-    found = [_inner_site(state, name, group) for name in state if _INNER.fullmatch(name)]
+    found = [_inner_space(state, name, group) for name in state if _INNER.fullmatch(name)]
     if not found:
         raise SymmetryError("the state has no tensor named lora_A; give an adapted model's")
     return Symmetry(tuple(found))
@@ -58,22 +58,22 @@ def adapted(symmetry: Symmetry, state: State, *, fan_in_fan_out: bool = False) -
     if symmetry.folds:
         raise SymmetryError("a norm cannot be folded into factors; give a symmetry without folds")
     names = _renamed(state)
-    sites = tuple(_following(site, names, state, fan_in_fan_out) for site in symmetry.sites)
+    spaces = tuple(_following(space, names, state, fan_in_fan_out) for space in symmetry.spaces)
     shifts = tuple(
         found for shift in symmetry.shifts for found in _renamed_shift(shift, names, state)
     )
-    return Symmetry((*sites, *adapters(state).sites), shifts=shifts)
+    return Symmetry((*spaces, *adapters(state).spaces), shifts=shifts)
 
 
-def _inner_site(state: State, name: str, group: Callable[[int], Group]) -> Site:
+def _inner_space(state: State, name: str, group: Callable[[int], Group]) -> Space:
     partner = _partner(name)
     if partner not in state:
         raise SymmetryError(f"{name!r} has no partner {partner!r}; both factors move together")
     found = group(state[name].shape[0])
-    return Site(
+    return Space(
         name.removeprefix(_PREFIX).replace(".lora_A", "").removesuffix(".weight"),
         found,
-        (Member(name, 0), Member(partner, 1, leg=len(found.sizes) - 1)),
+        (Axis(name, 0), Axis(partner, 1, role=len(found.sizes) - 1)),
     )
 
 
@@ -100,38 +100,38 @@ def _renamed_shift(shift: Shift, names: Mapping[str, list[str]], state: State) -
         yield replace(shift, bias=bias, output=replace(shift.output, weight=weight, bias=output))
 
 
-def _following(site: Site, names: Mapping[str, list[str]], state: State, transposed: bool) -> Site:
-    members = tuple(
+def _following(
+    space: Space, names: Mapping[str, list[str]], state: State, transposed: bool
+) -> Space:
+    axes = tuple(
         follower
-        for member in site.members
-        for name in names.get(member.tensor, [member.tensor])
+        for axis in space.axes
+        for name in names.get(axis.tensor, [axis.tensor])
         for follower in (
-            replace(member, tensor=name),
-            *_factors(site, member, name, state, transposed),
+            replace(axis, tensor=name),
+            *_factors(space, axis, name, state, transposed),
         )
     )
-    return replace(site, members=members)
+    return replace(space, axes=axes)
 
 
-def _factors(
-    site: Site, member: Member, name: str, state: State, transposed: bool
-) -> Iterator[Member]:
-    """The factors of a layer's adapters that have the member's axis."""
+def _factors(space: Space, axis: Axis, name: str, state: State, transposed: bool) -> Iterator[Axis]:
+    """The factors of a layer's adapters that have the axis's axis."""
     layer = name.removesuffix(".base_layer.weight")
     for factor in state if layer != name else ():
         match = _INNER.fullmatch(factor)
         if match and match["layer"] == layer:
             reading = 0 if transposed or match["table"] else 1
-            reads = member.axis == reading
-            yield replace(member, tensor=factor if reads else _partner(factor), axis=int(reads))
-        elif factor.startswith(f"{layer}.lora_magnitude_vector.") and member.axis == 0:
-            yield _magnitude(site, member, factor)
+            reads = axis.dim == reading
+            yield replace(axis, tensor=factor if reads else _partner(factor), dim=int(reads))
+        elif factor.startswith(f"{layer}.lora_magnitude_vector.") and axis.dim == 0:
+            yield _magnitude(space, axis, factor)
 
 
-def _magnitude(site: Site, member: Member, name: str) -> Member:
-    if not isinstance(site.group, Permutation):
+def _magnitude(space: Space, axis: Axis, name: str) -> Axis:
+    if not isinstance(space.group, Permutation):
         raise SymmetryError(
-            f"{name!r} scales outputs one by one, which {site.group} at site {site.name!r} mixes; "
-            "leave the site out, or adapt without magnitudes"
+            f"{name!r} scales outputs one by one, which {space.group} at space {space.name!r} mixes; "
+            "leave the space out, or adapt without magnitudes"
         )
-    return replace(member, tensor=name)
+    return replace(axis, tensor=name)

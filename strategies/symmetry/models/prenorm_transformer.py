@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import Output, Shift
 from fedbasin.strategies.tensors.state import State
 
@@ -53,7 +53,7 @@ class Names:
 def preln_transformer(
     state: State, heads: int, names: Names | None = None, *, residual: bool = True
 ) -> Symmetry:
-    """The sites of a transformer: the residual stream, then heads and MLP units block by block.
+    """The spaces of a transformer: the residual stream, then heads and MLP units block by block.
 
     Args:
         state: tensors of the model; only names and shapes are read. Biases are optional.
@@ -76,7 +76,7 @@ class _Family:
     def symmetry(self, *, residual: bool) -> Symmetry:
         blocks = range(self._count())
         stream = self._residual(blocks)
-        inner = [site for block in blocks for site in (self._heads(block), self._hidden(block))]
+        inner = [space for block in blocks for space in (self._heads(block), self._hidden(block))]
         shifts = tuple(shift for block in blocks for shift in self._shifts(block))
         return Symmetry((stream, *inner) if residual else tuple(inner), shifts=shifts)
 
@@ -89,45 +89,45 @@ class _Family:
         # Without a first block the lookup below names what is missing.
         return max(block, 1)
 
-    def _residual(self, blocks: range) -> Site:
+    def _residual(self, blocks: range) -> Space:
         width = self._length(f"{self.names.query.format(block=0)}.weight", 1)
-        members = tuple(self._stream(blocks, width))
-        return Site("residual", Permutation(width), members)
+        axes = tuple(self._stream(blocks, width))
+        return Space("residual", Permutation(width), axes)
 
-    def _stream(self, blocks: range, width: int) -> Iterator[Member]:
+    def _stream(self, blocks: range, width: int) -> Iterator[Axis]:
         names = self.names
         if names.embedding is not None:
             yield from self._writer(names.embedding, width)
         for table in names.tables:
-            yield self._member(table, len(self._shape(table)) - 1, width)
+            yield self._axis(table, len(self._shape(table)) - 1, width)
         for block in blocks:
             yield from self._writer(names.attention_norm.format(block=block), width)
             for reader in (names.query, names.key, names.value):
-                yield self._member(f"{reader.format(block=block)}.weight", 1, width)
+                yield self._axis(f"{reader.format(block=block)}.weight", 1, width)
             yield from self._writer(names.output.format(block=block), width)
             yield from self._writer(names.mlp_norm.format(block=block), width)
-            yield self._member(f"{names.up.format(block=block)}.weight", 1, width)
+            yield self._axis(f"{names.up.format(block=block)}.weight", 1, width)
             yield from self._writer(names.down.format(block=block), width)
         yield from self._writer(names.final_norm, width)
         if names.head is not None:
-            yield self._member(f"{names.head}.weight", 1, width)
+            yield self._axis(f"{names.head}.weight", 1, width)
 
-    def _heads(self, block: int) -> Site:
+    def _heads(self, block: int) -> Space:
         query, key, value, output = (
             name.format(block=block)
             for name in (self.names.query, self.names.key, self.names.value, self.names.output)
         )
         scores = self._length(f"{query}.weight", 0)
         values = self._length(f"{value}.weight", 0)
-        members = (
+        axes = (
             *self._writer(query, scores),
-            self._member(f"{key}.weight", 0, scores),
+            self._axis(f"{key}.weight", 0, scores),
             *self._bias(key, scores, scored=False),
-            *self._writer(value, values, leg=1),
-            self._member(f"{output}.weight", 1, values, leg=1),
+            *self._writer(value, values, role=1),
+            self._axis(f"{output}.weight", 1, values, role=1),
         )
         inners = (self._inside(query, scores), self._inside(value, values))
-        return Site(f"heads.{block}", Wreath(inners, self.heads), members)
+        return Space(f"heads.{block}", Wreath(inners, self.heads), axes)
 
     def _shifts(self, block: int) -> Iterator[Shift]:
         key, value, output = (
@@ -148,32 +148,30 @@ class _Family:
             )
         return Orthogonal(width // self.heads)
 
-    def _hidden(self, block: int) -> Site:
+    def _hidden(self, block: int) -> Space:
         up, down = self.names.up.format(block=block), self.names.down.format(block=block)
         width = self._length(f"{up}.weight", 0)
-        members = (*self._writer(up, width), self._member(f"{down}.weight", 1, width))
-        return Site(f"mlp.{block}", Permutation(width), members)
+        axes = (*self._writer(up, width), self._axis(f"{down}.weight", 1, width))
+        return Space(f"mlp.{block}", Permutation(width), axes)
 
-    def _writer(self, name: str, width: int, leg: int = 0) -> Iterator[Member]:
-        """Weight and bias of a layer whose first axis is the site; a norm scales it."""
-        yield self._member(f"{name}.weight", 0, width, leg)
-        yield from self._bias(name, width, leg)
+    def _writer(self, name: str, width: int, role: int = 0) -> Iterator[Axis]:
+        """Weight and bias of a layer whose first axis is the space; a norm scales it."""
+        yield self._axis(f"{name}.weight", 0, width, role)
+        yield from self._bias(name, width, role)
 
-    def _bias(
-        self, name: str, width: int, leg: int = 0, *, scored: bool = True
-    ) -> Iterator[Member]:
+    def _bias(self, name: str, width: int, role: int = 0, *, scored: bool = True) -> Iterator[Axis]:
         if f"{name}.bias" in self.state:
-            yield self._member(f"{name}.bias", 0, width, leg, scored=scored)
+            yield self._axis(f"{name}.bias", 0, width, role, scored=scored)
 
-    def _member(
-        self, tensor: str, axis: int, width: int, leg: int = 0, *, scored: bool = True
-    ) -> Member:
+    def _axis(
+        self, tensor: str, axis: int, width: int, role: int = 0, *, scored: bool = True
+    ) -> Axis:
         if self._length(tensor, axis) != width:
             raise SymmetryError(
                 f"{tensor} has shape {self._shape(tensor)}, but axis {axis} should have {width} entries; "
                 f"this family has separate query, key, value and output projections of one width"
             )
-        return Member(tensor, axis, leg=leg, scored=scored)
+        return Axis(tensor, axis, role=role, scored=scored)
 
     def _length(self, tensor: str, axis: int) -> int:
         shape = self._shape(tensor)

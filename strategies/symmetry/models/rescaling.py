@@ -15,74 +15,77 @@ from itertools import accumulate
 from fedbasin.strategies.symmetry.groups.block_groups import Inner
 from fedbasin.strategies.symmetry.groups.general_linear import Conformal, Positive
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 
 
-def rescaled(symmetry: Symmetry, sites: str, *divided: str) -> Symmetry:
-    """The symmetry with a scale on every leg that has a member to divide by it; prove it with `check`.
+def rescaled(symmetry: Symmetry, spaces: str, *divided: str) -> Symmetry:
+    """The symmetry with a scale on every role that has an axis to divide by it; prove it with `check`.
 
-    `S(n)` becomes `P(1) wr S(n)`, and `O(d)` inside a product `CO(d)`. The other members of the leg are multiplied.
+    `S(n)` becomes `P(1) wr S(n)`, and `O(d)` inside a product `CO(d)`. The other axes of the role are multiplied.
 
     Args:
         symmetry: orders and rotations.
-        sites: a pattern of the sites that stretch; the residual stream never does.
+        spaces: a pattern of the spaces that stretch; the residual stream never does.
         divided: patterns of the tensors that are divided: keys, output projections, what reads units.
 
     Raises:
-        SymmetryError: a leg has nothing to multiply, or its group cannot stretch.
+        SymmetryError: a role has nothing to multiply, or its group cannot stretch.
     """
     found = tuple(
-        _rescaled(site, divided) if fnmatchcase(site.name, sites) else site
-        for site in symmetry.sites
+        _rescaled(space, divided) if fnmatchcase(space.name, spaces) else space
+        for space in symmetry.spaces
     )
-    return replace(symmetry, sites=found)
+    return replace(symmetry, spaces=found)
 
 
-def _rescaled(site: Site, divided: tuple[str, ...]) -> Site:
-    inverse = {member for member in site.members if _matches(member, divided)}
-    legs = {member.leg for member in inverse}
-    if not legs:
-        return site
-    for leg in legs:
-        if all(member in inverse for member in site.members if member.leg == leg):
+def _rescaled(space: Space, divided: tuple[str, ...]) -> Space:
+    inverse = {axis for axis in space.axes if _matches(axis, divided)}
+    roles = {axis.role for axis in inverse}
+    if not roles:
+        return space
+    for role in roles:
+        if all(axis in inverse for axis in space.axes if axis.role == role):
             raise SymmetryError(
-                f"site {site.name!r}: all members of leg {leg} would be divided and none multiplied; "
+                f"space {space.name!r}: all axes of role {role} would be divided and none multiplied; "
                 "give patterns of one side only"
             )
-    return _moved(replace(site, group=_stretched(site, legs)), legs, inverse)
+    return _moved(replace(space, group=_stretched(space, roles)), roles, inverse)
 
 
-def _matches(member: Member, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(member.tensor, pattern) for pattern in patterns)
+def _matches(axis: Axis, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(axis.tensor, pattern) for pattern in patterns)
 
 
-def _stretched(site: Site, legs: set[int]) -> Group:
-    group = site.group
+def _stretched(space: Space, roles: set[int]) -> Group:
+    group = space.group
     if isinstance(group, Permutation):
         return Wreath((Positive(1),), group.count)
     if not isinstance(group, Wreath) or len(group.inners) != len(group.sizes):
-        raise SymmetryError(f"site {site.name!r}: {group} cannot stretch; write the group as text")
+        raise SymmetryError(
+            f"space {space.name!r}: {group} cannot stretch; write the group as text"
+        )
     inners = (
-        _stretching(site, inner) if leg in legs else inner for leg, inner in enumerate(group.inners)
+        _stretching(space, inner) if role in roles else inner
+        for role, inner in enumerate(group.inners)
     )
     return Wreath(tuple(inners), group.count)
 
 
-def _stretching(site: Site, inner: Inner) -> Inner:
+def _stretching(space: Space, inner: Inner) -> Inner:
     if isinstance(inner, Orthogonal):
         return Conformal(inner.size)
     if inner == Permutation(1):
         return Positive(1)
-    raise SymmetryError(f"site {site.name!r}: {inner} cannot stretch; write the group as text")
+    raise SymmetryError(f"space {space.name!r}: {inner} cannot stretch; write the group as text")
 
 
-def _moved(site: Site, legs: set[int], inverse: set[Member]) -> Site:
-    """The members on the legs of the larger group, where a dual leg follows each that stretches."""
-    last = max(member.leg for member in site.members)
-    before = list(accumulate((1 + (leg in legs) for leg in range(last + 1)), initial=0))
+def _moved(space: Space, roles: set[int], inverse: set[Axis]) -> Space:
+    """The axes on the roles of the larger group, where a dual role follows each that stretches."""
+    last = max(axis.role for axis in space.axes)
+    before = list(accumulate((1 + (role in roles) for role in range(last + 1)), initial=0))
     return replace(
-        site,
-        members=tuple(
-            replace(member, leg=before[member.leg] + (member in inverse)) for member in site.members
+        space,
+        axes=tuple(
+            replace(axis, role=before[axis.role] + (axis in inverse)) for axis in space.axes
         ),
     )

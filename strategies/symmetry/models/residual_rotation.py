@@ -17,14 +17,14 @@ from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation
 from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.models.prenorm_transformer import Names, preln_transformer
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
 
 _RESIDUAL = "residual"
 
 
 def turning_transformer(state: State, heads: int, names: Names | None = None) -> Symmetry:
-    """The sites of `preln_transformer` with O(d-1) on the residual stream, and the folds it needs.
+    """The spaces of `preln_transformer` with O(d-1) on the residual stream, and the folds it needs.
 
     Args:
         state: tensors of the model.
@@ -63,47 +63,47 @@ def turning(symmetry: Symmetry, folds: tuple[Fold, ...], state: State) -> Symmet
     """Replace the residual stream's permutations, or signed permutations, by all rotations.
 
     Args:
-        symmetry: with a site `residual`, of S(d) between LayerNorms or of signs between root mean square norms.
+        symmetry: with a space `residual`, of S(d) between LayerNorms or of signs between root mean square norms.
         folds: every norm that reads the stream.
         state: tensors of the model.
 
     Raises:
-        SymmetryError: there is no such site, a gain on the stream is not folded, or a norm cannot be folded.
+        SymmetryError: there is no such space, a gain on the stream is not folded, or a norm cannot be folded.
     """
-    stream = next((site for site in symmetry.sites if site.name == _RESIDUAL), None)
+    stream = next((space for space in symmetry.spaces if space.name == _RESIDUAL), None)
     if stream is None:
         raise SymmetryError(
-            "the symmetry has no site 'residual' to turn: a model without a head hands its stream out; "
+            "the symmetry has no space 'residual' to turn: a model without a head hands its stream out; "
             "match the model that has its head"
         )
-    turned = replace(stream, group=_rotations(stream), members=_turned(stream, folds, state))
-    sites = tuple(turned if site is stream else site for site in symmetry.sites)
-    result = replace(symmetry, sites=sites, folds=folds)
+    turned = replace(stream, group=_rotations(stream), axes=_turned(stream, folds, state))
+    spaces = tuple(turned if space is stream else space for space in symmetry.spaces)
+    result = replace(symmetry, spaces=spaces, folds=folds)
     result.check(state)
     return result
 
 
-def _rotations(stream: Site) -> Group:
+def _rotations(stream: Space) -> Group:
     # A LayerNorm takes the mean of the stream, and its family says so by keeping signs out.
     width = stream.width()
     return Centred(width) if isinstance(stream.group, Permutation) else Orthogonal(width)
 
 
-def _turned(stream: Site, folds: Iterable[Fold], state: State) -> tuple[Member, ...]:
+def _turned(stream: Space, folds: Iterable[Fold], state: State) -> tuple[Axis, ...]:
     gains = {fold.gain for fold in folds}
-    members = tuple(m for m in stream.members if m.tensor not in gains)
-    moved = {member.tensor for member in members}
-    for norm in {member.tensor.removesuffix(".bias") for member in stream.members}:
+    axes = tuple(m for m in stream.axes if m.tensor not in gains)
+    moved = {axis.tensor for axis in axes}
+    for norm in {axis.tensor.removesuffix(".bias") for axis in stream.axes}:
         gain = f"{norm}.weight"
         if gain in moved and len(state[gain].shape) == 1:
             raise SymmetryError(
                 f"{gain} scales entries of the stream and is not folded; name what reads the norm, or leave "
                 "the stream to permutations"
             )
-    lone = sorted(m.tensor for m in members if m.leg)
+    lone = sorted(m.tensor for m in axes if m.role)
     if lone:
         raise SymmetryError(f"{lone[0]} scales entries of the stream and is not folded")
-    return members
+    return axes
 
 
 def _folds_of(names: Names, state: State) -> Iterator[Fold]:

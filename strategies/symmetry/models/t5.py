@@ -17,7 +17,7 @@ from fedbasin.strategies.symmetry.models.draft import (
     Config,
     Draft,
     Projections,
-    Space,
+    Role,
     heads,
     share,
 )
@@ -41,7 +41,7 @@ def t5(config: Config, state: State, *, residual: bool) -> Symmetry:
     return draft.finish(*("residual",) * bare)
 
 
-def _stack(config: Config, draft: Draft, stream: Space, stack: str, blocks: int) -> None:
+def _stack(config: Config, draft: Draft, stream: Role, stack: str, blocks: int) -> None:
     count = config.count("num_heads", "num_attention_heads")
     _tied_heads(draft, stream, stack, blocks, count)
     for block in range(blocks):
@@ -57,8 +57,8 @@ def _stack(config: Config, draft: Draft, stream: Space, stack: str, blocks: int)
     stream.at(_SCALES).scales(f"{stack}.final_layer_norm")
 
 
-def _tied_heads(draft: Draft, stream: Space, stack: str, blocks: int, count: int) -> None:
-    """Legs: query-key and value-output of block after block, then the columns of the biases."""
+def _tied_heads(draft: Draft, stream: Role, stack: str, blocks: int, count: int) -> None:
+    """Roles: query-key and value-output of block after block, then the columns of the biases."""
     names = [
         _projections(f"{stack}.block.{block}.layer.0.SelfAttention") for block in range(blocks)
     ]
@@ -79,13 +79,13 @@ def _projections(attention: str) -> Projections:
     return Projections(*(f"{attention}.{part}" for part in "qkvo"))
 
 
-def _beside(stream: Space, names: Projections, norm: str) -> None:
+def _beside(stream: Role, names: Projections, norm: str) -> None:
     stream.at(_SCALES).scales(norm)
     stream.reads(names.query, names.key, names.value)
     stream.writes(names.output)
 
 
-def _units(draft: Draft, stream: Space, name: str, mlp: str) -> None:
+def _units(draft: Draft, stream: Role, name: str, mlp: str) -> None:
     down = f"{mlp}.wo"
     width = draft.shape(f"{down}.weight")[1]
     if draft.has(f"{mlp}.wi_0"):

@@ -8,7 +8,7 @@ and stays.
 """
 
 from fedbasin.strategies.symmetry.groups.groups import Permutation
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Space, heads
+from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 
@@ -53,13 +53,13 @@ def clip(config: Config, state: State, *, residual: bool) -> Symmetry:
     return draft.finish(*(bare if residual else ("text.residual", "vision.residual")))
 
 
-def _projected(draft: Draft, stream: Space, *readers: str) -> list[str]:
+def _projected(draft: Draft, stream: Role, *readers: str) -> list[str]:
     present = [reader for reader in readers if draft.has(reader)]
     stream.reads(*present)
-    return [] if present else [stream.site]
+    return [] if present else [stream.space]
 
 
-def _text(config: Config, draft: Draft) -> Space:
+def _text(config: Config, draft: Draft) -> Role:
     stream = draft.space("text.residual", Permutation(config.count("hidden_size")))
     embeddings = "text_model.embeddings"
     stream.reads(f"{embeddings}.token_embedding", f"{embeddings}.position_embedding")
@@ -68,7 +68,7 @@ def _text(config: Config, draft: Draft) -> Space:
     return stream
 
 
-def _vision(config: Config, draft: Draft) -> Space:
+def _vision(config: Config, draft: Draft) -> Role:
     stream = draft.space("vision.residual", Permutation(config.count("hidden_size")))
     embeddings = "vision_model.embeddings"
     stream.moves(f"{embeddings}.class_embedding")
@@ -80,7 +80,7 @@ def _vision(config: Config, draft: Draft) -> Space:
     return stream
 
 
-def _tower(config: Config, draft: Draft, stream: Space, name: str) -> None:
+def _tower(config: Config, draft: Draft, stream: Role, name: str) -> None:
     for block in range(config.count("num_hidden_layers")):
         layer = f"{name}_model.encoder.layers.{block}"
         names = Projections(*(f"{layer}.self_attn.{part}_proj" for part in ("q", "k", "v", "out")))
@@ -89,13 +89,13 @@ def _tower(config: Config, draft: Draft, stream: Space, name: str) -> None:
         _hidden(draft, stream, f"{name}.mlp.{block}", f"{layer}.mlp")
 
 
-def _around(stream: Space, names: Projections, *norms: str) -> None:
+def _around(stream: Role, names: Projections, *norms: str) -> None:
     stream.scales(*norms)
     stream.reads(names.query, names.key, names.value)
     stream.writes(names.output)
 
 
-def _hidden(draft: Draft, stream: Space, name: str, mlp: str) -> None:
+def _hidden(draft: Draft, stream: Role, name: str, mlp: str) -> None:
     up, down = f"{mlp}.fc1", f"{mlp}.fc2"
     units = draft.space(name, Permutation(draft.shape(f"{up}.weight")[0]))
     units.writes(up)

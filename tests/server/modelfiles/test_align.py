@@ -40,14 +40,14 @@ def test_a_planted_transform_is_undone_and_the_function_kept(
     assert (outputs(name, out) - outputs(name, model)).abs().max() < 1e-4
 
 
-def test_each_site_says_how_it_went(tmp_path: Path) -> None:
+def test_each_space_says_how_it_went(tmp_path: Path) -> None:
     anchor, model = saved("bert", tmp_path / "a"), tmp_path / "b"
     transform = planted("bert", model)
     done = fedbasin("align", model, "--anchor", anchor, "-o", tmp_path / "out", "--certify")
     assert done.exit_code == 0
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert rows[0] == ["site", "moved", "gain", "certified"]
-    assert [row[0] for row in rows[1:6]] == [site.name for site in transform.symmetry.sites]
+    assert rows[0] == ["space", "moved", "gain", "certified"]
+    assert [row[0] for row in rows[1:6]] == [space.name for space in transform.symmetry.spaces]
     assert "distance to the anchor 27.1916 → " in done.stdout
     assert done.stderr == ""
 
@@ -60,7 +60,7 @@ def test_a_model_near_its_anchor_is_certified_and_written_as_it_was(tmp_path: Pa
     (report,) = answer(
         "align", tmp_path / "b.safetensors", "--anchor", anchor, "-o", out, "--certify"
     )
-    assert report["sites"][0]["certified"]
+    assert report["spaces"][0]["certified"]
     assert out.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -121,13 +121,13 @@ def test_metadata_and_integers_stay(tmp_path: Path) -> None:
     assert int(load_file(out)["steps"]) == 7
 
 
-def test_only_the_chosen_sites_move(tmp_path: Path) -> None:
+def test_only_the_chosen_spaces_move(tmp_path: Path) -> None:
     anchor, model, out = saved("llama", tmp_path / "a"), tmp_path / "b", tmp_path / "out"
     planted("llama", model)
     (report,) = answer(
         "align", model, "--anchor", anchor, "-o", out, "--layers", "mlp.*", "--last", 1
     )
-    assert [site["site"] for site in report["sites"]] == ["mlp.1"]
+    assert [space["space"] for space in report["spaces"]] == ["mlp.1"]
     before, after = tensors(model), tensors(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
@@ -309,7 +309,7 @@ def transform(tmp_path: Path, pair: tuple[Path, Path]) -> Path:
 def test_a_transform_of_another_model_is_refused(tmp_path: Path, transform: Path) -> None:
     save_file({"other": torch.zeros(1)}, tmp_path / "c.safetensors")
     said = refusal("apply", transform, tmp_path / "c.safetensors", "-o", tmp_path / "o.safetensors")
-    assert "site 'hidden', member 0.weight[0]: the model has no such tensor" in said
+    assert "space 'hidden', axis 0.weight[0]: the model has no such tensor" in said
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,8 @@ def test_a_transform_of_another_model_is_refused(tmp_path: Path, transform: Path
         ({"hidden.order": torch.arange(5)}, "hidden.order is no order of 6"),
         ({"other": torch.arange(6)}, "hidden.order is no order of 6"),
         (
-            {"hidden.order": torch.arange(6), "hidden.leg.0": torch.zeros(6, 2, 2)},
-            "hidden.leg.0 has shape (6, 2, 2), and S(6) needs (6, 1, 1)",
+            {"hidden.order": torch.arange(6), "hidden.role.0": torch.zeros(6, 2, 2)},
+            "hidden.role.0 has shape (6, 2, 2), and S(6) needs (6, 1, 1)",
         ),
     ],
 )
@@ -343,7 +343,7 @@ def test_an_answer_in_json_is_one_line(pair: tuple[Path, Path]) -> None:
         "align", model, "--anchor", anchor, "-o", model.with_name("out.safetensors"), "--json"
     )
     (line,) = done.stdout.splitlines()
-    assert json.loads(line)["sites"][0].keys() >= {"site", "certified", "moved", "gain"}
+    assert json.loads(line)["spaces"][0].keys() >= {"space", "certified", "moved", "gain"}
 
 
 def test_a_residual_stream_turns_where_the_notation_folds_its_norms(tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ ONE_OF_EACH = [
 def test_a_published_architecture_keeps_its_function(name: str, tmp_path: Path) -> None:
     *kinds, whole = answer("check", saved(name, tmp_path / name, shard="4KB"))
     assert whole["kind"] == "all"
-    assert whole["sites"] == sum(kind["sites"] for kind in kinds)
+    assert whole["spaces"] == sum(kind["spaces"] for kind in kinds)
     assert all(one["double_error"] < 1e-10 and one["passed"] for one in [*kinds, whole])
 
 
 def test_the_table_says_the_same(tmp_path: Path) -> None:
     done = fedbasin("check", saved("llama", tmp_path / "llama"), "--trials", 1)
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert rows[0] == ["sites", "number", "float64", "float32", "function"]
+    assert rows[0] == ["spaces", "number", "float64", "float32", "function"]
     assert [(row[0], row[1], row[-1]) for row in rows[1:]] == [
         ("residual", "1", "kept"),
         ("heads", "2", "kept"),
@@ -61,9 +61,11 @@ def test_a_broken_symmetry_is_found_and_named(broken: tuple[Path, Path]) -> None
     assert verdicts["heads"] == verdicts["residual"] == "kept"
 
 
-def test_sites_that_are_whole_pass_beside_a_broken_one(broken: tuple[Path, Path]) -> None:
+def test_spaces_that_are_whole_pass_beside_a_broken_one(broken: tuple[Path, Path]) -> None:
     model, notation = broken
-    done = fedbasin("check", model, "--symmetry", notation, "--sites", "mlp.0", "--sites", "heads*")
+    done = fedbasin(
+        "check", model, "--symmetry", notation, "--spaces", "mlp.0", "--spaces", "heads*"
+    )
     assert done.exit_code == 0
 
 

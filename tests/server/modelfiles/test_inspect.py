@@ -14,15 +14,15 @@ def llama(tmp_path: Path) -> Path:
     return saved("llama", tmp_path / "llama")
 
 
-def test_a_folder_is_listed_by_site(llama: Path) -> None:
+def test_a_folder_is_listed_by_space(llama: Path) -> None:
     (found,) = answer("inspect", llama)
-    sites = {site["site"]: site for site in found["sites"]}
-    assert list(sites) == ["residual", "heads.0", "mlp.0", "heads.1", "mlp.1"]
-    assert sites["residual"]["width"] == 16
-    assert sites["residual"]["share"] == 1
-    assert sites["mlp.0"]["group"] == "S(1)*O(1) wr S(10)"
-    assert sites["mlp.0"]["share"] == pytest.approx(3 * 160 / found["parameters"])
-    assert sites["heads.1"]["tensors"] == [
+    spaces = {space["space"]: space for space in found["spaces"]}
+    assert list(spaces) == ["residual", "heads.0", "mlp.0", "heads.1", "mlp.1"]
+    assert spaces["residual"]["width"] == 16
+    assert spaces["residual"]["share"] == 1
+    assert spaces["mlp.0"]["group"] == "S(1)*O(1) wr S(10)"
+    assert spaces["mlp.0"]["share"] == pytest.approx(3 * 160 / found["parameters"])
+    assert spaces["heads.1"]["tensors"] == [
         f"model.layers.1.self_attn.{part}_proj.weight" for part in "kqvo"
     ]
     assert found["dtypes"] == {"float32": found["tensors"]}
@@ -31,9 +31,9 @@ def test_a_folder_is_listed_by_site(llama: Path) -> None:
 
 def test_the_table_says_the_same(llama: Path) -> None:
     lines = fedbasin("inspect", llama).stdout.splitlines()
-    assert lines[0].split() == ["site", "group", "width", "tensors", "share"]
+    assert lines[0].split() == ["space", "group", "width", "tensors", "share"]
     assert lines[3].split() == ["mlp.0", "S(1)*O(1)", "wr", "S(10)", "10", "3", "13.5%"]
-    assert lines[-1] == "touched by no site: nothing"
+    assert lines[-1] == "touched by no space: nothing"
 
 
 def test_shards_are_counted(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_shards_are_counted(tmp_path: Path) -> None:
     assert found["parameters"] == 3568
 
 
-def test_what_no_site_touches_is_named(tmp_path: Path) -> None:
+def test_what_no_space_touches_is_named(tmp_path: Path) -> None:
     (found,) = answer("inspect", saved("bert", tmp_path / "bert"))
     assert found["untouched"] == ["cls.predictions.bias"]
 
@@ -51,25 +51,25 @@ def test_a_head_that_is_the_table_of_the_input_is_said_to_be(tmp_path: Path) -> 
     model = saved("qwen2_tied", tmp_path / "qwen2")
     (found,) = answer("inspect", model)
     assert found["ties_embeddings"]
-    assert "lm_head.weight" not in found["sites"][0]["tensors"]
+    assert "lm_head.weight" not in found["spaces"][0]["tensors"]
     assert "the head is the table of the input" in fedbasin("inspect", model).stdout
 
 
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["--sites", "mlp.*"], ["mlp.0", "mlp.1"]),
-        (["--sites", "residual", "--sites", "heads.1"], ["residual", "heads.1"]),
+        (["--spaces", "mlp.*"], ["mlp.0", "mlp.1"]),
+        (["--spaces", "residual", "--spaces", "heads.1"], ["residual", "heads.1"]),
         (["--first", "1"], ["heads.0", "mlp.0"]),
         (["--last", "1"], ["heads.1", "mlp.1"]),
         (["--last", "1", "--layers", "heads.*"], ["heads.1"]),
     ],
 )
-def test_sites_are_chosen_by_name_and_by_block(
+def test_spaces_are_chosen_by_name_and_by_block(
     llama: Path, options: list[str], names: list[str]
 ) -> None:
     (found,) = answer("inspect", llama, *options)
-    assert [site["site"] for site in found["sites"]] == names
+    assert [space["space"] for space in found["spaces"]] == names
     assert found["untouched"] == []
 
 
@@ -82,15 +82,15 @@ def test_the_notation_can_be_saved_and_given_back(llama: Path, tmp_path: Path) -
         answer("inspect", file, "--config", llama / "config.json"),
     )
     assert by_notation == by_config
-    assert by_notation[0]["sites"] == answer("inspect", llama)[0]["sites"]
+    assert by_notation[0]["spaces"] == answer("inspect", llama)[0]["spaces"]
 
 
 def test_a_file_may_hold_its_symmetry(tmp_path: Path) -> None:
     model = perceptron(tmp_path / "mlp.safetensors", metadata={"symmetry": MLP})
     (found,) = answer("inspect", model)
-    assert found["sites"] == [
+    assert found["spaces"] == [
         {
-            "site": "hidden",
+            "space": "hidden",
             "group": "S(6)",
             "width": 6,
             "tensors": ["0.weight", "0.bias", "2.weight"],
@@ -115,7 +115,7 @@ def test_a_tied_tensor_is_stored_once_and_its_other_name_needs_no_tensor(tmp_pat
     (found,) = answer("inspect", tmp_path / "tied.safetensors", "--symmetry", notation)
     ((left_out, kept),) = found["tied"].items()
     assert {left_out, kept} == {"table.weight", "head.weight"}
-    assert found["sites"][0]["tensors"] == [kept]
+    assert found["spaces"][0]["tensors"] == [kept]
     assert found["parameters"] == 30
 
 
@@ -241,10 +241,10 @@ def test_two_symmetries_are_one_too_many(llama: Path) -> None:
     ("text", "message"),
     [
         ("hidden  S(6)  1.weight[0]\n", "the model has no such tensor"),
-        ("hidden  S(5)  0.weight[0]\n", "are not a multiple of the site's 5 units"),
+        ("hidden  S(5)  0.weight[0]\n", "are not a multiple of the space's 5 units"),
         ("hidden  Q(6)  0.weight[0]\n", "'Q(6)' is no group"),
-        ("hidden\n", "not a site: 'hidden'"),
-        ("", "no site"),
+        ("hidden\n", "not a space: 'hidden'"),
+        ("", "no space"),
     ],
 )
 def test_a_symmetry_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -259,15 +259,15 @@ def test_a_notation_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/no.txt: cannot be read as a notation" in said
 
 
-def test_sites_that_are_not_there_are_refused_with_those_that_are(llama: Path) -> None:
-    said = refusal("inspect", llama, "--sites", "ffn.*")
+def test_spaces_that_are_not_there_are_refused_with_those_that_are(llama: Path) -> None:
+    said = refusal("inspect", llama, "--spaces", "ffn.*")
     assert "'ffn.*'; there are 'residual', 'heads.0', 'mlp.0' and 2 more" in said
 
 
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
-        (torch.float8_e4m3fn, "'w' of site 'hidden' is torch.float8_e4m3fn"),
+        (torch.float8_e4m3fn, "'w' of space 'hidden' is torch.float8_e4m3fn"),
         (torch.int8, "the tensor is torch.int8; only floating tensors"),
     ],
 )
@@ -292,8 +292,10 @@ def test_norms_of_old_files_are_known_by_their_old_names(tmp_path: Path) -> None
     renamed(model / "model.safetensors", "LayerNorm.weight", "LayerNorm.gamma")
     renamed(model / "model.safetensors", "LayerNorm.bias", "LayerNorm.beta")
     (after,) = answer("inspect", model)
-    assert "bert.embeddings.LayerNorm.gamma" in after["sites"][0]["tensors"]
-    assert [site["share"] for site in after["sites"]] == [site["share"] for site in before["sites"]]
+    assert "bert.embeddings.LayerNorm.gamma" in after["spaces"][0]["tensors"]
+    assert [space["share"] for space in after["spaces"]] == [
+        space["share"] for space in before["spaces"]
+    ]
 
 
 def test_old_and_new_name_of_one_tensor_are_refused(tmp_path: Path) -> None:
@@ -304,9 +306,9 @@ def test_old_and_new_name_of_one_tensor_are_refused(tmp_path: Path) -> None:
 
 def test_the_names_of_published_vision_models_are_known(tmp_path: Path) -> None:
     (found,) = answer("inspect", saved("vit", tmp_path / "vit"))
-    sites = {site["site"]: site["tensors"] for site in found["sites"]}
-    assert "vit.encoder.layer.0.intermediate.dense.weight" in sites["mlp.0"]
-    assert "vit.encoder.layer.1.attention.attention.query.weight" in sites["heads.1"]
+    spaces = {space["space"]: space["tensors"] for space in found["spaces"]}
+    assert "vit.encoder.layer.0.intermediate.dense.weight" in spaces["mlp.0"]
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in spaces["heads.1"]
 
 
 def test_experts_that_are_stored_one_by_one_are_refused(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from fedbasin.strategies.alignment.identity_bound import (
     identity_radii,
 )
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry, parse
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, parse
 from fedbasin.strategies.symmetry.transform import random
 
 SYMMETRY = parse("hidden S(7) in.weight[0] in.bias[0] (mean[0]) out.weight[1]")
-(HIDDEN,) = SYMMETRY.sites
+(HIDDEN,) = SYMMETRY.spaces
 State = dict[str, Tensor]
 seeds = st.integers(0, 2**32 - 1)
 many = settings(max_examples=150, deadline=None)
@@ -48,12 +48,12 @@ def best_order(anchor: State, client: State) -> list[int]:
     return linear_sum_assignment(cost.numpy())[1].tolist()
 
 
-def is_certified(site: Site, anchor: State, client: State, radii: Radii) -> bool:
-    return certificate.is_certified(site, drifts_of(site, anchor, client), radii)
+def is_certified(space: Space, anchor: State, client: State, radii: Radii) -> bool:
+    return certificate.is_certified(space, drifts_of(space, anchor, client), radii)
 
 
-def keeps_order(site: Site, anchor: State, client: State, radii: Radii) -> bool:
-    return certificate.keeps_order(site, drifts_of(site, anchor, client), radii)
+def keeps_order(space: Space, anchor: State, client: State, radii: Radii) -> bool:
+    return certificate.keeps_order(space, drifts_of(space, anchor, client), radii)
 
 
 def certified(anchor: State, client: State) -> bool:
@@ -111,7 +111,7 @@ def test_it_ends_where_two_units_that_walk_towards_each_other_meet(seed: int, st
     moved[j] += step * (units[i] - units[j])
     symmetry = parse("walk S(7) w[0]")
     radii = identity_radii(symmetry, {"w": units})
-    holds = is_certified(symmetry.sites[0], {"w": units}, {"w": moved}, radii)
+    holds = is_certified(symmetry.spaces[0], {"w": units}, {"w": moved}, radii)
     assert holds == (step < 0.5) or abs(step - 0.5) < 1e-3
 
 
@@ -148,10 +148,10 @@ def test_units_and_blocks_that_change_places_have_radii() -> None:
     state = {name: torch.randn(4, 4) for name in "abcd"}
     radii = identity_radii(symmetry, state)
     assert {name: radius.shape for name, radius in radii.items()} == {"plain": (4,), "groups": (2,)}
-    assert not is_certified(symmetry.sites[1], state, state, radii)
+    assert not is_certified(symmetry.spaces[1], state, state, radii)
 
 
-def test_a_wide_site_is_compared_in_pieces_with_the_same_radii() -> None:
+def test_a_wide_space_is_compared_in_pieces_with_the_same_radii() -> None:
     units = torch.randn(1500, 3, generator=torch.Generator().manual_seed(0))
     symmetry: Symmetry = parse("wide S(1500) w[0]")
     apart = torch.cdist(units.double(), units.double()).fill_diagonal_(torch.inf)
@@ -166,7 +166,7 @@ def test_a_single_unit_has_nowhere_to_go() -> None:
     symmetry = parse("one S(1) w[0]")
     state = {"w": torch.randn(1, 3)}
     assert is_certified(
-        symmetry.sites[0], state, {"w": state["w"] + 9}, identity_radii(symmetry, state)
+        symmetry.spaces[0], state, {"w": state["w"] + 9}, identity_radii(symmetry, state)
     )
 
 
@@ -196,11 +196,11 @@ def blocks(seed: int, dtype: torch.dtype = torch.float32) -> State:
 def test_whenever_the_order_of_blocks_is_proven_the_best_element_exchanges_none(
     symmetry: Symmetry, seed: int, noise: float
 ) -> None:
-    (site,), anchor = symmetry.sites, blocks(seed)
+    (space,), anchor = symmetry.spaces, blocks(seed)
     client = added(anchor, scaled(blocks(seed + 1), noise))
-    if keeps_order(site, anchor, client, identity_radii(symmetry, anchor)):
-        scores = agreement(site, site.group, anchor, client)
-        assert site.group.maximiser(scores, 0.0).order.tolist() == list(range(site.group.count))
+    if keeps_order(space, anchor, client, identity_radii(symmetry, anchor)):
+        scores = agreement(space, space.group, anchor, client)
+        assert space.group.maximiser(scores, 0.0).order.tolist() == list(range(space.group.count))
 
 
 @pytest.mark.parametrize("symmetry", [HEADS, SIGNED, GROUPED], ids=["heads", "signed", "grouped"])
@@ -210,17 +210,17 @@ def test_a_client_near_the_anchor_keeps_its_order_and_turns_as_without_the_proof
     anchor = blocks(0)
     client = added(anchor, scaled(blocks(1), 0.05))
     radii = identity_radii(symmetry, anchor)
-    assert keeps_order(symmetry.sites[0], anchor, client, radii)
+    assert keeps_order(symmetry.spaces[0], anchor, client, radii)
     proven = match_weights(symmetry, anchor, client, radii)
     searched = match_weights(symmetry, anchor, client)
     torch.testing.assert_close(proven.state, searched.state, rtol=1e-5, atol=1e-5)
-    assert not is_certified(symmetry.sites[0], anchor, client, radii)
+    assert not is_certified(symmetry.spaces[0], anchor, client, radii)
 
 
 def test_exchanged_heads_are_not_called_in_place() -> None:
-    (site,), anchor = HEADS.sites, blocks(0)
+    (space,), anchor = HEADS.spaces, blocks(0)
     client = random(HEADS, torch.Generator().manual_seed(0)).act(anchor)
-    assert not keeps_order(site, anchor, client, identity_radii(HEADS, anchor))
+    assert not keeps_order(space, anchor, client, identity_radii(HEADS, anchor))
 
 
 def test_blocks_that_stretch_have_no_radius() -> None:

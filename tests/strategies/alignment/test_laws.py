@@ -54,7 +54,7 @@ def batches(name):
 
 
 MATCHERS = [by_weights, by_weights_with_radii, by_sinkhorn, by_activations]
-# Without a site on both axes of a tensor, which no matcher promises to undo.
+# Without a space on both axes of a tensor, which no matcher promises to undo.
 PLANTED = ["mlp", "convnet"]
 every_matcher = pytest.mark.parametrize("match", MATCHERS)
 
@@ -63,7 +63,7 @@ every_matcher = pytest.mark.parametrize("match", MATCHERS)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_transform_is_undone(match, name):
     symmetry, anchor = family(name)
-    for i in range(len(symmetry.sites)):
+    for i in range(len(symmetry.spaces)):
         client = planted(symmetry, i, seed=i).act(anchor)
         found = match(name, symmetry, anchor, client)
         assert equal(found.state, anchor)
@@ -93,10 +93,10 @@ def test_nothing_gets_worse_and_the_report_says_what_happened(match, name, seed)
     found = match(name, symmetry, anchor, client)
     report = found.report
     assert report.distance_after <= report.distance_before * (1 + 1e-6)
-    assert all(site.gain >= 0 for site in report.sites)
+    assert all(space.gain >= 0 for space in report.spaces)
     assert distance(found.transform.act(client), found.state) < 1e-3
-    assert [site.site for site in report.sites] == [site.name for site in symmetry.sites]
-    counted = {m.tensor for site in symmetry.sites for m in site.members if not m.scored}
+    assert [space.space for space in report.spaces] == [space.name for space in symmetry.spaces]
+    counted = {m.tensor for space in symmetry.spaces for m in space.axes if not m.scored}
     left, right = ({n: t for n, t in s.items() if n not in counted} for s in (anchor, found.state))
     assert report.distance_after == pytest.approx(distance(left, right), rel=1e-5, abs=1e-6)
 
@@ -105,10 +105,10 @@ def test_nothing_gets_worse_and_the_report_says_what_happened(match, name, seed)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ties_go_to_the_identity(match, name):
     symmetry, anchor = family(name)
-    for site in symmetry.sites:
-        for member in site.members:
-            units = anchor[member.tensor] = anchor[member.tensor].clone()
-            units.narrow(member.axis, 0, units.shape[member.axis] // 2).zero_()
+    for space in symmetry.spaces:
+        for axis in space.axes:
+            units = anchor[axis.tensor] = anchor[axis.tensor].clone()
+            units.narrow(axis.dim, 0, units.shape[axis.dim] // 2).zero_()
     assert match(name, symmetry, anchor, dict(anchor)).transform.is_identity
 
 
@@ -139,7 +139,7 @@ def test_states_on_a_gpu_are_aligned_there_as_on_the_cpu(
     torch.testing.assert_close(back, here.state, rtol=1e-3, atol=1e-3)
 
 
-def test_features_that_are_no_numbers_are_refused_by_their_site():
+def test_features_that_are_no_numbers_are_refused_by_their_space():
     symmetry, anchor = family("convnet")
     broken = {n: -t if n.endswith("running_var") else t for n, t in anchor.items()}
     with pytest.raises(ValueError, match=r"features of the anchor or of the client.*not finite"):

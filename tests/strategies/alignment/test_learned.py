@@ -91,7 +91,7 @@ def test_the_middle_of_the_path_is_better_than_after_matching_by_weights(
     found = match_learned(symmetry, model, anchor, client, digits(), search=SHORT)
     folded = symmetry.fold(anchor)
     assert loss_between(model, folded, found.state) < 0.9 * loss_between(model, folded, start.state)
-    assert not any(site.certified for site in found.report.sites)
+    assert not any(space.certified for space in found.report.spaces)
     assert found.report.distance_before == start.report.distance_before
 
 
@@ -156,8 +156,8 @@ def test_every_group_can_be_learned(name: str) -> None:
 @pytest.mark.parametrize("group", ["R(8,4) wr S(2)", "CO(8) wr S(2)", "(O(8))xS(2) wr S(1)"])
 def test_inner_groups_of_heads_are_drawn_into_the_search_or_left_alone(group: str) -> None:
     weights = {"w": torch.randn(16, 3), "v": torch.randn(4, 16)}
-    members = "w[0]@0 v[1]@1" if "CO" in group or "x" in group else "w[0] v[1]"
-    symmetry = parse(f"heads  {group}  {members}")
+    axes = "w[0]@0 v[1]@1" if "CO" in group or "x" in group else "w[0] v[1]"
+    symmetry = parse(f"heads  {group}  {axes}")
     if "x" in group:
         symmetry = parse(f"heads  {group}  k[0]@0 w[0]@1 v[1]@1")
         weights["k"] = torch.randn(8, 3)

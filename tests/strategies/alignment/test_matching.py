@@ -57,8 +57,8 @@ def near(state: Mapping[str, Tensor], size: float, seed: int) -> State:
     return {n: t.abs() if n.endswith("running_var") else t for n, t in moved.items()}
 
 
-def planted(symmetry: Symmetry, site: int, seed: int) -> Transform:
-    chosen = symmetry.sites[site]
+def planted(symmetry: Symmetry, space: int, seed: int) -> Transform:
+    chosen = symmetry.spaces[space]
     return Transform(symmetry, {chosen.name: chosen.group.random(drawn(seed))})
 
 
@@ -67,23 +67,23 @@ def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def agreement(symmetry: Symmetry, anchor: State, client: Mapping[str, Tensor]) -> float:
-    names = {member.tensor for site in symmetry.sites for member in site.scored}
+    names = {axis.tensor for space in symmetry.spaces for axis in space.scored}
     return sum(float((anchor[name].double() * client[name].double()).sum()) for name in names)
 
 
 def only_permutes(symmetry: Symmetry) -> Symmetry:
-    sites = [site for site in symmetry.sites if isinstance(site.group, Permutation)]
-    return Symmetry(tuple(sites))
+    spaces = [space for space in symmetry.spaces if isinstance(space.group, Permutation)]
+    return Symmetry(tuple(spaces))
 
 
 @FAMILY
-def test_a_transform_planted_at_a_site_is_undone(name: str) -> None:
+def test_a_transform_planted_at_a_space_is_undone(name: str) -> None:
     symmetry, anchor = family(name)
-    for i, site in enumerate(symmetry.sites):
-        if not site.quadratic:
+    for i, space in enumerate(symmetry.spaces):
+        if not space.quadratic:
             client = planted(symmetry, i, seed=i).act(anchor)
             found = match_weights(symmetry, anchor, client)
-            if any("O" in str(other.group) for other in symmetry.sites):
+            if any("O" in str(other.group) for other in symmetry.spaces):
                 assert distance(anchor, found.state) < 1e-4 * distance(anchor, {**client}) + 1e-3
             else:
                 assert equal(found.state, anchor)
@@ -130,8 +130,8 @@ def test_the_objective_never_falls_and_the_distance_never_rises(name: str, seed:
     assert after >= before - 1e-5 * abs(before)
     report = found.report
     assert report.distance_after <= report.distance_before * (1 + 1e-6)
-    assert all(site.gain >= 0 and 0 <= site.moved <= 1 for site in report.sites)
-    assert [site.site for site in report.sites] == [site.name for site in symmetry.sites]
+    assert all(space.gain >= 0 and 0 <= space.moved <= 1 for space in report.spaces)
+    assert [space.space for space in report.spaces] == [space.name for space in symmetry.spaces]
     assert distance(found.transform.act(client), found.state) < 1e-3
 
 
@@ -160,9 +160,9 @@ def test_a_client_near_the_anchor_stays_with_and_without_a_certificate(
     for found in (searched, proven):
         assert found.transform.is_identity
         assert equal(found.state, client)
-        assert found.report.sweeps == bool(symmetry.sites)
-    assert not any(site.certified for site in searched.report.sites)
-    assert {site.site for site in proven.report.sites if site.certified} == set(radii)
+        assert found.report.sweeps == bool(symmetry.spaces)
+    assert not any(space.certified for space in searched.report.spaces)
+    assert {space.space for space in proven.report.spaces if space.certified} == set(radii)
 
 
 def test_a_client_turned_by_a_hair_is_turned_back() -> None:
@@ -170,19 +170,19 @@ def test_a_client_turned_by_a_hair_is_turned_back() -> None:
     anchor = Transformer().state_dict()
     symmetry = preln_transformer(anchor, heads=4)
     found = match_weights(symmetry, anchor, near(anchor, 1e-2, seed=1))
-    turned = [site for site in found.report.sites if site.site.startswith("heads")]
-    assert all(0 < site.moved < 0.1 for site in turned)
+    turned = [space for space in found.report.spaces if space.space.startswith("heads")]
+    assert all(0 < space.moved < 0.1 for space in turned)
     assert found.report.distance_after < found.report.distance_before
 
 
 @FAMILY
 def test_equal_models_with_dead_and_duplicate_units_are_left_alone(name: str) -> None:
     symmetry, anchor = family(name)
-    for site in symmetry.sites:
-        for member in site.members:
-            units = anchor[member.tensor] = anchor[member.tensor].clone()
-            half = units.shape[member.axis] // 2
-            units.narrow(member.axis, 0, half).zero_()
+    for space in symmetry.spaces:
+        for axis in space.axes:
+            units = anchor[axis.tensor] = anchor[axis.tensor].clone()
+            half = units.shape[axis.dim] // 2
+            units.narrow(axis.dim, 0, half).zero_()
     found = match_weights(symmetry, anchor, dict(anchor))
     assert found.transform.is_identity
 
@@ -217,17 +217,17 @@ def test_heads_in_half_precision_are_turned_back_to_its_rounding(dtype: torch.dt
     assert report.distance_after < 1e-2 * report.distance_before
 
 
-def test_a_quadratic_site_is_improved_until_it_stops() -> None:
+def test_a_quadratic_space_is_improved_until_it_stops() -> None:
     symmetry, anchor = family("linear_residual")
     client = random(symmetry, drawn(5)).act(near(anchor, 0.05, 2))
     found = match_weights(symmetry, anchor, client)
-    assert found.report.sites[0].gain > 0
+    assert found.report.spaces[0].gain > 0
     assert found.report.distance_after < found.report.distance_before
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds)
-def test_a_step_at_a_quadratic_site_is_taken_only_if_it_helps(seed: int) -> None:
+def test_a_step_at_a_quadratic_space_is_taken_only_if_it_helps(seed: int) -> None:
     symmetry, generator = parse("loop S(5) w[0] w[1]"), drawn(seed)
     anchor, client = ({"w": torch.randn(5, 5, generator=generator)} for _ in range(2))
     found = match_weights(symmetry, anchor, client)
@@ -262,8 +262,8 @@ def test_sweeps_are_bounded() -> None:
     assert nothing.transform.is_identity
 
 
-def test_a_moved_site_whose_neighbours_settle_is_not_called_certified() -> None:
+def test_a_moved_space_whose_neighbours_settle_is_not_called_certified() -> None:
     symmetry, anchor = family("mlp")
     client = random(symmetry, drawn(4)).act(anchor)
     report = match_weights(symmetry, anchor, client, identity_radii(symmetry, anchor)).report
-    assert all(not (site.certified and site.moved) for site in report.sites)
+    assert all(not (space.certified and space.moved) for space in report.spaces)

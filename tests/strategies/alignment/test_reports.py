@@ -56,9 +56,9 @@ def test_a_state_is_moved_when_it_is_read():
     assert len(moved) == len(anchor)
 
 
-def test_only_tensors_of_sites_that_moved_are_touched():
+def test_only_tensors_of_spaces_that_moved_are_touched():
     symmetry = parse("a S(2) u[0]\nb S(2) v[0]")
     state = {"u": torch.eye(2), "v": torch.eye(2), "w": torch.eye(2)}
-    (first, _) = symmetry.sites
+    (first, _) = symmetry.spaces
     moved = Moved(symmetry, state, {"a": first.group.random(drawn(0))})
     assert [moved.is_touched(name) for name in state] == [True, False, False]

@@ -35,7 +35,7 @@ def test_the_plan_can_be_differentiated():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_deciding_softly_ends_no_further_from_the_anchor_than_site_after_site(seed):
+def test_deciding_softly_ends_no_further_from_the_anchor_than_space_after_space(seed):
     def state(number):
         torch.manual_seed(number)
         layers = nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)

@@ -13,7 +13,7 @@ SYMMETRY = parse("\n".join(f"{name} S(3) {name}[0]" for name in NAMES))
 
 
 def names(chosen):
-    return [site.name for site in choose_layers(SYMMETRY, chosen).sites]
+    return [space.name for space in choose_layers(SYMMETRY, chosen).spaces]
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_head_and_tail_together_are_every_layer(count):
 def test_what_is_left_out_stays_as_it_is():
     symmetry, anchor = family("mlp")
     _, client = family("mlp", 1)
-    first = symmetry.sites[0]
+    first = symmetry.spaces[0]
     found = match_weights(choose_layers(symmetry, first.name), anchor, client)
-    moved = {member.tensor for member in first.members}
+    moved = {axis.tensor for axis in first.axes}
     assert found.transform.elements.keys() == {first.name}
     assert equal({n: t for n, t in client.items() if n not in moved}, found.state)
 
 
 def test_a_name_without_a_number_belongs_to_no_layer():
-    assert [layer_of(site) for site in SYMMETRY.sites[:3]] == [None, 0, 0]
+    assert [layer_of(space) for space in SYMMETRY.spaces[:3]] == [None, 0, 0]

@@ -20,8 +20,8 @@ def path(client, dtype=torch.float64):
     return along(partial(interpolate, anchor, end), on(*examples(1)), 3)
 
 
-def moved(state, sites, seed=0):
-    return random(parse(sites), torch.Generator().manual_seed(seed)).act(state)
+def moved(state, spaces, seed=0):
+    return random(parse(spaces), torch.Generator().manual_seed(seed)).act(state)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

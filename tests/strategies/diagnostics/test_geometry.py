@@ -11,9 +11,9 @@ from fedbasin.strategies.diagnostics.geometry import (
     cosine,
     fixed_points,
     rotation_angles,
-    site_distance,
-    site_geometry,
     skew_ratio,
+    space_distance,
+    space_geometry,
 )
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
@@ -72,36 +72,36 @@ def test_the_gain_is_the_fall_of_the_squared_distance(seed):
 
 
 @pytest.mark.parametrize(
-    ("sites", "state"), [(SITES, learnt(1)), (ROTATED, attention(1)), (HEADS, heads(1))]
+    ("spaces", "state"), [(SITES, learnt(1)), (ROTATED, attention(1)), (HEADS, heads(1))]
 )
-def test_a_planted_transform_leaves_no_distance_and_no_skew(sites, state):
-    symmetry = parse(sites)
+def test_a_planted_transform_leaves_no_distance_and_no_skew(spaces, state):
+    symmetry = parse(spaces)
     planted = random(symmetry, torch.Generator().manual_seed(5)).act(state)
     found = match_weights(symmetry, state, planted)
-    (site,) = site_geometry(found.transform, state, planted, found.state)
-    assert site.distance_before > 0.1
-    assert site.skew_before > 0.1
-    assert site.distance_after < 1e-4 * site.distance_before
-    assert site.skew_after < 1e-5
+    (space,) = space_geometry(found.transform, state, planted, found.state)
+    assert space.distance_before > 0.1
+    assert space.skew_before > 0.1
+    assert space.distance_after < 1e-4 * space.distance_before
+    assert space.skew_after < 1e-5
 
 
-def test_a_site_reports_what_its_element_did():
+def test_a_space_reports_what_its_element_did():
     symmetry, anchor = parse(SITES), learnt(1)
     order = torch.arange(16)
     order[:4] = torch.tensor([1, 2, 3, 0])
     planted = {**anchor, "0.weight": anchor["0.weight"][order], "0.bias": anchor["0.bias"][order]}
     planted["2.weight"] = anchor["2.weight"][:, order]
     found = match_weights(symmetry, anchor, planted)
-    (site,) = site_geometry(found.transform, anchor, planted, found.state)
-    assert (site.site, site.fixed_points, site.largest_angle) == ("hidden", 0.75, 0.0)
+    (space,) = space_geometry(found.transform, anchor, planted, found.state)
+    assert (space.space, space.fixed_points, space.largest_angle) == ("hidden", 0.75, 0.0)
 
 
 def test_identical_models_have_nothing_to_report():
     state = attention(1)
     found = match_weights(parse(ROTATED), state, state)
-    (site,) = site_geometry(found.transform, state, state, found.state)
-    assert (site.distance_before, site.fixed_points, site.largest_angle) == (0.0, 1.0, 0.0)
-    assert site.skew_before == pytest.approx(0, abs=1e-12)
+    (space,) = space_geometry(found.transform, state, state, found.state)
+    assert (space.distance_before, space.fixed_points, space.largest_angle) == (0.0, 1.0, 0.0)
+    assert space.skew_before == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3, 2.0, math.pi])
@@ -155,50 +155,50 @@ def test_rotated_blocks_are_counted_by_where_they_are():
 
 
 def test_the_skew_ratio_of_a_head_equals_a_direct_computation():
-    site = parse("inner  O(4)  q.weight[0,0:4] k.weight[0,0:4]").sites[0]
+    space = parse("inner  O(4)  q.weight[0,0:4] k.weight[0,0:4]").spaces[0]
     a, b = attention(1), attention(2)
     score = sum(a[name][:4] @ b[name][:4].T for name in a)
     expected = float((score - score.T).norm() / score.norm())
-    assert skew_ratio(site, a, b) == pytest.approx(expected, rel=1e-12)
+    assert skew_ratio(space, a, b) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_skew_ratio_of_exchanged_heads_is_that_of_the_whole_matrix():
-    site = parse(HEADS).sites[0]
+    space = parse(HEADS).spaces[0]
     a, b = heads(1), heads(2)
     qk = a["q"] @ b["q"].T + a["k"] @ b["k"].T
     vo = a["v"] @ b["v"].T + a["o"].T @ b["o"]
     odd = math.hypot(float((qk - qk.T).norm()), float((vo - vo.T).norm()))
     size = math.hypot(float(qk.norm()), float(vo.norm()))
-    assert skew_ratio(site, a, b) == pytest.approx(odd / size, rel=1e-12)
+    assert skew_ratio(space, a, b) == pytest.approx(odd / size, rel=1e-12)
 
 
 def test_a_model_of_zeros_has_no_skew():
-    site = parse(ROTATED).sites[0]
+    space = parse(ROTATED).spaces[0]
     zero = {name: torch.zeros_like(tensor) for name, tensor in attention(1).items()}
-    assert skew_ratio(site, attention(1), zero) == 0
+    assert skew_ratio(space, attention(1), zero) == 0
     assert alignment_gain(parse(ROTATED), attention(1), zero, zero) == 0
 
 
-def test_a_tensor_that_a_site_owns_twice_is_measured_once():
-    site = parse("units  S(3)  w[0] w[1] (mean[0])").sites[0]
+def test_a_tensor_that_a_space_owns_twice_is_measured_once():
+    space = parse("units  S(3)  w[0] w[1] (mean[0])").spaces[0]
     a = {"w": torch.zeros(3, 3), "mean": torch.zeros(3)}
     b = {"w": torch.ones(3, 3), "mean": torch.ones(3)}
-    assert site_distance(site, a, b) == pytest.approx(3.0)
+    assert space_distance(space, a, b) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
-    ("sites", "state"), [(SITES, learnt(1)), (ROTATED, attention(1)), (HEADS, heads(1))]
+    ("spaces", "state"), [(SITES, learnt(1)), (ROTATED, attention(1)), (HEADS, heads(1))]
 )
-def test_a_search_reports_the_geometry_of_what_it_found(sites, state):
-    symmetry = parse(sites)
+def test_a_search_reports_the_geometry_of_what_it_found(spaces, state):
+    symmetry = parse(spaces)
     planted = random(symmetry, torch.Generator().manual_seed(5)).act(state)
     found = match_weights(symmetry, state, planted)
-    (said,) = found.report.sites
-    (site,) = site_geometry(found.transform, state, planted, found.state)
-    assert said.fixed_points == site.fixed_points
-    assert said.largest_angle == (site.largest_angle or None)
+    (said,) = found.report.spaces
+    (space,) = space_geometry(found.transform, state, planted, found.state)
+    assert said.fixed_points == space.fixed_points
+    assert said.largest_angle == (space.largest_angle or None)
     if said.skew_before is None:
-        assert max(symmetry.sites[0].group.sizes) == 1
+        assert max(symmetry.spaces[0].group.sizes) == 1
     else:
-        assert said.skew_before == pytest.approx(site.skew_before, rel=1e-5)
-        assert said.skew_after == pytest.approx(site.skew_after, abs=1e-5)
+        assert said.skew_before == pytest.approx(space.skew_before, rel=1e-5)
+        assert said.skew_after == pytest.approx(space.skew_after, abs=1e-5)

@@ -71,9 +71,9 @@ def test_singular_vectors_that_change_sign_together_change_nothing(seed, gamma):
 
 @quickly
 @given(seeds, gammas, st.sampled_from([SITES, ROTATED]))
-def test_a_transform_of_both_models_changes_nothing(seed, gamma, sites):
+def test_a_transform_of_both_models_changes_nothing(seed, gamma, spaces):
     a, b = learnt(1, 2), learnt(2, 2)
-    transform = random(parse(sites), torch.Generator().manual_seed(seed))
+    transform = random(parse(spaces), torch.Generator().manual_seed(seed))
     before, after = (
         spectral_alignment(a, b, gamma),
         spectral_alignment(transform.act(a), transform.act(b), gamma),

@@ -4,11 +4,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
 from fedbasin.strategies.fusion.compression.budget import BudgetError, choose, spent
-from fedbasin.strategies.fusion.compression.formats import Form, Kind, MomentKind
 from fedbasin.strategies.fusion.layers import Layer
 
-ORDER = list(Kind)
+ORDER = list(GramKind)
 
 
 @st.composite
@@ -55,7 +55,7 @@ def test_a_budget_is_kept_and_more_is_never_worse(layers, moments, sketches, low
                 break
         assert rank(less[layer.block])[2] >= rank(more[layer.block])[2]
         assert less[layer.block].inputs == layer.inputs
-        assert sketches or less[layer.block].gram.kind is not Kind.sketch
+        assert sketches or less[layer.block].gram.kind is not GramKind.sketch
 
 
 @given(models(), st.booleans())
@@ -71,12 +71,12 @@ def test_just_enough_is_enough(layers, moments):
 def test_without_a_bound_everything_is_exact():
     layers = [Layer(("a", "b"), 65, 10)]
     (encoding,) = choose(layers, 0, moments=True).values()
-    assert (encoding.gram, encoding.moment, encoding.inputs) == (Form(), MomentKind.float32, 65)
+    assert (encoding.gram, encoding.moment, encoding.inputs) == (GramForm(), MomentKind.float32, 65)
 
 
 def test_the_largest_layer_pays_first():
     layers = [Layer(("small",), 16, 4), Layer(("large",), 256, 4)]
     full = spent(layers, choose(layers, 0, moments=False), moments=False)
     chosen = choose(layers, full - 1, moments=False)
-    assert chosen[("small",)].gram == Form()
-    assert chosen[("large",)].gram == Form(Kind.half)
+    assert chosen[("small",)].gram == GramForm()
+    assert chosen[("large",)].gram == GramForm(GramKind.half)

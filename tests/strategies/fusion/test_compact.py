@@ -5,11 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
 from fedbasin.strategies.fusion.compression.formats import (
-    Form,
     IndefiniteError,
-    Kind,
-    MomentKind,
     decode,
     decode_moment,
     dominating,
@@ -21,12 +19,12 @@ from fedbasin.strategies.fusion.compression.formats import (
 
 W = torch.float64
 FORMS = [
-    Form(),
-    Form(Kind.half),
-    Form(Kind.byte),
-    Form(Kind.blocks, 3),
-    Form(Kind.blocks, 100),
-    Form(Kind.diagonal),
+    GramForm(),
+    GramForm(GramKind.half),
+    GramForm(GramKind.byte),
+    GramForm(GramKind.blocks, 3),
+    GramForm(GramKind.blocks, 100),
+    GramForm(GramKind.diagonal),
 ]
 
 
@@ -60,7 +58,7 @@ def smallest(gram):
 @settings(max_examples=40, deadline=None)
 def test_a_triangle_is_exact_but_for_the_rounding_of_its_entries(given_gram):
     gram, bias = given_gram
-    found = decode(encode(gram, Form(), bias), Form(), bias)
+    found = decode(encode(gram, GramForm(), bias), GramForm(), bias)
     assert torch.equal(found, gram.float().double())
 
 
@@ -95,16 +93,16 @@ def test_the_ones_and_the_diagonal_are_exact(given_gram, form):
     assert ((found - gram).diagonal().abs() <= tolerance.diagonal()).all()
 
 
-@given(grams(), st.sampled_from([(Kind.half, 15), (Kind.byte, 7)]))
+@given(grams(), st.sampled_from([(GramKind.half, 15), (GramKind.byte, 7)]))
 @settings(max_examples=40, deadline=None)
 def test_rounded_correlations_are_as_near_as_their_units_are_small(given_gram, how):
     gram, bias = given_gram
-    form, unit = Form(how[0]), 2.0 ** -how[1]
+    form, unit = GramForm(how[0]), 2.0 ** -how[1]
     found = decode(encode(gram, form, bias), form, bias)
     assert ((found - gram).abs() <= 3 * len(gram) * unit * scale(gram) + 1e-12).all()
 
 
-@given(grams(), st.sampled_from([Form(Kind.blocks, 3), Form(Kind.diagonal)]))
+@given(grams(), st.sampled_from([GramForm(GramKind.blocks, 3), GramForm(GramKind.diagonal)]))
 @settings(max_examples=40, deadline=None)
 def test_a_raised_diagonal_makes_up_for_what_is_left_out(given_gram, form):
     gram, bias = given_gram
@@ -126,29 +124,29 @@ def test_half_is_a_quarter_of_the_square():
     size = 513
     square = 4 * size**2
     bytes_of = {f: sum(p.nbytes for p in layout(f, size, True).values()) for f in FORMS}
-    assert bytes_of[Form()] < 0.502 * square
-    assert bytes_of[Form(Kind.half)] < 0.255 * square
-    assert bytes_of[Form(Kind.diagonal)] == 8 * size - 4
+    assert bytes_of[GramForm()] < 0.502 * square
+    assert bytes_of[GramForm(GramKind.half)] < 0.255 * square
+    assert bytes_of[GramForm(GramKind.diagonal)] == 8 * size - 4
 
 
 def test_correlations_of_nothing_are_refused():
     size = 8
-    pieces = encode(torch.eye(size, dtype=W), Form(Kind.half), bias=False)
+    pieces = encode(torch.eye(size, dtype=W), GramForm(GramKind.half), bias=False)
     pieces["values"] = torch.full_like(pieces["values"], -(2**15) + 1)
     with pytest.raises(IndefiniteError, match="none of any inputs"):
-        decode(pieces, Form(Kind.half), bias=False)
+        decode(pieces, GramForm(GramKind.half), bias=False)
 
 
 def test_a_mean_of_no_rows_is_refused():
-    pieces = encode(torch.eye(3, dtype=W), Form(Kind.diagonal), bias=True)
+    pieces = encode(torch.eye(3, dtype=W), GramForm(GramKind.diagonal), bias=True)
     pieces["mean"] = torch.tensor([1.0, 0.0, 0.0])
     with pytest.raises(IndefiniteError, match="number of rows"):
-        decode(pieces, Form(Kind.diagonal), bias=True)
+        decode(pieces, GramForm(GramKind.diagonal), bias=True)
 
 
 def test_a_sketch_is_not_made_of_a_square():
     with pytest.raises(ValueError, match="made of rows"):
-        encode(torch.eye(3), Form(Kind.sketch, 1), bias=False)
+        encode(torch.eye(3), GramForm(GramKind.sketch, 1), bias=False)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 6), st.sampled_from(MomentKind))

@@ -6,11 +6,9 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import one_hot
 
+from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.compression.formats import (
-    Form,
-    Kind,
-    MomentKind,
     decode,
     decode_moment,
     encode,
@@ -200,14 +198,14 @@ def test_a_head_that_no_example_reaches_is_zero(ridge):
     assert not closed_form(BLOCK, Gram(nothing), nothing[:3], ridge).any()
 
 
-@pytest.mark.parametrize("form", [Form(Kind.half), Form(Kind.byte)])
+@pytest.mark.parametrize("form", [GramForm(GramKind.half), GramForm(GramKind.byte)])
 @pytest.mark.parametrize("rows", [10, 200])
 def test_sums_in_fewer_bytes_give_a_head_nearly_as_good(form, rows):
     x, y = examples(rows + 2000, 0.0, inputs=20)
     (x, fresh), (y, labels) = x.split((rows, 2000)), y.split((rows, 2000))
     gram, of_classes = known(x, y)
     lossy = decode(encode(gram, form, bias=True), form, bias=True)
-    moment = MomentKind.byte if form.kind is Kind.byte else MomentKind.float16
+    moment = MomentKind.byte if form.kind is GramKind.byte else MomentKind.float16
     coarse = decode_moment(encode_moment(of_classes, moment))
     right = [
         ((fresh @ closed_form(BLOCK, Gram(g), c, Evidence()).T).argmax(1) == labels.argmax(1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError
-from fedbasin.strategies.fusion.lora.product_accumulator import ProductTally
+from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
 from fedbasin.strategies.fusion.precisions import Gram, Sketched
 from fedbasin.strategies.fusion.update import Update
 
@@ -44,10 +44,10 @@ def product(state):
 
 def fused(updates, anchor=None, ridge=None):
     anchor = anchor or model(99)
-    tally = ProductTally.zero(anchor)
+    accumulator = ProductAccumulator.zero(anchor)
     for each in updates:
-        tally.fold(each)
-    return tally.finalize(anchor, ridge)
+        accumulator.add(each)
+    return accumulator.finalize(anchor, ridge)
 
 
 def best(matrix, rank):
@@ -87,11 +87,11 @@ def test_the_order_of_arrival_does_not_matter(order, gram):
 def test_the_order_of_many_clients_matters_no_more_than_the_bound_says():
     anchor, means = model(99), []
     for order in (range(30), reversed(range(30))):
-        tally = ProductTally.zero(anchor)
+        accumulator = ProductAccumulator.zero(anchor)
         for n in order:
-            tally.fold(update(n))
-        (total,) = tally.products.values()
-        means.append((total.left @ total.right / tally.rest.examples, tally.dropped))
+            accumulator.add(update(n))
+        (total,) = accumulator.products.values()
+        means.append((total.left @ total.right / accumulator.rest.examples, accumulator.dropped))
     (one, bound), (other, more) = means
     assert 0 < torch.dist(one, other) <= bound + more
 
@@ -130,11 +130,11 @@ def test_the_gauge_of_a_client_does_not_matter(seed, gram):
 @pytest.mark.parametrize("gram", [False, Gram, Sketched])
 def test_sums_may_be_merged_in_a_tree(gram):
     anchor, ridge = model(99), Ridge(1e-2) if gram else None
-    left, right = ProductTally.zero(anchor), ProductTally.zero(anchor)
+    left, right = ProductAccumulator.zero(anchor), ProductAccumulator.zero(anchor)
     for n in range(7):
-        (left if n % 2 else right).fold(update(n, gram))
+        (left if n % 2 else right).add(update(n, gram))
     left.merge(right)
-    left.merge(ProductTally.zero(anchor))
+    left.merge(ProductAccumulator.zero(anchor))
     assert left.clients == 7
     expected = fused([update(n, gram) for n in range(7)], anchor, ridge)
     for name, tensor in left.finalize(anchor, ridge).items():
@@ -177,21 +177,21 @@ def test_clients_that_saw_nothing_leave_the_mean_of_products():
 
 def test_a_state_without_adapters_has_no_products():
     with pytest.raises(AdapterError, match="choose the recipe fedavg"):
-        ProductTally.zero({"w": torch.ones(2, 2)})
+        ProductAccumulator.zero({"w": torch.ones(2, 2)})
 
 
 PEAK = """
 import json, resource, sys, torch
-from fedbasin.strategies.fusion.lora.product_accumulator import ProductTally
+from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
 from fedbasin.strategies.fusion.update import Update
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 def peak(size, clients):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     anchor = {A: torch.randn(4, size), B: torch.randn(size, 4)}
-    tally = ProductTally.zero(anchor)
+    accumulator = ProductAccumulator.zero(anchor)
     for _ in range(clients):
-        tally.fold(Update({A: torch.randn(4, size), B: torch.randn(size, 4)}, 1.0))
-    tally.finalize(anchor)
+        accumulator.add(Update({A: torch.randn(4, size), B: torch.randn(size, 4)}, 1.0))
+    accumulator.finalize(anchor)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 torch.set_num_threads(1)
 peak(64, 40)  # what torch loads with its first decompositions
@@ -217,15 +217,15 @@ def test_adapters_of_layers_that_read_the_same_have_one_sum_and_one_factorisatio
         return Update(state, one.examples, {(A,): gram, ("y.lora_A.weight",): second})
 
     anchor = pair(9, together=True).parameters
-    tally = ProductTally.zero(anchor)
+    accumulator = ProductAccumulator.zero(anchor)
     for seed in range(3):
-        tally.fold(pair(seed, together=True))
-    assert len({id(gram) for gram, _ in tally.blocks.values()}) == 1
-    alone = ProductTally.zero(anchor)
+        accumulator.add(pair(seed, together=True))
+    assert len({id(gram) for gram, _ in accumulator.blocks.values()}) == 1
+    alone = ProductAccumulator.zero(anchor)
     for seed in range(3):
-        alone.fold(pair(seed, together=False))
+        alone.add(pair(seed, together=False))
     expected = alone.finalize(anchor, Ridge())
     made, factorise = [], torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: made.append(m) or factorise(m))
-    torch.testing.assert_close(tally.finalize(anchor, Ridge()), expected)
+    torch.testing.assert_close(accumulator.finalize(anchor, Ridge()), expected)
     assert len(made) == 1

@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbasin.strategies.fusion.accumulator import Tally, fuse
-from fedbasin.strategies.fusion.batchnorm import Norm, restated
+from fedbasin.proto.layer_graph import BatchNorm
+from fedbasin.strategies.fusion.accumulator import Accumulator, fuse
+from fedbasin.strategies.fusion.batchnorm import restated
 from fedbasin.strategies.fusion.update import Update
 
 W = torch.float64
-NORM = Norm("1", 1e-3)
+NORM = BatchNorm("1", 1e-3)
 MEAN, VARIANCE = NORM.measured
 
 
@@ -46,11 +47,11 @@ def test_statistics_of_clients_are_those_of_all_their_rows(clients, apart):
 @given(clients=clients, cut=st.integers(0, 5))
 def test_sums_of_statistics_may_be_merged(clients, cut):
     updates = [said(rows(*client)) for client in clients]
-    left, right = Tally.zero(zero()), Tally.zero(zero())
+    left, right = Accumulator.zero(zero()), Accumulator.zero(zero())
     for update in updates[:cut]:
-        left.fold(update)
+        left.add(update)
     for update in updates[cut:]:
-        right.fold(update)
+        right.add(update)
     left.merge(right)
     merged, whole = left.finalize(zero()), fuse(zero(), updates)
     for name in whole:
@@ -60,10 +61,10 @@ def test_sums_of_statistics_may_be_merged(clients, cut):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_variance_is_never_negative(dtype):
     far = {MEAN: torch.full((3,), 1e8), VARIANCE: torch.zeros(3)}
-    tally = Tally.zero(far, dtype)
+    accumulator = Accumulator.zero(far, dtype)
     for weight in (1.0, 3.0, 7.0):
-        tally.fold(Update(far, weight))
-    assert (tally.finalize(far)[VARIANCE] >= 0).all()
+        accumulator.add(Update(far, weight))
+    assert (accumulator.finalize(far)[VARIANCE] >= 0).all()
 
 
 def test_a_variance_without_a_mean_beside_it_is_a_tensor_as_any_other():

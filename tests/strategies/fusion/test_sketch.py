@@ -4,7 +4,8 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from fedbasin.strategies.fusion.compression.formats import Form, Kind, decode, layout
+from fedbasin.proto.encoding import GramForm, GramKind
+from fedbasin.strategies.fusion.compression.formats import decode, layout
 from fedbasin.strategies.fusion.compression.sketch import Sketch
 
 W = torch.float64
@@ -35,7 +36,7 @@ def sketched(parts, size, bias):
 
 
 def matrix(sketch, above):
-    return decode(sketch.finished(above=above), Form(Kind.sketch, sketch.size), sketch.bias)
+    return decode(sketch.finished(above=above), GramForm(GramKind.sketch, sketch.size), sketch.bias)
 
 
 def check_bounds(sketch, rows):
@@ -107,7 +108,7 @@ def test_few_rows_are_kept_as_they_are():
 def test_a_sketch_is_as_its_layout_says_and_never_holds_more_than_twice_its_rows():
     sketch = sketched([torch.randn(100, 7, dtype=W)], 3, bias=True)
     assert len(sketch.rows) <= 6
-    expected = layout(Form(Kind.sketch, 3), 7, True)
+    expected = layout(GramForm(GramKind.sketch, 3), 7, True)
     pieces = sketch.finished(above=False)
     assert list(pieces) == list(expected)
     assert all(tuple(pieces[n].shape) == p.shape for n, p in expected.items())

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.accumulator import Ridge, Tally, fuse
+from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge, fuse
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Scalar, SingularSumError
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.symmetry.symmetry import parse
@@ -76,10 +76,10 @@ def updates(seed, kind, clients=4, dtype=W):
     return state(draw, dtype), [update(draw, kind, dtype) for _ in range(clients)]
 
 
-def tally(anchor, contributions, dtype=W):
-    sums = Tally.zero(anchor, dtype)
+def accumulator(anchor, contributions, dtype=W):
+    sums = Accumulator.zero(anchor, dtype)
     for one in contributions:
-        sums.fold(one)
+        sums.add(one)
     return sums
 
 
@@ -94,13 +94,17 @@ def assert_equal(a, b, tolerance=1e-9):
 @given(seed=seeds)
 def test_the_sum_is_a_commutative_monoid(kind, seed):
     anchor, (a, b, c, d) = updates(seed, kind)
-    whole = tally(anchor, [a, b, c, d]).finalize(anchor, Ridge())
+    whole = accumulator(anchor, [a, b, c, d]).finalize(anchor, Ridge())
 
-    backwards = tally(anchor, [d, c, b, a])
+    backwards = accumulator(anchor, [d, c, b, a])
     assert_equal(backwards.finalize(anchor, Ridge()), whole)
 
-    tree, right, empty = tally(anchor, [b]), tally(anchor, [c, a]), Tally.zero(anchor)
-    right.merge(tally(anchor, [d]))
+    tree, right, empty = (
+        accumulator(anchor, [b]),
+        accumulator(anchor, [c, a]),
+        Accumulator.zero(anchor),
+    )
+    right.merge(accumulator(anchor, [d]))
     tree.merge(empty)
     tree.merge(right)
     empty.merge(tree)
@@ -114,13 +118,13 @@ def test_the_sum_is_a_commutative_monoid(kind, seed):
 @given(seed=seeds)
 def test_merging_leaves_the_other_sum_as_it_was(kind, seed):
     anchor, (a, b, c, d) = updates(seed, kind)
-    sums, other = tally(anchor, [a]), tally(anchor, [b])
+    sums, other = accumulator(anchor, [a]), accumulator(anchor, [b])
     before = other.finalize(anchor, Ridge())
     sums.merge(other)
-    sums.fold(c)
-    empty = Tally.zero(anchor)
+    sums.add(c)
+    empty = Accumulator.zero(anchor)
     empty.merge(other)
-    empty.fold(d)
+    empty.add(d)
     assert_equal(other.finalize(anchor, Ridge()), before, tolerance=0)
 
 
@@ -306,8 +310,8 @@ def test_a_singular_sum_without_a_ridge_is_an_error(kind):
 
 def test_the_fast_sum_is_close_to_the_reproducible_one():
     anchor, contributions = updates(6, "none", clients=50, dtype=torch.float32)
-    exact = tally(anchor, contributions).finalize(anchor)
-    fast = tally(anchor, contributions, torch.float32).finalize(anchor)
+    exact = accumulator(anchor, contributions).finalize(anchor)
+    fast = accumulator(anchor, contributions, torch.float32).finalize(anchor)
     assert_equal(fast, exact, tolerance=1e-5)
 
 
@@ -349,7 +353,7 @@ def test_a_long_tensor_is_summed_to_its_end():
 
 def test_folding_keeps_nothing_of_the_update():
     anchor, (one, _) = updates(9, "gram", clients=2)
-    sums = tally(anchor, [one])
+    sums = accumulator(anchor, [one])
     before = sums.finalize(anchor, Ridge())
     for tensor in (*one.parameters.values(), *(p.matrix for p in one.precisions.values())):
         tensor.zero_()
@@ -383,7 +387,7 @@ class TestBlocksWithAGramInCommon:
 
     def fused(self, seed, groupings, ridge):
         anchor = self.state(torch.Generator().manual_seed(seed + 1))
-        sums = tally(anchor, self.updates(seed, groupings))
+        sums = accumulator(anchor, self.updates(seed, groupings))
         return sums, sums.finalize(anchor, ridge)
 
     @every_ridge
@@ -418,8 +422,8 @@ class TestBlocksWithAGramInCommon:
     def test_keep_it_in_common_when_sums_are_merged(self):
         anchor = self.state(torch.Generator().manual_seed(1))
         one, two = self.updates(0, [GROUPS[0]] * 2)
-        sums = tally(anchor, [one])
-        sums.merge(tally(anchor, [two]))
+        sums = accumulator(anchor, [one])
+        sums.merge(accumulator(anchor, [two]))
         assert len({id(precision) for precision in sums.precisions.values()}) == 1
         assert_equal(sums.finalize(anchor, Ridge()), fuse(anchor, [one, two], Ridge()))
 

@@ -66,7 +66,7 @@ def test_what_a_layer_computes_on_its_grams_rows_stays_when_both_are_moved():
     assert not torch.equal(moved.precisions["second.weight",].matrix, rows.T @ rows)
 
 
-def test_layers_that_read_the_same_site_keep_their_gram_in_common():
+def test_layers_that_read_the_same_space_keep_their_gram_in_common():
     symmetry = parse("hidden  S(4)  first.weight[0] q.weight[1] k.weight[1]")
     draw = torch.Generator().manual_seed(0)
     g, rows = random(symmetry, draw), torch.randn(9, 4, generator=draw, dtype=torch.float64)

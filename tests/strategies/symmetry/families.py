@@ -164,7 +164,7 @@ class Tied(nn.Module):
 
 
 class LinearResidual(nn.Module):
-    """A single Linear around a skip: its weight carries the site on both axes."""
+    """A single Linear around a skip: its weight carries the space on both axes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ def test_adapters_follow_the_layers_that_they_adapt(name: str) -> None:
     model, base = adapt(name)
     transposed = CONFIGS[name].get("fan_in_fan_out", False)
     symmetry = adapted(base, model.state_dict(), fan_in_fan_out=transposed)
-    assert len(symmetry.sites) > len(base.sites)
+    assert len(symmetry.spaces) > len(base.spaces)
     assert parse(str(symmetry)) == symmetry
     assert proven(name, model, symmetry)
 
@@ -88,12 +88,12 @@ def test_an_adapter_left_behind_is_noticed() -> None:
     model, base = adapt("bert_classes")
     symmetry = adapted(base, model.state_dict())
     for part in ("lora_A", "lora_B"):
-        sites = tuple(
-            replace(site, members=tuple(m for m in site.members if part not in m.tensor))
-            for site in symmetry.sites
-            if site.name in {s.name for s in base.sites}
+        spaces = tuple(
+            replace(space, axes=tuple(m for m in space.axes if part not in m.tensor))
+            for space in symmetry.spaces
+            if space.name in {s.name for s in base.spaces}
         )
-        assert not proven("bert_classes", model, Symmetry(sites))
+        assert not proven("bert_classes", model, Symmetry(spaces))
 
 
 @pytest.mark.parametrize("name", ["gpt2"])
@@ -176,16 +176,16 @@ def test_magnitudes_follow_orders_and_refuse_rotations() -> None:
         "base_model.model.up.lora_magnitude_vector.default.weight": torch.zeros(4),
         "base_model.model.down.weight": torch.zeros(3, 4),
     }
-    members = "up.weight[0] down.weight[1]"
-    symmetry = adapted(parse(f"m S(4) {members}"), state)
+    axes = "up.weight[0] down.weight[1]"
+    symmetry = adapted(parse(f"m S(4) {axes}"), state)
     symmetry.check(state)
-    moved = [m.tensor.rpartition("up.")[2] for m in symmetry.sites[0].members]
+    moved = [m.tensor.rpartition("up.")[2] for m in symmetry.spaces[0].axes]
     assert moved == [
         *("base_layer.weight", "lora_B.default.weight"),
         *("lora_magnitude_vector.default.weight", "base_model.model.down.weight"),
     ]
     with pytest.raises(SymmetryError, match="lora_magnitude_vector"):
-        adapted(parse(f"m O(4) {members}"), state)
+        adapted(parse(f"m O(4) {axes}"), state)
 
 
 def test_a_model_without_adapters_is_refused() -> None:

@@ -145,8 +145,8 @@ def test_the_function_is_left_as_it_was(case: str) -> None:
 def test_heads_units_and_streams_are_found(case: str) -> None:
     model, symmetry, _ = made(case)
     heads = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    assert sum(" wr " in str(site.group) for site in symmetry.sites) == len(heads)
-    moved = {member.tensor for site in symmetry.sites for member in site.members}
+    assert sum(" wr " in str(space.group) for space in symmetry.spaces) == len(heads)
+    moved = {axis.tensor for space in symmetry.spaces for axis in space.axes}
     staying = set(model.state_dict()) - moved
     assert staying <= {"head.bias", "mask"}
 
@@ -162,8 +162,8 @@ def test_planted_elements_are_undone(case: str) -> None:
         for name, tensor in model.state_dict().items()
     }
     if case.startswith("attention"):
-        # Sites of a few features in a row are climbed to together, and may end at a local maximum.
-        symmetry = Symmetry(tuple(site for site in symmetry.sites if "heads" in site.name))
+        # Spaces of a few features in a row are climbed to together, and may end at a local maximum.
+        symmetry = Symmetry(tuple(space for space in symmetry.spaces if "heads" in space.name))
     planted = random(symmetry, generator)
     found = match_weights(symmetry, anchor, planted.act(anchor))
     assert found.report.distance_after < 1e-4 * found.report.distance_before
@@ -187,7 +187,7 @@ class Shown(Attention):
 def test_heads_that_are_shown_stay() -> None:
     model, example = Shown(), torch.zeros(5, 2, 9)
     symmetry = trace(model, example)
-    assert not [site for site in symmetry.sites if "heads" in site.name]
+    assert not [space for space in symmetry.spaces if "heads" in space.name]
     assert not symmetry.shifts
     assert check(model, symmetry, example).passed
 
@@ -203,7 +203,7 @@ def test_a_projection_that_is_read_beside_stays() -> None:
     model, example = Reading(), torch.zeros(5, 2, 9)
     symmetry = trace(model, example)
     assert check(model, symmetry, example).passed
-    assert not [site for site in symmetry.sites if "heads" in site.name]
+    assert not [space for space in symmetry.spaces if "heads" in space.name]
 
 
 class Masked(Images):
@@ -219,7 +219,7 @@ def test_a_mask_of_features_keeps_their_places() -> None:
     model = Masked()
     symmetry = trace(model, IMAGES)
     assert check(model, symmetry, IMAGES).passed
-    assert not [site for site in symmetry.sites if site.name in ("patches", "token")]
+    assert not [space for space in symmetry.spaces if space.name in ("patches", "token")]
 
 
 class Own(nn.MultiheadAttention):
@@ -240,7 +240,7 @@ def test_a_layer_that_was_changed_is_left_alone() -> None:
         else:
             layer.linear1.register_forward_hook(lambda *_: None)
         symmetry = trace(model, IMAGES)
-        assert not [site for site in symmetry.sites if "encoder" in str(site)]
+        assert not [space for space in symmetry.spaces if "encoder" in str(space)]
 
 
 def test_projections_that_are_shared_with_another_layer_stay() -> None:
@@ -248,7 +248,7 @@ def test_projections_that_are_shared_with_another_layer_stay() -> None:
     model.both.decoder.layers[0].self_attn.in_proj_weight = model.both.decoder.layers[
         1
     ].self_attn.in_proj_weight
-    assert not trace(model, TOKENS).sites
+    assert not trace(model, TOKENS).spaces
 
 
 WRONG = {

@@ -21,34 +21,34 @@ def checked(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
     return model, trace(model, example), example
 
 
-def without(symmetry: Symmetry, site: int, member: int) -> Symmetry:
-    """The symmetry with one member left behind."""
-    old = symmetry.sites[site]
-    kept = old.members[:member] + old.members[member + 1 :]
+def without(symmetry: Symmetry, space: int, axis: int) -> Symmetry:
+    """The symmetry with one axis left behind."""
+    old = symmetry.spaces[space]
+    kept = old.axes[:axis] + old.axes[axis + 1 :]
     return Symmetry(
-        (*symmetry.sites[:site], replace(old, members=kept), *symmetry.sites[site + 1 :])
+        (*symmetry.spaces[:space], replace(old, axes=kept), *symmetry.spaces[space + 1 :])
     )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_member_that_is_left_behind_is_noticed(name: str) -> None:
+def test_every_axis_that_is_left_behind_is_noticed(name: str) -> None:
     model, symmetry, example = checked(name)
-    for i, site in enumerate(symmetry.sites):
-        for j, member in enumerate(site.members):
-            if len(site.scored) > 1 or not member.scored:
+    for i, space in enumerate(symmetry.spaces):
+        for j, axis in enumerate(space.axes):
+            if len(space.scored) > 1 or not axis.scored:
                 report = check(model, without(symmetry, i, j), example, trials=1)
-                assert not report.passed, f"{member} of {site.name} was left behind unnoticed"
-                assert report.guilty == (site.name,)
+                assert not report.passed, f"{axis} of {space.name} was left behind unnoticed"
+                assert report.guilty == (space.name,)
 
 
 def test_in_a_transformer_only_the_key_bias_may_be_left_behind() -> None:
     model = Transformer(width=8, heads=2)
     symmetry = preln_transformer(model.state_dict(), heads=2)
     silent = set()
-    for i, site in enumerate(symmetry.sites):
-        for j, member in enumerate(site.members):
+    for i, space in enumerate(symmetry.spaces):
+        for j, axis in enumerate(space.axes):
             if check(model, without(symmetry, i, j), IMAGES, trials=1).passed:
-                silent.add(member.tensor)
+                silent.add(axis.tensor)
     assert silent == {f"blocks.{block}.attention.key.bias" for block in (0, 1)}
 
 
@@ -77,13 +77,13 @@ def test_in_a_transformer_only_the_key_bias_may_be_left_behind() -> None:
 def test_what_only_looks_like_a_symmetry_of_a_transformer_fails(line: str) -> None:
     model = Transformer()
     good = preln_transformer(model.state_dict(), heads=4, residual=False)
-    sites = [site for site in good.sites if site.name == "mlp.1"]
-    report = check(model, Symmetry((*sites, *parse(line).sites)), IMAGES)
+    spaces = [space for space in good.spaces if space.name == "mlp.1"]
+    report = check(model, Symmetry((*spaces, *parse(line).spaces)), IMAGES)
     assert not report.passed
     assert report.guilty == ("cross",)
 
 
-def test_a_symmetry_is_proven_or_refused_by_its_guilty_sites() -> None:
+def test_a_symmetry_is_proven_or_refused_by_its_guilty_spaces() -> None:
     model, symmetry, example = checked("mlp")
     assert prove(model, symmetry, example) is symmetry
     with pytest.raises(SymmetryError, match=r"off by .* under: 2; leave these out"):

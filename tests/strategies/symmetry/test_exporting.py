@@ -21,7 +21,7 @@ SAME = [
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_an_exported_model_has_the_sites_that_were_traced(name: str) -> None:
+def test_an_exported_model_has_the_spaces_that_were_traced(name: str) -> None:
     make, example = FAMILIES[name]
     torch.manual_seed(0)
     model = make()
@@ -77,14 +77,14 @@ def test_a_model_that_decides_by_shapes_is_followed_as_exported() -> None:
     with pytest.raises(SymmetryError, match=r"torch\.fx.*trace_exported"):
         trace(model, example)
     symmetry = trace_exported(model, example)
-    assert [str(site.group) for site in symmetry.sites] == ["S(6)", "S(7)"]
+    assert [str(space.group) for space in symmetry.spaces] == ["S(6)", "S(7)"]
     assert check(model, symmetry, example).passed
 
 
 def test_of_attention_the_stream_and_the_units_are_found() -> None:
     torch.manual_seed(0)
     model = Images()
-    groups = [str(site.group) for site in trace_exported(model, IMAGES).sites]
+    groups = [str(space.group) for space in trace_exported(model, IMAGES).spaces]
     assert sorted(groups) == ["S(12)", "S(12)", "S(8)"]
     assert check(model, trace_exported(model, IMAGES), IMAGES).passed
 

@@ -45,7 +45,7 @@ def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def displacing(symmetry: Symmetry) -> Transform:
-    """A random transform that leaves no site's units all in their places."""
+    """A random transform that leaves no space's units all in their places."""
     drawn = (random(symmetry, torch.Generator().manual_seed(seed)) for seed in range(1000))
     return next(g for g in drawn if all(moves(element) for element in g.elements.values()))
 
@@ -62,15 +62,15 @@ def test_only_what_says_nothing_may_be_left_behind(name: str) -> None:
     transform = displacing(symmetry)
     assert change(model, inputs, transform.act(state)) < DOUBLE_TOLERANCE
     silent, gauges = set(), set()
-    for site in symmetry.sites:
-        for member in site.members:
-            others = tuple(m for m in site.members if m != member)
-            alone = Symmetry((replace(site, members=others),))
-            moved = Transform(alone, {site.name: transform.elements[site.name]}).act(state)
+    for space in symmetry.spaces:
+        for axis in space.axes:
+            others = tuple(m for m in space.axes if m != axis)
+            alone = Symmetry((replace(space, axes=others),))
+            moved = Transform(alone, {space.name: transform.elements[space.name]}).act(state)
             if change(model, inputs, moved) < 1e-6:
-                silent.add(member.tensor)
-            if not member.scored and not is_tied_head(member.tensor):
-                gauges.add(member.tensor)
+                silent.add(axis.tensor)
+            if not axis.scored and not is_tied_head(axis.tensor):
+                gauges.add(axis.tensor)
     # Called without ties, T5 reads its stacks' names of the shared table.
     assert silent - {"shared.weight"} == gauges
 
@@ -85,7 +85,7 @@ def is_tied_head(tensor: str) -> bool:
 @every_model
 def test_every_tensor_is_moved_or_known_to_stay(name: str) -> None:
     model, symmetry, _ = made(name)
-    moved = {member.tensor for site in symmetry.sites for member in site.members}
+    moved = {axis.tensor for space in symmetry.spaces for axis in space.axes}
     staying = set(model.state_dict()) - moved
     assert all(
         tensor.endswith(("bias", "logit_scale", "q_norm.weight", "k_norm.weight"))
@@ -102,9 +102,9 @@ def test_the_notation_holds_all_of_it_and_a_plain_mapping_is_config_enough(name:
 
 
 @every_model
-def test_no_site_makes_matching_quadratic(name: str) -> None:
+def test_no_space_makes_matching_quadratic(name: str) -> None:
     _, symmetry, _ = made(name)
-    assert not [site.name for site in symmetry.sites if site.quadratic]
+    assert not [space.name for space in symmetry.spaces if space.quadratic]
 
 
 def test_every_family_is_proven() -> None:
@@ -149,7 +149,7 @@ def test_a_model_without_a_head_hands_its_stream_out(model: Any, config: Any) ->
         "num_attention_heads": 3,
     }
     bare = model(config(**sizes, vocab_size=31, max_position_embeddings=16)).eval()
-    names = [site.name for site in symmetry_of(bare).sites]
+    names = [space.name for space in symmetry_of(bare).spaces]
     assert names == ["heads.0", "mlp.0"]
 
 
@@ -173,8 +173,8 @@ def test_a_tied_table_may_be_saved_under_one_name() -> None:
     config: Any = model.config
     decoder = "cls.predictions.decoder.weight"
     state = {name: tensor for name, tensor in model.state_dict().items() if name != decoder}
-    (whole, *rest), (less, *others) = symmetry.sites, family("bert", config, state).sites
-    assert [m.tensor for m in whole.members if m not in less.members] == [decoder]
+    (whole, *rest), (less, *others) = symmetry.spaces, family("bert", config, state).spaces
+    assert [m.tensor for m in whole.axes if m not in less.axes] == [decoder]
     assert rest == others
 
 
@@ -189,9 +189,9 @@ def test_half_a_pair_cannot_turn() -> None:
 @pytest.mark.parametrize("name", ["bert", "clip", "distilbert", "gpt2", "mixtral", "t5", "vit"])
 def test_the_residual_stream_can_be_left_as_it_is(name: str) -> None:
     model, symmetry, _ = made(name)
-    rest = [site for site in symmetry.sites if not site.name.endswith("residual")]
-    assert symmetry_of(model, residual=False).sites == tuple(rest)
-    assert len(rest) < len(symmetry.sites)
+    rest = [space for space in symmetry.spaces if not space.name.endswith("residual")]
+    assert symmetry_of(model, residual=False).spaces == tuple(rest)
+    assert len(rest) < len(symmetry.spaces)
 
 
 def test_saved_frequencies_are_ignored() -> None:
@@ -256,7 +256,10 @@ def test_a_config_of_another_model_is_refused(
 def test_an_encoder_alone_has_its_heads_and_units() -> None:
     sizes = {"d_model": 12, "d_kv": 4, "d_ff": 10, "num_layers": 1, "num_heads": 3}
     encoder = hf.T5EncoderModel(hf.T5Config(**sizes, vocab_size=31))
-    assert [site.name for site in symmetry_of(encoder).sites] == ["encoder.heads", "encoder.mlp.0"]
+    assert [space.name for space in symmetry_of(encoder).spaces] == [
+        "encoder.heads",
+        "encoder.mlp.0",
+    ]
 
 
 def test_a_vision_tower_alone_hands_its_stream_out() -> None:
@@ -264,7 +267,7 @@ def test_a_vision_tower_alone_hands_its_stream_out() -> None:
     config: Any = model.config
     state = {n: t for n, t in model.state_dict().items() if n.startswith("vision_model")}
     found = family("clip", config.vision_config, state)
-    assert found.sites[0].name == "vision.heads.0"
+    assert found.spaces[0].name == "vision.heads.0"
 
 
 def test_a_frozen_stream_of_a_single_tower_is_handed_out() -> None:
@@ -274,8 +277,8 @@ def test_a_frozen_stream_of_a_single_tower_is_handed_out() -> None:
     config: Any = model.config
     alone = {n: t for n, t in text.items() if n.startswith("text_model")}
     with_projection = family("clip", config.text_config, text)
-    assert [s.name for s in with_projection.sites] == [
-        site.name for site in symmetry.sites if site.name.startswith("text")
+    assert [s.name for s in with_projection.spaces] == [
+        space.name for space in symmetry.spaces if space.name.startswith("text")
     ]
     without = family("clip", config.text_config, alone)
-    assert [s.name for s in without.sites] == [s.name for s in with_projection.sites][1:]
+    assert [s.name for s in without.spaces] == [s.name for s in with_projection.spaces][1:]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform, random
 from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.test_transform import grams_of
@@ -36,24 +36,24 @@ def near(state: Mapping[str, Tensor], size: float, generator: torch.Generator) -
 
 
 def scored(symmetry: Symmetry, state: State) -> State:
-    silent = {m.tensor for site in symmetry.sites for m in site.members if not m.scored}
+    silent = {m.tensor for space in symmetry.spaces for m in space.axes if not m.scored}
     return {name: tensor for name, tensor in state.items() if name not in silent}
 
 
-def is_exact(site: Site, product: Element) -> bool:
+def is_exact(space: Space, product: Element) -> bool:
     """Whether orders are undone to the last unit, and signs of single units with them."""
-    signs = [b for b, size in zip(product.blocks, site.group.sizes, strict=True) if size == 1]
-    in_place = torch.equal(product.order, torch.arange(site.group.count))
+    signs = [b for b, size in zip(product.blocks, space.group.sizes, strict=True) if size == 1]
+    in_place = torch.equal(product.order, torch.arange(space.group.count))
     return in_place and all(b is None or bool((b == 1).all()) for b in signs)
 
 
 @every_model
-def test_elements_planted_at_all_sites_at_once_are_undone(name: str) -> None:
+def test_elements_planted_at_all_spaces_at_once_are_undone(name: str) -> None:
     symmetry, anchor = anchored(name)
     planted = random(symmetry, torch.Generator().manual_seed(1))
     found = match_weights(symmetry, anchor, planted.act(anchor))
     products = found.transform.after(planted).elements
-    assert all(is_exact(site, products[site.name]) for site in symmetry.sites)
+    assert all(is_exact(space, products[space.name]) for space in symmetry.spaces)
     assert found.report.distance_after < 1e-5 * found.report.distance_before
     assert all(
         torch.allclose(anchor[n], found.state[n], atol=1e-4) for n in scored(symmetry, anchor)
@@ -68,7 +68,7 @@ def test_a_client_near_the_anchor_is_found_behind_a_planted_element(name: str) -
     planted = random(symmetry, generator)
     found = match_weights(symmetry, anchor, planted.act(close))
     products = found.transform.after(planted).elements
-    assert all(is_exact(site, products[site.name]) for site in symmetry.sites)
+    assert all(is_exact(space, products[space.name]) for space in symmetry.spaces)
     assert found.report.distance_after <= distance(scored(symmetry, anchor), close)
 
 
@@ -80,7 +80,7 @@ def test_aligning_twice_changes_nothing(name: str) -> None:
     once = match_weights(symmetry, anchor, client)
     again = match_weights(symmetry, anchor, once.state)
     assert again.report.distance_after == pytest.approx(once.report.distance_after, rel=1e-6)
-    assert all(site.moved < 1e-3 for site in again.report.sites)
+    assert all(space.moved < 1e-3 for space in again.report.spaces)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mixtral", "t5"])

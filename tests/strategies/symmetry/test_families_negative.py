@@ -3,17 +3,17 @@
 import pytest
 
 from fedbasin.strategies.symmetry.check import CheckReport, check
-from fedbasin.strategies.symmetry.symmetry import Site, Symmetry, parse
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, parse
 from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of
 
 
-def reported(name: str, *sites: Site) -> CheckReport:
+def reported(name: str, *spaces: Space) -> CheckReport:
     model = MODELS[name].model()
-    return check(model, Symmetry(sites), *MODELS[name].inputs.values())
+    return check(model, Symmetry(spaces), *MODELS[name].inputs.values())
 
 
-def site_of(name: str, site: str) -> Site:
-    return next(s for s in symmetry_of(MODELS[name].model()).sites if s.name == site)
+def space_of(name: str, space: str) -> Space:
+    return next(s for s in symmetry_of(MODELS[name].model()).spaces if s.name == space)
 
 
 LLAMA = "model.layers.0.self_attn"
@@ -45,10 +45,10 @@ REPLACED = {
 
 @pytest.mark.parametrize("case", REPLACED)
 def test_a_larger_group_fails(case: str) -> None:
-    name, site, right, wrong = REPLACED[case]
-    found = str(site_of(name, site))
+    name, space, right, wrong = REPLACED[case]
+    found = str(space_of(name, space))
     assert f" {right} " in found or f"({right}*" in found or f" {right}*" in found
-    larger = parse(found.replace(right, wrong)).sites
+    larger = parse(found.replace(right, wrong)).spaces
     assert not reported(name, *larger).passed
 
 
@@ -98,7 +98,7 @@ WRITTEN = {
 @pytest.mark.parametrize("case", WRITTEN)
 def test_what_is_not_a_symmetry_fails(case: str) -> None:
     name, line = WRITTEN[case]
-    report = reported(name, *parse(line).sites)
+    report = reported(name, *parse(line).spaces)
     assert not report.passed
     assert all(trial.double_error > 1e-4 for trial in report.trials)
 
@@ -106,23 +106,23 @@ def test_what_is_not_a_symmetry_fails(case: str) -> None:
 def test_heads_of_one_block_alone_fail_under_shared_position_biases() -> None:
     stack = "encoder.block.0.layer.0.SelfAttention"
     turned = "O(4)*O(4) wr S(3)"
-    members = f"{stack}.q.weight[0] {stack}.k.weight[0] {stack}.v.weight[0]@1 {stack}.o.weight[1]@1"
-    assert not reported("t5", *parse(f"alone {turned} {members}").sites).passed
+    axes = f"{stack}.q.weight[0] {stack}.k.weight[0] {stack}.v.weight[0]@1 {stack}.o.weight[1]@1"
+    assert not reported("t5", *parse(f"alone {turned} {axes}").spaces).passed
     fixed = turned.replace(" wr S(3)", "").split("*")[0] + "^3"
     in_place = f"qk {fixed} {stack}.q.weight[0] {stack}.k.weight[0]"
-    assert reported("t5", *parse(in_place).sites).passed
+    assert reported("t5", *parse(in_place).spaces).passed
 
 
 def test_the_columns_of_the_biases_belong_to_the_heads() -> None:
-    whole = str(site_of("t5", "encoder.heads"))
+    whole = str(space_of("t5", "encoder.heads"))
     table = " encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight[1]@4"
     assert table in whole
     without = whole.replace(table, "").replace("*S(1)", "")
-    assert not reported("t5", *parse(without).sites).passed
+    assert not reported("t5", *parse(without).spaces).passed
 
 
 def test_projections_of_positions_belong_to_the_heads() -> None:
-    found = site_of("deberta_v2", "heads.0")
-    content = tuple(member for member in found.members if ".pos_" not in member.tensor)
-    assert len(content) == len(found.members) - 4
-    assert not reported("deberta_v2", Site(found.name, found.group, content)).passed
+    found = space_of("deberta_v2", "heads.0")
+    content = tuple(axis for axis in found.axes if ".pos_" not in axis.tensor)
+    assert len(content) == len(found.axes) - 4
+    assert not reported("deberta_v2", Space(found.name, found.group, content)).passed

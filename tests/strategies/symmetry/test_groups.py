@@ -34,30 +34,30 @@ def drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def width(group: Group, leg: int) -> int:
-    return group.count * group.sizes[leg]
+def width(group: Group, role: int) -> int:
+    return group.count * group.sizes[role]
 
 
-def matrix(group: Group, element: Element, leg: int) -> Tensor:
-    return element.act(torch.eye(width(group, leg), dtype=torch.float64), 0, leg)
+def matrix(group: Group, element: Element, role: int) -> Tensor:
+    return element.act(torch.eye(width(group, role), dtype=torch.float64), 0, role)
 
 
 def matrices(group: Group, element: Element) -> list[Tensor]:
-    return [matrix(group, element, leg) for leg in range(len(group.sizes))]
+    return [matrix(group, element, role) for role in range(len(group.sizes))]
 
 
-def rows(group: Group, leg: int, generator: torch.Generator, features: int = 5) -> Tensor:
-    return torch.randn(width(group, leg), features, generator=generator, dtype=torch.float64)
+def rows(group: Group, role: int, generator: torch.Generator, features: int = 5) -> Tensor:
+    return torch.randn(width(group, role), features, generator=generator, dtype=torch.float64)
 
 
 def scores_of(group: Group, anchor: list[Tensor], client: list[Tensor]) -> tuple[Tensor, ...]:
-    legs = range(len(group.sizes))
-    return tuple(group.score(anchor[leg], client[leg], leg) for leg in legs)
+    roles = range(len(group.sizes))
+    return tuple(group.score(anchor[role], client[role], role) for role in roles)
 
 
 def random_scores(group: Group, generator: torch.Generator) -> tuple[Tensor, ...]:
-    legs = range(len(group.sizes))
-    anchor, client = ([rows(group, leg, generator) for leg in legs] for _ in range(2))
+    roles = range(len(group.sizes))
+    anchor, client = ([rows(group, role, generator) for role in roles] for _ in range(2))
     return scores_of(group, anchor, client)
 
 
@@ -113,12 +113,12 @@ def test_the_action_is_a_homomorphism(group: Group, seed: int) -> None:
     first, then = group.random(generator), group.random(generator)
     for one, other in ((first, then), (group.identity(), then), (first, group.identity())):
         product = other.after(one)
-        for leg, axis, owned in itertools.product(range(len(group.sizes)), (0, 1, 2), (1, 3)):
+        for role, axis, owned in itertools.product(range(len(group.sizes)), (0, 1, 2), (1, 3)):
             shape = [2, 3, 4]
-            shape[axis] = owned * width(group, leg)
+            shape[axis] = owned * width(group, role)
             tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
             torch.testing.assert_close(
-                product.act(tensor, axis, leg), other.act(one.act(tensor, axis, leg), axis, leg)
+                product.act(tensor, axis, role), other.act(one.act(tensor, axis, role), axis, role)
             )
 
 
@@ -128,10 +128,10 @@ def test_the_action_is_a_homomorphism(group: Group, seed: int) -> None:
 def test_elements_are_orthogonal_and_act_like_their_matrices(group: Group, seed: int) -> None:
     generator = drawn(seed)
     element = group.random(generator)
-    for leg, dense in enumerate(matrices(group, element)):
+    for role, dense in enumerate(matrices(group, element)):
         torch.testing.assert_close(dense @ dense.mT, torch.eye(len(dense), dtype=torch.float64))
         tensor = torch.randn(3, len(dense), generator=generator, dtype=torch.float64)
-        torch.testing.assert_close(element.act(tensor, 1, leg), tensor @ dense.mT)
+        torch.testing.assert_close(element.act(tensor, 1, role), tensor @ dense.mT)
 
 
 @every_group
@@ -140,10 +140,10 @@ def test_elements_are_orthogonal_and_act_like_their_matrices(group: Group, seed:
 def test_units_that_own_several_entries_keep_them_together(group: Group, seed: int) -> None:
     generator = drawn(seed)
     element = group.random(generator)
-    for leg, dense in enumerate(matrices(group, element)):
+    for role, dense in enumerate(matrices(group, element)):
         features = torch.randn(len(dense), 4, generator=generator, dtype=torch.float64)
         torch.testing.assert_close(
-            element.act(features.reshape(-1), 0, leg), (dense @ features).reshape(-1)
+            element.act(features.reshape(-1), 0, role), (dense @ features).reshape(-1)
         )
 
 
@@ -152,12 +152,12 @@ def test_units_that_own_several_entries_keep_them_together(group: Group, seed: i
 @seeds
 def test_the_value_of_an_element_is_its_agreement_with_the_anchor(group: Group, seed: int) -> None:
     generator = drawn(seed)
-    legs = range(len(group.sizes))
-    anchor, client = ([rows(group, leg, generator) for leg in legs] for _ in range(2))
+    roles = range(len(group.sizes))
+    anchor, client = ([rows(group, role, generator) for role in roles] for _ in range(2))
     scores = scores_of(group, anchor, client)
     for element in (group.random(generator), group.identity()):
         agreement = sum(
-            float((anchor[leg] * element.act(client[leg], 0, leg)).sum()) for leg in legs
+            float((anchor[role] * element.act(client[role], 0, role)).sum()) for role in roles
         )
         assert group.value(scores, element) == pytest.approx(agreement)
 
@@ -190,9 +190,9 @@ def test_the_maximiser_of_a_finite_group_is_the_best_of_all_elements(
 def test_the_maximiser_undoes_a_planted_element(group: Group, seed: int) -> None:
     generator = drawn(seed)
     planted = group.random(generator)
-    legs = range(len(group.sizes))
-    anchor = [rows(group, leg, generator, features=40) for leg in legs]
-    client = [planted.act(anchor[leg], 0, leg) for leg in legs]
+    roles = range(len(group.sizes))
+    anchor = [rows(group, role, generator, features=40) for role in roles]
+    client = [planted.act(anchor[role], 0, role) for role in roles]
     found = group.maximiser(scores_of(group, anchor, client), prior=1e-9)
     for one, other in zip(matrices(group, found), matrices(group, planted.inverse()), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
@@ -200,8 +200,8 @@ def test_the_maximiser_undoes_a_planted_element(group: Group, seed: int) -> None
 
 @every_group
 def test_a_score_of_zeros_gives_the_identity(group: Group) -> None:
-    legs = range(len(group.sizes))
-    zeros = [torch.zeros(width(group, leg), 2, dtype=torch.float64) for leg in legs]
+    roles = range(len(group.sizes))
+    zeros = [torch.zeros(width(group, role), 2, dtype=torch.float64) for role in roles]
     found = group.maximiser(scores_of(group, zeros, zeros), prior=1e-6)
     assert found.moved() < 1e-12
 
@@ -211,9 +211,9 @@ def test_a_score_of_zeros_gives_the_identity(group: Group) -> None:
 @seeds
 def test_dead_and_duplicate_units_of_equal_models_stay_in_place(group: Group, seed: int) -> None:
     generator = drawn(seed)
-    units = [rows(group, leg, generator) for leg in range(len(group.sizes))]
-    for leg, matrix_of_units in enumerate(units):
-        half = width(group, leg) // 2
+    units = [rows(group, role, generator) for role in range(len(group.sizes))]
+    for role, matrix_of_units in enumerate(units):
+        half = width(group, role) // 2
         matrix_of_units[:half] = matrix_of_units[-1:].expand(half, -1).clone()
         matrix_of_units[0] = 0
     found = group.maximiser(scores_of(group, units, units), prior=1e-6)

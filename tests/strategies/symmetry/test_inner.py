@@ -73,19 +73,19 @@ def test_a_group_is_written_and_read_back(text: str) -> None:
 @every_group
 @few
 @seeds
-def test_a_dual_leg_has_the_inverse_transposes_and_elements_compose(
+def test_a_dual_role_has_the_inverse_transposes_and_elements_compose(
     group: Group, seed: int
 ) -> None:
     generator = drawn(seed)
     f, g, h = (group.random(generator) for _ in range(3))
     assert group.identity().is_identity
-    for leg in range(len(group.sizes)):
-        one, two, product = (matrices(group, e)[leg] for e in (f, g, g.after(f)))
-        torch.testing.assert_close(matrices(group, f)[f.dual(leg)] @ one.mT, eye(len(one)))
+    for role in range(len(group.sizes)):
+        one, two, product = (matrices(group, e)[role] for e in (f, g, g.after(f)))
+        torch.testing.assert_close(matrices(group, f)[f.dual(role)] @ one.mT, eye(len(one)))
         torch.testing.assert_close(product, two @ one)
-        torch.testing.assert_close(matrices(group, f.inverse())[leg] @ one, eye(len(one)))
+        torch.testing.assert_close(matrices(group, f.inverse())[role] @ one, eye(len(one)))
         left, right = h.after(g).after(f), h.after(g.after(f))
-        torch.testing.assert_close(matrices(group, left)[leg], matrices(group, right)[leg])
+        torch.testing.assert_close(matrices(group, left)[role], matrices(group, right)[role])
     assert 0 < f.moved() <= 1 or f.is_identity
 
 
@@ -96,8 +96,8 @@ def test_products_and_inverses_stay_in_the_group(group: Group, seed: int) -> Non
     # An element of the group is its own best match; one that left it would be matched worse.
     generator = drawn(seed)
     element = group.random(generator).after(group.random(generator).inverse())
-    legs = range(len(group.sizes))
-    scores = scores_of(group, matrices(group, element), [eye(width(group, leg)) for leg in legs])
+    roles = range(len(group.sizes))
+    scores = scores_of(group, matrices(group, element), [eye(width(group, role)) for role in roles])
     best = group.value(scores, group.maximiser(scores, prior=0.0))
     norms = sum(float(m.square().sum()) + len(m) for m in matrices(group, element))
     assert best == pytest.approx(norms / 2)
@@ -119,12 +119,12 @@ def test_no_element_beats_the_maximiser(group: Group, seed: int) -> None:
 @seeds
 def test_the_value_falls_with_the_distance_to_the_anchor(group: Group, seed: int) -> None:
     generator = drawn(seed)
-    legs = range(len(group.sizes))
-    anchor, client = ([rows(group, leg, generator) for leg in legs] for _ in range(2))
+    roles = range(len(group.sizes))
+    anchor, client = ([rows(group, role, generator) for role in roles] for _ in range(2))
     scores = scores_of(group, anchor, client)
     norms = sum(float(m.square().sum()) for m in (*anchor, *client))
     for element in (group.random(generator), group.identity()):
-        moved = [element.act(client[leg], 0, leg) for leg in legs]
+        moved = [element.act(client[role], 0, role) for role in roles]
         apart = sum(float((a - b).square().sum()) for a, b in zip(anchor, moved, strict=True))
         assert group.value(scores, element) == pytest.approx((norms - apart) / 2)
 
@@ -135,9 +135,9 @@ def test_the_value_falls_with_the_distance_to_the_anchor(group: Group, seed: int
 def test_a_planted_element_is_undone(group: Group, seed: int) -> None:
     generator = drawn(seed)
     planted = group.random(generator)
-    legs = range(len(group.sizes))
-    anchor = [rows(group, leg, generator, features=40) for leg in legs]
-    client = [planted.act(anchor[leg], 0, leg) for leg in legs]
+    roles = range(len(group.sizes))
+    anchor = [rows(group, role, generator, features=40) for role in roles]
+    client = [planted.act(anchor[role], 0, role) for role in roles]
     found = group.maximiser(scores_of(group, anchor, client), prior=1e-9)
     for one, other in zip(matrices(group, found), matrices(group, planted), strict=True):
         torch.testing.assert_close(one @ other, eye(len(one)), atol=1e-6, rtol=0)
@@ -145,8 +145,8 @@ def test_a_planted_element_is_undone(group: Group, seed: int) -> None:
 
 @every_group
 def test_a_score_of_zeros_gives_the_identity(group: Group) -> None:
-    legs = range(len(group.sizes))
-    zeros = [torch.zeros(width(group, leg), 2, dtype=torch.float64) for leg in legs]
+    roles = range(len(group.sizes))
+    zeros = [torch.zeros(width(group, role), 2, dtype=torch.float64) for role in roles]
     assert group.maximiser(scores_of(group, zeros, zeros), prior=1e-6).moved() < 1e-12
 
 
@@ -155,7 +155,7 @@ def small_elements(group: Wreath, generator: torch.Generator) -> list[tuple[Tens
     found = {}
     for _ in range(4000):
         element = tuple(matrices(group, group.random(generator)))
-        found[tuple(tuple(leg.flatten().tolist()) for leg in element)] = element
+        found[tuple(tuple(role.flatten().tolist()) for role in element)] = element
     return list(found.values())
 
 
@@ -169,11 +169,11 @@ def test_the_maximiser_of_a_finite_group_is_the_best_of_all_elements(
     assert len(elements) == order
     for seed in range(5):
         generator = drawn(seed)
-        legs = range(len(group.sizes))
-        anchor, client = ([rows(group, leg, generator) for leg in legs] for _ in range(2))
+        roles = range(len(group.sizes))
+        anchor, client = ([rows(group, role, generator) for role in roles] for _ in range(2))
         scores = scores_of(group, anchor, client)
         best = max(
-            sum(float((anchor[leg] * (e[leg] @ client[leg])).sum()) for leg in legs)
+            sum(float((anchor[role] * (e[role] @ client[role])).sum()) for role in roles)
             for e in elements
         )
         assert group.value(scores, group.maximiser(scores, prior=0.0)) == pytest.approx(best)
@@ -227,13 +227,15 @@ def test_signs_of_pairs_are_two_for_each_pair() -> None:
 @pytest.mark.parametrize("heads", [4, 5, 6])
 def test_many_heads_on_one_key_are_put_back(heads: int) -> None:
     group = Wreath((Shared((Rotary(4, 2), Orthogonal(2)), heads),), 2)
-    legs = range(4)
+    roles = range(4)
     for seed in range(4):
         generator = drawn(seed)
         planted = group.random(generator)
-        anchor = [rows(group, leg, generator, features=12) for leg in legs]
-        noise = [0.05 * rows(group, leg, generator, features=12) for leg in legs]
-        client = [planted.act(a + n, 0, leg) for leg, a, n in zip(legs, anchor, noise, strict=True)]
+        anchor = [rows(group, role, generator, features=12) for role in roles]
+        noise = [0.05 * rows(group, role, generator, features=12) for role in roles]
+        client = [
+            planted.act(a + n, 0, role) for role, a, n in zip(roles, anchor, noise, strict=True)
+        ]
         found = group.maximiser(scores_of(group, anchor, client), prior=1e-9)
         for one, other in zip(matrices(group, found), matrices(group, planted), strict=True):
             assert float((one @ other - eye(len(one))).abs().max()) < 0.2

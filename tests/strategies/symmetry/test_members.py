@@ -14,7 +14,7 @@ from fedbasin.strategies.symmetry.groups.block_groups import (
     Shared,
 )
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Member, Site, Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import Transform, random
 
 sizes = st.integers(1, 9)
@@ -39,9 +39,9 @@ inners = atoms | sums | shared | nested
 groups: st.SearchStrategy[Group] = st.builds(Wreath, products(inners), sizes)
 parts = st.tuples(st.integers(0, 99), st.integers(1, 99)).map(lambda p: (p[0], sum(p)))
 periods = st.tuples(parts, st.none() | st.integers(1, 300))
-members = st.builds(
-    lambda name, axis, part, leg, scored, outer: Member(
-        name, axis, part and part[0], leg, scored, part and part[1], outer
+axes = st.builds(
+    lambda name, axis, part, role, scored, outer: Axis(
+        name, axis, part and part[0], role, scored, part and part[1], outer
     ),
     names,
     st.integers(0, 3),
@@ -50,19 +50,19 @@ members = st.builds(
     st.booleans(),
     st.none() | st.integers(0, 3),
 )
-sites = st.builds(Site, names, groups, st.lists(members, min_size=1, max_size=4).map(tuple))
+spaces = st.builds(Space, names, groups, st.lists(axes, min_size=1, max_size=4).map(tuple))
 
 
 @settings(max_examples=60, deadline=None)
-@given(sites)
-def test_what_is_written_is_read_back(site: Site) -> None:
-    symmetry = Symmetry((site,))
+@given(spaces)
+def test_what_is_written_is_read_back(space: Space) -> None:
+    symmetry = Symmetry((space,))
     assert parse(str(symmetry)) == symmetry
 
 
 def test_a_period_without_a_part_cannot_be_written_down() -> None:
     with pytest.raises(SymmetryError, match="cannot be written down"):
-        Symmetry((Site("a", Permutation(2), (Member("w", 0, period=4),)),))
+        Symmetry((Space("a", Permutation(2), (Axis("w", 0, period=4),)),))
 
 
 def drawn(symmetry: Symmetry) -> Transform:
@@ -82,17 +82,15 @@ def test_interleaved_heads_move_like_heads_side_by_side(shape: tuple[int, ...]) 
     together = parse(f"h O(2) wr S(4) w[{axis},2:4/6]")
     transform = drawn(together)
     element = transform.elements["h"]
-    (member,) = together.sites[0].members
+    (axis,) = together.spaces[0].axes
     moved = transform.act({"w": tensor})["w"]
     expected = runs.clone()
     expected.narrow(axis + 1, 2, 2).copy_(
         element.act(apart, axis).unflatten(axis, (4, 2)),
     )
     torch.testing.assert_close(moved, expected.flatten(axis, axis + 1))
-    torch.testing.assert_close(
-        member.rows(tensor, 8), Member("w", axis).rows(apart, 8), rtol=0, atol=0
-    )
-    assert member.view(tensor).data_ptr() == tensor.data_ptr() + 2 * 8 * tensor.stride(axis)
+    torch.testing.assert_close(axis.rows(tensor, 8), Axis("w", axis).rows(apart, 8), rtol=0, atol=0)
+    assert axis.view(tensor).data_ptr() == tensor.data_ptr() + 2 * 8 * tensor.stride(axis)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +112,8 @@ def test_stacked_experts_move_like_experts_side_by_side(
     torch.testing.assert_close(
         moved.permute(order).reshape(12, 5), transform.elements["m"].act(flat, 0)
     )
-    (member,) = symmetry.sites[0].members
-    assert torch.equal(member.rows(tensor, 12), flat)
+    (axis,) = symmetry.spaces[0].axes
+    assert torch.equal(axis.rows(tensor, 12), flat)
 
 
 def test_a_part_of_every_run_of_every_slice_moves_alone() -> None:
@@ -125,8 +123,8 @@ def test_a_part_of_every_run_of_every_slice_moves_alone() -> None:
     runs, before = moved.unflatten(1, (2, 5)), tensor.unflatten(1, (2, 5))
     assert torch.equal(runs[:, :, 2:], before[:, :, 2:])
     assert not torch.equal(runs[:, :, :2], before[:, :, :2])
-    (member,) = symmetry.sites[0].members
-    assert torch.equal(member.rows(tensor, 12), before[:, :, :2].reshape(12, 2))
+    (axis,) = symmetry.spaces[0].axes
+    assert torch.equal(axis.rows(tensor, 12), before[:, :, :2].reshape(12, 2))
 
 
 def test_the_gram_of_interleaved_inputs_moves_with_them() -> None:

@@ -80,7 +80,7 @@ def test_a_plain_transformer_keeps_its_function_with_and_without_biases(bias: bo
 def test_a_layer_norm_keeps_the_mean_and_a_root_mean_square_norm_nothing(
     name: str, group: type
 ) -> None:
-    stream = symmetry_of(TURNING[name].model()).sites[0]
+    stream = symmetry_of(TURNING[name].model()).spaces[0]
     assert stream.name == "residual"
     assert isinstance(stream.group, group)
 
@@ -95,7 +95,7 @@ def test_the_mean_may_not_turn_under_a_layer_norm() -> None:
 def test_without_folding_a_turn_changes_the_function() -> None:
     model = small()
     symmetry = turning_transformer(model.state_dict(), 4)
-    unfolded = Symmetry(symmetry.sites)
+    unfolded = Symmetry(symmetry.spaces)
     assert "residual" in check(model, unfolded, IMAGES).guilty
 
 
@@ -145,5 +145,5 @@ def test_a_model_without_a_head_hands_its_stream_out() -> None:
     bare = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
     with pytest.raises(SymmetryError, match="hands its stream out"):
         turning_transformer(bare, 4, Names(head=None))
-    with pytest.raises(SymmetryError, match="no site 'residual'"):
+    with pytest.raises(SymmetryError, match="no space 'residual'"):
         turning(preln_transformer(state, 4, residual=False), (), state)

@@ -121,7 +121,7 @@ def test_planted_scales_are_undone(name: str, seed: int) -> None:
     # A gain below 1e-7 is no progress to the search, and gains are squares of what is left.
     assert found.report.distance_after < 1e-3 * found.report.distance_before
     again = match_weights(symmetry, anchor, found.state)
-    assert all(site.moved < 1e-3 for site in again.report.sites)
+    assert all(space.moved < 1e-3 for space in again.report.spaces)
 
 
 @every_model
@@ -173,7 +173,7 @@ def test_second_moments_of_inputs_follow_scales() -> None:
 
 
 def stretched_scores(seed: int, size: int, silent: bool = False) -> tuple[Tensor, Tensor]:
-    """What two legs with 6 features say; a silent one is the fresh factor of an adapter, zero."""
+    """What two roles with 6 features say; a silent one is the fresh factor of an adapter, zero."""
     generator = drawn(seed)
     anchors, clients = (
         [torch.randn(size, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
@@ -213,7 +213,7 @@ def test_what_cannot_stretch_is_refused_by_name() -> None:
         rescaled(rotary, "*", "*")
     with pytest.raises(ValueError, match="whole blocks"):
         Wreath((Wreath((Conformal(1),), 2),), 3)
-    with pytest.raises(SymmetryError, match="one leg"):
+    with pytest.raises(SymmetryError, match="one role"):
         parse("h R(4,2)+CO(2) wr S(2) q[0]")
 
 

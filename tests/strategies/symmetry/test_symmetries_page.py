@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```(?:python)?\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(0, len(BLOCKS), 2))
-def test_an_example_prints_the_sites_that_the_page_shows(number: int) -> None:
+def test_an_example_prints_the_spaces_that_the_page_shows(number: int) -> None:
     code, shown = BLOCKS[number : number + 2]
     printed: list[object] = []
     exec(code, {"print": printed.append})

@@ -64,32 +64,32 @@ def test_what_is_found_leaves_the_function_as_it_was(name: str) -> None:
     model, example = built(name)
     symmetry = trace(model, example)
     symmetry.check(model.state_dict())
-    assert symmetry.sites
+    assert symmetry.spaces
     report = check(model, symmetry, example)
     assert report.passed, report
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_site_is_found_with_all_its_members(name: str) -> None:
+def test_every_space_is_found_with_all_its_members(name: str) -> None:
     model, example = built(name)
     assert str(trace(model, example)) == str(parse(EXPECTED[name]))
 
 
 def test_a_skip_joins_a_stage_and_a_downsampling_convolution_ends_it() -> None:
-    stem, inside, again, stage = trace(ResNet(), torch.zeros(2, 2, 6, 6)).sites
-    tensors = {member.tensor for member in stem.members}
+    stem, inside, again, stage = trace(ResNet(), torch.zeros(2, 2, 6, 6)).spaces
+    tensors = {axis.tensor for axis in stem.axes}
     assert {"stem.weight", "block1.conv2.weight", "block1.bn2.running_var"} <= tensors
     assert {"block2.conv1.weight", "block2.skip.0.weight"} <= tensors
-    assert [site.name for site in (inside, again)] == ["block1.conv1", "block2.conv1"]
+    assert [space.name for space in (inside, again)] == ["block1.conv1", "block2.conv1"]
     assert {"block2.conv2.weight", "block2.skip.1.bias", "head.weight"} <= {
-        member.tensor for member in stage.members
+        axis.tensor for axis in stage.axes
     }
 
 
 @pytest.mark.parametrize(("name", "units"), [("resnext", 3), ("mobilenet", 6)])
 def test_groups_of_a_convolution_move_as_wholes(name: str, units: int) -> None:
     model, example = built(name)
-    groups = {site.name: str(site.group) for site in trace(model, example).sites}
+    groups = {space.name: str(space.group) for space in trace(model, example).spaces}
     inner = {f"block{number}.narrow": f"S({units})" for number in (1, 2)}
     assert groups == {"stem.0": "S(4)", **inner, "block2.wide": "S(8)"}
 
@@ -102,13 +102,13 @@ def test_channels_inside_a_group_do_not_move() -> None:
 
 def test_a_single_linear_around_a_skip_is_quadratic() -> None:
     model, example = built("linear_residual")
-    (site,) = trace(model, example).sites
-    assert site.quadratic
+    (space,) = trace(model, example).spaces
+    assert space.quadratic
 
 
 def test_running_statistics_move_but_do_not_count() -> None:
-    sites = trace(ConvNet(), torch.zeros(2, 2, 6, 6)).sites
-    silent = {m.tensor for site in sites for m in site.members if not m.scored}
+    spaces = trace(ConvNet(), torch.zeros(2, 2, 6, 6)).spaces
+    silent = {m.tensor for space in spaces for m in space.axes if not m.scored}
     assert silent == {f"bn{i}.running_{moment}" for i in (1, 2) for moment in ("mean", "var")}
 
 
@@ -153,7 +153,7 @@ def squared(width: int) -> nn.Linear:
     return nn.Linear(width, width)
 
 
-# A forward pass, and the sites that it leaves free: none where an operation meets the features that
+# A forward pass, and the spaces that it leaves free: none where an operation meets the features that
 # is not the same for every order of the units.
 FREE = ["a"]
 NASTY: dict[str, tuple[list[str], Callable[[Net, Tensor], object], dict[str, nn.Module]]] = {
@@ -311,14 +311,14 @@ def test_nothing_is_guessed(name: str) -> None:
     model = Net(forward, **copy.deepcopy(layers))
     example = torch.randn(4, 5)
     symmetry = trace(model, example)
-    assert [site.name for site in symmetry.sites] == free
+    assert [space.name for space in symmetry.spaces] == free
     report = check(model, symmetry, example)
     assert report.passed, report
 
 
 def test_a_branch_of_training_alone_is_followed_too() -> None:
-    (site,) = trace(Net(training_only), torch.randn(4, 5)).sites
-    assert [str(member) for member in site.members] == [
+    (space,) = trace(Net(training_only), torch.randn(4, 5)).spaces
+    assert [str(axis) for axis in space.axes] == [
         *("a.weight[0]", "a.bias[0]", "out.weight[1]", "b.weight[1]")
     ]
 
@@ -368,26 +368,26 @@ class Stack(nn.Module):
 
 @settings(max_examples=20, deadline=None)
 @given(PIECES, st.booleans(), st.integers(0, 1000))
-def test_any_stack_of_known_pieces_has_sites_that_leave_it_as_it_was(
+def test_any_stack_of_known_pieces_has_spaces_that_leave_it_as_it_was(
     pieces: list[str], flat: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     model, example = Stack(pieces, flat=flat), torch.zeros(2, 2, 4, 4)
     symmetry = trace(model, example)
-    assert symmetry.sites
+    assert symmetry.spaces
     assert check(model, symmetry, example, trials=1, seed=seed).passed
 
 
 def test_a_hook_makes_a_layer_unknown() -> None:
     model = mlp()
     model[0].register_forward_hook(lambda module, inputs, output: output.cumsum(1))  # type: ignore[index]
-    assert [site.name for site in trace(model, torch.zeros(3, 6)).sites] == ["2"]
+    assert [space.name for space in trace(model, torch.zeros(3, 6)).spaces] == ["2"]
 
 
 def test_a_replaced_forward_makes_a_layer_unknown() -> None:
     model = mlp()
     model.get_submodule("0").forward = lambda x: torch.zeros(3, 8)  # type: ignore[assignment, method-assign]
-    assert [site.name for site in trace(model, torch.zeros(3, 6)).sites] == ["2"]
+    assert [space.name for space in trace(model, torch.zeros(3, 6)).spaces] == ["2"]
 
 
 def test_a_hook_on_the_whole_model_is_refused() -> None:
@@ -401,7 +401,7 @@ def test_a_weight_that_is_a_transposed_view_of_another_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     with torch.no_grad():
         model[2].weight = nn.Parameter(model[0].weight.t())  # type: ignore[union-attr]
-    assert trace(model, torch.zeros(2, 4)).sites == ()
+    assert trace(model, torch.zeros(2, 4)).spaces == ()
 
 
 def test_parameters_in_one_block_of_memory_are_told_apart() -> None:
@@ -413,8 +413,8 @@ def test_parameters_in_one_block_of_memory_are_told_apart() -> None:
     assert str(trace(model, torch.zeros(3, 6))) == str(parse(EXPECTED["mlp"]))
 
 
-def test_a_whole_linear_has_no_sites() -> None:
-    assert trace(nn.Linear(3, 4), torch.zeros(2, 3)).sites == ()
+def test_a_whole_linear_has_no_spaces() -> None:
+    assert trace(nn.Linear(3, 4), torch.zeros(2, 3)).spaces == ()
 
 
 class Decides(nn.Module):

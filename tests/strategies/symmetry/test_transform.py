@@ -101,11 +101,11 @@ def test_a_product_acts_like_its_factors_in_turn(name: str) -> None:
     assert distance(product.act(state), then.act(first.act(state))) < 1e-12
 
 
-def test_sites_without_an_element_stay_as_they_are() -> None:
+def test_spaces_without_an_element_stay_as_they_are() -> None:
     model, symmetry, _ = family("mlp")
-    state, site = model.state_dict(), symmetry.sites[1]
+    state, space = model.state_dict(), symmetry.spaces[1]
     whole = drawn(symmetry)
-    partial = Transform(symmetry, {site.name: whole.elements[site.name]})
+    partial = Transform(symmetry, {space.name: whole.elements[space.name]})
     moved = partial.act(state)
     assert moved["0.weight"] is state["0.weight"]
     assert not torch.equal(moved["4.weight"], state["4.weight"])
@@ -142,8 +142,8 @@ MONOMIAL = ["S(4)", "S(2) wr S(2)", "O(1) wr S(4)", "Z(2,1) wr S(2)", "S(1)*O(1)
 
 @pytest.mark.parametrize("group", MONOMIAL)
 def test_squared_gradients_follow_orders_and_signs(group: str) -> None:
-    legs = "a[0] b[1]@1" if "*" in group else "a[0] b[1]"
-    transform = drawn(parse(f"s {group} {legs}"), seed=3)
+    roles = "a[0] b[1]@1" if "*" in group else "a[0] b[1]"
+    transform = drawn(parse(f"s {group} {roles}"), seed=3)
     gradients = {"a": torch.randn(4, 3), "b": torch.randn(2, 4)}
     assert not any(transform.mixes(name) for name in gradients)
     squares = {name: gradient.square() for name, gradient in gradients.items()}
@@ -177,7 +177,7 @@ def test_what_is_stored_input_first_moves_its_inputs_too() -> None:
     transform = drawn(symmetry)
     features = torch.randn(9, 4, dtype=torch.float64)
     moved = transform.act({"up": features, "down": torch.zeros(4, 2)})["up"]
-    gram = transform.act_on_inputs("down", features.mT @ features, inputs=4, axis=0)
+    gram = transform.act_on_inputs("down", features.mT @ features, inputs=4, dim=0)
     torch.testing.assert_close(gram, moved.mT @ moved)
 
 

@@ -25,11 +25,11 @@ def test_the_function_is_left_as_it_was(bias: bool, residual: bool, heads: int) 
 
 
 def test_the_residual_stream_comes_first_then_block_by_block() -> None:
-    sites = preln_transformer(Transformer().state_dict(), heads=4).sites
+    spaces = preln_transformer(Transformer().state_dict(), heads=4).spaces
     names = ["residual", "heads.0", "mlp.0", "heads.1", "mlp.1"]
     head = Wreath((Orthogonal(8), Orthogonal(8)), 4)
-    assert [site.name for site in sites] == names
-    assert [site.group for site in sites] == [
+    assert [space.name for space in spaces] == names
+    assert [space.group for space in spaces] == [
         *(Permutation(32), head, Permutation(64), head, Permutation(64))
     ]
 
@@ -37,7 +37,7 @@ def test_the_residual_stream_comes_first_then_block_by_block() -> None:
 def test_the_residual_stream_can_be_left_as_it_is() -> None:
     state = Transformer().state_dict()
     whole = preln_transformer(state, heads=4)
-    assert preln_transformer(state, heads=4, residual=False).sites == whole.sites[1:]
+    assert preln_transformer(state, heads=4, residual=False).spaces == whole.spaces[1:]
 
 
 def test_the_notation_holds_all_of_it() -> None:
@@ -47,7 +47,7 @@ def test_the_notation_holds_all_of_it() -> None:
 
 def test_a_key_bias_moves_but_says_nothing() -> None:
     symmetry = preln_transformer(Transformer().state_dict(), heads=4)
-    silent = [m.tensor for site in symmetry.sites for m in site.members if not m.scored]
+    silent = [m.tensor for space in symmetry.spaces for m in space.axes if not m.scored]
     assert silent == [f"blocks.{block}.attention.key.bias" for block in (0, 1)]
 
 
@@ -89,22 +89,22 @@ def test_any_naming_fits() -> None:
     torch.manual_seed(0)
     model = Language()
     symmetry = preln_transformer(model.state_dict(), 2, LANGUAGE)
-    assert len(symmetry.sites) == 5
+    assert len(symmetry.spaces) == 5
     assert check(model, symmetry, torch.arange(10).reshape(2, 5)).passed
 
 
 def test_a_single_block_needs_no_number() -> None:
     names = Names(query="blocks.0.attention.query")
-    sites = preln_transformer(Transformer().state_dict(), 4, names).sites
-    assert [site.name for site in sites] == ["residual", "heads.0", "mlp.0"]
+    spaces = preln_transformer(Transformer().state_dict(), 4, names).spaces
+    assert [space.name for space in spaces] == ["residual", "heads.0", "mlp.0"]
 
 
-def test_a_model_without_a_head_has_one_member_less() -> None:
+def test_a_model_without_a_head_has_one_axis_less() -> None:
     state = Transformer().state_dict()
     (whole, *_), (bare, *_) = (
-        preln_transformer(state, 4, names).sites for names in (Names(), Names(head=None))
+        preln_transformer(state, 4, names).spaces for names in (Names(), Names(head=None))
     )
-    assert [m.tensor for m in whole.members if m not in bare.members] == ["head.weight"]
+    assert [m.tensor for m in whole.axes if m not in bare.axes] == ["head.weight"]
 
 
 def changed(**tensors: Tensor | None) -> Mapping[str, Tensor]:
