@@ -162,8 +162,8 @@ def test_layers_keep_their_dtype(dtype):
 
 
 @settings(deadline=None, max_examples=20)
-@given(layer_graph=st.permutations([1, 2, 3, 4]))
-def test_the_order_of_arrival_does_not_show(layer_graph):
+@given(order=st.permutations([1, 2, 3, 4]))
+def test_the_order_of_arrival_does_not_show(order):
     stage = Fit(model(), fitting(), RIDGE)
     found = fitted(stage, *(answer(seed=10 * s, examples=float(s)) for s in order))
     other = fitted(Fit(model(), fitting(), RIDGE), *(answer(seed=10 * s) for s in (1, 2, 3, 4)))

@@ -139,7 +139,7 @@ def numbered():
 
 class TestBootstrap:
     @pytest.mark.parametrize("order", list(itertools.permutations([5, 3, 9])))
-    def test_first_is_the_lowest_node_in_any_order_of_arrival(self, layer_graph):
+    def test_first_is_the_lowest_node_in_any_order_of_arrival(self, order):
         stage = Bootstrap(state(0))
         for node in order:
             stage.accept(node, Update(state(node), 1.0))
@@ -160,7 +160,7 @@ class TestBootstrap:
         assert stage.finish()["count"] == 0
 
     @pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3, 4])))
-    def test_medoid_is_closest_to_all_others_once_every_pair_is_aligned(self, layer_graph):
+    def test_medoid_is_closest_to_all_others_once_every_pair_is_aligned(self, order):
         centre = state(7)
         models = {1: state(50), 2: near(centre, 2, 0.2), 3: centre, 4: near(centre, 4, 0.2)}
         stage = Bootstrap(state(0), "medoid", SYMMETRY)
