@@ -3,20 +3,28 @@
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
+OLDEST ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help demo test lint types contracts tests bench faults e2e proto pages clean
+# What tests compare to the last bit, and what the docs measured, was computed by this one's kernels.
+TORCH := torch==2.13.0
+
+.PHONY: help demo test lint types contracts tests newest lock bench faults e2e proto pages dist clean
 
 help: ## show this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-# The environment is rebuilt when what it installs has changed.
-.venv/ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo 'fedbasin needs Python 3.11 or later; install it, or set PYTHON='; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+define LINKS
 	# The checkout under the package's name, for tools that read files and do not import.
 	rm -rf .links && mkdir .links && ln -s .. .links/fedbasin
+endef
+
+# The environment is rebuilt when what it installs has changed.
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'fedbasin needs Python 3.11 or later; install it, or set PYTHON='; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(LINKS)
 	touch $@
 
 demo: .venv/ready ## five clients that never shared a start, fused with and without alignment
@@ -39,7 +47,31 @@ contracts: .venv/ready ## which room may import which
 tests: .venv/ready ## the test suite
 	$(BIN)/pytest
 
-bench: .venv/ready ## measure against peers in the same run; writes docs/benchmarks.md
+# Anew every time, because what is newest changes; the tests alone, because linters grow new rules.
+newest: ## the test suite with the newest versions of all it needs, torch too, in build/newest
+	@test -n "$(PYTHON)" || { echo 'fedbasin needs Python 3.11 or later; install it, or set PYTHON='; exit 1; }
+	rm -rf build/newest
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --upgrade pip
+	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
+	$(LINKS)
+	build/newest/bin/pytest
+
+# By the oldest Python that is supported: what runs on it runs on the newer ones, and not the other way round.
+lock: ## write constraints.txt: the newest versions of today that `make test` is to install
+	rm -rf build/lock
+	$(OLDEST) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade pip
+	build/lock/bin/python -m pip install --quiet --editable '.[dev]' '$(TORCH)'
+	# Without what only some machines have: the CUDA libraries, and the build of torch ("+cpu").
+	{ echo '# The versions that `make test` installs, on every Python from 3.11 on. Written by `make lock`.'; \
+	build/lock/bin/python -m pip freeze --all --exclude-editable \
+	| sed -E -e '/^(pip|cuda-[a-z-]+|nvidia-[a-z0-9-]+|triton)==/d' -e 's/\+[^ ]+$$//' \
+	| LC_ALL=C sort -f; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/lock
+
+bench: .venv/ready ## measure against peers in the same run; writes docs/records/benchmarks.md
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks
 
 faults: .venv/ready ## kill servers, clients and the demo in the middle of a round
@@ -55,5 +87,10 @@ pages: .venv/ready ## write what is generated: metrics, dashboard, settings
 	$(BIN)/python -m fedbasin.deploy.metrics_page
 	$(BIN)/python -m fedbasin.deploy.dashboard
 
+dist: .venv/ready ## the sdist and the wheel of a release, checked, in dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean: ## remove what make made
-	rm -rf .venv .links build runs *.egg-info
+	rm -rf .venv .links build dist runs *.egg-info

@@ -1,5 +1,5 @@
-"""What a Flower client adds: align to the anchor, collect statistics, probe the barrier, build the reply."""
+"""The client of fedbasin: a Flower mod that aligns, measures and replies for an existing ClientApp."""
 
 from fedbasin.client.mod import basin as basin
-from fedbasin.client.reply import build_reply as build_reply
-from fedbasin.client.request import read_request as read_request
+from fedbasin.client.reply_builder import build_reply as build_reply
+from fedbasin.client.request_reader import read_request as read_request

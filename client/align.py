@@ -1,69 +1,98 @@
-"""A client moves its own model into the anchor's basin, by the matcher that the server asks for."""
+"""Alignment of a client's model to the anchor, by the matcher that the server requests."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from fedbasin.client.capture.feature_correlations import correlations
-from fedbasin.client.learn_alignment import align_learned
-from fedbasin.client.request import Data, Request, required
-from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.client.request_reader import Data, required
+from fedbasin.proto.report import AlignmentReport
+from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.alignment.learned_matching import match_learned
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
-from fedbasin.strategies.messages import alignment_message
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.tensors.state import State
 
+# Share of the client in the merge for which learned matching optimises, where the server does not know the weights.
+_UNKNOWN_SHARE = 0.5
 
-def align(
-    request: Request, trained: State, model: nn.Module, data: Data | None, header: pb.UpdateHeader
-) -> State:
-    """The model in the anchor's frame; the header says how that went.
+
+@dataclass(frozen=True, eq=False)
+class AlignedModel:
+    """A client's model after alignment.
+
+    Attributes:
+        state: the model in the anchor's frame; the trained model itself where the request has no symmetry.
+        report: report of the alignment; None where the request has no symmetry.
+        symmetry_digest: digest of the symmetry; empty where the request has none.
+    """
+
+    state: State
+    report: AlignmentReport | None = None
+    symmetry_digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class FreshBatches:
+    """Batches that are made anew by every iteration.
+
+    Attributes:
+        data: gives the client's batches.
+    """
+
+    data: Data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data())
+
+
+def align(request: Request, trained: State, examples: float, model: nn.Module, data: Data | None) -> AlignedModel:
+    """Align a client's model to the anchor of a request.
 
     Args:
-        request: the question, with the symmetry; without one the model stays as it is.
+        request: the request; without a symmetry the model stays as it is.
         trained: the client's own model.
-        model: to run; its tensors are replaced.
-        data: gives the client's own examples, afresh at every call.
-        header: of the reply, with the client's examples.
+        examples: weight of the client's model in a merge.
+        model: module that runs the states; its tensors are replaced.
+        data: gives the client's own batches, anew at every call.
 
     Raises:
         MissingDataError: the matcher needs data and there is none.
     """
-    if not request.header.align:
-        return trained
-    symmetry = parse(request.header.symmetry)
+    if not request.aligns:
+        return AlignedModel(trained)
+    symmetry = parse(request.symmetry)
     started = time.perf_counter()
-    found = _matched(request, symmetry, trained, model, data, header.examples)
-    header.symmetry_digest = symmetry.digest
-    seconds = time.perf_counter() - started
-    header.alignment.CopyFrom(alignment_message(found.report, seconds))
-    if request.header.matcher == Matcher.learned.name:
-        # What was learned is this very point of the path.
-        return found.state
-    return symmetry.translate(symmetry.fold(request.anchor), found.state)
+    alignment = _match(request, symmetry, trained, examples, model, data)
+    report = replace(alignment.report, seconds=time.perf_counter() - started)
+    state = alignment.state
+    # Learned matching has optimised the loss at this very point, so a translation would move away from it.
+    if request.matcher != Matcher.learned.name:
+        state = symmetry.translate(symmetry.fold(request.anchor), state)
+    return AlignedModel(state, report, symmetry.digest)
 
 
-def _matched(
-    request: Request,
-    symmetry: Symmetry,
-    trained: State,
-    model: nn.Module,
-    data: Data | None,
-    examples: float,
+def _match(
+    request: Request, symmetry: Symmetry, trained: State, examples: float, model: nn.Module, data: Data | None
 ) -> Alignment:
-    matcher = Matcher[request.header.matcher or Matcher.weights.name]
-    if matcher is Matcher.activations:
-        batches = required(data, "matching by activations")
-        seen = correlations(symmetry, model, request.anchor, trained, batches())
-        return match_activations(symmetry, request.anchor, trained, seen)
-    if matcher is Matcher.learned:
-        batches, merged = required(data, "learned matching"), request.header.merged_examples
-        pair = (request.anchor, trained)
-        return align_learned(
-            symmetry, model, *pair, batches, examples=examples, merged_examples=merged
-        )
-    match = match_sinkhorn if matcher is Matcher.sinkhorn else match_weights
-    return match(symmetry, request.anchor, trained, request.radii)
+    # Identity bounds are distances between weights, so only the matchers by weights use them.
+    match Matcher[request.matcher]:
+        case Matcher.activations:
+            batches = required(data, "matching by activations")()
+            features = correlations(symmetry, model, request.anchor, trained, batches)
+            return match_activations(symmetry, request.anchor, trained, features)
+        case Matcher.learned:
+            batches = FreshBatches(required(data, "learned matching"))
+            weights = examples, request.merged_examples
+            share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
+            return match_learned(symmetry, model, request.anchor, trained, batches, share)
+        case Matcher.sinkhorn:
+            return match_sinkhorn(symmetry, request.anchor, trained, request.identity_bounds)
+        case Matcher.weights:
+            return match_weights(symmetry, request.anchor, trained, request.identity_bounds)

@@ -1,130 +1,110 @@
-"""What a client keeps between the stages of a round, in its Flower context.
+"""A client's memory between the stages of a round, in its Flower context.
 
-Models are kept in the records in which they were sent or came, so keeping one copies nothing. The state lives in
-the SuperNode's memory: one that restarted in between has lost it, and the client then trains again, or answers
-without.
+Models are kept in the records in which they were sent or came, so keeping a model copies nothing. The memory is that
+of the SuperNode's process: a SuperNode that restarted in between has lost it, and its client then trains again, or
+replies that it has lost its model.
 """
 
-from typing import TypeVar
+from flwr.app import ConfigRecord, Context, RecordDict
 
-from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
-from torch import Tensor
-
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import packing, plain, wire
+from fedbasin.proto.reply import Reply
+from fedbasin.proto.request import Request
 from fedbasin.strategies.tensors.state import State
 
-_OURS = "fedbasin."
-_TRAINED = f"{_OURS}trained"
-_METRICS = f"{_OURS}trained-metrics"
-_SENT = f"{_OURS}sent"
-_BEGUN = f"{_OURS}begun"
-_PIECE = f"{_OURS}fused-"
-
-_Header = TypeVar("_Header", pb.Request, pb.UpdateHeader)
+_PREFIX = "fedbasin."
+_TRAINED = f"{_PREFIX}trained"
+_SENT = f"{_PREFIX}sent"
+_START = f"{_PREFIX}start"
+_PIECE = f"{_PREFIX}fused-"
 
 
-def keep(context: Context, server_round: int, state: State, metrics: dict[str, float]) -> None:
-    """Remember the trained model of this round, in place of any earlier one."""
-    content = RecordDict()
-    content[wire.ARRAYS], specs = packing.pack(state)
-    wire.write(content, pb.UpdateHeader(round=server_round, tensors=specs))
-    _put(context, _TRAINED, content)
-    context.state[_METRICS] = MetricRecord({**metrics})
+def keep_trained(context: Context, request: Request, reply: Reply) -> None:
+    """Keep a model as trained, with its metrics, in place of any earlier one."""
+    # Packed even where the request is plain: few arrays cost less, and bfloat16 has no plain form.
+    _put(context, _TRAINED, reply.to_content(request, packed=True), request.arrays_key, "metrics")
 
 
-def kept(context: Context, server_round: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-    """The model trained in this round and its metrics, if the client still has them."""
-    header = _of_round(server_round, context, _TRAINED, pb.UpdateHeader())
-    if header is None:
-        return None
-    state = packing.unpack(_arrays(context, _TRAINED), header.tensors)
-    return state, wire.numbers(context.state.metric_records[_METRICS])
+def trained_reply(context: Context, request: Request) -> Reply | None:
+    """Return the model trained in the request's round and its metrics, or None where it was not kept."""
+    return _reply(context, _TRAINED, request)
 
 
-def keep_sent(context: Context, content: RecordDict) -> None:
-    """Remember the model in a packed reply, in place of any earlier one."""
-    _put(context, _SENT, content)
+def keep_sent(context: Context, request: Request, content: RecordDict) -> None:
+    """Keep the model in the content of a reply, in place of any earlier one."""
+    _put(context, _SENT, content, request.arrays_key, "metrics")
 
 
-def sent(context: Context, server_round: int) -> dict[str, Tensor] | None:
-    """The floating tensors that were last sent in this round, if the client still has them."""
-    header = _of_round(server_round, context, _SENT, pb.UpdateHeader())
-    return None if header is None else packing.unpack(_arrays(context, _SENT), header.tensors)
+def sent_reply(context: Context, request: Request) -> Reply | None:
+    """Return the reply with the model last sent in the request's round, or None where it was not kept.
 
-
-def sent_examples(context: Context) -> float:
-    """The weight that went with the model that was last sent."""
-    return _header(context, _SENT, pb.UpdateHeader()).examples
-
-
-def keep_begun(context: Context, content: RecordDict) -> None:
-    """Remember the request that a round began with, for its global model."""
-    _put(context, _BEGUN, content)
-
-
-def begun(context: Context) -> dict[str, Tensor]:
-    """The global model that the round began with."""
-    return _anchor(context, _BEGUN, _header(context, _BEGUN, pb.Request()))
-
-
-def keep_fused(context: Context, content: RecordDict) -> None:
-    """Remember a request's piece of the fused model; the first one takes the place of all that were kept.
-
-    One without tensors says that there is nothing new since its number last came.
+    The reply comes without statistics.
     """
-    sequence = wire.read_request(content).fit.sequence
+    return _reply(context, _SENT, request)
+
+
+def keep_start(context: Context, request: Request, content: RecordDict) -> None:
+    """Keep the content of the request that a round starts with, for its global model."""
+    _put(context, _START, content, request.arrays_key)
+
+
+def round_start(context: Context) -> State:
+    """Return the global model that the round started with."""
+    return Request.from_message(_get(context, _START)).anchor
+
+
+def keep_fused(context: Context, request: Request, content: RecordDict) -> None:
+    """Keep a request's piece of the fused model; piece 0 replaces all pieces that were kept.
+
+    A request without tensors is a piece that the client has received before.
+    """
+    sequence = request.refit.sequence if request.refit else 0
     if not sequence:
         _drop(context, _PIECE)
-    if wire.arrays(content, wire.ARRAYS):
-        _put(context, f"{_PIECE}{sequence}", content)
+    if request.anchor:
+        _put(context, f"{_PIECE}{sequence}", content, request.arrays_key)
 
 
-def fused_pieces(context: Context, server_round: int, sequence: int) -> list[dict[str, Tensor]]:
-    """The pieces of this round's fused model up to this one; empty where the client lacks any of them.
+def fused_pieces(context: Context, request: Request) -> list[State]:
+    """Return the pieces of the fused model up to the request's; an empty list where any of them is missing.
 
-    A later piece's tensors take the place of an earlier one's; the first is the model as it was fused at first.
+    The tensors of a later piece replace those of an earlier one. Piece 0 is the whole model as it was fused.
     """
-    pieces = []
-    for name in (f"{_PIECE}{number}" for number in range(sequence + 1)):
-        header = _of_round(server_round, context, name, pb.Request())
-        if header is None:
+    pieces: list[State] = []
+    sequence = request.refit.sequence if request.refit else 0
+    for number in range(sequence + 1):
+        content = _get(context, f"{_PIECE}{number}")
+        piece = Request.from_message(content) if content else None
+        if piece is None or piece.round != request.round:
             return []
-        pieces.append(_anchor(context, name, header))
+        pieces.append(piece.anchor)
     return pieces
 
 
 def forget(context: Context) -> None:
-    """Drop what was kept."""
-    _drop(context, _OURS)
+    """Drop everything that fedbasin has kept; the app's own state stays."""
+    _drop(context, _PREFIX)
 
 
-def _put(context: Context, name: str, content: RecordDict) -> None:
-    context.state[f"{name}-arrays"] = content[wire.ARRAYS]
-    context.state[f"{name}-header"] = content[wire.HEADER]
+def _reply(context: Context, name: str, request: Request) -> Reply | None:
+    content = _get(context, name)
+    reply = Reply.from_message(content, request) if content else None
+    return reply if reply is not None and reply.round == request.round else None
+
+
+def _put(context: Context, name: str, content: RecordDict, *records: str) -> None:
+    for record, value in content.items():
+        # Of a request, its header lies in the app's config; of a reply, in a record of its own.
+        if isinstance(value, ConfigRecord) or record in records:
+            context.state[f"{name}/{record}"] = value
+
+
+def _get(context: Context, name: str) -> RecordDict:
+    prefix = f"{name}/"
+    return RecordDict(
+        {key.removeprefix(prefix): record for key, record in context.state.items() if key.startswith(prefix)}
+    )
 
 
 def _drop(context: Context, prefix: str) -> None:
-    for name in [name for name in context.state if name.startswith(prefix)]:
-        del context.state[name]
-
-
-def _of_round(server_round: int, context: Context, name: str, empty: _Header) -> _Header | None:
-    if f"{name}-header" not in context.state:
-        return None
-    header = _header(context, name, empty)
-    return header if header.round == server_round else None
-
-
-def _header(context: Context, name: str, empty: _Header) -> _Header:
-    empty.ParseFromString(wire.header_bytes(context.state, f"{name}-header"))
-    return empty
-
-
-def _arrays(context: Context, name: str) -> ArrayRecord:
-    return wire.arrays(context.state, f"{name}-arrays")
-
-
-def _anchor(context: Context, name: str, header: pb.Request) -> dict[str, Tensor]:
-    arrays = _arrays(context, name)
-    return packing.unpack(arrays, header.anchor) if header.anchor else plain.read(arrays)
+    for key in [key for key in context.state if key.startswith(prefix)]:
+        del context.state[key]

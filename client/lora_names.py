@@ -1,7 +1,8 @@
-"""A client's own model where only low-rank adapters travel: which of its tensors they are.
+"""The names of a client's own tensors where only low-rank adapters travel.
 
-The `peft` library saves adapters without their own name: `x.lora_A.default.weight` in the model is `x.lora_A.weight`
-in `get_peft_model_state_dict`, and `x.modules_to_save.default.weight` is `x.weight`. The base stays at home.
+The `peft` library saves adapters without the adapter's own name: `x.lora_A.default.weight` in the model is
+`x.lora_A.weight` in `get_peft_model_state_dict`, and `x.modules_to_save.default.weight` is `x.weight`. The base model
+does not travel.
 """
 
 import re
@@ -10,22 +11,20 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.tensors.state import State
 
-# What is saved of a name, and what is left out of it.
-_NAMED = re.compile(
-    r"(lora_magnitude_vector)\.[^.]+\.weight|(lora_[A-Za-z_]+)\.[^.]+(?=\.|$)|modules_to_save\.[^.]+\."
-)
+# The groups are the part of a name that is saved; the rest of the match is left out.
+_SAVED = re.compile(r"(lora_magnitude_vector)\.[^.]+\.weight|(lora_[A-Za-z_]+)\.[^.]+(?=\.|$)|modules_to_save\.[^.]+\.")
 
 
 def model_names(model: nn.Module, state: State) -> dict[str, str]:
-    """For each tensor of a state the name that the model has for it.
+    """Return the model's own name for each tensor of a state.
 
     Raises:
         ValueError: the model has no such tensor.
     """
-    own = model.state_dict()
-    saved = {_NAMED.sub(lambda match: match[1] or match[2] or "", name): name for name in own}
-    names = {name: name if name in own else saved.get(name, "") for name in state}
-    if unknown := [name for name, found in names.items() if not found]:
+    tensors = model.state_dict()
+    saved = {_SAVED.sub(lambda match: match[1] or match[2] or "", name): name for name in tensors}
+    names = {name: name if name in tensors else saved.get(name, "") for name in state}
+    if unknown := [name for name, own_name in names.items() if not own_name]:
         raise ValueError(
             f"the model has no tensor {unknown[0]!r}; give fedbasin.client.basin the model whose state travels, "
             "with its adapters"
@@ -33,14 +32,15 @@ def model_names(model: nn.Module, state: State) -> dict[str, str]:
     return names
 
 
-def completed(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """All of the model's tensors, those of the state in place of its own.
+def complete_state(model: nn.Module, state: State) -> dict[str, Tensor]:
+    """Return all tensors of a model, with those of the state in place of its own.
 
-    A state without adapters is returned as it is: what is missing from that is an error.
+    A state without adapters is returned as it is, because a tensor that is missing from it is an error.
 
     Raises:
-        ValueError: as `model_names`.
+        ValueError: the model has no such tensor.
     """
+    # Adapters alone are always partial; of any other state a missing tensor would go unnoticed.
     if not any(".lora_" in name for name in state):
         return dict(state)
     names = model_names(model, state)

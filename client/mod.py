@@ -1,147 +1,213 @@
 """The mod: an existing ClientApp takes part in fedbasin without a changed line in its own functions.
 
-    app = ClientApp(mods=[basin(model=lambda context: Net(), data=lambda context: loader(context))])
+    app = ClientApp(mods=[basin(model=Net, data=train_batches)])
 
-On the way in the packed anchor becomes the ordinary ArrayRecord that the app expects (its own initial
-weights, where clients never shared a start); on the way out the app's trained model is aligned, statistics
-are collected on it, and the reply is packed.
+On the way in the mod turns a request into the message that Flower's FedAvg would send: the anchor (or the app's own
+initial weights, for an independent initialisation) as an ordinary ArrayRecord, and the app's own config. On the way
+out it aligns the model that the app has trained, collects statistics on it and sends both.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
-from flwr.app import Context, Message, RecordDict
-from torch import Tensor, nn
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from torch import nn
 
-from fedbasin.client.client_state import forget, keep, keep_begun, keep_fused, keep_sent, kept, sent
-from fedbasin.client.data import Batches
+from fedbasin.client.client_state import (
+    forget,
+    keep_fused,
+    keep_sent,
+    keep_start,
+    keep_trained,
+    sent_reply,
+    trained_reply,
+)
+from fedbasin.client.factories import Factory, data_factory, model_factory
 from fedbasin.client.lora_names import model_names
-from fedbasin.client.measure.measure import fused_path
-from fedbasin.client.refit.refit_reply import fit_reply
-from fedbasin.client.reply import build_reply
-from fedbasin.client.request import Data, Request, read_request
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import plain, wire
+from fedbasin.client.measure import measure_fused
+from fedbasin.client.refit.refit_reply import refit_reply
+from fedbasin.client.reply_builder import build_reply, read_weight
+from fedbasin.client.request_reader import Data, read_request
+from fedbasin.proto import plain
+from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_header
+from fedbasin.proto.reply import Reply
+from fedbasin.proto.request import Request, Start
+from fedbasin.strategies.tensors.batches import Batches
+from fedbasin.strategies.tensors.state import State
 
 Next: TypeAlias = Callable[[Message, Context], Message]
 Mod: TypeAlias = Callable[[Message, Context, Next], Message]
 
 
 class AppReplyError(ValueError):
-    """The app's own reply is not what the mod can build on."""
+    """A reply of the app from which the mod cannot build its own."""
 
 
 def basin(
-    model: Callable[[Context], nn.Module],
-    data: Callable[[Context], Batches] | None = None,
-    held_out: Callable[[Context], Batches] | None = None,
+    model: Factory[nn.Module],
+    data: Factory[Batches] | Batches | None = None,
+    held_out: Factory[Batches] | Batches | None = None,
 ) -> Mod:
-    """The client's share of fedbasin, as a Flower mod.
+    """Return the mod that makes an app a client of fedbasin.
 
-    Messages of other servers pass through untouched.
+    Each argument that is a function may have no parameters, or take Flower's context. Messages of other servers pass
+    through untouched.
 
     Args:
-        model: makes the app's model; its initial weights are the client's own start.
-        data: makes the client's training batches, `(inputs, targets)` or with a padding mask; called once
-            for every pass. Needed for Fisher, RegMean, fits and barriers.
-        held_out: makes batches that the client does not train on, as a tenth of its examples; the recipe `auto`
-            then chooses by those. None: by the training data, which forgive what is learned by heart.
+        model: the model's class, or a function that makes the model. Its initial weights are the client's own
+            independent initialisation.
+        data: the client's training batches, or a function that makes them for every pass: `(inputs, targets)`, with a
+            padding mask as third, or dictionaries as in Flower's quickstart. Required for Fisher information, Gram
+            matrices, refits and barriers.
+        held_out: batches that the client does not train on, as a tenth of its examples, by which the recipe `auto`
+            compares models. None compares by the training data, on which a model that has memorised it looks better
+            than it is.
+
+    Raises:
+        TypeError: an argument is in none of these forms.
     """
+    make_model = model_factory(model)
+    make_data = None if data is None else data_factory(data)
+    make_held_out = make_data if held_out is None else data_factory(held_out, "held_out")
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
-        if not wire.has_header(message.content):
+        if not has_header(message.content):
             return call_next(message, context)
         request = read_request(message.content, context.node_id)
-        batches = None if data is None else lambda: data(context)
-        asked = message.content
-        if request.header.HasField("fit"):
-            keep_fused(context, asked)
-            probed = batches if held_out is None else lambda: held_out(context)
-            content = fit_reply(request, context, model(context), batches, probed)
-            return Message(content=content, reply_to=message)
+        batches = make_data and partial(make_data, context)
+        if request.refit is not None:
+            keep_fused(context, request, message.content)
+            probed = make_held_out and partial(make_held_out, context)
+            reply = refit_reply(request, request.refit, context, make_model(context), batches, probed)
+            # Measured running statistics are only part of a model, which the app's array names do not cover.
+            return Message(content=reply.to_content(request, packed=True), reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
-            message.content = _for_app(message.content, request.anchor)
-            reply = call_next(message, context)
-            if request.header.path_points and not reply.has_error():
-                _probe_fused(request, reply, context, model, batches)
-            if not request.header.keep:
-                forget(context)
-            return reply
-        own = model(context)
-        started = time.perf_counter()
-        trained = _train(request, message, context, call_next, own)
-        if isinstance(trained, Message):
-            return trained
-        seconds = time.perf_counter() - started
-        content = build_reply(request, *trained, own, batches, train_seconds=seconds)
-        if request.header.keep and wire.ARRAYS in content and not request.moving:
-            keep_sent(context, content)
-            if request.header.order:
-                keep_begun(context, asked)
-        return Message(content=content, reply_to=message)
+            return _evaluate(request, message, context, call_next, make_model, batches)
+        return _train(request, message, context, call_next, make_model(context), batches)
 
     return mod
 
 
 def _train(
-    request: Request, message: Message, context: Context, call_next: Next, own: nn.Module
-) -> tuple[dict[str, Tensor], dict[str, float]] | Message:
-    """The model that this round has trained, now or in an earlier stage; or the app's error reply."""
-    header = request.header
+    request: Request, message: Message, context: Context, call_next: Next, model: nn.Module, data: Data | None
+) -> Message:
+    # Held here because `_train_once` replaces the content of the message by the app's.
+    content, started = message.content, time.perf_counter()
+    app = _train_once(request, message, context, call_next, model)
+    if isinstance(app, Message):
+        return app
+    reply = build_reply(
+        request,
+        app.parameters or {},
+        {**app.metrics, request.weight_key: app.examples},
+        model,
+        data,
+        train_seconds=time.perf_counter() - started,
+    )
+    reply_content = reply.to_content(request, packed=request.packed)
+    # A merged model belongs to several clients: it must not replace the model that this client has sent.
+    if request.keep and reply.parameters is not None and not request.moving:
+        keep_sent(context, request, reply_content)
+        # Only the request that asks for the layers' order starts a round with refits.
+        if request.layer_graph:
+            keep_start(context, request, content)
+    return Message(content=reply_content, reply_to=message)
+
+
+def _train_once(
+    request: Request, message: Message, context: Context, call_next: Next, model: nn.Module
+) -> Reply | Message:
+    """Return the model that was trained in this round, now or in an earlier stage, or the app's error."""
     if request.moving:
-        return {**request.anchor, **request.moving}, {"num-examples": header.moving_examples}
-    before = kept(context, header.round)
-    if not (before and header.keep):
+        merged = {**request.anchor, **request.moving}
+        return Reply(request.round, request.stage, parameters=merged, examples=request.moving_examples)
+    earlier = trained_reply(context, request)
+    if earlier is None or not request.keep:
         forget(context)
-    if before:
-        return before
-    is_own = header.start == pb.START_OWN
-    start = _own_start(request, own) if is_own else request.anchor
-    message.content = _for_app(message.content, start)
-    out = call_next(message, context)
-    if out.has_error():
-        return out
-    state, metrics = _from_app(out.content)
-    if header.keep:
-        keep(context, header.round, state, metrics)
-    return state, metrics
+    if earlier is not None:
+        return earlier
+    start = _initial_state(request, model) if request.start is Start.own else None
+    message.content = _app_content(request, message.content, start)
+    reply = call_next(message, context)
+    if reply.has_error():
+        return reply
+    app = _read_app_reply(request, reply.content)
+    if request.keep:
+        keep_trained(context, request, app)
+    return app
 
 
-def _own_start(request: Request, own: nn.Module) -> dict[str, Tensor]:
-    """The model's own weights; where adapters travel alone, its own adapters."""
-    state = dict(own.state_dict())
-    names = model_names(own, request.anchor)
+def _evaluate(
+    request: Request,
+    message: Message,
+    context: Context,
+    call_next: Next,
+    make_model: Callable[[Context], nn.Module],
+    data: Data | None,
+) -> Message:
+    """Let the app evaluate; add the path from the fused model to the one that the client sent, if that was kept."""
+    message.content = _app_content(request, message.content)
+    reply = call_next(message, context)
+    if request.path_points and not reply.has_error():
+        sent = sent_reply(context, request)
+        if sent is not None and sent.parameters is not None:
+            fused = measure_fused(request, sent.parameters, make_model(context), data)
+            reply.content[HEADER] = fused.to_content(request)[HEADER]
+    if not request.keep:
+        forget(context)
+    return reply
+
+
+def _initial_state(request: Request, model: nn.Module) -> State:
+    """Return the model's own weights; where adapters travel alone, its own adapters under the anchor's names."""
+    state = model.state_dict()
+    names = model_names(model, request.anchor)
     return state if names.keys() == state.keys() else {n: state[m] for n, m in names.items()}
 
 
-def _probe_fused(
-    request: Request,
-    reply: Message,
-    context: Context,
-    model: Callable[[Context], nn.Module],
-    data: Data | None,
-) -> None:
-    """Add the path from the fused model to the one that this client sent, if it still has that."""
-    own = sent(context, request.header.round)
-    if own is not None and request.path_points:
-        wire.write(reply.content, fused_path(request, own, model(context), data))
+def _app_content(request: Request, content: RecordDict, start: State | None = None) -> RecordDict:
+    """Return the content that FedAvg would send to the app.
+
+    Args:
+        request: the request.
+        content: the content in which it came.
+        start: the state that the app starts from, in place of the anchor.
+    """
+    # Plain arrays are passed on as they came, without a copy.
+    arrays = content[request.arrays_key]
+    if start is not None or request.packed:
+        arrays = plain.write_arrays(request.for_app(request.anchor if start is None else start))
+    app_records = {
+        name: without_header(record) if isinstance(record, ConfigRecord) else record
+        for name, record in content.items()
+        if name not in (request.arrays_key, MOVING)
+    }
+    return RecordDict({request.arrays_key: arrays, **app_records})
 
 
-def _for_app(content: RecordDict, state: dict[str, Tensor]) -> RecordDict:
-    """The message as the app knows it: an ordinary ArrayRecord, and the app's own config."""
-    known = {name: record for name, record in content.items() if name != wire.HEADER}
-    known.pop(wire.RADII, None)
-    return RecordDict({**known, wire.ARRAYS: plain.write(state)})
+def _read_app_reply(request: Request, content: RecordDict) -> Reply:
+    """Read the app's own reply to a request for training.
 
-
-def _from_app(content: RecordDict) -> tuple[dict[str, Tensor], dict[str, float]]:
-    if len(content.array_records) != 1 or len(content.metric_records) != 1:
+    Raises:
+        AppReplyError: the reply does not hold one model and one record of metrics.
+        WeightError: the metrics lack the client's weight.
+    """
+    arrays, metrics = records(content, ArrayRecord), records(content, MetricRecord)
+    if len(arrays) != 1 or len(metrics) != 1:
         raise AppReplyError(
-            f"the app replied with {len(content.array_records)} ArrayRecords and "
-            f"{len(content.metric_records)} MetricRecords; reply with one of each: the model's state dict, "
-            "and metrics with 'num-examples'"
+            f"the app replied with {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords (its records are "
+            f"{', '.join(content) or 'none'}); reply with one of each: the model's state dict, and metrics with "
+            f"{request.weight_key!r}"
         )
-    (arrays,) = content.array_records.values()
-    (record,) = content.metric_records.values()
-    return plain.read(arrays), wire.numbers(record)
+    reply = Reply.from_message(content, request)
+    missing = [name for name in request.anchor if name not in (reply.parameters or {})]
+    if missing:
+        raise AppReplyError(
+            f"the app's reply lacks {len(missing)} tensors of the global model, the first is {missing[0]!r}; reply "
+            "with the whole state dict, under the names under which it came"
+        )
+    (record,) = metrics.values()
+    return replace(reply, examples=read_weight(request, record))

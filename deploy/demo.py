@@ -1,6 +1,6 @@
-"""The demo: five clients that never shared a start, fused with and without alignment, by real processes.
+"""The demo: five clients with independent initialisations, fused with and without alignment, by real processes.
 
-Three runs of the digits app on one local Flower deployment; one table, one folder, one picture.
+It makes three runs of the digits app on one local Flower deployment, and leaves one table, one folder, one picture.
 """
 
 import json
@@ -19,8 +19,8 @@ from rich.table import Table
 from fedbasin.deploy.local import Deployment, deployment
 from fedbasin.deploy.picture import draw_paths
 from fedbasin.deploy.processes import DeploymentError
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.observe.gauges import height
+from fedbasin.proto.report import PathSums, RoundReport
+from fedbasin.server.observe.gauges import barrier_height
 from fedbasin.server.run.checkpoint import read_reports
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
@@ -30,11 +30,7 @@ APP = Path(__file__).parent / "digits"
 Config = dict[str, str | int | float]
 
 RUNS: dict[str, Config] = {
-    "plain FedAvg": {
-        "fedbasin.recipe": "fedavg",
-        "fedbasin.align": "off",
-        "fedbasin.barrier-points": 0,
-    },
+    "plain FedAvg": {"fedbasin.recipe": "fedavg", "fedbasin.align": "off", "fedbasin.barrier-points": 0},
     "aligned FedAvg": {"fedbasin.recipe": "fedavg"},
     "aligned RegMean": {"fedbasin.recipe": "regmean"},
 }
@@ -45,12 +41,12 @@ class Row:
     """One line of the table; None where a column does not apply.
 
     Attributes:
-        name: what was fused, and how.
-        accuracy: on the test images.
+        name: name of the run or of the models.
+        accuracy: accuracy on the test images.
         barrier_before: linear barrier of the loss from the anchor to the clients as trained, nats.
-        barrier_after: the same to the clients as aligned.
-        sent_bytes: tensors down and up, all clients.
-        seconds: of the round, processes included.
+        barrier_after: linear barrier of the loss from the anchor to the clients as aligned, nats.
+        sent_bytes: bytes of tensors down and up, all clients.
+        seconds: duration of the round, processes included.
     """
 
     name: str
@@ -62,31 +58,31 @@ class Row:
 
 
 def main(
-    folder: Annotated[Path | None, typer.Option(help="Where to put the results.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Fuse five clients that never shared a start: plain FedAvg, aligned FedAvg, aligned RegMean."""
+    """Fuse five clients with independent initialisations: plain FedAvg, aligned FedAvg, aligned RegMean."""
     console = Console(stderr=as_json, highlight=False)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     target = (folder or Path("runs") / f"demo-{stamp}").resolve()
     try:
-        reports = _all_runs(target, console)
+        reports = _run_all(target, console)
     except DeploymentError as error:
         console.print(f"[red]The demo failed.[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        console.print(f"Interrupted; every process is ended. What was done is in {target}.")
+        console.print(f"Interrupted; every process is ended. Finished results are in {target}.")
         raise typer.Exit(130) from None
     rows = table_rows(reports)
-    _write(target, rows, reports)
+    _write_results(target, rows, reports)
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
     else:
-        console.print(_table(rows))
+        console.print(_draw_table(rows))
         console.print(f"Models, reports and the picture of the barriers: {target}", soft_wrap=True)
 
 
-def _all_runs(target: Path, console: Console) -> dict[str, pb.RoundReport]:
+def _run_all(target: Path, console: Console) -> dict[str, RoundReport]:
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -105,50 +101,48 @@ def _node_config(index: int) -> str:
     return f"partition-id={index} num-partitions={CLIENTS}"
 
 
-def _run(flower: Deployment, name: str, target: Path, say: Callable[[str], None]) -> pb.RoundReport:
+def _run(flower: Deployment, name: str, target: Path, say: Callable[[str], None]) -> RoundReport:
     folder = target / name.replace(" ", "-").lower()
     say(f"[bold]{name}[/bold]: every client trains from its own random weights")
-    flower.run(
-        APP, {**RUNS[name], "fedbasin.folder": str(folder)}, lambda line: _progress(line, say)
-    )
-    (made,) = (path.parent for path in folder.glob("*/rounds.jsonl"))
-    return read_reports(made)[-1]
+    flower.run(APP, {**RUNS[name], "fedbasin.folder": str(folder)}, lambda line: _show_progress(line, say))
+    (run_folder,) = (path.parent for path in folder.glob("*/rounds.jsonl"))
+    return read_reports(run_folder)[-1]
 
 
-def _progress(line: str, say: Callable[[str], None]) -> None:
-    _, found, rest = line.partition("round ")
-    if found and "clients in" in rest:
+def _show_progress(line: str, say: Callable[[str], None]) -> None:
+    _, _, rest = line.partition("round ")
+    if "clients in" in rest:
         say(f"  {rest}")
 
 
-def table_rows(reports: dict[str, pb.RoundReport]) -> list[Row]:
-    """The demo's table from the last round of each run."""
+def table_rows(reports: dict[str, RoundReport]) -> list[Row]:
+    """Return the rows of the demo's table from the last round of each run."""
     rows = [_row(name, report) for name, report in reports.items()]
     last = next(reversed(reports.values()))
-    alone = [client.metrics["test-accuracy"] for client in last.stages[-1].clients]
+    accuracies = [client.metrics["test-accuracy"] for client in last.stages[-1].clients]
     return [
         *rows,
-        Row("clients alone, mean", sum(alone) / len(alone)),
-        Row("clients alone, best", max(alone)),
+        Row("clients alone, mean", sum(accuracies) / len(accuracies)),
+        Row("clients alone, best", max(accuracies)),
         Row("ensemble of the five", last.metrics["ensemble-accuracy"]),
     ]
 
 
-def _row(name: str, report: pb.RoundReport) -> Row:
+def _row(name: str, report: RoundReport) -> Row:
     clients = [client for stage in report.stages for client in stage.clients]
-    path = report.path
+    path = report.path or PathSums()
     return Row(
         name,
         report.metrics["test-accuracy"],
-        height(linear_barrier, path, path.loss_before) if path.points else None,
-        height(linear_barrier, path, path.loss_after) if path.points else None,
+        barrier_height(linear_barrier, path, path.loss_before) if path.points else None,
+        barrier_height(linear_barrier, path, path.loss_after) if path.points else None,
         sum(client.bytes_up + client.bytes_down for client in clients),
         report.seconds,
     )
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="Digits, five clients, own starts, one round")
+def _draw_table(rows: list[Row]) -> Table:
+    table = Table(title="Digits, five clients, independent initialisations, one round")
     table.add_column("", no_wrap=True)
     for column in ("accuracy", "barrier\nbefore", "barrier\nafter", "MB\nsent", "seconds"):
         table.add_column(column, justify="right")
@@ -158,7 +152,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row as text."""
+    """Return a row as text, empty where a column does not apply."""
     return (
         row.name,
         f"{row.accuracy:.3f}",
@@ -169,11 +163,11 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _write(target: Path, rows: list[Row], reports: dict[str, pb.RoundReport]) -> None:
+def _write_results(target: Path, rows: list[Row], reports: dict[str, RoundReport]) -> None:
     head = "| | accuracy | barrier before | barrier after | MB sent | seconds |\n|---|---|---|---|---|---|\n"
     lines = "".join("| " + " | ".join(cells(row)) + " |\n" for row in rows)
     (target / "report.md").write_text(
-        f"# Digits, five clients, own starts, one round\n\n{head}{lines}"
+        f"# Digits, five clients, independent initialisations, one round\n\n{head}{lines}"
     )
     (target / "report.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     draw_paths(target / "barriers.png", reports["aligned RegMean"].path)

@@ -1,7 +1,7 @@
 """A real Flower deployment on this machine: one SuperLink and its SuperNodes, as processes on loopback.
 
-For demonstrations, tests and benchmarks, and not for anything that must last: whatever was started is
-killed at the end, with everything that it started itself.
+It is meant for demonstrations, tests and benchmarks, and not for anything that must last: every process is killed at
+the end, with everything that it started.
 """
 
 import http
@@ -17,33 +17,25 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedbasin.deploy.processes import (
-    SCRIPTS,
-    DeploymentError,
-    Process,
-    Processes,
-    plain,
-    sigterm_as_exit,
-    tail,
-)
+from fedbasin.deploy.processes import SCRIPTS, DeploymentError, Process, Processes, sigterm_as_exit, strip_colour, tail
 
 ConfigValue = bool | int | float | str
 
 
 class RunFailedError(DeploymentError):
-    """A run ended otherwise than completed."""
+    """A run that did not complete."""
 
 
 @dataclass(frozen=True)
-class Run:
+class DeployedRun:
     """A finished run.
 
     Attributes:
-        run_id: Flower's id.
-        status: Flower's word for how it ended, such as "finished:completed".
-        seconds: from starting `flwr run` to the end of its log.
-        serverapp_seconds: what Flower counts, without the start of the command line.
-        log: the lines of the ServerApp's log, without colours.
+        run_id: Flower's id of the run.
+        status: Flower's status at the end, such as "finished:completed".
+        seconds: time from the start of `flwr run` to the end of its log.
+        serverapp_seconds: time that Flower counts, without the start of the command line.
+        log: lines of the ServerApp's log, without colours.
     """
 
     run_id: int
@@ -57,12 +49,12 @@ class Deployment:
     """A SuperLink and its SuperNodes, up and online.
 
     Attributes:
-        folder: where the logs lie, one per process.
-        address: of the SuperLink, host and port.
+        folder: folder of the logs, one per process.
+        address: host and port of the SuperLink.
         node_ids: Flower's ids of the nodes, by their index; a restarted node gets another.
     """
 
-    def __init__(self, folder: Path, processes: Processes, node_configs: list[str]) -> None:
+    def __init__(self, folder: Path, processes: Processes, node_configs: list[str], *, simulation: bool) -> None:
         self.folder = folder
         self.node_ids = [0] * len(node_configs)
         self._processes = processes
@@ -74,24 +66,25 @@ class Deployment:
             "flower-superlink",
             *("--insecure", "--port", str(port)),
             "--disable-runtime-dependency-installation",
+            *(["--simulation"] if simulation else []),
         )
-        # Without waiting for the SuperLink: they look for it until they find it.
+        # Without waiting for the SuperLink: SuperNodes try to reach it until they do.
         self._nodes = [self._start_node(index) for index in range(len(node_configs))]
         self._superlink = superlink
 
     def wait_until_online(self, timeout_seconds: float) -> None:
-        """Waits for the SuperLink and then for each node.
+        """Wait for the SuperLink and then for each node.
 
         Raises:
             DeploymentError: a process died or took too long; with the end of its log.
         """
         deadline = time.monotonic() + timeout_seconds
-        # By its own log first: on a port that it did not get, somebody else might be healthy.
+        # The log comes before /health: on a port that the SuperLink did not get, another process might be healthy.
         self._superlink.wait_for(r"(Uvicorn running)", deadline)
         if (status := _health(self.address)) != http.HTTPStatus.OK:
             raise DeploymentError(f"the SuperLink at {self.address} answers /health with {status}")
         for index in range(len(self._nodes)):
-            self._await_node(index, deadline)
+            self._wait_for_node(index, deadline)
 
     def run(
         self,
@@ -99,14 +92,14 @@ class Deployment:
         config: Mapping[str, ConfigValue] | None = None,
         on_line: Callable[[str], object] | None = None,
         timeout_seconds: float = 600.0,
-    ) -> Run:
-        """Runs a Flower app to its end.
+    ) -> DeployedRun:
+        """Run a Flower app to its end.
 
         Args:
-            app: the folder with the app's pyproject.toml.
-            config: replaces values of the app's own configuration.
+            app: folder with the app's pyproject.toml.
+            config: values that replace those of the app's configuration.
             on_line: called with each line of the log as it comes.
-            timeout_seconds: how long the run may take; then its ServerApp is killed.
+            timeout_seconds: time after which the ServerApp is killed.
 
         Raises:
             RunFailedError: the run did not complete; with the end of its log.
@@ -121,32 +114,33 @@ class Deployment:
         seconds = time.monotonic() - start
         ending = f"the end of its log:\n{tail(lines)}\nAll logs are in {self.folder}"
         started = re.search(r"Successfully started run (\d+)", "\n".join(lines))
+        # Flower says that a run started only in its log.
         if started is None:
             raise RunFailedError(f"{app} did not start; {ending}")
         if seconds >= timeout_seconds:
             raise RunFailedError(f"{app} took longer than {timeout_seconds:g} s; {ending}")
-        found = self._status(started[1])
-        if found["status"] != "finished:completed":
-            raise RunFailedError(f"{app}: {found['status']}, {found['status-details']}; {ending}")
-        elapsed = float(found["elapsed"])
-        return Run(int(started[1]), found["status"], seconds, elapsed, tuple(lines))
+        run = self._read_status(started[1])
+        if run["status"] != "finished:completed":
+            raise RunFailedError(f"{app}: {run['status']}, {run['status-details']}; {ending}")
+        elapsed = float(run["elapsed"])
+        return DeployedRun(int(started[1]), run["status"], seconds, elapsed, tuple(lines))
 
     def kill_node(self, index: int) -> None:
-        """Kills a SuperNode and all that it runs, as a power cut would."""
+        """Kill a SuperNode and all that it runs, as a power cut would."""
         self._nodes[index].kill()
 
     def restart_node(self, index: int, timeout_seconds: float = 60.0) -> None:
-        """Starts a SuperNode anew, killing it first where it still runs.
+        """Start a SuperNode anew, killing it first if it still runs.
 
         Raises:
-            DeploymentError: it did not come online; with the end of its log.
+            DeploymentError: the node did not come online; with the end of its log.
         """
         self.kill_node(index)
         self._nodes[index] = self._start_node(index)
-        self._await_node(index, time.monotonic() + timeout_seconds)
+        self._wait_for_node(index, time.monotonic() + timeout_seconds)
 
     def kill_serverapps(self) -> int:
-        """Kills the ServerApps that are running, and says how many there were.
+        """Kill the ServerApps that are running, and return their number.
 
         Flower takes a minute to notice, and then ends their runs as failed.
         """
@@ -159,26 +153,24 @@ class Deployment:
             *("--insecure", "--superlink", self.address, "--port", str(self._node_ports[index])),
             *("--node-config", self._node_configs[index]),
             OMP_NUM_THREADS="1",
-            # Its own: nodes that share one install an app at once, and may import half of it.
+            # A home for each node: nodes that share one install an app at once, and may import half of it.
             FLWR_HOME=str(self.folder / f"supernode-{index}"),
         )
 
-    def _await_node(self, index: int, deadline: float) -> None:
+    def _wait_for_node(self, index: int, deadline: float) -> None:
         self.node_ids[index] = int(self._nodes[index].wait_for(r"SuperNode ID: (\d+)", deadline))
 
-    def _follow(
-        self, app: Path, config: Mapping[str, ConfigValue], timeout_seconds: float
-    ) -> Generator[str]:
-        """The lines of `flwr run`, as they come."""
+    def _follow(self, app: Path, config: Mapping[str, ConfigValue], timeout_seconds: float) -> Generator[str]:
+        """Yield the lines of `flwr run` as they come."""
         override = self.folder / "run-config.toml"
-        # In TOML, because the command line cannot take a quote; JSON writes these types as TOML does.
+        # A file, because the command line cannot take a quote; JSON writes these types as TOML does.
         values = [f"{key} = {json.dumps(v, ensure_ascii=False)}\n" for key, v in config.items()]
         override.write_text("".join(values))
         arguments = ("run", str(app.resolve()), "--stream", "-c", str(override))
         with self._processes.flwr(*arguments) as command, _alarm(timeout_seconds, self._abort):
             try:
                 for line in command.stdout or ():
-                    yield plain(line.rstrip("\n"))
+                    yield strip_colour(line.rstrip("\n"))
             finally:
                 command.kill()
 
@@ -186,14 +178,14 @@ class Deployment:
         self.kill_serverapps()
         self._processes.kill(b"--stream")
 
-    def _status(self, run_id: str) -> dict[str, str]:
-        # Asked for, because `flwr run` ends with status 0 whatever became of the run.
+    def _read_status(self, run_id: str) -> dict[str, str]:
+        # `flwr run` itself ends with status 0 even if the run failed.
         with self._processes.flwr("ls", "--run-id", run_id, "--format", "json") as command:
             out = command.communicate()[0]
         try:
             run: dict[str, str] = json.loads(out)["runs"][0]
         except (ValueError, LookupError) as error:
-            raise DeploymentError(f"'flwr ls' does not tell of run {run_id}:\n{out}") from error
+            raise DeploymentError(f"'flwr ls' does not list run {run_id}; it printed:\n{out}") from error
         return run
 
 
@@ -204,17 +196,20 @@ def deployment(
     folder: Path,
     environment: Mapping[str, str] | None = None,
     timeout_seconds: float = 120.0,
+    *,
+    simulation: bool = False,
 ) -> Iterator[Deployment]:
-    """A deployment for as long as the block lasts; nothing of it outlives the block.
+    """Run a deployment for as long as the block lasts; no process outlives the block.
 
     SIGTERM ends the block as Ctrl-C does, where this is entered in the main thread.
 
     Args:
-        nodes: how many SuperNodes.
-        node_config: a node's configuration, by its index: `key=value` pairs with spaces between.
-        folder: for logs and state; made if missing.
-        environment: added to that of every process.
-        timeout_seconds: how long it may take until all nodes are online.
+        nodes: number of SuperNodes.
+        node_config: returns the configuration of a node by its index: `key=value` pairs with spaces between.
+        folder: folder for logs and state; made if missing.
+        environment: variables added to the environment of every process.
+        timeout_seconds: time within which all nodes must be online.
+        simulation: run clients in Flower's simulation engine, which needs ray; then `nodes` is 0.
 
     Raises:
         DeploymentError: a process died or took too long; with the end of its log.
@@ -227,7 +222,7 @@ def deployment(
     with sigterm_as_exit():
         try:
             configs = [node_config(index) for index in range(nodes)]
-            online = _bring_up(folder, processes, configs, timeout_seconds)
+            online = _bring_up(folder, processes, configs, timeout_seconds, simulation=simulation)
             _write_connection(home, online.address)
             yield online
         finally:
@@ -235,23 +230,23 @@ def deployment(
 
 
 def _bring_up(
-    folder: Path, processes: Processes, node_configs: list[str], timeout_seconds: float
+    folder: Path, processes: Processes, node_configs: list[str], timeout_seconds: float, *, simulation: bool
 ) -> Deployment:
     try:
-        online = Deployment(folder, processes, node_configs)
+        online = Deployment(folder, processes, node_configs, simulation=simulation)
         online.wait_until_online(timeout_seconds)
     except DeploymentError as error:
-        # Somebody may take a port between our finding it free and using it; hardly twice.
+        # Another process may take a port between our finding it free and using it; hardly twice.
         if "address already in use" not in str(error):
             raise
         processes.end()
-        online = Deployment(folder, processes, node_configs)
+        online = Deployment(folder, processes, node_configs, simulation=simulation)
         online.wait_until_online(timeout_seconds)
     return online
 
 
 def _flower_environment(home: Path, nodes: int) -> dict[str, str]:
-    # How often each node and the SuperLink look for work: 25 times a second, all together.
+    # All together look for work 25 times a second: more polling would take the processor from the work.
     poll_seconds = min((nodes + 1) / 25, 1.0)
     return {
         "FLWR_HOME": str(home),
@@ -265,17 +260,16 @@ def _flower_environment(home: Path, nodes: int) -> dict[str, str]:
 
 def _write_connection(home: Path, address: str) -> None:
     (home / "config.toml").write_text(
-        '[superlink]\ndefault = "deployment"\n\n'
-        f'[superlink.deployment]\naddress = "{address}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\naddress = "{address}"\ninsecure = true\n'
     )
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:  # all open at once, so that no two are the same
+    with ExitStack() as stack:  # all are open at once, so that no two get the same port
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
 
 
 def _health(address: str) -> int:

@@ -1,8 +1,9 @@
-"""Writes docs/metrics.md from the catalogue of metrics, the alerting rules and the list of outcomes.
+"""The generator of docs/reference/metrics.md, from the catalogue of metrics, the alert rules and the outcomes.
 
-`python -m fedbasin.deploy.metrics_page`, in a checkout.
+In a checkout, `python -m fedbasin.deploy.metrics_page` writes the page.
 """
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedbasin.strategies.round.outcomes import Outcome
 
 _ROOM = Path(__file__).resolve().parent
 RULES = _ROOM / "prometheus" / "rules.yml"
-PAGE = _ROOM.parent / "docs" / "metrics.md"
+PAGE = _ROOM.parent / "docs" / "reference" / "metrics.md"
 
 _INTRODUCTION = """\
 # Metrics and alerts
@@ -23,27 +24,27 @@ _INTRODUCTION = """\
 Made by `python -m fedbasin.deploy.metrics_page`; do not edit.
 
 `fedbasin observe` shows these on its metrics port, for Prometheus to scrape. All are computed from the reports of
-rounds, so gauges appear when a recipe's first round has ended; counters are there before, at zero, and
-histograms with the first report of a recipe.
-A gauge keeps its value until a round of the same recipe measures it again. With a store, counters survive a restart.
+rounds: gauges appear when the first round of a recipe has ended, histograms with the first report of a recipe, and
+counters exist from the start, at zero. A gauge keeps its value until a round of the same recipe measures it again.
+With a store, counters survive a restart.
 
-- **Labels are bounded.** No label holds a client or a run. Beyond 32 recipes, 32 stages and 64 names of model metrics the rest
-  is counted as `other`.
-- **Exemplars** name the run and the round that moved a counter or a bucket last. They travel in the OpenMetrics format
-  only, for which Prometheus asks by itself; it keeps them with `--enable-feature=exemplar-storage`.
-- **Histograms are classic ones.** The Python client of Prometheus (0.26) can read native histograms, but not make them.
-- Runs of the same recipe that go on at the same time share their gauges: the one that reported last is seen.
-- `process_*` are the observer's own memory, processor time and open files, as Prometheus' clients name them everywhere.
+- **Labels are bounded.** No label holds a client or a run. Beyond 32 recipes, 32 stages and 64 names of model metrics,
+  the rest is counted as `other`.
+- **Exemplars** name the run and the round that moved a counter or a bucket last. They travel only in the OpenMetrics
+  format, which Prometheus requests by itself; it keeps them with `--enable-feature=exemplar-storage`.
+- **Histograms are classic ones.** The Python client of Prometheus (0.26) can read native ones, but not write them.
+- Runs of the same recipe at the same time share their gauges, which show the run that reported last.
+- `process_*` are the memory, processor time and open files of the observer, as in every Prometheus client.
 
 `deploy/prometheus/rules.yml` has the rules and `deploy/grafana/dashboard.json` a dashboard.
 """
 
 
-def page(rules: str) -> str:
-    """The page, in Markdown.
+def render_metrics_page(rules: str) -> str:
+    """Return the page in Markdown.
 
     Args:
-        rules: the text of the rules' file.
+        rules: text of the file of rules.
     """
     parts = [
         _INTRODUCTION,
@@ -55,13 +56,13 @@ def page(rules: str) -> str:
         *_table(catalogue.HISTOGRAMS),
         "",
         *(_buckets(metric) for metric in catalogue.HISTOGRAMS),
-        "\n## Recorded\n",
-        *_recorded(rules),
+        "\n## Recording rules\n",
+        *_list_recordings(rules),
         "## Alerts\n",
-        *_alerts(rules),
+        *_list_alerts(rules),
         "## Outcomes\n",
-        "The values of the label `outcome`, and what to do about each.\n",
-        "| outcome | what it means |\n|---|---|",
+        "The values of the label `outcome`, with the cause or the remedy of each.\n",
+        "| outcome | meaning |\n|---|---|",
         *(f"| `{outcome.name}` | {outcome.value} |" for outcome in Outcome),
     ]
     return "\n".join(parts) + "\n"
@@ -76,26 +77,32 @@ def _table(metrics: Iterable[Metric]) -> Iterator[str]:
 
 def _buckets(metric: Metric) -> str:
     bounds = ", ".join(f"{bound:g}" for bound in metric.buckets)
-    return f"- Buckets of `{catalogue.PREFIX}{metric.name}`, in seconds: {bounds}."
+    line = f"- Buckets of `{catalogue.PREFIX}{metric.name}`, in seconds: {bounds}."
+    return _wrap(line, subsequent_indent="  ")
 
 
-def _recorded(rules: str) -> Iterator[str]:
-    for rule in _rules(rules, "record"):
+def _list_recordings(rules: str) -> Iterator[str]:
+    for rule in _select_rules(rules, "record"):
         yield f"`{rule['record']}`\n\n```promql\n{rule['expr']}\n```\n"
 
 
-def _alerts(rules: str) -> Iterator[str]:
-    for rule in _rules(rules, "alert"):
+def _wrap(text: str, subsequent_indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=subsequent_indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _list_alerts(rules: str) -> Iterator[str]:
+    for rule in _select_rules(rules, "alert"):
         pause = f" for {rule['for']}" if "for" in rule else ""
         yield f"### {rule['alert']}\n"
-        yield f"Severity {rule['labels']['severity']}. {rule['annotations']['description']}\n"
-        yield f"Fires while this holds{pause}:\n\n```promql\n{rule['expr']}\n```\n"
+        severity, description = rule["labels"]["severity"], rule["annotations"]["description"]
+        yield f"{_wrap(f'Severity {severity}. {description}')}\n"
+        yield f"The alert fires while this holds{pause}:\n\n```promql\n{rule['expr']}\n```\n"
 
 
-def _rules(rules: str, kind: str) -> list[dict[str, Any]]:
+def _select_rules(rules: str, kind: str) -> list[dict[str, Any]]:
     groups = yaml.safe_load(rules)["groups"]
     return [rule for group in groups for rule in group["rules"] if kind in rule]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(RULES.read_text()))
+    PAGE.write_text(render_metrics_page(RULES.read_text()))

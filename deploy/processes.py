@@ -1,4 +1,4 @@
-"""Processes that end together, with everything that they started themselves."""
+"""Processes that end together, with everything that they started."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class DeploymentError(RuntimeError):
-    """A process of the deployment did not start, or did not do what it was started for."""
+    """A process of the deployment that did not start, or did not do its work."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,34 @@ class Process:
     log: Path
 
     def wait_for(self, pattern: str, deadline: float) -> str:
-        """Waits for the log to match, and gives the pattern's first group."""
+        """Wait until the log matches a pattern, and return the pattern's first group.
+
+        Raises:
+            DeploymentError: the process ended or took too long; with the end of its log.
+        """
         while True:
-            ended = self.handle.poll() is not None  # asked first: the log then tells why
-            text = plain(self.log.read_text(errors="replace"))
-            if found := re.search(pattern, text):
-                return found[1]
+            # Before the log is read: if the process has ended, the log then has its last words.
+            ended = self.handle.poll() is not None
+            text = strip_colour(self.log.read_text(errors="replace"))
+            if match := re.search(pattern, text):
+                return match[1]
             if ended or time.monotonic() >= deadline:
                 state = f"ended with status {self.handle.returncode}" if ended else "takes too long"
                 raise DeploymentError(
-                    f"{self.name} {state}; the end of its log, {self.log}:\n"
-                    f"{tail(text.splitlines())}"
+                    f"{self.name} {state}; the end of its log, {self.log}:\n{tail(text.splitlines())}"
                 )
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Kills the group, which is all that a SuperNode starts."""
-        if self.handle.poll() is None:  # or else the number may be somebody else's by now
+        """Kill the process group, which is everything that a SuperNode starts."""
+        # The id of a process that has ended may belong to a stranger by now.
+        if self.handle.poll() is None:
             os.killpg(self.handle.pid, signal.SIGKILL)
         self.handle.wait()
 
 
 class Processes:
-    """Everything that was started for one deployment, and what that started in turn."""
+    """The processes that were started for one deployment, and those that they started in turn."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         mark = uuid.uuid4().hex
@@ -67,7 +72,7 @@ class Processes:
         self._started: list[Process] = []
 
     def start(self, name: str, script: str, *arguments: str, **environment: str) -> Process:
-        """Starts one of Flower's scripts in a session of its own, with a log of that name."""
+        """Start one of Flower's scripts in a session of its own, with a log of that name."""
         log = self._folder / f"{name}.log"
         with log.open("wb") as out:
             handle = subprocess.Popen(  # noqa: S603 - our own command, without a shell
@@ -83,7 +88,7 @@ class Processes:
         return self._started[-1]
 
     def flwr(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Flower's command line, to be read from."""
+        """Start Flower's command line with a pipe to read its output from."""
         return subprocess.Popen(  # noqa: S603 - our own command, without a shell
             [str(SCRIPTS / "flwr"), *arguments],
             cwd=self._folder,
@@ -96,21 +101,21 @@ class Processes:
         )
 
     def kill(self, script: bytes = b"") -> int:
-        """Kills whatever runs this script, or everything; says how many there were.
-
-        By the mark in the environment and not by parentage: Flower's executors live in sessions of
-        their own, and outlive a killed parent by seconds, in which they can still start apps.
-        """
-        pids = [
-            pid for pid in _all_pids() if self._is_ours(pid) and script in _read(pid, "cmdline")
-        ]
+        """Kill the processes that run a script, or all of them, and return their number."""
+        # Found by the mark in the environment and not by parentage: Flower's executors live in sessions of their own,
+        # and outlive a killed parent by seconds, in which they can still start apps.
+        pids = [pid for pid in _all_pids() if self._is_ours(pid) and script in _read_proc(pid, "cmdline")]
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return len(pids)
 
     def end(self, timeout_seconds: float = 10.0) -> None:
-        """Kills until nothing is left."""
+        """Kill until no process is left.
+
+        Raises:
+            DeploymentError: some processes do not end.
+        """
         deadline = time.monotonic() + timeout_seconds
         for process in self._started:
             process.kill()
@@ -120,30 +125,30 @@ class Processes:
             time.sleep(0.02)
 
     def _is_ours(self, pid: int) -> bool:
-        return self._entry in _read(pid, "environ").split(b"\0")
+        return self._entry in _read_proc(pid, "environ").split(b"\0")
 
 
-def plain(text: str) -> str:
-    """Text without the codes that colour it."""
+def strip_colour(text: str) -> str:
+    """Return text without the codes that colour it."""
     return _COLOUR.sub("", text)
 
 
 def tail(lines: list[str]) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(lines[-_TAIL_LINES:])
 
 
 @contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM leaves the block as an exit does, where this is entered in the main thread."""
+    """Let SIGTERM leave the block as an exit does, where this is entered in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = signal.signal(signal.SIGTERM, _exit)
+    previous = signal.signal(signal.SIGTERM, _exit)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
@@ -154,8 +159,8 @@ def _all_pids() -> list[int]:
     return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
 
 
-def _read(pid: int, what: str) -> bytes:
+def _read_proc(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/{what}").read_bytes()
-    except OSError:  # it has ended, or is not ours to read
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # the process has ended, or belongs to another user
         return b""

@@ -25,7 +25,7 @@ class MomentKind(Enum):
 
 @dataclass(frozen=True)
 class GramForm:
-    """How a Gram matrix is sent.
+    """The form in which a Gram matrix is sent.
 
     Attributes:
         kind: the part of it that is sent.
@@ -41,7 +41,7 @@ class GramForm:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the statistics of one layer are sent.
+    """The form in which the statistics of one layer are sent.
 
     Attributes:
         gram: form of the Gram matrix.

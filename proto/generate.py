@@ -1,4 +1,4 @@
-"""Generates the Python modules of the wire, and their types, from fedbasin.proto.
+"""Generation of the Python modules of the wire, and their types, from fedbasin.proto.
 
 `python -m fedbasin.proto.generate` rewrites the generated files beside this one. They are committed, so
 that installing fedbasin needs no compiler; it runs with the protobuf and grpcio of the generator or later.
@@ -17,7 +17,7 @@ _PACKAGE = "fedbasin/proto"
 
 
 def generate(into: Path = ROOM) -> list[Path]:
-    """Writes the generated modules and their stubs.
+    """Write the generated modules and their stubs.
 
     Args:
         into: an existing folder.
@@ -26,25 +26,22 @@ def generate(into: Path = ROOM) -> list[Path]:
         The files written, in alphabetic order.
 
     Raises:
-        subprocess.CalledProcessError: protoc refused; what it says is on standard error.
+        subprocess.CalledProcessError: protoc failed; its message is on standard error.
     """
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(_protoc(scratch), check=True)  # noqa: S603 - our own interpreter and arguments
-        made = sorted((Path(scratch) / _PACKAGE).iterdir())
-        return [Path(shutil.copy(file, into)) for file in made]
+        modules = sorted((Path(scratch) / _PACKAGE).iterdir())
+        return [Path(shutil.copy(file, into)) for file in modules]
 
 
 def _protoc(out: str) -> list[str]:
-    """The command line; the virtual path is what makes the generated import line absolute."""
+    """Return the command line; its virtual path makes the generated import line absolute."""
     scripts = sysconfig.get_path("scripts")
     return [
         *(sys.executable, "-m", "grpc_tools.protoc"),
         f"--proto_path={_PACKAGE}={ROOM}",
         f"--proto_path={files('grpc_tools') / '_proto'}",
-        *(
-            f"--plugin=protoc-gen-{name}={scripts}/protoc-gen-{name}"
-            for name in ("mypy", "mypy_grpc")
-        ),
+        *(f"--plugin=protoc-gen-{name}={scripts}/protoc-gen-{name}" for name in ("mypy", "mypy_grpc")),
         *(f"--{name}_out={out}" for name in ("python", "grpc_python")),
         *(f"--{name}_out=quiet:{out}" for name in ("mypy", "mypy_grpc")),
         f"{_PACKAGE}/fedbasin.proto",

@@ -20,12 +20,12 @@ class BatchNorm:
     eps: float
 
     @property
-    def measured(self) -> tuple[str, str]:
+    def statistics(self) -> tuple[str, str]:
         """The names of the running mean and the running variance."""
         return f"{self.name}.running_mean", f"{self.name}.running_var"
 
     @property
-    def learned(self) -> tuple[str, str]:
+    def parameters(self) -> tuple[str, str]:
         """The names of the weight and the bias."""
         return f"{self.name}.weight", f"{self.name}.bias"
 

@@ -1,9 +1,9 @@
-"""A state dict as one flat array per dtype, and a manifest that says where each tensor lies.
+"""States packed as one flat array per dtype, with a manifest of the place of each tensor.
 
-Flower moves every array as objects of its own, so a deployed round takes as long as there are arrays; a
-packed state has at most a dozen. Each array is an ordinary one-dimensional `.npy` of Flower's own kind
-(NEP 1, NumPy format version 1.0), named after its dtype, so that whatever does arithmetic on Flower
-arrays still can. bfloat16, which NumPy lacks, travels as its bits in a uint16 array named "bfloat16".
+Flower moves each array as separate objects, so the time of a deployed round grows with the number of arrays; a
+packed state has at most a dozen. Each array is a one-dimensional `.npy` as Flower writes it (NEP 1, NumPy format
+version 1.0), named after its dtype, so that code that computes with Flower's arrays still works. bfloat16, which
+NumPy lacks, is sent as its bits in a uint16 array named "bfloat16".
 """
 
 import hashlib
@@ -36,12 +36,11 @@ _STORAGE = {  # dtype of the tensors: what the .npy header says
     torch.bool: "|b1",
 }
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGE}
+_KNOWN = ", ".join(sorted(_DTYPES))
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _LONGEST_HEADER = 256
-_HEADER = re.compile(
-    rb"\{'descr': '([^']{1,8})', 'fortran_order': (False|True), 'shape': \((\d{1,18}),\), \} *\n"
-)
+_HEADER = re.compile(rb"\{'descr': '([^']{1,8})', 'fortran_order': (False|True), 'shape': \((\d{1,18}),\), \} *\n")
 _MOST_DIMENSIONS = 32
 _MOST_ELEMENTS = 2**60  # keeps every stride within a signed 64-bit integer
 
@@ -51,7 +50,7 @@ class PackingError(ValueError):
 
 
 def pack(state: Mapping[str, Tensor]) -> tuple[ArrayRecord, list[TensorSpec]]:
-    """Lays a state out as one flat array per dtype; each byte is copied once.
+    """Lay a state out as one flat array per dtype; each byte is copied once.
 
     Tensors that share storage are each written in full.
 
@@ -59,7 +58,7 @@ def pack(state: Mapping[str, Tensor]) -> tuple[ArrayRecord, list[TensorSpec]]:
         The arrays in alphabetic order of their dtypes, and one spec per tensor in the order of `state`.
 
     Raises:
-        PackingError: a tensor has a dtype or a layout that does not travel.
+        PackingError: a tensor has a dtype or a layout that cannot be sent.
     """
     groups: dict[str, list[memoryview]] = defaultdict(list)
     sizes: dict[str, int] = defaultdict(int)
@@ -74,10 +73,10 @@ def pack(state: Mapping[str, Tensor]) -> tuple[ArrayRecord, list[TensorSpec]]:
 
 
 def unpack(record: ArrayRecord, specs: Iterable[TensorSpec]) -> dict[str, Tensor]:
-    """Reads the tensors of a manifest, as views into the bytes of the record.
+    """Return the tensors of a manifest, as views into the bytes of the record.
 
-    Nothing is copied, nothing is allocated on the word of a header, and the views are to be read only:
-    their memory belongs to immutable bytes. A manifest may name a part of what the record holds.
+    Nothing is copied, and no header decides how much memory is allocated. The views must only be read: their memory
+    belongs to immutable bytes. A manifest may name a part of the record's tensors.
 
     Raises:
         PackingError: an array or a spec is malformed, or the two contradict each other.
@@ -89,10 +88,10 @@ def unpack(record: ArrayRecord, specs: Iterable[TensorSpec]) -> dict[str, Tensor
 
 
 def digest(state: Mapping[str, Tensor]) -> bytes:
-    """SHA-256 of names, dtypes, shapes and values; the order of the mapping does not matter.
+    """Return the SHA-256 of names, dtypes, shapes and values; the order of the mapping does not matter.
 
     Raises:
-        PackingError: a tensor has a dtype or a layout that does not travel.
+        PackingError: a tensor has a dtype or a layout that cannot be sent.
     """
     sha = hashlib.sha256()
     for name in sorted(state):
@@ -104,16 +103,14 @@ def digest(state: Mapping[str, Tensor]) -> bytes:
 
 
 def nbytes(record: ArrayRecord) -> int:
-    """Bytes of the record's arrays, headers included."""
+    """Return the number of bytes of the record's arrays, headers included."""
     return sum(len(array.data) for array in record.values())
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise PackingError(
-            f"tensor '{name}' is {dtype}, which does not travel; cast it to one of {_known()}"
-        )
+        raise PackingError(f"tensor '{name}' is {dtype}, which cannot be sent; cast it to one of {_KNOWN}")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise PackingError(
             f"tensor '{name}' ({tensor.layout}, on {tensor.device}) has no dense values to send; "
@@ -121,18 +118,13 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
         )
     if tensor.dim() > _MOST_DIMENSIONS:
         raise PackingError(
-            f"tensor '{name}' has {tensor.dim()} dimensions, at most {_MOST_DIMENSIONS} travel; "
-            "reshape it"
+            f"tensor '{name}' has {tensor.dim()} dimensions, at most {_MOST_DIMENSIONS} can be sent; reshape it"
         )
     return dtype
 
 
-def _known() -> str:
-    return ", ".join(sorted(_DTYPES))
-
-
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major; a copy only where it is not laid out so already."""
+    """Return the tensor's bytes in row-major order, copied only if they lie in another."""
     dense = tensor.detach().cpu().resolve_neg().contiguous()
     # Not reshape: one element may keep a stride of two, and then counts as contiguous all the same.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
@@ -141,17 +133,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _array(dtype: str, elements: int, parts: list[memoryview]) -> Array:
     storage = _STORAGE[_DTYPES[dtype]]
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": storage, "fortran_order": False, "shape": (elements,)}
-    )
+    np.lib.format.write_array_header_1_0(header, {"descr": storage, "fortran_order": False, "shape": (elements,)})
     data = b"".join([header.getvalue(), *parts])
     return Array(str(np.dtype(storage)), (elements,), _STYPE, data)
 
 
 def _elements(record: ArrayRecord, dtype: str) -> Tensor:
-    """The flat tensor that the array of this dtype holds, as a view into its bytes."""
+    """Return the flat tensor in the array of a dtype, as a view into its bytes."""
     if dtype not in _DTYPES:
-        raise PackingError(f"the manifest names the dtype '{dtype}'; known are {_known()}")
+        raise PackingError(f"the manifest names the dtype '{dtype}'; known are {_KNOWN}")
     if dtype not in record:
         raise PackingError(
             f"the manifest has {dtype} tensors but the record has no array '{dtype}', "
@@ -159,21 +149,17 @@ def _elements(record: ArrayRecord, dtype: str) -> Tensor:
         )
     array = record[dtype]
     if array.stype != _STYPE:
-        raise PackingError(
-            f"array '{dtype}' is serialised as '{array.stype}', not '{_STYPE}'; use pack()"
-        )
+        raise PackingError(f"array '{dtype}' is serialised as '{array.stype}', not '{_STYPE}'; use pack()")
     start = _check_header(array.data, dtype)
     flat = np.frombuffer(array.data, np.dtype(_STORAGE[_DTYPES[dtype]]), offset=start)
     if dtype == "bool" and flat.view(np.uint8).max(initial=0) > 1:
-        raise PackingError(
-            "array 'bool' has bytes other than 0 and 1; it is corrupt, send it again"
-        )
-    # DLPack, and not from_numpy, because it knows read-only memory and has nothing to warn of.
+        raise PackingError("array 'bool' has bytes other than 0 and 1; it is corrupt, send it again")
+    # DLPack, because from_numpy warns of read-only memory.
     return from_dlpack(flat).view(_DTYPES[dtype])
 
 
 def _check_header(data: bytes, dtype: str) -> int:
-    """Where the elements of a one-dimensional .npy begin, once header and length agree."""
+    """Return the offset of the elements of a one-dimensional .npy, once header and length agree."""
     storage = _STORAGE[_DTYPES[dtype]]
     itemsize = np.dtype(storage).itemsize
     start = len(_MAGIC) + 2 + int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 2], "little")
@@ -197,7 +183,7 @@ def _check_header(data: bytes, dtype: str) -> int:
 
 
 def _count(spec: TensorSpec) -> int:
-    """Elements of the tensor, once its shape is known to be one that memory could hold."""
+    """Return the number of elements of a tensor, and refuse a shape that no memory could hold."""
     # The extent is bounded with empty dimensions left out: torch computes strides from them too.
     extent = math.prod(size or 1 for size in spec.shape[: _MOST_DIMENSIONS + 1])
     if len(spec.shape) > _MOST_DIMENSIONS or extent > _MOST_ELEMENTS:
@@ -218,10 +204,10 @@ def _check_disjoint(specs: list[TensorSpec]) -> None:
         if count := _count(spec):
             spans[spec.dtype].append((spec.offset, spec.offset + count, spec.name))
     for dtype, of_dtype in spans.items():
-        for (_, end, name), (start, _, other) in pairwise(sorted(of_dtype)):
+        for (_, end, name), (start, _, next_name) in pairwise(sorted(of_dtype)):
             if start < end:
                 raise PackingError(
-                    f"tensors '{name}' and '{other}' overlap: the first ends at element {end} of "
+                    f"tensors '{name}' and '{next_name}' overlap: the first ends at element {end} of "
                     f"array '{dtype}', the second begins at {start}; the manifest is corrupt"
                 )
 

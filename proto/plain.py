@@ -1,6 +1,6 @@
-"""States as Flower itself writes them: one array per tensor, under the tensor's name.
+"""States in Flower's own form: one array per tensor, under the tensor's name.
 
-For messages that Flower's own wrappers and mods compute with. Reading is checked and copies nothing.
+Messages have this form if Flower's wrappers and mods compute with them. Reading is checked and copies nothing.
 """
 
 import math
@@ -16,15 +16,15 @@ from torch.utils.dlpack import from_dlpack
 from fedbasin.proto.packing import PackingError
 
 _MAGIC = b"\x93NUMPY\x01\x00"
-# Read by a pattern and not by NumPy, whose parser is Python's own and gives up in many ways.
+# A pattern and not NumPy's parser, which evaluates Python literals and fails with many kinds of exceptions.
 _HEADER = re.compile(
     rb"\{'descr': '(<[fiu][248]|\|[iub]1)', 'fortran_order': (False|True), "
     rb"'shape': \(((?:\d{1,18}(?:, |,(?=\))|(?=\)))){0,32})\), \} *\n"
 )
 
 
-def write(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """The state as an ordinary ArrayRecord.
+def write_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return the state as an ordinary ArrayRecord.
 
     Raises:
         PackingError: a tensor has a dtype that NumPy lacks (bfloat16): send it packed.
@@ -35,11 +35,11 @@ def write(state: Mapping[str, Tensor]) -> ArrayRecord:
         raise PackingError(f"{error}; set packed, or cast the tensor") from error
 
 
-def read(record: ArrayRecord) -> dict[str, Tensor]:
-    """The tensors of an ordinary ArrayRecord, as read-only views into its bytes.
+def read_arrays(record: ArrayRecord) -> dict[str, Tensor]:
+    """Return the tensors of an ordinary ArrayRecord, as read-only views into its bytes.
 
     Raises:
-        PackingError: an array is no .npy, or its header and its length contradict each other.
+        PackingError: an array is not an .npy file, or its header and length contradict each other.
     """
     return {name: _view(name, array) for name, array in record.items()}
 
@@ -48,12 +48,10 @@ def _view(name: str, array: Array) -> Tensor:
     start = len(_MAGIC) + 2 + int.from_bytes(array.data[len(_MAGIC) : len(_MAGIC) + 2], "little")
     header = _HEADER.fullmatch(array.data, len(_MAGIC) + 2, start)
     if header is None or not array.data.startswith(_MAGIC):
-        raise PackingError(
-            f"array {name!r} is no .npy 1.0 of numbers; send it as Flower's Array does"
-        )
+        raise PackingError(f"array {name!r} is not an .npy 1.0 file of numbers; send it as Flower's Array does")
     dtype = np.dtype(header[1].decode())
     shape = tuple(int(size) for size in header[3].decode().replace(",", " ").split())
-    # Header and length must agree before a size is believed; strides are made of empty dimensions too.
+    # Checked before memory is viewed; empty dimensions count as 1, because strides are computed from them too.
     extent = math.prod(size or 1 for size in shape)
     if extent > 2**60 or math.prod(shape) * dtype.itemsize != len(array.data) - start:
         raise PackingError(
@@ -66,5 +64,5 @@ def _view(name: str, array: Array) -> Tensor:
 
 
 def _tensor(values: np.ndarray) -> Tensor:
-    # DLPack knows read-only memory; it says nothing of arrays without elements.
+    # DLPack, because from_numpy warns of read-only memory; an array without elements has none to share.
     return from_dlpack(values) if values.size else torch.from_numpy(values.copy())

@@ -1,36 +1,31 @@
-"""The named catalogue: a recipe is a point in matcher x precision x step, a value with a name."""
+"""The catalogue of recipes: named values that say what a round asks of clients and how their updates become one model.
+
+A recipe has up to three parts: how updates are fused (`fusion`), which layers are then refitted in closed form
+(`refit`), and how the global model follows (`server_optimizer`). Each part is a frozen value that holds its own
+settings, so that a setting cannot be given where nothing would read it.
+"""
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.server_optimizers import Average, Momentum, Replace, Step
-
-
-class Statistic(Enum):
-    """What a client sends beside its weights and its number of examples."""
-
-    none = "nothing: the number of examples is all that is known"
-    fisher = "the diagonal Fisher information of every parameter"
-    gram = "the Gram matrix of every linear and convolutional layer's inputs"
-    kronecker = "the second moments of every layer's inputs and of the gradients at its outputs"
-
-
-class Adapters(Enum):
-    """How the two factors of low-rank adapters are fused."""
-
-    factors = "each factor as any other tensor"
-    rotated = "the same, after turning a client's factors to the anchor's"
-    products = "their products, which are then split again"
-    alternating = (
-        "one at a time, each with the inputs that it is multiplied with; the other is frozen"
-    )
+from fedbasin.strategies.fusion.weighting import (
+    FisherWeighting,
+    GramWeighting,
+    KroneckerWeighting,
+    ModelWeighting,
+    SketchedGramWeighting,
+    Statistic,
+    Weighting,
+    override_weighting,
+)
+from fedbasin.strategies.server_optimizers import Average, Momentum, Replace, ServerOptimizer
 
 
 class Target(Enum):
-    """What a layer is fitted to, on the inputs that the layers fused so far compute."""
+    """A target that layers are fitted to, on the inputs that the layers fused so far compute."""
 
     features = "what the client's own model computes there"
     weights = "what the client's own weights make of the same inputs (RegMean++)"
@@ -38,88 +33,200 @@ class Target(Enum):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a round's updates become the next global model.
+class LoraFactors:
+    """Fusion of low-rank adapters factor by factor.
 
     Attributes:
-        name: as in the configuration.
-        statistic: what clients collect, on the aligned model.
-        ridge: the regulariser of what is solved for, the head apart; None where that is nothing.
-        shrink: factor on the off-diagonal of Gram matrices (RegMean's alpha); 1 leaves them.
-        fit: what layers are fitted to after fusing, from the input on; None leaves them as they were fused.
-        share: of the fitted layers in the result; the rest is as it was fused.
-        head: the last layer is fitted to the labels, with this regulariser; None leaves it to the others.
-        probe: points of the path from the fused model to the fitted one that clients evaluate; the best is
-            taken. 0 takes the fitted model.
-        reach: how far clients then look beyond that point, on the line through it from the global model, in
-            multiples of its distance; the best point of that line is taken. 0 does not look.
-        step: what the fused model does to the global one.
-        pays: fitting goes on while it takes at least this share of the fused model's loss away, as the probed
-            path says; then the run goes over to `then` for good.
-        then: the recipe that takes over.
-        adapters: how low-rank adapters are fused, which the model must then have; None for models that have none.
-        sketched: Gram matrices of the adapters' inputs are sent as sketches of the adapters' ranks, where no budget says
-            otherwise.
+        rotate: first rotate a client's factors to the anchor's.
+    """
+
+    rotate: bool = False
+    weighting: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class LoraProducts:
+    """Fusion of low-rank adapters by the products of their factors, which are then split again."""
+
+    weighting: GramWeighting | SketchedGramWeighting | None = None
+
+
+@dataclass(frozen=True)
+class LoraAlternating:
+    """Fusion of one factor of low-rank adapters per round, weighted by its inputs; the other factor is frozen."""
+
+    weighting: GramWeighting
+
+
+LoraFusion: TypeAlias = LoraFactors | LoraProducts | LoraAlternating
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """A change to another recipe, for good, once refitting no longer pays.
+
+    Attributes:
+        threshold: least fraction of the fused model's loss that refitting must remove for the recipe to stay.
+        recipe: recipe that takes over.
+    """
+
+    threshold: float
+    recipe: "Recipe"
+
+
+@dataclass(frozen=True)
+class LossProbe:
+    """A line search on the clients' losses between the fused and the refitted model.
+
+    Attributes:
+        points: number of points that clients evaluate on each line; the best of them is the round's model.
+        extrapolate: length of a second line, from the global model through the best point of the first, in multiples
+            of the distance to that point; 0 leaves it out.
+        hand_over: recipe that takes over once the best point is not much better than the fused model.
+    """
+
+    points: int
+    extrapolate: float = 0.0
+    hand_over: HandOver | None = None
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """A closed-form fit of all layers after fusing, from the input to the output.
+
+    Attributes:
+        target: target of every layer, the head apart if `head` is given.
+        ridge: strength of the regulariser, relative to the mean diagonal of the clients' sum.
+        fraction: fraction of the solution in the refitted layers; the rest stays as it was fused.
+        head: regulariser of a last layer that is fitted to labels; None fits it as all other layers.
+        probe: line search between the fused and the refitted model; None takes the refitted one.
+    """
+
+    target: Literal[Target.features, Target.weights]
+    ridge: float = 1e-3
+    fraction: float = 1.0
+    head: Ridge | Evidence | None = None
+    probe: LossProbe | None = None
+
+
+@dataclass(frozen=True)
+class HeadRefit:
+    """A closed-form fit of the last layer alone to labels.
+
+    Attributes:
+        head: regulariser of the fit.
+        probe: line search between the fused and the refitted model; None takes the refitted one.
+    """
+
+    head: Ridge | Evidence
+    probe: LossProbe | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that turns a round's updates into the next global model.
+
+    Attributes:
+        name: name in the configuration.
+        fusion: weighting of the clients' models, or fusion of their low-rank adapters; None takes the mean by examples.
+        refit: closed-form fit that follows in further stages of the round.
+        server_optimizer: rule by which the global model follows the round's model.
     """
 
     name: str
-    statistic: Statistic = Statistic.none
-    ridge: Ridge | None = None
-    shrink: float = 1.0
-    fit: Target | None = None
-    share: float = 1.0
-    head: Ridge | Evidence | None = None
-    probe: int = 0
-    reach: float = 0.0
-    step: Step = field(default_factory=Replace)
-    adapters: Adapters | None = None
-    sketched: bool = False
-    pays: float = 0.0
-    then: "Recipe | None" = None
+    fusion: ModelWeighting | LoraFusion | None = None
+    refit: LayerRefit | HeadRefit | None = None
+    server_optimizer: ServerOptimizer = field(default_factory=Replace)
 
     @property
-    def fits(self) -> bool:
-        """Whether stages follow that fit layers."""
-        return self.head is not None or self.fit is not None
+    def lora(self) -> LoraFusion | None:
+        """The fusion of low-rank adapters; None for recipes of whole models."""
+        return self.fusion if isinstance(self.fusion, LoraFusion) else None
+
+    @property
+    def weighting(self) -> Weighting | None:
+        """The statistic that weights the mean, with its regulariser; None for the number of examples."""
+        return self.fusion.weighting if isinstance(self.fusion, LoraFusion) else self.fusion
+
+    @property
+    def statistic(self) -> Statistic:
+        """The statistic that clients collect, on the aligned model."""
+        return Statistic.none if self.weighting is None else self.weighting.statistic
+
+    @property
+    def shrink(self) -> float:
+        """The factor on the off-diagonal of Gram matrices."""
+        return self.weighting.shrink if isinstance(self.weighting, GramWeighting) else 1.0
 
     @property
     def regularises(self) -> bool:
-        """Whether anything is solved for."""
-        return self.ridge is not None or self.head is not None
+        """True if the recipe solves for anything, so that a regulariser has a meaning."""
+        return self.weighting is not None or self.refit is not None
 
     @property
     def shrinks(self) -> bool:
-        """Whether weights are weighed with Gram matrices that have an off-diagonal."""
-        return self.statistic is Statistic.gram and not self.sketched
+        """True if weights are averaged with Gram matrices that have an off-diagonal to shrink."""
+        return isinstance(self.weighting, GramWeighting)
 
-    def regularised(self, strength: float) -> "Recipe":
-        """The same with another strength: the head's where nothing else is solved for."""
-        if self.ridge is not None:
-            return replace(self, ridge=replace(self.ridge, strength=strength))
-        if self.head is not None:
-            return replace(self, head=Ridge(strength, "anchor"))
-        return self
+    @property
+    def hand_over(self) -> HandOver | None:
+        """The condition on which another recipe takes over."""
+        return self.refit.probe.hand_over if self.refit and self.refit.probe else None
 
-    def frozen(self, number: int) -> Literal["", "lora_A", "lora_B"]:
-        """The factor of adapters that clients do not train in a round, counted from 1; empty where they train all.
+    def override(
+        self, *, server_optimizer: ServerOptimizer | None = None, ridge: float = 0.0, shrink: float = 1.0
+    ) -> "Recipe":
+        """Return the recipe with a run's settings, also in the recipe that it hands over to.
 
-        A is frozen first: B begins at zero, and while it is, A has no gradient.
+        Args:
+            server_optimizer: replaces the recipe's; None keeps it.
+            ridge: strength of the regulariser; 0 keeps the recipe's. A head keeps its own where the recipe solves for
+                other layers too.
+            shrink: factor on the off-diagonal of Gram matrices; recipes without Gram matrices ignore it.
         """
-        if self.adapters is not Adapters.alternating:
+        fusion = self.fusion
+        if isinstance(fusion, LoraAlternating):
+            weighting = override_weighting(fusion.weighting, ridge, shrink)
+            fusion = LoraAlternating(weighting)
+        elif isinstance(fusion, LoraProducts) and fusion.weighting is not None:
+            fusion = LoraProducts(override_weighting(fusion.weighting, ridge, shrink))
+        elif fusion is not None and not isinstance(fusion, LoraFusion):
+            fusion = override_weighting(fusion, ridge, shrink)
+        refit = self.refit
+        if ridge and isinstance(refit, LayerRefit):
+            refit = replace(refit, ridge=ridge)
+        elif ridge and refit is not None and self.weighting is None:
+            refit = replace(refit, head=Ridge(ridge, "anchor"))
+        # A run's settings hold for its whole length, so they also apply after a hand-over.
+        if refit is not None and refit.probe is not None and self.hand_over is not None:
+            successor = self.hand_over.recipe.override(server_optimizer=server_optimizer, ridge=ridge, shrink=shrink)
+            hand_over = replace(self.hand_over, recipe=successor)
+            refit = replace(refit, probe=replace(refit.probe, hand_over=hand_over))
+        optimizer = server_optimizer or self.server_optimizer
+        return Recipe(self.name, fusion, refit, optimizer)
+
+    def frozen_factor(self, number: int) -> Literal["", "lora_A", "lora_B"]:
+        """Return the LoRA factor that clients do not train in a round; empty where they train both.
+
+        Args:
+            number: number of the round, from 1.
+        """
+        if not isinstance(self.fusion, LoraAlternating):
             return ""
+        # A is frozen first: B begins at zero, and A has no gradient while B is zero.
         return "lora_A" if number % 2 else "lora_B"
 
     def check_align(self, align: Literal["client", "server", "off"]) -> None:
         """Check that the statistics can be collected where they are needed.
 
         Raises:
-            ValueError: the server would have to turn a Fisher diagonal, or what only an aligned client has; or
-                nobody would turn factors that are to be turned.
+            ValueError: the server would have to rotate a Fisher diagonal, or to compute what needs a client's aligned
+                model; or nobody would rotate factors that the recipe wants rotated.
         """
-        if self.adapters is Adapters.rotated and align == "off":
+        if self.fusion == LoraFactors(rotate=True) and align == "off":
             raise ValueError(
-                f"align = 'off': recipe {self.name!r} turns factors to the anchor's; set align = 'client' or 'server', "
-                "or choose the recipe lora-factors"
+                f"align = 'off': recipe {self.name!r} rotates factors to the anchor's; set align = 'client' or "
+                "'server', or choose the recipe lora-factors"
             )
         if self.statistic is Statistic.fisher and align == "server":
             raise ValueError(
@@ -130,41 +237,38 @@ class Recipe:
             raise ValueError(
                 "align = 'server': Kronecker factors are collected on the aligned model; set align = 'client'"
             )
-        if self.fits and align == "server":
+        if self.refit is not None and align == "server":
             raise ValueError(
                 f"align = 'server': recipe {self.name!r} fits layers to what a client's aligned model computes, "
                 "which the client must have; set align = 'client', or 'off' where starts are shared"
             )
 
 
-_FEDAVGM = Recipe("fedavgm", step=Momentum(0.7))
-_AUTO_HEAD = Recipe("auto-head", head=Evidence(), probe=5, reach=2.0, pays=0.1, then=_FEDAVGM)
+_FEDAVGM = Recipe("fedavgm", server_optimizer=Momentum(0.7))
+# Closed forms start far ahead and then stop improving, while averaging with momentum goes on: hence the hand-over.
+_PROBE = LossProbe(5, extrapolate=2.0, hand_over=HandOver(0.1, _FEDAVGM))
+_HALF_FEATURES = LayerRefit(Target.features, ridge=1e-1, fraction=0.5, head=Evidence())
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("fedavg"),
         _FEDAVGM,
-        Recipe("fisher", Statistic.fisher, Ridge(1e-3)),
-        Recipe("kfac", Statistic.kronecker, Ridge(1e-3)),
-        Recipe("regmean", Statistic.gram, Ridge(1e-3)),
-        Recipe("regmean++", ridge=Ridge(1e-2), fit=Target.weights, step=Average()),
-        Recipe("features", ridge=Ridge(3e-3), fit=Target.features, step=Average()),
-        Recipe("head", head=Evidence()),
-        replace(_AUTO_HEAD, name="auto", ridge=Ridge(1e-1), fit=Target.features, share=0.5),
-        _AUTO_HEAD,
-        Recipe(
-            "features-head",
-            ridge=Ridge(1e-1),
-            fit=Target.features,
-            share=0.5,
-            head=Evidence(),
-        ),
-        Recipe("lora", Statistic.gram, Ridge(1e-2), adapters=Adapters.products, sketched=True),
-        Recipe("lora-products", adapters=Adapters.products),
-        Recipe("lora-factors", adapters=Adapters.factors),
-        Recipe("lora-rotated", adapters=Adapters.rotated),
-        Recipe("lora-gram", Statistic.gram, Ridge(1e-2), adapters=Adapters.products),
-        Recipe("lorm", Statistic.gram, Ridge(1e-3), adapters=Adapters.alternating),
+        Recipe("fisher", FisherWeighting(Ridge(1e-3))),
+        Recipe("kfac", KroneckerWeighting(Ridge(1e-3))),
+        Recipe("regmean", GramWeighting(Ridge(1e-3))),
+        Recipe("regmean++", refit=LayerRefit(Target.weights, ridge=1e-2), server_optimizer=Average()),
+        Recipe("features", refit=LayerRefit(Target.features, ridge=3e-3), server_optimizer=Average()),
+        Recipe("head", refit=HeadRefit(Evidence())),
+        Recipe("auto", refit=replace(_HALF_FEATURES, probe=_PROBE)),
+        Recipe("auto-head", refit=HeadRefit(Evidence(), _PROBE)),
+        Recipe("features-head", refit=_HALF_FEATURES),
+        # Sketches as wide as the adapters cost half as much again as the factors themselves.
+        Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2)))),
+        Recipe("lora-products", LoraProducts()),
+        Recipe("lora-factors", LoraFactors()),
+        Recipe("lora-rotated", LoraFactors(rotate=True)),
+        Recipe("lora-gram", LoraProducts(GramWeighting(Ridge(1e-2)))),
+        Recipe("lorm", LoraAlternating(GramWeighting(Ridge(1e-3)))),
     )
 }

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedbasin.client import basin
-from fedbasin.strategies.fusion.lora.lora_factors import holding, narrowed
+from fedbasin.strategies.fusion.lora.lora_factors import as_module, narrow
 from tests.federation import Federation
 
 WORDS, PLACES, CLASSES = 12, 6, 3
@@ -46,14 +46,12 @@ def model(rank: int = RANK, seed: int = 0) -> PeftModel:
     torch.manual_seed(seed)
     targets = ["query", "value", "word_embeddings"]
     # alpha in proportion to the rank: clients of several ranks then scale their products alike.
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=["classifier"]
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=["classifier"])
     return get_peft_model(base, config)
 
 
 def server_model(rank: int = RANK) -> torch.nn.Module:
-    return holding(saved(model(rank)))
+    return as_module(saved(model(rank)))
 
 
 def examples(node: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -90,7 +88,7 @@ def make_app(rank=lambda node: RANK, ignores_frozen=()) -> ClientApp:
         config = message.content["config"]
         app.configs.append(dict(config))
         net = model(rank(node))
-        load(net, narrowed(message.content["arrays"].to_torch_state_dict(), rank(node)))
+        load(net, narrow(message.content["arrays"].to_torch_state_dict(), rank(node)))
         frozen = str(config.get("frozen-factor", ""))
         if frozen and node not in ignores_frozen:
             for name, parameter in net.named_parameters():
@@ -116,7 +114,7 @@ def federation(clients=3, app=None, tamper=None, **config):
     """Clients 100, 101, ...; keywords are settings of fedbasin, with underscores."""
     own = {f"fedbasin.{name.replace('_', '-')}": value for name, value in config.items()}
     settings = {
-        "fedbasin.nodes": clients,
+        "fedbasin.min-available-nodes": clients,
         "fedbasin.poll-seconds": 0.001,
         "fedbasin.fraction-evaluate": 0.0,
         **own,

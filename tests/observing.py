@@ -2,24 +2,22 @@
 
 import asyncio
 import json
-import shutil
 import socket
 import subprocess
 import threading
-import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+from fedbasin.proto.observer_service import RemoteObserver
+from fedbasin.proto.report import RoundReport
+from fedbasin.server.observe import push as pushing
 from fedbasin.server.observe.access import Pass
-from fedbasin.server.observe.observer import Settings, serving
+from fedbasin.server.observe.observer import ObserverSettings, serving
 from fedbasin.server.observe.push import connect
+from tests.needing import needed
+from tests.waiting import LONG, wait_until
 
 RULES = Path(__file__).parent.parent / "deploy" / "prometheus" / "rules.yml"
 
@@ -30,15 +28,15 @@ def observer(**settings):
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    context = serving(Settings(**{"port": 0, "metrics_port": 0} | settings))
+    context = serving(ObserverSettings(**{"port": 0, "metrics_port": 0} | settings))
     try:
-        addresses = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(30)
+        addresses = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(LONG)
         try:
             yield addresses
         finally:
             # Also where the test skips or fails: a server left open would raise in some later test.
             closing = context.__aexit__(None, None, None)
-            asyncio.run_coroutine_threadsafe(closing, loop).result(30)
+            asyncio.run_coroutine_threadsafe(closing, loop).result(LONG)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -46,15 +44,19 @@ def observer(**settings):
 
 
 @contextmanager
-def served(own=None, **settings):
-    """An observer and a client of it."""
-    with observer(**settings) as addresses, connect(addresses.observer, own or Pass()) as channel:
-        yield addresses, ObserverStub(channel)
+def served(credentials=None, **settings):
+    """An observer and a client of it; yields its addresses and the client."""
+    with observer(**settings) as addresses, connect(addresses.observer, credentials or Pass()) as channel:
+        yield addresses, RemoteObserver(channel)
+
+
+def push(address, report, timeout_seconds=LONG, credentials=None):
+    """As a run does, but more patient: a run rather goes on than wait for an observer that is slow."""
+    return pushing.push(address, report, timeout_seconds, credentials)
 
 
 def report(round_, run="run", **fields):
-    given = {"schema_version": pb.SCHEMA_VERSION, "rounds": 9, "recipe": "fedavg"} | fields
-    return pb.RoundReport(run_id=run, round=round_, **given)
+    return RoundReport(run, round_, **{"rounds": 9, "recipe": "fedavg"} | fields)
 
 
 class Prometheus:
@@ -65,27 +67,22 @@ class Prometheus:
 
     def get(self, path, **query):
         url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=LONG) as answer:
             return json.load(answer)["data"]
 
     def values(self, expression):
         """The samples of an expression now."""
         return [float(one["value"][1]) for one in self.get("query", query=expression)["result"]]
 
-    def wait_for(self, expression, seconds=20):
+    def wait_for(self, expression):
         """Until the expression has a sample."""
-        end = time.monotonic() + seconds
-        while not self.values(expression):
-            assert time.monotonic() < end, f"{expression} has no sample after {seconds} s"
-            time.sleep(0.1)
+        wait_until(lambda: self.values(expression), f"{expression} has no sample")
 
 
 @contextmanager
 def prometheus(target, folder, scrape_seconds=1):
     """A Prometheus on a free port that scrapes an observer's page and evaluates our rules."""
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("prometheus is not on PATH; Debian and Ubuntu: apt-get install prometheus")
+    program = needed("prometheus")
     config = {
         "global": {"scrape_interval": f"{scrape_seconds}s", "evaluation_interval": "1s"},
         "rule_files": [str(RULES)],
@@ -112,16 +109,16 @@ def prometheus(target, folder, scrape_seconds=1):
         yield Prometheus(address)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(LONG)
 
 
 def _wait_until_ready(address, process, log):
-    for _ in range(200):
+    def ready():
         assert process.poll() is None, log.read_text()
         try:
-            urllib.request.urlopen(f"http://{address}/-/ready", timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError(log.read_text())
+            urllib.request.urlopen(f"http://{address}/-/ready", timeout=LONG).close()
+        except OSError:
+            return False
+        return True
+
+    wait_until(ready, f"Prometheus is not ready; its log is {log}")

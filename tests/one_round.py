@@ -14,9 +14,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedbasin.client import basin
-from fedbasin.server.run.loop import Result
-from fedbasin.server.run.serve import Hooks, serve
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.server.run.result import RunResult
+from tests import running
 from tests.federation import Federation
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy/digits"))
@@ -44,46 +43,41 @@ def _once(train: Train) -> Train:
 
 @cache
 def _app() -> ClientApp:
-    """The app's own functions behind its own mod, with a memory."""
-    made = ClientApp(
-        mods=[basin(client_app.own_model, lambda context: [client_app.own_examples(context)])]
-    )
-    made.train()(_once(client_app.train_app))
-    return made
+    """Return the app's own functions behind its own mod, with a memory."""
+    app = ClientApp(mods=[basin(client_app.own_model, lambda context: [client_app.own_examples(context)])])
+    app.train()(_once(client_app.train_app))
+    return app
 
 
-def one_round(recipe: str, align: str, start: str, seed: int, **app: Value) -> Result:
-    """The round's model, and its report with accuracies on 540 test images.
+def one_round(recipe: str, align: str, start: str, seed: int, **app: Value) -> RunResult:
+    """Return the round's model, and its report with accuracies on 540 test images.
 
     Args:
-        recipe: how clients are fused.
-        align: by whom they are aligned.
-        start: whether clients begin from the server's model or their own.
-        seed: of the shares of examples.
+        recipe: name of the recipe.
+        align: the side that aligns.
+        start: `shared` or `own`, where clients begin.
+        seed: seed of the shares of examples.
         app: the app's own settings: `width`, `epochs`, `batch-size` and `alpha`, with underscores.
     """
     own: Mapping[str, Value] = {key.replace("_", "-"): value for key, value in app.items()}
     width = int(own["width"])
-    model, probed = task.make_model(width, seed=0), task.make_model(width, seed=0)
-    probe = server_app.Probe(probed, task.load_split()[1])
+    images = server_app.Accuracies(task.make_model(width, seed=0), task.load_split()[1])
     with TemporaryDirectory() as folder:
         config = {
             "fedbasin.recipe": recipe,
             "fedbasin.align": align,
             "fedbasin.start": start,
-            "fedbasin.nodes": CLIENTS,
+            "fedbasin.min-available-nodes": CLIENTS,
             "fedbasin.fraction-evaluate": 0.0,
             "fedbasin.folder": folder,
             "fedbasin.poll-seconds": 0.001,
             "seed": seed,
             **own,
         }
-        federation = Federation(_app(), config, CLIENTS)
-        return serve(
-            federation.grid(),
-            federation.server_context(),
-            model,
-            1,
-            symmetry=trace(model, torch.zeros(1, task.PIXELS)),
-            hooks=Hooks(evaluate=probe.global_model, observe=probe.client),
+        return running.run(
+            Federation(_app(), config, CLIENTS),
+            task.make_model(width, seed=0),
+            example=torch.zeros(2, task.PIXELS),
+            client_metrics_fn=images.measure_client,
+            evaluate_fn=images.evaluate,
         )

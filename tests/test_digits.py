@@ -39,9 +39,7 @@ def test_regmean_brings_them_to_their_ensemble():
     results = [measure("regmean", "client", False, seed) for seed in SEEDS]
     assert min(map(accuracy, results)) >= 0.955
     for result in results:
-        assert accuracy(result) == pytest.approx(
-            result.reports[0].metrics["ensemble-accuracy"], abs=0.015
-        )
+        assert accuracy(result) == pytest.approx(result.reports[0].metrics["ensemble-accuracy"], abs=0.015)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -67,7 +65,7 @@ def test_where_labels_are_skewed_features_keep_more_and_a_head_from_labels_most(
 @pytest.mark.parametrize("recipe", ["fedavg", "regmean"])
 def test_from_a_shared_start_alignment_finds_the_identity(recipe):
     aligned, plain = (measure(recipe, align, True, 0) for align in ("client", "off"))
-    for name, tensor in plain.model.items():
-        assert torch.equal(aligned.model[name], tensor)
+    for name, tensor in plain.state_dict.items():
+        assert torch.equal(aligned.state_dict[name], tensor)
     for client in aligned.reports[0].stages[0].clients:
         assert [space.moved for space in client.alignment.spaces] == [0, 0]

@@ -55,9 +55,7 @@ class TestASpec:
         found = expand("FedAvgM(server_momentum=[0.5, 0.9], server_learning_rate=[1, 2])")
         assert len({str(spec) for spec in found}) == 4
 
-    @pytest.mark.parametrize(
-        "text", ["", "a.b", "f(x)", "f(", "f(**{})", "f(1)(2)", "f(1) + g(2)", "1"]
-    )
+    @pytest.mark.parametrize("text", ["", "a.b", "f(x)", "f(", "f(**{})", "f(1)(2)", "f(1) + g(2)", "1"])
     def test_of_anything_else_is_refused(self, text):
         with pytest.raises(SpecError, match="write a name"):
             parse(text)
@@ -171,9 +169,7 @@ class TestARule:
         assert plain[1].loss != pytest.approx(mean[1].loss, rel=1e-3)
 
     def test_fedprox_holds_clients_at_the_model_that_was_sent(self, run):
-        free, held = (
-            run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3)
-        )
+        free, held = (run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3))
         assert abs(held[1].loss - held[0].loss) < abs(free[1].loss - free[0].loss)
 
     def test_counts_the_bytes_of_the_tensors_and_little_more(self, run, scratch):
@@ -268,10 +264,7 @@ class TestASummary:
         curves |= curve([0, 0.9], "FedAvgM(server_momentum=0.9)") | curve([0, 0.6], "FedAvg")
         ((_, rows),) = summary.scenes(curves).items()
         best = summary.best_of_each(rows)
-        assert [(row.rule, row.tried) for row in best] == [
-            ("FedAvg", 1),
-            ("FedAvgM(server_momentum=0.9)", 2),
-        ]
+        assert [(row.rule, row.tried) for row in best] == [("FedAvg", 1), ("FedAvgM(server_momentum=0.9)", 2)]
         assert "FedAvgM 2" in tables.settings_note(best)
 
     def test_of_settings_is_a_table_with_what_it_took_to_each_mark(self):

@@ -1,4 +1,6 @@
+import ast
 import re
+import subprocess
 import types
 from pathlib import Path
 
@@ -6,50 +8,52 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from tests.federation import Federation
+from tests.quickstart_app import QUICKSTART, hunks_by_file, patch
 
 ROOT = Path(__file__).parent.parent
-QUICKSTART = ROOT / "tests" / "quickstart"
+README = (ROOT / "README.md").read_text()
 
 
-def diff_of_the_readme() -> dict[str, list[list[str]]]:
-    """Hunks by file; a hunk is consecutive lines, each with its sign."""
-    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    files: dict[str, list[list[str]]] = {}
-    for line in diff.splitlines():
-        if line.startswith("+++ b/"):
-            hunks = files[line.removeprefix("+++ b/")] = [[]]
-        elif line == "@@":
-            hunks.append([])
-        elif not line.startswith("--- a/"):
-            hunks[-1].append(line)
-    return files
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def patched(name: str) -> str:
-    text = (QUICKSTART / name).read_text()
-    for hunk in diff_of_the_readme()[name]:
-        old = "".join(f"{line[1:]}\n" for line in hunk if not line.startswith("+"))
-        new = "".join(f"{line[1:]}\n" for line in hunk if not line.startswith("-"))
-        assert text.count(old) == 1, f"{name} does not have once:\n{old}"
-        text = text.replace(old, new)
-    return text
+def load_patched(name: str) -> types.ModuleType:
+    module = types.ModuleType(name.removesuffix(".py"))
+    exec(compile(patch(name), name, "exec"), module.__dict__)
+    return module
 
 
-def module(name: str) -> types.ModuleType:
-    made = types.ModuleType(name.removesuffix(".py"))
-    exec(compile(patched(name), name, "exec"), made.__dict__)
-    return made
+@pytest.mark.parametrize(("name", "limit"), [("server_app.py", 3), ("client_app.py", 5)])
+def test_the_diff_is_short(name: str, limit: int) -> None:
+    lines = [line for hunk in hunks_by_file()[name] for line in hunk]
+    assert 0 < sum(line.startswith("+") and line[1:].strip() != "" for line in lines) <= limit
 
 
-def test_the_diff_has_at_most_ten_lines() -> None:
-    lines = [line for hunks in diff_of_the_readme().values() for hunk in hunks for line in hunk]
-    written = [line for line in lines if line.startswith("+") and line[1:].strip()]
-    assert 0 < len(written) <= 10
+def test_the_statistics_of_the_diff_are_those_of_git(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "core.autocrlf=false", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet")
+    for name in hunks_by_file():
+        (tmp_path / name).write_text((QUICKSTART / name).read_text())
+    git("add", ".")
+    for name in hunks_by_file():
+        (tmp_path / name).write_text(patch(name))
+    (shown,) = (block for block in code_blocks("console") if "git diff --stat" in block)
+    assert shown == "$ git diff --stat\n" + git("diff", "--no-color", "--stat=80")
 
 
-def test_the_diff_turns_the_quickstart_into_a_run_of_fedbasin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tutorial_shows_the_same_diff() -> None:
+    tutorial = (ROOT / "docs" / "tutorial" / "quickstart.md").read_text()
+    shown = "".join(re.findall(r"```diff\n(.*?)```", tutorial, re.DOTALL))
+    lines = [line for hunks in hunks_by_file().values() for hunk in hunks for line in hunk]
+    changed = [line for line in lines if not line.startswith(" ")]
+    assert sorted(line for line in shown.splitlines() if line != "@@") == sorted(changed)
+
+
+def test_the_diff_turns_the_quickstart_into_a_run_of_fedbasin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = {
         "batch-size": 16,
@@ -60,32 +64,17 @@ def test_the_diff_turns_the_quickstart_into_a_run_of_fedbasin(
         "fedbasin.recipe": "regmean",
         "fedbasin.folder": str(tmp_path / "runs"),
     }
-    federation = Federation(module("client_app.py").app, config, clients=2)
-    server = module("server_app.py").app
+    federation = Federation(load_patched("client_app.py").app, config, clients=2)
+    server = load_patched("server_app.py").app
     server(federation.grid(), Context(1, 1, {}, RecordDict(), config))
     assert (tmp_path / "final_model.pt").is_file()
     (reports,) = tmp_path.glob("runs/*/rounds.jsonl")
     assert len(reports.read_text().splitlines()) == 2
 
 
-# Its example needs an observer and is run beside one, in tests/server/test_observer_models.py.
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "observing-api.md"]
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
-def test_the_python_of_a_page_runs(page: Path) -> None:
-    for source in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(source, page.name, "exec"), {})
-
-
-def test_the_settings_page_is_what_the_code_says() -> None:
-    from fedbasin.server.run.settings import described
-
-    page = (ROOT / "docs" / "settings.md").read_text()
-    for key, default, text in described():
-        assert f"| `{key}` | `{default}` | {text} |\n" in page
-
-
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+def test_the_twelve_lines_align_two_models(capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = code_blocks("python")
+    assert sum("import" not in line for line in source.splitlines() if line) == 12
+    exec(compile(source, "README.md", "exec"), {})
+    before, after = ast.literal_eval(capsys.readouterr().out)
+    assert 0 <= after < before

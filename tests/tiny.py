@@ -17,9 +17,7 @@ HIDDEN = 6
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(PIXELS, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)
-    )
+    return nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
 def symmetry():
@@ -78,5 +76,5 @@ def make_app(mods=None, train_mods=None):
 def federation(clients=3, app=None, tamper=None, **config):
     """Clients 100, 101, ...; keywords are settings of fedbasin, with underscores."""
     own = {f"fedbasin.{name.replace('_', '-')}": value for name, value in config.items()}
-    settings = {"fedbasin.nodes": clients, "fedbasin.poll-seconds": 0.001, **own}
+    settings = {"fedbasin.min-available-nodes": clients, "fedbasin.poll-seconds": 0.001, **own}
     return Federation(app or make_app(), settings, clients, tamper or {})

@@ -1,9 +1,9 @@
-"""`nn.MultiheadAttention`'s function written out, so that its projections are seen as the linear maps they are.
+"""The function of `nn.MultiheadAttention` written out, so that its projections are ordinary linear calls.
 
     softmax(q k^T / sqrt(d)) v        for each head, between a joint input and an output projection
 
-Vaswani et al. 2017, arXiv 1706.03762. Sequences lead, as in `torch.nn.functional`; the projections read
-`[batch, tokens, features]`, so that padding can be told in them.
+Source: Vaswani et al. 2017, arXiv 1706.03762. Sequences lead, as in `torch.nn.functional`; the projections read
+`[batch, tokens, features]`, so that a padding mask applies to them.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ Sequences = Float[Tensor, "tokens batch features"]
 
 
 def is_plain(**options: Any) -> bool:
-    """Whether `attend` covers the options: one joint projection, and nothing appended to keys and values."""
+    """Return whether `attend` covers the options: one joint projection, and nothing appended to keys and values."""
     rare = ("bias_k", "bias_v", "static_k", "static_v")
     return (
         all(options.get(name) is None for name in rare)
@@ -45,31 +45,26 @@ def attend(
     is_causal: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `torch.nn.functional.multi_head_attention_forward`, for options that `is_plain`."""
-    del is_causal, options  # only ever a hint beside the mask
-    batched = query.ndim == 3
-    q, k, v = _project(
-        _leading(query), _leading(key), _leading(value), in_proj_weight, in_proj_bias
-    )
-    q, k, v = (_heads(part, num_heads) for part in (q, k, v))
-    bias = _bias(key_padding_mask, attn_mask, q)
-    dropped = dropout_p if training else 0.0
-    mixed = F.scaled_dot_product_attention(q, k, v, bias, dropped)
+    """Compute `torch.nn.functional.multi_head_attention_forward` for options that `is_plain` accepts."""
+    del is_causal, options  # a hint only: PyTorch always gives the mask as well
+    is_batched = query.ndim == 3
+    q, k, v = _project(_batch_first(query), _batch_first(key), _batch_first(value), in_proj_weight, in_proj_bias)
+    q, k, v = (_split_heads(part, num_heads) for part in (q, k, v))
+    bias = _score_bias(key_padding_mask, attn_mask, q)
+    mixed = F.scaled_dot_product_attention(q, k, v, bias, dropout_p if training else 0.0)
     out = F.linear(mixed.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     weights = _weights(q, k, bias, average=average_attn_weights) if need_weights else None
-    if batched:
+    if is_batched:
         return out.transpose(0, 1), weights
     return out[0], None if weights is None else weights[0]
 
 
-def _leading(values: Tensor) -> Float[Tensor, "batch tokens features"]:
+def _batch_first(values: Tensor) -> Float[Tensor, "batch tokens features"]:
     return values.transpose(0, 1) if values.ndim == 3 else values.unsqueeze(0)
 
 
-def _project(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, ...]:
-    # The views are new objects, their memory is not.
+def _project(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    # By address: the transposed views are new objects even where all three are the same sequence.
     if query.data_ptr() == key.data_ptr() == value.data_ptr() and query.shape == key.shape:
         return F.linear(query, weight, bias).chunk(3, -1)
     biases = (None, None, None) if bias is None else bias.chunk(3)
@@ -77,24 +72,25 @@ def _project(
     return tuple(F.linear(values, w, b) for values, w, b in triples)
 
 
-def _heads(values: Tensor, count: int) -> Float[Tensor, "batch heads tokens size"]:
+def _split_heads(values: Tensor, count: int) -> Float[Tensor, "batch heads tokens size"]:
     return values.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
-def _bias(padding: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Both masks as one that is added to the scores; true means: not to be looked at."""
+def _score_bias(padding: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return both masks as one bias of the scores."""
     batch, heads = query.shape[:2]
     total = None
     if mask is not None:
-        added = _added(mask, query.dtype)
-        total = added if mask.ndim == 2 else added.unflatten(0, (batch, heads))
+        bias = _as_bias(mask, query.dtype)
+        total = bias if mask.ndim == 2 else bias.unflatten(0, (batch, heads))
     if padding is not None:
-        hidden = _added(padding, query.dtype).reshape(batch, 1, 1, -1)
-        total = hidden if total is None else total + hidden
+        bias = _as_bias(padding, query.dtype).reshape(batch, 1, 1, -1)
+        total = bias if total is None else total + bias
     return total
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as a bias; true in a boolean mask hides a key."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)

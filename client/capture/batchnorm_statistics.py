@@ -1,4 +1,4 @@
-"""What BatchNorms read while a model runs: the running statistics of the model that it is now, on a client's data."""
+"""Running statistics of BatchNorm layers, measured on a client's data while a model runs."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,77 +13,78 @@ from fedbasin.proto.layer_graph import BatchNorm
 
 
 def find_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
-    """The BatchNorms with running statistics, a gain and a shift, in the order of the modules."""
+    """Return the BatchNorm layers with running statistics, a weight and a bias, in the order of the modules."""
     return tuple(
         BatchNorm(name, module.eps)
         for name, module in model.named_modules()
-        if name
-        and isinstance(module, _BatchNorm)
-        and module.running_mean is not None
-        and module.affine
+        if name and isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine
     )
 
 
-class Moments:
-    """Sums over what one BatchNorm reads: positions of all examples, padding too, as in training."""
+class NormInputs:
+    """Sums over the inputs of one BatchNorm layer, in double.
+
+    Every position of every example counts, padding included: BatchNorm itself reads padding during training.
+    """
 
     def __init__(self, channels: int) -> None:
         self._count = 0
+        # The variance is the difference of two sums, which cancels most digits of float32.
         self._sums = torch.zeros(2, channels, dtype=torch.float64)
 
-    def see(self, images: Tensor) -> None:
+    def add(self, images: Tensor) -> None:
         """Add a batch `[batch, channels, ...]`."""
         channels = images.detach().double().transpose(0, 1).flatten(1)
         self._count += channels.shape[1]
         self._sums += torch.stack([channels.sum(1), channels.square().sum(1)]).cpu()
 
     def statistics(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, of the given ones' dtype; those themselves where nothing was read."""
+        """Return the mean and the variance of the inputs.
+
+        Args:
+            mean: tensor whose dtype the result has, and the result where the layer read nothing.
+            variance: tensor for the variance, in the same two roles.
+        """
         if not self._count:
             return mean, variance
-        first, second = self._sums / self._count
+        input_mean, square_mean = self._sums / self._count
         # Rounding takes the variance of a constant below zero.
-        central = (second - first.square()).clamp(min=0)
-        return first.to(mean.dtype), central.to(variance.dtype)
+        input_variance = (square_mean - input_mean.square()).clamp(min=0)
+        return input_mean.to(mean.dtype), input_variance.to(variance.dtype)
 
 
 @contextmanager
-def measuring(
-    model: nn.Module, norms: Collection[BatchNorm]
-) -> Iterator[Mapping[BatchNorm, Moments]]:
-    """Watch what BatchNorms read.
+def measuring(model: nn.Module, norms: Collection[BatchNorm]) -> Iterator[Mapping[BatchNorm, NormInputs]]:
+    """Sum the inputs of BatchNorm layers while a context is open.
 
     Args:
-        model: to be run; copies of it are not watched.
-        norms: of the model.
+        model: the model that will run; copies of it are not measured.
+        norms: layers of the model.
 
     Yields:
-        what each has read, which grows while the model runs.
+        the sums of each layer, which grow while the model runs.
 
     Raises:
-        ValueError: the model has no such BatchNorm.
+        ValueError: the model has no such BatchNorm layer.
     """
-    known = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    if strange := [norm.name for norm in norms if norm.name not in known]:
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if unknown := [norm.name for norm in norms if norm.name not in modules]:
         raise ValueError(
-            f"{strange[0]} is no BatchNorm of this {type(model).__name__}; use the same model class as the server"
+            f"{unknown[0]} is not a BatchNorm layer of this {type(model).__name__}; use the same model class as the "
+            "server"
         )
-    seen = {norm: Moments(known[norm.name].num_features) for norm in norms}
-    with ExitStack() as watched:
-        for norm, moments in seen.items():
-            module = known[norm.name]
-            see = partial(_see, module, moments)
-            watched.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
-        yield seen
+    inputs = {norm: NormInputs(modules[norm.name].num_features) for norm in norms}
+    with ExitStack() as hooks:
+        for norm, sums in inputs.items():
+            module = modules[norm.name]
+            hook = partial(_add_input, module, sums)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield inputs
 
 
-def _see(
-    watched: nn.Module,
-    moments: Moments,
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    named: dict[str, Any],
+def _add_input(
+    measured: nn.Module, sums: NormInputs, module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any]
 ) -> None:
     # A copy of the model has a copy of the hook.
-    if module is watched:
-        moments.see(args[0] if args else named["input"])
+    if module is measured:
+        sums.add(args[0] if args else named["input"])

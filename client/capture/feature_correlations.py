@@ -1,41 +1,40 @@
-"""How the features of anchor and client correlate on the client's data: one pass, sums alone.
+"""Cross-covariances between the features of anchor and client on the client's data: one pass, sums alone.
 
     C = sum over rows of  z^a (z^k)^T  -  (sum z^a)(sum z^k)^T / rows        z the output of a layer that writes a space
 
-What activation matching maximises (`strategies/alignment/activation_matching.py`). A row is an example, a token that is no
-padding, or a position of a convolution's output.
+Activation matching maximises its agreement with C (`strategies/alignment/activation_matching.py`). A row is an example,
+a token that is not padding, or a position of a convolution's output.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import layer_by_layer, unpadded
-from fedbasin.client.data import Batch, Batches, evaluating, forward, read
+from fedbasin.client.capture.layer_calls import layer_by_layer
+from fedbasin.client.capture.module_outputs import named_layers, observing
 from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
+from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 
 Rows = Float[Tensor, "channels rows"]
 
-# The axis of the weight that its outputs are numbered by.
+# By module, the axis of the weight along which its outputs lie.
 _OUTPUT_AXIS = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.Conv3d: 0, nn.Embedding: 1}
 
 
 @dataclass
-class _Sums:
-    """Of one writer of a space: products of features, and features.
+class _FeatureSums:
+    """Sums over the features of one layer that writes a space.
 
     Attributes:
-        role: which of the group's feature spaces it writes.
-        products: as the group keeps them.
+        role: role of the space's group that the layer writes.
+        products: products of the anchor's features with the client's, in the group's own form.
         anchor, client: sums of the features, `[width, 1]`.
-        rows: how many.
+        rows: number of rows.
     """
 
     role: int
@@ -44,120 +43,101 @@ class _Sums:
     client: Tensor
     rows: int
 
+    def add(self, sums: "_FeatureSums") -> None:
+        """Add the sums over more rows, in place."""
+        self.products += sums.products
+        self.anchor += sums.anchor
+        self.client += sums.client
+        self.rows += sums.rows
+
     def centred(self, space: Space) -> Tensor:
-        """The products of deviations from the mean."""
+        """Return the products of the features' deviations from their means."""
         scale = self.rows**0.5
-        return self.products - space.group.score(
-            self.anchor / scale, self.client / scale, self.role
-        )
+        return self.products - space.group.score(self.anchor / scale, self.client / scale, self.role)
 
 
 def correlations(
     symmetry: Symmetry, model: nn.Module, anchor: State, own: State, batches: Batches
 ) -> dict[str, tuple[Tensor, ...]]:
-    """C of every role of every space, by space name, in double on the CPU.
+    """Return C for every role of every space, by the space's name, in double on the CPU.
 
-    A space is seen where a module of its own writes it: a linear layer, a convolution or an embedding. Spaces that none
-    writes are left out, as are those that stretch, whose roles need more than products; a role that none writes, such as
-    a norm's gains, is zero.
+    Features of a space are visible where a module writes them: a linear layer, a convolution or an embedding. Spaces
+    that no module writes are left out, and so are spaces that scale, whose roles need more than products. A role that
+    no module writes, as the weights of a norm, is zero.
 
     Args:
         symmetry: the spaces.
-        model: lends its architecture; it runs in evaluation mode and is left as it was.
+        model: module that runs the states; it runs in evaluation mode and is left as it was.
         anchor: the global model.
-        own: the client's.
+        own: the client's model.
         batches: the client's data, read once.
 
     Raises:
         ValueError: there is no data, or a state does not fit the model.
     """
-    writers = dict(_writers(model))
+    layers = named_layers(model, tuple(_OUTPUT_AXIS))
+    # A subclass may lay its weight out in another way.
+    writers = {name: layer for name, layer in layers.items() if type(layer) in _OUTPUT_AXIS}
     bound = [bind(model, state) for state in (anchor, own)]
-    sums: dict[str, dict[Axis, _Sums]] = {}
+    sums: dict[str, dict[Axis, _FeatureSums]] = {}
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        for batch in read(batches, model):
-            ours, theirs = (_features(model, writers, batch, state) for state in bound)
+        for batch in read_batches(batches, model):
+            anchor_features, client_features = (_features(model, writers, batch, state) for state in bound)
             for space in symmetry.spaces:
-                for axis in _seen(space, writers, ours):
-                    found = _products(space, axis, ours[axis.tensor], theirs[axis.tensor])
-                    _add(sums.setdefault(space.name, {}), axis, found)
+                for axis in _visible_axes(space, writers, anchor_features):
+                    features = anchor_features[axis.tensor], client_features[axis.tensor]
+                    _add(sums.setdefault(space.name, {}), axis, _multiply(space, axis, *features))
     return {s.name: _by_role(s, sums[s.name]) for s in symmetry.spaces if s.name in sums}
 
 
-def _writers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
-    """Each weight that writes features, with its module and the axis of its outputs."""
-    for name, module in model.named_modules():
-        if type(module) in _OUTPUT_AXIS:
-            yield f"{name}.weight" if name else "weight", (module, _OUTPUT_AXIS[type(module)])
-
-
-def _seen(
-    space: Space, writers: dict[str, tuple[nn.Module, int]], features: dict[str, Rows]
-) -> Iterator[Axis]:
-    """The axes that write the space, with the axis that their features have."""
+def _visible_axes(space: Space, writers: Mapping[str, nn.Module], features: Mapping[str, Rows]) -> Iterator[Axis]:
+    """Yield the axes of weights that write the space, each as the axis of those features."""
     element = space.group.identity()
+    # A space that scales has roles dual to one another, and products of features do not determine its element.
     if any(dual != role for role, dual in enumerate(element.duals)):
         return
     for axis in space.scored:
-        known = axis.tensor in features and axis.outer is None
-        if known and axis.dim == writers[axis.tensor][1]:
+        is_visible = axis.tensor in features and axis.outer is None
+        if is_visible and axis.dim == _OUTPUT_AXIS[type(writers[axis.tensor])]:
             yield replace(axis, dim=0)
 
 
-def _features(
-    model: nn.Module, writers: dict[str, tuple[nn.Module, int]], batch: Batch, state: State
-) -> dict[str, Rows]:
+def _features(model: nn.Module, writers: Mapping[str, nn.Module], batch: Batch, state: State) -> dict[str, Rows]:
     features: dict[str, Rows] = {}
-    with ExitStack() as hooks:
-        for name, (module, _) in writers.items():
-            see = partial(_see, features, name, batch.mask)
-            hooks.callback(module.register_forward_hook(see).remove)
+
+    def record(name: str, rows: Tensor) -> None:
+        columns = rows.mT.double()
+        # A module that is called twice writes its space twice.
+        features[name] = torch.cat([features[name], columns], 1) if name in features else columns
+
+    with observing(writers, batch.mask, record):
         forward(model, batch, state)
     return features
 
 
-def _see(
-    features: dict[str, Rows],
-    name: str,
-    mask: Tensor | None,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],  # noqa: ARG001 - the signature of a hook
-    output: Tensor,
-) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        rows = unpadded(output, mask, name)
-    else:
-        axis = output.ndim - len(module.kernel_size) - 1  # type: ignore[arg-type] # every convolution has one
-        rows = output.movedim(axis, -1).flatten(0, -2)
-    seen = rows.mT.double()
-    features[name] = torch.cat([features[name], seen], 1) if name in features else seen
-
-
-def _products(space: Space, axis: Axis, ours: Rows, theirs: Rows) -> _Sums:
+def _multiply(space: Space, axis: Axis, anchor: Rows, client: Rows) -> _FeatureSums:
     width = space.width(axis.role)
-    a, k = (axis.rows(each, width) for each in (ours, theirs))
-    score = space.group.score(a, k, axis.role)
-    return _Sums(axis.role, score.cpu(), a.sum(1, True).cpu(), k.sum(1, True).cpu(), a.shape[1])
+    a, k = (axis.rows(features, width) for features in (anchor, client))
+    products = space.group.score(a, k, axis.role)
+    # Matching runs on the CPU, and the sums are small.
+    sums = a.sum(1, True).cpu(), k.sum(1, True).cpu()
+    return _FeatureSums(axis.role, products.cpu(), *sums, a.shape[1])
 
 
-def _add(sums: dict[Axis, _Sums], axis: Axis, found: _Sums) -> None:
-    if axis not in sums:
-        sums[axis] = found
-        return
-    held = sums[axis]
-    held.products += found.products
-    held.anchor += found.anchor
-    held.client += found.client
-    held.rows += found.rows
+def _add(sums: dict[Axis, _FeatureSums], axis: Axis, features: _FeatureSums) -> None:
+    if axis in sums:
+        sums[axis].add(features)
+    else:
+        sums[axis] = features
 
 
-def _by_role(space: Space, sums: dict[Axis, _Sums]) -> tuple[Tensor, ...]:
+def _by_role(space: Space, sums: dict[Axis, _FeatureSums]) -> tuple[Tensor, ...]:
     roles: list[Tensor] = []
     for role in range(len(space.group.sizes)):
-        nothing = torch.zeros(space.width(role), 1, dtype=torch.float64)
-        total = space.group.score(nothing, nothing, role)
-        for each in sums.values():
-            if each.role == role:
-                total = total + each.centred(space)
+        zeros = torch.zeros(space.width(role), 1, dtype=torch.float64)
+        total = space.group.score(zeros, zeros, role)
+        for axis_sums in sums.values():
+            if axis_sums.role == role:
+                total = total + axis_sums.centred(space)
         roles.append(total)
     return tuple(roles)

@@ -1,9 +1,9 @@
-"""The products of a model's weights with their inputs, seen while it runs.
+"""The calls of a model's linear layers and convolutions, observed while it runs.
 
     y = W x + b        as a linear map, a convolution, or a projection inside attention
 
-Every such product of a forward pass is shown as it happens, with the rows x that it multiplied. What a
-module is called and how it is nested plays no part: the function that multiplies is what is watched.
+A torch function mode intercepts the functions that multiply, so every layer of a forward pass is observed at the time
+of its call, however its module is named or nested, and also where no module calls it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +20,16 @@ from torch.overrides import TorchFunctionMode
 
 from fedbasin.client.capture.attention_calls import attend, is_plain
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import stored
+from fedbasin.strategies.fusion.update import tensor_names
 
-# Numbers held at once beside the model and its activations: 2^22 float64 are 32 MiB.
+# Numbers held at once in addition to the model and its activations: 2^22 float64 are 32 MiB.
 ROW_ELEMENTS = 2**22
 
 Pair: TypeAlias = tuple[int, int]
 Margins: TypeAlias = tuple[int, int, int, int]
 
-# Where torch's functions have their arguments.
-_ORDER = {
+# Positions of the arguments of torch's functions.
+_ARGUMENTS = {
     F.linear: ("input", "weight", "bias"),
     torch.addmm: ("bias", "input", "weight"),
     torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -38,12 +38,13 @@ _ORDER = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a convolution reads an image.
+    """The geometry with which a convolution reads an image.
 
     Attributes:
         size: height and width.
-        stride, dilation: the same.
-        margins: zeros left, right, above and below.
+        stride: vertical and horizontal stride.
+        dilation: vertical and horizontal dilation.
+        margins: widths of the zero padding left, right, above and below.
     """
 
     size: Pair
@@ -53,14 +54,14 @@ class Kernel:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
-    """One product: a layer's weight and what it was multiplied with.
+class LayerCall:
+    """One call of a layer in a forward pass.
 
     Attributes:
-        layer: which.
+        layer: the layer.
         inputs: `[..., in]`, or images.
         output: `[..., out]`, or images.
-        kernel: of a convolution.
+        kernel: geometry of a convolution; None for a linear layer.
     """
 
     layer: Layer
@@ -68,33 +69,29 @@ class Product:
     output: Tensor
     kernel: Kernel | None = None
 
-    def copy(self) -> "Product":
-        """The same, safe from later steps that write over what was read or computed."""
+    def copy(self) -> "LayerCall":
+        """Return a copy that no later operation in place can change."""
         return replace(self, inputs=self.inputs.clone(), output=self.output.clone())
 
     def rows(self, mask: Tensor | None = None) -> Iterator[Float[Tensor, "groups part in"]]:
-        """What the weight multiplied, in double, a one at the end of each row where there is a bias.
+        """Yield the rows that the weight multiplies, in double, in parts of bounded size.
 
-        A row is one vector of a linear layer, one position of one example of a convolution. In parts, so
-        that memory stays bounded.
+        A row is one vector of a linear layer, or one position of one example of a convolution. Where the layer has a
+        bias, each row ends in a one.
 
         Args:
-            mask: `[batch, tokens]`, false where a row is padding and left out.
+            mask: `[batch, tokens]`, false at padding, whose rows are left out.
 
         Raises:
-            ValueError: padding cannot be told from the input's shape.
+            ValueError: the shape of the inputs does not say which rows are padding.
         """
         bias = len(self.layer.block) - 1
         for part in self._parts(self.inputs, mask):
-            rows = (
-                part.double() if self.kernel is None else self._patches(part.double(), self.kernel)
-            )
+            rows = part.double() if self.kernel is None else self._patches(part.double(), self.kernel)
             yield F.pad(rows, (0, bias), value=1.0) if bias else rows
 
-    def columns(
-        self, values: Tensor, mask: Tensor | None = None
-    ) -> Iterator[Float[Tensor, "groups part out"]]:
-        """Values in the place of the output, in double, in the same parts and order as the rows."""
+    def columns(self, values: Tensor, mask: Tensor | None = None) -> Iterator[Float[Tensor, "groups part out"]]:
+        """Yield values of the output's shape as rows, in double, in the parts and the order of `rows`."""
         for part in self._parts(values, mask):
             if self.kernel is None:
                 yield part.double()
@@ -105,37 +102,40 @@ class Product:
     def _parts(self, values: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         if self.kernel is None:
             most = max(1, ROW_ELEMENTS // self.layer.inputs)
-            for part in torch.split(unpadded(values, mask, self.layer.block[0]), most):
+            for part in torch.split(drop_padding(values, mask, self.layer.block[0]), most):
                 yield part.unsqueeze(0)
             return
+        # Unfolding images multiplies their size by the area of the kernel, so the parts are counted in patches.
         positions = self.output.shape[-2:].numel()
         most = max(1, ROW_ELEMENTS // (self.layer.inputs * self.layer.groups * positions))
         yield from torch.split(values if values.ndim == 4 else values.unsqueeze(0), most)
 
     def _patches(self, images: Tensor, kernel: Kernel) -> Float[Tensor, "groups part in"]:
-        """What the kernel sees at each position, in the order of `weight.flatten(1)`."""
+        """Return the patch under the kernel at each position, in the order of `weight.flatten(1)`."""
         padded = F.pad(images, kernel.margins)
         patches = F.unfold(padded, kernel.size, kernel.dilation, 0, kernel.stride)
         grouped = patches.unflatten(1, (self.layer.groups, -1))
         return grouped.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-class Products(TorchFunctionMode):
-    """While active, shows every product with one of the layers' weights to `see`.
+class LayerCalls(TorchFunctionMode):
+    """A mode that shows every call of some layers to a callback while it is active.
 
     Args:
-        model: whose weights are watched, as they are now.
-        layers: those to watch.
-        see: called with each product, as soon as it is computed; what it returns takes the place of the output.
+        model: the model, whose present parameters identify the layers.
+        layers: the layers to observe.
+        observe: callback that receives each call as soon as it is computed; a tensor that it returns replaces the
+            output.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], see: Callable[[Product], Tensor | None]
+        self, model: nn.Module, layers: Sequence[Layer], observe: Callable[[LayerCall], Tensor | None]
     ) -> None:
         super().__init__()
+        # By identity: a function is called with the parameter itself, whatever the module is.
         parameters = dict(model.named_parameters())
-        self._layers = {id(parameters[stored(layer.block)[0]]): layer for layer in layers}
-        self._see = see
+        self._layers = {id(parameters[tensor_names(layer.block)[0]]): layer for layer in layers}
+        self._observe = observe
 
     def __torch_function__(
         self,
@@ -148,32 +148,32 @@ class Products(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             named = signature(func).bind(*args, **named).arguments
             if is_plain(**named):
-                # Written out, its projections are functions of their own.
+                # The mode is off inside `func`, so its projections would not be seen; `attend` runs in the mode.
                 with self:
                     return attend(**named)
             args = ()
         output = func(*args, **named)
-        if func in _ORDER:
-            return self._multiplied(output, dict(zip(_ORDER[func], args, strict=False)) | named)
+        if func in _ARGUMENTS:
+            return self._observe_call(output, dict(zip(_ARGUMENTS[func], args, strict=False)) | named)
         return output
 
-    def _multiplied(self, output: Tensor, given: Mapping[str, Any]) -> Tensor:
-        # Functions that a layer calls by other names, as `mat2`, are none of those that are watched.
-        layer = self._layers.get(id(given.get("weight")))
+    def _observe_call(self, output: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        # A call with other keywords, as `mat2` of `torch.addmm`, is not one of a layer and has no "weight".
+        layer = self._layers.get(id(arguments.get("weight")))
         if layer is None:
             return output
-        kernel = _kernel(given) if given["weight"].dim() == 4 else None
-        instead = self._see(Product(layer, given["input"], output, kernel))
-        return output if instead is None else instead
+        kernel = _kernel(arguments) if arguments["weight"].dim() == 4 else None
+        replacement = self._observe(LayerCall(layer, arguments["input"], output, kernel))
+        return output if replacement is None else replacement
 
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """PyTorch's own encoder without its fused evaluation path, as it is trained.
+    """Disable the fused evaluation path of PyTorch's transformer encoder while the context is open.
 
-    That path turns padded batches into nested tensors, whose shapes cannot be read and which vmap cannot
-    batch. The switch is the process's own, so it is put back.
+    The fused path turns padded batches into nested tensors, whose shapes cannot be read and which vmap cannot batch.
     """
+    # The switch belongs to the whole process, so it is restored.
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -182,11 +182,16 @@ def layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def unpadded(values: Tensor, mask: Tensor | None, name: str) -> Float[Tensor, "rows features"]:
-    """The rows `[..., features]` that are not padding; a pooled `[batch, features]` has none.
+def drop_padding(values: Tensor, mask: Tensor | None, name: str) -> Float[Tensor, "rows features"]:
+    """Return the rows of `[..., features]` that are not padding; a pooled `[batch, features]` has none.
+
+    Args:
+        values: the values.
+        mask: `[batch, tokens]`, false at padding; None where there is no padding.
+        name: name of the layer, for messages.
 
     Raises:
-        ValueError: padding cannot be told from the shape; `name` says whose it is.
+        ValueError: the shape of the values does not say which rows are padding.
     """
     rows = values.reshape(-1, values.shape[-1])
     if mask is None or values.shape[:-1] == mask.shape[:1]:
@@ -196,16 +201,16 @@ def unpadded(values: Tensor, mask: Tensor | None, name: str) -> Float[Tensor, "r
     if values.shape[:-1] == (mask.numel(),):
         return rows[mask.flatten()]
     raise ValueError(
-        f"the mask is {list(mask.shape)} but {name!r} reads {list(values.shape)}, in which padding cannot "
-        "be told; put [batch, tokens] first in the layer's input, or yield batches without padding and mask"
+        f"the mask is {list(mask.shape)} but {name!r} reads {list(values.shape)}, so padding cannot be told from data; "
+        "put [batch, tokens] first in the layer's input, or yield batches without padding and mask"
     )
 
 
-def _kernel(given: Mapping[str, Any]) -> Kernel:
-    height, width = given["weight"].shape[-2:]
-    dilation = _pair(given.get("dilation", 1))
-    margins = _margins(given.get("padding", 0), (height, width), dilation)
-    return Kernel((height, width), _pair(given.get("stride", 1)), dilation, margins)
+def _kernel(arguments: Mapping[str, Any]) -> Kernel:
+    height, width = arguments["weight"].shape[-2:]
+    dilation = _pair(arguments.get("dilation", 1))
+    margins = _margins(arguments.get("padding", 0), (height, width), dilation)
+    return Kernel((height, width), _pair(arguments.get("stride", 1)), dilation, margins)
 
 
 def _pair(value: Sequence[int] | int) -> Pair:
@@ -215,12 +220,10 @@ def _pair(value: Sequence[int] | int) -> Pair:
 
 
 def _margins(padding: Sequence[int] | int | str, size: Pair, dilation: Pair) -> Margins:
-    """Where "same" is odd, PyTorch puts the greater half last."""
     if isinstance(padding, str):
-        reach = [
-            d * (k - 1) if padding == "same" else 0 for k, d in zip(size, dilation, strict=True)
-        ]
-        rows, columns = ((total // 2, total - total // 2) for total in reach)
+        totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(size, dilation, strict=True)]
+        # Where the sum is odd, PyTorch puts the greater half last.
+        rows, columns = ((total // 2, total - total // 2) for total in totals)
     else:
         rows, columns = ((margin, margin) for margin in _pair(padding))
     return (*columns, *rows)

@@ -1,13 +1,13 @@
-"""How far a product's output gets through steps that can be undone, and how to get back.
+"""The path of a layer's output through invertible operations, and the way back.
 
-A residual branch ends in `x + f(x)`, a convolution in a normalisation. What later layers read is that sum or
-that normalised image, not the product itself; so a product is fitted to what it becomes there, taken back
-through the steps of the model that is fitted:
+A residual branch ends in `x + f(x)`, a convolution in a normalisation. Later layers read that sum or that normalised
+image, not the output of the layer itself. So a layer is fitted to the value at the end of the path, taken back through
+the operations of the model that is fitted:
 
     y + skip        ->  y = value - skip
     s y + t         ->  y = (value - t) / s        a normalisation in evaluation mode
     transpose, view ->  the inverse
-    dropout         ->  nothing: it is off
+    dropout         ->  the value itself: dropout is off
 """
 
 from collections import defaultdict
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-Undo: TypeAlias = Callable[[Tensor], Tensor]
+Inverse: TypeAlias = Callable[[Tensor], Tensor]
 
+# Functions are listed one by one: an unlisted one ends the path, which is always right, only shorter.
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
 _SAME = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, Tensor.contiguous, Tensor.clone}
 _TRANSPOSED = {torch.transpose, Tensor.transpose, Tensor.swapaxes}
@@ -37,57 +38,58 @@ _RESHAPED = {
     Tensor.view,
 }
 
-# A channel that a normalisation multiplies with less says nothing of what it was.
+# A normalisation that multiplies a channel by less than this has erased it: dividing would amplify rounding.
 _FAINT = 1e-6
 
 
 @dataclass(eq=False)
-class Reach:
-    """Where one product's output has got to.
+class InvertiblePath:
+    """The invertible operations that one layer's output has passed through.
 
     Attributes:
-        value: the output after the steps so far.
-        undo: of each step.
-        lead: the same of another model, whose value takes the place of this one's where both have ended.
+        value: the output after the operations so far.
+        inverses: inverse of each operation.
+        lead: path of the same call in another model; its value replaces this one's where both paths end.
     """
 
     value: Tensor
-    undo: list[Undo] = field(default_factory=list)
-    lead: "Reach | None" = None
+    inverses: list[Inverse] = field(default_factory=list)
+    lead: "InvertiblePath | None" = None
 
-    def back(self, value: Tensor) -> Tensor:
-        """What the product would have to give for `value` to be reached."""
-        for undo in reversed(self.undo):
-            value = undo(value)
+    def invert(self, value: Tensor) -> Tensor:
+        """Return the layer's output that would give `value` at the end of the path."""
+        for inverse in reversed(self.inverses):
+            value = inverse(value)
         return value
 
-    def led(self) -> Tensor | None:
-        """What takes the place of the value here, if anything does."""
-        ended = self.lead is not None and len(self.undo) == len(self.lead.undo)
-        return self.lead.value if self.lead and ended else None
+    def replacement(self) -> Tensor | None:
+        """Return the lead's value if the lead is as long as this path by now, otherwise None."""
+        if self.lead is None or len(self.inverses) != len(self.lead.inverses):
+            return None
+        return self.lead.value
 
 
-class Reaches(TorchFunctionMode):
-    """While active, follows outputs through what can be undone, each to its first reader that can not."""
+class InvertiblePaths(TorchFunctionMode):
+    """A mode that follows outputs through invertible operations, each to the first operation that is not invertible."""
 
     def __init__(self) -> None:
         super().__init__()
-        # The tensors are held, so that no other can get their address.
-        self._ends: defaultdict[int, list[tuple[Tensor, Reach]]] = defaultdict(list)
+        # Holds the tensors too: an address is unique only while its tensor lives.
+        self._ends: defaultdict[int, list[tuple[Tensor, InvertiblePath]]] = defaultdict(list)
 
-    def follow(self, output: Tensor, lead: Reach | None = None) -> Reach:
-        """Begin with a product's output.
+    def follow(self, output: Tensor, lead: InvertiblePath | None = None) -> InvertiblePath:
+        """Start a path at a layer's output.
 
         Args:
-            output: what the product gave; it is written over where the lead ends here.
-            lead: where the same product of another model has got to. Whatever reads the end of this reach is
-                given the end of that one.
+            output: output of the layer; it is overwritten where the lead ends here.
+            lead: finished path of the same call in another model. The operation that reads the end of the new path
+                receives the end of the lead.
         """
         with torch._C.DisableTorchFunction():
-            reach = Reach(output.clone(), lead=lead)
-            _take_lead(reach, output)
-        self._ends[id(output)].append((output, reach))
-        return reach
+            path = InvertiblePath(output.clone(), lead=lead)
+            _overwrite(output, path)
+        self._ends[id(output)].append((output, path))
+        return path
 
     def __torch_function__(
         self,
@@ -97,51 +99,53 @@ class Reaches(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
-        read = [(tensor, self._ends.get(id(tensor), [])) for tensor in _tensors(args, named)]
-        steps = [(_undo(func, tensor, args, named), ends) for tensor, ends in read if ends]
+        inputs = [(tensor, self._ends.get(id(tensor), [])) for tensor in _tensors(args, named)]
+        # Inverses are built before the call, which may write over its inputs.
+        steps = [(_inverse(func, tensor, args, named), ends) for tensor, ends in inputs if ends]
         output = func(*args, **named)
-        if steps and any(isinstance(part, Tensor) for part in _flat(output)):
-            for tensor, _ in read:
+        if steps and any(isinstance(part, Tensor) for part in _flatten(output)):
+            for tensor, _ in inputs:
                 self._ends.pop(id(tensor), None)
             self._advance(steps, output)
         return output
 
-    def _advance(self, steps: list[tuple[Undo | None, list[Any]]], output: Any) -> None:
-        for undo, ends in steps:
-            if undo is not None:
+    def _advance(self, steps: list[tuple[Inverse | None, list[Any]]], output: Any) -> None:
+        for inverse, ends in steps:
+            if inverse is not None:
                 value = output.clone()
-                for _, reach in ends:
-                    reach.value = value
-                    reach.undo.append(undo)
-                    self._ends[id(output)].append((output, reach))
-                    _take_lead(reach, output)
+                for _, path in ends:
+                    path.value = value
+                    path.inverses.append(inverse)
+                    self._ends[id(output)].append((output, path))
+                    _overwrite(output, path)
 
 
-def _take_lead(reach: Reach, output: Tensor) -> None:
-    value = reach.led()
+def _overwrite(output: Tensor, path: InvertiblePath) -> None:
+    """Write the lead's value over an output where the lead ends."""
+    value = path.replacement()
     if value is not None:
         output.copy_(value)
 
 
 def _tensors(args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Tensor]:
-    unique = {id(part): part for part in _flat([*args, *named.values()])}
+    unique = {id(part): part for part in _flatten([*args, *named.values()])}
     return [part for part in unique.values() if isinstance(part, Tensor)]
 
 
-def _flat(values: Any) -> Iterator[Any]:
+def _flatten(values: Any) -> Iterator[Any]:
     if isinstance(values, list | tuple):
         for value in values:
-            yield from _flat(value)
+            yield from _flatten(value)
     else:
         yield values
 
 
-def _undo(
+def _inverse(
     func: Callable[..., Any], tensor: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]
-) -> Undo | None:
-    """How to get back over one step, or None where there is no way."""
+) -> Inverse | None:
+    """Return the inverse of one operation for one of its inputs, or None where it is not invertible."""
     if func in _SUMS and not named and len(args) == 2:
-        return _undo_sum(tensor, *args)
+        return _inverse_of_sum(tensor, *args)
     if not args or args[0] is not tensor:
         return None
     if func in _SAME:
@@ -153,23 +157,25 @@ def _undo(
         shape = tensor.shape
         return lambda value: value.reshape(shape)
     if func is F.batch_norm:
-        return _undo_normalisation(*args, **named)
+        return _inverse_of_normalisation(*args, **named)
     return None
 
 
-def _undo_sum(tensor: Tensor, left: Any, right: Any) -> Undo | None:
-    other = right if left is tensor else left
-    if other is tensor:
+def _inverse_of_sum(tensor: Tensor, left: Any, right: Any) -> Inverse | None:
+    addend = right if left is tensor else left
+    if addend is tensor:
         return None
-    if not isinstance(other, Tensor):
-        return lambda value: value - other
-    if torch.broadcast_shapes(other.shape, tensor.shape) != tensor.shape:
+    if not isinstance(addend, Tensor):
+        return lambda value: value - addend
+    # A sum that enlarges the output has no single inverse.
+    if torch.broadcast_shapes(addend.shape, tensor.shape) != tensor.shape:
         return None
-    skip = other.clone()
+    # The model may write over the other summand later.
+    skip = addend.clone()
     return lambda value: value - skip
 
 
-def _undo_normalisation(
+def _inverse_of_normalisation(
     images: Tensor,
     mean: Tensor | None,
     variance: Tensor | None,
@@ -178,18 +184,19 @@ def _undo_normalisation(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Undo | None:
+) -> Inverse | None:
     del momentum
+    # In training mode the statistics are those of the batch, which change with the value.
     if training or mean is None or variance is None:
         return None
     scale = (variance + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = (-1, *[1] * (images.dim() - 2))
-    scale, shift, before = scale.reshape(shape), shift.reshape(shape), images.clone()
+    scale, shift, original = scale.reshape(shape), shift.reshape(shape), images.clone()
 
-    def undo(value: Tensor) -> Tensor:
+    def invert(value: Tensor) -> Tensor:
         faint = scale.abs() < _FAINT
-        return torch.where(faint, before, (value - shift) / scale.masked_fill(faint, 1.0))
+        return torch.where(faint, original, (value - shift) / scale.masked_fill(faint, 1.0))
 
-    return undo
+    return invert

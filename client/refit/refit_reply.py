@@ -1,123 +1,101 @@
-"""The reply to a fit: no training, only how well layers agree with what the client's own model computes.
+"""The reply to a refit: nothing is trained; the client sends the normal equations of layers on its own data.
 
-The client builds on what it kept in this round: its own model as it was sent, and the fused model so far, of
-which every request brings the part that is new.
+The client needs what it kept in this round: its own model as it was sent, and the fused model so far, of which every
+request brings the new piece.
 """
 
 from collections.abc import Mapping, Sequence
 
-from flwr.app import Context, MetricRecord, RecordDict
+from flwr.app import Context
 from torch import Tensor, nn
 
-from fedbasin.client.capture.batchnorm_statistics import Moments, measuring
-from fedbasin.client.client_state import begun, fused_pieces, sent, sent_examples
-from fedbasin.client.measure.loss_path import path_losses
-from fedbasin.client.measure.measure import path_message
+from fedbasin.client.capture.batchnorm_statistics import measuring
+from fedbasin.client.client_state import fused_pieces, round_start, sent_reply
+from fedbasin.client.measure import path_sums
 from fedbasin.client.refit.regression import regress
-from fedbasin.client.request import Data, Request, answer, required
-from fedbasin.client.statistics.gram_accumulators import finished
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import packing, wire
+from fedbasin.client.request_reader import Data, required
+from fedbasin.client.statistics.collect import gram_statistics
+from fedbasin.client.statistics.gram_accumulators import finish_shared
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import BatchNorm
-from fedbasin.strategies.encodings import read_encodings, write_grams
-from fedbasin.strategies.fusion.compression.formats import encode_moment
+from fedbasin.proto.reply import LayerStatistic, Reply
+from fedbasin.proto.report import PathSums
+from fedbasin.proto.request import Refit, Request
+from fedbasin.strategies.diagnostics.loss_path import path_losses
+from fedbasin.strategies.fusion.compression.formats import encode_cross_moment
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.round.stages import Along
+from fedbasin.strategies.round.path_ends import path_ends
 from fedbasin.strategies.tensors.state import State, tied
 
-_TARGET = {
-    pb.FIT_TARGET_FEATURES: Target.features,
-    pb.FIT_TARGET_WEIGHTS: Target.weights,
-    pb.FIT_TARGET_LABELS: Target.labels,
-}
 
-
-def fit_reply(
-    request: Request,
-    context: Context,
-    model: nn.Module,
-    data: Data | None,
-    probed: Data | None = None,
-) -> RecordDict:
-    """Sums over the client's own examples, of the layers that the request names or of the path it asks for.
+def refit_reply(
+    request: Request, refit: Refit, context: Context, model: nn.Module, data: Data | None, held_out: Data | None = None
+) -> Reply:
+    """Build the reply to a refit: sums over the client's own examples, and the loss along a path.
 
     Args:
-        request: the question.
-        context: where the client kept its models, the piece of the fused model that came with the request included.
-        model: to run; its tensors are replaced.
-        data: gives the client's own examples, afresh at every call.
-        probed: gives those on which models are compared.
+        request: the request.
+        refit: the refit that it asks for.
+        context: context with the models that the client kept, including the piece that came with the request.
+        model: module that runs the states; its tensors are replaced.
+        data: gives the client's own batches, anew at every call.
+        held_out: gives the batches on which models are compared.
 
     Raises:
         MissingDataError: there is no data.
     """
-    header, content = answer(request), RecordDict()
-    number, sequence = request.header.round, request.header.fit.sequence
-    own, pieces = sent(context, number), fused_pieces(context, number, sequence)
-    if own is None or not pieces:
-        header.lost = True
-    else:
-        batches = required(data, "a fit")
-        header.examples = sent_examples(context)
-        content["metrics"] = MetricRecord({"num-examples": header.examples})
-        fused = _merged(pieces, model)
-        _fit(request, own, fused, model, batches, header, content)
-        if request.path_points:
-            first, asked = _merged(pieces[:1], model), request.header.fit.path
-            ends = Along(asked.share, asked.reach).ends(begun(context), first, fused)
-            path = path_losses(model, *ends, required(probed, "a path")(), request.path_points)
-            header.path.CopyFrom(path_message(path))
-    # Nothing is forgotten yet: a stage that too few could answer is asked anew.
-    wire.write(content, header)
-    return content
+    sent, pieces = sent_reply(context, request), fused_pieces(context, request)
+    if sent is None or sent.parameters is None or not pieces:
+        return Reply(request.round, request.stage, request.anchor_digest, lost=True)
+    batches = required(data, "a refit")
+    fused = _merge(pieces, model)
+    # Nothing is forgotten yet: the server repeats a stage to which too few clients could reply.
+    measured: State | None = None
+    statistics: tuple[LayerStatistic, ...] = ()
+    if refit.blocks:
+        statistics, measured = _fit(request, refit, sent.parameters, fused, model, batches)
+    path: PathSums | None = None
+    if request.path_points and refit.path is not None:
+        ends = path_ends(refit.path, round_start(context), _merge(pieces[:1], model), fused)
+        probed = required(held_out, "a path")()
+        path = path_sums(path_losses(model, *ends, probed, request.path_points))
+    return Reply(
+        request.round,
+        request.stage,
+        request.anchor_digest,
+        parameters=measured or None,
+        statistics=statistics,
+        path=path,
+        examples=sent.examples,
+    )
 
 
 def _fit(
-    request: Request,
-    own: State,
-    fused: State,
-    model: nn.Module,
-    batches: Data,
-    header: pb.UpdateHeader,
-    content: RecordDict,
-) -> None:
-    asked = request.header.fit
-    if not asked.blocks:
-        return
-    blocks = [tuple(block.tensors) for block in asked.blocks]
-    encodings = read_encodings(request.header.encodings)
-    norms = [BatchNorm(norm.name, norm.eps) for norm in asked.norms]
-    with measuring(model, norms) as read:
-        sums = regress(model, own, fused, blocks, _TARGET[asked.target], batches(), encodings)
-    _write_measured(header, content, fused, read)
+    request: Request, refit: Refit, own: State, fused: State, model: nn.Module, batches: Data
+) -> tuple[tuple[LayerStatistic, ...], dict[str, Tensor]]:
+    """Return the layers' statistics, and the running statistics that the fused model has on the client's data."""
+    encodings = request.encodings
+    with measuring(model, refit.norms) as norms:
+        sums = regress(model, own, fused, refit.blocks, Target[refit.target], batches(), encodings)
+    accumulators = {block: s.inputs for block, s in sums.items()}
+    grams = finish_shared(accumulators, lambda total: total.dominating_pieces())
     moments = {
-        block: encode_moment(found.moment, encodings.get(block, Encoding()).moment)
-        for block, found in sums.items()
+        block: encode_cross_moment(s.moment, encodings.get(block, Encoding()).moment) for block, s in sums.items()
     }
-    totals = {block: found.inputs for block, found in sums.items()}
-    grams = finished(totals, lambda total: total.dividing())
-    write_grams(header, content, grams, moments)
-
-
-def _write_measured(
-    header: pb.UpdateHeader, content: RecordDict, fused: State, read: Mapping[BatchNorm, Moments]
-) -> None:
-    """The running statistics that the fused model has on the client's data."""
     measured = {
-        name: statistic
-        for norm, moments in read.items()
-        for name, statistic in zip(
-            norm.measured, moments.statistics(*map(fused.__getitem__, norm.measured)), strict=True
+        name: tensor
+        for norm, inputs in norms.items()
+        for name, tensor in zip(
+            norm.statistics, inputs.statistics(*(fused[name] for name in norm.statistics)), strict=True
         )
     }
-    if measured:
-        content[wire.ARRAYS], specs = packing.pack(measured)
-        header.tensors.extend(specs)
+    return gram_statistics(grams, moments), measured
 
 
-def _merged(pieces: Sequence[State], model: nn.Module) -> dict[str, Tensor]:
-    """One state. A piece brings a layer under its first name; the others are the same tensor."""
-    known = {name: tensor for piece in pieces for name, tensor in piece.items()}
-    first = tied(model.state_dict())
-    return {name: known[first.get(name, name)] for name in known}
+def _merge(pieces: Sequence[State], model: nn.Module) -> dict[str, Tensor]:
+    """Return the pieces as one state.
+
+    A piece holds a layer under its first name only, so the layer's other names follow that one.
+    """
+    tensors = {name: tensor for piece in pieces for name, tensor in piece.items()}
+    names: Mapping[str, str] = tied(model.state_dict())
+    return {name: tensors[names.get(name, name)] for name in tensors}

@@ -1,14 +1,14 @@
-"""Feature regression: what a client says about layers that are fitted to what its own model computes there.
+"""Feature regression: the normal equations of layers fitted to the features of the client's own model.
 
     W* = argmin_W  sum_k || W X~_k - Z_k ||^2        X~_k  inputs, computed by the layers already fused
                                                      Z_k   outputs, computed by client k's own model
 
-A client sends `X~ X~^T` and `(Z - W X~) X~^T`, W the layer that is fitted as it is so far: sums over its
-examples, no label, no gradient, no single row. What is left to explain, and not what is wanted, because then an
-inexact `X~ X~^T` only changes how far one stage gets. RegMean is the case in which the fused inputs are the
-client's own. Where an output is added to a residual stream or
-normalised, the sum or the normalised image is what is fitted (`reach`). With one at an example's class in the place
-of Z, the sums are those of each class, which a last layer has a closed form for.
+A client sends `X~ X~^T` and `(Z - W X~) X~^T`, where W is the layer as it is before the fit: sums over its examples
+without labels, gradients or single rows. It sends the cross-moment of the residual and not `Z X~^T`, because an inexact
+`X~ X~^T` then changes the length of one step only, not the point at which steps end. RegMean is the special case in
+which the fused inputs are the client's own. Where an output is added to a residual stream or normalised, the layer is
+fitted to the sum or the normalised image (`invertible_path`). With a one at each example's class in place of Z the sums
+are those of each class, for which the last layer has a closed form.
 
 Source: RegMean, Jin et al. 2023, arXiv 2212.09849; RegMean++, Nguyen et al. 2025, arXiv 2508.03121 (targets
 `W_k X~_k`); closed-form heads, Fani et al. 2024 (Fed3R), arXiv 2402.01989, and Zhuang et al. 2024 (AFL),
@@ -20,7 +20,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, zip_longest
-from operator import itemgetter
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -29,61 +28,63 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from fedbasin.client.capture.batchnorm_statistics import find_norms
-from fedbasin.client.capture.layer_calls import Product, Products, layer_by_layer
-from fedbasin.client.data import Batch, Batches, evaluating, forward, read
-from fedbasin.client.refit.invertible_path import Reach, Reaches
-from fedbasin.client.statistics.gram_accumulators import Total
-from fedbasin.client.statistics.shared_inputs import Inputs, Shared
+from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
+from fedbasin.client.refit.invertible_path import InvertiblePath, InvertiblePaths
+from fedbasin.client.statistics.gram_accumulators import GramAccumulator
+from fedbasin.client.statistics.shared_inputs import InputNumbers, SharedAccumulators
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
-from fedbasin.strategies.fusion.update import join, stored
+from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State, tied
 
-# Which layer multiplied, and the shape of what it gave.
+# The layer of a call and the shape of its output, which identify the call in another model.
 Use: TypeAlias = tuple[Layer, torch.Size]
-Kept = TypeVar("Kept")
+Record = TypeVar("Record")
 
 
 class FlowError(ValueError):
-    """A model whose course depends on its weights, so that its layers cannot be compared with another's."""
+    """A model whose order of layers depends on its weights, so that two models' layers cannot be compared."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
-    """One layer's normal equations over a client's examples, in double.
+class NormalEquations:
+    """The normal equations of one layer over a client's examples, in double.
 
     Attributes:
-        inputs: `X~ X~^T`, with the ones last where there is a bias; one for each group of a grouped
-            convolution. Layers that read the same tensors have it in common, the same object.
+        inputs: accumulator of `X~ X~^T`, with the ones last where there is a bias, and one matrix for each group of a
+            grouped convolution. Layers that read the same tensors share it, as one object.
         moment: `(Z - W X~) X~^T`, `[out, in]`.
     """
 
-    inputs: Total
+    inputs: GramAccumulator
     moment: Float[Tensor, "out inputs"]
 
     @property
     def gram(self) -> Float[Tensor, "*groups inputs inputs"]:
-        """The inputs' Gram matrix as far as it is known."""
+        """The Gram matrix of the inputs, as far as the accumulator keeps it."""
         return self.inputs.gram
 
 
 def read_layer_graph(model: nn.Module, batches: Batches) -> LayerGraph:
-    """Read the layer graph off one batch, and the BatchNorms off the modules.
+    """Return the layers of a model in the order of use on one batch, and its BatchNorm layers.
 
     Raises:
         ValueError: there is no data.
     """
-    seen: list[Product] = []
+    calls: list[LayerCall] = []
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        batch = next(read(batches, model))
-        with Products(model, gram_layers(model), seen.append):
+        batch = next(read_batches(batches, model))
+        with LayerCalls(model, gram_layers(model), calls.append):
             logits = forward(model, batch)
-    first = {product.layer.block: product for product in reversed(seen)}
-    ordered = sorted(first, key=[product.layer.block for product in seen].index)
-    levels = groupby(ordered, key=lambda block: id(first[block].inputs))
-    head = seen[-1].layer.block if seen and seen[-1].output is logits else None
+    # Reversed, so that a layer that is called twice keeps its first call.
+    first_calls = {call.layer.block: call for call in reversed(calls)}
+    ordered = sorted(first_calls, key=[call.layer.block for call in calls].index)
+    # The calls hold their inputs, so no two tensors have one address.
+    levels = groupby(ordered, key=lambda block: id(first_calls[block].inputs))
+    head = calls[-1].layer.block if calls and calls[-1].output is logits else None
     return LayerGraph(tuple(tuple(level) for _, level in levels), head, find_norms(model))
 
 
@@ -95,183 +96,179 @@ def regress(
     target: Target,
     batches: Batches,
     encodings: Mapping[Block, Encoding] | None = None,
-) -> dict[Block, Sums]:
-    """The normal equations of some layers.
+) -> dict[Block, NormalEquations]:
+    """Accumulate the normal equations of some layers over a client's data.
 
-    Several levels may be asked for at once. Behind a layer that is fitted to features the model goes on with what
-    the client's own model computes there, as if it had been fitted already; with other targets, with what the
-    client's own weights make of the inputs.
+    Several levels may be fitted at once. Behind a layer that is fitted to features the model continues with the
+    features of the client's own model, as if the layer were fitted already; with other targets it continues with the
+    output of the client's own weights.
 
     Args:
-        model: to run; its tensors are replaced.
+        model: module that runs the states; its tensors are replaced.
         own: the client's model, in the frame of the others.
         fused: the model so far; floating tensors that it lacks are the client's own.
-        blocks: the layers.
-        target: what they are fitted to.
+        blocks: the layers to fit.
+        target: the values to which they are fitted.
         batches: the client's data, read once.
-        encodings: how the sums will be sent; a sketch is made while reading.
+        encodings: encodings in which the sums will be sent; a sketch is made while reading.
 
     Raises:
-        ValueError: there is no data, a block is none of the model's layers, or labels do not fit the output.
-        FlowError: the two models do not run through the layers in the same way.
+        ValueError: there is no data, a block is not a layer of the model, or labels do not fit the output.
+        FlowError: the two models do not call the layers in the same order.
     """
-    layers = _chosen(model, blocks)
+    layers = _select(model, blocks)
     bases = {block: _base(block, fused, target) for block in blocks}
-    mine = {name: own[name] for block in blocks for name in stored(block)}
-    _load(model, {**fused, **mine})
-    teacher = _teacher(model, own) if target is Target.features else None
-    shared, moments = Shared(model, layers, encodings or {}), _nothing(model, layers)
+    _load(model, {**fused, **{name: own[name] for block in blocks for name in tensor_names(block)}})
+    teacher = None
+    if target is Target.features:
+        # A copy, because both models run on every batch, and the data is read once.
+        teacher = deepcopy(model).eval()
+        _load(teacher, own)
+    accumulators = SharedAccumulators(model, layers, encodings or {})
+    moments = {layer.block: _zero_moment(model, layer) for layer in layers}
     with evaluating(model), layer_by_layer(), torch.no_grad():
-        for batch in read(batches, model):
-            for product, number, goal in _goals(model, teacher, layers, target, batch):
-                block = product.layer.block
-                total = shared.read(block, number)
-                _add(total, moments[block], product, goal, bases[block], batch.mask)
-            shared.end()
-    return {block: Sums(total, moments[block]) for block, total in shared.totals.items()}
-
-
-def _goals(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    layers: Sequence[Layer],
-    target: Target,
-    batch: Batch,
-) -> Iterator[tuple[Product, int, Tensor]]:
-    """The products of the model that is fitted on one batch, with the number of what each reads and its goal."""
-    numbers: list[int] = []
-    wanted = _run(teacher, layers, batch, _use) if teacher else []
-    seen = _run(model, layers, batch, partial(_copy, Inputs(), numbers), wanted)
-    own: Sequence[Reach | None] = _matching(wanted, seen) if teacher else [None] * len(seen)
-    for (product, reach), number, own_reach in zip(seen, numbers, own, strict=True):
-        yield product, number, _goal(target, product, reach, batch, own_reach)
-
-
-def _load(model: nn.Module, state: State) -> None:
-    """Replace tensors, those that stand under several names by what the first of them says."""
-    known = {**model.state_dict(), **state}
-    model.load_state_dict({name: known[first] for name, first in tied(model.state_dict()).items()})
-
-
-def _chosen(model: nn.Module, blocks: Sequence[Block]) -> list[Layer]:
-    known = {layer.block: layer for layer in gram_layers(model)}
-    if strange := [block for block in blocks if block not in known]:
-        raise ValueError(
-            f"{'+'.join(strange[0])} is no linear layer or convolution of this {type(model).__name__}; use the "
-            "same model class as the server"
-        )
-    return [known[block] for block in blocks]
-
-
-def _teacher(model: nn.Module, own: State) -> nn.Module:
-    teacher = deepcopy(model)
-    _load(teacher, own)
-    return teacher.eval()
-
-
-def _nothing(model: nn.Module, layers: Sequence[Layer]) -> dict[Block, Tensor]:
+        for batch in read_batches(batches, model):
+            for call, number, goal in _goals(model, teacher, layers, target, batch):
+                block = call.layer.block
+                accumulator = accumulators.accumulator_for(block, number)
+                _add(accumulator, moments[block], call, goal, bases[block], batch.mask)
+            accumulators.end_pass()
     return {
-        layer.block: _zeros(model.get_parameter(stored(layer.block)[0]), layer) for layer in layers
+        block: NormalEquations(accumulator, moments[block]) for block, accumulator in accumulators.accumulators.items()
     }
 
 
-def _zeros(weight: Tensor, layer: Layer) -> Tensor:
-    return torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=weight.device)
+def _goals(
+    model: nn.Module, teacher: nn.Module | None, layers: Sequence[Layer], target: Target, batch: Batch
+) -> Iterator[tuple[LayerCall, int, Tensor]]:
+    """Run one batch and yield each call of the fitted layers, the number of its inputs, and the goal of its output."""
+    numbers: list[int] = []
+    leads = _run(teacher, layers, batch, _use) if teacher else []
+    calls = _run(model, layers, batch, partial(_copy, InputNumbers(), numbers), leads)
+    if teacher:
+        _check_flow([use for use, _ in leads], [_use(call) for call, _ in calls])
+    for index, (call, path) in enumerate(calls):
+        if target is Target.labels:
+            goal = _classes(batch, call)
+        # Without a teacher the layer's own weights, which the model holds, give the goal.
+        else:
+            goal = path.invert(leads[index][1].value) if teacher else call.output
+        yield call, numbers[index], goal
 
 
-def _copy(inputs: Inputs, numbers: list[int], product: Product) -> Product:
-    numbers.append(inputs.number(product))
-    return product.copy()
+def _load(model: nn.Module, state: State) -> None:
+    """Replace the tensors of a model; a tensor with several names follows the first of them."""
+    tensors = {**model.state_dict(), **state}
+    names = tied(model.state_dict())
+    model.load_state_dict({name: tensors[first_name] for name, first_name in names.items()})
+
+
+def _select(model: nn.Module, blocks: Sequence[Block]) -> list[Layer]:
+    layers = {layer.block: layer for layer in gram_layers(model)}
+    if unknown := [block for block in blocks if block not in layers]:
+        raise ValueError(
+            f"{'+'.join(unknown[0])} is not a linear layer or convolution of this {type(model).__name__}; use the "
+            "same model class as the server"
+        )
+    return [layers[block] for block in blocks]
+
+
+def _zero_moment(model: nn.Module, layer: Layer) -> Tensor:
+    device = model.get_parameter(tensor_names(layer.block)[0]).device
+    return torch.zeros(layer.outputs, layer.inputs, dtype=torch.float64, device=device)
+
+
+def _copy(inputs: InputNumbers, numbers: list[int], call: LayerCall) -> LayerCall:
+    numbers.append(inputs.number(call))
+    return call.copy()
 
 
 def _run(
     model: nn.Module,
     layers: Sequence[Layer],
     batch: Batch,
-    keep: Callable[[Product], Kept],
-    leading: Sequence[tuple[Use, Reach]] = (),
-) -> list[tuple[Kept, Reach]]:
-    """What is to be kept of each product of one forward pass, with where its output has got to.
+    record: Callable[[LayerCall], Record],
+    leads: Sequence[tuple[Use, InvertiblePath]] = (),
+) -> list[tuple[Record, InvertiblePath]]:
+    """Run one forward pass.
 
-    Behind the products the values of those that lead, another model's, are read.
+    Args:
+        model: the model.
+        layers: the layers to observe.
+        batch: the batch.
+        record: function of a call whose result is kept.
+        leads: uses and paths of another model's calls, whose values the model continues with.
+
+    Returns:
+        the record of each call, with the path of its output.
     """
-    seen: list[tuple[Kept, Reach]] = []
-    reaches = Reaches()
+    records: list[tuple[Record, InvertiblePath]] = []
+    paths = InvertiblePaths()
 
-    def see(product: Product) -> None:
-        use, lead = leading[len(seen)] if len(seen) < len(leading) else (None, None)
-        kept = keep(product)
-        seen.append((kept, reaches.follow(product.output, lead if use == _use(product) else None)))
+    def observe(call: LayerCall) -> None:
+        use, lead = leads[len(records)] if len(records) < len(leads) else (None, None)
+        # Recorded before the path is followed, which may write over the output.
+        entry = record(call)
+        path = paths.follow(call.output, lead if use == _use(call) else None)
+        records.append((entry, path))
 
-    with reaches, Products(model, layers, see):
+    with paths, LayerCalls(model, layers, observe):
         forward(model, batch)
-    return seen
+    return records
 
 
-def _matching(
-    own: Sequence[tuple[Use, Reach]], seen: Sequence[tuple[Product, Reach]]
-) -> list[Reach]:
-    """Where the products of the client's own model have got to, each beside the same one of the fused model."""
-    uses = [_use(product) for product, _ in seen]
-    for ours, theirs in zip_longest(map(itemgetter(0), own), uses):
-        if ours != theirs:
+def _check_flow(own: Sequence[Use], fused: Sequence[Use]) -> None:
+    for own_use, fused_use in zip_longest(own, fused):
+        if own_use != fused_use:
             raise FlowError(
-                f"{(ours or theirs)[0].block[0]} is not used in the same place by the client's model and by the "
-                "fused one; a model whose course depends on its weights needs the recipe regmean or fedavg"
+                f"{(own_use or fused_use)[0].block[0]} is not used in the same place by the client's model and by the "
+                "fused one; a model whose order of layers depends on its weights needs the recipe regmean or fedavg"
             )
-    return [reach for _, reach in own]
 
 
-def _use(product: Product) -> Use:
-    return product.layer, product.output.shape
+def _use(call: LayerCall) -> Use:
+    return call.layer, call.output.shape
 
 
-def _goal(
-    target: Target, product: Product, reach: Reach, batch: Batch, own: Reach | None
-) -> Tensor:
-    if target is Target.labels:
-        return _classes(batch, product)
-    # Without a teacher the layer's own weights say what they would have given.
-    return product.output if own is None else reach.back(own.value)
-
-
-def _classes(batch: Batch, product: Product) -> Tensor:
-    """One at an example's class, so that its moment sums the inputs of each class."""
-    labels, output = batch.targets, product.output
+def _classes(batch: Batch, call: LayerCall) -> Tensor:
+    """Return a one at each example's class, so that the cross-moment sums the inputs of each class."""
+    labels, output = batch.targets, call.output
     if labels.shape != output.shape[:-1] or labels.is_floating_point():
         raise ValueError(
             f"targets {labels.dtype} {list(labels.shape)} for logits {list(output.shape)}; a closed-form head "
             "needs one class index for each row of logits"
         )
     if batch.mask is not None and batch.mask.shape == labels.shape:
-        labels = labels.where(batch.mask, 0)  # padding often has a label that is no class
+        # Padding often has a label that is not a class.
+        labels = labels.where(batch.mask, 0)
     classes = output.shape[-1]
     if bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(
-            f"targets from {int(labels.min())} to {int(labels.max())} for {classes} logits; a closed-form head needs class indices "
-            f"from 0 to {classes - 1}, and rows without one left out by the batch's mask"
+            f"targets from {int(labels.min())} to {int(labels.max())} for {classes} logits; a closed-form head needs "
+            f"class indices from 0 to {classes - 1}, and rows without one left out by the batch's mask"
         )
     return one_hot(labels, classes)
 
 
 def _base(block: Block, fused: State, target: Target) -> Tensor:
-    """What is there already: the layer as it was fused; of a head to labels, nothing."""
+    """Return the layer whose output is subtracted from the goals: as it was fused, or zero for a head."""
     base = join(block, fused).double()
     return torch.zeros_like(base) if target is Target.labels else base
 
 
 def _add(
-    inputs: Total | None,
+    accumulator: GramAccumulator | None,
     moment: Tensor,
-    product: Product,
+    call: LayerCall,
     goal: Tensor,
     base: Tensor,
     mask: Tensor | None,
 ) -> None:
-    """Add one product; its inputs only where no other layer has added them."""
-    groups = product.layer.groups
-    moment, base = (each.unflatten(0, (groups, -1)) for each in (moment, base.to(moment.device)))
-    for rows, columns in zip(product.rows(mask), product.columns(goal, mask), strict=True):
-        if inputs is not None:
-            inputs.add(rows)
+    """Add one call to a layer's sums; the accumulator is None where another layer has added the same inputs."""
+    groups = call.layer.groups
+    moment = moment.unflatten(0, (groups, -1))
+    base = base.to(moment.device).unflatten(0, (groups, -1))
+    for rows, columns in zip(call.rows(mask), call.columns(goal, mask), strict=True):
+        if accumulator is not None:
+            accumulator.add(rows)
         moment.baddbmm_((columns - rows @ base.mT).mT, rows)

@@ -1,90 +1,113 @@
-"""What a client collects on its aligned model for the round's sum: Gram matrices, Kronecker factors, Fisher."""
+"""The statistics that a client sends with its aligned model: Gram matrices, Kronecker factors or Fisher information."""
+
+from collections.abc import Mapping
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor, nn
 
-from fedbasin.client.lora_names import completed, model_names
-from fedbasin.client.request import Data, Request, required
+from fedbasin.client.lora_names import complete_state, model_names
+from fedbasin.client.request_reader import Data, required
 from fedbasin.client.statistics.fisher import diagonal_fisher
 from fedbasin.client.statistics.gram import gram_pieces
 from fedbasin.client.statistics.kronecker_factors import kronecker_factors
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import packing, wire
+from fedbasin.proto.encoding import GramForm
 from fedbasin.proto.layer_graph import Block
-from fedbasin.strategies.encodings import read_encodings, write_grams, write_kroneckers
-from fedbasin.strategies.fusion.compression.formats import Pieces
+from fedbasin.proto.reply import LayerStatistic
+from fedbasin.proto.request import Request
+from fedbasin.strategies.fusion.compression.formats import Pieces, encode
+from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.tensors.state import State
 
 
 def collect(
-    request: Request,
-    aligned: State,
-    model: nn.Module,
-    data: Data | None,
-    header: pb.UpdateHeader,
-    content: RecordDict,
-) -> None:
-    """Add the statistics that the request asks for to a reply.
+    request: Request, aligned: State, examples: float, model: nn.Module, data: Data | None
+) -> tuple[LayerStatistic, ...]:
+    """Collect the statistics that a request asks for, on the client's aligned model.
 
     Args:
-        request: the question.
+        request: the request.
         aligned: the client's model in the anchor's frame.
-        model: to run; its tensors are replaced.
-        data: gives the client's own examples, afresh at every call.
-        header: of the reply, with the client's examples.
-        content: of the reply.
+        examples: weight of the client's model.
+        model: module that runs the state; its tensors are replaced.
+        data: gives the client's own batches, anew at every call.
 
     Raises:
-        MissingDataError: statistics are asked for and there is no data.
+        MissingDataError: statistics are requested and there is no data.
     """
-    kind = request.header.precision
-    if kind == pb.PRECISION_KIND_SCALAR:
-        return
-    batches = required(data, pb.PrecisionKind.Name(kind))
-    model.load_state_dict(completed(model, aligned))
-    if kind == pb.PRECISION_KIND_GRAM:
-        write_grams(header, content, _gram_pieces(request, model, batches), {})
-    elif kind == pb.PRECISION_KIND_KRONECKER:
-        factors = kronecker_factors(model, batches(), _generator(request, model))
-        pairs = {block: (found.inputs, found.outputs) for block, found in factors.items()}
-        write_kroneckers(header, content, pairs)
-    else:
-        fisher = diagonal_fisher(model, batches(), _generator(request, model))
-        _write_fisher(header, content, fisher)
-
-
-def _write_fisher(header: pb.UpdateHeader, content: RecordDict, fisher: dict[str, Tensor]) -> None:
-    named = {name: _normalised(f, header.examples).float() for name, f in fisher.items()}
-    content[wire.STATISTICS], specs = packing.pack(named)
-    for name, spec in zip(named, specs, strict=True):
-        header.precisions.add(tensors=(name,), kind=pb.PRECISION_KIND_DIAGONAL, statistic=spec)
-
-
-def _generator(request: Request, model: nn.Module) -> torch.Generator:
-    """Draws the same labels whenever this client is asked the same again."""
+    kind = Statistic[request.statistic]
+    if kind is Statistic.none:
+        return ()
+    batches = required(data, f"the statistic {kind.name!r}")
+    model.load_state_dict(complete_state(model, aligned))
+    if kind is Statistic.gram:
+        return gram_statistics(_grams(request, model, batches))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.Generator(device).manual_seed(request.seed)
+    # The same request again draws the same labels, so that it has the same reply.
+    generator = torch.Generator(device).manual_seed(request.seed)
+    if kind is Statistic.fisher:
+        fisher = diagonal_fisher(model, batches(), generator)
+        return tuple(
+            LayerStatistic((name,), kind.name, (_normalise(diagonal, examples).float(),))
+            for name, diagonal in fisher.items()
+        )
+    factors = kronecker_factors(model, batches(), generator)
+    return tuple(
+        LayerStatistic(block, kind.name, (_triangle(pair.inputs), _triangle(pair.outputs)))
+        for block, pair in factors.items()
+    )
 
 
-def _gram_pieces(request: Request, model: nn.Module, batches: Data) -> dict[Block, Pieces]:
-    """Of the blocks that were asked for, under the names that they were asked by."""
-    encodings, shrink = read_encodings(request.header.encodings), request.header.shrink
-    asked = [tuple(block.tensors) for block in request.header.blocks]
-    if not asked:
-        return gram_pieces(model, batches(), shrink, encodings)
+def gram_statistics(
+    grams: Mapping[Block, Pieces], moments: Mapping[Block, Pieces] | None = None
+) -> tuple[LayerStatistic, ...]:
+    """Return Gram matrices as they are sent, each once.
+
+    Args:
+        grams: pieces of the Gram matrices; layers that share a matrix have the same object.
+        moments: pieces of the cross-moments of layers that are refitted.
+    """
+    statistics: list[LayerStatistic] = []
+    places: dict[int, int] = {}
+    for place, (block, pieces) in enumerate(grams.items()):
+        # By identity: comparing the values would cost more than it saves.
+        same = places.setdefault(id(pieces), place)
+        moment = tuple(moments[block].values()) if moments else ()
+        is_first = same == place
+        statistics.append(
+            LayerStatistic(
+                block,
+                Statistic.gram.name,
+                tuple(pieces.values()) if is_first else (),
+                moment,
+                None if is_first else same,
+            )
+        )
+    return tuple(statistics)
+
+
+def _grams(request: Request, model: nn.Module, batches: Data) -> dict[Block, Pieces]:
+    """Return the Gram matrices of the requested layers, under the names in the request."""
+    encodings = request.encodings
+    if not request.blocks:
+        return gram_pieces(model, batches(), request.shrink, encodings)
+    # Adapters that travel alone have other names in the model than in the request.
     names = model_names(model, request.anchor)
-    own = {tuple(names[name] for name in block): block for block in asked}
-    known = {block: encodings[asked] for block, asked in own.items() if asked in encodings}
-    found = gram_pieces(model, batches(), shrink, known, own)
-    return {own[block]: pieces for block, pieces in found.items()}
+    requested = {tuple(names[name] for name in block): block for block in request.blocks}
+    renamed = {key: encodings[block] for key, block in requested.items() if block in encodings}
+    grams = gram_pieces(model, batches(), request.shrink, renamed, requested)
+    return {requested[block]: pieces for block, pieces in grams.items()}
 
 
-def _normalised(fisher: Tensor, examples: float) -> Tensor:
-    """Fisher information with mean `examples`: clients weigh by their data, entries by what it says.
+def _triangle(factor: Tensor) -> Tensor:
+    return encode(factor.cpu(), GramForm(), bias=False)["values"]
 
-    A confident client's Fisher information is orders of magnitude below a hesitant one's, which says
-    nothing about whose weights are right.
+
+def _normalise(fisher: Tensor, examples: float) -> Tensor:
+    """Return Fisher information scaled to the mean `examples`.
+
+    A confident client's Fisher information is orders of magnitude below a hesitant client's, which says nothing about
+    whose weights are right. So the number of examples weighs clients, and Fisher information weighs entries within a
+    client.
     """
     mean = fisher.double().mean()
     if not mean > 0:

@@ -2,11 +2,12 @@
 
     F = sum over examples of  E_{y ~ p(y | x)} (d log p(y | x) / d theta)^2
 
-Source: Matena and Raffel 2022, arXiv 2111.09832. A sum over examples, so that of two data sets is the sum of
-theirs; and it belongs to the weights that the model has now: collect it after aligning.
+Source: Matena and Raffel 2022, arXiv 2111.09832. It is a sum over examples, so the Fisher information of two data sets
+is the sum of theirs. It belongs to the present weights: collect it after aligning.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
@@ -17,61 +18,59 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.client.capture.layer_calls import layer_by_layer
-from fedbasin.client.data import Batch, Batches, Inputs, evaluating, forward, read
 from fedbasin.client.statistics.model_labels import EXACT_LABELS, label_scores
+from fedbasin.strategies.tensors.batches import Batch, Batches, Inputs, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 
-# Numbers held at once beside the model and its activations: 2^24 float32 are 64 MiB.
+# Numbers held at once in addition to the model and its activations: 2^24 float32 are 64 MiB.
 GRADIENT_ELEMENTS = 2**24
 # Each gradient also holds activations; small models have more of these than weights.
 MOST_GRADIENTS = 256
 
 
 def diagonal_fisher(
-    model: nn.Module,
-    batches: Batches,
-    generator: torch.Generator | None = None,
-    exact_labels: int = EXACT_LABELS,
+    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, exact_labels: int = EXACT_LABELS
 ) -> dict[str, Tensor]:
-    """Diagonal Fisher information of a classifier's trainable parameters, summed over examples.
+    """Return the diagonal Fisher information of a classifier's trainable parameters, summed over examples.
 
-    The gradient of each example is squared by itself; squaring a batch's mean gradient instead would mix signs
-    and shrink the result with the batch. Only inputs are used: labels are the model's own. Where an example can
-    have few, each is counted with its probability; where it can have many, one is drawn, which costs a gradient
-    instead of one for each and is right on average. A model of tokens draws one at every place.
+    The gradient of each example is squared alone; squaring a batch's mean gradient instead would mix signs and shrink
+    the result with the batch. Only inputs are used: labels are the model's own. Where few labels are possible, each
+    counts with its probability. Where many are, one is drawn, which costs a single gradient and is right on average; a
+    model of tokens draws one at every place.
 
     Args:
-        model: Runs in evaluation mode, so that examples do not meet in batch normalisation; left as it was.
-        batches: The client's data, read once.
-        generator: Draws labels, on the model's device.
-        exact_labels: Places times classes up to which every label is looked at; 0 always draws.
+        model: the model, which runs in evaluation mode, so that examples do not meet in BatchNorm, and is left as it
+            was.
+        batches: the client's data, read once.
+        generator: generator that draws labels, on the model's device.
+        exact_labels: places times classes up to which every label is evaluated; 0 always draws.
 
     Returns:
-        By parameter name, in the parameter's shape and dtype, float32 where that is shorter.
+        the diagonal by parameter name, in the parameter's shape and dtype, or float32 where that is longer.
 
     Raises:
-        ValueError: There is no data, or the model does not give logits of classes for its targets.
+        ValueError: there is no data, or the model does not return logits of classes for its targets.
     """
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    # Squared gradients of confident examples are small, and many of them are added.
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
     gradients = GRADIENT_ELEMENTS // max(1, sum(p.numel() for p in parameters.values()))
-    # Fused attention kernels have no rule for vmap and would be run example by example.
+    # Fused attention kernels have no rule for vmap, which would run them example by example.
     with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
-        for batch in read(batches, model):
+        for batch in read_batches(batches, model):
             with torch.no_grad():
                 logits = forward(model, batch)
             scores = label_scores(logits, batch, generator, exact_labels)
             for few, some in _parts(batch, scores, gradients):
-                square_each = vmap(partial(_squares, model, parameters))
-                for name, square in square_each(few.inputs, few.targets, some).items():
-                    sums[name] += square.sum(0)
-    return {n: s.to(_widened(parameters[n]).dtype) for n, s in sums.items()}
+                for name, square in _sum_squares(model, parameters, few, some).items():
+                    sums[name] += square
+    return {n: s.to(_at_least_float32(parameters[n]).dtype) for n, s in sums.items()}
 
 
 def _parts(
     batch: Batch, scores: Float[Tensor, "batch labels numbers"], gradients: int
 ) -> Iterator[tuple[Batch, Float[Tensor, "few some numbers"]]]:
-    """A few examples and labels at a time."""
+    """Split a batch and its label scores into parts of few gradients."""
     most = max(1, min(gradients, MOST_GRADIENTS))
     wide = min(most, scores.shape[1])
     for start in range(0, len(scores), most // wide):
@@ -81,24 +80,40 @@ def _parts(
             yield few, some
 
 
-def _squares(
-    model: nn.Module,
-    parameters: State,
-    inputs: Inputs,
-    target: Tensor,
-    scores: Float[Tensor, "some numbers"],
+def _sum_squares(
+    model: nn.Module, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
 ) -> dict[str, Tensor]:
-    """Squared gradients of one example, summed over its labels."""
+    """Return the squared gradients of every example and label, summed over both."""
+    squares = partial(_squares, model, parameters)
+    try:
+        return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
+    except RuntimeError as error:
+        # A model that decides by its inputs, as models of `transformers` by the attention mask, runs example by example.
+        if "data-dependent control flow" not in str(error):
+            raise
+    sums: dict[str, Tensor] = {}
+    for row, some in enumerate(scores):
+        # The scores are zero where the mask is false, so the mask itself is not needed.
+        example = replace(batch, mask=None).map(itemgetter(row))
+        for name, square in squares(example.inputs, example.targets, some).items():
+            sums[name] = sums[name] + square if name in sums else square
+    return sums
+
+
+def _squares(
+    model: nn.Module, parameters: State, inputs: Inputs, target: Tensor, scores: Float[Tensor, "some numbers"]
+) -> dict[str, Tensor]:
+    """Return the squared gradients of one example, summed over its labels."""
     example = Batch(inputs, target).map(lambda tensor: tensor.unsqueeze(0))
 
-    def scored(values: State, score: Tensor) -> Tensor:
-        return _widened(forward(model, example, values)[0]).flatten() @ score
+    def weighted_logits(values: State, score: Tensor) -> Tensor:
+        return _at_least_float32(forward(model, example, values)[0]).flatten() @ score
 
     # The forward pass does not depend on the score, so it runs once for all of them.
-    gradients = vmap(grad(scored), in_dims=(None, 0))(parameters, scores)
-    return {name: _widened(gradient).square().sum(0) for name, gradient in gradients.items()}
+    gradients = vmap(grad(weighted_logits), in_dims=(None, 0))(parameters, scores)
+    return {name: _at_least_float32(gradient).square().sum(0) for name, gradient in gradients.items()}
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """At least float32: squares of half precision would underflow."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    # Squares of half-precision numbers would underflow.
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -15,24 +15,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import Product, Products, layer_by_layer
-from fedbasin.client.data import Batches, evaluating, forward, read
+from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.client.statistics.model_labels import EXACT_LABELS, label_scores
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer, kronecker_layers
+from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
 
-# Share of B that is the same for all outputs. See docs/fisher.md.
-ALIKE = 0.5
+# Share of the identity in B. See docs/explanation/fisher.md.
+IDENTITY_SHARE = 0.5
 
 
 @dataclass(eq=False)
-class Factors:
-    """Sums over the rows so far, in double.
+class KroneckerFactors:
+    """Sums over the rows of one layer, in double.
 
     Attributes:
         inputs: second moments of the inputs.
         gradients: second moments of the gradients at the outputs.
-        rows: how many there were.
+        rows: number of rows.
     """
 
     inputs: Float[Tensor, "inputs inputs"]
@@ -40,97 +40,99 @@ class Factors:
     rows: int = 0
 
     @classmethod
-    def zero(cls, layer: Layer, device: torch.device) -> "Factors":
-        """Of no rows."""
+    def zero(cls, layer: Layer, device: torch.device) -> "KroneckerFactors":
+        """Return the sums over no rows."""
         inputs, gradients = (
-            torch.zeros(size, size, dtype=torch.float64, device=device)
-            for size in (layer.inputs, layer.outputs)
+            torch.zeros(size, size, dtype=torch.float64, device=device) for size in (layer.inputs, layer.outputs)
         )
         return cls(inputs, gradients)
 
-    def read(self, product: Product, mask: Tensor | None) -> None:
-        """Add the inputs of a product, in place."""
-        for (rows,) in product.rows(mask):
+    def add_inputs(self, call: LayerCall, mask: Tensor | None) -> None:
+        """Add the inputs of a call, in place."""
+        for (rows,) in call.rows(mask):
             self.inputs.addmm_(rows.mT, rows)
             self.rows += len(rows)
 
-    def learn(self, product: Product, gradient: Tensor, mask: Tensor | None) -> None:
-        """Add gradients at the product's output, in place."""
-        for (columns,) in product.columns(gradient, mask):
+    def add_gradients(self, call: LayerCall, gradient: Tensor, mask: Tensor | None) -> None:
+        """Add gradients at the output of a call, in place."""
+        for (columns,) in call.columns(gradient, mask):
             self.gradients.addmm_(columns.mT, columns)
 
     @property
     def outputs(self) -> Float[Tensor, "out out"]:
-        """B, with a mean diagonal of one, half of it the same for all outputs.
+        """The factor B, with a mean diagonal of one, half of it the identity.
 
-        As for a Fisher diagonal: a confident client's gradients are orders of magnitude below a hesitant one's,
-        which says nothing about whose weights are right. And there are no more directions in it than classes, of
-        which a client of few examples knows fewer. Without gradients all outputs are alike, which is RegMean.
+        The scale is removed as for a Fisher diagonal: a confident client's gradients are orders of magnitude below a
+        hesitant client's, which says nothing about whose weights are right. The identity is added because B has no more
+        directions than there are classes, and a client with few examples has seen fewer. Without gradients B is the
+        identity, which is RegMean.
         """
-        alike = torch.eye(len(self.gradients)).to(self.gradients)
+        identity = torch.eye(len(self.gradients)).to(self.gradients)
         mean = self.gradients.diagonal().mean()
-        return torch.lerp(self.gradients / mean, alike, ALIKE) if mean > 0 else alike
+        if not mean > 0:
+            return identity
+        return torch.lerp(self.gradients / mean, identity, IDENTITY_SHARE)
 
 
 def kronecker_factors(
-    model: nn.Module,
-    batches: Batches,
-    generator: torch.Generator | None = None,
-    exact_labels: int = EXACT_LABELS,
-) -> dict[Block, Factors]:
-    """Kronecker factors of every linear map and every two-dimensional convolution that is trained.
+    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, exact_labels: int = EXACT_LABELS
+) -> dict[Block, KroneckerFactors]:
+    """Return the Kronecker factors of every linear map and every two-dimensional convolution that is trained.
 
-    Rows are summed as for Gram matrices. Labels are the model's own, as for the diagonal Fisher information. Left
-    out are grouped convolutions and layers too wide for a square of their inputs or outputs.
+    Rows are summed as for Gram matrices. Labels are the model's own, as for the diagonal Fisher information. Grouped
+    convolutions are left out, and so are layers too wide for a square of their inputs or outputs.
 
     Args:
-        model: runs in evaluation mode; left as it was, and no gradient is left on it.
+        model: the model, which runs in evaluation mode and is left as it was, without gradients.
         batches: the client's data, read once.
-        generator: draws labels, on the model's device.
-        exact_labels: places times classes up to which every label is looked at; 0 always draws.
+        generator: generator that draws labels, on the model's device.
+        exact_labels: places times classes up to which every label is evaluated; 0 always draws.
 
     Raises:
-        ValueError: there is no data, the model gives no logits of classes for its targets, or a mask does not fit
-            a layer's input.
+        ValueError: there is no data, the model does not return logits of classes for its targets, or a mask does not
+            fit a layer's input.
     """
     layers = kronecker_layers(model)
-    found = {
-        layer.block: Factors.zero(layer, model.get_parameter(layer.block[0]).device)
-        for layer in layers
+    factors = {
+        layer.block: KroneckerFactors.zero(layer, model.get_parameter(layer.block[0]).device) for layer in layers
     }
     with evaluating(model), layer_by_layer(), torch.enable_grad():
-        for batch in read(batches, model):
-            seen: list[Product] = []
-            with Products(model, layers, partial(_see, found, seen, batch.mask)):
+        for batch in read_batches(batches, model):
+            calls: list[LayerCall] = []
+            with LayerCalls(model, layers, partial(_observe, factors, calls, batch.mask)):
                 logits = forward(model, batch)
             for score in label_scores(logits, batch, generator, exact_labels).unbind(1):
-                _learn(found, seen, logits, score, batch.mask)
-    return found
+                _add_gradients(factors, calls, logits, score, batch.mask)
+    return factors
 
 
-def _see(
-    found: Mapping[Block, Factors], seen: list[Product], mask: Tensor | None, product: Product
+def _observe(
+    factors: Mapping[Block, KroneckerFactors], calls: list[LayerCall], mask: Tensor | None, call: LayerCall
 ) -> Tensor:
-    """Read the inputs at once and let the model go on with a copy of the output: later steps may write over both."""
-    seen.append(product)
+    calls.append(call)
+    # Inputs are added at once and the model continues with a copy: later operations may write over both.
     with torch.no_grad():
-        found[product.layer.block].read(product, mask)
-    return product.output.clone()
+        factors[call.layer.block].add_inputs(call, mask)
+    return call.output.clone()
 
 
-def _learn(
-    found: Mapping[Block, Factors],
-    seen: list[Product],
+def _add_gradients(
+    factors: Mapping[Block, KroneckerFactors],
+    calls: list[LayerCall],
     logits: Tensor,
     score: Float[Tensor, "batch numbers"],
     mask: Tensor | None,
 ) -> None:
-    """Examples do not meet, so one backward pass serves all of a batch: each row's gradient is its own."""
-    if not seen:
+    """Add the gradients of one label of every example in a batch.
+
+    One backward pass serves the whole batch: examples do not meet, so the gradient of each row is its own example's.
+    """
+    if not calls:
         return
     weights = score.view_as(logits).to(logits.dtype)
-    outputs = [product.output for product in seen]
+    outputs = [call.output for call in calls]
+    # The graph is retained for the next label; a layer that does not reach the logits has no gradient.
     gradients = torch.autograd.grad(logits, outputs, weights, retain_graph=True, allow_unused=True)
-    for product, gradient in zip(seen, gradients, strict=True):
+    for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None:
-            found[product.layer.block].learn(product, gradient, mask)
+            factors[call.layer.block].add_gradients(call, gradient, mask)

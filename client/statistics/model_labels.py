@@ -1,18 +1,18 @@
-"""Labels that a model itself would give, as gradients of what they cost: where Fisher information comes from.
+"""Gradients of the log-likelihood of labels drawn from a model's own predictions, for Fisher information.
 
     d log p(y | x) / d logits = e_y - p(x)        for y drawn from p(x), or every y times sqrt(p_y)
 
-Labels are the model's own and never the data's: with those it would be the empirical Fisher information, which is
-none (Kunstner, Balles and Hennig 2019, arXiv 1905.12558).
+Labels are the model's own and never the data's: the data's labels would give the empirical Fisher information, which
+is not Fisher information (Kunstner, Balles and Hennig 2019, arXiv 1905.12558).
 """
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fedbasin.client.data import Batch
+from fedbasin.strategies.tensors.batches import Batch
 
-# An example of at most so many labels, over all its places, costs a gradient for each; others are drawn.
+# Up to this number of labels over all places of an example, each costs a gradient; above it, labels are drawn.
 EXACT_LABELS = 32
 
 
@@ -22,43 +22,44 @@ def label_scores(
     generator: torch.Generator | None = None,
     exact_labels: int = EXACT_LABELS,
 ) -> Float[Tensor, "batch labels numbers"]:
-    """What squares and sums to the second moment of `d log p(y | x) / d logits`, for each example.
+    """Return gradients whose squares sum to the second moment of `d log p(y | x) / d logits`, for each example.
 
-    The numbers of a row are those of one example's logits, places and classes. With few labels, one row for every
-    place and label, times the root of its probability. With many, one row in which a label is drawn at every place:
-    draws at two places are independent, so what they have in common vanishes on average.
+    The numbers of a row are those of one example's logits, places times classes. With few labels there is one row for
+    every place and label, times the root of its probability. With many there is one row, in which a label is drawn at
+    every place: draws at two places are independent, so their products vanish on average.
 
     Args:
-        logits: of the batch, `[batch, classes]`, or `[batch, tokens, classes]` for a model of tokens.
-        batch: whose targets say how many places there are; a negative one, or one that the mask leaves out, does
-            not count.
-        generator: draws labels, on the model's device.
-        exact_labels: places times classes up to which every label is looked at.
+        logits: logits of the batch, `[batch, classes]`, or `[batch, tokens, classes]` for a model of tokens.
+        batch: the batch, whose targets give the places; a place with a negative target, or outside the mask, does not
+            count.
+        generator: generator that draws labels, on the model's device.
+        exact_labels: places times classes up to which every label is evaluated.
 
     Raises:
-        ValueError: the logits are no classes of the targets.
+        ValueError: the logits are not classes for the targets.
     """
-    counted = _counted(logits, batch)
+    counted = _counted_places(logits, batch)
+    # A softmax in half precision rounds small probabilities to zero.
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     p = p.reshape(*counted.shape, -1)
-    every = p.shape[1] * p.shape[2] <= exact_labels
-    return _every(p, counted) if every else _drawn(p, counted, generator)
+    is_exact = p.shape[1] * p.shape[2] <= exact_labels
+    return _score_all(p, counted) if is_exact else _score_drawn(p, counted, generator)
 
 
-def _counted(logits: Tensor, batch: Batch) -> Bool[Tensor, "batch places"]:
+def _counted_places(logits: Tensor, batch: Batch) -> Bool[Tensor, "batch places"]:
     targets = batch.targets
-    one_each = logits.dim() == 2 and len(logits) == len(targets)
-    if not (one_each or (logits.dim() > 2 and logits.shape[:-1] == targets.shape)):
+    is_classifier = logits.dim() == 2 and len(logits) == len(targets)
+    if not (is_classifier or (logits.dim() > 2 and logits.shape[:-1] == targets.shape)):
         raise ValueError(
             f"logits {list(logits.shape)} for targets {list(targets.shape)}; Fisher information is that of a "
             "classifier: return logits [batch, classes], or [batch, tokens, classes] with targets [batch, tokens]"
         )
     if logits.shape[-1] < 2:
         raise ValueError(
-            f"logits {list(logits.shape)}: one class is none to choose from, and its Fisher information is zero; "
+            f"logits {list(logits.shape)}: with a single class there is no choice, so its Fisher information is zero; "
             "return two logits, or choose a recipe without Fisher information"
         )
-    if one_each:
+    if is_classifier:
         return torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
     counted = targets >= 0
     if batch.mask is not None and batch.mask.shape == targets.shape:
@@ -66,10 +67,10 @@ def _counted(logits: Tensor, batch: Batch) -> Bool[Tensor, "batch places"]:
     return counted.flatten(1)
 
 
-def _every(
+def _score_all(
     p: Float[Tensor, "batch places classes"], counted: Bool[Tensor, "batch places"]
 ) -> Float[Tensor, "batch labels numbers"]:
-    """Every label of every place, the other places at rest."""
+    """Return one row for every label of every place, zero at the other places."""
     places, classes = p.shape[1:]
     errors = torch.eye(classes).to(p) - p.unsqueeze(-2)
     errors = errors * (p.sqrt() * counted.unsqueeze(-1)).unsqueeze(-1)
@@ -77,12 +78,10 @@ def _every(
     return alone.reshape(len(p), places * classes, places * classes)
 
 
-def _drawn(
-    p: Float[Tensor, "batch places classes"],
-    counted: Bool[Tensor, "batch places"],
-    generator: torch.Generator | None,
+def _score_drawn(
+    p: Float[Tensor, "batch places classes"], counted: Bool[Tensor, "batch places"], generator: torch.Generator | None
 ) -> Float[Tensor, "batch labels numbers"]:
-    """One label drawn at every place."""
+    """Return one row with a label drawn at every place."""
     labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator)
     errors = (-p).scatter_add_(-1, labels.view(*p.shape[:2], 1), torch.ones_like(p[..., :1]))
     return (errors * counted.unsqueeze(-1)).flatten(1).unsqueeze(1)

@@ -1,8 +1,8 @@
-"""Which layers have read the same tensors, so that one total serves them all: queries, keys and values; gate and up.
+"""Layers that read the same tensors, whose Gram matrices are accumulated once: queries, keys and values; gate and up.
 
-Before the first batch all layers of one size have one total, that of no rows. They part where one reads what another
-does not, while the model runs: each goes on from what they have both read. So totals are exact for every model, and
-no batch is looked at twice.
+Before the first batch all layers of one size share one accumulator of no rows. They part while the model runs, where
+one reads a tensor that another does not: each continues from the rows that both have read. So the sums are exact for
+every model, and no batch is read twice.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,32 +13,33 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import Product
-from fedbasin.client.statistics.gram_accumulators import Total, nothing
+from fedbasin.client.capture.layer_calls import LayerCall
+from fedbasin.client.statistics.gram_accumulators import GramAccumulator, zero_accumulator
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer
-from fedbasin.strategies.fusion.update import stored
+from fedbasin.strategies.fusion.update import tensor_names
 
 
-class Inputs:
-    """Numbers for what one forward pass reads: one number for one tensor, read with one kernel."""
+class InputNumbers:
+    """Numbers for the inputs of one forward pass: one number for one tensor read with one kernel."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[ReferenceType[Tensor], int]] = {}
+        self._tensors: dict[Hashable, tuple[ReferenceType[Tensor], int]] = {}
         self._numbers = count()
 
-    def number(self, product: Product) -> int:
-        """Of what a product has just read; another one after somebody has written into it."""
-        inputs = product.inputs
-        if inputs.is_inference():  # nobody counts what is written into it
+    def number(self, call: LayerCall) -> int:
+        """Return the number of the inputs that a call has just read; writing into a tensor gives it a new number."""
+        inputs = call.inputs
+        # Inference tensors do not count the writes into them, so each reading counts as a new tensor.
+        if inputs.is_inference():
             return next(self._numbers)
-        key = id(inputs), inputs._version, product.kernel
-        known = self._known.get(key)
-        # An address may be another tensor's by now.
-        if known is None or known[0]() is not inputs:
-            known = self._known[key] = ref(inputs), next(self._numbers)
-        return known[1]
+        key = id(inputs), inputs._version, call.kernel
+        entry = self._tensors.get(key)
+        # The address may belong to another tensor by now.
+        if entry is None or entry[0]() is not inputs:
+            entry = self._tensors[key] = ref(inputs), next(self._numbers)
+        return entry[1]
 
 
 @dataclass(eq=False)
@@ -46,79 +47,81 @@ class _Group:
     """Layers that have read the same tensors.
 
     Attributes:
-        total: of their rows.
+        accumulator: sum over their rows.
         members: the layers.
-        latest: the number of the tensor that was read last.
-        waiting: the members that have not read it.
-        before: the total without it, as long as there are such members.
+        latest: number of the tensor that was read last.
+        waiting: the members that have not read it yet.
+        previous: the sum without that tensor, as long as members wait.
     """
 
-    total: Total
+    accumulator: GramAccumulator
     members: set[Block] = field(default_factory=set)
     latest: int | None = None
     waiting: set[Block] = field(default_factory=set)
-    before: Total | None = None
+    previous: GramAccumulator | None = None
 
 
-class Shared:
-    """The totals of some layers' inputs; those that have read the same tensors have one, the same object."""
+class SharedAccumulators:
+    """Accumulators of the inputs of some layers; layers that have read the same tensors share one object."""
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], encodings: Mapping[Block, Encoding]
-    ) -> None:
-        """Begin with no rows.
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], encodings: Mapping[Block, Encoding]) -> None:
+        """Start without rows.
 
         Args:
-            model: that is read.
-            layers: of it.
-            encodings: how they are sent; those that differ have nothing in common.
+            model: the model.
+            layers: layers of the model.
+            encodings: encodings in which the layers are sent; layers with different ones share nothing.
         """
         self._groups: dict[Block, _Group] = {}
-        alike: dict[Hashable, _Group] = {}
+        groups: dict[Hashable, _Group] = {}
         for layer in layers:
             block, encoding = layer.block, encodings.get(layer.block, Encoding())
-            device = model.get_parameter(stored(block)[0]).device
+            device = model.get_parameter(tensor_names(block)[0]).device
             # A grouped convolution has several matrices, each for its own part of the outputs.
             alone = block if layer.groups > 1 else None
             key = layer.inputs, len(block), encoding.gram, device, alone
-            if key not in alike:
-                alike[key] = _Group(nothing(layer, encoding, device))
-            self._groups[block] = alike[key]
-            alike[key].members.add(block)
+            if key not in groups:
+                groups[key] = _Group(zero_accumulator(layer, encoding, device))
+            self._groups[block] = groups[key]
+            groups[key].members.add(block)
 
     @property
-    def totals(self) -> dict[Block, Total]:
-        """What each layer has read."""
-        return {block: group.total for block, group in self._groups.items()}
+    def accumulators(self) -> dict[Block, GramAccumulator]:
+        """The accumulator of each layer."""
+        return {block: group.accumulator for block, group in self._groups.items()}
 
-    def read(self, block: Block, number: int) -> Total | None:
-        """What a layer's rows are to be added to, at once; None if they have been, for another layer.
+    def accumulator_for(self, block: Block, number: int) -> GramAccumulator | None:
+        """Return the accumulator to which a layer's rows must be added at once.
 
         Args:
             block: the layer.
-            number: of what it reads in this forward pass.
+            number: number of the tensor that it reads in this forward pass.
+
+        Returns:
+            the accumulator, or None where another layer has added the same rows.
         """
         group = self._groups[block]
         if number == group.latest and block in group.waiting:
             group.waiting.remove(block)
-            group.before = group.before if group.waiting else None
+            group.previous = group.previous if group.waiting else None
             return None
         self._part(group)
         group = self._groups[block]
         group.latest, group.waiting = number, group.members - {block}
-        group.before = deepcopy(group.total) if group.waiting else None
-        return group.total
+        # Copied only while layers wait: most layers share with nobody.
+        group.previous = deepcopy(group.accumulator) if group.waiting else None
+        return group.accumulator
 
-    def end(self) -> None:
-        """End a forward pass: layers that still wait have not read what the others have."""
+    def end_pass(self) -> None:
+        """End a forward pass: layers that still wait have not read the tensor that the others have."""
         for group in set(self._groups.values()):
             self._part(group)
 
     def _part(self, group: _Group) -> None:
-        """Let those that wait go on by themselves."""
-        if group.before is None:
+        """Move the waiting layers into a group of their own."""
+        if group.previous is None:
             return
-        rest = _Group(group.before, group.waiting)
+        rest = _Group(group.previous, group.waiting)
         self._groups |= dict.fromkeys(rest.members, rest)
         group.members = group.members - rest.members
-        group.waiting, group.before = set(), None
+        group.waiting, group.previous = set(), None

@@ -1,68 +1,63 @@
-"""One stored model moved into another's basin, and a saved transform applied again."""
+"""Alignment of one stored model to another, and the application of a saved transform."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
+from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.report.charts.text import number
-from fedbasin.strategies.alignment.alignment_report import AlignmentReport
-from fedbasin.strategies.alignment.identity_bound import identity_radii
-from fedbasin.strategies.alignment.transformed_state import Moved
-from fedbasin.strategies.alignment.weight_matching import Found, find_by_weights, folded
+from fedbasin.strategies.alignment.identity_bound import identity_bounds
+from fedbasin.strategies.alignment.transformed_state import TransformedState
+from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
 from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
 
-# What a config says of its own making, and not of the architecture.
-_INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+# Keys of a config that record how its file was written: models of one architecture may differ in them.
+_PROVENANCE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def align(
-    anchor: StoredModel,
-    model: StoredModel,
-    symmetry: Symmetry,
-    asked: Callable[[str], None],
-    *,
-    certify: bool,
-) -> Found:
-    """What takes `model` into the basin of `anchor`.
+    anchor: StoredModel, model: StoredModel, symmetry: Symmetry, on_read: Callable[[str], None], *, certify: bool
+) -> MatchResult:
+    """Find the transform that takes `model` into the basin of `anchor`.
 
     Args:
-        anchor: the model that stays.
-        model: the model that is moved.
-        symmetry: of both.
-        asked: told the name of each of the model's tensors when the search reads it.
-        certify: look first for spaces where the identity is provably the best; costs memory.
+        anchor: the model that stays as it is.
+        model: the model that the transform is for.
+        symmetry: the symmetry of both models.
+        on_read: called with the name of each tensor of `model` that the search reads.
+        certify: prove first at which spaces the identity is optimal; costs memory.
 
     Raises:
         ModelError: an entry is infinite or not a number, or a norm cannot be folded.
     """
-    for one in (anchor, model):
-        _refuse_not_finite(one)
-    try:
-        own, other = folded(symmetry, anchor), folded(symmetry, _Followed(model, asked))
-    except FoldError as error:
-        raise ModelError(f"{model.path}: {error}") from error
-    radii = identity_radii(symmetry, own) if certify else None
-    return find_by_weights(symmetry, own, other, radii)
+    states: list[State] = []
+    for stored, state in ((anchor, anchor), (model, _WatchedState(model, on_read))):
+        _refuse_not_finite(stored)
+        try:
+            states.append(fold_state(symmetry, state))
+        except FoldError as error:
+            raise ModelError(f"{stored.path}: {error}") from error
+    anchor_state, model_state = states
+    bounds = identity_bounds(symmetry, anchor_state) if certify else None
+    return find_by_weights(symmetry, anchor_state, model_state, bounds)
 
 
-class _Followed(Mapping[str, Tensor]):
-    """A state that tells which tensor is asked for."""
+class _WatchedState(Mapping[str, Tensor]):
+    """A state that calls back with the name of each tensor that is read."""
 
-    def __init__(self, state: State, asked: Callable[[str], None]) -> None:
+    def __init__(self, state: State, on_read: Callable[[str], None]) -> None:
         self._state = state
-        self._asked = asked
+        self._on_read = on_read
 
     def __getitem__(self, name: str) -> Tensor:
-        self._asked(name)
+        self._on_read(name)
         return self._state[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -72,46 +67,51 @@ class _Followed(Mapping[str, Tensor]):
         return len(self._state)
 
 
-def refuse_other(anchor: StoredModel, model: StoredModel) -> None:
+def require_equal_shapes(anchor: StoredModel, model: StoredModel) -> None:
     """Refuse two models that do not have the same tensors.
 
     Raises:
-        ModelError: naming those that differ in name or shape.
+        ModelError: names the tensors that differ in name or shape.
     """
-    _refuse_missing(anchor, model)
-    _refuse_missing(model, anchor)
-    ours, theirs = anchor.shapes(), model.shapes()
+    for holder, lacking in ((anchor, model), (model, anchor)):
+        if missing := [name for name in holder if name not in lacking.files]:
+            raise ModelError(
+                f"{lacking.path} has no tensor {few(missing)}, but {holder.path} has; align only models of one "
+                "architecture that were saved in the same way"
+            )
+    shapes = model.shapes()
     differ = [
-        f"{name} {tuple(theirs[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in ours.items()
-        if theirs[name].shape != tensor.shape
+        f"{name} {tuple(shapes[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in anchor.shapes().items()
+        if shapes[name].shape != tensor.shape
     ]
     if differ:
         raise ModelError(
-            f"{model.path} has other shapes than {anchor.path}: {few(differ)}; they are two architectures"
+            f"{model.path} has other shapes than {anchor.path}: {few(differ)}; align only models of one architecture"
         )
 
 
-def refuse_other_config(
-    anchor: StoredModel, model: StoredModel, ours: Symmetry, theirs: Symmetry
+def require_equal_symmetries(
+    anchor: StoredModel, model: StoredModel, anchor_symmetry: Symmetry, model_symmetry: Symmetry
 ) -> None:
-    """Refuse two models whose configs give two symmetries.
+    """Refuse two models whose configs give different symmetries.
 
     Raises:
-        ModelError: naming what the configs say differently.
+        ModelError: names the keys in which the configs differ.
     """
-    if ours == theirs:
+    if anchor_symmetry == model_symmetry:
         return
-    keys = (anchor.config.keys() | model.config.keys()) - _INCIDENTAL
+    keys = (anchor.config.keys() | model.config.keys()) - _PROVENANCE
     differ = sorted(key for key in keys if anchor.config.get(key) != model.config.get(key))
+    # Equal configs may still differ in tensors, such as a head that one file leaves out.
+    where = f"configs differ in {few(differ)}" if differ else "files hold different tensors"
     raise ModelError(
-        f"{model.path} and {anchor.path} are of two architectures: their configs differ in "
-        f"{few(differ) if differ else 'what their files hold'}"
+        f"{model.path} and {anchor.path} are of two architectures: their {where}; align only models of one architecture"
     )
 
 
-def applied(transform: Transform, model: StoredModel) -> State:
-    """A stored model with a transform applied to each tensor when it is asked for.
+def apply_transform(transform: Transform, model: StoredModel) -> State:
+    """Return the state of a stored model in which each tensor is transformed when it is read.
 
     Raises:
         ModelError: the transform was made for another model.
@@ -119,40 +119,24 @@ def applied(transform: Transform, model: StoredModel) -> State:
     symmetry = transform.symmetry
     try:
         symmetry.check(model.shapes())
-        state = folded(symmetry, model)
+        state = fold_state(symmetry, model)
     except (SymmetryError, FoldError) as error:
         raise ModelError(f"{model.path}: {error}") from error
-    moving = {name: e for name, e in transform.elements.items() if not e.is_identity}
-    return Moved(symmetry, state, moving)
+    # Without identity elements, tensors that stay are written byte for byte.
+    elements = {name: e for name, e in transform.elements.items() if not e.is_identity}
+    return TransformedState(symmetry, state, elements)
 
 
-def as_json(report: AlignmentReport) -> dict[str, Any]:
-    """The report as a mapping for JSON."""
-    return asdict(report)
-
-
-def shown(report: AlignmentReport) -> Group:
-    """The report for the eye."""
-    made = Table(box=None, pad_edge=False)
-    made.add_column("space", overflow="fold")
-    for name in ("moved", "gain"):
-        made.add_column(name, justify="right")
-    made.add_column("certified")
+def render_alignment(report: AlignmentReport) -> Group:
+    """Return the report of an alignment as a table with a line on the distances below it."""
+    numbers = (Column(name, justify="right") for name in ("moved", "gain"))
+    table = Table(Column("space", overflow="fold"), *numbers, "certified", box=None, pad_edge=False)
     for space in report.spaces:
-        made.add_row(
-            space.space, number(space.moved), number(space.gain), "yes" if space.certified else ""
-        )
-    before, after = report.distance_before, report.distance_after
+        certified = "yes" if space.certified else ""
+        table.add_row(space.space, number(space.moved), number(space.gain), certified)
+    distances = f"{report.distance_before:.6g} → {report.distance_after:.6g}"
     sweeps = "1 sweep" if report.sweeps == 1 else f"{report.sweeps} sweeps"
-    return Group(made, "", f"distance to the anchor {before:.6g} → {after:.6g} in {sweeps}")
-
-
-def _refuse_missing(one: StoredModel, other: StoredModel) -> None:
-    if missing := [name for name in one if name not in other.files]:
-        raise ModelError(
-            f"{other.path} has no tensor {few(missing)}, and {one.path} has; only models of one architecture, "
-            "saved alike, can be aligned"
-        )
+    return Group(table, "", f"distance to the anchor {distances} in {sweeps}")
 
 
 def _refuse_not_finite(model: StoredModel) -> None:

@@ -1,8 +1,7 @@
-"""A stored model as a module that runs, with an input to run it on."""
+"""Construction of the module of a stored model, with an input to run it on."""
 
 import importlib
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,135 +13,113 @@ from torch import Tensor, nn
 from fedbasin.server.files.double_precision import Doubled
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few
 
+# Length of the example text: short, because a check runs the model many times.
 _TOKENS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Built:
-    """A module in evaluation mode and one example of what its forward takes."""
+class RunnableModel:
+    """A module in evaluation mode and an example of the inputs of its forward."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
 
 
-def from_folder(model: StoredModel) -> Built:
-    """The model of a folder, built by the `transformers` library in float32.
+def build_from_folder(model: StoredModel) -> RunnableModel:
+    """Build the model of a folder in float32 with the `transformers` library.
 
     Raises:
-        ModelError: the library is not installed or has no such architecture, or the weights do not fit.
+        ModelError: the library has no such architecture, or the weights do not fit it.
     """
-    hf = _library(model.path)
-    kind = _architecture(hf, model)
+    # Imported here, because only this function needs the optional dependency.
+    import transformers
+
+    library: Any = transformers
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    name = (model.config.get("architectures") or [None])[0]
+    architecture = getattr(library, str(name), None)
+    if architecture is None:
+        raise ModelError(
+            f"{model.path / CONFIG}: architectures says {name!r}, which transformers {library.__version__} does "
+            "not have; give --module"
+        )
     try:
-        module, loaded = kind.from_pretrained(
+        module, keys = architecture.from_pretrained(
             model.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{model.path}: {kind.__name__} does not load: {error}") from error
+        raise ModelError(f"{model.path}: {name} does not load: {error}") from error
+    # The library only warns of these and fills the gaps with random numbers.
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, loaded[fault])):
+        if names := sorted(map(str, keys[fault])):
             raise ModelError(
-                f"{model.path}: {fault.replace('_', ' ')} for {kind.__name__}: {few(names)}; are config and "
-                "weights of one model?"
+                f"{model.path}: {fault.replace('_', ' ')} for {name}: {few(names)}; use the config that was saved "
+                "with these weights"
             )
-    inputs = _inputs(module)
-    module.forward = partial(_function, module.forward, tuple(inputs))
-    return Built(module.eval(), tuple(inputs.values()))
+    inputs = _example_inputs(module)
+    module.forward = partial(_run_forward, module.forward, tuple(inputs))
+    return RunnableModel(module.eval(), tuple(inputs.values()))
 
 
-def from_factory(model: StoredModel, factory: str) -> Built:
-    """The model that `package.module:function` makes, with the stored weights.
+def build_from_factory(model: StoredModel, factory: str) -> RunnableModel:
+    """Build the model that `package.module:function` returns, and load the stored weights into it.
 
-    The function takes nothing and returns the module and an example of its inputs, `module, input, ...`.
+    The function takes no arguments and returns the module and an example of its inputs, `module, input, ...`.
 
     Raises:
         ModelError: there is no such function, it returns something else, or the weights do not fit.
     """
-    module, *inputs = _made(factory)
-    if not isinstance(module, nn.Module) or not all(isinstance(x, Tensor) for x in inputs):
-        raise ModelError(f"{factory} returns no `module, input, ...` of a torch module and tensors")
-    state = {**model, **{name: model[kept] for name, kept in model.ties.items()}}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ModelError(f"{model.path}: does not fit what {factory} returns: {error}") from error
-    return Built(module.eval(), tuple(inputs))
-
-
-def _made(factory: str) -> tuple[Any, ...]:
-    name, _, function = factory.partition(":")
-    # What lies where the command is called, as `python -m` would find it.
+    module_name, _, function = factory.partition(":")
+    # Modules beside the caller can be imported, as with `python -m`.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(name), function)
+        make_model = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
             f"--module {factory}: {error}; write package.module:function, importable from {Path.cwd()}"
         ) from error
-    made = found()
-    return made if isinstance(made, tuple) else (made,)
-
-
-def _library(path: Path) -> Any:
+    result = make_model()
+    module, *inputs = result if isinstance(result, tuple) else (result,)
+    if not isinstance(module, nn.Module) or not all(isinstance(x, Tensor) for x in inputs):
+        raise ModelError(f"--module {factory}: returns no `module, input, ...`; return a torch module and tensors")
+    state = {**model, **{name: model[stored] for name, stored in model.ties.items()}}
     try:
-        import transformers
-    except ImportError as error:
-        raise ModelError(
-            f"{path}: the transformers library, which builds this model, is not installed; "
-            "`pip install transformers`, or give --module"
-        ) from error
-    library: Any = transformers
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    return library
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{model.path}: does not fit what {factory} returns: {error}") from error
+    return RunnableModel(module.eval(), tuple(inputs))
 
 
-def _architecture(hf: Any, model: StoredModel) -> Any:
-    names = model.config.get("architectures") or [None]
-    kind = getattr(hf, str(names[0]), None)
-    if kind is None:
-        raise ModelError(
-            f"{model.path / CONFIG}: architectures says {names[0]!r}, which transformers {hf.__version__} does "
-            "not have; give --module"
-        )
-    return kind
-
-
-def _inputs(module: nn.Module) -> dict[str, Tensor]:
-    """Random tokens and pixels, as far as the model takes any."""
+def _example_inputs(module: nn.Module) -> dict[str, Tensor]:
+    """Return random tokens and pixels, if the model takes them, by the names of its arguments."""
     config: Any = module.config
     generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
     text = config.get_text_config()
-    tokens = (
-        torch.randint(text.vocab_size, (1, _TOKENS), generator=generator)
-        if hasattr(text, "vocab_size")
-        else None
-    )
-    found: dict[str, Tensor] = {}
-    if tokens is not None and module.main_input_name == "input_ids":
-        found["input_ids"] = tokens
+    if hasattr(text, "vocab_size") and module.main_input_name == "input_ids":
+        tokens = torch.randint(text.vocab_size, (1, _TOKENS), generator=generator)
+        inputs["input_ids"] = tokens
         if config.is_encoder_decoder:
-            found["decoder_input_ids"] = tokens.flip(1)
+            inputs["decoder_input_ids"] = tokens.flip(1)
     vision = getattr(config, "vision_config", config)
     if hasattr(vision, "image_size"):
         shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-        found["pixel_values"] = torch.randn(shape, generator=generator)
-    return found
+        inputs["pixel_values"] = torch.randn(shape, generator=generator)
+    return inputs
 
 
-def _function(forward: Any, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What the model is for: its logits or embeddings, not the states that it also hands out."""
+def _run_forward(forward: Any, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Run a forward of the library and return the outputs that an element must not change.
+
+    These are logits and embeddings. Hidden states count only where the model returns nothing else: in a model with a
+    head, an element transforms them.
+    """
     with Doubled():
         outputs = forward(**dict(zip(names, tensors, strict=True)))
-    return _answers(outputs)
-
-
-def _answers(outputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    found = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
-    asked = [
-        value
-        for name, value in found.items()
-        if name.endswith(("logits", "_embeds")) or name.startswith("logits_")
-    ]
-    states = [found[name] for name in ("last_hidden_state", "pooler_output") if name in found]
-    return tuple(asked or states)
+    values = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+    results = tuple(
+        value for name, value in values.items() if name.endswith(("logits", "_embeds")) or name.startswith("logits_")
+    )
+    states = (values.get(name) for name in ("last_hidden_state", "pooler_output"))
+    return results or tuple(state for state in states if state is not None)

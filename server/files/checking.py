@@ -1,30 +1,30 @@
-"""Proof by execution for a stored model: random elements of each kind of space, and of all at once."""
+"""Proof of a stored model's symmetry by execution, for each kind of space and for all spaces at once."""
 
 import re
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
-from fedbasin.server.files.building import Built
-from fedbasin.server.files.stored_symmetry import spread
-from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.server.files.building import RunnableModel
+from fedbasin.server.files.stored_symmetry import add_tied_axes
+from fedbasin.strategies.symmetry.check import CheckReport, check
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.tensors.state import tied
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What random elements of some spaces did to the model's outputs.
+    """The change of a model's outputs under random elements of some spaces.
 
     Attributes:
         kind: name of the spaces without their numbers; "all" is every space at once.
-        spaces: how many there are.
+        spaces: number of spaces.
         double_error: largest relative change of an output in float64.
-        single_error: the same in float32.
-        guilty: the spaces that change the function when they act alone.
-        passed: whether the changes are rounding.
+        single_error: largest relative change of an output in float32.
+        guilty: names of the spaces that change the function when they act alone.
+        passed: True if the changes are no larger than rounding errors.
     """
 
     kind: str
@@ -34,32 +34,30 @@ class Verdict:
     guilty: tuple[str, ...]
     passed: bool
 
-    def as_json(self) -> dict[str, Any]:
-        """The same as a mapping for JSON."""
-        return asdict(self)
 
-
-def verdicts(built: Built, symmetry: Symmetry, *, trials: int, seed: int) -> list[Verdict]:
-    """Check each kind of space, and all together.
+def check_kinds(model: RunnableModel, symmetry: Symmetry, *, trials: int, seed: int) -> list[Verdict]:
+    """Check each kind of space, and all spaces together.
 
     Raises:
         SymmetryError: a space does not fit the module, or the module does not run.
     """
-    whole = spread(symmetry, tied(built.module.state_dict()))
-    kinds: dict[str, Symmetry] = {}
+    whole = add_tied_axes(symmetry, tied(model.module.state_dict()))
+    kinds: dict[str, tuple[Space, ...]] = defaultdict(tuple)
     for space in whole.spaces:
-        held = kinds.get(_kind(space.name), replace(whole, spaces=()))
-        kinds[_kind(space.name)] = replace(held, spaces=(*held.spaces, space))
-    return [
-        _verdict(kind, built, each, trials, seed) for kind, each in {**kinds, "all": whole}.items()
-    ]
+        kinds[re.sub(r"\.?\d+", "", space.name) or space.name] += (space,)
+    kinds["all"] = whole.spaces
+    verdicts = []
+    for kind, spaces in kinds.items():
+        part = replace(whole, spaces=spaces)
+        report = check(model.module, part, *model.inputs, trials=trials, seed=seed)
+        verdicts.append(_summarise(kind, len(spaces), report))
+    return verdicts
 
 
-def _verdict(kind: str, built: Built, symmetry: Symmetry, trials: int, seed: int) -> Verdict:
-    report = check(built.module, symmetry, *built.inputs, trials=trials, seed=seed)
+def _summarise(kind: str, spaces: int, report: CheckReport) -> Verdict:
     return Verdict(
         kind=kind,
-        spaces=len(symmetry.spaces),
+        spaces=spaces,
         double_error=max(trial.double_error for trial in report.trials),
         single_error=max(trial.single_error for trial in report.trials),
         guilty=report.guilty,
@@ -67,19 +65,13 @@ def _verdict(kind: str, built: Built, symmetry: Symmetry, trials: int, seed: int
     )
 
 
-def shown(found: list[Verdict]) -> Group:
-    """The verdicts for the eye."""
-    made = Table(box=None, pad_edge=False)
-    made.add_column("spaces", overflow="fold")
-    for name in ("number", "float64", "float32"):
-        made.add_column(name, justify="right")
-    made.add_column("function")
-    for one in found:
-        errors = (f"{error:.1e}" for error in (one.double_error, one.single_error))
-        made.add_row(one.kind, str(one.spaces), *errors, "kept" if one.passed else "BROKEN")
-    guilty = dict.fromkeys(space for one in found for space in one.guilty)
-    return Group(made, *([f"\nbroken by {', '.join(guilty)}"] if guilty else []))
-
-
-def _kind(space: str) -> str:
-    return re.sub(r"\.?\d+", "", space) or space
+def render_verdicts(verdicts: list[Verdict]) -> Group:
+    """Return the verdicts as a table, with the spaces that change the function named below it."""
+    numbers = (Column(name, justify="right") for name in ("number", "float64", "float32"))
+    table = Table(Column("spaces", overflow="fold"), *numbers, "function", box=None, pad_edge=False)
+    for verdict in verdicts:
+        errors = (f"{error:.1e}" for error in (verdict.double_error, verdict.single_error))
+        function = "kept" if verdict.passed else "BROKEN"
+        table.add_row(verdict.kind, str(verdict.spaces), *errors, function)
+    guilty = dict.fromkeys(space for verdict in verdicts for space in verdict.guilty)
+    return Group(table, *([f"\nbroken by {', '.join(guilty)}"] if guilty else []))

@@ -1,4 +1,4 @@
-"""Published models computed in the precision of their parameters, so that errors below float32 can be seen."""
+"""Execution of published models in the precision of their parameters, so that errors below float32 can be seen."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class Doubled(TorchFunctionMode):
-    """Lets what a model insists on computing in float32 follow double inputs.
+    """A context in which casts of double tensors to float32 are left out.
 
-    Norms, rotary angles and softmax are computed in float32 whatever the parameters are, which would hide every
-    error below 1e-7.
+    Published models compute norms, rotary angles and softmax in float32 whatever the dtype of their parameters, which
+    would hide every error below 1e-7.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,31 +1,32 @@
-"""What a stored model's symmetry touches, space by space, and what it leaves alone."""
+"""Counts of the tensors that a stored model's symmetry touches, space by space, and of those it leaves alone."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from fedbasin.server.files.reading import StoredModel
 from fedbasin.server.report.charts.text import size
+from fedbasin.strategies.symmetry.coverage import coverage, touched_entries
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 
-_SHOWN = 8
+# Names in a line, so that it stays readable where hundreds of tensors are untouched; JSON has them all.
+_MOST_NAMES = 8
 
 
 @dataclass(frozen=True)
 class SpaceRow:
-    """One space.
+    """A space and its part of a model.
 
     Attributes:
-        space: its name.
-        group: in the notation.
+        space: name of the space.
+        group: its group in the notation.
         width: units of its first role.
-        tensors: names of what it touches.
-        share: of the model's parameters, 0 to 1; a matrix between two spaces counts for both.
+        tensors: names of the tensors that it touches.
+        share: share of the model's parameters, 0 to 1; a matrix between two spaces counts for both.
     """
 
     space: str
@@ -44,12 +45,12 @@ class Inspection:
         files: number of files with tensors.
         tensors: number of tensors.
         parameters: number of their entries.
-        bytes: their size.
+        bytes: size of the tensors.
         dtypes: number of tensors of each dtype.
-        tied: names that are left out, with the name under which the tensor is stored.
-        ties_embeddings: whether the config says that the head is the input's table.
+        tied: names that the files leave out, each with the name under which its tensor is stored.
+        ties_embeddings: True if the config says that the head is the table of the input.
         untouched: tensors that no space of the whole symmetry touches.
-        spaces: the spaces that were asked for.
+        spaces: the chosen spaces.
     """
 
     model: str
@@ -63,22 +64,17 @@ class Inspection:
     untouched: tuple[str, ...]
     spaces: tuple[SpaceRow, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """The same as a mapping for JSON."""
-        return asdict(self)
 
-
-def inspected(model: StoredModel, whole: Symmetry, meant: Symmetry) -> Inspection:
-    """Count; values are not read.
+def inspect_model(model: StoredModel, whole: Symmetry, part: Symmetry) -> Inspection:
+    """Count the tensors and parameters of a model and of its spaces, without reading values.
 
     Args:
         model: the stored model.
-        whole: its symmetry, which says what is not touched.
-        meant: the spaces to list.
+        whole: its symmetry, which decides which tensors are untouched.
+        part: the spaces to list.
     """
     shapes = model.shapes()
     total = sum(tensor.numel() for tensor in shapes.values())
-    touched = {axis.tensor for space in whole.spaces for axis in space.axes}
     return Inspection(
         model=str(model.path),
         files=len(model.shards),
@@ -88,49 +84,42 @@ def inspected(model: StoredModel, whole: Symmetry, meant: Symmetry) -> Inspectio
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in shapes.values())),
         tied=model.ties,
         ties_embeddings=bool(model.config.get("tie_word_embeddings", False)),
-        untouched=tuple(name for name in shapes if name not in touched),
-        spaces=tuple(_row(space, shapes, total) for space in meant.spaces),
+        untouched=coverage(whole, shapes).uncovered,
+        spaces=tuple(_count_space(space, shapes, total) for space in part.spaces),
     )
 
 
-def _row(space: Space, shapes: Mapping[str, Tensor], total: int) -> SpaceRow:
-    entries: Counter[str] = Counter()
-    for axis in space.axes:
-        entries[axis.tensor] += axis.view(shapes[axis.tensor]).numel()
-    # A tensor with the space on both axes is touched once.
-    own = sum(min(count, shapes[name].numel()) for name, count in entries.items())
-    return SpaceRow(
-        space.name, str(space.group), space.width(), tuple(entries), own / max(total, 1)
-    )
+def _count_space(space: Space, shapes: Mapping[str, Tensor], total: int) -> SpaceRow:
+    touched = touched_entries(space.axes, shapes)
+    share = sum(touched.values()) / max(total, 1)
+    return SpaceRow(space.name, str(space.group), space.width(), tuple(touched), share)
 
 
-def shown(found: Inspection) -> Group:
-    """The same for the eye."""
-    made = Table(box=None, pad_edge=False)
-    made.add_column("space", overflow="fold")
-    made.add_column("group", overflow="fold")
-    for name in ("width", "tensors", "share"):
-        made.add_column(name, justify="right")
-    for row in found.spaces:
-        made.add_row(
-            row.space, row.group, str(row.width), str(len(row.tensors)), f"{row.share:.1%}"
-        )
-    return Group(made, "", *_lines(found))
+def render_inspection(inspection: Inspection) -> Group:
+    """Return a table of the spaces, with lines on the whole model below it."""
+    words = (Column(name, overflow="fold") for name in ("space", "group"))
+    numbers = (Column(name, justify="right") for name in ("width", "tensors", "share"))
+    table = Table(*words, *numbers, box=None, pad_edge=False)
+    for row in inspection.spaces:
+        counts = (str(row.width), str(len(row.tensors)), f"{row.share:.1%}")
+        table.add_row(row.space, row.group, *counts)
+    return Group(table, "", *_summary_lines(inspection))
 
 
-def _lines(found: Inspection) -> list[str]:
-    dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
-    tied = [f"{name} is {kept}" for name, kept in found.tied.items()]
+def _summary_lines(inspection: Inspection) -> list[str]:
+    dtypes = ", ".join(f"{count} {name}" for name, count in inspection.dtypes.items())
+    ties = [f"{name} is {stored}" for name, stored in inspection.tied.items()]
     head = "the head is the table of the input, as the config says: it moves as one"
-    files = "1 file" if found.files == 1 else f"{found.files} files"
+    files = "1 file" if inspection.files == 1 else f"{inspection.files} files"
     return [
-        f"{found.parameters:,} parameters in {found.tensors} tensors ({dtypes}), {size(found.bytes)} in {files}",
-        *([f"stored once: {_listed(tied)}"] if tied else []),
-        *([head] if found.ties_embeddings else []),
-        f"touched by no space: {_listed(list(found.untouched)) or 'nothing'}",
+        f"{inspection.parameters:,} parameters in {inspection.tensors} tensors ({dtypes}), "
+        f"{size(inspection.bytes)} in {files}",
+        *([f"stored once: {_join(ties)}"] if ties else []),
+        *([head] if inspection.ties_embeddings else []),
+        f"touched by no space: {_join(inspection.untouched) or 'nothing'}",
     ]
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _join(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more

@@ -1,6 +1,6 @@
-"""What a family calls the tensors of a published file, where the file calls them otherwise or leaves them out.
+"""Names that the `transformers` library gives to the tensors of a published file.
 
-The `transformers` library renames on loading and back on saving, and stores a tied table once.
+The library renames some tensors when it loads a file and back when it saves one, and stores a tied table once.
 """
 
 import re
@@ -9,10 +9,10 @@ from typing import Any
 
 from fedbasin.server.files.reading import ModelError
 
-# Of every family: checkpoints that were once TensorFlow's.
+# For every family: checkpoints that were converted from TensorFlow.
 _ALWAYS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
-# The first that fits a name counts.
+# The first pattern that fits a name counts, so special cases stand above general ones.
 _FAMILIES = {
     "vit": (
         (r"encoder\.layer\.(\d+)\.attention\.attention\.query\.", r"layers.\1.attention.q_proj."),
@@ -22,38 +22,31 @@ _FAMILIES = {
         (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"layers.\1.mlp.fc1."),
         (r"encoder\.layer\.(\d+)\.output\.dense\.", r"layers.\1.mlp.fc2."),
         (r"encoder\.layer\.(\d+)\.", r"layers.\1."),
-    ),
+    )
 }
 
 
 def library_names(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]:
-    """For each name that the library would use the stored one.
+    """Return the stored name of each tensor by the name that the library gives to it.
 
     Args:
-        config: of the model.
-        stored: names in its files.
+        config: the config of the model.
+        stored: names in the model's files.
 
     Raises:
-        ModelError: two stored tensors are one to the library.
+        ModelError: two stored tensors have the same name in the library.
     """
     patterns = (*_FAMILIES.get(config["model_type"], ()), *_ALWAYS)
     names: dict[str, str] = {}
     for name in stored:
-        other = names.setdefault(_renamed(name, patterns), name)
-        if other != name:
-            raise ModelError(f"{other!r} and {name!r} are old and new name of one tensor; keep one")
-    return names | _tied_head(config, names)
-
-
-def _renamed(name: str, patterns: Iterable[tuple[str, str]]) -> str:
-    changed = (re.sub(pattern, new, name) for pattern, new in patterns)
-    return next((found for found in changed if found != name), name)
-
-
-def _tied_head(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """T5's language head, which tells a stream that stays inside from one that is handed out."""
-    headed = any(
-        str(name).endswith("ConditionalGeneration") for name in config.get("architectures") or ()
-    )
-    tied = config["model_type"] == "t5" and headed and "lm_head.weight" not in names
-    return {"lm_head.weight": names["shared.weight"]} if tied and "shared.weight" in names else {}
+        changed = (re.sub(pattern, new, name) for pattern, new in patterns)
+        library_name = next((new for new in changed if new != name), name)
+        twin = names.setdefault(library_name, name)
+        if twin != name:
+            raise ModelError(f"{twin!r} and {name!r} are old and new name of one tensor; keep one")
+    # T5 stores a tied head only as the table. Its name tells a model with a head, whose stream stays inside, from an
+    # encoder that returns the stream, which therefore must not be transformed.
+    has_head = any(str(name).endswith("ConditionalGeneration") for name in config.get("architectures") or ())
+    if config["model_type"] == "t5" and has_head and "shared.weight" in names:
+        names.setdefault("lm_head.weight", names["shared.weight"])
+    return names

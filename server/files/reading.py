@@ -4,12 +4,12 @@
     MODEL/config.json   MODEL/model.safetensors
     MODEL/config.json   MODEL/model.safetensors.index.json   MODEL/model-00001-of-00002.safetensors ...
 
-Tensors are views of the mapped file: asking for one reads nothing, its pages come when they are used and go
-when the last tensor of them does.
+Tensors are views of the mapped file: pages are read when their values are used, and released with the last tensor
+that lies on them.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class StoredModel(Mapping[str, Tensor]):
-    """A state whose tensors are read when they are asked for.
+    """The state of a model in files, whose tensors are read one by one.
 
     Attributes:
         path: the file or folder.
         files: for each tensor the file that holds it.
-        config: what a folder's config.json says; empty without one.
-        metadata: of the file, or of the folder's first shard.
+        config: content of a folder's config.json; empty without one.
+        metadata: metadata of the file, or of the folder's first shard.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class StoredModel(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         path = self.files[name]
         try:
-            # Opened for each tensor, because a mapping lives as long as the last tensor of it.
+            # Opened for each tensor: one mapping for all would keep every page until its last tensor is gone.
             with safe_open(path, "pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, AttributeError) as error:
@@ -60,7 +60,7 @@ class StoredModel(Mapping[str, Tensor]):
 
     @property
     def is_folder(self) -> bool:
-        """Whether the layout is that of a folder."""
+        """True if the model is a folder, and not a single file."""
         return self.path not in self.files.values()
 
     @property
@@ -70,98 +70,93 @@ class StoredModel(Mapping[str, Tensor]):
 
     @property
     def ties(self) -> dict[str, str]:
-        """Names that the file leaves out, because the tensor is stored under another name."""
+        """The names that the files leave out, each with the name under which its tensor is stored."""
         return {
-            name: kept
-            for name, kept in self.metadata.items()
-            if name not in self.files and kept in self.files
+            name: stored for name, stored in self.metadata.items() if name not in self.files and stored in self.files
         }
 
     def shapes(self) -> dict[str, Tensor]:
-        """The same names with tensors that have shape and dtype and no memory."""
+        """Return tensors of the same names, shapes and dtypes that need no memory."""
         return {name: torch.empty_like(tensor, device="meta") for name, tensor in self.items()}
 
 
 def open_model(path: Path) -> StoredModel:
-    """A model by its path; only headers are read.
+    """Open the model at a path; only headers are read.
 
     Raises:
-        ModelError: there is none, a header does not parse, or index and shards disagree.
+        ModelError: there is no model, a header does not parse, or index and shards contradict each other.
     """
     if path.is_dir():
-        files = _folder(path)
+        files = _files_of_folder(path)
         config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     elif path.is_file():
         files, config = dict.fromkeys(_names(path), path), {}
     else:
         raise ModelError(
-            f"{path}: there is no such file or folder; give a .safetensors file, or a folder with "
-            f"{CONFIG} and {SINGLE}"
+            f"{path}: there is no such file or folder; give a .safetensors file, or a folder with {CONFIG} and {SINGLE}"
         )
     if not files:
         raise ModelError(f"{path}: there are no tensors in it; was it saved whole?")
-    return StoredModel(path, files, config, _metadata(min(files.values())))
+    with safe_open(min(files.values()), "pt") as file:
+        return StoredModel(path, files, config, dict(file.metadata() or {}))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ModelError: it cannot be read, or is no object.
+        ModelError: the file cannot be read, or holds another value than an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(
-            f"{path}: holds a {type(found).__name__}, not an object of keys and values"
-        )
-    return found
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ModelError(f"{path}: holds a {kind}; it must be an object of keys and values")
+    return content
 
 
-def _folder(folder: Path) -> dict[str, Path]:
-    # The library's own order: a single file wins over an index that was left beside it.
+def _files_of_folder(folder: Path) -> dict[str, Path]:
+    # The same order as in `transformers`: a single file wins over an index that was left beside it.
     if (folder / SINGLE).is_file():
         return dict.fromkeys(_names(folder / SINGLE), folder / SINGLE)
     if (folder / INDEX).is_file():
-        return _sharded(folder)
-    others = sorted(
-        path.name for end in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{end}")
-    )
-    there = f"there are {', '.join(others[:5])}; " if others else ""
+        return _files_of_index(folder / INDEX)
+    weights = sorted(path.name for end in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{end}"))
+    there = f"there are {', '.join(weights[:5])}; " if weights else ""
     raise ModelError(
         f"{folder}: neither {SINGLE} nor {INDEX} is in it; {there}give a file itself, or save the model with "
         "`save_pretrained`"
     )
 
 
-def _sharded(folder: Path) -> dict[str, Path]:
-    index = folder / INDEX
-    files = {name: folder / shard for name, shard in _weight_map(index).items()}
+def _files_of_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index}: has no weight_map from tensors to shards; fetch it again")
+    for name, shard in weight_map.items():
+        # A path would let an index read files outside the model's folder.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ModelError(f"{index}: the shard of {name!r} is {shard!r}, not a file beside it")
+    files = {name: index.with_name(shard) for name, shard in weight_map.items()}
+    _check_shards(index, files)
+    return files
+
+
+def _check_shards(index: Path, files: Mapping[str, Path]) -> None:
+    """Refuse shards that are missing or hold other tensors than the index says."""
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise ModelError(f"{path}: {index} names this shard and it is missing; fetch it again")
         listed = {name for name, shard in files.items() if shard == path}
         stored = set(_names(path))
         if missing := sorted(listed - stored):
-            raise ModelError(f"{path}: {few(missing)} missing, which {index} says are in it")
+            raise ModelError(f"{path}: {few(missing)} missing, which {index} lists; fetch it again")
         if unlisted := sorted(stored - listed):
             raise ModelError(
-                f"{index}: {few(unlisted)} missing in it, but {path.name} has them; index and shards "
-                "are of different models"
+                f"{index}: {few(unlisted)} missing in it, but {path.name} has them; fetch index and shards of one model"
             )
-    return files
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict):
-        raise ModelError(f"{index}: has no weight_map from tensors to shards")
-    for name, shard in found.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ModelError(f"{index}: the shard of {name!r} is {shard!r}, not a file beside it")
-    return found
 
 
 def _names(path: Path) -> list[str]:
@@ -169,17 +164,10 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a whole safetensors file ({error}); fetch or save it again"
-        ) from error
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from error
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
-def few(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
+def few(names: Sequence[str]) -> str:
+    """Return the first three names, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more

@@ -1,10 +1,10 @@
-"""A model written in the layout of another: the same files, headers and order of bytes, with other values.
+"""Output of models in the layout of a stored one: the same files, headers and order of bytes, with other values.
 
 A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON, from names to dtype,
-shape and offsets) and the tensors' bytes. A header says nothing about values, so it is copied as it is and the
-tensors follow one by one: no more than one is in memory, and what is not moved is the same bytes.
+shape and offsets) and the tensors' bytes. A header does not depend on values, so it is copied, and the tensors follow
+one by one: at most one is in memory, and a tensor that is not transformed keeps its bytes.
 
-What is written stands under a name of its own until it is whole.
+Files have a hidden name beside the target until they are complete.
 """
 
 import json
@@ -19,50 +19,46 @@ from torch import Tensor
 
 from fedbasin.server.files.reading import INDEX, SINGLE, ModelError, StoredModel
 
-# What else in a model's folder would hold its old weights.
+# Endings of files in a model's folder that may hold its old weights.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
 
 
-def write(
-    model: StoredModel, target: Path, state: Mapping[str, Tensor], written: Callable[[int], None]
-) -> None:
-    """Write a state in a model's layout, and copy what else its folder has; replaces what is there.
+def write(model: StoredModel, target: Path, state: Mapping[str, Tensor], on_write: Callable[[int], None]) -> None:
+    """Write a state in a model's layout with the other files of its folder, and replace an existing target.
 
     Args:
-        model: gives the layout.
-        target: file or folder, as the model is; `refuse_target` says whether it may be written.
-        state: the values, of the model's names, shapes and dtypes.
-        written: told the bytes of each tensor.
+        model: the model whose layout is used.
+        target: file or folder, as the model is; must have passed `refuse_target`.
+        state: the values, with the model's names, shapes and dtypes.
+        on_write: called with the size in bytes of each tensor that was written.
 
     Raises:
         ModelError: the target cannot be written, or a tensor would change its shape or dtype.
     """
     try:
-        with _part(target) as part:
+        with _replacing(target) as part:
             if not model.is_folder:
-                _write_file(model.path, part, state, written)
+                _write_file(model.path, part, state, on_write)
                 return
-            shutil.copytree(model.path, part, ignore=_old_weights)
+            shutil.copytree(model.path, part, ignore=_weights_and_hidden)
             for shard in model.shards:
-                _write_file(shard, part / shard.name, state, written)
+                _write_file(shard, part / shard.name, state, on_write)
             if SINGLE not in {shard.name for shard in model.shards}:
                 shutil.copyfile(model.path / INDEX, part / INDEX)
     except OSError as error:
-        raise ModelError(
-            f"{target}: cannot be written: {error.strerror or error}; nothing was left behind"
-        ) from error
+        raise ModelError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
 
 
 def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
-    """Refuse to write over something that is not to be replaced.
+    """Refuse a target that cannot or must not be replaced by a model.
 
     Args:
-        model: gives the layout.
-        target: where it would be written.
-        force: whether a model at `target` is replaced.
+        model: the model whose layout is used.
+        target: path of the output.
+        force: whether an existing model may be replaced.
 
     Raises:
-        ModelError: naming what is in the way.
+        ModelError: the target's folder is missing, or something other than a replaceable model exists there.
     """
     refuse_existing(target, force=force)
     if not target.exists():
@@ -70,17 +66,17 @@ def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
     if model.is_folder != target.is_dir():
         kinds = ("a file", "a folder")
         raise ModelError(
-            f"{target}: is {kinds[target.is_dir()]} and would become {kinds[model.is_folder]}"
+            f"{target}: is {kinds[target.is_dir()]} and would become {kinds[model.is_folder]}; give another name"
         )
     if target.is_dir() and not any((target / name).is_file() for name in (SINGLE, INDEX)):
-        raise ModelError(f"{target}: is a folder without a model; --force replaces models only")
+        raise ModelError(f"{target}: is a folder without a model, which --force does not replace; give another name")
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Refuse to write where there is no folder to write in, or something already.
+    """Refuse a target that exists, unless forced, or whose folder does not.
 
     Raises:
-        ModelError: saying which.
+        ModelError: the target exists, or its folder does not.
     """
     if not target.parent.is_dir():
         raise ModelError(f"{target}: its folder does not exist; make it first")
@@ -89,20 +85,21 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def refuse_overlap(source: Path, target: Path) -> None:
-    """Refuse to write over, into or around something else of the same command.
+    """Refuse a target that is another path of the same command, lies in it or contains it.
 
     Raises:
-        ModelError: the two overlap.
+        ModelError: the two paths overlap.
     """
-    own, other = source.resolve(), target.resolve()
-    if own == other:
+    # Resolved, because a link to an input would be overwritten with it.
+    source_path, target_path = source.resolve(), target.resolve()
+    if source_path == target_path:
         raise ModelError(f"{target}: is {source} itself; give another name")
-    if own in other.parents or other in own.parents:
+    if source_path in target_path.parents or target_path in source_path.parents:
         raise ModelError(f"{target}: overlaps {source}; write beside it")
 
 
-def left_out(model: StoredModel) -> list[str]:
-    """Files of the model's folder that hold weights of other formats, which are not written."""
+def skipped_weights(model: StoredModel) -> list[str]:
+    """Return the files of a model's folder with weights of other formats, which are not written."""
     if not model.is_folder:
         return []
     return sorted(
@@ -113,8 +110,8 @@ def left_out(model: StoredModel) -> list[str]:
 
 
 @contextmanager
-def _part(target: Path) -> Iterator[Path]:
-    """A sibling of the target that takes its place when all went well, and is gone when it did not."""
+def _replacing(target: Path) -> Iterator[Path]:
+    """Yield a path beside the target that replaces it on success, and is removed on failure."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -128,27 +125,20 @@ def _part(target: Path) -> Iterator[Path]:
             old.rename(target)
         raise
     finally:
-        _remove(part)
-        _remove(old)
+        for path in (part, old):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _weights_and_hidden(_folder: str, names: list[str]) -> list[str]:
+    # Hidden folders hold version control and caches.
+    endings = (*_WEIGHTS, ".index.json")
+    return [name for name in names if name.endswith(endings) or name.startswith(".")]
 
 
-def _old_weights(_folder: str, names: list[str]) -> list[str]:
-    # Hidden folders are version control and caches.
-    return [
-        name for name in names if name.endswith((*_WEIGHTS, ".index.json")) or name.startswith(".")
-    ]
-
-
-def _write_file(
-    source: Path, target: Path, state: Mapping[str, Tensor], written: Callable[[int], None]
-) -> None:
+def _write_file(source: Path, target: Path, state: Mapping[str, Tensor], on_write: Callable[[int], None]) -> None:
     with source.open("rb") as file:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))
@@ -160,9 +150,12 @@ def _write_file(
             start, stop = entries[name]["data_offsets"]
             content = _bytes(state[name])
             if len(content) != stop - start:
-                raise ModelError(f"{target}: {name!r} has {len(content)} bytes for {stop - start}")
+                raise ModelError(
+                    f"{target}: {name!r} has {len(content)} bytes instead of {stop - start}; keep its shape and dtype"
+                )
             file.write(content)
-            written(stop - start)
+            on_write(stop - start)
+        # On disk before it takes the target's place: a crash must not leave an empty file there.
         file.flush()
         os.fsync(file.fileno())
 

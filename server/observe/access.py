@@ -1,4 +1,4 @@
-"""Who may talk to an observer: TLS on both sides, and a token that every call but the health check carries."""
+"""Access to an observer: TLS on both sides, and a token that every call but the health check carries."""
 
 import hmac
 import ssl
@@ -17,18 +17,18 @@ _SHORTEST_TOKEN = 16
 
 
 class AccessError(ValueError):
-    """Files or choices that give no secure connection; the message names them and the remedy."""
+    """Files or options that do not give a secure connection; the message names them and the remedy."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What an observer asks of its callers; nothing by default.
+    """The proof that an observer requires of its callers; none by default.
 
     Attributes:
-        cert: its certificate chain, PEM; with it the service speaks TLS only.
-        key: the certificate's private key, PEM.
-        client_ca: PEM of the authorities whose client certificates are let in; None asks for none.
-        token_file: holds the token on its only line.
+        cert: the observer's certificate chain, PEM; with it the service speaks TLS only.
+        key: private key of the certificate, PEM.
+        client_ca: PEM of the authorities whose client certificates are accepted; None requires no certificate.
+        token_file: file with the token on its only line.
     """
 
     cert: Path | None = None
@@ -37,10 +37,10 @@ class Guard:
     token_file: Path | None = None
 
     def check(self, host: str) -> None:
-        """Refuses what cannot be used, and what would look safe and is not.
+        """Refuse files that cannot be used, and combinations that look safe and are not.
 
         Raises:
-            AccessError: half of a pair of files, a file that is not what it should be, or a token that would
+            AccessError: one of certificate and key is missing, a file is not what it should be, or the token would
                 cross a network in plain text.
         """
         if (self.cert is None) != (self.key is None):
@@ -58,19 +58,21 @@ class Guard:
             _check_files(self.cert, self.key, self.client_ca)
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """For a port; None for plain text.
+        """Return the credentials of a port; None for plain text.
 
         Raises:
             AccessError: a file cannot be read.
         """
         if not (self.cert and self.key):
             return None
-        pair = (_read(self.key), _read(self.cert))
-        authorities = _read(self.client_ca) if self.client_ca else None
+        # gRPC takes the key before the certificate.
+        pair = (_read_file(self.key), _read_file(self.cert))
+        authorities = _read_file(self.client_ca) if self.client_ca else None
+        # The last argument makes the client's certificate mandatory: one that may be left out protects nothing.
         return grpc.ssl_server_credentials([pair], authorities, authorities is not None)
 
     def interceptors(self) -> list[aio.ServerInterceptor]:
-        """What looks at every call before the service does.
+        """Return the interceptors that check a call before the service sees it.
 
         Raises:
             AccessError: the token cannot be read, or can be guessed.
@@ -80,13 +82,13 @@ class Guard:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a caller of an observer shows; nothing by default.
+    """The proof that a caller shows to an observer; none by default.
 
     Attributes:
         ca: PEM of the authorities that may have signed the observer's certificate; with it the channel is TLS.
-        token_file: holds the token on its only line.
-        cert: the caller's own certificate chain, PEM, where the observer asks for one.
-        key: its private key, PEM.
+        token_file: file with the token on its only line.
+        cert: the caller's certificate chain, PEM, where the observer requires one.
+        key: private key of the caller's certificate, PEM.
     """
 
     ca: Path | None = None
@@ -95,17 +97,17 @@ class Pass:
     key: Path | None = None
 
     def channel(self, address: str, options: tuple[tuple[str, Any], ...]) -> grpc.Channel:
-        """A channel to an observer; nothing is sent yet.
+        """Open a channel to an observer; nothing is sent yet.
 
         Raises:
             AccessError: a file is missing, or the token would cross a network in plain text.
         """
         if (self.cert is None) != (self.key is None):
-            raise AccessError("a certificate needs its key; name both files, or none")
+            raise AccessError("a certificate needs its key; name both files, or neither")
         if not self.ca:
             return self._with_token(address, grpc.insecure_channel(address, options))
-        own = (_read(self.key), _read(self.cert)) if self.key and self.cert else (None, None)
-        credentials = grpc.ssl_channel_credentials(_read(self.ca), *own)
+        pair = (_read_file(self.key), _read_file(self.cert)) if self.key and self.cert else ()
+        credentials = grpc.ssl_channel_credentials(_read_file(self.ca), *pair)
         return self._with_token(address, grpc.secure_channel(address, credentials, options))
 
     def _with_token(self, address: str, channel: grpc.Channel) -> grpc.Channel:
@@ -120,12 +122,14 @@ class Pass:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file, without the end of its line.
+    """Read the token in a file.
 
     Raises:
-        AccessError: the file cannot be read, or holds no token of at least 16 printable ASCII characters.
+        AccessError: the file cannot be read, or has not one line of at least 16 printable ASCII characters.
     """
-    token = _read(path).decode("ascii", errors="replace").strip()
+    # `openssl rand` and editors end the line, and the end is not part of the token. HTTP headers and gRPC's metadata
+    # carry printable ASCII only.
+    token = _read_file(path).decode("ascii", errors="replace").strip()
     if len(token) < _SHORTEST_TOKEN or not all("!" <= letter <= "~" for letter in token):
         raise AccessError(
             f"{path} has no token: one line of at least {_SHORTEST_TOKEN} printable characters; "
@@ -135,7 +139,7 @@ def read_token(path: Path) -> str:
 
 
 class _TokenCheck(aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
-    """Lets a call pass that carries the token; the comparison takes the same time wherever it differs."""
+    """An interceptor that lets a call pass if it carries the token."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
@@ -145,24 +149,25 @@ class _TokenCheck(aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no 
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Hands on the service's own handler, or one that only refuses."""
+        """Return the handler of the service, or one that only refuses."""
         shown = dict(handler_call_details.invocation_metadata).get(_HEADER, "")
-        if handler_call_details.method.startswith(_OPEN) or hmac.compare_digest(
-            shown.encode(), self._expected
-        ):
+        # `compare_digest` takes the same time wherever the two differ, so that a token cannot be found byte by byte.
+        if handler_call_details.method.startswith(_OPEN) or hmac.compare_digest(shown.encode(), self._expected):
             return await continuation(handler_call_details)
-        return grpc.unary_unary_rpc_method_handler(_refuse if shown else _ask)
+        # A unary handler also ends streaming calls: it aborts before the first reply.
+        # Two texts, so that a caller who sent no token does not look for a mistake in the file.
+        return grpc.unary_unary_rpc_method_handler(_refuse_token if shown else _require_token)
 
 
-async def _ask(request: bytes, context: aio.ServicerContext) -> None:
+async def _require_token(request: bytes, context: aio.ServicerContext) -> None:
     del request
     await context.abort(
         grpc.StatusCode.UNAUTHENTICATED,
-        "this observer wants a token: metadata `authorization: Bearer TOKEN`, with the token of its --token-file",
+        "this observer requires a token: metadata `authorization: Bearer TOKEN`, with the token of its --token-file",
     )
 
 
-async def _refuse(request: bytes, context: aio.ServicerContext) -> None:
+async def _refuse_token(request: bytes, context: aio.ServicerContext) -> None:
     del request
     await context.abort(
         grpc.StatusCode.UNAUTHENTICATED,
@@ -171,7 +176,7 @@ async def _refuse(request: bytes, context: aio.ServicerContext) -> None:
 
 
 class _Call(NamedTuple):
-    """What grpc wants of a call; it reads these attributes."""
+    """The attributes of a call that grpc reads."""
 
     method: str
     timeout: float | None
@@ -182,33 +187,24 @@ class _Call(NamedTuple):
 
 
 class _TokenBearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc] # grpc ships no types
-    """Adds the token to every call of a channel."""
+    """An interceptor that adds the token to every call of a channel."""
 
     def __init__(self, token: str) -> None:
         self._metadata = (_HEADER, f"Bearer {token}")
 
-    def intercept_unary_unary(
-        self, continuation: Any, client_call_details: Any, request: Any
-    ) -> Any:
-        """For calls with one reply."""
-        return continuation(self._signed(client_call_details), request)
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        """Start a call with the token in its metadata."""
+        return continuation(self._sign(client_call_details), request)
 
     intercept_unary_stream = intercept_unary_unary
 
-    def _signed(self, call: Any) -> _Call:
+    def _sign(self, call: Any) -> _Call:
         metadata = [*(call.metadata or ()), self._metadata]
-        return _Call(
-            call.method,
-            call.timeout,
-            metadata,
-            call.credentials,
-            call.wait_for_ready,
-            call.compression,
-        )
+        return _Call(call.method, call.timeout, metadata, call.credentials, call.wait_for_ready, call.compression)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that address."""
+    """Return whether an address can be reached from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -216,24 +212,23 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_files(cert: Path, key: Path, client_ca: Path | None) -> None:
-    """OpenSSL's opinion, because gRPC's own would only be that the port cannot be opened."""
+    """Refuse files that OpenSSL cannot use; gRPC would only say that the port cannot be opened."""
+    # OpenSSL does not name the file that it cannot read.
     for path in filter(None, (cert, key, client_ca)):
-        _read(path)
+        _read_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
     except ssl.SSLError as error:
-        raise AccessError(
-            f"{cert} and {key} are no certificate with its key, PEM: {error}"
-        ) from error
+        raise AccessError(f"{cert} and {key} are not a certificate and its key in PEM: {error}") from error
     try:
         if client_ca:
             context.load_verify_locations(client_ca)
     except ssl.SSLError as error:
-        raise AccessError(f"{client_ca} has no authority's certificate, PEM: {error}") from error
+        raise AccessError(f"{client_ca} has no certificate of an authority in PEM: {error}") from error
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

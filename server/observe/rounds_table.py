@@ -1,71 +1,52 @@
-"""Rounds for the eye: one row each."""
+"""A table of rounds for the terminal, one row each."""
 
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC
 
 from rich.table import Table
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.observe.gauges import height
+from fedbasin.proto.report import ACCEPTED, PathSums, RoundReport
+from fedbasin.server.observe.gauges import barrier_height
 from fedbasin.server.report.charts.text import size
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
-from fedbasin.strategies.round.outcomes import Outcome
 
 # Widths are fixed, so that rows printed one at a time stay under their headings.
-_COLUMNS = {
-    "round": 7,
-    "ended": 8,
-    "seconds": 7,
-    "updates": 15,
-    "received": 8,
-    "barrier": 15,
-    "model": None,
-}
+_COLUMNS = {"round": 7, "ended": 8, "seconds": 7, "updates": 15, "received": 8, "barrier": 15, "model": None}
 
 
-def table(reports: Iterable[RoundReport], *, heading: bool = True) -> Table:
-    """A row per round: its number, its end (local time), its clients, its barrier and the new model."""
-    made = Table(box=None, show_header=heading, pad_edge=False, collapse_padding=True)
+def rounds_table(reports: Iterable[RoundReport], *, heading: bool = True) -> Table:
+    """Return a table of rounds: end in local time, replies, barriers and metrics of the new model."""
+    table = Table(box=None, show_header=heading, pad_edge=False, collapse_padding=True)
     for name, width in _COLUMNS.items():
-        made.add_column(name, width=width, overflow="fold")
+        table.add_column(name, width=width, overflow="fold")
     for report in reports:
-        made.add_row(*_cells(report))
-    return made
+        table.add_row(*_cells(report))
+    return table
 
 
 def _cells(report: RoundReport) -> tuple[str, ...]:
     clients = [client for stage in report.stages for client in stage.clients]
     return (
         f"{report.round}/{report.rounds}",
-        f"{report.finished.ToDatetime(UTC).astimezone():%H:%M:%S}",
+        f"{report.finished.astimezone():%H:%M:%S}",
         f"{report.seconds:.1f}",
-        _updates(Counter(client.outcome for client in clients)),
+        _count_updates(Counter(client.outcome for client in clients)),
         size(sum(client.bytes_up for client in clients)),
-        "\n".join(filter(None, (_barrier(report), _fused(report)))),
+        _barriers(report.path or PathSums(), report.fused_path or PathSums()),
         "\n".join(f"{name} {value:.4g}" for name, value in sorted(report.metrics.items())),
     )
 
 
-def _updates(outcomes: Counter[str]) -> str:
-    """How many of the replies were accepted, and why the others were not."""
-    accepted = outcomes[Outcome.accepted.name]
-    refused = [
-        f"{number} {name}" for name, number in outcomes.items() if name != Outcome.accepted.name
-    ]
-    return "\n".join([f"{accepted}/{outcomes.total()}", *refused])
+def _count_updates(outcomes: Counter[str]) -> str:
+    refused = [f"{number} {name}" for name, number in outcomes.items() if name != ACCEPTED]
+    return "\n".join([f"{outcomes[ACCEPTED]}/{outcomes.total()}", *refused])
 
 
-def _fused(report: RoundReport) -> str:
-    """The loss barrier from the new global model to the clients."""
-    path = report.fused_path
-    if not (path.loss_after and path.examples):
-        return ""
-    return f"new {height(linear_barrier, path, path.loss_after):.3g}"
-
-
-def _barrier(report: RoundReport) -> str:
-    """The loss barrier, as trained and as aligned."""
-    path = report.path
+def _barriers(path: PathSums, fused_path: PathSums) -> str:
+    """Return the loss barriers from the anchor, as trained and as aligned, and from the new model."""
     curves = [sums for sums in (path.loss_before, path.loss_after) if sums and path.examples]
-    return " → ".join(f"{height(linear_barrier, path, sums):.3g}" for sums in curves)
+    lines = [" → ".join(f"{barrier_height(linear_barrier, path, sums):.3g}" for sums in curves)]
+    if fused_path.loss_after and fused_path.examples:
+        height = barrier_height(linear_barrier, fused_path, fused_path.loss_after)
+        lines.append(f"new {height:.3g}")
+    return "\n".join(filter(None, lines))

@@ -12,18 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from google.protobuf.json_format import MessageToJson, Parse, ParseError
-
-from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.proto.report import ReportError, RoundReport
 
 FILE = "rounds.jsonl"
 
 _log = logging.getLogger(__name__)
-
-
-def to_line(report: RoundReport) -> str:
-    """A report as one line of JSON, with the field names of the .proto."""
-    return MessageToJson(report, indent=None, preserving_proto_field_name=True)
 
 
 class Store:
@@ -43,24 +36,22 @@ class Store:
         except BlockingIOError as error:
             self._file.close()
             raise BlockingIOError(
-                error.errno,
-                "another observer writes here; give each a folder of its own",
-                str(folder),
+                error.errno, "another observer writes here; give each a folder of its own", str(folder)
             ) from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
 
     def load(self) -> Iterator[RoundReport]:
-        """Reads every whole line; one that is no report is skipped with a warning, half a line is cut off."""
+        """Read the report of every whole line.
+
+        A line that is not a report of this version is skipped with a warning; half a line is cut off.
+        """
         self._file.seek(0)
         whole = 0
         for number, line in enumerate(self._file, start=1):
@@ -70,18 +61,19 @@ class Store:
                 return
             whole += len(line)
             try:
-                yield Parse(line, RoundReport(), ignore_unknown_fields=True)
-            except (ParseError, UnicodeDecodeError) as error:
-                _log.warning("%s:%d: no round report, skipped: %s", self.path, number, error)
+                yield RoundReport.from_json(line)
+            except ReportError as error:
+                _log.warning("%s:%d: skipped: %s", self.path, number, error)
 
     def append(self, report: RoundReport) -> None:
-        """Writes a report.
+        """Write a report.
 
         Raises:
             OSError: the disk is full or gone; nothing of the report stays in the file.
         """
-        line = to_line(report).encode() + b"\n"
+        line = report.to_json().encode() + b"\n"
         end = self._file.seek(0, 2)
+        # A raw write may be short without an error; the rest of the line would make the file unreadable.
         if self._file.write(line) != len(line):
             self._file.truncate(end)
             raise OSError(errno.ENOSPC, "no room for a round report", str(self.path))

@@ -1,1 +1,1 @@
-"""What the observer shows over HTTP: a page for people, a small JSON API behind it, and /metrics."""
+"""The HTTP side of the observer: a page for people, a small JSON API behind it, and /metrics."""

@@ -1,11 +1,11 @@
 """The HTTP application of an observer.
 
     /                            the page
-    /spaces?run=                  the heat maps of a run, a part of the page that is fetched when it is there
+    /spaces?run=                 the heat maps of a run, a part of the page that a script fetches
     /api/runs                    the runs
     /api/runs/{id}/rounds?from=  rounds in brief
-    /api/runs/{id}/events?from=  the same as server-sent events, past and to come
-    /api/events                  of the newest run, or of the first to come
+    /api/runs/{id}/events?from=  rounds in brief as server-sent events, past and to come
+    /api/events                  events of the newest run, or of the first to come
     /metrics                     for Prometheus
 
 Starlette and uvicorn, which Flower brings, serve it on the loop that holds the history: a watcher is a coroutine
@@ -13,9 +13,9 @@ and not a thread, and the history needs no lock.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from google.protobuf.json_format import MessageToDict
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -30,26 +30,24 @@ from starlette.staticfiles import StaticFiles
 
 from fedbasin.server.observe.history import History
 from fedbasin.server.page.headers import SecurityHeaders
-from fedbasin.server.page.runs import Runs
-from fedbasin.server.page.stream import events
-from fedbasin.server.page.view import Choice, page
-from fedbasin.server.report.alignment_section import alignment
-from fedbasin.server.report.document import style
-from fedbasin.server.report.reported_run import Run
-from fedbasin.server.report.summary import as_json
+from fedbasin.server.page.runs import RunReader
+from fedbasin.server.page.stream import stream_events
+from fedbasin.server.page.view import Choice, render_page
+from fedbasin.server.report.alignment_section import draw_spaces
+from fedbasin.server.report.document import read_style
+from fedbasin.server.report.reported_run import ReportedRun
+from fedbasin.server.report.summary import summary_to_json
 
 _STATIC = Path(__file__).parent / "static"
 
 
-def application(
-    history: History, registry: CollectorRegistry, guards: Sequence[Middleware] = ()
-) -> Starlette:
-    """The application over a history and its metrics.
+def application(history: History, registry: CollectorRegistry, guards: Sequence[Middleware] = ()) -> Starlette:
+    """Return the application over a history and its metrics.
 
     Args:
-        history: read on the loop that serves.
-        registry: behind /metrics.
-        guards: what looks at a request first.
+        history: reports of the runs, read on the loop that serves.
+        registry: metrics behind /metrics.
+        guards: middleware that checks a request first.
     """
     handlers = _Handlers(history, registry)
     routes = [
@@ -63,29 +61,31 @@ def application(
         Route("/static/style.css", _style),  # the report's own, shared
         Mount("/static", StaticFiles(directory=_STATIC)),
     ]
-    zipped = Middleware(GZipMiddleware, compresslevel=5)
-    return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), *guards, zipped])
+    compression = Middleware(GZipMiddleware, compresslevel=5)
+    # The security headers are outermost, so that refusals carry them too.
+    return Starlette(routes=routes, middleware=[Middleware(SecurityHeaders), *guards, compression])
 
 
 class _Handlers:
-    """The pages over one history."""
+    """The handlers of the routes, over one history."""
 
     def __init__(self, history: History, registry: CollectorRegistry) -> None:
         self._history = history
-        self._runs = Runs(history)
+        self._runs = RunReader(history)
         self._registry = registry
 
     async def page(self, request: Request) -> Response:
-        choice = Choice.read(request.query_params)
+        choice = Choice.from_query(request.query_params)
         summaries = self._history.runs()
-        runs = [await self._run(choice.run)] if summaries else []
-        if runs and choice.other not in ("", runs[0].name):
-            runs.append(await self._run(choice.other))
-        return HTMLResponse(await run_in_threadpool(page, summaries, runs, choice))
+        runs = [await self._read_run(choice.run)] if summaries else []
+        if runs and choice.compared not in ("", runs[0].name):
+            runs.append(await self._read_run(choice.compared))
+        # On a thread: drawing takes tens of milliseconds, in which no push would be taken.
+        return HTMLResponse(await run_in_threadpool(render_page, summaries, runs, choice))
 
     async def spaces(self, request: Request) -> Response:
-        run = await self._run(request.query_params.get("run", ""))
-        return HTMLResponse(await run_in_threadpool(alignment, run))
+        run = await self._read_run(request.query_params.get("run", ""))
+        return HTMLResponse(await run_in_threadpool(draw_spaces, run))
 
     async def metrics(self, request: Request) -> Response:
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
@@ -93,42 +93,37 @@ class _Handlers:
 
     async def runs(self, request: Request) -> Response:
         del request
-        return JSONResponse(
-            [
-                MessageToDict(
-                    one, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-                )
-                for one in self._history.runs()
-            ]
-        )
+        return JSONResponse([asdict(run) for run in self._history.runs()])
 
     async def rounds(self, request: Request) -> Response:
-        run, first = await self._run(request.path_params["run_id"]), _from(request)
-        return JSONResponse([as_json(one) for one in run.rounds if one.number >= first])
+        run, from_round = await self._read_run(request.path_params["run_id"]), _from_round(request)
+        rounds = [summary_to_json(r) for r in run.rounds if r.number >= from_round]
+        return JSONResponse(rounds)
 
     async def events(self, request: Request) -> Response:
         run_id = request.path_params.get("run_id", "")
         if run_id:
-            await self._run(run_id)  # or the stream would wait for one that never comes
+            await self._read_run(run_id)  # or the stream would wait for one that never comes
+        # A browser that reconnects sends the id of its last event; that goes before what the address says.
         seen = request.headers.get("last-event-id", "")
-        first = int(seen) + 1 if seen.isdecimal() else _from(request)
-        stream = events(self._history, run_id, first)
+        from_round = int(seen) + 1 if seen.isdecimal() else _from_round(request)
+        stream = stream_events(self._history, run_id, from_round)
         return StreamingResponse(stream, media_type="text/event-stream")
 
-    async def _run(self, run_id: str) -> Run:
+    async def _read_run(self, run_id: str) -> ReportedRun:
         try:
-            return await self._runs.get(run_id)
+            return await self._runs.read_run(run_id)
         except KeyError:
             raise HTTPException(404, f"no run '{run_id}' here; /api/runs lists them") from None
 
 
 async def _style(request: Request) -> Response:
     del request
-    return Response(style(), media_type="text/css")
+    return Response(read_style(), media_type="text/css")
 
 
-def _from(request: Request) -> int:
+def _from_round(request: Request) -> int:
     text = request.query_params.get("from", "0")
     if not text.isdecimal():
-        raise HTTPException(400, f"from is '{text}'; give the number of a round")
+        raise HTTPException(400, f"from is '{text}', which is not a number; give the number of a round")
     return int(text)

@@ -1,4 +1,4 @@
-"""What a browser may do with the page: its own scripts, its own styles, and nothing from anywhere else."""
+"""HTTP headers that let the page use its own scripts and styles, and nothing from anywhere else."""
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,13 +26,14 @@ _HEADERS = {
 
 
 class SecurityHeaders:
-    """Adds the headers to every answer."""
+    """A middleware that adds the headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
+            # Plain ASGI: Starlette's BaseHTTPMiddleware would put a task and a queue between each event and its reader.
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)

@@ -16,23 +16,24 @@ _GRACE_SECONDS = 1
 
 
 class _Server(uvicorn.Server):
-    """One that leaves the process's signals to its owner."""
+    """A uvicorn server that leaves the signals of the process to its owner."""
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override] # a generator there
         return nullcontext()
 
 
 @asynccontextmanager
-async def listening(app: ASGIApp, host: str, port: int, guard: Guard) -> AsyncIterator[int]:
-    """Serves as long as the context is open; yields the port.
+async def listen(app: ASGIApp, host: str, port: int, guard: Guard) -> AsyncIterator[int]:
+    """Serve an application for as long as the context is open, and yield the port.
 
     Raises:
         OSError: the port is taken, or the certificate cannot be used.
     """
-    with _bound(host, port) as listener:
+    with _bind(host, port) as listener:
         server = _Server(_config(app, guard))
         serving = asyncio.create_task(server.serve([listener]))
         try:
+            # uvicorn has no event that it sets when it has started.
             while not (server.started or serving.done()):
                 await asyncio.sleep(0.005)
             if serving.done():
@@ -43,18 +44,19 @@ async def listening(app: ASGIApp, host: str, port: int, guard: Guard) -> AsyncIt
             await serving
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        wanted = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"cannot listen on {wanted} for Prometheus and the page: {reason}") from error
+        raise OSError(f"cannot listen on {address} for Prometheus and the page: {reason}") from error
 
 
 def _config(app: ASGIApp, guard: Guard) -> uvicorn.Config:
-    """Nothing is logged, and TLS asks for what the gRPC port asks for."""
+    """Return a configuration that logs nothing, and requires in TLS what the gRPC port requires."""
+    # No logs: the output of `fedbasin observe --json` is the addresses, which programs read.
     return uvicorn.Config(
         app,
         log_config=None,

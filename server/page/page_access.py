@@ -1,4 +1,4 @@
-"""Who may read the page: those with the observer's token, and no site that a reader's browser happens to visit.
+"""Access to the page: for readers with the observer's token, and for no site that a reader's browser visits.
 
 /metrics stays open, as the gRPC health service does: scrapers have no secrets, and it names no client.
 """
@@ -18,12 +18,12 @@ _OPEN = "/metrics"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def guards(guard: Guard, host: str) -> list[Middleware]:
-    """What looks at a request before the page does.
+def page_guards(guard: Guard, host: str) -> list[Middleware]:
+    """Return the middleware that checks a request before the page sees it.
 
     Args:
-        guard: what the observer asks of its callers.
-        host: address that it listens on.
+        guard: proof that the observer requires of its callers.
+        host: address on which it listens.
 
     Raises:
         AccessError: the token cannot be read, or can be guessed.
@@ -35,18 +35,18 @@ def guards(guard: Guard, host: str) -> list[Middleware]:
 
 
 class TokenCheck:
-    """Asks for the token: as a password that a browser prompts for, any user name, or as a bearer token."""
+    """A middleware that requires the token: as a password with any user name, or as a bearer token."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        shown = _shown(Headers(scope=scope).get("authorization", ""))
+        token = _read_token(Headers(scope=scope).get("authorization", ""))
         app: ASGIApp = self._app
-        if scope["path"] != _OPEN and not hmac.compare_digest(shown, self._token):
+        if scope["path"] != _OPEN and not hmac.compare_digest(token, self._token):
             app = PlainTextResponse(
-                "This observer wants its token: as the password, with any user name.\n",
+                "This observer requires its token: as the password, with any user name.\n",
                 401,
                 {"www-authenticate": 'Basic realm="fedbasin", charset="UTF-8"'},
             )
@@ -54,7 +54,7 @@ class TokenCheck:
 
 
 class LocalNames:
-    """Refuses names that lead to this machine but are not its own.
+    """A middleware that refuses host names that lead to this machine but are not its own.
 
     An observer on loopback has no login. Without this, any site could let its own name point to 127.0.0.1 and read
     the reports through a visitor's browser (DNS rebinding).
@@ -64,24 +64,24 @@ class LocalNames:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Comparing host and origin would not help: with a rebound name they are equal.
         host = Headers(scope=scope).get("host", "")
         app: ASGIApp = self._app
-        if _name(host) not in _LOCAL:
+        if _strip_port(host) not in _LOCAL:
             app = PlainTextResponse(
-                f"'{host}' is no name of this machine; ask for 127.0.0.1, or let the observer listen on another "
-                "address with --host\n",
+                f"'{host}' is not a name of this machine; use 127.0.0.1, or let the observer listen on another address "
+                "with --host\n",
                 421,
             )
         await app(scope, receive, send)
 
 
-def _name(host: str) -> str:
-    """The host without its port."""
+def _strip_port(host: str) -> str:
     inside, bracket, _ = host.removeprefix("[").partition("]")
     return inside if bracket else host.rpartition(":")[0] if ":" in host else host
 
 
-def _shown(header: str) -> bytes:
+def _read_token(header: str) -> bytes:
     kind, _, value = header.partition(" ")
     if kind.lower() == "bearer":
         return value.encode()

@@ -6,16 +6,16 @@ from typing import overload
 
 from starlette.concurrency import run_in_threadpool
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
+from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.history import Entry, History
-from fedbasin.server.report.reported_run import Run
-from fedbasin.server.report.summary import Round, summarise
+from fedbasin.server.report.reported_run import ReportedRun
+from fedbasin.server.report.summary import RoundSummary, summarise
 
-_KEPT = 8  # runs whose summaries are remembered
+_CACHED_RUNS = 8
 
 
 @dataclass(frozen=True)
-class Unread(Sequence[RoundReport]):
+class UnreadReports(Sequence[RoundReport]):
     """Reports that are parsed anew each time: all of them at once would take much memory."""
 
     entries: Sequence[Entry]
@@ -23,25 +23,26 @@ class Unread(Sequence[RoundReport]):
     @overload
     def __getitem__(self, place: int) -> RoundReport: ...
     @overload
-    def __getitem__(self, place: slice) -> "Unread": ...
-    def __getitem__(self, place: int | slice) -> "RoundReport | Unread":
+    def __getitem__(self, place: slice) -> "UnreadReports": ...
+    def __getitem__(self, place: int | slice) -> "RoundReport | UnreadReports":
         if isinstance(place, slice):
-            return Unread(self.entries[place])
+            return UnreadReports(self.entries[place])
         return self.entries[place].report
 
     def __len__(self) -> int:
         return len(self.entries)
 
 
-class Runs:
-    """Reads a history, on the loop that it lives on."""
+class RunReader:
+    """A reader of a history, on the loop on which the history lives."""
 
     def __init__(self, history: History) -> None:
         self._history = history
-        self._known: dict[str, Mapping[int, Round]] = {}  # by entry; the longest unasked run first
+        # Summaries by run and number of the entry; the run that was shown longest ago comes first.
+        self._summaries: dict[str, Mapping[int, RoundSummary]] = {}
 
-    async def get(self, run_id: str) -> Run:
-        """A run; an empty id means the newest.
+    async def read_run(self, run_id: str) -> ReportedRun:
+        """Return a run; an empty id means the newest.
 
         Raises:
             KeyError: there is no such run.
@@ -49,13 +50,15 @@ class Runs:
         entries = self._history.entries(run_id)
         if not entries:
             raise KeyError(run_id)
-        known = await run_in_threadpool(_summaries, entries, self._known.pop(run_id, {}))
-        self._known[run_id] = known
-        while len(self._known) > _KEPT:
-            del self._known[next(iter(self._known))]
-        ordered = sorted(entries, key=lambda entry: known[entry.number].number)
-        return Run(Unread(ordered), [known[entry.number] for entry in ordered])
+        cached = self._summaries.pop(run_id, {})
+        # On a thread: parsing and summarising a long run would hold up the pushes on the loop.
+        summaries = await run_in_threadpool(_summarise, entries, cached)
+        self._summaries[run_id] = summaries
+        while len(self._summaries) > _CACHED_RUNS:
+            del self._summaries[next(iter(self._summaries))]
+        ordered = sorted(entries, key=lambda entry: entry.round)
+        return ReportedRun(UnreadReports(ordered), [summaries[entry.number] for entry in ordered])
 
 
-def _summaries(entries: Sequence[Entry], known: Mapping[int, Round]) -> Mapping[int, Round]:
-    return {entry.number: known.get(entry.number) or summarise(entry.report) for entry in entries}
+def _summarise(entries: Sequence[Entry], cached: Mapping[int, RoundSummary]) -> Mapping[int, RoundSummary]:
+    return {entry.number: cached.get(entry.number) or summarise(entry.report) for entry in entries}

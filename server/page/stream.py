@@ -8,46 +8,45 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.observe.history import ClosedError, History
-from fedbasin.server.report.summary import as_json, summarise
+from fedbasin.proto.report import RoundReport
+from fedbasin.server.observe.history import ClosedError, Entry, History
+from fedbasin.server.report.summary import summarise, summary_to_json
 
-SILENCE_SECONDS = 15.0  # proxies give up a connection that says nothing for longer
+SILENCE_SECONDS = 15.0  # proxies close a connection that is silent for longer
 
 
-async def events(history: History, run_id: str, from_round: int) -> AsyncGenerator[str, None]:
-    """The stream of one reader; `event: end` says that nothing more will come."""
-    yield ": connected\n\n"  # or the browser would wait for the answer's head as long as for a round
+async def stream_events(history: History, run_id: str, from_round: int) -> AsyncGenerator[str, None]:
+    """Yield the events of one reader; `event: end` says that nothing more will come."""
+    yield ": connected\n\n"  # or the browser would wait for the headers as long as for a round
     try:
         async with (
-            aclosing(history.watch(run_id, from_round)) as reports,
-            aclosing(_with_silence(reports)) as heard,
+            aclosing(history.watch(run_id, from_round)) as entries,
+            aclosing(_with_silence(entries)) as entries_or_silence,
         ):
-            async for report in heard:
-                yield _event(report) if report else ": still here\n\n"
+            async for entry in entries_or_silence:
+                yield _event(entry.report) if entry else ": still here\n\n"
     except ClosedError:
         return  # the observer stops: the reader's browser tries again
     yield "event: end\ndata: {}\n\n"
 
 
-async def _with_silence(
-    reports: AsyncIterator[RoundReport],
-) -> AsyncGenerator[RoundReport | None, None]:
-    """The same reports, and None whenever nothing came for a while."""
-    coming = asyncio.ensure_future(anext(reports, None))
+async def _with_silence(entries: AsyncIterator[Entry]) -> AsyncGenerator[Entry | None, None]:
+    """Yield the entries, and None whenever none came for a while."""
+    # `wait` and not `wait_for`: a timeout must not cancel the pending read, which would end the watch.
+    pending = asyncio.ensure_future(anext(entries, None))
     try:
         while True:
-            done, _ = await asyncio.wait({coming}, timeout=SILENCE_SECONDS)
-            if done and coming.result() is None:
+            done, _ = await asyncio.wait({pending}, timeout=SILENCE_SECONDS)
+            if done and pending.result() is None:
                 return
-            yield coming.result() if done else None
+            yield pending.result() if done else None
             if done:
-                coming = asyncio.ensure_future(anext(reports, None))
+                pending = asyncio.ensure_future(anext(entries, None))
     finally:
-        coming.cancel()
-        await asyncio.wait({coming})
+        pending.cancel()
+        await asyncio.wait({pending})
 
 
 def _event(report: RoundReport) -> str:
-    data = json.dumps(as_json(summarise(report)), allow_nan=False)
+    data = json.dumps(summary_to_json(summarise(report)), allow_nan=False)
     return f"id: {report.round}\nevent: round\ndata: {data}\n\n"

@@ -1,47 +1,45 @@
-"""What the page shows, chosen by its address: `/?run=ID&with=ID&round=N`."""
+"""The page in HTML, chosen by its address: `/?run=ID&with=ID&round=N`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlencode
 
-from fedbasin.proto.fedbasin_pb2 import RunSummary
+from fedbasin.proto.observer_service import RunSummary
 from fedbasin.server.report.charts.markup import Html, join, tag
-from fedbasin.server.report.document import document, parts, themes, title
-from fedbasin.server.report.progress_section import overview
-from fedbasin.server.report.reported_run import Run
+from fedbasin.server.report.document import draw_sections, render_document, theme_choice, title_heading
+from fedbasin.server.report.progress_section import draw_overview
+from fedbasin.server.report.reported_run import ReportedRun
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a reader wants to see.
+    """The choice of a reader.
 
     Attributes:
         run: id of a run; empty for the newest.
-        other: id of a run to compare with; empty for none.
-        round: whose curves and clients; None for the newest that was probed.
+        compared: id of a run to compare with; empty for none.
+        round: number of the round whose curves and clients are shown; None for the newest that was probed.
     """
 
     run: str = ""
-    other: str = ""
+    compared: str = ""
     round: int | None = None
 
     @classmethod
-    def read(cls, query: Mapping[str, str]) -> Self:
-        """From an address; what is no number is no round."""
+    def from_query(cls, query: Mapping[str, str]) -> Self:
+        """Read the choice from an address; a round that is not a number counts as none."""
         number = query.get("round", "")
-        return cls(
-            query.get("run", ""), query.get("with", ""), int(number) if number.isdecimal() else None
-        )
+        return cls(query.get("run", ""), query.get("with", ""), int(number) if number.isdecimal() else None)
 
 
-def page(summaries: Sequence[RunSummary], runs: list[Run], choice: Choice) -> str:
-    """The whole page: works without scripts, and live with them.
+def render_page(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: Choice) -> str:
+    """Return the whole page, which works without scripts, and is live with them.
 
     Args:
         summaries: all runs there are.
         runs: the chosen run and the one to compare with; empty where no run has reported.
-        choice: what was asked for.
+        choice: the reader's choice.
     """
     note = "observer" if runs else "no run has reported yet"
     head = join(
@@ -54,52 +52,52 @@ def page(summaries: Sequence[RunSummary], runs: list[Run], choice: Choice) -> st
     )
     body = [
         tag("a", "Skip to the numbers", href="#main", class_="skip"),
-        tag("header", title("fedbasin", note), _state(runs), themes()),
+        tag("header", title_heading("fedbasin", note), _state(runs), theme_choice()),
         _chooser(summaries, runs, choice) if runs else Html(),
         tag("main", *_content(runs, choice), id="main"),
     ]
     name = f"{runs[0].name} · fedbasin" if runs else "fedbasin"
-    return document(name, head, *body)
+    return render_document(name, head, *body)
 
 
-def waiting_for_spaces(run: Run) -> Html:
-    """A link to the heat maps, which a script follows at once."""
+def link_to_spaces(run: ReportedRun) -> Html:
+    """Return a link to the heat maps, which a script follows at once.
+
+    The heat maps read every report of the run; the page is not to wait for them.
+    """
     address = f"spaces?{urlencode({'run': run.name})}"
     link = tag("a", "Show the heat maps of all spaces", href=address)
     return tag("div", tag("p", link), data_src=address)
 
 
-def _content(runs: list[Run], choice: Choice) -> list[Html]:
+def _content(runs: list[ReportedRun], choice: Choice) -> list[Html]:
     if not runs:
         return [_welcome()]
-    tiles = [overview(one) for one in runs]
+    overviews = [draw_overview(run) for run in runs]
     if len(runs) > 1:
-        tiles = [
-            join([tag("h2", run.name, class_="runname"), its])
-            for run, its in zip(runs, tiles, strict=True)
+        overviews = [
+            join([tag("h2", run.name, class_="runname"), overview])
+            for run, overview in zip(runs, overviews, strict=True)
         ]
-    made = [join(tiles), *parts(runs, waiting_for_spaces(runs[0]), choice.round)]
-    return [tag("div", part, id=f"part-{index}", data_live=True) for index, part in enumerate(made)]
+    parts = [join(overviews), *draw_sections(runs, link_to_spaces(runs[0]), choice.round)]
+    return [tag("div", part, id=f"part-{index}", data_live=True) for index, part in enumerate(parts)]
 
 
-def _state(runs: list[Run]) -> Html:
+def _state(runs: list[ReportedRun]) -> Html:
     state = runs[0].newest.state if runs else "waiting"
     return tag("p", state, class_="state", id="state", role="status", data_state=state)
 
 
-def _chooser(summaries: Sequence[RunSummary], runs: list[Run], choice: Choice) -> Html:
-    names = [one.run_id for one in reversed(summaries)]
+def _chooser(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: Choice) -> Html:
     run = runs[0]
-    other = runs[1].name if len(runs) > 1 else ""
-    numbers = [("", "newest"), *((n, str(n)) for n in reversed([r.number for r in run.rounds]))]
-    shown = "" if choice.round is None else choice.round
+    names = [summary.run_id for summary in reversed(summaries)]
+    compared = [("", "none"), *((name, name) for name in names if name != run.name)]
+    numbers = [("", "newest"), *((r.number, str(r.number)) for r in reversed(run.rounds))]
     return tag(
         "form",
         _select("run", "Run", [(name, name) for name in names], run.name),
-        _select(
-            "with", "Compare with", [("", "none"), *((n, n) for n in names if n != run.name)], other
-        ),
-        _select("round", "Curves and clients of round", numbers, shown),
+        _select("with", "Compare with", compared, runs[1].name if len(runs) > 1 else ""),
+        _select("round", "Curves and clients of round", numbers, "" if choice.round is None else choice.round),
         tag("button", "Show"),
         class_="choose",
         aria_label="What to show",  # a form with a name is a landmark
@@ -111,21 +109,15 @@ def _chooser(summaries: Sequence[RunSummary], runs: list[Run], choice: Choice) -
 
 
 def _select(name: str, label: str, options: Sequence[tuple[object, str]], chosen: object) -> Html:
-    made = (
-        tag("option", text, value=str(value), selected=value == chosen) for value, text in options
-    )
-    return tag("label", label, tag("select", *made, name=name, id=f"choose-{name}"))
+    items = (tag("option", text, value=str(value), selected=value == chosen) for value, text in options)
+    return tag("label", label, tag("select", *items, name=name, id=f"choose-{name}"))
 
 
 def _welcome() -> Html:
     return tag(
         "div",
         tag("h2", "Waiting for the first round"),
-        tag(
-            "p",
-            "Point a run here with the setting ",
-            tag("code", 'fedbasin.observer = "host:port"'),
-        ),
-        tag("p", "and it shows up when its first round has ended.", class_="note"),
+        tag("p", "Point a run here with the setting ", tag("code", 'fedbasin.observer = "host:port"')),
+        tag("p", "The run shows up when its first round has ended.", class_="note"),
         class_="card",
     )

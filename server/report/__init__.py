@@ -1,4 +1,4 @@
-"""A run for the eye: summaries, charts and sections, as HTML without scripts and as Markdown.
+"""Reports of a run for people: summaries, charts and sections, as HTML without scripts and as Markdown.
 
 The page of `fedbasin observe` and the file of `fedbasin report` are made of the same sections.
 """

@@ -1,25 +1,24 @@
-"""Where models lie, by round: a chart for each thing that was measured beside the barrier to the anchor."""
+"""The section on the position of models: a chart by round for each measure beside the barrier to the anchor."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedbasin.server.report.charts import figures
-from fedbasin.server.report.charts.chart import Bars, Line, rounds_axis
-from fedbasin.server.report.charts.figures import Words
-from fedbasin.server.report.charts.markup import Html, join, tag
+from fedbasin.server.report.charts.chart import Bars, Polyline, rounds_scale
+from fedbasin.server.report.charts.figures import Caption, bar_figure, line_figure
+from fedbasin.server.report.charts.markup import Html, tag
 from fedbasin.server.report.charts.text import duration
-from fedbasin.server.report.reported_run import Run
+from fedbasin.server.report.reported_run import ReportedRun
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn together.
+    """A chart of several measures by round.
 
     Attributes:
         title: heading.
-        note: what is drawn, and in which unit.
-        lines: the label of each, the measure of `summary.Round` and its style.
+        note: explanation with the unit.
+        lines: label, measure of a `RoundSummary` and style of each line.
     """
 
     title: str
@@ -30,15 +29,12 @@ class Chart:
 CHARTS = (
     Chart(
         "From the new global model to the clients",
-        "Loss barrier, and the gap in the middle of the way, nats: below 0 mixing both would help.",
-        (
-            ("barrier", "fused_barrier_loss", "c1"),
-            ("gap in the middle", "fused_midpoint_gap_loss", "c2"),
-        ),
+        "Loss barrier, and the gap in the middle of the path, nats: below 0 mixing both would help.",
+        (("barrier", "fused_barrier_loss", "c1"), ("gap in the middle", "fused_midpoint_gap_loss", "c2")),
     ),
     Chart(
         "Cosine of updates",
-        "Of the clients’ updates with what the new model moved by, with what the round before moved by, and with "
+        "Of the clients’ updates with the movement of the new model, with the movement of the round before, and with "
         "one another. At 0 they are at right angles.",
         (
             ("with the new movement", "update_cosine.fused", "c1"),
@@ -49,7 +45,8 @@ CHARTS = (
     Chart("Length of updates", "L2, mean of clients.", (("update", "update_norm", "c1"),)),
     Chart(
         "Singular vectors in common",
-        "With the anchor, over the layers that a small budget pays for: 1 for the same directions, about 0 for strangers.",
+        "With the anchor, over the layers that a small budget pays for: 1 for the same directions, about 0 for "
+        "independent models.",
         (
             ("as trained", "spectral_alignment_ratio.before", "before"),
             ("aligned", "spectral_alignment_ratio.after", "after"),
@@ -57,11 +54,8 @@ CHARTS = (
     ),
     Chart(
         "Hidden variance",
-        "Of the new model’s layers over the clients’ on the same data: far below 1 the signal fades.",
-        (
-            ("lowest layer", "variance_ratio.lowest", "c1"),
-            ("mean of layers", "variance_ratio.mean", "c2"),
-        ),
+        "Of the new model’s layers over the clients’ on the same data: far below 1, activations collapse.",
+        (("lowest layer", "variance_ratio.lowest", "c1"), ("mean of layers", "variance_ratio.mean", "c2")),
     ),
     Chart(
         "Barriers on the server’s probe set",
@@ -73,7 +67,7 @@ CHARTS = (
     ),
     Chart(
         "Accuracy on the server’s probe set",
-        "The ensemble of the kept models is the ceiling of what fusing them could reach.",
+        "The ensemble of the kept models is about the best that fusing them could reach.",
         (
             ("new global model", "probe_accuracy_ratio.fused", "c1"),
             ("clients, mean", "probe_accuracy_ratio.clients", "c2"),
@@ -83,33 +77,33 @@ CHARTS = (
 )
 
 
-def basin(runs: Sequence[Run]) -> Html:
-    """The charts for which there is something to draw."""
-    drawn = [figure for chart in CHARTS if (figure := _drawn(chart, runs))]
-    if not drawn:
-        return tag("p", "These rounds measured nothing of it.", class_="note")
-    return tag("div", *drawn, class_="grid pairs")
+def draw_measures(runs: Sequence[ReportedRun]) -> Html:
+    """Draw the charts for which something was measured."""
+    figures = [figure for chart in CHARTS if (figure := _draw_chart(chart, runs))]
+    if not figures:
+        return tag("p", "These rounds measured none of this.", class_="note")
+    return tag("div", *figures, class_="grid pairs")
 
 
-def probes(run: Run) -> Html:
-    """Seconds of probing by round; nothing where nothing was probed."""
+def draw_probe_cost(run: ReportedRun) -> Html:
+    """Draw the seconds of diagnostics by round; nothing where nothing was measured."""
     seconds = [
-        Bars("clients together", [one.probing.client_seconds for one in run.rounds], "c1"),
-        Bars("server", [one.probing.server_seconds for one in run.rounds], "c2"),
+        Bars("clients together", [r.probe_cost.client_seconds for r in run.rounds], "c1"),
+        Bars("server", [r.probe_cost.server_seconds for r in run.rounds], "c2"),
     ]
     if not any(height for bars in seconds for height in bars.heights):
         return Html()
-    words = Words(
-        "Seconds of probing", "Paths, variances, directions and the probe set: what looking costs."
+    caption = Caption(
+        "Seconds of probing", "The cost of diagnostics: paths, variances, cosines, singular vectors and the probe set."
     )
-    return figures.bars(words, seconds, [one.number for one in run.rounds], duration)
+    return bar_figure(caption, seconds, [r.number for r in run.rounds], duration)
 
 
-def _drawn(chart: Chart, runs: Sequence[Run]) -> Html:
+def _draw_chart(chart: Chart, runs: Sequence[ReportedRun]) -> Html:
     lines = [
-        Line(
+        Polyline(
             f"{run.name}, {label}" if len(runs) > 1 else label,
-            [(one.number, one.measures.get(measure, math.nan)) for one in run.rounds],
+            [(r.number, r.measures.get(measure, math.nan)) for r in run.rounds],
             f"{style} dashed" if index else style,
         )
         for index, run in enumerate(runs)
@@ -118,6 +112,6 @@ def _drawn(chart: Chart, runs: Sequence[Run]) -> Html:
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
     if not lines:
         return Html()
-    first = min(run.rounds[0].number for run in runs)
-    across = rounds_axis(first, max(run.newest.number for run in runs))
-    return join([figures.curves(Words(chart.title, chart.note), lines, across)])
+    start = min(run.rounds[0].number for run in runs)
+    across = rounds_scale(start, max(run.newest.number for run in runs))
+    return line_figure(Caption(chart.title, chart.note), lines, across)

@@ -1,97 +1,80 @@
-"""What became of the clients' replies, and what they cost."""
+"""The sections on the clients' replies: their outcomes, and their cost in seconds and bytes."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from fedbasin.proto.fedbasin_pb2 import ClientReport, RoundReport
-from fedbasin.server.report.charts import figures
+from fedbasin.proto.report import ACCEPTED, ClientReport, RoundReport
 from fedbasin.server.report.charts.chart import Bars
-from fedbasin.server.report.charts.figures import Words
-from fedbasin.server.report.charts.html_table import scrolled, table
+from fedbasin.server.report.charts.figures import Caption, bar_figure
+from fedbasin.server.report.charts.html_table import html_table, scroll_box
 from fedbasin.server.report.charts.markup import Html, join, tag
 from fedbasin.server.report.charts.text import duration, number, size
-from fedbasin.server.report.reported_run import Run
-from fedbasin.server.report.summary import ACCEPTED, Round
+from fedbasin.server.report.reported_run import ReportedRun
+from fedbasin.server.report.summary import RoundSummary
 from fedbasin.strategies.round.outcomes import Outcome
 
 _CLIENTS = 200  # rows of the list of clients
 _STYLES = ("c1", "c2", "c3", "c4", "c5")
 
 
-def outcomes(run: Run, report: RoundReport) -> Html:
-    """Replies by round, by outcome with advice, and each client of one round."""
-    return join([tag("div", _by_round(run), _advice(run), class_="grid"), _clients(report)])
+def draw_outcomes(run: ReportedRun, report: RoundReport) -> Html:
+    """Draw replies by round, by outcome with advice, and each client of one round."""
+    by_outcome = tag("div", _draw_replies(run), _advice(run), class_="grid")
+    return join([by_outcome, _list_clients(report)])
 
 
-def costs(run: Run) -> Html:
-    """Seconds by stage, and bytes, by round."""
-    names = dict.fromkeys(stage.name for one in run.rounds for stage in one.stages)
+def draw_costs(run: ReportedRun) -> Html:
+    """Draw seconds by stage, and bytes, by round."""
+    names = dict.fromkeys(stage.name for r in run.rounds for stage in r.stages)
     seconds = [
-        Bars(name, [_seconds(one, name) for one in run.rounds], _STYLES[index % len(_STYLES)])
+        Bars(name, [_stage_seconds(r, name) for r in run.rounds], _STYLES[index % len(_STYLES)])
         for index, name in enumerate(names)
     ]
-    sent = [
-        Bars("up, from clients", [one.bytes_up for one in run.rounds], "c1"),
-        Bars("down, to clients", [one.bytes_down for one in run.rounds], "c2"),
+    traffic = [
+        Bars("up, from clients", [r.bytes_up for r in run.rounds], "c1"),
+        Bars("down, to clients", [r.bytes_down for r in run.rounds], "c2"),
     ]
-    numbers = _numbers(run)
-    return join(
-        [
-            figures.bars(
-                Words("Seconds by stage", "From first request to value."),
-                seconds,
-                numbers,
-                duration,
-            ),
-            figures.bars(Words("Bytes on the wire", "All clients together."), sent, numbers, size),
-        ]
-    )
+    numbers = [r.number for r in run.rounds]
+    by_stage = Caption("Seconds by stage", "From the first request to the end of the stage.")
+    on_wire = Caption("Bytes on the wire", "All clients together.")
+    return join([bar_figure(by_stage, seconds, numbers, duration), bar_figure(on_wire, traffic, numbers, size)])
 
 
-def counted(rounds: Sequence[Round]) -> list[tuple[str, int, str]]:
-    """Outcomes of all rounds with their number and what to do about them, the most frequent first."""
-    total = sum((one.outcomes for one in rounds), Counter[str]())
-    return [(kind, times, _meaning(kind)) for kind, times in total.most_common()]
+def count_outcomes(rounds: Sequence[RoundSummary]) -> list[tuple[str, int, str]]:
+    """Return outcome, number of replies and advice over all rounds, the most frequent first."""
+    total = sum((r.outcomes for r in rounds), Counter[str]())
+    return [
+        (kind, times, Outcome[kind].value if kind in Outcome.__members__ else "unknown to this version")
+        for kind, times in total.most_common()
+    ]
 
 
-def _by_round(run: Run) -> Html:
-    refused = [kind for kind, _, _ in counted(run.rounds) if kind != ACCEPTED]
-    stack = [Bars("accepted", [one.accepted for one in run.rounds], "good")]
-    for index, kind in enumerate(refused):
+def _draw_replies(run: ReportedRun) -> Html:
+    refusals = [kind for kind, _, _ in count_outcomes(run.rounds) if kind != ACCEPTED]
+    stack = [Bars("accepted", [r.accepted for r in run.rounds], "good")]
+    for index, kind in enumerate(refusals):
         style = f"bad shade{min(index, 3)}"
-        stack.append(Bars(kind, [one.outcomes[kind] for one in run.rounds], style))
-    words = Words("Replies by round", "All stages together.")
-    return figures.bars(words, stack, _numbers(run), lambda value: f"{value:g}")
+        stack.append(Bars(kind, [r.outcomes[kind] for r in run.rounds], style))
+    caption = Caption("Replies by round", "All stages together.")
+    return bar_figure(caption, stack, [r.number for r in run.rounds], lambda value: f"{value:g}")
 
 
-def _advice(run: Run) -> Html:
-    title = "Outcomes of all rounds, and what to do"
-    content = table(title, ("outcome", "replies", "meaning"), counted(run.rounds))
-    return tag("div", scrolled(content, title), class_="words")
+def _advice(run: ReportedRun) -> Html:
+    title = "Outcomes of all rounds, and advice"
+    table = html_table(title, ("outcome", "replies", "meaning"), count_outcomes(run.rounds))
+    return tag("div", scroll_box(table, title), class_="words")
 
 
-def _clients(report: RoundReport) -> Html:
-    found = [(stage.stage, client) for stage in report.stages for client in stage.clients]
-    found.sort(key=lambda pair: pair[1].outcome == ACCEPTED)
+def _list_clients(report: RoundReport) -> Html:
+    replies = [(stage.stage, client) for stage in report.stages for client in stage.clients]
+    replies.sort(key=lambda reply: reply[1].is_accepted)
     title = f"Clients of round {report.round}, refused first"
-    more = f": {_CLIENTS} of {len(found):,}" if len(found) > _CLIENTS else ""
-    head = (
-        "client",
-        "stage",
-        "outcome",
-        "examples",
-        "seconds",
-        "probing",
-        "up",
-        "down",
-        "update",
-        "cosine",
-        "detail",
-    )
-    rows = (_row(stage, client) for stage, client in found[:_CLIENTS])
-    content = scrolled(table(title + more, head, rows), title)
-    heading = tag("summary", f"Clients of round {report.round} ({len(found):,} replies)")
+    more = f": {_CLIENTS} of {len(replies):,}" if len(replies) > _CLIENTS else ""
+    head = ("client", "stage", "outcome", "examples", "seconds", "probing", "up", "down", "update", "cosine", "detail")
+    rows = (_row(stage, client) for stage, client in replies[:_CLIENTS])
+    content = scroll_box(html_table(title + more, head, rows), title)
+    heading = tag("summary", f"Clients of round {report.round} ({len(replies):,} replies)")
     return tag("details", heading, content)
 
 
@@ -105,19 +88,11 @@ def _row(stage: str, client: ClientReport) -> tuple[object, ...]:
         f"{client.probe_seconds:.1f}" if client.probe_seconds else "–",
         size(client.bytes_up),
         size(client.bytes_down),
-        number(client.update_norm if client.HasField("update_norm") else math.nan),
-        number(client.update_cosine if client.HasField("update_cosine") else math.nan),
+        number(math.nan if client.update_norm is None else client.update_norm),
+        number(math.nan if client.update_cosine is None else client.update_cosine),
         client.detail,
     )
 
 
-def _meaning(kind: str) -> str:
-    return Outcome[kind].value if kind in Outcome.__members__ else "unknown to this version"
-
-
-def _numbers(run: Run) -> list[int]:
-    return [one.number for one in run.rounds]
-
-
-def _seconds(one: Round, name: str) -> float:
-    return sum(stage.seconds for stage in one.stages if stage.name == name)
+def _stage_seconds(summary: RoundSummary, name: str) -> float:
+    return sum(stage.seconds for stage in summary.stages if stage.name == name)

@@ -3,40 +3,46 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedbasin.proto.fedbasin_pb2 import RoundReport
-from fedbasin.server.report.summary import Round, summarise
+from fedbasin.proto.report import RoundReport
+from fedbasin.server.report.summary import RoundSummary, summarise
 
 
 @dataclass(frozen=True)
-class Run:
-    """At least one round.
+class ReportedRun:
+    """A run with at least one round.
 
     Attributes:
-        reports: by round; a sequence that may read a report only when it is asked for.
-        rounds: the same in brief.
+        reports: reports by round; the sequence may read a report only when it is accessed.
+        rounds: summaries of the same reports.
     """
 
     reports: Sequence[RoundReport]
-    rounds: Sequence[Round]
+    rounds: Sequence[RoundSummary]
 
     @classmethod
-    def of(cls, reports: Sequence[RoundReport]) -> "Run":
-        """A run from its reports."""
+    def from_reports(cls, reports: Sequence[RoundReport]) -> "ReportedRun":
+        """Summarise the reports of a run."""
         return cls(reports, [summarise(report) for report in reports])
 
     @property
     def name(self) -> str:
-        """The run's id."""
+        """The id of the run."""
         return self.newest.run_id
 
     @property
-    def newest(self) -> Round:
-        """Its last round so far."""
+    def newest(self) -> RoundSummary:
+        """The last round so far."""
         return self.rounds[-1]
 
-    def shown(self, number: int | None = None) -> RoundReport:
-        """The report of a round; without one, of the newest whose path was evaluated, or of the newest."""
+    def select_report(self, number: int | None = None) -> RoundReport:
+        """Return the report of a round.
+
+        Args:
+            number: number of the round. Without one, or where there is no such round, the newest round whose path was
+                evaluated is taken, or else the newest.
+        """
+        # Chosen by summaries: looking at reports would parse all of them.
         places = range(len(self.rounds))
-        asked = [place for place in places if self.rounds[place].number == number]
+        matches = [place for place in places if self.rounds[place].number == number]
         probed = [place for place in places if self.rounds[place].probed]
-        return self.reports[(asked or probed or [-1])[-1]]
+        return self.reports[(matches or probed or [-1])[-1]]

@@ -1,25 +1,22 @@
-"""A round in the few numbers that fit a row: what lists, curves over rounds and the JSON API are made of.
+"""A round in the few numbers that fit a row: the source of lists, of curves over rounds and of the JSON API.
 
 A number that was not measured, or that overflowed, is NaN here and null in JSON.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 
-from fedbasin.proto.fedbasin_pb2 import PathSums, RoundReport, StageReport
-from fedbasin.server.observe.gauges import brief, height, probing
-from fedbasin.strategies.diagnostics.barrier import Curve, accuracy_barrier, linear_barrier
-from fedbasin.strategies.round.outcomes import Outcome
-
-ACCEPTED = Outcome.accepted.name
+from fedbasin.proto.report import ACCEPTED, PathSums, RoundReport, StageReport
+from fedbasin.server.observe.gauges import ProbeCost, barrier_height, probe_cost, summary_gauges
+from fedbasin.strategies.diagnostics.barrier import accuracy_barrier, linear_barrier
 
 
 @dataclass(frozen=True)
-class Pair:
+class BeforeAfter:
     """One measure before and after alignment."""
 
     before: float
@@ -27,25 +24,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Probing:
-    """What probing took: seconds of all clients together and of the server, and bytes of both."""
-
-    client_seconds: float
-    server_seconds: float
-    size: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage took.
+class StageSummary:
+    """A stage in brief.
 
     Attributes:
         name: bootstrap, fuse, evaluate or another.
-        seconds: from the first request to the stage's value.
-        server_seconds: decoding, checking, folding and solving among them.
-        bytes_up: received from clients.
-        bytes_down: sent to clients.
-        outcomes: replies by what became of them.
+        seconds: from the first request to the end of the stage.
+        server_seconds: time that the server spent on decoding, checking, adding and solving.
+        bytes_up: bytes received from clients.
+        bytes_down: bytes sent to clients.
+        outcomes: number of replies by outcome.
     """
 
     name: str
@@ -57,40 +45,40 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundSummary:
     """A round in brief.
 
     Attributes:
-        run_id: the run.
-        number: the round, from 1.
-        of: how many the run will have.
-        recipe: how updates are fused.
-        ended: when.
-        seconds: from start to end.
-        stages: what each took, in order.
+        run_id: id of the run.
+        number: number of the round, from 1.
+        rounds: number of rounds that the run will have.
+        recipe: name of the recipe.
+        ended: time at which the round ended.
+        seconds: duration of the round.
+        stages: the stages in order.
         probed: whether clients evaluated the path to the anchor.
-        barrier: of the mean loss from anchor to clients, nats.
-        accuracy_barrier: the same of the accuracy, a share.
-        measures: what else was measured, by a metric's name without prefix and its labels.
-        probing: what all of it took.
-        metrics: of the new global model.
-        peak_bytes: resident memory of the ServerApp at its highest.
-        last: whether the run ends with it, as planned.
+        barrier: barrier of the mean loss from anchor to clients, nats.
+        accuracy_barrier: barrier of the accuracy from anchor to clients, as a fraction.
+        measures: values of the other gauges, by the metric's name without prefix and its labels.
+        probe_cost: seconds and bytes of all diagnostics.
+        metrics: metrics of the new global model.
+        peak_bytes: peak resident memory of the ServerApp.
+        last: whether the run ends with this round, as planned.
         problem: why the run ended here without a new model; empty where it did not.
     """
 
     run_id: str
     number: int
-    of: int
+    rounds: int
     recipe: str
     ended: datetime
     seconds: float
-    stages: tuple[Stage, ...]
+    stages: tuple[StageSummary, ...]
     probed: bool
-    barrier: Pair
-    accuracy_barrier: Pair
+    barrier: BeforeAfter
+    accuracy_barrier: BeforeAfter
     measures: Mapping[str, float]
-    probing: Probing
+    probe_cost: ProbeCost
     metrics: Mapping[str, float]
     peak_bytes: int
     last: bool
@@ -98,57 +86,58 @@ class Round:
 
     @property
     def state(self) -> str:
-        """Of the run after this round: running, finished or failed."""
+        """The state of the run after this round: running, finished or failed."""
         return "failed" if self.problem else "finished" if self.last else "running"
 
     @cached_property
     def outcomes(self) -> Counter[str]:
-        """Replies of all stages by what became of them."""
+        """The number of replies by outcome, over all stages."""
         return sum((Counter(stage.outcomes) for stage in self.stages), Counter())
 
     @property
     def accepted(self) -> int:
-        """Replies that were taken."""
+        """The number of accepted replies."""
         return self.outcomes[ACCEPTED]
 
     @property
     def refused(self) -> int:
-        """Replies that were not, and replies that never came."""
+        """The number of replies that were refused or never came."""
         return self.outcomes.total() - self.accepted
 
     @property
     def bytes_up(self) -> int:
-        """Received from clients."""
+        """The number of bytes received from clients."""
         return sum(stage.bytes_up for stage in self.stages)
 
     @property
     def bytes_down(self) -> int:
-        """Sent to clients."""
+        """The number of bytes sent to clients."""
         return sum(stage.bytes_down for stage in self.stages)
 
 
-def summarise(report: RoundReport) -> Round:
-    """A report in brief. It does not look at spaces, which are most of a report."""
-    path = report.path
-    return Round(
+def summarise(report: RoundReport) -> RoundSummary:
+    """Summarise a report without looking at spaces, which are most of it."""
+    path = report.path or PathSums()
+    return RoundSummary(
         report.run_id,
         report.round,
         report.rounds,
         report.recipe,
-        report.finished.ToDatetime(UTC),
+        report.finished,
         report.seconds,
-        tuple(_stage(stage) for stage in report.stages),
+        tuple(_summarise_stage(stage) for stage in report.stages),
         bool(path.points and path.examples),
-        Pair(
-            _height(linear_barrier, path, path.loss_before),
-            _height(linear_barrier, path, path.loss_after),
+        BeforeAfter(
+            barrier_height(linear_barrier, path, path.loss_before),
+            barrier_height(linear_barrier, path, path.loss_after),
         ),
-        Pair(
-            _height(accuracy_barrier, path, path.correct_before),
-            _height(accuracy_barrier, path, path.correct_after),
+        BeforeAfter(
+            barrier_height(accuracy_barrier, path, path.correct_before),
+            barrier_height(accuracy_barrier, path, path.correct_after),
         ),
-        {".".join((metric.name, *labels)): value for metric, value, labels in brief(report)},
-        Probing(*probing(report)),
+        {".".join((gauge.name, *labels)): value for gauge, value, labels in summary_gauges(report)},
+        probe_cost(report),
+        # Sorted, so that columns and colours do not change from round to round.
         dict(sorted(report.metrics.items())),
         report.peak_rss_bytes,
         report.last,
@@ -156,45 +145,44 @@ def summarise(report: RoundReport) -> Round:
     )
 
 
-def as_json(of: Round) -> dict[str, object]:
-    """A round as JSON has it."""
+def summary_to_json(summary: RoundSummary) -> dict[str, object]:
+    """Return a summary as an object of JSON."""
+    cost = summary.probe_cost
     return {
-        "run": of.run_id,
-        "round": of.number,
-        "rounds": of.of,
-        "recipe": of.recipe,
-        "ended": of.ended.isoformat(),
-        "seconds": _or_null(of.seconds),
-        "accepted": of.accepted,
-        "outcomes": dict(of.outcomes),
-        "bytes_up": of.bytes_up,
-        "bytes_down": of.bytes_down,
-        "barrier": _finite({"before": of.barrier.before, "after": of.barrier.after}),
-        "accuracy_barrier": _finite(
-            {"before": of.accuracy_barrier.before, "after": of.accuracy_barrier.after}
-        ),
-        "measures": _finite(of.measures),
+        "run": summary.run_id,
+        "round": summary.number,
+        "rounds": summary.rounds,
+        "recipe": summary.recipe,
+        "ended": summary.ended.isoformat(),
+        "seconds": _finite_or_null(summary.seconds),
+        "accepted": summary.accepted,
+        "outcomes": dict(summary.outcomes),
+        "bytes_up": summary.bytes_up,
+        "bytes_down": summary.bytes_down,
+        "barrier": _finite_values(vars(summary.barrier)),
+        "accuracy_barrier": _finite_values(vars(summary.accuracy_barrier)),
+        "measures": _finite_values(summary.measures),
         "probing": {
-            "client_seconds": of.probing.client_seconds,
-            "server_seconds": _or_null(of.probing.server_seconds),
-            "bytes": of.probing.size,
+            "client_seconds": cost.client_seconds,
+            "server_seconds": _finite_or_null(cost.server_seconds),
+            "bytes": cost.client_bytes + cost.server_bytes,
         },
-        "metrics": _finite(of.metrics),
+        "metrics": _finite_values(summary.metrics),
         "stages": [
             {
                 "stage": stage.name,
-                "seconds": _or_null(stage.seconds),
-                "server_seconds": _or_null(stage.server_seconds),
+                "seconds": _finite_or_null(stage.seconds),
+                "server_seconds": _finite_or_null(stage.server_seconds),
             }
-            for stage in of.stages
+            for stage in summary.stages
         ],
-        "state": of.state,
-        "problem": of.problem,
+        "state": summary.state,
+        "problem": summary.problem,
     }
 
 
-def _stage(stage: StageReport) -> Stage:
-    return Stage(
+def _summarise_stage(stage: StageReport) -> StageSummary:
+    return StageSummary(
         stage.stage,
         stage.seconds,
         stage.server_seconds,
@@ -204,15 +192,9 @@ def _stage(stage: StageReport) -> Stage:
     )
 
 
-def _height(
-    barrier: Callable[[Curve, Curve], float], path: PathSums, sums: Sequence[float]
-) -> float:
-    return height(barrier, path, sums) if sums and path.examples else math.nan
+def _finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: _finite_or_null(value) for key, value in values.items()}
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {key: _or_null(value) for key, value in values.items()}
-
-
-def _or_null(value: float) -> float | None:
+def _finite_or_null(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,7 +1,7 @@
 """A run's folder: the global model after every round, and its reports.
 
     runs/<run>/global.safetensors    the last finished round's model; round and settings in its metadata
-    runs/<run>/step-<round>.safetensors  what the server step remembers, where it remembers anything
+    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, where it has any
     runs/<run>/rounds.jsonl          one round report a line
 
 The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole.
@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from google.protobuf import json_format
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.server.observe.store import to_line
+from fedbasin.proto.report import ReportError, RoundReport
 
 MODEL = "global.safetensors"
 REPORTS = "rounds.jsonl"
@@ -36,22 +34,22 @@ class Checkpoint:
         server_round: the last finished one.
         model: the global model after it.
         settings: what decides the result, as text; a run can only go on with the same.
-        memory: what the server step remembers.
+        optimizer_state: the state of the server optimizer.
         handed_over: the run goes on with the recipe that takes over from the one in the settings.
     """
 
     server_round: int
     model: dict[str, Tensor]
     settings: str
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     handed_over: bool = False
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint in place of the one before."""
     folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint.memory:
-        _write(checkpoint.memory, _memory(folder, checkpoint.server_round), {})
+    if checkpoint.optimizer_state:
+        _write(checkpoint.optimizer_state, _memory(folder, checkpoint.server_round), {})
     metadata = {
         "round": str(checkpoint.server_round),
         "settings": checkpoint.settings,
@@ -70,9 +68,7 @@ def load(folder: Path) -> Checkpoint:
     """
     path = folder / MODEL
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} is not there; resume takes the folder of a run with a finished round"
-        )
+        raise CheckpointError(f"{path} is not there; resume takes the folder of a run with a finished round")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -87,7 +83,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _memory(folder: Path, server_round: int) -> Path:
-    return folder / f"step-{server_round}.safetensors"
+    return folder / f"optimizer-{server_round}.safetensors"
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -99,7 +95,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) 
     part.replace(path)
 
 
-def append_report(folder: Path, report: pb.RoundReport) -> None:
+def append_report(folder: Path, report: RoundReport) -> None:
     """Add a round's report as one line, after a line that was cut off if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / REPORTS).open("a+b") as file:
@@ -107,20 +103,20 @@ def append_report(folder: Path, report: pb.RoundReport) -> None:
         file.seek(max(0, end - 1))
         whole = file.read() in (b"", b"\n")
         file.write(b"" if whole else b"\n")
-        file.write(to_line(report).encode() + b"\n")
+        file.write(report.to_json().encode() + b"\n")
 
 
-def read_reports(folder: Path) -> list[pb.RoundReport]:
+def read_reports(folder: Path) -> list[RoundReport]:
     """The reports of a run, one for each round; of a round that was repeated, the last.
 
     A line that was cut off is left out.
     """
     path = folder / REPORTS
-    reports: dict[int, pb.RoundReport] = {}
+    reports: dict[int, RoundReport] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            report = json_format.Parse(line, pb.RoundReport(), ignore_unknown_fields=True)
-        except (json_format.ParseError, UnicodeDecodeError):
+            report = RoundReport.from_json(line)
+        except ReportError:
             continue
         reports[report.round] = report
     return [reports[number] for number in sorted(reports)]

@@ -1,4 +1,6 @@
-"""Configuration: the keys `fedbasin.*` of Flower's run config, checked before the first message.
+"""Settings of a run: arguments of `FedBasin`, or the keys `fedbasin.*` of Flower's run config.
+
+FedBasin(recipe="regmean", align="client")
 
 [tool.flwr.app.config.fedbasin]
 recipe = "regmean"
@@ -7,22 +9,22 @@ align = "client"
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedbasin.server.observe.access import Pass
 from fedbasin.strategies.recipes import RECIPES, Recipe
-from fedbasin.strategies.server_optimizers import STEPS
+from fedbasin.strategies.server_optimizers import SERVER_OPTIMIZERS
 
 PREFIX = "fedbasin."
 
+# The settings that decide what a run computes; a run can only be resumed with the same.
 _DECISIVE = {
     "recipe",
     "fit",
-    "step",
+    "server_optimizer",
     "ridge",
     "shrink",
     "align",
@@ -34,11 +36,14 @@ _DECISIVE = {
     "sum",
     "probe_share",
     "fraction_train",
+    "min_train_nodes",
+    "weighted_by_key",
     "statistics_budget_bytes",
     "seed",
 }
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+FractionOrZero = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -47,7 +52,7 @@ class SettingsError(ValueError):
 
 
 class Settings(BaseModel):
-    """One run's settings. Every key may stand in pyproject.toml or in `flwr run --run-config`."""
+    """The settings of one run."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -58,124 +63,126 @@ class Settings(BaseModel):
     )
 
     recipe: str = Field(
-        "fedavg",
-        description=f"how updates are fused: {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]}",
+        "fedavg", description=f"how updates are fused: {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]}"
     )
     fit: Literal["layer", "block"] = Field(
-        "layer",
-        description="layers that a recipe fits one after the other, or all those of a block in one stage",
+        "layer", description="whether a recipe fits layers one after the other, or all layers of a block in one stage"
     )
-    step: str = Field(
+    server_optimizer: str = Field(
         "",
-        description="what the fused model does to the global one: "
-        f"{', '.join(list(STEPS)[:-1])} or {list(STEPS)[-1]}; empty for the recipe's own, and that of the one that "
-        "takes over from it",
+        description="how the global model follows the fused one: "
+        f"{', '.join(list(SERVER_OPTIMIZERS)[:-1])} or {list(SERVER_OPTIMIZERS)[-1]}; empty for the recipe's own, "
+        "also after a recipe has handed over",
     )
     ridge: float = Field(
         0.0,
         ge=0,
-        description="strength of the regulariser, relative; 0 for the recipe's own. A head to labels keeps its own where a recipe "
-        "fits other layers too",
+        description="strength of the regulariser, relative; 0 for the recipe's own. A head keeps its own where a "
+        "recipe fits other layers too",
     )
-    shrink: float = Field(
-        1.0, ge=0, le=1, description="factor on the off-diagonal of Gram matrices (RegMean's alpha)"
-    )
-    align: Literal["client", "server", "off"] = Field(
-        "client", description="who moves a client's model into the anchor's basin"
+    shrink: float = Field(1.0, ge=0, le=1, description="factor on the off-diagonal of Gram matrices (RegMean's alpha)")
+    align: Literal["auto", "client", "server", "off"] = Field(
+        "auto",
+        description="who aligns a client's model to the global one; auto: the client where the model's symmetry is "
+        "known, else nobody",
     )
     matcher: Literal["weights", "sinkhorn", "activations", "learned"] = Field(
         "weights",
-        description="what decides how a client is aligned: its weights, the same with all spaces deciding together, "
-        "its features on its own data, or what it learns on that data",
+        description="what a client is aligned by: its weights, its weights with all spaces deciding together, its "
+        "features on its own data, or a transform that it learns on that data",
     )
     merge: Literal["star", "chain", "tree"] = Field(
         "star",
-        description="how models from own starts are merged: all aligned to one anchor, or in pairs, one after the "
-        "other (chain) or half by half (tree)",
+        description="how models from independent initialisations are merged: all aligned to one anchor, or in pairs, "
+        "one after the other (chain) or half by half (tree)",
     )
     layers: str = Field(
         "",
-        description="which spaces of the symmetry are aligned: patterns of names, first:N and last:N, separated by "
+        description="the spaces of the symmetry that are aligned: patterns of names, first:N and last:N, separated by "
         "commas; empty for all",
     )
     start: Literal["shared", "own"] = Field(
-        "shared", description="own: clients begin from weights of their own in round 1"
+        "shared", description="where clients begin in round 1: from the global model, or from their own initial weights"
     )
     bootstrap: Literal["first", "largest", "medoid", "best"] = Field(
-        "first", description="whose model becomes the first anchor where starts are own"
+        "first", description="the client whose model becomes the first anchor with start = own"
     )
     sum: Literal["reproducible", "fast"] = Field(
-        "reproducible",
-        description="float64 sums, or float32 sums that depend on the order of arrival",
+        "reproducible", description="float64 sums, or float32 sums that depend on the order of arrival"
+    )
+    packed: bool = Field(
+        False,
+        description="send models as a few flat arrays: several times faster where a model has many tensors; needs the "
+        "mod on every client, and no other mod or wrapper that reads the arrays",
     )
     barrier_points: int = Field(
-        0,
-        ge=0,
-        le=101,
-        description="points of the path to the anchor that clients evaluate; 0 for none",
+        0, ge=0, le=101, description="points of the path to the anchor that clients evaluate; 0 for none"
     )
     fused_points: int = Field(
         0,
         ge=0,
         le=101,
-        description="points of the path from the new global model to the clients' own that they evaluate with it; "
-        "0 for none",
+        description="points of the path from the new global model to the clients' own that they evaluate; 0 for none",
     )
-    probe_share: Share = Field(
-        1.0,
-        description="share of the asked clients that evaluate these paths; other ones each round",
+    probe_share: Fraction = Field(
+        1.0, description="share of the asked clients that evaluate these paths; other clients each round"
     )
     probe_clients: int = Field(
         4,
         ge=2,
         le=100,
-        description="accepted clients whose models the server keeps on disk for its own probe set, if the app gives one",
+        description="accepted clients whose models the server keeps on disk for its own probe set, if there is one",
     )
-    probe_points: int = Field(
-        5, ge=3, le=101, description="points of every path on the server's probe set; odd"
+    probe_points: int = Field(5, ge=3, le=101, description="points of every path on the server's probe set; odd")
+    fraction_train: FractionOrZero = Field(
+        1.0, description="share of the nodes that train in a round; 0 skips training"
     )
-    nodes: int = Field(2, ge=1, description="nodes to wait for before a round")
-    fraction_train: Share = Field(1.0, description="share of the nodes that a round asks")
-    fraction_evaluate: float = Field(
-        1.0, ge=0, le=1, description="share of the nodes that evaluate the new model"
+    fraction_evaluate: FractionOrZero = Field(
+        1.0, description="share of the nodes that evaluate the new model; 0 skips evaluation"
     )
-    quorum: Share = Field(0.5, description="share of the asked that must be accepted")
+    min_train_nodes: int = Field(2, ge=1, description="smallest number of nodes that train")
+    min_evaluate_nodes: int = Field(2, ge=1, description="smallest number of nodes that evaluate")
+    min_available_nodes: int = Field(2, ge=1, description="number of nodes to wait for before a round")
+    weighted_by_key: str = Field("num-examples", min_length=1, description="metric that is the weight of a client")
+    arrayrecord_key: str = Field("arrays", min_length=1, description="name of the record of arrays in messages")
+    configrecord_key: str = Field(
+        "config", min_length=1, description="name of the record of the app's settings in messages"
+    )
+    quorum: Fraction = Field(0.5, description="share of the asked clients that must be accepted")
     grace_seconds: float | None = Field(
-        None,
-        ge=0,
-        description="wait for the rest once a quorum has answered; the deadline if unset",
+        None, ge=0, description="time to wait for the rest once a quorum has replied; the deadline if unset"
     )
-    attempts: int = Field(2, ge=1, description="how often a stage without a quorum is asked anew")
+    attempts: int = Field(2, ge=1, description="number of times that a stage without a quorum is tried")
     round_timeout_seconds: Seconds = Field(3600.0, description="deadline of one stage")
-    wait_timeout_seconds: Seconds = Field(300.0, description="how long to wait for nodes")
+    wait_timeout_seconds: Seconds = Field(300.0, description="time to wait for nodes")
     poll_seconds: Seconds = Field(0.2, description="shortest time between two looks for replies")
     max_update_bytes: int = Field(2**31, gt=0, description="larger replies are refused")
     statistics_budget_bytes: int = Field(
         0,
         ge=0,
-        description="what a client may send in Gram matrices and moments in a round; layers are then sent in cheaper "
-        "forms, the largest first; 0 for no bound",
+        description="bytes of Gram matrices and cross-moments that a client may send in a round; layers are then sent "
+        "in cheaper forms, the largest first; 0 for no bound",
     )
-    seed: int = Field(0, ge=0, description="of the sampling of nodes")
-    folder: Path = Field(Path("runs"), description="where the run's folder is made")
-    resume: str = Field("", description="a run's folder: go on after its last finished round")
+    seed: int = Field(0, ge=0, description="seed of the sampling of nodes")
+    folder: Path = Field(Path("runs"), description="folder in which the run's folder is made")
+    resume: str = Field("", description="folder of a run that goes on after its last finished round")
     observer: str = Field("", description="host:port of `fedbasin observe`; empty for none")
-    observer_ca: str = Field(
-        "", description="file with the authority of the observer's certificate; with it, TLS"
-    )
+    observer_ca: str = Field("", description="file with the authority of the observer's certificate; turns TLS on")
     observer_token_file: str = Field("", description="file with the observer's token")
-    observer_cert: str = Field(
-        "", description="file with this run's own certificate, where the observer asks for one"
-    )
-    observer_key: str = Field("", description="file with its key")
+    observer_cert: str = Field("", description="file with this run's own certificate, where the observer asks for one")
+    observer_key: str = Field("", description="file with the key of that certificate")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe = {self.recipe!r}: choose one of {', '.join(RECIPES)}")
-        if self.step and self.step not in STEPS:
-            raise ValueError(f"step = {self.step!r}: choose one of {', '.join(STEPS)}")
-        RECIPES[self.recipe].check_align(self.align)
+        if self.server_optimizer and self.server_optimizer not in SERVER_OPTIMIZERS:
+            raise ValueError(
+                f"server-optimizer = {self.server_optimizer!r}: choose one of {', '.join(SERVER_OPTIMIZERS)}"
+            )
+        if self.align != "auto":
+            RECIPES[self.recipe].check_align(self.align)
+        self._check_keys()
         self._check_ridge()
         self._check_shrink()
         if self.matcher in ("activations", "learned") and self.align == "server":
@@ -185,9 +192,7 @@ class Settings(BaseModel):
             )
         self._check_merge()
         if self.barrier_points == 1:
-            raise ValueError(
-                "barrier-points = 1: a path has two ends; set 0 for none, or at least 2"
-            )
+            raise ValueError("barrier-points = 1: a path has two ends; set 0 for none, or at least 2")
         if self.probe_points % 2 == 0:
             raise ValueError(
                 f"probe-points = {self.probe_points}: the middle of the path is one of them; set an odd number from 3 on"
@@ -195,29 +200,39 @@ class Settings(BaseModel):
         self._check_fused_points()
         return self
 
+    def _check_keys(self) -> None:
+        reserved = {"fedbasin", "statistics", "moving"}
+        keys = [self.arrayrecord_key, self.configrecord_key]
+        if reserved & set(keys) or len(set(keys)) < 2:
+            raise ValueError(
+                f"arrayrecord-key = {keys[0]!r} and configrecord-key = {keys[1]!r}: records need two different names, "
+                f"and {', '.join(sorted(reserved))} are fedbasin's own"
+            )
+
     def _check_ridge(self) -> None:
         if self.ridge and not RECIPES[self.recipe].regularises:
             solving = ", ".join(name for name, recipe in RECIPES.items() if recipe.regularises)
             raise ValueError(
-                f"ridge = {self.ridge} with recipe = {self.recipe!r}: it solves for nothing that could be regularised; "
-                f"set ridge = 0, or choose one of {solving}"
+                f"ridge = {self.ridge} with recipe = {self.recipe!r}: the recipe solves for nothing that could be "
+                f"regularised; set ridge = 0, or choose one of {solving}"
             )
 
     def _check_shrink(self) -> None:
         if self.shrink < 1 and not RECIPES[self.recipe].shrinks:
             shrinking = ", ".join(name for name, recipe in RECIPES.items() if recipe.shrinks)
             raise ValueError(
-                f"shrink = {self.shrink} with recipe = {self.recipe!r}: it weighs with no Gram matrix that has an "
-                f"off-diagonal; set shrink = 1, or choose one of {shrinking}"
+                f"shrink = {self.shrink} with recipe = {self.recipe!r}: the recipe weights with no Gram matrix that has "
+                f"an off-diagonal; set shrink = 1, or choose one of {shrinking}"
             )
 
     def _check_merge(self) -> None:
         if self.merge == "star":
             return
-        if self.start != "own" or self.align != "client":
+        if self.start != "own" or self.align not in ("auto", "client"):
             raise ValueError(
                 f"merge = {self.merge!r} with start = {self.start!r} and align = {self.align!r}: pairs are for models "
-                "from own starts, which clients align; set start = 'own' and align = 'client', or merge = 'star'"
+                "from independent initialisations, which clients align; set start = 'own' and align = 'client', or "
+                "merge = 'star'"
             )
         if self.recipe != "fedavg":
             raise ValueError(
@@ -252,60 +267,84 @@ class Settings(BaseModel):
 
     @property
     def decisive(self) -> str:
-        """Those that decide what a run computes; a run can only be resumed with the same."""
+        """The settings that decide what a run computes; a run can only be resumed with the same."""
         return self.model_dump_json(include=_DECISIVE)
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, by key."""
+        return {
+            str(field.alias): getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default
+        }
+
+    @property
     def observer_pass(self) -> Pass:
-        """What the run shows its observer."""
+        """The credentials that the run shows its observer."""
         files = (self.observer_ca, self.observer_token_file, self.observer_cert, self.observer_key)
         return Pass(*(Path(file) if file else None for file in files))
 
     @property
     def composed(self) -> Recipe:
-        """The recipe with this run's step and regulariser, as is the one that takes over from it."""
-        return self._composed(RECIPES[self.recipe])
-
-    def _composed(self, recipe: Recipe) -> Recipe:
-        if self.step:
-            recipe = replace(recipe, step=STEPS[self.step])
-        if self.ridge:
-            recipe = recipe.regularised(self.ridge)
-        then = None if recipe.then is None else self._composed(recipe.then)
-        return replace(recipe, shrink=self.shrink, then=then)
+        """The recipe with this run's server optimizer and regulariser, as has the recipe that it hands over to."""
+        return RECIPES[self.recipe].override(
+            server_optimizer=SERVER_OPTIMIZERS.get(self.server_optimizer), ridge=self.ridge, shrink=self.shrink
+        )
 
 
-def read_settings(run_config: Mapping[str, bool | float | int | str]) -> Settings:
-    """The settings among the keys of a Flower run config; keys without the prefix are the app's own.
+def read_settings(
+    run_config: Mapping[str, bool | float | int | str], arguments: Mapping[str, Any] | None = None
+) -> Settings:
+    """Read the settings of a run.
+
+    Args:
+        run_config: Flower's run config; keys without the prefix `fedbasin.` are the app's own.
+        arguments: settings that were given to `FedBasin`, by name.
 
     Raises:
-        SettingsError: a key is unknown or a value cannot be used.
+        SettingsError: a key is unknown, a value cannot be used, or both sources give different values.
     """
-    own = {key.removeprefix(PREFIX): v for key, v in run_config.items() if key.startswith(PREFIX)}
+    config = {key.removeprefix(PREFIX): value for key, value in run_config.items() if key.startswith(PREFIX)}
+    passed = {
+        # As the run config writes a path, so that equal ones are equal.
+        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
+        for name, value in (arguments or {}).items()
+    }
+    for key in config.keys() & passed.keys():
+        if config[key] != passed[key]:
+            argument = key.replace("-", "_")
+            raise SettingsError(
+                f"FedBasin({argument}={passed[key]!r}) and the run config's {PREFIX}{key} = {config[key]!r}: both are "
+                "given and differ; remove one of them"
+            )
     try:
-        return Settings.model_validate(own, by_name=False, by_alias=True)
+        return Settings.model_validate({**config, **passed}, by_name=False, by_alias=True)
     except ValidationError as error:
-        raise SettingsError(_explain(error)) from error
+        raise SettingsError(_explain(error, passed)) from error
 
 
-def _explain(error: ValidationError) -> str:
-    known = ", ".join(sorted(field.alias or name for name, field in Settings.model_fields.items()))
+def _explain(error: ValidationError, arguments: Mapping[str, Any]) -> str:
+    """Return the problems in one line each, under the names by which the user gave the settings."""
     lines = []
     for problem in error.errors():
-        key = PREFIX + ".".join(map(str, problem["loc"]))
+        key = ".".join(map(str, problem["loc"]))
+        name = key.replace("-", "_") if key in arguments else PREFIX + key
         if problem["type"] == "extra_forbidden":
+            fields = Settings.model_fields
+            names = (f if key in arguments else str(field.alias) for f, field in fields.items())
             lines.append(
-                f"{key} = {problem['input']!r}: there is no such setting; known are {known}"
+                f"{name} = {problem['input']!r}: there is no such setting; known are {', '.join(sorted(names))}"
             )
         elif problem["loc"]:
-            lines.append(f"{key} = {problem['input']!r}: {problem['msg']}")
+            lines.append(f"{name} = {problem['input']!r}: {problem['msg']}")
         else:
             lines.append(PREFIX + problem["msg"].removeprefix("Value error, "))
     return "; ".join(lines)
 
 
 def described() -> list[tuple[str, str, str]]:
-    """Every setting: its key in the run config, its default as TOML has it, and what it does."""
+    """Return every setting: its key in the run config, its default as TOML has it, and its description."""
     return [
         (PREFIX + str(field.alias), _toml(field.default), str(field.description))
         for field in Settings.model_fields.values()

@@ -1,1 +1,1 @@
-"""Finding the transform that takes a client into the anchor's basin."""
+"""Alignment: find the transform that takes a client's model into the anchor's basin."""

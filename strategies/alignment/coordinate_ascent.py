@@ -1,9 +1,9 @@
 """Coordinate ascent over the spaces of a symmetry: each in turn gets the element that agrees best with the anchor.
 
-    T_s  <-  argmax_T <T, M_s> T_s        M_s = sum over the space's tensors of  X^a (X^k)^T,  others held
+    T_s  <-  argmax_T <T, M_s> T_s        M_s = sum over the space's tensors of  X^a (X^k)^T,  other spaces fixed
 
-M is the agreement of the anchor's units with those of the client as it is under all elements so far. A space is
-visited again only when a neighbour, with which it shares a tensor, has moved.
+M is the agreement of the anchor's units with those of the client under all elements chosen so far. A space is visited
+again only when a neighbour, with which it shares a tensor, has changed since.
 """
 
 import math
@@ -16,27 +16,22 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.alignment.alignment_report import SpaceReport
-from fedbasin.strategies.alignment.identity_bound import (
-    Drifts,
-    Radii,
-    drifts_of,
-    is_certified,
-    keeps_order,
-)
-from fedbasin.strategies.alignment.transformed_state import Moved
+from fedbasin.proto.report import SpaceReport
+from fedbasin.strategies.alignment.identity_bound import Drifts, IdentityBounds, drifts_of, is_certified, keeps_order
+from fedbasin.strategies.alignment.transformed_state import TransformedState
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle, skew
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.groups.groups import Group, Permutation, Wreath
+from fedbasin.strategies.symmetry.groups.groups import Group
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import one_core
 from fedbasin.strategies.tensors.state import State
 
-# Gains below this share of ||M|| are rounding, not progress.
+# Gains below this share of ||M|| are rounding.
 PROGRESS = 1e-7
 
-# Entries of the scores of spaces that are visited at the same time: memory is to hold the largest, not all.
+# Largest number of score entries of spaces that are visited at the same time: without a limit, memory would have to
+# hold the scores of all spaces and not only that of the largest.
 _SCORES = 2**25
 
 Visit: TypeAlias = Callable[[Space], bool]
@@ -44,90 +39,89 @@ Visit: TypeAlias = Callable[[Space], bool]
 
 @dataclass
 class Ascent:
-    """One search: what has been found so far, and the client as it is under that.
+    """A search by coordinate ascent, with the elements chosen so far.
 
     Attributes:
         symmetry: the spaces, visited in this order.
         anchor: the state to align to.
-        state: the client as it came.
-        radii: the anchor's identity radii.
+        state: the client before alignment.
+        bounds: the anchor's identity bounds; spaces without are searched.
         prior: strength of the preference for the identity.
-        distances: of the tensors whose distance to the anchor, as they came, was met on the way.
+        client: the client under the elements chosen so far.
+        distances: distance of client to anchor before alignment, for tensors where the search measured it anyway.
     """
 
     symmetry: Symmetry
     anchor: State
     state: State
-    radii: Radii
+    bounds: IdentityBounds
     prior: float
 
     def __post_init__(self) -> None:
-        self.client = Moved(self.symmetry, self.state, {})
+        self.client = TransformedState(self.symmetry, self.state, {})
         self.gains: dict[str, float] = {}
         self.certified: set[str] = set()
         self.distances: dict[str, float] = {}
         self.first_skews: dict[str, float] = {}
         self.last_skews: dict[str, float] = {}
 
-    def moved(self) -> dict[str, Tensor]:
-        """The client as it is now; tensors that did not move are the same objects."""
+    def transformed_state(self) -> dict[str, Tensor]:
+        """Return the client under the present elements; tensors on which none acts are the same objects."""
         return Transform(self.symmetry, self.client.elements).act(self.state)
 
     @property
     def transform(self) -> Transform:
-        """What has been found so far, with an element for every space."""
-        found = self.client.elements
+        """The present elements, with the identity for spaces that have none."""
         spaces = self.symmetry.spaces
-        return Transform(
-            self.symmetry, {s.name: found.get(s.name, s.group.identity()) for s in spaces}
-        )
+        identities = {space.name: space.group.identity() for space in spaces}
+        return Transform(self.symmetry, identities | self.client.elements)
 
     def run(self, max_sweeps: int) -> int:
-        """Visit the spaces in order until none can gain; returns the number of sweeps.
+        """Visit the spaces in order until none can gain, and return the number of sweeps.
 
-        A space is visited again only when a neighbour has moved since: otherwise its score is the same. Spaces that
-        are no neighbours do not meet, and are visited at the same time.
+        A space is visited again only when a neighbour has changed since: otherwise its score is the same. Spaces that
+        are not neighbours share no tensor and are visited at the same time.
         """
         neighbours = _neighbours(self.symmetry)
         pending = set(neighbours)
         sweeps = 0
-        with _cores() as visit_all:
+        with _parallel_map() as visit_all:
             while pending and sweeps < max_sweeps:
                 sweeps += 1
-                for apart in _apart(self.symmetry.spaces, neighbours):
-                    due = [space for space in apart if space.name in pending]
+                for batch in _independent_batches(self.symmetry.spaces, neighbours):
+                    due = [space for space in batch if space.name in pending]
+                    # Removed before the visits: a space with a tensor on two of its axes is its own neighbour.
                     pending -= {space.name for space in due}
                     for space, progress in zip(due, visit_all(self.visit, due), strict=True):
                         pending |= neighbours[space.name] if progress else set()
         return sweeps
 
     def visit(self, space: Space) -> bool:
-        """Replace the space's element by the best one; whether that was any progress."""
+        """Replace the space's element by the best one, and return True if that was progress."""
         self.certified.discard(space.name)
-        drifts = self._drifts(space)
-        if is_certified(space, drifts, self.radii):
+        drifts = self._measure_drifts(space)
+        # First the bound: it costs one pass over the weights, where a score costs a product of matrices.
+        if is_certified(space, drifts, self.bounds):
             self.certified.add(space.name)
             return False
-        group = self._group(space, drifts)
+        group = self._remaining_group(space, drifts)
         scores = agreement(space, group, self.anchor, self.client)
-        self._see_skew(space, scores)
+        self._record_skew(space, scores)
         step = group.maximiser(scores, self.prior)
         gain = group.value(scores, step) - group.value(scores, group.identity())
         scale = sum(float(torch.linalg.vector_norm(score)) for score in scores)
-        if gain <= PROGRESS * scale or not self._step(space, step, gain):
+        if gain <= PROGRESS * scale or not self._take_step(space, step, gain):
             return False
-        self._see_skew_after(space, scores, step)
+        self._record_skew_after(space, scores, step)
         return True
 
-    def _group(self, space: Space, drifts: Drifts) -> Group:
-        """What is left to search: where the order of blocks is proven, only what they do in their places."""
-        if isinstance(space.group, Wreath) and keeps_order(space, drifts, self.radii):
-            return space.group.in_place
-        return space.group
+    def _remaining_group(self, space: Space, drifts: Drifts) -> Group:
+        """Return the group to search: where the order of blocks is proven, only rotations of blocks in their places."""
+        return space.group.in_place if keeps_order(space, drifts, self.bounds) else space.group
 
-    def _drifts(self, space: Space) -> Drifts:
-        """What changed at the space, if that can prove anything; what it says of whole tensors is noted."""
-        if space.name not in self.radii:
+    def _measure_drifts(self, space: Space) -> Drifts:
+        """Measure what changed at the space if it has a bound, and note the distances of whole tensors."""
+        if space.name not in self.bounds:
             return {}
         drifts = drifts_of(space, self.anchor, self.client)
         for axis, squares in drifts.items():
@@ -135,35 +129,34 @@ class Ascent:
                 self.distances[axis.tensor] = float(squares.sum()) ** 0.5
         return drifts
 
-    def _step(self, space: Space, step: Element, gain: float) -> bool:
-        held = self.client.elements.get(space.name)
-        before = self._objective(space) if space.quadratic else 0.0
-        self.client.elements[space.name] = step if held is None else step.after(held)
+    def _take_step(self, space: Space, step: Element, gain: float) -> bool:
+        elements = self.client.elements
+        previous = elements.get(space.name)
+        objective = self._objective(space) if space.quadratic else 0.0
+        elements[space.name] = step if previous is None else step.after(previous)
         if space.quadratic:
             # A tensor with the space on both axes makes J quadratic: take the step only if J really rose.
-            gain = self._objective(space) - before
+            gain = self._objective(space) - objective
             if gain <= 0:
-                self._restore(space, held)
+                del elements[space.name]
+                if previous is not None:
+                    elements[space.name] = previous
                 return False
         self.gains[space.name] = self.gains.get(space.name, 0.0) + gain
         return True
-
-    def _restore(self, space: Space, held: Element | None) -> None:
-        del self.client.elements[space.name]
-        if held is not None:
-            self.client.elements[space.name] = held
 
     def _objective(self, space: Space) -> float:
         names = {axis.tensor for axis in space.scored}
         return sum(float((self.anchor[n].double() * self.client[n].double()).sum()) for n in names)
 
     def report(self, space: Space) -> SpaceReport:
-        """How the search went at one space."""
+        """Describe the search at one space."""
         element = self.client.elements.get(space.name, space.group.identity())
         return SpaceReport(
             space=space.name,
+            # A space that was searched and moved may lie within its bounds afterwards; it is not certified.
             certified=space.name in self.certified and element.is_identity,
-            moved=element.moved(),
+            moved=element.displacement(),
             gain=self._relative_gain(space),
             fixed_points=fixed_points(element),
             largest_angle=largest_angle(element),
@@ -178,124 +171,118 @@ class Ascent:
         names = {axis.tensor for axis in space.scored}
         return gain / (_norm(self.anchor, names) * _norm(self.state, names))
 
-    def _see_skew(self, space: Space, scores: tuple[Tensor, ...]) -> None:
-        if _turns(space):
+    def _record_skew(self, space: Space, scores: tuple[Tensor, ...]) -> None:
+        if _can_mix_units(space):
             self.last_skews[space.name] = skew(scores)
             self.first_skews.setdefault(space.name, self.last_skews[space.name])
 
-    def _see_skew_after(self, space: Space, scores: tuple[Tensor, ...], step: Element) -> None:
-        if not _turns(space):
+    def _record_skew_after(self, space: Space, scores: tuple[Tensor, ...], step: Element) -> None:
+        if not _can_mix_units(space):
             return
-        if space.quadratic or _stretches(step):
-            # M is not what it was with the step applied.
+        stretches = any(dual != role for role, dual in enumerate(step.duals))
+        if space.quadratic or stretches:
+            # Here the step changes M by more than a factor on its right, so it has to be computed again.
             scores = agreement(space, space.group, self.anchor, self.client)
         else:
-            scores = tuple(_turned(score, step, role) for role, score in enumerate(scores))
+            scores = tuple(_apply_to_score(step, score, role) for role, score in enumerate(scores))
         self.last_skews[space.name] = skew(scores)
 
 
-def _stretches(step: Element) -> bool:
-    return any(dual != role for role, dual in enumerate(step.duals))
-
-
-def _turned(score: Tensor, step: Element, role: int) -> Tensor:
-    """M once the client has taken the step: `M T^T`."""
+def _apply_to_score(step: Element, score: Tensor, role: int) -> Tensor:
+    """Return `M T^T`, the score after the client has taken the step."""
     exchanged = score if score.ndim < 4 else score[:, step.order]
     block = step.blocks[role]
     return exchanged if block is None else exchanged @ block.mT.to(score.dtype)
 
 
 def agreement(space: Space, group: Group, anchor: State, client: State) -> tuple[Tensor, ...]:
-    """M of every role, summed over the space's tensors, the parts that the group can use.
+    """Compute the score M of every role, summed over the space's tensors, in the form that the group uses.
 
-    Products are taken in single precision, or better where the weights are. Where units only change places M
-    stays as it is on the tensors' device, as the assignment takes few entries of it; else it ends in double on
-    the CPU.
+    Products are taken in single precision, or in the weights' own where that is better. The score of a permutation
+    stays on the tensors' device, because the assignment reads few of its entries; other scores are returned in double
+    precision on the CPU.
     """
     totals: list[Tensor | None] = [None] * len(group.sizes)
     for axis in space.scored:
-        ours, theirs = _rows(space, axis, anchor, client)
-        totals[axis.role] = _added(totals[axis.role], group, ours, theirs, axis.role)
+        rows = _paired_rows(space, axis, anchor, client)
+        totals[axis.role] = _add_score(totals[axis.role], group, *rows, axis.role)
     return tuple(total for total in totals if total is not None)
 
 
-def _added(total: Tensor | None, group: Group, ours: Tensor, theirs: Tensor, role: int) -> Tensor:
-    if isinstance(group, Permutation):
+def _add_score(total: Tensor | None, group: Group, anchor_rows: Tensor, client_rows: Tensor, role: int) -> Tensor:
+    if group.is_permutation:
         # In place: this matrix may be larger than all of the space's tensors together.
-        if total is not None and total.dtype == ours.dtype:
-            return total.addmm_(ours, theirs.mT)
-        score = group.score(ours, theirs, role)
+        if total is not None and total.dtype == anchor_rows.dtype:
+            return total.addmm_(anchor_rows, client_rows.mT)
+        score = group.score(anchor_rows, client_rows, role)
         return score if total is None else total + score
-    score = group.score(ours, theirs, role).double().cpu()
+    score = group.score(anchor_rows, client_rows, role).double().cpu()
     return score if total is None else total.add_(score)
 
 
-def _rows(space: Space, axis: Axis, anchor: State, client: State) -> tuple[Tensor, Tensor]:
+def _paired_rows(space: Space, axis: Axis, anchor: State, client: State) -> tuple[Tensor, Tensor]:
     width = space.width(axis.role)
-    ours, theirs = (axis.rows(state[axis.tensor], width) for state in (anchor, client))
-    single = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
-    return ours.to(single), theirs.to(single)
+    anchor_rows, client_rows = (axis.rows(state[axis.tensor], width) for state in (anchor, client))
+    common = torch.promote_types(anchor_rows.dtype, client_rows.dtype)
+    single = torch.promote_types(common, torch.float32)
+    return anchor_rows.to(single), client_rows.to(single)
 
 
-def _turns(space: Space) -> bool:
-    """Whether its units can mix: where they only change places, skewness says nothing that they do not."""
+def _can_mix_units(space: Space) -> bool:
+    """Return True if the group mixes units; the skew of a plain permutation's score is not reported."""
     return max(space.group.sizes) > 1
 
 
 @contextmanager
-def _cores() -> Iterator[Callable[[Visit, Sequence[Space]], Iterable[bool]]]:
-    """Something that visits spaces on as many cores as torch may use, each on one; one after the other on one."""
+def _parallel_map() -> Iterator[Callable[[Visit, Sequence[Space]], Iterable[bool]]]:
+    """Provide a `map` that visits spaces on as many cores as torch may use, each visit on one core."""
     count = torch.get_num_threads()
     if count == 1:
         yield map
         return
-    # What a thread sets holds for the others too, so it is set around all of them.
+    # torch's number of threads is global, so it is set around the pool and not inside a worker.
+    # Threads suffice, because torch and SciPy release the interpreter lock while they compute.
     with one_core(), ThreadPoolExecutor(count) as pool:
-        yield (
-            lambda visit, spaces: pool.map(visit, spaces) if len(spaces) > 1 else map(visit, spaces)
-        )
+        yield (lambda visit, spaces: pool.map(visit, spaces) if len(spaces) > 1 else map(visit, spaces))
 
 
-def _apart(spaces: Iterable[Space], neighbours: Mapping[str, set[str]]) -> Iterator[list[Space]]:
-    """The spaces in their order, in runs of such as are no neighbours and whose scores are small together."""
-    run: list[Space] = []
+def _independent_batches(spaces: Iterable[Space], neighbours: Mapping[str, set[str]]) -> Iterator[list[Space]]:
+    """Split the spaces, in their order, into batches without neighbours whose scores fit into memory together."""
+    batch: list[Space] = []
     for space in spaces:
-        meets = any(
-            space.name in neighbours[other.name] or other.name in neighbours[space.name]
-            for other in run
-        )
-        if run and (meets or sum(map(_entries, (*run, space))) > _SCORES):
-            yield run
-            run = []
-        run.append(space)
-    if run:
-        yield run
+        meets = any(space.name in neighbours[member.name] or member.name in neighbours[space.name] for member in batch)
+        if batch and (meets or sum(map(_score_entries, (*batch, space))) > _SCORES):
+            yield batch
+            batch = []
+        batch.append(space)
+    if batch:
+        yield batch
 
 
-def _entries(space: Space) -> int:
-    """Of its score, at most."""
+def _score_entries(space: Space) -> int:
+    """Return an upper bound on the number of entries of a space's score."""
     return max(space.width(role) for role in range(len(space.group.sizes))) ** 2
 
 
 def _neighbours(symmetry: Symmetry) -> dict[str, set[str]]:
-    """For each space the spaces whose score it changes when it moves: those that share a tensor with it."""
-    moved = {space.name: {axis.tensor for axis in space.axes} for space in symmetry.spaces}
-    read = {space.name: {axis.tensor for axis in space.scored} for space in symmetry.spaces}
+    """Map each space to the spaces whose score it changes: those that score a tensor on which it acts."""
+    acts_on = {space.name: {axis.tensor for axis in space.axes} for space in symmetry.spaces}
+    scores = {space.name: {axis.tensor for axis in space.scored} for space in symmetry.spaces}
     return {
         space.name: {
-            other
-            for other, names in read.items()
-            if names & moved[space.name] and (other != space.name or space.quadratic)
+            name
+            for name, tensors in scores.items()
+            if tensors & acts_on[space.name] and (name != space.name or space.quadratic)
         }
         for space in symmetry.spaces
     }
 
 
 def _norm(state: State, names: set[str]) -> float:
-    return math.hypot(*(_length(state[name]) for name in names))
+    return math.hypot(*(_tensor_norm(state[name]) for name in names))
 
 
-def _length(tensor: Tensor) -> float:
-    """The norm, in single precision or better: a norm of halves overflows."""
+def _tensor_norm(tensor: Tensor) -> float:
+    """Return the norm in single precision or better: in half precision it would overflow."""
     single = torch.promote_types(tensor.dtype, torch.float32)
     return float(torch.linalg.vector_norm(tensor, dtype=single))

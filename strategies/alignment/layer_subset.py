@@ -1,11 +1,11 @@
-"""A part of a symmetry, chosen by layer: what is left out stays as it is.
+"""A choice of a symmetry's spaces by layer; spaces that are left out stay as they are.
 
     mlp.*, heads.*        spaces whose names match any of these patterns
     first:6, last:2       spaces of the first six and the last two layers
-    mlp.*, !mlp.0         without those that match a pattern behind an exclamation mark
+    mlp.*, !mlp.0         an exclamation mark removes the spaces that match its pattern
 
-A space's layer is the first number in its name, `heads.3`; a space without one, such as the residual stream, is
-chosen by its name alone. Every subset of a symmetry is a symmetry.
+A space's layer is the first number in its name, as in `heads.3`. A space without a number, such as the residual stream,
+is chosen by its name alone. Every subset of a symmetry is a symmetry.
 """
 
 import re
@@ -22,34 +22,33 @@ class SubsetError(ValueError):
 
 
 def choose_layers(symmetry: Symmetry, chosen: str) -> Symmetry:
-    """The spaces that `chosen` names, in the symmetry's order; all of them where it is empty.
+    """Restrict a symmetry to the spaces that `chosen` names; an empty choice keeps all of them.
 
     Raises:
         SubsetError: a part of `chosen` matches no space, or nothing is left.
     """
     terms = [term.strip() for term in chosen.split(",") if term.strip()]
-    wanted = [_matching(symmetry, term) for term in terms if not term.startswith("!")]
-    unwanted = [_matching(symmetry, term[1:]) for term in terms if term.startswith("!")]
-    names = set().union(*wanted) if wanted else {space.name for space in symmetry.spaces}
-    names -= set().union(*unwanted)
+    included = [_matching_names(symmetry, term) for term in terms if not term.startswith("!")]
+    excluded = [_matching_names(symmetry, term[1:]) for term in terms if term.startswith("!")]
+    names = set().union(*included) if included else {space.name for space in symmetry.spaces}
+    names -= set().union(*excluded)
     if symmetry.spaces and not names:
         raise SubsetError(f"layers = {chosen!r} leaves no space; leave alignment off instead")
-    return replace(
-        symmetry, spaces=tuple(space for space in symmetry.spaces if space.name in names)
-    )
+    return replace(symmetry, spaces=tuple(space for space in symmetry.spaces if space.name in names))
 
 
 def layer_of(space: Space) -> int | None:
-    """The layer that a space belongs to, by its name; None where it has no number."""
+    """Return the layer number in a space's name, or None where the name has no number."""
     number = re.search(r"\d+", space.name)
     return int(number[0]) if number else None
 
 
-def _matching(symmetry: Symmetry, term: str) -> set[str]:
+def _matching_names(symmetry: Symmetry, term: str) -> set[str]:
     ends = _ENDS.fullmatch(term)
     if ends:
-        names = _at_an_end(symmetry, ends["end"], int(ends["count"]))
+        names = _names_at_end(symmetry, ends["end"], int(ends["count"]))
     else:
+        # Case counts: fnmatch would fold it on some systems, and one run would align other spaces on each.
         names = {space.name for space in symmetry.spaces if fnmatchcase(space.name, term)}
     if not names:
         few = ", ".join(space.name for space in symmetry.spaces[:6])
@@ -60,7 +59,7 @@ def _matching(symmetry: Symmetry, term: str) -> set[str]:
     return names
 
 
-def _at_an_end(symmetry: Symmetry, end: str, count: int) -> set[str]:
+def _names_at_end(symmetry: Symmetry, end: str, count: int) -> set[str]:
     layers = sorted({layer for space in symmetry.spaces if (layer := layer_of(space)) is not None})
-    kept = layers[:count] if end == "first" else layers[-count:]
-    return {space.name for space in symmetry.spaces if layer_of(space) in kept}
+    selection = layers[:count] if end == "first" else layers[-count:]
+    return {space.name for space in symmetry.spaces if layer_of(space) in selection}

@@ -1,15 +1,15 @@
-"""Learned matching: the transform that makes the middle of the path between two models good, learned on data.
+"""Learned matching: train the transform that lowers the loss on the path between two models.
 
     minimise over T    E_t [ L((1 - t) anchor + t T . client) ]        t near a place on the path
 
-Every space has a matrix M, and its element is the group's own maximiser of `<T, M>`: the function is kept whatever M is.
-The gradient with respect to M is that of the polar factor at singular values of 1 where entries mix, and passes
-straight through the assignment where units change places (straight-through estimator: Ainsworth et al. 2023, arXiv
-2209.04836; with polar factors Theus et al. 2025, arXiv 2506.22712),
+Every space has a matrix M, and its element is the group's own maximiser of `<T, M>`, so the function is kept for every
+M. The gradient with respect to M is that of the polar factor at singular values of 1 where entries mix, and passes
+straight through the assignment where units are permuted (straight-through estimator: Ainsworth et al. 2023, arXiv
+2209.04836; with polar factors: Theus et al. 2025, arXiv 2506.22712):
 
     dL/dM = (G - T G^T T) / 2    or    dL/dM = G        G = dL/dT
 
-The search starts from weight matching; from the identity it finds little. Nothing but T is trained.
+The search starts from weight matching, because from the identity it finds little. Nothing but T is trained.
 """
 
 import math
@@ -22,31 +22,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.strategies.alignment.alignment_report import AlignmentReport, SpaceReport
+from fedbasin.proto.report import SpaceReport
 from fedbasin.strategies.alignment.weight_matching import Alignment, distances, match_weights
-from fedbasin.strategies.diagnostics.evaluation import bind, counted
+from fedbasin.strategies.diagnostics.evaluation import bind, select_labelled
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
-from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read
+from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State, interpolate
 
-# Batches on which the start and the end are compared.
-_HELD = 8
+# Number of batches on which the start and the end of the search are compared.
+_COMPARED = 8
 
 
 @dataclass(frozen=True)
 class Search:
-    """How the transform is learned.
+    """The settings of a search for a transform.
 
     Attributes:
-        steps: of Adam, one batch each; 0 leaves weight matching as it is.
+        steps: number of steps of Adam, one batch each; 0 leaves weight matching as it is.
         rate: learning rate at the beginning; it falls to 0 along a cosine.
-        spread: the point on the path is drawn this far around its place, at most.
-        smoothing: of the labels. A client knows its own examples by heart, so that without it the loss is soon
-            nothing, and what was learned holds for them alone.
-        seed: of those points.
+        spread: largest distance of the drawn point on the path from its place.
+        smoothing: label smoothing. A client has memorised its own examples: without smoothing their loss soon
+            vanishes, and the transform fits them alone.
+        seed: seed of the drawn points.
     """
 
     steps: int = 400
@@ -67,34 +67,47 @@ def match_learned(
 ) -> Alignment:
     """Align `client` to `anchor` by weights, then by the loss near one point of the path between them.
 
-    Laws: the client's function is kept; the smoothed loss at the place is never above that after weight matching, on
-    the batches that both are compared on. Spaces that stretch, and the order of blocks that mix inside, stay as weight
-    matching left them. Unlike there, the distance to the anchor may rise.
+    Laws: the client's function is kept; on the batches of the comparison, the smoothed loss at the place is never above
+    the one after weight matching. Spaces whose group stretches, and the order of blocks that rotate, stay as weight
+    matching left them. Unlike with weight matching, the distance to the anchor may rise.
 
     Args:
         symmetry: the spaces; `symmetry.check(anchor)` must hold.
-        model: lends its architecture; it is left as it was.
+        model: the architecture; it is left as it was.
         anchor: the state to align to.
-        client: the state to align; what is returned is folded.
-        batches: the client's data, read again from its beginning as often as the steps need.
-        place: the client's share where the two will be merged, 0 to 1.
-        search: how; None for the defaults.
+        client: the state to align; the returned state is folded.
+        batches: the client's data; the search reads it from its beginning as often as it needs.
+        place: the client's weight, 0 to 1, where the two models will be merged.
+        search: settings of the search; None for the defaults.
 
     Raises:
         ValueError: there is no data, a state does not fit the model, or the loss is not finite.
         TypeError: the batches can be read only once.
-        FoldError: a norm's gain vanishes where it would have to be divided by.
+        FoldError: a norm's weight is too close to zero to divide by.
     """
     if isinstance(batches, Iterator):
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")
-    start, how = match_weights(symmetry, anchor, client), search or Search()
-    task = _Task(symmetry, model, symmetry.fold(anchor), start.state, place, how.smoothing)
-    learned = _learn(task, batches, how)
+    start, search = match_weights(symmetry, anchor, client), search or Search()
+    task = _Task(symmetry, model, symmetry.fold(anchor), start.state, place, search.smoothing)
+    learned = _learn_transform(task, batches, search)
     if learned is None:
         return start
     transform = learned.after(start.transform)
     state = {**start.state, **learned.act(start.state)}
-    return Alignment(state, transform, _report(task, start.report, transform, state))
+    spaces = tuple(_update_report(space, transform.elements[space.space]) for space in start.report.spaces)
+    distance = math.hypot(*distances(symmetry, task.anchor, state).values())
+    report = replace(start.report, spaces=spaces, distance_after=distance)
+    return Alignment(state, transform, report)
+
+
+def _update_report(space: SpaceReport, element: Element) -> SpaceReport:
+    return replace(
+        space,
+        certified=False,
+        moved=element.displacement(),
+        fixed_points=fixed_points(element),
+        largest_angle=largest_angle(element),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,24 +121,24 @@ class _Task:
 
     def loss(self, transform: Transform, batch: Batch, t: float) -> Tensor:
         merged = interpolate(self.anchor, transform.act(self.client), t)
-        # What a norm keeps of the data is moved, but nothing is learned from it.
+        # Running statistics follow the transform, but no gradient flows through them: they are not trained.
         for name in merged.keys() & {name for name, _ in self.model.named_buffers()}:
             merged[name] = merged[name].detach()
-        logits, targets = counted(forward(self.model, batch, bind(self.model, merged)), batch)
+        logits, targets = select_labelled(forward(self.model, batch, bind(self.model, merged)), batch)
         return cross_entropy(logits, targets, label_smoothing=self.smoothing)
 
 
-def _learn(task: _Task, batches: Batches, search: Search) -> Transform | None:
-    """The best transform of the two ends of the search; None if that is the start."""
-    latents = {space.name: _start(space) for space in task.symmetry.spaces if _learnable(space)}
+def _learn_transform(task: _Task, batches: Batches, search: Search) -> Transform | None:
+    """Return the transform at the end of the search, or None if its loss is not below that of the start."""
+    latents = {space.name: _initial_latent(space) for space in task.symmetry.spaces if _learnable(space)}
     with evaluating(task.model), torch.enable_grad():
         _descend(task, latents, batches, search)
-    found = Transform(task.symmetry, {name: latent.nearest() for name, latent in latents.items()})
     start = Transform(task.symmetry, {})
+    end = Transform(task.symmetry, {name: latent.nearest() for name, latent in latents.items()})
     with evaluating(task.model), torch.no_grad():
-        held = list(islice(read(batches, task.model), _HELD))
-        gains = [task.loss(start, b, task.place) - task.loss(found, b, task.place) for b in held]
-    return found if torch.stack(gains).sum() > 0 else None
+        compared = list(islice(read_batches(batches, task.model), _COMPARED))
+        gains = [task.loss(start, b, task.place) - task.loss(end, b, task.place) for b in compared]
+    return end if torch.stack(gains).sum() > 0 else None
 
 
 def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, search: Search) -> None:
@@ -134,9 +147,11 @@ def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, searc
         return
     optimiser = torch.optim.Adam(parameters, search.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, search.steps)
+    # A separate generator, so that the app's random numbers stay the same.
     generator = torch.Generator().manual_seed(search.seed)
-    data = _forever(batches, task.model)
+    data = _repeat(batches, task.model)
     for _ in range(search.steps):
+        # Drawn anew at every step: at one fixed point the search would lower the loss there alone.
         t = task.place + search.spread * (2 * float(torch.rand((), generator=generator)) - 1)
         moving = {name: latent.element() for name, latent in latents.items()}
         loss = task.loss(Transform(task.symmetry, moving), next(data), min(max(t, 0.0), 1.0))
@@ -149,20 +164,20 @@ def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, searc
         schedule.step()
 
 
-def _forever(batches: Batches, model: nn.Module) -> Iterator[Batch]:
+def _repeat(batches: Batches, model: nn.Module) -> Iterator[Batch]:
     while True:
-        yield from read(batches, model)
+        yield from read_batches(batches, model)
 
 
 @dataclass(frozen=True, eq=False)
 class _Latent:
-    """A space's matrices M, role by role, which start at the identity.
+    """The matrices M of a space, one for each role; they start at the identity.
 
     Attributes:
-        space: whose element is sought.
-        roles: what Adam moves.
-        mixes: whether the group turns entries into each other. Then blocks keep their places: an exchange of
-            heads is a jump that gradients do not see coming.
+        space: the space whose element is learned.
+        roles: the matrices that Adam trains.
+        mixes: True if the group mixes entries. Blocks then keep their places, because an exchange of heads is a jump
+            of which the gradient has no sign.
     """
 
     space: Space
@@ -170,7 +185,7 @@ class _Latent:
     mixes: bool
 
     def nearest(self) -> Element:
-        """The element that fits M best."""
+        """Return the group element that fits M best."""
         scores = tuple(
             self.space.group.score(role.detach().double(), torch.eye(len(role)).double(), number)
             for number, role in enumerate(self._matrices())
@@ -178,10 +193,10 @@ class _Latent:
         return self.space.group.maximiser(scores, 0.0)
 
     def element(self) -> Element:
-        """The same as one dense block on each role, through which gradients flow back to M."""
+        """Return the nearest element as one dense block for each role, through which gradients flow to M."""
         nearest, matrices = self.nearest(), self._matrices()
         dense = (nearest.act(torch.eye(len(m)), 0, role) for role, m in enumerate(matrices))
-        estimate = _tangent if self.mixes else _straight
+        estimate = _with_polar_gradient if self.mixes else _with_straight_gradient
         blocks = tuple(estimate(m, t)[None] for m, t in zip(matrices, dense, strict=True))
         return Element(torch.arange(1), blocks, tuple(len(m) for m in matrices))
 
@@ -194,41 +209,25 @@ class _Latent:
         return torch.kron(places, torch.ones(size, size))
 
 
-def _start(space: Space) -> _Latent:
+def _initial_latent(space: Space) -> _Latent:
     widths = (space.width(role) for role in range(len(space.group.sizes)))
-    drawn = space.group.random(torch.Generator().manual_seed(0))
+    # A group does not say whether its elements mix entries; almost every random element does.
+    example = space.group.random(torch.Generator().manual_seed(0))
     roles = tuple(torch.eye(width).requires_grad_() for width in widths)
-    return _Latent(space, roles, mixes=not drawn.is_monomial)
+    return _Latent(space, roles, mixes=not example.is_monomial)
 
 
 def _learnable(space: Space) -> bool:
+    # Both gradients assume an orthogonal map. Where a role's dual is another role, elements do not keep lengths.
     element = space.group.identity()
     return all(element.dual(role) == role for role in range(len(element.sizes)))
 
 
-def _straight(latent: Tensor, matrix: Tensor) -> Tensor:
+def _with_straight_gradient(latent: Tensor, matrix: Tensor) -> Tensor:
     return matrix + (latent - latent.detach())
 
 
-def _tangent(latent: Tensor, matrix: Tensor) -> Tensor:
-    """The value of `matrix` with the derivative of the polar factor at an orthogonal matrix."""
+def _with_polar_gradient(latent: Tensor, matrix: Tensor) -> Tensor:
+    """Return `matrix` with the derivative of the polar factor at an orthogonal matrix."""
     change = latent - latent.detach()
     return matrix + (change - matrix @ change.mT @ matrix) / 2
-
-
-def _report(
-    task: _Task, start: AlignmentReport, transform: Transform, state: State
-) -> AlignmentReport:
-    spaces = tuple(_moved(space, transform.elements[space.space]) for space in start.spaces)
-    after = math.hypot(*distances(task.symmetry, task.anchor, state).values())
-    return replace(start, spaces=spaces, distance_after=after)
-
-
-def _moved(space: SpaceReport, element: Element) -> SpaceReport:
-    return replace(
-        space,
-        certified=False,
-        moved=element.moved(),
-        fixed_points=fixed_points(element),
-        largest_angle=largest_angle(element),
-    )

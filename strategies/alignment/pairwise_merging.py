@@ -1,13 +1,13 @@
-"""Merging in pairs: a chain or a tree in which each model is aligned to what it is about to be merged with.
+"""Pairwise merging: a chain or a tree of merges, in each of which one model is aligned to the other.
 
     chain    m_1 = c_1,    m_k = ((k - 1) m_{k-1} + g . c_k) / k        c_k aligned to m_{k-1}
     tree     m = (m_left + g . m_right) / 2                             m_right aligned to m_left
 
-A star, in which everyone aligns to one anchor, links each model to the anchor but not to the others; with learned
-transforms only pairs are linked (Ito et al. 2024, arXiv 2402.04051, on more than two models). Means are weighted by
-examples. A merge of several models is aligned as one, by one of the clients that are in it.
+A star, in which every model is aligned to one anchor, connects each model to the anchor but not to the others; learned
+transforms connect pairs only (Ito et al. 2024, arXiv 2402.04051, on more than two models). Means are weighted by
+examples. A mean of several models is aligned as one, by one of the clients that contributed to it.
 
-Both are generators: they yield the next link, are sent what became of it, and return the merge.
+Both orders are generators: they yield a link, are sent the aligned model, and return the last mean.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,60 +20,61 @@ Merge = Literal["star", "chain", "tree"]
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class MergedModel:
     """The mean of one or more clients' models in one frame.
 
     Attributes:
-        model: its floating tensors.
-        examples: behind it.
-        nodes: the clients that are in it.
+        model: the mean's floating tensors.
+        examples: number of examples behind the mean.
+        nodes: the clients that contributed.
     """
 
     model: State
     examples: float
     nodes: tuple[int, ...]
 
-    def joined(self, other: "Merged") -> "Merged":
-        """The mean of both, weighted by examples."""
+    def combine(self, other: "MergedModel") -> "MergedModel":
+        """Return the mean of both models, weighted by examples."""
         examples = self.examples + other.examples
+        # Clients may report no examples.
         share = other.examples / examples if examples else 0.5
         model = interpolate(floating(self.model), floating(other.model), share)
-        return Merged(model, examples, (*self.nodes, *other.nodes))
+        return MergedModel(model, examples, (*self.nodes, *other.nodes))
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """What one client is asked for.
+    """A request to one client to align one model to another.
 
     Attributes:
         node: the client.
-        anchor: what to align to; None asks for the client's own model as it is.
-        moving: what to align; None for the client's own model.
+        anchor: the model to align to; None asks for the client's own model as it is.
+        moving: the model to align; None means the client's own model.
     """
 
     node: int
-    anchor: Merged | None = None
-    moving: Merged | None = None
+    anchor: MergedModel | None = None
+    moving: MergedModel | None = None
 
 
-# Sent for each link: the aligned model, or None where the client failed.
-Links: TypeAlias = Generator[Link, Merged | None, Merged | None]
+# Each link is answered by the aligned model, or by None where the client failed.
+Links: TypeAlias = Generator[Link, MergedModel | None, MergedModel | None]
 
 
 def chain(nodes: Sequence[int]) -> Links:
-    """One client after the other aligns its model to the running merge; one that fails is left out."""
-    merged: Merged | None = None
+    """Let one client after the other align its model to the mean so far; a client that fails is left out."""
+    merged: MergedModel | None = None
     for node in nodes:
-        found = yield Link(node, merged)
-        if found is not None:
-            merged = found if merged is None else merged.joined(found)
+        aligned = yield Link(node, merged)
+        if aligned is not None:
+            merged = aligned if merged is None else merged.combine(aligned)
     return merged
 
 
 def tree(nodes: Sequence[int]) -> Links:
-    """Halves are merged by themselves, and the second aligned to the first by the first of its clients that can.
+    """Merge each half of the clients by itself, then align the second half's mean to the first's.
 
-    A half that none of its clients can align is left out.
+    The second half's clients are asked in turn until one of them aligns the mean; if none can, that half is left out.
     """
     if len(nodes) <= 1:
         return (yield from chain(nodes))
@@ -82,24 +83,15 @@ def tree(nodes: Sequence[int]) -> Links:
     if left is None:
         return (yield from tree(nodes[half:]))
     if len(nodes) - half == 1:
-        found = yield Link(nodes[-1], left)
-        return left if found is None else left.joined(found)
+        # A single client has its model already: asking for it first would cost a message.
+        aligned = yield Link(nodes[-1], left)
+        return left if aligned is None else left.combine(aligned)
     right = yield from tree(nodes[half:])
     for node in right.nodes if right is not None else ():
-        found = yield Link(node, left, right)
-        if found is not None:
-            return left.joined(found)
+        aligned = yield Link(node, left, right)
+        if aligned is not None:
+            return left.combine(aligned)
     return left
 
 
 LINKS: Mapping[str, Callable[[Sequence[int]], Links]] = {"chain": chain, "tree": tree}
-
-
-def follow(links: Links, ask: Callable[[Link], Merged | None]) -> Merged | None:
-    """Ask for every link in turn; returns the merge, or None if nobody could answer."""
-    try:
-        link = next(links)
-        while True:
-            link = links.send(ask(link))
-    except StopIteration as end:
-        return end.value

@@ -1,7 +1,7 @@
-"""A state under a transform, moved tensor by tensor as it is asked for.
+"""A state under a transform whose tensors are computed when they are read.
 
-Nothing is copied until it is read, so a state that is read from a file stays there, and a tensor that several
-spaces move, or one space several times, is rounded once.
+Nothing is copied before it is read, so a state that lies in a file stays there. A tensor that several spaces act on,
+or one space several times, is rounded once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,11 +13,12 @@ from fedbasin.strategies.symmetry.symmetry import Axis, Symmetry
 from fedbasin.strategies.tensors.state import State
 
 
-class Moved(Mapping[str, Tensor]):
-    """`transform.act(state)`, lazily.
+class TransformedState(Mapping[str, Tensor]):
+    """A lazy `transform.act(state)`.
 
     Attributes:
-        elements: of the spaces that have moved, by name; `moved[name]` is by those that are there when it is read.
+        elements: elements by space name; spaces without one stay as they are. A change here shows in the next tensor
+            that is read.
     """
 
     def __init__(self, symmetry: Symmetry, state: State, elements: dict[str, Element]) -> None:
@@ -42,5 +43,5 @@ class Moved(Mapping[str, Tensor]):
         return len(self._state)
 
     def is_touched(self, name: str) -> bool:
-        """Whether the tensor is another one than in the state."""
+        """Return True if an element acts on the tensor, so that it may differ from the one in the state."""
         return any(space in self.elements for space, _ in self._axes.get(name, ()))

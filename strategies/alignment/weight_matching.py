@@ -1,11 +1,11 @@
-"""Weight matching: the transform that brings a client closest to the anchor.
+"""Weight matching: find the transform that brings a client closest to the anchor.
 
     maximise  J(T) = sum_w <W_w^a, T . W_w^k>        over the product of the spaces' groups
 
-by coordinate ascent: J is linear in each space while the others are held, and each group knows its exact
-maximiser, so J never falls and the distance to the anchor never rises. Git Re-Basin (Ainsworth, Hayase,
-Srinivasa 2023, arXiv 2209.04836) for permutations; the rotations of attention heads follow Zhang et al. 2025
-(arXiv 2502.00264). Data-free.
+The maximiser is found by coordinate ascent: J is linear in each space while the others are fixed, and each group has an
+exact maximiser, so J never falls and the distance to the anchor never rises. Sources: Git Re-Basin for permutations
+(Ainsworth, Hayase, Srinivasa 2023, arXiv 2209.04836); Zhang et al. 2025 (arXiv 2502.00264) for the rotations of
+attention heads. Needs no data.
 """
 
 import math
@@ -15,10 +15,10 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from fedbasin.strategies.alignment.alignment_report import AlignmentReport as AlignmentReport
-from fedbasin.strategies.alignment.alignment_report import SpaceReport as SpaceReport
+from fedbasin.proto.report import AlignmentReport as AlignmentReport
+from fedbasin.proto.report import SpaceReport as SpaceReport
 from fedbasin.strategies.alignment.coordinate_ascent import Ascent
-from fedbasin.strategies.alignment.identity_bound import Radii
+from fedbasin.strategies.alignment.identity_bound import IdentityBounds
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import one_core
@@ -26,8 +26,8 @@ from fedbasin.strategies.tensors.state import State, distance
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """The transform that takes a client into the anchor's frame, and how it was found."""
+class MatchResult:
+    """The transform that takes a client into the anchor's frame, and the report of the search."""
 
     transform: Transform
     report: AlignmentReport
@@ -35,7 +35,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """A client's state in the anchor's frame, and the transform that took it there."""
+    """A client's state in the anchor's frame, the transform that took it there, and the report of the search."""
 
     state: dict[str, Tensor]
     transform: Transform
@@ -46,35 +46,35 @@ def match_weights(
     symmetry: Symmetry,
     anchor: State,
     client: State,
-    radii: Radii | None = None,
+    bounds: IdentityBounds | None = None,
     *,
     prior: float = 1e-6,
     max_sweeps: int = 100,
 ) -> Alignment:
-    """Align `client` to `anchor` by coordinate ascent from the identity, both folded where the symmetry folds.
+    """Align `client` to `anchor` by coordinate ascent from the identity.
 
-    Laws: a planted permutation is undone exactly and a planted rotation to the prior's size; aligning twice
-    changes nothing; ties go to the identity.
+    Both states are folded first where the symmetry has folds. Laws: a planted permutation is undone exactly and a
+    planted rotation up to the size of the prior; aligning twice changes nothing; ties go to the identity.
 
     Args:
         symmetry: the spaces; `symmetry.check(anchor)` must hold.
         anchor: the state to align to.
-        client: the state to align; what is returned is folded.
-        radii: the anchor's identity radii (`identity_radii`); None searches every space.
+        client: the state to align; the returned state is folded.
+        bounds: the anchor's identity bounds (`identity_bounds`); None searches every space.
         prior: strength of the preference for the identity.
-        max_sweeps: bound on the passes over all spaces.
+        max_sweeps: largest number of passes over all spaces.
 
     Raises:
-        FoldError: a norm's gain vanishes where it would have to be divided by.
+        FoldError: a norm's weight is too close to zero to divide by.
     """
-    anchor, client = folded(symmetry, anchor), folded(symmetry, client)
-    return finished(Ascent(symmetry, anchor, client, radii or {}, prior), max_sweeps)
+    anchor, client = fold_state(symmetry, anchor), fold_state(symmetry, client)
+    return finish_ascent(Ascent(symmetry, anchor, client, bounds or {}, prior), max_sweeps)
 
 
-def finished(ascent: Ascent, max_sweeps: int) -> Alignment:
-    """The alignment in which a search ends, from where it is now."""
+def finish_ascent(ascent: Ascent, max_sweeps: int) -> Alignment:
+    """Run a search from its present elements to its end and return the alignment."""
     sweeps = ascent.run(max_sweeps)
-    state = ascent.moved()
+    state = ascent.transformed_state()
     return Alignment(state, ascent.transform, _report(ascent, sweeps, state))
 
 
@@ -82,70 +82,63 @@ def find_by_weights(
     symmetry: Symmetry,
     anchor: State,
     client: State,
-    radii: Radii | None = None,
+    bounds: IdentityBounds | None = None,
     *,
     prior: float = 1e-6,
     max_sweeps: int = 100,
-) -> Found:
-    """The transform of `match_weights` without the aligned state, which `Moved` or `Transform.act` gives.
+) -> MatchResult:
+    """Find the transform of `match_weights` without computing the aligned state.
 
-    Tensors are read space by space and not kept: states may be mappings that read from files, and memory beside
-    them is that of one space's score. Both are folded already.
+    `TransformedState` or `Transform.act` give the aligned state afterwards. Tensors are read space by space and
+    released again: the states may be mappings that read from files, and the memory beside them is that of one space's
+    score. Both states must be folded already.
     """
-    ascent = Ascent(symmetry, anchor, client, radii or {}, prior)
+    ascent = Ascent(symmetry, anchor, client, bounds or {}, prior)
     sweeps = ascent.run(max_sweeps)
-    return Found(ascent.transform, _report(ascent, sweeps, ascent.client))
+    return MatchResult(ascent.transform, _report(ascent, sweeps, ascent.client))
 
 
-def _report(ascent: Ascent, sweeps: int, moved: State) -> AlignmentReport:
-    """How a search went.
-
-    Args:
-        ascent: the search.
-        sweeps: its passes over the spaces.
-        moved: the client after it; only what has moved is measured again.
-    """
+def _report(ascent: Ascent, sweeps: int, aligned: State) -> AlignmentReport:
+    """Describe a search after `sweeps` passes; only tensors that an element acts on are measured again."""
     symmetry, anchor = ascent.symmetry, ascent.anchor
-    before = distances(symmetry, anchor, ascent.state, ascent.distances)
-    touched = [name for name in before if ascent.client.is_touched(name)]
-    after = before | _distances(touched, anchor, moved)
+    # Distances per tensor and not in total, so that tensors which stay need not be read again.
+    initial = distances(symmetry, anchor, ascent.state, ascent.distances)
+    touched = [name for name in initial if ascent.client.is_touched(name)]
+    final = initial | _tensor_distances(touched, anchor, aligned)
     return AlignmentReport(
         tuple(ascent.report(space) for space in symmetry.spaces),
         sweeps,
-        math.hypot(*before.values()),
-        math.hypot(*after.values()),
+        math.hypot(*initial.values()),
+        math.hypot(*final.values()),
     )
 
 
-def folded(symmetry: Symmetry, state: State) -> State:
-    """The state in the parametrisation on which the symmetry acts; without folds the same object."""
+def fold_state(symmetry: Symmetry, state: State) -> State:
+    """Return the state in the parametrisation on which the symmetry acts: the same object where nothing folds."""
     return symmetry.fold(state) if symmetry.folds else state
 
 
 def distances(
-    symmetry: Symmetry,
-    anchor: State,
-    client: State,
-    known: Mapping[str, float] = MappingProxyType({}),
+    symmetry: Symmetry, anchor: State, client: State, measured: Mapping[str, float] = MappingProxyType({})
 ) -> dict[str, float]:
-    """Anchor to client, by tensor, of all floating tensors whose distance matching can only lower.
+    """Measure the distance from anchor to client for each floating tensor that counts in matching.
+
+    Tensors that a space carries along without scoring, such as running statistics, are left out: matching may raise
+    their distance.
 
     Args:
         symmetry: the spaces.
         anchor: the state to align to.
         client: the state to align.
-        known: those that need not be measured again.
+        measured: distances that need not be measured again, by tensor.
     """
-    silent = {m.tensor for space in symmetry.spaces for m in space.axes if not m.scored}
-    unknown = (name for name in anchor if name not in silent and name not in known)
-    return {**known, **_distances(unknown, anchor, client)}
+    silent = {axis.tensor for space in symmetry.spaces for axis in space.axes if not axis.scored}
+    missing = (name for name in anchor if name not in silent and name not in measured)
+    return {**measured, **_tensor_distances(missing, anchor, client)}
 
 
-def _distances(names: Iterable[str], anchor: State, client: State) -> dict[str, float]:
+def _tensor_distances(names: Iterable[str], anchor: State, client: State) -> dict[str, float]:
     pairs = ((name, anchor[name]) for name in names)
     with one_core():
-        return {
-            name: distance({name: tensor}, client)
-            for name, tensor in pairs
-            if tensor.is_floating_point()
-        }
+        # `distance` wants states; one tensor at a time keeps no more than that in memory.
+        return {name: distance({name: tensor}, client) for name, tensor in pairs if tensor.is_floating_point()}

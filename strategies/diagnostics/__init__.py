@@ -1,1 +1,1 @@
-"""How far apart models are: loss barriers along the path between them."""
+"""Diagnostics: measure how far apart models are, by loss barriers and other numbers."""

@@ -1,12 +1,12 @@
-"""Loss barriers: how far a path between two models rises above the chord of its ends.
+"""Loss barriers: measure how far a path between two models rises above the chord of its ends.
 
 With `L(t)` the loss of `(1 - t) anchor + t client`:
 
     barrier = max_t [ L(t) - ((1 - t) L(0) + t L(1)) ]
 
-Source: Frankle et al. 2020, arXiv 1912.05671; in this form Entezari et al. 2022, arXiv 2110.06296. That is the
-barrier wherever this project says the word alone; the others here are named after what they measure instead.
-Losses travel as sums over examples, so that the curves of many clients add up to the curve of their pooled data.
+Source: Frankle et al. 2020, arXiv 1912.05671; in this form Entezari et al. 2022, arXiv 2110.06296. This is the barrier
+wherever the project uses the word alone; the other numbers here are named after what they measure. Losses travel as
+sums over examples, so that the curves of many clients add up to the curve of their pooled data.
 """
 
 import math
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the observer draws barriers and needs no torch for it
 
 Curve: TypeAlias = Sequence[float]
 
-# Over some examples: loss in nats, number classified correctly, number of examples.
+# Sums over some examples: loss in nats, number classified correctly, number of examples.
 Sums: TypeAlias = tuple[float, float, float]
 Evaluate: TypeAlias = Callable[["State"], Sums]
 
@@ -29,16 +29,21 @@ Evaluate: TypeAlias = Callable[["State"], Sums]
 class Path:
     """Sums over examples at points of the straight line from anchor (t = 0) to client (t = 1).
 
-    Law: a commutative monoid under addition with `Path.zero`; the sum of two paths is the path of both
-    data sets together.
+    Law: a commutative monoid under addition with `Path.zero`; the sum of two paths is the path over both data sets.
+
+    Attributes:
+        points: values of t, increasing from 0 to 1.
+        loss: sum of the loss at each point, nats.
+        correct: number of examples classified correctly at each point.
+        examples: number of examples.
 
     Raises:
-        ValueError: The curves do not fit the points, or hold what no data set can give.
+        ValueError: the curves do not fit the points, or hold values that no data set can give.
     """
 
     points: tuple[float, ...]
-    loss: tuple[float, ...]  # sum of the loss, nats
-    correct: tuple[float, ...]  # number classified correctly
+    loss: tuple[float, ...]
+    correct: tuple[float, ...]
     examples: float
 
     def __post_init__(self) -> None:
@@ -48,27 +53,27 @@ class Path:
             raise ValueError(f"a path over {self.examples} examples; count the examples evaluated")
         if not all(0 <= correct <= self.examples for correct in self.correct):
             raise ValueError(
-                f"a path has {self.correct} correct of {self.examples} examples; send counts, not shares"
+                f"a path has {self.correct} correct of {self.examples} examples; send counts, not fractions"
             )
 
     @classmethod
     def zero(cls, points: Curve) -> "Path":
-        """The path over no data."""
+        """Return the path over no data."""
         nothing = (0.0,) * len(points)
         return cls(tuple(points), nothing, nothing, 0.0)
 
     @classmethod
     def of(cls, points: Curve, sums: Sequence[Sums]) -> "Path":
-        """The path with these sums at its points.
+        """Build the path with the given sums at its points.
 
         Raises:
-            ValueError: The points were not evaluated on the same number of examples.
+            ValueError: the points were not evaluated on the same number of examples.
         """
         loss, correct, examples = zip(*sums, strict=True)
+        # Exact, because these are counts; data that is sampled anew for every point shows here.
         if len(set(examples)) > 1:
             raise ValueError(
-                f"the data held {examples} examples at the points of one path; "
-                "evaluate every point on the same data"
+                f"the data held {examples} examples at the points of one path; evaluate every point on the same data"
             )
         return cls(tuple(points), loss, correct, examples[0])
 
@@ -79,10 +84,7 @@ class Path:
                 "ask every client for the same number of points"
             )
         return Path(
-            self.points,
-            _add(self.loss, other.loss),
-            _add(self.correct, other.correct),
-            self.examples + other.examples,
+            self.points, _add(self.loss, other.loss), _add(self.correct, other.correct), self.examples + other.examples
         )
 
     @property
@@ -92,7 +94,7 @@ class Path:
 
     @property
     def accuracy(self) -> tuple[float, ...]:
-        """Share classified correctly at each point."""
+        """Fraction classified correctly at each point."""
         return self._mean(self.correct)
 
     def _mean(self, sums: Curve) -> tuple[float, ...]:
@@ -103,16 +105,16 @@ class Path:
 
 @dataclass(frozen=True)
 class Barriers:
-    """Every number of this page for one path.
+    """All barriers of one path, per example.
 
     Attributes:
         linear: `linear_barrier` of the mean loss, nats.
         above_mean: `mean_barrier` of the mean loss, nats.
         midpoint: `midpoint_gap` of the mean loss, nats; None where the middle was not evaluated.
         area: `area` of the mean loss, nats.
-        accuracy: `accuracy_barrier`, a share.
-        midpoint_accuracy: `midpoint_gap` of the accuracy: how much the mean of the two models gains on the
-            mean of their accuracies; None where the middle was not evaluated.
+        accuracy: `accuracy_barrier`, a fraction.
+        midpoint_accuracy: `midpoint_gap` of the accuracy, the gain of the mean model on the mean of both accuracies;
+            None where the middle was not evaluated.
     """
 
     linear: float
@@ -124,7 +126,7 @@ class Barriers:
 
 
 def barriers(path: Path) -> Barriers:
-    """All barriers of a path, per example."""
+    """Compute all barriers of a path, per example."""
     points, losses, accuracy = path.points, path.mean_loss, path.accuracy
     return Barriers(
         linear=linear_barrier(points, losses),
@@ -137,10 +139,10 @@ def barriers(path: Path) -> Barriers:
 
 
 def grid(points: int) -> tuple[float, ...]:
-    """Equally spaced points from 0 to 1.
+    """Return equally spaced points from 0 to 1.
 
     Raises:
-        ValueError: Fewer than two.
+        ValueError: there are fewer than two.
     """
     if points < 2:
         raise ValueError(f"a path of {points} points; ask for at least the two ends")
@@ -148,26 +150,26 @@ def grid(points: int) -> tuple[float, ...]:
 
 
 def along(at: "Callable[[float], State]", evaluate: Evaluate, points: int) -> Path:
-    """Walk any curve of states, straight or bent, and evaluate each of its points.
+    """Evaluate a curve of states at equally spaced points; the curve need not be straight.
 
     Raises:
-        ValueError: Fewer than two points, or data that is not the same each time.
+        ValueError: there are fewer than two points, or the data is not the same each time.
     """
     steps = grid(points)
     return Path.of(steps, [evaluate(at(t)) for t in steps])
 
 
 def linear_barrier(points: Curve, losses: Curve) -> float:
-    """The largest rise above the chord.
+    """Return the largest rise of the loss above the chord.
 
-    Law: never negative, zero where no point lies above the chord, the same after adding any `a + b t` and
-    after walking the path backwards.
+    Law: never negative, zero where no point lies above the chord, unchanged by adding any `a + b t` and by walking the
+    path backwards.
     """
     return max(_above_chord(points, losses))
 
 
 def mean_barrier(points: Curve, losses: Curve) -> float:
-    """`max_t L(t) - (L(0) + L(1)) / 2`, the barrier of Git Re-Basin (Ainsworth et al. 2023, arXiv 2209.04836).
+    """Return `max_t L(t) - (L(0) + L(1)) / 2`, the barrier of Git Re-Basin (Ainsworth et al. 2023, arXiv 2209.04836).
 
     Laws: `linear_barrier` where the ends are equal; at least half the difference of the ends, however straight
     the loss between them.
@@ -177,26 +179,24 @@ def mean_barrier(points: Curve, losses: Curve) -> float:
 
 
 def accuracy_barrier(points: Curve, accuracies: Curve) -> float:
-    """The largest fall of the accuracy below the chord; never negative."""
+    """Return the largest fall of the accuracy below the chord; never negative."""
     return max(-rise for rise in _above_chord(points, accuracies)) + 0.0  # no negative zero
 
 
 def midpoint_gap(points: Curve, losses: Curve) -> float:
-    """`L(1/2) - (L(0) + L(1)) / 2`; negative where the mean of the two models beats the mean of their losses.
+    """Return `L(1/2) - (L(0) + L(1)) / 2`, negative where the mean model beats the mean of both losses.
 
     Raises:
-        ValueError: The middle is not among the points.
+        ValueError: the middle is not among the points.
     """
     middle = _middle(points, losses)
     if middle is None:
-        raise ValueError(
-            f"no point at t = 0.5 among {tuple(points)}; evaluate an odd number of equally spaced points"
-        )
+        raise ValueError(f"no point at t = 0.5 among {tuple(points)}; evaluate an odd number of equally spaced points")
     return middle
 
 
 def area(points: Curve, losses: Curve) -> float:
-    """Signed area between curve and chord, by the trapezoid rule."""
+    """Return the signed area between curve and chord, by the trapezoid rule."""
     rises = list(zip(points, _above_chord(points, losses), strict=True))
     return sum((t - s) * (low + high) / 2 for (s, low), (t, high) in pairwise(rises))
 
@@ -208,8 +208,8 @@ def _middle(points: Curve, values: Curve) -> float | None:
 
 def _above_chord(points: Curve, values: Curve) -> tuple[float, ...]:
     _check("curve", points, values)
-    first, last = values[0], values[-1]
-    return tuple(v - ((1 - t) * first + t * last) for t, v in zip(points, values, strict=True))
+    start, end = values[0], values[-1]
+    return tuple(v - ((1 - t) * start + t * end) for t, v in zip(points, values, strict=True))
 
 
 def _add(a: Curve, b: Curve) -> tuple[float, ...]:
@@ -217,7 +217,8 @@ def _add(a: Curve, b: Curve) -> tuple[float, ...]:
 
 
 def _check(name: str, points: Curve, values: Curve) -> None:
-    """Refuse a curve from which no barrier can be read."""
+    """Raise ValueError where no barrier can be computed from a curve."""
+    # Exact, because every path comes from `grid`, whose ends are exact.
     if len(points) < 2 or (points[0], points[-1]) != (0, 1):
         raise ValueError(f"points {tuple(points)} of a path; start at t = 0 and end at t = 1")
     if not all(s < t for s, t in pairwise(points)):

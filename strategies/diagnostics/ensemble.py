@@ -1,9 +1,9 @@
-"""The ensemble of the clients: what fusing could reach at best, if all of their models were kept.
+"""The ensemble of the clients: the best that fusing could reach if all of their models were kept.
 
     p(y | x) = sum_k w_k p_k(y | x)  /  sum_k w_k
 
-A sum, so clients are added one by one and none is kept. An ensemble costs K forward passes and one model costs
-one; how far the fused model stays behind it is what fusing has lost. Deep ensembles: Lakshminarayanan et al. 2017,
+The ensemble is a sum, so clients are added one by one and none is stored. An ensemble costs K forward passes and one
+model costs one; the distance between the two is what fusing has lost. Deep ensembles: Lakshminarayanan et al. 2017,
 arXiv 1612.01474.
 """
 
@@ -13,15 +13,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# The most that one example can cost, where no client gives its class a chance: about 708 nats.
+# Probability in place of zero where no client gives an example's class a chance: that example costs about 708 nats.
 _TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Weighted sum of some models' probabilities on the same examples, in float64 and on the CPU.
+    """The weighted sum of some models' probabilities on the same examples, in float64 and on the CPU.
 
     Law: a commutative monoid under addition with `Ensemble.zero`.
+
+    Attributes:
+        total: weighted sum of the probabilities.
+        weight: sum of the weights.
     """
 
     total: Float[Tensor, "examples classes"]
@@ -29,24 +33,21 @@ class Ensemble:
 
     @classmethod
     def zero(cls, examples: int, classes: int) -> "Ensemble":
-        """The ensemble of no models."""
+        """Return the ensemble of no models."""
         return cls(torch.zeros(examples, classes, dtype=torch.float64), 0.0)
 
     @classmethod
-    def of(
-        cls, probabilities: Float[Tensor, "examples classes"], weight: float = 1.0
-    ) -> "Ensemble":
-        """The ensemble of one model.
+    def of(cls, probabilities: Float[Tensor, "examples classes"], weight: float = 1.0) -> "Ensemble":
+        """Return the ensemble of one model.
 
         Raises:
-            ValueError: Rows that are no probabilities, or a weight that is none.
+            ValueError: rows are not probabilities, or the weight is not positive and finite.
         """
         wide = probabilities.detach().cpu().double()
-        one = torch.ones(len(wide), dtype=torch.float64)
-        # Half precision rounds each class by itself.
+        # The tolerance grows with the classes, as half precision rounds each of them by itself.
         slack = 8 * torch.finfo(probabilities.dtype).eps * wide.shape[-1]
-        if not (wide >= 0).all() or not torch.allclose(wide.sum(-1), one, rtol=0, atol=slack):
-            raise ValueError("rows of an ensemble are no probabilities; pass logits.softmax(-1)")
+        if not (wide >= 0).all() or ((wide.sum(-1) - 1).abs() > slack).any():
+            raise ValueError("rows of an ensemble are not probabilities; pass logits.softmax(-1)")
         if not 0 < weight < float("inf"):
             raise ValueError(f"a model of weight {weight} in an ensemble; choose a positive number")
         return cls(weight * wide, weight)
@@ -61,23 +62,23 @@ class Ensemble:
 
     @property
     def probabilities(self) -> Float[Tensor, "examples classes"]:
-        """What the ensemble says.
+        """The ensemble's class probabilities for each example.
 
         Raises:
-            ValueError: It has no models.
+            ValueError: the ensemble has no models.
         """
         if not self.weight:
-            raise ValueError("an ensemble of no models says nothing; add one first")
+            raise ValueError("an ensemble of no models has no probabilities; add a model first")
         return self.total / self.weight
 
     def accuracy(self, targets: Int[Tensor, " examples"]) -> float:
-        """Share classified correctly."""
+        """Return the fraction of the examples classified correctly."""
         return float((self.probabilities.argmax(-1) == targets.cpu()).double().mean())
 
     def loss(self, targets: Int[Tensor, " examples"]) -> float:
-        """Cross entropy per example, nats.
+        """Return the cross entropy per example, nats.
 
-        Law: never more than the weighted mean of the models' own losses.
+        Law: never more than the weighted mean of the single models' losses.
         """
         chosen = self.probabilities.gather(-1, targets.cpu()[:, None])
         return float(-chosen.clamp_min(_TINY).log().mean())

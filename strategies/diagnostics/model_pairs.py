@@ -1,10 +1,10 @@
-"""Barriers among more than two models: every pair, every client to the fused model, and the simplex they span.
+"""Barriers among more than two models: of every pair, from the fused model to every client, and in their simplex.
 
     gap(l) = L(sum_k l_k theta_k) - sum_k l_k L(theta_k)        l_k >= 0,  sum_k l_k = 1
 
-The barrier of a set of models is the supremum of the gap over the simplex. Nobody searches a simplex: here it is
-the largest gap among the vertices (always zero), the middles of the edges, and the weights of the fusion, which
-is a lower bound. Linear connectivity of many models at once: Sharma et al. 2024, arXiv 2404.06498.
+The barrier of a set of models is the supremum of the gap over the simplex. Searching a simplex is not affordable. The
+number here is a lower bound: the largest gap among the vertices (always zero), the middles of the edges, and the
+weights of the fusion. Linear connectivity of many models at once: Sharma et al. 2024, arXiv 2404.06498.
 """
 
 import math
@@ -20,7 +20,7 @@ from fedbasin.strategies.tensors.state import State, interpolate
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairPath:
     """The path from model `a` (t = 0) to model `b` (t = 1)."""
 
     a: str
@@ -28,39 +28,38 @@ class Pair:
     path: Path
 
 
-def pairwise(states: Mapping[str, State], evaluate: Evaluate, points: int) -> Iterator[Pair]:
-    """The path between every two models, one pair at a time.
+def pairwise(states: Mapping[str, State], evaluate: Evaluate, points: int) -> Iterator[PairPath]:
+    """Evaluate the path between every two models, one pair at a time.
 
-    At most two states are held, so a mapping that reads them from disk needs no more memory. Every model is
-    evaluated once and every pair at its inner points: `K + (points - 2) K (K - 1) / 2` evaluations.
+    At most two states are in memory if the mapping reads them from disk. Every model is evaluated once and every pair at
+    its inner points, which makes `K + (points - 2) K (K - 1) / 2` evaluations.
 
     Raises:
-        ValueError: Fewer than two points, or an evaluation that is not over the same data each time.
+        ValueError: there are fewer than two points, or the evaluations are not over the same data.
     """
     steps = grid(points)
     ends = {name: evaluate(states[name]) for name in states}
+    # States are read again for every pair, so that two of them fit in memory where all do not.
     for a, b in combinations(states, 2):
-        yield Pair(a, b, _path(states[a], states[b], (ends[a], ends[b]), evaluate, steps))
+        yield PairPath(a, b, _evaluate_path(states[a], states[b], (ends[a], ends[b]), evaluate, steps))
 
 
 def from_fused(
     fused: State, states: Mapping[str, State], evaluate: Evaluate, points: int
 ) -> Iterator[tuple[str, Path]]:
-    """The path from the fused model (t = 0) to every client's (t = 1), one client at a time.
+    """Evaluate the path from the fused model (t = 0) to every client's (t = 1), one client at a time.
 
     Raises:
-        ValueError: Fewer than two points, or an evaluation that is not over the same data each time.
+        ValueError: there are fewer than two points, or the evaluations are not over the same data.
     """
     steps = grid(points)
     start = evaluate(fused)
     for name in states:
         state = states[name]
-        yield name, _path(fused, state, (start, evaluate(state)), evaluate, steps)
+        yield name, _evaluate_path(fused, state, (start, evaluate(state)), evaluate, steps)
 
 
-def _path(
-    a: State, b: State, ends: tuple[Sums, Sums], evaluate: Evaluate, steps: tuple[float, ...]
-) -> Path:
+def _evaluate_path(a: State, b: State, ends: tuple[Sums, Sums], evaluate: Evaluate, steps: tuple[float, ...]) -> Path:
     inner = [evaluate(interpolate(a, b, t)) for t in steps[1:-1]]
     return Path.of(steps, [ends[0], *inner, ends[1]])
 
@@ -70,8 +69,8 @@ class Simplex:
     """Gaps inside the simplex that some models span, nats per example; negative where mixing helps.
 
     Attributes:
-        fusion: the gap at the weights of the fusion.
-        middles: the gap at the middle of every edge, by the names of its ends.
+        fusion: gap at the weights of the fusion.
+        middles: gap at the middle of every edge, by the names of its ends.
     """
 
     fusion: float
@@ -83,56 +82,46 @@ class Simplex:
         return max(0.0, self.fusion, *self.middles.values())
 
 
-def simplex(
-    states: Mapping[str, State], weights: Mapping[str, float], evaluate: Evaluate
-) -> Simplex:
-    """The gaps at the fusion's weights and at the middle of every edge.
+def simplex(states: Mapping[str, State], weights: Mapping[str, float], evaluate: Evaluate) -> Simplex:
+    """Compute the gaps at the fusion's weights and at the middle of every edge.
 
     Args:
-        states: the models; at most two are held, beside one sum.
-        weights: of the fusion, such as numbers of examples; scaled to sum to one.
-        evaluate: sums over the same examples for every state.
+        states: the models; at most two are in memory, beside one sum.
+        weights: weights of the fusion, such as numbers of examples; they are scaled to sum to one.
+        evaluate: returns sums over the same examples for every state.
 
     Raises:
-        ValueError: Weights that are no weights, or of other models.
+        ValueError: weights are negative or all zero, or belong to other models.
     """
-    shares = _shares(states, weights)
+    shares = _normalised_weights(states, weights)
     losses = {name: _mean_loss(evaluate(states[name])) for name in states}
     fused = _mean_loss(evaluate(_weighted_mean(states, shares)))
     middles = {
-        (a, b): _mean_loss(evaluate(interpolate(states[a], states[b], 0.5)))
-        - (losses[a] + losses[b]) / 2
+        (a, b): _mean_loss(evaluate(interpolate(states[a], states[b], 0.5))) - (losses[a] + losses[b]) / 2
         for a, b in combinations(states, 2)
     }
     return Simplex(fused - math.fsum(shares[n] * losses[n] for n in states), middles)
 
 
-def _shares(states: Mapping[str, State], weights: Mapping[str, float]) -> dict[str, float]:
+def _normalised_weights(states: Mapping[str, State], weights: Mapping[str, float]) -> dict[str, float]:
     if not states or states.keys() != weights.keys():
-        raise ValueError(
-            f"models {sorted(states)} and weights of {sorted(weights)}; give one weight to each model"
-        )
+        raise ValueError(f"models {sorted(states)} and weights of {sorted(weights)}; give one weight to each model")
     total = math.fsum(weights.values())
     if not 0 < total < math.inf or min(weights.values()) < 0:
-        raise ValueError(
-            f"weights {dict(weights)}; give non-negative numbers that are not all zero"
-        )
+        raise ValueError(f"weights {dict(weights)}; give non-negative numbers that are not all zero")
     return {name: weight / total for name, weight in weights.items()}
 
 
 def _weighted_mean(states: Mapping[str, State], shares: Mapping[str, float]) -> dict[str, Tensor]:
-    """Summed in double and rounded once; tensors that are not floating come from the first model."""
-    first = states[next(iter(states))]
-    sums = {
-        n: torch.zeros_like(t, dtype=torch.float64)
-        for n, t in first.items()
-        if t.is_floating_point()
-    }
+    """Return the weighted mean, rounded once; tensors that are not floating come from one of the models."""
+    template = states[next(iter(states))]
+    # In double, so that the sum over many clients is rounded once and not at every addition.
+    sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in template.items() if t.is_floating_point()}
     for name in states:
         state = states[name]
         for tensor, total in sums.items():
             total.add_(state[tensor].double(), alpha=shares[name])
-    return {n: sums[n].to(t.dtype) if n in sums else t for n, t in first.items()}
+    return {n: sums[n].to(t.dtype) if n in sums else t for n, t in template.items()}
 
 
 def _mean_loss(sums: Sums) -> float:

@@ -1,11 +1,11 @@
-"""Singular-vector alignment: whether the dominant directions of two models' layers are the same. Data-free.
+"""Singular-vector alignment: measure whether the dominant directions of two models' layers agree. Needs no data.
 
     R_gamma = sum_l sum_{i in I_l^a, j in I_l^b} (u_i^a . u_j^b)(v_i^a . v_j^b)  /  sum_l n_l
 
-with `I_l = {i : s_i >= gamma s_1}` the directions of layer l that its largest singular values give, and
-`n_l = sqrt(|I_l^a| |I_l^b|)`, which is the number of directions where both models retain as many and keeps R at
-most 1 where they do not. Permutations and rotations leave singular values alone, so matching can only turn
-directions, and it turns the dominant ones towards each other.
+with `I_l = {i : s_i >= gamma s_1}` the directions of layer l with the largest singular values and
+`n_l = sqrt(|I_l^a| |I_l^b|)`. That is the number of directions where both models retain equally many, and it keeps R at
+most 1 where they do not. Permutations and rotations keep singular values, so matching can only rotate directions, and it
+brings the dominant ones together.
 
 Source: Ito et al. 2024, arXiv 2402.04051, who report gamma = 0 and 0.3.
 """
@@ -25,12 +25,12 @@ from fedbasin.strategies.tensors.state import State, floating
 
 @dataclass(frozen=True)
 class SpectralAlignment:
-    """R of every layer and of all together.
+    """R of every layer and of all layers together.
 
     Attributes:
         layers: R by the name of the weight, from -1 to 1: 1 for equal directions, about 0 for unrelated ones.
-            Layers that are zero in one of the models have none.
-        total: R over all layers, each counted by the directions that it retains.
+            Layers that are zero in one of the models have no entry.
+        total: R over all layers, each weighted by the number of directions that it retains.
     """
 
     layers: Mapping[str, float]
@@ -38,99 +38,93 @@ class SpectralAlignment:
 
 
 def spectral_alignment(
-    a: State,
-    b: State,
-    gamma: float = 0.3,
-    rank: int | None = None,
-    layers: Collection[str] | None = None,
+    a: State, b: State, gamma: float = 0.3, rank: int | None = None, layers: Collection[str] | None = None
 ) -> SpectralAlignment:
-    """R between two models, in float64.
+    """Compute R between two models, in float64.
 
-    Laws: symmetric in the models; 1 for equal ones and for one that is the other scaled layer by layer; the
-    same after any transform that acts on both.
+    Laws: symmetric in the models; 1 where one model is the other scaled layer by layer; unchanged by any transform that
+    acts on both.
 
     Args:
         a: one model.
-        b: the other, after its alignment: R does not search.
-        gamma: share of the largest singular value below which a direction is left out; 0 keeps all of rank.
-        rank: most directions of a layer, for wide models; None decomposes the layers completely.
+        b: the other model, already aligned: R does not search.
+        gamma: fraction of the largest singular value below which a direction is left out; 0 keeps the whole rank.
+        rank: largest number of directions of a layer, for wide models; None decomposes layers completely.
         layers: names of weights to compare; None takes every floating tensor of two axes or more, such as
             `[out, in]` or `[out, in, height, width]`, as a matrix `[out, rest]`.
 
     Raises:
-        ValueError: gamma outside [0, 1], a rank below 1, other shapes, or nothing to compare.
+        ValueError: gamma is outside [0, 1], rank is below 1, shapes differ, or there is nothing to compare.
     """
     if not 0 <= gamma <= 1 or (rank is not None and rank < 1):
-        raise ValueError(
-            f"gamma = {gamma}, rank = {rank}; choose gamma in [0, 1] and a positive rank"
-        )
+        raise ValueError(f"gamma = {gamma}, rank = {rank}; choose gamma in [0, 1] and a positive rank")
     agreements: dict[str, float] = {}
     counts: dict[str, float] = {}
     for name in (n for n in matrices(a) if n in b) if layers is None else layers:
-        ours, theirs = (_directions(_matrix(name, state), gamma, rank) for state in (a, b))
-        if counted := math.sqrt(ours[0].shape[1] * theirs[0].shape[1]):
-            agreements[name], counts[name] = _agreement(ours, theirs), counted
+        pair = [_dominant_vectors(_matrix(name, state), gamma, rank) for state in (a, b)]
+        if count := math.sqrt(math.prod(left.shape[1] for left, _ in pair)):
+            agreements[name], counts[name] = _agreement(*pair), count
     if not counts:
-        raise ValueError(
-            "no layer has a direction in both models; pass weights of two axes or more"
-        )
+        raise ValueError("no layer has a direction in both models; pass weights of two axes or more")
     total = math.fsum(agreements.values()) / math.fsum(counts.values())
     return SpectralAlignment({n: agreements[n] / counts[n] for n in counts}, total)
 
 
 def affordable(state: State, products: int) -> list[str]:
-    """The names of the matrices that a budget pays for, the cheapest first.
+    """Return the names of the matrices whose decomposition a budget of products allows, the cheapest first.
 
-    A decomposition costs in proportion to the products that multiplying `[out, rest]` by its shorter side takes;
-    2^24 of them, a matrix of 256 x 256, take about 0.05 s on one core.
+    The cost of decomposing `[out, rest]` is proportional to `out * rest * min(out, rest)` products. A matrix of
+    256 x 256, 2^24 products, takes about 0.05 s on one core.
     """
+    # The cheapest first, which covers the most layers.
     costs = sorted((m.numel() * min(m.flatten(1).shape), n) for n, m in matrices(state).items())
     within = takewhile(lambda total: total <= products, accumulate(cost for cost, _ in costs))
     return [name for _, (_, name) in zip(within, costs, strict=False)]
 
 
 def matrices(state: State) -> dict[str, Tensor]:
-    """What has singular vectors: floating tensors of two axes or more."""
+    """Return the tensors that have singular vectors: floating ones of two axes or more."""
     return {name: tensor for name, tensor in floating(state).items() if tensor.ndim > 1}
 
 
-Directions = tuple[Float[Tensor, "out kept"], Float[Tensor, "rest kept"]]
+SingularVectors = tuple[Float[Tensor, "out directions"], Float[Tensor, "rest directions"]]
 
 
 def _matrix(name: str, state: State) -> Float[Tensor, "out rest"]:
     if name not in state or state[name].ndim < 2:
-        raise ValueError(f"{name!r} is no weight of two axes or more; name weights of the model")
+        raise ValueError(f"{name!r} is not a weight of two axes or more; name weights of the model")
     return state[name].detach().flatten(1).double()
 
 
-def _directions(matrix: Float[Tensor, "out rest"], gamma: float, rank: int | None) -> Directions:
-    """The left and right singular vectors that count, as columns."""
-    left, values, right = _decomposed(matrix, rank)
-    # Directions of a zero singular value are an arbitrary basis of the null space.
+def _dominant_vectors(matrix: Float[Tensor, "out rest"], gamma: float, rank: int | None) -> SingularVectors:
+    """Return the left and right singular vectors above the threshold, as columns."""
+    left, values, right = _decompose(matrix, rank)
+    # Directions of a zero singular value are an arbitrary basis of the null space, so gamma = 0 must leave them out.
     floor = max(gamma, max(matrix.shape) * torch.finfo(matrix.dtype).eps)
-    kept = (values > 0) & (values >= floor * (1 - 1e-12) * values.max())
-    return left[:, kept], right[kept].mT
+    # The factor keeps the largest value itself at gamma = 1, whatever the product rounds to.
+    dominant = (values > 0) & (values >= floor * (1 - 1e-12) * values.max())
+    return left[:, dominant], right[dominant].mT
 
 
-def _decomposed(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _decompose(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
     if rank is None or rank >= min(matrix.shape) or not matrix.any():
         return torch.linalg.svd(matrix, full_matrices=False)
-    # Lanczos with a fixed start, so that the same models give the same number.
+    # A fixed start for Lanczos, so that the same models give the same number; the default is random.
     start = torch.ones(min(matrix.shape), dtype=torch.float64).numpy()
     factors = svds(matrix.cpu().numpy(), k=rank, v0=start)
     left, values, right = (torch.from_numpy(f.copy()).to(matrix.device) for f in factors)
     return left, values, right
 
 
-def _agreement(a: Directions, b: Directions) -> float:
-    """`<U_a^T U_b, V_a^T V_b>`: vectors of one pair change sign together, so signs cancel.
+def _agreement(a: SingularVectors, b: SingularVectors) -> float:
+    """Return `<U_a^T U_b, V_a^T V_b>`; a left and a right vector change sign together, so signs cancel.
 
     Raises:
-        ValueError: The layers have other shapes.
+        ValueError: the layers have different shapes.
     """
-    for ours, theirs in zip(a, b, strict=True):
-        if len(ours) != len(theirs):
+    for vectors_a, vectors_b in zip(a, b, strict=True):
+        if len(vectors_a) != len(vectors_b):
             raise ValueError(
-                f"layers with {len(ours)} and {len(theirs)} rows; compare two models of one architecture"
+                f"layers with {len(vectors_a)} and {len(vectors_b)} rows; compare two models of one architecture"
             )
     return float(((a[0].mT @ b[0]) * (a[1].mT @ b[1])).sum())

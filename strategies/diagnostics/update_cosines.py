@@ -1,12 +1,12 @@
-"""How the clients' updates of a round lie to one another, from the same few entries of each.
+"""Update cosines: measure how the clients' updates of a round lie to one another, from a few entries of each.
 
     u_k = client - anchor        cos(u, v) = <u, v> / (||u|| ||v||)
     mean over k of cos(u_k, v)           = <s, v> / (K ||v||)              s = sum_k u_k / ||u_k||
     mean over pairs of cos(u_j, u_k)     = (||s||^2 - K) / (K (K - 1))
 
-so one sum of unit vectors is all that is kept, however many clients there are. Entries are drawn from all that there
-are and weighted by what they stand for: norms are estimates, and so are cosines, with a standard error of about
-`1 / sqrt(entries)`. A model that has no more entries is looked at whole.
+One sum of unit vectors is enough, whatever the number of clients. Entries are sampled and weighted by the number of
+entries that each stands for: norms are estimates, and cosines have a standard error of about `1 / sqrt(entries)`. Models
+with no more entries than the sample are read completely.
 """
 
 import math
@@ -21,7 +21,7 @@ from fedbasin.strategies.tensors.state import State, floating
 
 ENTRIES = 2**10
 
-# Neighbours that are drawn together: what costs is to fetch a place, not to read on from it.
+# Number of neighbouring entries drawn together: fetching a place in memory costs more than reading on from it.
 _RUN = 16
 
 Vector = Float[Tensor, " entries"]
@@ -29,13 +29,13 @@ Vector = Float[Tensor, " entries"]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Which entries of a state are looked at.
+    """A choice of entries of a state.
 
     Attributes:
-        names: of all floating tensors.
-        places: of each tensor in which there are some, positions in it.
-        entries: how many are looked at.
-        of: how many there are.
+        names: names of all floating tensors.
+        places: positions of the chosen entries in each tensor that has some.
+        entries: number of chosen entries.
+        of: number of all entries.
     """
 
     names: frozenset[str]
@@ -45,44 +45,45 @@ class Sample:
 
     @classmethod
     def draw(cls, state: State, entries: int = ENTRIES) -> "Sample":
-        """So many entries, in short runs from anywhere; the same ones for every state of the same shapes."""
+        """Choose entries in short runs from anywhere; equal for all states of the same shapes."""
         sizes = {name: tensor.numel() for name, tensor in floating(state).items()}
         of = sum(sizes.values())
-        drawn = _drawn(of, entries)
+        chosen = _choose_entries(of, entries)
         ends = torch.tensor(list(accumulate(sizes.values(), initial=0)))
-        cuts = torch.searchsorted(drawn, ends).tolist()
+        cuts = torch.searchsorted(chosen, ends).tolist()
         runs = zip(sizes, ends.tolist(), pairwise(cuts), strict=False)
-        places = {name: drawn[a:b] - first for name, first, (a, b) in runs if b > a}
-        return cls(frozenset(sizes), places, len(drawn), of)
+        places = {name: chosen[a:b] - start for name, start, (a, b) in runs if b > a}
+        return cls(frozenset(sizes), places, len(chosen), of)
 
     def fits(self, state: State) -> bool:
-        """Whether the state has all of the tensors."""
+        """Return True if the state has all of the tensors."""
         return self.names <= state.keys()
 
-    def read(self, state: State) -> Vector:
-        """The entries, each times the root of how many it stands for, in float64 on the CPU."""
+    def gather(self, state: State) -> Vector:
+        """Read the entries in float64 on the CPU, each scaled so that the norm estimates that of all entries."""
         if not self.places:
             return torch.zeros(0, dtype=torch.float64)
         parts = [torch.take(state[n], some.to(state[n].device)) for n, some in self.places.items()]
         return torch.cat(parts).cpu().double().mul_(math.sqrt(self.of / self.entries))
 
 
-def _drawn(of: int, wanted: int) -> Int[Tensor, " drawn"]:
-    if wanted >= of or of <= _RUN:
+def _choose_entries(of: int, entries: int) -> Int[Tensor, " chosen"]:
+    if entries >= of or of <= _RUN:
         return torch.arange(of)
+    # A fixed seed: a round's movement is compared with the next round's updates, entry by entry.
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(of - _RUN, (wanted // _RUN,), generator=generator).sort().values
+    starts = torch.randint(of - _RUN, (entries // _RUN,), generator=generator).sort().values
     return (starts[:, None] + torch.arange(_RUN)).flatten().sort().values
 
 
 @dataclass(frozen=True)
-class Direction:
-    """One client's update.
+class ClientUpdate:
+    """The size and direction of one client's update.
 
     Attributes:
-        norm: Euclidean.
-        cosine: with what the round before moved the global model by; None where one of the two is zero or
-            there was no such round.
+        norm: Euclidean norm.
+        cosine: cosine with the global model's movement in the previous round; None where one of the two is zero or there
+            was no such round.
     """
 
     norm: float
@@ -90,15 +91,15 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Directions:
-    """All clients' updates. Cosines are None where too few clients moved to have one.
+class MeanCosines:
+    """Means over all clients' updates; cosines are None where too few updates differ from zero.
 
     Attributes:
-        clients: how many.
-        norm: Euclidean, mean.
-        fused: cosine with what the new global model moved by, mean.
-        previous: cosine with what the round before moved by, mean.
-        pairs: cosine of two clients, mean of all pairs.
+        clients: number of clients.
+        norm: mean Euclidean norm.
+        fused: mean cosine with the new global model's movement.
+        previous: mean cosine with the global model's movement in the previous round.
+        pairs: mean cosine of two clients, over all pairs.
     """
 
     clients: int
@@ -108,46 +109,47 @@ class Directions:
     pairs: float | None
 
 
-class Drift:
-    """The running sum over a round's clients; `add` changes it in place."""
+class UpdateCosineAccumulator:
+    """A running sum over a round's clients, changed in place by `add`."""
 
     def __init__(self, anchor: State, previous: Vector | None = None) -> None:
-        """An empty sum.
+        """Begin with no clients.
 
         Args:
-            anchor: what the clients were sent.
-            previous: what the round before moved the global model by, as its `movement` said.
+            anchor: the model that the clients were sent.
+            previous: the previous round's `movement` of the global model.
         """
         self.sample = Sample.draw(anchor)
         self.clients = 0
-        self._anchor = self.sample.read(anchor)
+        self._anchor = self.sample.gather(anchor)
         self._previous = previous
         self._norms = 0.0
         self._units = torch.zeros_like(self._anchor)
-        self._moved = 0
+        self._nonzero = 0
 
-    def add(self, client: State) -> Direction | None:
-        """One client's update; None, and nothing is added, where it does not have the anchor's tensors."""
+    def add(self, client: State) -> ClientUpdate | None:
+        """Add one client's update; a client without all of the anchor's tensors gives None and adds nothing."""
         if not self.sample.fits(client):
             return None
-        update = self.sample.read(client) - self._anchor
+        update = self.sample.gather(client) - self._anchor
         norm = float(torch.linalg.vector_norm(update))
         self.clients += 1
         self._norms += norm
+        # An update of zero has no direction: it counts in the mean norm and in no cosine.
         if norm:
-            self._moved += 1
+            self._nonzero += 1
             self._units += update / norm
-        return Direction(norm, _cosine(update, self._previous))
+        return ClientUpdate(norm, _cosine(update, self._previous))
 
     def movement(self, model: State) -> Vector:
-        """What a new global model has moved by, at the sample's entries."""
-        return self.sample.read(model) - self._anchor
+        """Return the difference of a new global model and the anchor, at the sample's entries."""
+        return self.sample.gather(model) - self._anchor
 
-    def finish(self, movement: Vector) -> Directions:
-        """What the clients' updates have in common, and with the movement that they led to."""
+    def finish(self, movement: Vector) -> MeanCosines:
+        """Compute the mean cosines of the clients' updates, with `movement` as the new global model's."""
         if not self.clients:
-            return Directions(0, 0.0, None, None, None)
-        return Directions(
+            return MeanCosines(0, 0.0, None, None, None)
+        return MeanCosines(
             clients=self.clients,
             norm=self._norms / self.clients,
             fused=self._mean_cosine(movement),
@@ -155,14 +157,14 @@ class Drift:
             pairs=self._mean_of_pairs(),
         )
 
-    def _mean_cosine(self, other: Vector | None) -> float | None:
-        length = 0.0 if other is None else float(torch.linalg.vector_norm(other))
-        if other is None or not (length and self._moved):
+    def _mean_cosine(self, vector: Vector | None) -> float | None:
+        length = 0.0 if vector is None else float(torch.linalg.vector_norm(vector))
+        if vector is None or not (length and self._nonzero):
             return None
-        return float(self._units @ other) / (self._moved * length)
+        return float(self._units @ vector) / (self._nonzero * length)
 
     def _mean_of_pairs(self) -> float | None:
-        count = self._moved
+        count = self._nonzero
         if count < 2:
             return None
         return (float(self._units @ self._units) - count) / (count * (count - 1))

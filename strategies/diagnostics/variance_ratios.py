@@ -1,10 +1,10 @@
-"""Variance collapse: whether the fused model's hidden channels still vary as much as the clients' did.
+"""Variance collapse: measure whether the fused model's hidden channels still vary as much as the clients' did.
 
     ratio_c = Var_c(fused) / (sum_k w_k sigma_c(client k))^2
 
-The mean of two channels with correlation c keeps a share (1 + c) / 2 of the variance, so unaligned fusion lets
-signals fade layer by layer. Source: REPAIR, Jordan et al. 2023, arXiv 2211.08403, whose target is the mean of
-the standard deviations, not of the variances. Moments are sums over rows and so add up over clients.
+The mean of two channels with correlation c keeps a fraction (1 + c) / 2 of the variance, so fusing without alignment
+lets signals fade layer by layer. Source: REPAIR, Jordan et al. 2023, arXiv 2211.08403, whose target is the mean of the
+standard deviations and not of the variances. Moments are sums over rows and so add up over clients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A variance below this share of the mean square is what rounding leaves of a constant.
+# A variance below this fraction of the mean square is a constant's rounding error.
 _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
-    """Sums over rows of a layer's preactivations, in float64 and on the CPU.
+class PreactivationMoments:
+    """First and second moments of a layer's preactivations: sums over rows, in float64 and on the CPU.
 
-    Law: a commutative monoid under addition with `Moments.zero`.
+    Law: a commutative monoid under addition with `PreactivationMoments.zero`.
 
     Attributes:
-        rows: number of them: examples, tokens or positions.
+        rows: number of rows: examples, tokens or positions.
         total: sum of each channel.
         squares: sum of the squares of each channel.
     """
@@ -35,33 +35,31 @@ class Moments:
     squares: Float[Tensor, " channels"]
 
     @classmethod
-    def zero(cls, channels: int) -> "Moments":
-        """The moments of no rows."""
+    def zero(cls, channels: int) -> "PreactivationMoments":
+        """Return the moments of no rows."""
         nothing = torch.zeros(channels, dtype=torch.float64)
         return cls(0.0, nothing, nothing)
 
     @classmethod
-    def of(cls, values: Float[Tensor, "rows channels"]) -> "Moments":
-        """The moments of some rows."""
+    def of(cls, values: Float[Tensor, "rows channels"]) -> "PreactivationMoments":
+        """Compute the moments of some rows."""
         wide = values.double()
         return cls(float(len(wide)), wide.sum(0).cpu(), wide.square().sum(0).cpu())
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: "PreactivationMoments") -> "PreactivationMoments":
         if self.total.shape != other.total.shape:
             raise ValueError(
                 f"moments of {len(self.total)} and {len(other.total)} channels cannot be added; "
                 "add moments of the same layer"
             )
-        return Moments(
-            self.rows + other.rows, self.total + other.total, self.squares + other.squares
-        )
+        return PreactivationMoments(self.rows + other.rows, self.total + other.total, self.squares + other.squares)
 
     @property
     def mean(self) -> Float[Tensor, " channels"]:
         """Mean of each channel.
 
         Raises:
-            ValueError: There are no rows.
+            ValueError: there are no rows.
         """
         if not self.rows:
             raise ValueError("moments of no rows have no mean; collect them on some data first")
@@ -69,21 +67,22 @@ class Moments:
 
     @property
     def variance(self) -> Float[Tensor, " channels"]:
-        """Variance of each channel over the rows; zero for what is constant but for rounding."""
+        """Variance of each channel over the rows; zero for a channel that is constant up to rounding."""
         mean = self.mean
         square = self.squares / self.rows
         variance = square - mean.square()
+        # The difference of two large squares may even be negative.
         return torch.where(variance > _ROUNDING * square, variance, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class VarianceRatio:
-    """How much of the clients' variance a layer kept: 1 all, 0 none.
+    """The fraction of the clients' variance that a layer kept, from 0 for none to 1 for all.
 
     Attributes:
-        channels: of each channel; 1 where it varies in no model, infinite where only in the fused one.
-        layer: of the layer: the sum of its variances against the sum of their targets, so that channels which
-            hardly vary do not count as much as those that do.
+        channels: ratio of each channel; 1 where it varies in no model, infinite where it varies in the fused one only.
+        layer: sum of the layer's variances divided by the sum of their targets, so that channels which hardly vary
+            do not count as much as those that do.
     """
 
     channels: Float[Tensor, " channels"]
@@ -91,51 +90,47 @@ class VarianceRatio:
 
 
 def variance_ratio(
-    fused: Moments, clients: Sequence[Moments], weights: Sequence[float] | None = None
+    fused: PreactivationMoments, clients: Sequence[PreactivationMoments], weights: Sequence[float] | None = None
 ) -> VarianceRatio:
-    """The ratio of one layer.
+    """Compute the ratio of one layer.
 
-    All moments should be over the same rows: over each client's own data the ratio would also measure how
-    those differ. In a federation a client therefore compares both models on its own data.
+    All moments should be over the same rows, because moments over each client's own data would also measure how the
+    data differ. In a federation a client therefore compares both models on its own data.
 
     Args:
-        fused: of the fused model.
-        clients: of the models that went into it, aligned.
-        weights: of the fusion; None weighs all alike.
+        fused: moments of the fused model.
+        clients: moments of the aligned models that were fused.
+        weights: weights of the fusion; None weighs all clients equally.
 
     Raises:
-        ValueError: No clients, weights that are none, or other channels.
+        ValueError: there are no clients, the weights do not fit them, or numbers of channels differ.
     """
     target = _mean_deviation(clients, weights).square()
     if target.shape != fused.total.shape:
         raise ValueError(
-            f"{len(fused.total)} channels in the fused model and {len(target)} in the clients'; "
-            "compare the same layer"
+            f"{len(fused.total)} channels in the fused model and {len(target)} in the clients'; compare the same layer"
         )
     layer = _ratio(fused.variance.sum(), target.sum())
     return VarianceRatio(_ratio(fused.variance, target), float(layer))
 
 
 def variance_ratios(
-    fused: Mapping[str, Moments],
-    clients: Sequence[Mapping[str, Moments]],
+    fused: Mapping[str, PreactivationMoments],
+    clients: Sequence[Mapping[str, PreactivationMoments]],
     weights: Sequence[float] | None = None,
 ) -> dict[str, VarianceRatio]:
-    """The ratio of every layer of the fused model, by name."""
+    """Compute the ratio of every layer of the fused model, by name."""
     return {
-        name: variance_ratio(moments, [client[name] for client in clients], weights)
-        for name, moments in fused.items()
+        name: variance_ratio(moments, [client[name] for client in clients], weights) for name, moments in fused.items()
     }
 
 
 def _mean_deviation(
-    clients: Sequence[Moments], weights: Sequence[float] | None
+    clients: Sequence[PreactivationMoments], weights: Sequence[float] | None
 ) -> Float[Tensor, " channels"]:
     shares = [1.0] * len(clients) if weights is None else list(weights)
     if len(shares) != len(clients) or not sum(shares) > 0 or min(shares) < 0:
-        raise ValueError(
-            f"weights {shares} for {len(clients)} clients; give each a weight, not all of them zero"
-        )
+        raise ValueError(f"weights {shares} for {len(clients)} clients; give each a weight, not all of them zero")
     deviations = torch.stack([moments.variance.sqrt() for moments in clients])
     return torch.tensor(shares, dtype=torch.float64) @ deviations / sum(shares)
 

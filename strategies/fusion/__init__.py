@@ -1,1 +1,1 @@
-"""Precision-weighted sums: what clients know about their weights, and the mean it gives."""
+"""Fusion of clients' models: precision-weighted sums, closed-form heads, low-rank adapters."""

@@ -1,10 +1,10 @@
-"""The running sum of a round: replies are folded one by one, and memory does not grow with clients.
+"""The accumulator of a round: sums over clients to which updates are added one by one, in constant memory.
 
     sum_k Lambda_k        sum_k Lambda_k . theta_k
 
-A commutative monoid: `Accumulator.zero`, `lift`, `merge`, `finalize`. Sums may be merged in a tree or split by
-tensor. The regulariser is one more client: the mean (or the anchor) with an isotropic precision, so there
-is no singular sum.
+Accumulators form a commutative monoid: `zero` and `merge`. So sums can be merged in a tree or split by tensor. The
+regulariser acts as one more client that has the mean (or the anchor) with an isotropic precision; it makes the sum
+positive definite.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.batchnorm import second_moments, variances
-from fedbasin.strategies.fusion.precisions import Precision, added, common
-from fedbasin.strategies.fusion.update import Update, join, split, stored
-from fedbasin.strategies.tensors.parallel import add_scaled, divided, zeros
+from fedbasin.strategies.fusion.precisions import Precision, common, sum_precisions
+from fedbasin.strategies.fusion.update import Update, join, split, tensor_names
+from fedbasin.strategies.tensors.parallel import add_scaled, divide, zeros
 from fedbasin.strategies.tensors.state import State, floating
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """The regulariser of a fused block: one more client, that knows every weight equally well.
+    """A regulariser of a fused block: one more client with the same precision for every weight.
 
     Attributes:
-        strength: its precision, relative to the mean diagonal of the clients' sum.
-        target: whose weights it holds: the clients' weighted mean, or the anchor.
+        strength: precision, relative to the mean diagonal of the clients' sum.
+        target: weights of that client: the clients' weighted mean, or the anchor.
     """
 
     strength: float = 1e-3
@@ -38,16 +38,17 @@ class Ridge:
 
 @dataclass(eq=False)
 class Accumulator:
-    """The sums over the clients so far. The one mutable value of the strategies.
+    """Sums over the clients of a round, which change in place.
 
     Laws: `merge` is associative and commutative up to rounding, with `zero` neutral; K equal updates give
-    that update; no updates give the anchor; `finalize(g . u) = g . finalize(u)` where statistics can follow.
+    that update; no updates give the anchor; `finalize(g . u) = g . finalize(u)` for statistics that a transform g can
+    act on.
 
     Attributes:
-        mean: `sum_k n_k theta_k` of every floating tensor; of second moments in the place of running variances.
+        mean: `sum_k n_k theta_k` of every floating tensor, with second moments in place of running variances.
         examples: `sum_k n_k`.
-        blocks: for each block `(sum Lambda, sum Lambda . theta)`; blocks whose precisions every client had in common
-            have their sum in common.
+        blocks: `(sum Lambda, sum Lambda . theta)` of each block; blocks that share their precision in every client
+            share the sum.
         clients: number of updates.
     """
 
@@ -58,26 +59,27 @@ class Accumulator:
 
     @classmethod
     def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "Accumulator":
-        """The empty sum over the anchor's floating tensors.
+        """Return an accumulator without clients for the anchor's floating tensors.
 
         Args:
-            anchor: gives names and shapes.
-            dtype: of the sums. In float64 the result, rounded to float32, does not depend on the order
-                of arrival; float32 is faster and does.
+            anchor: state that gives names and shapes.
+            dtype: element type of the sums. A float64 sum that is rounded to float32 does not depend on the order of
+                arrival; float32 is faster and does depend on it.
         """
         return cls(zeros(floating(anchor), dtype))
 
     def add(self, update: Update) -> None:
-        """Add one client, in place; the update is not kept."""
+        """Add one client's update in place, without keeping a reference to it."""
+        # Second moments add up over clients; variances do not, because the clients' means differ.
         parameters = second_moments(update.parameters)
         pairs = ((total, parameters[name]) for name, total in self.mean.items())
         add_scaled(pairs, update.examples)
-        self._add(update.precisions, partial(_moment, update))
+        self._add(update.precisions, partial(_cross_moment, update))
         self.examples += update.examples
         self.clients += 1
 
     def merge(self, other: "Accumulator") -> None:
-        """Add another accumulator's clients, in place."""
+        """Add the clients of another accumulator in place."""
         for name, total in self.mean.items():
             total += other.mean[name]
         self._add(other.precisions, lambda block: other.blocks[block][1])
@@ -85,71 +87,69 @@ class Accumulator:
         self.clients += other.clients
 
     def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
-        """The fused model, in the anchor's dtypes; what cannot be averaged stays as the anchor has it."""
+        """Return the fused model in the anchor's dtypes; tensors that cannot be averaged are the anchor's.
+
+        Raises:
+            SingularSumError: a block's sum is singular, and there is no ridge.
+        """
         if not self.clients:
             return dict(anchor)
-        fused = {**anchor, **divided(self.mean, self.examples, anchor)}
+        fused = {**anchor, **divide(self.mean, self.examples, anchor)}
         for name, variance in variances(self.mean, self.examples):
             fused[name] = variance.to(anchor[name].dtype)
+        # Blocks that share a matrix are solved together, with one factorisation.
         for blocks in common(self.precisions):
-            solution = self._solution(blocks, anchor, ridge)
-            for block, part in zip(blocks, solution.split(self._lengths(blocks)), strict=True):
+            lengths = [len(self.blocks[block][1]) for block in blocks]
+            parts = self._solve(blocks, anchor, ridge).split(lengths)
+            for block, part in zip(blocks, parts, strict=True):
                 fused.update(split(block, part, anchor))
         return fused
 
     @property
     def precisions(self) -> dict[Block, Precision]:
-        """The sums of the precisions."""
+        """The sum of precisions of each block."""
         return {block: precision for block, (precision, _) in self.blocks.items()}
 
-    def _add(
-        self, precisions: Mapping[Block, Precision], moment: Callable[[Block], Tensor]
-    ) -> None:
-        for blocks, total in added(self._known, precisions):
+    def _add(self, precisions: Mapping[Block, Precision], cross_moment: Callable[[Block], Tensor]) -> None:
+        for blocks, total in sum_precisions(self._total, precisions):
             for block in blocks:
-                # A copy: the update is let go, and with it the reply that it may be a view of.
-                before, coming = self.blocks.get(block), moment(block)
-                own = coming.clone() if before is None else before[1].add_(coming)
-                self.blocks[block] = total, own
+                summand = cross_moment(block)
+                # A copy at first, because the summand may be a view of the reply, which must be freed.
+                moment = self.blocks[block][1].add_(summand) if block in self.blocks else summand.clone()
+                self.blocks[block] = total, moment
 
-    def _known(self, block: Block) -> Precision | None:
+    def _total(self, block: Block) -> Precision | None:
         return self.blocks[block][0] if block in self.blocks else None
 
-    def _lengths(self, blocks: Sequence[Block]) -> list[int]:
-        return [len(self.blocks[block][1]) for block in blocks]
-
-    def _solution(self, blocks: Sequence[Block], anchor: State, ridge: Ridge | None) -> Tensor:
-        """Of blocks with one precision in common, one below the other."""
+    def _solve(self, blocks: Sequence[Block], anchor: State, ridge: Ridge | None) -> Tensor:
+        """Return the weights of blocks that share one precision, stacked along the outputs."""
         precision = self.blocks[blocks[0]][0]
-        moment = _stacked([self.blocks[block][1] for block in blocks])
+        moment = torch.cat([self.blocks[block][1] for block in blocks])
         if ridge is None:
             return precision.solve(moment)
         prior = precision.isotropic(ridge.strength)
         targets = (self._target(block, anchor, ridge) for block in blocks)
-        target = _stacked([target.to(moment.dtype) for target in targets])
+        target = torch.cat([target.to(moment.dtype) for target in targets])
         if not prior.weight:
-            # Nobody knows anything of the blocks, as of a layer that no example reaches.
+            # The sum is zero, as for a layer that no example reaches; there is nothing to solve.
             return target
         return (precision + prior).solve(moment + prior.weigh(target))
 
     def _target(self, block: Block, anchor: State, ridge: Ridge) -> Tensor:
         if ridge.target == "anchor":
             return join(block, anchor)
-        return join(block, {name: self.mean[name] / self.examples for name in stored(block)})
+        return join(block, {name: self.mean[name] / self.examples for name in tensor_names(block)})
 
 
-def _moment(update: Update, block: Block) -> Tensor:
-    if block in update.moments:
-        return update.moments[block]
+def _cross_moment(update: Update, block: Block) -> Tensor:
+    # In a refit the client sends the product with its targets; there are no weights to multiply.
+    if block in update.cross_moments:
+        return update.cross_moments[block]
     return update.precisions[block].weigh(join(block, update.parameters).double())
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts])
-
-
 def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:
-    """All of a round's arithmetic in one call, for updates that are at hand."""
+    """Fuse updates that are all in memory; equal to adding them one by one and finalizing."""
     accumulator = Accumulator.zero(anchor)
     for update in updates:
         accumulator.add(update)

@@ -1,4 +1,4 @@
-"""Which blocks of a model a statistic speaks of: read from its modules, the same on server and client."""
+"""The layers of a model that statistics describe, found in the same way on server and client."""
 
 import sys
 from collections import defaultdict
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedbasin.proto.layer_graph import Block
-from fedbasin.strategies.fusion.update import TRANSPOSED, stored
-from fedbasin.strategies.recipes import Statistic
+from fedbasin.strategies.fusion.update import TRANSPOSED, tensor_names
+from fedbasin.strategies.fusion.weighting import Statistic
 
-# Inputs or outputs of which second moments are kept on both sides: a square of 4096 float64 is 128 MiB.
+# Most inputs or outputs of a layer with Kronecker factors: a square matrix of 4096 float64 takes 128 MiB.
 MOST_WIDE = 4096
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that is multiplied with inputs, alone or with its bias.
+    """A layer that multiplies its inputs with a weight, and may add a bias.
 
     Attributes:
-        block: the names of its tensors, the weight first; `TRANSPOSED` behind one that is stored as `[in, out]`.
-        inputs: numbers that one output is computed from, a one for the bias included.
-        outputs: of all groups together.
-        groups: parts of a convolution that read channels of their own.
+        block: names of its tensors, the weight first; a weight stored as `[in, out]` has the suffix `TRANSPOSED`.
+        inputs: number of inputs of one output, a one for the bias included.
+        outputs: number of outputs of all groups together.
+        groups: number of groups of a convolution.
     """
 
     block: Block
@@ -33,40 +33,42 @@ class Layer:
 
 
 def gram_layers(model: nn.Module) -> list[Layer]:
-    """The layers whose weights a Gram matrix describes completely, in the order of their modules.
+    """Return the layers that are determined by a Gram matrix of their inputs, in the order of their modules.
 
-    Linear layers, two-dimensional convolutions and the joint projection of `nn.MultiheadAttention`, unless
-    another kind of module multiplies with the same weight (an embedding tied to the head).
+    These are linear layers, two-dimensional convolutions and the joint projection of `nn.MultiheadAttention`. A layer
+    is left out if another kind of module uses the same weight, as an embedding that is tied to the head.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # For each parameter the pairs that modules multiply with; an empty pair stands for any other use.
     uses: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
     for module in model.modules():
-        known = {id(t): tuple(map(id, pair)) for pair in _products(module) for t in pair}
+        pair_of = {id(t): tuple(map(id, pair)) for pair in _products(module) for t in pair}
         for parameter in module.parameters(recurse=False):
-            uses[id(parameter)].add(known.get(id(parameter), ()))
+            uses[id(parameter)].add(pair_of.get(id(parameter), ()))
     layers = [
         _layer(module, pair, names)
         for module in model.modules()
         for pair in _products(module)
         if all(uses[id(tensor)] == {tuple(map(id, pair))} for tensor in pair)
     ]
+    # Two modules that share one weight are one layer.
     return list({layer.block: layer for layer in layers}.values())
 
 
 def kronecker_layers(model: nn.Module) -> list[Layer]:
-    """Those of them that are trained and whose curvature has two factors of a size that can be kept."""
+    """Return the trainable layers of `gram_layers` whose two Kronecker factors are small enough to store."""
     return [
         layer
         for layer in gram_layers(model)
         if layer.groups == 1
-        and layer.block == stored(layer.block)
+        and layer.block == tensor_names(layer.block)
         and max(layer.inputs, layer.outputs) <= MOST_WIDE
         and model.get_parameter(layer.block[0]).requires_grad
     ]
 
 
 def known_blocks(model: nn.Module, statistic: Statistic) -> list[Block]:
-    """The blocks that every client must send a statistic of."""
+    """Return the blocks for which every client must send a statistic."""
     match statistic:
         case Statistic.none:
             return []
@@ -79,7 +81,7 @@ def known_blocks(model: nn.Module, statistic: Statistic) -> list[Block]:
 
 
 def _products(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
-    """The weights that a module multiplies its inputs with, each with its bias."""
+    """Yield each weight that the module multiplies its inputs with, together with its bias."""
     pair: tuple[Tensor | None, Tensor | None]
     match module:
         case _ if _is_transposed(module):
@@ -105,7 +107,7 @@ def _layer(module: nn.Module, pair: tuple[Tensor, ...], names: dict[int, str]) -
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, which `transformers` stores as `[in, out]`."""
-    # Where a model has one, its module has been imported; it is not for this.
-    known = sys.modules.get("transformers.pytorch_utils")
-    return known is not None and isinstance(module, known.Conv1D)
+    """Return True for GPT-2's linear layer, whose weight `transformers` stores as `[in, out]`."""
+    # Looked up and not imported: transformers is optional and slow, and a model with such a layer has imported it.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)

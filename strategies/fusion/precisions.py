@@ -1,15 +1,15 @@
-"""What a client knows about its own weights: the precision Lambda of one sum.
+"""Precisions: positive semi-definite maps Lambda by which the clients' weights are averaged.
 
     theta* = (sum_k Lambda_k)^-1  sum_k Lambda_k . theta_k
 
     Scalar(n)      n examples                              FedAvg   (McMahan et al. 2017, arXiv 1602.05629)
     Diagonal(F)    diagonal Fisher information             Fisher   (Matena and Raffel 2022, arXiv 2111.09832)
     Gram(X^T X)    second moments of a layer's inputs      RegMean  (Jin et al. 2023, arXiv 2212.09849)
-    Sketched(S, d) the same, as S^T S + diag(d)            solved after Woodbury 1950
+    Sketched(S, d) a Gram matrix S^T S + diag(d)           solved by the identity of Woodbury 1950
 
 Laws: `p.solve(p.weigh(theta)) = theta` for a positive definite p; addition is commutative and associative.
 
-Layers that read the same inputs have one Gram matrix in common: the same object, which is summed and factorised once.
+Layers that read the same inputs share one Gram matrix object, which is summed and factorised once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,49 +24,51 @@ Key = TypeVar("Key")
 
 
 class SingularSumError(ValueError):
-    """The clients together know nothing of some direction, so the sum has no single solution."""
+    """A sum of precisions that is singular: no client's statistics determine the weights in some direction."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "the summed precision is singular; fuse with a ridge (regulariser) above zero"
-        )
+        super().__init__("the sum of the clients' precisions is singular; fuse with a ridge (regulariser) above zero")
 
 
 class Precision(Protocol):
     """A symmetric positive semi-definite map on one block of weights."""
 
     def weigh(self, theta: Tensor) -> Tensor:
-        """`Lambda . theta`: the moment that a client adds."""
+        """Return `Lambda . theta`, the cross-moment that a client adds."""
         ...
 
-    def solve(self, moment: Tensor) -> Tensor:
-        """`Lambda^-1 . moment`: the weights that a sum stands for."""
+    def solve(self, cross_moment: Tensor) -> Tensor:
+        """Return the weights `Lambda^-1 . cross_moment`.
+
+        Raises:
+            SingularSumError: the precision is not positive definite.
+        """
         ...
 
     def __add__(self, other: Self) -> "Precision":
-        """The precision of both together."""
+        """Return the sum of two precisions."""
         ...
 
     def scaled(self, factor: float) -> Self:
-        """`factor . Lambda`."""
+        """Return `factor . Lambda`."""
         ...
 
     def isotropic(self, strength: float) -> "Scalar":
-        """`strength` times the mean of the diagonal, on every weight: a ridge that knows the scale."""
+        """Return a ridge: `strength` times the mean of the diagonal, equal for every weight."""
         ...
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """Every weight is known equally well, in proportion to the number of examples."""
+    """A precision that is equal for every weight, as the number of examples in FedAvg."""
 
     weight: float
 
     def weigh(self, theta: Tensor) -> Tensor:
         return theta * self.weight
 
-    def solve(self, moment: Tensor) -> Tensor:
-        return moment / self.weight
+    def solve(self, cross_moment: Tensor) -> Tensor:
+        return cross_moment / self.weight
 
     def __add__(self, other: Self) -> "Scalar":
         return Scalar(self.weight + other.weight)
@@ -80,17 +82,18 @@ class Scalar:
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """Every weight is known to its own degree; as many values as the block has weights."""
+    """A diagonal precision, with one value for each weight of the block."""
 
     values: Float[Tensor, "..."]
 
     def weigh(self, theta: Tensor) -> Tensor:
         return theta * self.values.reshape(theta.shape)
 
-    def solve(self, moment: Tensor) -> Tensor:
+    def solve(self, cross_moment: Tensor) -> Tensor:
+        # Refused and not clamped: a weight without information would get an arbitrary value.
         if not bool((self.values > 0).all()):
             raise SingularSumError
-        return moment / self.values.reshape(moment.shape)
+        return cross_moment / self.values.reshape(cross_moment.shape)
 
     def __add__(self, other: "Diagonal | Scalar") -> "Diagonal":
         return Diagonal(self.values + _diagonal_of(other))
@@ -104,10 +107,10 @@ class Diagonal:
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """A layer is known along the inputs that it has seen: `G = sum_x x x^T`, x with a one for the bias.
+    """A Gram matrix `G = sum_x x x^T` of a layer's inputs x, with a one behind them where the layer has a bias.
 
-    The block is the matrix `[out, in]`, or `[out, in + 1]` with the bias as the last column. Where a convolution's
-    groups read channels of their own, each has its own matrix and its own part of the outputs.
+    The block is the matrix `[out, in]`, or `[out, in + 1]` with the bias as the last column. A grouped convolution has
+    one matrix for each group, which applies to that group's outputs.
     """
 
     matrix: Float[Tensor, "*groups inputs inputs"]
@@ -115,13 +118,13 @@ class Gram:
     def weigh(self, theta: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
         return (self._grouped(theta).to(self.matrix.dtype) @ self.matrix).reshape(theta.shape)
 
-    def solve(self, moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+    def solve(self, cross_moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
         # Cholesky and never an inverse; float64 because a Gram's condition is the square of its data's.
         factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
         if failed.any():
             raise SingularSumError
-        grouped = self._grouped(moment).double()
-        return torch.cholesky_solve(grouped.mT, factor).mT.reshape(moment.shape)
+        grouped = self._grouped(cross_moment).double()
+        return torch.cholesky_solve(grouped.mT, factor).mT.reshape(cross_moment.shape)
 
     def __add__(self, other: "Gram | Sketched | Scalar") -> "Gram":
         if isinstance(other, Scalar):
@@ -141,31 +144,34 @@ class Gram:
 
 @dataclass(frozen=True, eq=False)
 class Sketched:
-    """A Gram matrix `S^T S + diag(d)` without the square, until the square is smaller than its rows would be.
+    """A Gram matrix `S^T S + diag(d)` that is stored as its rows S and not as a square.
 
     (D + S^T S)^-1 = D^-1 - D^-1 S^T (I + S D^-1 S^T)^-1 S D^-1
 
+    Sums concatenate rows; a sum with more rows than half the inputs becomes a `Gram`.
+
     Attributes:
-        rows: S.
-        spread: d, none of it negative.
+        rows: the matrix S.
+        spread: the diagonal d, not negative.
     """
 
-    rows: Float[Tensor, "kept inputs"]
+    rows: Float[Tensor, "rows inputs"]
     spread: Float[Tensor, " inputs"]
 
     @property
     def matrix(self) -> Float[Tensor, "inputs inputs"]:
-        """The square."""
+        """The matrix `S^T S + diag(d)`."""
         return self.rows.mT @ self.rows + self.spread.diag()
 
     def weigh(self, theta: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
         theta = theta.to(self.rows.dtype)
         return theta @ self.rows.mT @ self.rows + theta * self.spread
 
-    def solve(self, moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+    def solve(self, cross_moment: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
         if not bool((self.spread > 0).all()):
             raise SingularSumError
-        alone, scaled = moment.double() / self.spread, self.rows / self.spread
+        alone, scaled = cross_moment.double() / self.spread, self.rows / self.spread
+        # Only a matrix as wide as the number of rows is factorised.
         inner = scaled @ self.rows.mT + torch.eye(len(self.rows)).to(scaled)
         factor = torch.linalg.cholesky(inner)
         return alone - torch.cholesky_solve(self.rows @ alone.mT, factor).mT @ scaled
@@ -175,6 +181,7 @@ class Sketched:
             return Sketched(self.rows, self.spread + other.weight)
         if isinstance(other, Gram):
             return other + self
+        # Beyond half as many rows as inputs the square is used, because it does not grow with further clients.
         total = Sketched(torch.cat([self.rows, other.rows]), self.spread + other.spread)
         return Gram(total.matrix) if 2 * len(total.rows) > len(total.spread) else total
 
@@ -185,31 +192,31 @@ class Sketched:
         return Scalar(strength * float((self.rows.square().sum(0) + self.spread).mean()))
 
 
-def common(known: Mapping[Key, Precision | None]) -> list[tuple[Key, ...]]:
-    """The keys in groups, those together that have one Gram matrix in common; a group keeps their order."""
+def common(precisions: Mapping[Key, Precision | None]) -> list[tuple[Key, ...]]:
+    """Return the keys in groups that share one Gram matrix object, or that have none; groups keep the keys' order."""
     groups: dict[object, list[Key]] = {}
-    for key, precision in known.items():
-        # Not an equal one: layers whose inputs differ may well have equal matrices for once.
+    for key, precision in precisions.items():
+        # By identity and not by value: layers with different inputs can have equal matrices in one client.
         shared = precision is None or isinstance(precision, Gram | Sketched)
         groups.setdefault((id(precision),) if shared else key, []).append(key)
     return [tuple(group) for group in groups.values()]
 
 
-def added(
-    known: Callable[[Key], Precision | None], more: Mapping[Key, Precision]
+def sum_precisions(
+    total_of: Callable[[Key], Precision | None], update: Mapping[Key, Precision]
 ) -> Iterator[tuple[tuple[Key, ...], Precision]]:
-    """Sums of what is known already and what comes with it, each made once for the keys that have both in common.
+    """Yield the new totals, each with the keys that share both its old total and its summand.
 
-    Sums are made one by one, as they are taken, so that no more than one is held beside those before.
+    A total is computed when it is asked for, so that at most one exists beside the old ones.
 
     Args:
-        known: what is known before; None where that is nothing. What comes is then copied.
-        more: what comes.
+        total_of: returns the total of a key; None for a key without one, whose summand is then copied.
+        update: precisions to add.
     """
-    for alike in common(more):
-        for keys in common({key: known(key) for key in alike}):
-            before, coming = known(keys[0]), more[keys[0]]
-            yield keys, coming.scaled(1.0) if before is None else before + coming
+    for sharing in common(update):
+        for keys in common({key: total_of(key) for key in sharing}):
+            total, summand = total_of(keys[0]), update[keys[0]]
+            yield keys, summand.scaled(1.0) if total is None else total + summand
 
 
 def _diagonal_of(precision: Diagonal | Scalar) -> Tensor | float:

@@ -1,4 +1,4 @@
-"""One client's contribution: its weights, how many examples they saw, and what it knows about them."""
+"""A client's update, and the blocks of weights that its statistics describe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,84 +11,84 @@ from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Ske
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.state import State
 
-# Behind the name of a weight that a model stores as `[in, out]`.
+# Suffix of a weight's name in a block, where the model stores the weight as `[in, out]`.
 TRANSPOSED = ".T"
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What one client adds to the sum.
+    """A client's contribution to the sum of a round.
 
     Attributes:
-        parameters: the floating tensors of its model.
-        examples: the weight of every tensor that has no precision of its own.
-        precisions: what is known beyond that, block by block. Layers that read the same inputs have one Gram matrix
-            in common, the same object.
-        moments: `Lambda . theta` of blocks for which it is known without a theta, as a fit to targets.
-        layer_graph: the layers of its model in the order of use, where that was asked for.
+        parameters: floating tensors of the client's model.
+        examples: number of training examples, the weight of every tensor without a precision.
+        precisions: precision of each block. Layers that read the same inputs share one Gram matrix object.
+        cross_moments: `Lambda . theta` of blocks that are fitted to targets, for which there is no theta to multiply.
+        layer_graph: layers of the client's model in their order of use, if the stage asked for it.
     """
 
     parameters: State
     examples: float
     precisions: Mapping[Block, Precision] = field(default_factory=dict)
-    moments: Mapping[Block, Tensor] = field(default_factory=dict)
+    cross_moments: Mapping[Block, Tensor] = field(default_factory=dict)
     layer_graph: LayerGraph | None = None
 
-    def moved(self, transform: Transform) -> "Update":
-        """The update in another frame: weights and statistics together.
+    def apply(self, transform: Transform) -> "Update":
+        """Return the update with a transform applied to weights and statistics.
 
         Raises:
-            ValueError: a Diagonal would have to follow a rotation, which no diagonal can; or the statistics
-                are of a kind that is only collected on an aligned model.
+            ValueError: the transform rotates a block with a diagonal precision, which would not stay diagonal; or
+                there are cross-moments or Gram matrices of a grouped convolution, which cannot be transformed.
         """
-        if self.moments:
-            raise ValueError("moments belong to the frame that they were collected in")
-        precisions = {
-            block: moved
-            for blocks in common(self.precisions)
-            for moved in [_moved(blocks[0], self.precisions[blocks[0]], self.parameters, transform)]
-            for block in blocks
-        }
+        if self.cross_moments:
+            raise ValueError("cross-moments cannot be transformed; align on the client before they are collected")
+        precisions: dict[Block, Precision] = {}
+        for block, *sharing in common(self.precisions):
+            # Applied once for all blocks that share an object, so that the result is one object as well.
+            precision = _apply(block, self.precisions[block], self.parameters, transform)
+            precisions |= dict.fromkeys([block, *sharing], precision)
         return replace(self, parameters=transform.act(self.parameters), precisions=precisions)
 
 
-def stored(block: Block) -> tuple[str, ...]:
-    """The names of the block's tensors in a state."""
+def tensor_names(block: Block) -> tuple[str, ...]:
+    """Return the names of the block's tensors in a state."""
     return *(name.removesuffix(TRANSPOSED) for name in block[:1]), *block[1:]
 
 
 def weight_of(block: Block, state: State) -> Tensor:
-    """The block's weight as it multiplies, `[out, in, ...]`."""
-    weight = state[stored(block)[0]]
+    """Return the block's weight as `[out, in, ...]`, however the model stores it."""
+    weight = state[tensor_names(block)[0]]
     return weight.T if block[0].endswith(TRANSPOSED) else weight
 
 
 def join(block: Block, state: State) -> Tensor:
-    """The block as one tensor: a vector, a matrix `[out, in]`, or `[out, in + 1]` with the bias last."""
+    """Return the block as one tensor: a vector, a matrix `[out, in]`, or `[out, in + 1]` with the bias last."""
     weight = weight_of(block, state)
+    # The bias is the weight of an input that is always one, so that it is solved for with the weight.
     matrix = weight.flatten(1) if weight.dim() > 1 else weight
     return matrix if len(block) == 1 else torch.cat([matrix, state[block[1]][:, None]], dim=1)
 
 
 def split(block: Block, joined: Tensor, like: State) -> dict[str, Tensor]:
-    """Undo `join`, with the shapes and dtypes of `like`."""
-    weight, name = weight_of(block, like), stored(block)[0]
+    """Return the block's tensors by name from a joined tensor, with the shapes and dtypes of `like`."""
+    weight, name = weight_of(block, like), tensor_names(block)[0]
     matrix = joined if len(block) == 1 else joined[:, :-1]
     shaped = matrix.reshape(weight.shape).to(weight.dtype)
-    found = {name: (shaped.T if block[0].endswith(TRANSPOSED) else shaped).contiguous()}
+    parts = {name: (shaped.T if block[0].endswith(TRANSPOSED) else shaped).contiguous()}
     if len(block) > 1:
-        found[block[1]] = joined[:, -1].to(like[block[1]].dtype).contiguous()
-    return found
+        parts[block[1]] = joined[:, -1].to(like[block[1]].dtype).contiguous()
+    return parts
 
 
-def _moved(block: Block, precision: Precision, state: State, transform: Transform) -> Precision:
-    weight = stored(block)[0]
+def _apply(block: Block, precision: Precision, state: State, transform: Transform) -> Precision:
+    weight = tensor_names(block)[0]
     if isinstance(precision, Sketched):
+        # A sketch's diagonal would not stay diagonal under a rotation.
         precision = Gram(precision.matrix)
     if isinstance(precision, Gram):
         if precision.matrix.dim() > 2:
             raise ValueError(
-                f"{weight}: the Gram matrices of a grouped convolution cannot follow; align on the client"
+                f"{weight}: the Gram matrices of a grouped convolution cannot be transformed; align on the client"
             )
         inputs = weight_of(block, state).shape[1]
         axis = 0 if block[0].endswith(TRANSPOSED) else 1

@@ -1,4 +1,4 @@
-"""Does an update belong into the sum? Every clause is a named refusal; nothing is repaired.
+"""Checks of an update before it becomes part of the sum: every failure is a named refusal, nothing is repaired.
 
 Shapes, dtypes and names are compared with the anchor; numbers must be finite; statistics must be what
 their kind promises: a diagonal is not negative, a Gram matrix is symmetric and positive semi-definite.
@@ -14,17 +14,17 @@ from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.strategies.fusion.compression.formats import Piece
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
-from fedbasin.strategies.fusion.update import Update, join, stored, weight_of
+from fedbasin.strategies.fusion.update import Update, join, tensor_names, weight_of
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State, floating
 
-# A count beyond this is none, and its product with a weight could overflow the sum.
+# A larger count is not one of examples, and its product with a weight could overflow the sum.
 _MOST_EXAMPLES = 2**53
 
-# How far a Gram matrix that was summed and sent in float32 may be from symmetric, relative to its largest
-# entry, and from positive semi-definite, relative to its mean diagonal. The latter is below every ridge of the
-# catalogue: what passes cannot make the regularised sum singular.
+# Tolerances of a Gram matrix that was summed and sent in float32: of symmetry, relative to its largest entry, and of
+# positive semi-definiteness, relative to its mean diagonal. The latter is below every ridge of the recipes, so that a
+# matrix that passes cannot make the regularised sum singular.
 _ASYMMETRY = 1e-5
 _INDEFINITENESS = 1e-4
 
@@ -33,12 +33,12 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
     """Check one update against the anchor of its round.
 
     Args:
-        update: as decoded.
+        update: the update as decoded.
         anchor: the global model that was sent.
-        blocks: the blocks that must have a precision; None where the first client decides.
+        blocks: the layers that must have a precision; None lets the first client decide.
 
     Raises:
-        Refusal: with the outcome, and the tensor where it happened.
+        Refusal: the update fails a check; names the outcome and the tensor.
     """
     check_examples(update.examples)
     _check_names(update.parameters, anchor)
@@ -54,28 +54,28 @@ def check_fit(
     model: State,
     blocks: Collection[Block],
     measured: State,
-    others: Mapping[Block, tuple[Precision, Tensor]],
+    sums: Mapping[Block, tuple[Precision, Tensor]],
 ) -> None:
-    """Check what a client says of layers that are fitted.
+    """Check the statistics of layers that are fitted.
 
     Args:
-        update: as decoded, without weights.
+        update: the update as decoded, without weights.
         model: the model so far.
-        blocks: the layers that were asked for.
-        measured: the model's running statistics that were asked for.
-        others: the sums of the clients before, empty for the first.
+        blocks: the layers that were requested.
+        measured: the model's running statistics that were requested.
+        sums: the sums of the earlier clients, empty for the first.
 
     Raises:
-        Refusal: as `check_update`.
+        Refusal: the update fails a check; names the outcome and the layer.
     """
     check_examples(update.examples)
     _check_blocks(update.precisions, blocks, model)
     _check_precisions(update.precisions, model)
-    _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.moments])
+    _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.cross_moments])
     for block in update.precisions:
-        _check_statistic("+".join(block), update.moments[block], tuple(join(block, model).shape))
+        _check_statistic("+".join(block), update.cross_moments[block], tuple(join(block, model).shape))
     _check_measured(update.parameters, measured)
-    check_alike(update, others)
+    check_alike(update, sums)
 
 
 def _check_measured(parameters: State, measured: State) -> None:
@@ -86,21 +86,22 @@ def _check_measured(parameters: State, measured: State) -> None:
             raise Refusal(Outcome.not_positive, name)
 
 
-def check_pieces(
-    name: str, pieces: Collection[Tensor], expected: Mapping[str, Piece], groups: tuple[int, ...]
-) -> None:
-    """Check that what a client sends of a statistic is what its form has; raises as `check_update`.
+def check_pieces(name: str, pieces: Collection[Tensor], expected: Mapping[str, Piece], groups: tuple[int, ...]) -> None:
+    """Check that the tensors of a statistic are those of its form.
 
     Args:
-        name: of the block.
-        pieces: in the order of the form.
+        name: name of the layer.
+        pieces: the tensors, in the order of the form.
         expected: the form's pieces.
         groups: leading sizes of every piece.
+
+    Raises:
+        Refusal: a tensor is missing, or has another shape or dtype.
     """
     if len(pieces) != len(expected):
-        wanted = f"{len(expected)}: {', '.join(expected)}"
         raise Refusal(
-            Outcome.wrong_shape, f"the statistic of {name} has {len(pieces)} parts, not {wanted}"
+            Outcome.wrong_shape,
+            f"the statistic of {name} has {len(pieces)} parts, not {len(expected)}: {', '.join(expected)}",
         )
     for piece, (part, like) in zip(pieces, expected.items(), strict=True):
         where = f"{name}, its {part}"
@@ -110,23 +111,21 @@ def check_pieces(
         _check_statistic(where, piece, (*groups, *like.shape))
 
 
-def check_alike(update: Update, others: Mapping[Block, tuple[Precision, Tensor]]) -> None:
-    """Check that an update's precisions can be added to those of the clients before.
+def check_alike(update: Update, sums: Mapping[Block, tuple[Precision, Tensor]]) -> None:
+    """Check that an update's precisions can be added to the sums of earlier clients.
 
-    Gram matrices are of as many groups; Kronecker factors can be kept.
+    Gram matrices must have as many groups, and Kronecker factors must find a place.
     """
     for block, precision in update.precisions.items():
-        other = others.get(block, (precision,))[0]
-        if isinstance(precision, Gram) and isinstance(other, Gram):
-            _check_statistic("+".join(block), precision.matrix, tuple(other.matrix.shape))
-        if isinstance(other, Kronecker) and len(other.inputs) >= MOST_PRODUCTS:
-            raise Refusal(
-                Outcome.too_many, f"{len(other.inputs)} clients' Kronecker factors are kept already"
-            )
+        total = sums.get(block, (precision,))[0]
+        if isinstance(precision, Gram) and isinstance(total, Gram):
+            _check_statistic("+".join(block), precision.matrix, tuple(total.matrix.shape))
+        if isinstance(total, Kronecker) and len(total.inputs) >= MOST_PRODUCTS:
+            raise Refusal(Outcome.too_many, f"{len(total.inputs)} clients' Kronecker factors are kept already")
 
 
 def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
-    """Check that a client's layer graph is one of the model's; raises as `check_update`."""
+    """Check that a client's layer graph names layers of the model, each once; raises a Refusal if not."""
     if layer_graph is None:
         raise Refusal(Outcome.missing_statistic, "the layer graph")
     named = [block for level in layer_graph.levels for block in level]
@@ -136,14 +135,14 @@ def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
     if not named or (layer_graph.head and layer_graph.head not in named):
         raise Refusal(Outcome.malformed, f"the layer graph lacks {layer_graph.head or 'them all'}")
     for norm in layer_graph.norms:
-        tensors = [floating(model).get(name) for name in (*norm.measured, *norm.learned)]
+        tensors = [floating(model).get(name) for name in (*norm.statistics, *norm.parameters)]
         shapes = {None if tensor is None else tensor.shape for tensor in tensors}
         if None in shapes or len(shapes) > 1 or not 0 < norm.eps < math.inf:
             raise Refusal(Outcome.malformed, f"{norm} is no BatchNorm of the model")
 
 
 def check_frozen(parameters: State, anchor: State, factor: str) -> None:
-    """Check that a factor of adapters is as it was sent; raises a Refusal as `check_update` does.
+    """Check that a frozen factor of adapters is as it was sent; raises a Refusal if not.
 
     Args:
         parameters: of the update, of the anchor's names and shapes.
@@ -159,7 +158,7 @@ def check_frozen(parameters: State, anchor: State, factor: str) -> None:
 
 
 def check_examples(examples: float) -> None:
-    """Check a client's weight; raises a Refusal as `check_update` does."""
+    """Check that a client's weight is a finite number above zero; raises a Refusal if not."""
     if not 0 < examples <= _MOST_EXAMPLES:
         raise Refusal(Outcome.bad_weight, f"examples = {examples}")
 
@@ -184,34 +183,30 @@ def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
         raise Refusal(Outcome.non_finite, name)
 
 
-def _check_blocks(
-    precisions: Collection[Block], expected: Collection[Block] | None, anchor: State
-) -> None:
-    known = [block for block in precisions if _is_block(block, anchor)]
+def _check_blocks(precisions: Collection[Block], expected: Collection[Block] | None, anchor: State) -> None:
+    valid = [block for block in precisions if _is_block(block, anchor)]
     if expected is not None:
-        known = [block for block in known if block in expected]
-    _refuse(Outcome.unexpected_statistic, [block for block in precisions if block not in known])
-    _refuse(Outcome.missing_statistic, [block for block in expected or () if block not in known])
-    names = [name for block in known for name in stored(block)]
+        valid = [block for block in valid if block in expected]
+    _refuse(Outcome.unexpected_statistic, [block for block in precisions if block not in valid])
+    _refuse(Outcome.missing_statistic, [block for block in expected or () if block not in valid])
+    names = [name for block in valid for name in tensor_names(block)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refusal(Outcome.unexpected_statistic, f"{_list(twice)} in more than one block")
 
 
 def _is_block(block: Block, anchor: State) -> bool:
-    """Whether the names can be joined: a weight, or a matrix and its bias."""
-    tensors = [anchor[name] for name in stored(block) if name in floating(anchor)]
+    """Return True if the names are those of a weight, or of a matrix and its bias."""
+    tensors = [anchor[name] for name in tensor_names(block) if name in floating(anchor)]
     if not block or len(tensors) < len(block):
         return False
-    if block != stored(block) and tensors[0].dim() != 2:
+    if block != tensor_names(block) and tensors[0].dim() != 2:
         return False
     shapes = [weight_of(block, anchor).shape, *(bias.shape for bias in tensors[1:])]
-    return len(shapes) == 1 or (
-        len(shapes) == 2 and len(shapes[0]) > 1 and shapes[1] == shapes[0][:1]
-    )
+    return len(shapes) == 1 or (len(shapes) == 2 and len(shapes[0]) > 1 and shapes[1] == shapes[0][:1])
 
 
 def _is_layer(block: Block, model: State) -> bool:
-    """Whether the block is multiplied with inputs, so that it can be fitted."""
+    """Return True if the layer multiplies its inputs, so that it can be fitted."""
     return _is_block(block, model) and weight_of(block, model).dim() > 1
 
 
@@ -223,9 +218,9 @@ def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
 def _check_precisions(precisions: Mapping[Block, Precision], anchor: State) -> None:
     for block, precision in precisions.items():
         _check_precision(block, precision, anchor)
-    for first, *_ in common(precisions):
-        if isinstance(gram := precisions[first], Gram):
-            _check_gram("+".join(first), gram.matrix)
+    for block, *_ in common(precisions):
+        if isinstance(gram := precisions[block], Gram):
+            _check_gram("+".join(block), gram.matrix)
 
 
 def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
@@ -246,9 +241,7 @@ def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
         outputs, inputs = join(block, anchor).shape
         groups = precision.matrix.shape[:-2]
         if len(groups) > 1 or (groups and (not groups[0] or outputs % groups[0])):
-            raise Refusal(
-                Outcome.wrong_shape, f"the statistic of {name} has groups {tuple(groups)}"
-            )
+            raise Refusal(Outcome.wrong_shape, f"the statistic of {name} has groups {tuple(groups)}")
         _check_statistic(name, precision.matrix, (*groups, inputs, inputs))
 
 
@@ -257,10 +250,7 @@ def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
     if weight_of(block, anchor).dim() < 2:
         raise Refusal(Outcome.unexpected_statistic, f"Kronecker factors of {name}, no matrix")
     outputs, inputs = join(block, anchor).shape
-    for side, factor, size in (
-        ("inputs", precision.inputs, inputs),
-        ("outputs", precision.outputs, outputs),
-    ):
+    for side, factor, size in (("inputs", precision.inputs, inputs), ("outputs", precision.outputs, outputs)):
         _check_statistic(f"{name}, its {side}", factor, (1, size, size))
         _check_gram(f"{name}, its {side}", factor)
 

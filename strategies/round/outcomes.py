@@ -1,63 +1,59 @@
-"""What can become of a client's update: one word for the exception, the report and the metric's label."""
+"""The possible outcomes of a client's reply: one word for the exception, the report and the metric's label."""
 
 from enum import Enum
 
 
 class Outcome(Enum):
-    """The fate of one reply. The name is the label, the value is the advice."""
+    """The outcome of one reply. The name is the label, the value is the advice."""
 
-    accepted = "the update is in the sum"
-    client_error = "the client app failed; its traceback is in the SuperNode's log"
-    timeout = (
-        "no reply before the deadline; raise round-timeout-seconds or look at the client's load"
-    )
-    unavailable = (
-        "the SuperLink lost the node or the message; the client takes part again when it is back"
-    )
-    malformed = "the reply has no readable fedbasin header; add the mod fedbasin.client.basin to the ClientApp"
-    schema_version = "client and server speak different versions; install the same fedbasin on both"
+    accepted = "the update is part of the sum"
+    client_error = "the client's app failed; its traceback is in the log of its SuperNode"
+    timeout = "no reply before the deadline; raise round-timeout-seconds, or look at the client's load"
+    unavailable = "the SuperLink lost the node or the message; the client takes part again when it is back"
+    left_out = "the app's own aggregate_train did not hand the reply on; nothing is to be done"
+    malformed = "the reply does not parse; install the same fedbasin on both sides and send it again"
+    schema_version = "client and server use different versions of the wire; install the same fedbasin on both"
+    missing_mod = "the client's app lacks the mod; give it ClientApp(mods=[basin(model=..., data=...)])"
     wrong_round = "the reply answers another round or stage; it came late, nothing is to be done"
-    duplicate = "this client is already in the sum of this stage; the first reply counts"
+    duplicate = "this client is already part of the sum of this stage; the first reply counts"
     wrong_anchor = "the client worked from another global model than this round's"
     function_changed = (
-        "alignment made another function of the client's model: the symmetry does not fit it; run "
+        "alignment changed the function of the client's model: the symmetry does not fit it; run "
         "fedbasin.strategies.symmetry.check on it, and set fedbasin.align = 'off' until it passes"
     )
     lost_model = (
         "the client no longer has the models that this stage builds on, as after a restart of its SuperNode; "
         "the stage goes on without it"
     )
-    symmetry_mismatch = "the client moved its model by another symmetry than the server sent"
+    symmetry_mismatch = "the client aligned its model by another symmetry than the server sent"
     frozen_changed = (
-        "the client trained a factor of its adapters that this round has frozen; set requires_grad to False for what "
-        "the message's config names as frozen-factor"
+        "the client trained a factor of its adapters that this round has frozen; set requires_grad to False for the "
+        "factor that the message's config names as frozen-factor"
     )
     missing_tensor = "a tensor of the global model is not in the update; send the whole state dict"
-    unexpected_tensor = (
-        "the update has a tensor that the global model lacks; use the same model class"
-    )
+    unexpected_tensor = "the update has a tensor that the global model lacks; use the same model class"
     wrong_shape = "a tensor has another shape than in the global model; use the same model settings"
     wrong_dtype = "a tensor has another dtype than in the global model; convert it on the client"
     non_finite = "a tensor has NaN or infinite entries; lower the learning rate or clip gradients"
-    bad_weight = "the number of examples must be a finite count above zero; send `num-examples`"
-    missing_statistic = (
-        "the recipe needs statistics that are not in the update; give the mod its data"
-    )
-    unexpected_statistic = "the update has statistics that the recipe did not ask for"
+    bad_weight = "the client's weight must be a finite number above zero; send it in the metrics, as `num-examples`"
+    missing_statistic = "the recipe needs statistics that are not in the update; give the mod its data"
+    unexpected_statistic = "the update has statistics that the recipe did not request"
     not_symmetric = "a Gram matrix is not symmetric; collect it with fedbasin.client"
-    not_positive = "a Fisher diagonal is negative or a Gram matrix is not positive semi-definite"
+    not_positive = (
+        "a Fisher diagonal is negative, or a Gram matrix is not positive semi-definite; collect it with fedbasin.client"
+    )
     too_many = (
-        "the recipe keeps what each client says instead of a sum, and has what it can keep; ask fewer clients "
+        "the recipe keeps each client's statistics in place of a sum, and has as many as it can keep; ask fewer clients "
         "(fedbasin.fraction-train), or choose the recipe regmean or fisher"
     )
     too_large = "the update has more bytes than max-update-bytes allows"
 
 
 class Refusal(ValueError):  # noqa: N818 - the word of the reports, not an accident
-    """An update that must not touch the sum.
+    """A reply that must not become part of the sum.
 
     Attributes:
-        outcome: why.
+        outcome: the reason.
         detail: what and where, in one line.
     """
 

@@ -1,6 +1,6 @@
-"""A round that merges in pairs: clients train all at once, then one after the other is asked for a link.
+"""A round that merges models in pairs: all clients train at once, then one after the other aligns to a merge.
 
-What each link is, `alignment/pairs.py` says; here it becomes a stage, and a chain or a tree of them a plan.
+The order of the pairs, a chain or a tree, is that of `strategies.alignment.pairwise_merging`.
 """
 
 from collections.abc import Generator
@@ -9,78 +9,91 @@ from functools import partial
 
 from torch import Tensor
 
-from fedbasin.proto.layer_graph import LayerGraph
-from fedbasin.strategies.alignment.pairwise_merging import LINKS, Link, Links, Merge, Merged
+from fedbasin.proto.request import Request
+from fedbasin.strategies.alignment.pairwise_merging import LINKS, Link, Links, Merge, MergedModel
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.round.checks import check_update
-from fedbasin.strategies.round.round import Answer, Next, Plan, Planned
-from fedbasin.strategies.round.stages import Ask, Kind
+from fedbasin.strategies.round.stage import StagePlan, StageResult
+from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State, floating
 
 
-class Linked:
-    """Ask one client to align its model, or a merge that it is in, to another merge."""
+class LinkModels:
+    """A stage in which one client aligns its model, or a merge that contains it, to another merge."""
 
-    name = "link"
-    kind: Kind = "train"
-    layer_graph: LayerGraph | None = None
+    stage = "link"
+    layer_graph = None
 
-    def __init__(self, template: State, link: Link, ask: Ask) -> None:
+    def __init__(self, template: State, link: Link, request: Request, symmetry: Symmetry | None) -> None:
         """Compose the stage.
 
         Args:
             template: names and shapes of the model.
-            link: what is asked for.
-            ask: with the symmetry and the matcher.
+            link: the client, and the two models that are linked.
+            request: what is asked apart from the link itself.
+            symmetry: the symmetry of the model.
         """
-        self.ask = replace(ask, link=link)
+        self.request = replace(request, stage=self.stage, keep=True)
         if link.anchor is None:
-            self.ask = replace(self.ask, symmetry=None, path_points=0)
-        self._symmetry = ask.symmetry
+            self.request = replace(self.request, path_points=0)
+        else:
+            self.request = replace(
+                self.request, symmetry=str(symmetry) if symmetry else "", merged_examples=link.anchor.examples
+            )
+        if link.moving is not None:
+            self.request = replace(self.request, moving=link.moving.model, moving_examples=link.moving.examples)
+        self._symmetry = symmetry
         self._model = dict(template)
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - one client was asked
         check_update(update, self._model, ())
         # The reply's tensors are views of its bytes.
-        own = {name: tensor.clone() for name, tensor in floating(update.parameters).items()}
-        self._model = {**self._model, **own}
+        copies = {name: tensor.clone() for name, tensor in floating(update.parameters).items()}
+        self._model = {**self._model, **copies}
 
     def finish(self) -> dict[str, Tensor]:
-        """The client's model, in the parametrisation in which models are merged."""
+        """Return the client's model, in the parametrisation in which models are merged."""
         return self._model if self._symmetry is None else self._symmetry.fold(self._model)
 
 
-def linked_plan(first: Next, template: State, merge: Merge, ask: Ask) -> Plan:
-    """The stages of a round: train, then link by link.
+def merge_in_pairs(
+    nodes: list[int], template: State, merge: Merge, request: Request, symmetry: Symmetry | None
+) -> Generator[StagePlan, StageResult, dict[str, Tensor] | None]:
+    """Link the clients' models one after the other.
 
     Args:
-        first: the stage in which clients train; they keep their models.
+        nodes: the clients that have trained and kept their models.
         template: names and shapes of the model.
         merge: chain or tree.
-        ask: what a link asks for, but for the link itself.
+        request: what a link asks apart from the link itself.
+        symmetry: the symmetry of the model.
+
+    Returns:
+        The merged model; None where no client could reply.
     """
-    answer = yield first
-    merged = yield from _followed(LINKS[merge](answer.nodes), template, ask)
-    return Planned(answer.model if merged is None else {**template, **merged.model})
+    merged = yield from _follow(LINKS[merge](nodes), template, request, symmetry)
+    return None if merged is None else {**template, **merged.model}
 
 
-def _followed(links: Links, template: State, ask: Ask) -> Generator[Next, Answer, Merged | None]:
+def _follow(
+    links: Links, template: State, request: Request, symmetry: Symmetry | None
+) -> Generator[StagePlan, StageResult, MergedModel | None]:
     try:
         link = next(links)
         while True:
-            carries = {**template, **link.anchor.model} if link.anchor else None
-            make = partial(Linked, template, link, ask)
-            answer = yield Next(make, carries, [link.node], may_fail=True)
-            link = links.send(_merged(link, answer))
+            carries = {**template, **link.anchor.model} if link.anchor else template
+            make = partial(LinkModels, template, link, request, symmetry)
+            result = yield StagePlan(make, carries, [link.node], may_fail=True)
+            link = links.send(_merged_model(link, result))
     except StopIteration as end:
-        found: Merged | None = end.value
-        return found
+        merged: MergedModel | None = end.value
+        return merged
 
 
-def _merged(link: Link, answer: Answer) -> Merged | None:
-    if not answer.nodes:
+def _merged_model(link: Link, result: StageResult) -> MergedModel | None:
+    if not result.nodes:
         return None
-    model = floating(answer.model)
+    model = floating(result.model)
     if link.moving is not None:
         return replace(link.moving, model=model)
-    return Merged(model, answer.examples, (link.node,))
+    return MergedModel(model, result.examples, (link.node,))

@@ -1,7 +1,10 @@
-"""A recipe as a list of stages: each round's plan, which asks for one stage after the other.
+"""One round of federated learning, from the global model to the next one.
 
-A plan is a generator. It yields what is to be asked next, is sent the answer, and returns the fused model. It
-knows no message, no clock and no client: whoever drives it asks, waits and folds.
+    [bootstrap] -> fuse -> [merge in pairs | refit layer by layer -> head -> probe]
+
+A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
+message, no clock and no client. The loop around it (sampling, deadline, quorum, retry, checks, server optimizer,
+evaluation, checkpoint, report) is written once, in `fedbasin.server.run`.
 """
 
 import re
@@ -10,153 +13,154 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block, LayerGraph
+from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.recipes import Recipe, Target
-from fedbasin.strategies.round.refit import Fit, Head, Probe
-from fedbasin.strategies.round.stages import Along, Fitting, Stage
+from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Recipe, Target
+from fedbasin.strategies.round.path_ends import path_ends
+from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
+from fedbasin.strategies.round.stage import Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
 
 Grouping = Literal["layer", "block"]
 
 
-class UnknownOrderError(ValueError):
-    """The clients' models did not say what a plan needs to know of their layers."""
+class NoLayerError(ValueError):
+    """A model without the layers that a recipe fits."""
 
 
 @dataclass(frozen=True, eq=False)
-class Next:
-    """What to ask.
+class RoundResult:
+    """The end of a round.
 
     Attributes:
-        make: the stage, fresh for every attempt.
-        carries: the tensors that its messages bring; None for the global model of the round.
-        nodes: whom; None for those that the round has sampled.
-        may_fail: the plan goes on where too few answered; it is sent an answer without nodes.
-    """
-
-    make: Callable[[], Stage]
-    carries: State | None = None
-    nodes: Sequence[int] | None = None
-    may_fail: bool = False
-
-
-class Answer(Protocol):
-    """What a stage ended in."""
-
-    @property
-    def model(self) -> dict[str, Tensor]:
-        """Its value."""
-        ...
-
-    @property
-    def nodes(self) -> list[int]:
-        """The accepted clients."""
-        ...
-
-    @property
-    def examples(self) -> float:
-        """Of the accepted clients."""
-        ...
-
-    @property
-    def layer_graph(self) -> LayerGraph | None:
-        """Of the layers, where the stage asked for it."""
-        ...
-
-    @property
-    def curve(self) -> Path | None:
-        """The clients' sums along a path, where the stage asked for it."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Planned:
-    """What a plan ended in.
-
-    Attributes:
-        model: the round's model.
-        gain: the share of the fused model's loss that fitting took away, where clients probed it.
+        model: the round's model, before the server optimizer.
+        gain: the share of the fused model's loss that fitting took away; None where clients did not probe it.
     """
 
     model: dict[str, Tensor]
     gain: float | None = None
 
 
-Plan: TypeAlias = Generator[Next, Answer, Planned]
-# How clients send what they say of the layers that a round fits.
+Round: TypeAlias = Generator[StagePlan, StageResult, RoundResult]
+# Chooses how clients send what they know about the layers that a round fits.
 Encode: TypeAlias = Callable[[Sequence[Block]], Mapping[Block, Encoding]]
+# Merges the models of some clients in pairs.
+MergeInPairs: TypeAlias = Callable[[list[int], State], Generator[StagePlan, StageResult, dict[str, Tensor] | None]]
 
 
-def round_plan(
-    begun: State,
-    recipe: Recipe,
-    fuse: Callable[[], Stage],
-    grouping: Grouping = "layer",
-    *,
-    encode: Encode | None = None,
-) -> Plan:
-    """The stages of one round: train and fuse, and fit layers afterwards where the recipe does.
+@dataclass(frozen=True, eq=False)
+class RoundStages:
+    """The stages that a round chooses from.
+
+    Attributes:
+        fuse: makes the first stage; it requests the layer graph if the recipe fits layers, and that clients keep
+            their models.
+        bootstrap: makes the search for an anchor; None where the global model is one.
+        bootstrap_one_by_one: whether the clients are asked one after the other, until one replies.
+        merge: merges models in pairs after training; None where the sum is the merge.
+        grouping: whether layers are fitted one after the other, or a block of them at a time.
+        encode: chooses how clients send their sums; None for exactly.
+    """
+
+    fuse: Callable[[State], Stage]
+    bootstrap: Callable[[State], Stage] | None = None
+    bootstrap_one_by_one: bool = False
+    merge: MergeInPairs | None = None
+    grouping: Grouping = "layer"
+    encode: Encode | None = None
+
+
+def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence[int]) -> Round:
+    """Run one round.
 
     Args:
-        begun: the global model that the round begins with.
-        recipe: which.
-        fuse: makes the first stage; it asks for the layer graph if the recipe fits any, and that
-            clients keep their models.
-        grouping: whether layers are fitted one after the other, or a block of them at a time.
-        encode: chooses how clients send their sums; exactly, if None.
+        model: the global model that the round begins with.
+        recipe: what clients send and how it is fused.
+        stages: the stages of this run.
+        nodes: the clients that the round has sampled.
 
     Raises:
-        UnknownOrderError: nothing of the model can be fitted.
+        NoLayerError: the model has no layer that the recipe could fit.
     """
-    answer = yield Next(fuse)
-    fused = model = new = answer.model
-    fittings = _fittings(recipe, answer.layer_graph, grouping)
-    blocks = [block for fitting in fittings for block in fitting.blocks]
-    encodings = encode(blocks) if encode and blocks else None
-    for fitting in fittings:
-        stage = partial(_fit, recipe, model, fitting, encodings)
-        answer = yield Next(stage, new, answer.nodes)
-        new = {name: t for name, t in answer.model.items() if t is not model[name]}
-        model = answer.model
-    if not (recipe.probe and fittings):
-        return Planned(model)
-    probe = partial(Probe, model, len(fittings), points=recipe.probe)
-    answer = yield Next(partial(probe, along=Along()), new, answer.nodes)
-    to_fitted = answer.curve
-    share = best_point(to_fitted)
-    if not recipe.reach:
-        return Planned(interpolate(fused, model, share), gained(to_fitted, to_fitted, share))
-    along = Along(share, recipe.reach)
-    answer = yield Next(partial(probe, along=along), {}, answer.nodes)
-    start, end = along.ends(begun, fused, model)
-    at = best_ahead(answer.curve, 1 / recipe.reach)
-    return Planned(interpolate(start, end, at), gained(to_fitted, answer.curve, at))
+    anchor = dict(model)
+    if stages.bootstrap is not None:
+        make = partial(stages.bootstrap, anchor)
+        anchor = yield from _bootstrap(make, anchor, nodes, one_by_one=stages.bootstrap_one_by_one)
+    fused = yield StagePlan(partial(stages.fuse, anchor), anchor, trains=True)
+    if stages.merge is not None:
+        merged = yield from stages.merge(fused.nodes, anchor)
+        return RoundResult(fused.model if merged is None else merged)
+    if recipe.refit is None:
+        return RoundResult(fused.model)
+    return (yield from _refit(anchor, fused, recipe.name, recipe.refit, stages))
 
 
-def gained(before: Path | None, after: Path | None, at: float) -> float:
-    """The share of the mean loss at the beginning of one path that is gone at a point of another.
+def _bootstrap(
+    make: Callable[[], Stage], model: State, nodes: Sequence[int], *, one_by_one: bool
+) -> Generator[StagePlan, StageResult, dict[str, Tensor]]:
+    """Find the model of one client that becomes the anchor."""
+    for node in nodes[:-1] if one_by_one else ():
+        result = yield StagePlan(make, model, [node], may_fail=True)
+        if result.nodes:
+            return result.model
+    # The last client is the last chance: where it fails too, so does the round.
+    return (yield StagePlan(make, model, nodes[-1:] if one_by_one else nodes)).model
 
-    Nobody's word is no gain.
+
+def _refit(anchor: State, fused: StageResult, name: str, refit: LayerRefit | HeadRefit, stages: RoundStages) -> Round:
+    """Fit layers of the fused model, and choose a point between it and the fitted one."""
+    requests = plan_refits(name, refit, fused.layer_graph, stages.grouping)
+    blocks = [block for request in requests for block in request.blocks]
+    encodings = stages.encode(blocks) if stages.encode and blocks else None
+    model, result = fused.model, fused
+    # Each request brings the tensors that the stage before has changed, and clients keep the rest.
+    carries: State = fused.model
+    for request in requests:
+        make = partial(_refit_stage, refit, model, request, encodings)
+        result = yield StagePlan(make, carries, result.nodes)
+        carries = {name: t for name, t in result.model.items() if t is not model[name]}
+        model = result.model
+    probe = refit.probe
+    if probe is None:
+        return RoundResult(model)
+    make_probe = partial(ProbePath, model, len(requests), points=probe.points)
+    result = yield StagePlan(partial(make_probe, path=PathSpec()), carries, result.nodes)
+    to_fitted = result.curve
+    mix = best_point(to_fitted)
+    if not probe.extrapolate:
+        gain = relative_gain(to_fitted, to_fitted, mix)
+        return RoundResult(interpolate(fused.model, model, mix), gain)
+    path = PathSpec(mix, probe.extrapolate)
+    result = yield StagePlan(partial(make_probe, path=path), {}, result.nodes)
+    start, end = path_ends(path, anchor, fused.model, model)
+    best = best_ahead(result.curve, 1 / probe.extrapolate)
+    gain = relative_gain(to_fitted, result.curve, best)
+    return RoundResult(interpolate(start, end, best), gain)
+
+
+def relative_gain(before: Path | None, after: Path | None, point: float) -> float:
+    """Return the share of the mean loss at the start of one path that is gone at a point of another.
+
+    Without any client's word the gain is 0.
     """
     if not (before and after and before.examples and after.examples):
         return 0.0
-    begun = before.mean_loss[0]
-    return 1 - after.mean_loss[after.points.index(at)] / begun if begun > 0 else 0.0
+    loss = before.mean_loss[0]
+    return 1 - after.mean_loss[after.points.index(point)] / loss if loss > 0 else 0.0
 
 
 def best_point(path: Path | None) -> float:
-    """Where on the path the clients' loss is lowest, of the points that they looked at.
+    """Return the evaluated point of a path at which the clients' loss is lowest.
 
-    Nothing is read into what lies between them: away from the fitted model the loss need not be convex. Nobody's
-    word leaves the path's beginning.
+    Nothing is read into the gaps between points: away from the fitted model the loss need not be convex. Without any
+    client's word the start of the path is returned.
     """
     if not (path and path.examples):
         return 0.0
@@ -164,46 +168,58 @@ def best_point(path: Path | None) -> float:
 
 
 def best_ahead(path: Path | None, otherwise: float) -> float:
-    """The same without the path's beginning: a round that stayed there would only be followed by another.
+    """Return the best evaluated point of a path apart from its start.
+
+    A round that stayed at its start would only be followed by another like it.
 
     Args:
-        path: from where the round began.
-        otherwise: the point, if nobody said anything.
+        path: a path from the model that the round began with.
+        otherwise: the point to take if no client evaluated the path.
     """
     if not (path and path.examples):
         return otherwise
     return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
-def _fittings(recipe: Recipe, layer_graph: LayerGraph | None, grouping: Grouping) -> list[Fitting]:
-    """The layers to fit, stage by stage."""
-    if not recipe.fits:
-        return []
-    if layer_graph is None or not layer_graph.levels or (recipe.head and layer_graph.head is None):
-        raise UnknownOrderError(
-            f"recipe {recipe.name!r} fits {'a last linear layer' if recipe.head else 'linear layers'}, and the "
-            "clients' model has none; choose the recipe fedavg, or regmean"
+def plan_refits(
+    recipe: str, refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, grouping: Grouping
+) -> list[Refit]:
+    """Return the layers that a recipe fits, stage by stage.
+
+    Args:
+        recipe: name of the recipe.
+        refit: what the recipe fits.
+        layer_graph: the layers of the clients' model.
+        grouping: whether layers are fitted one after the other, or a block of them at a time.
+
+    Raises:
+        NoLayerError: the model has no layer that the recipe could fit.
+    """
+    if layer_graph is None or not layer_graph.levels or (refit.head and layer_graph.head is None):
+        layers = "a last linear layer" if refit.head else "linear layers"
+        raise NoLayerError(
+            f"recipe {recipe!r} fits {layers}, and the clients' model has none; choose the recipe fedavg, or regmean"
         )
-    asked: list[tuple[tuple[Block, ...], Target]] = []
-    if recipe.fit is not None:
-        left_out = {layer_graph.head} if recipe.head else set()
-        fitted = (tuple(b for b in level if b not in left_out) for level in layer_graph.levels)
-        levels = [level for level in fitted if level]
+    stages: list[tuple[tuple[Block, ...], Target]] = []
+    if isinstance(refit, LayerRefit):
+        left_out = {layer_graph.head} if refit.head else set()
+        body = (tuple(b for b in level if b not in left_out) for level in layer_graph.levels)
+        levels = [level for level in body if level]
         groups = levels if grouping == "layer" else _by_block(levels)
-        asked = [(group, recipe.fit) for group in groups]
-    if recipe.head and layer_graph.head is not None:
-        asked.append(((layer_graph.head,), Target.labels))
-    fittings = [Fitting(blocks, target, index) for index, (blocks, target) in enumerate(asked)]
-    # What the layers below compute is settled when the last one is fitted.
-    return [*fittings[:-1], replace(fittings[-1], norms=layer_graph.norms)]
+        stages = [(group, refit.target) for group in groups]
+    if refit.head and layer_graph.head is not None:
+        stages.append(((layer_graph.head,), Target.labels))
+    requests = [Refit(blocks, target.name, index) for index, (blocks, target) in enumerate(stages)]
+    # The output of the layers below is settled when the last layer is fitted.
+    return [*requests[:-1], replace(requests[-1], norms=layer_graph.norms)]
 
 
 def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:
-    """Levels in stages: one from the second level of each block but the last on, and one for each level outside.
+    """Group levels: one stage from the second level of each block but the last on, one for each level outside.
 
-    Only the first level of a stage reads what fused layers compute; those behind it read what the client's own model
-    does. Attention is what fusing weights disturbs most, so the level behind it is to be the first. What the last
-    block leaves over, the head behind it mends.
+    Only the first level of a stage reads what fused layers compute; the levels behind it read what the client's own
+    model computes. Fusing weights disturbs attention most, so the level behind it comes first. What the last block
+    leaves over, the head behind it corrects.
     """
     modules = _modules([level[0][0] for level in levels])
     runs = [list(run) for _, run in groupby(range(len(levels)), modules.__getitem__)]
@@ -216,7 +232,7 @@ def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:
 
 
 def _modules(names: Sequence[str]) -> list[str]:
-    """For each level its innermost numbered module that has more levels, as a block of a transformer; else its name."""
+    """Return for each level its innermost numbered module with more levels, as a transformer's block; else its name."""
     numbered = [[name[: match.end()] for match in re.finditer(r"\d+\.", name)] for name in names]
     counts = Counter(prefix for prefixes in numbered for prefix in prefixes)
     return [
@@ -225,10 +241,9 @@ def _modules(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _fit(
-    recipe: Recipe, model: State, fitting: Fitting, encodings: Mapping[Block, Encoding] | None
+def _refit_stage(
+    refit: LayerRefit | HeadRefit, model: State, request: Refit, encodings: Mapping[Block, Encoding] | None
 ) -> Stage:
-    if fitting.target is Target.labels:
-        return Head(model, fitting, recipe.head or Evidence(), encodings=encodings)
-    strength = (recipe.ridge or Ridge()).strength
-    return Fit(model, fitting, strength, recipe.share, encodings=encodings)
+    if isinstance(refit, LayerRefit) and request.target != Target.labels.name:
+        return RefitLayers(model, request, refit.ridge, refit.fraction, encodings=encodings)
+    return RefitHead(model, request, refit.head or Evidence(), encodings=encodings)

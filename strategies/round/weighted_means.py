@@ -1,29 +1,32 @@
-"""Means of what clients measured, folded one client at a time."""
+"""Means of the clients' metrics, weighted by the clients' weights."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+Value: TypeAlias = float | Sequence[float]
 
 
-@dataclass
-class WeightedMeans:
-    """Means of clients' metrics, weighted by their examples, folded one client at a time.
+def weighted_means(clients: Iterable[tuple[Mapping[str, Value], float]]) -> dict[str, float | list[float]]:
+    """Return the mean of each metric over the clients that sent a finite value of it.
 
-    A metric that is not finite is left out: one client's overflow would be everybody's.
+    Lists are averaged entry by entry. A value that is not finite is left out, because one client's overflow would be
+    everybody's; so is a list of another length than that of the first client with the metric.
+
+    Args:
+        clients: for each client its metrics and its weight.
     """
-
-    weight: float = 0.0
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def add(self, metrics: Mapping[str, float], weight: float) -> None:
-        """Add one client, in place."""
-        self.weight += weight
+    sums: dict[str, tuple[list[float], float]] = {}
+    scalars: set[str] = set()
+    for metrics, weight in clients:
         for name, value in metrics.items():
-            if not math.isfinite(value):
+            entries = [value] if isinstance(value, int | float) else list(value)
+            total, seen = sums.get(name, ([0.0] * len(entries), 0.0))
+            if len(entries) != len(total) or not all(map(math.isfinite, entries)):
                 continue
-            total, seen = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (total + weight * value, seen + weight)
-
-    def means(self) -> dict[str, float]:
-        """Each metric's mean over the clients that sent a finite value of it."""
-        return {name: total / seen for name, (total, seen) in self.sums.items() if seen}
+            if isinstance(value, int | float):
+                scalars.add(name)
+            added = [a + weight * b for a, b in zip(total, entries, strict=True)]
+            sums[name] = added, seen + weight
+    means = {name: [total / seen for total in totals] for name, (totals, seen) in sums.items() if seen}
+    return {name: mean[0] if name in scalars else mean for name, mean in means.items()}

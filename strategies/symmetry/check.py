@@ -1,52 +1,60 @@
-"""Proof by execution: a symmetry's random elements must leave the model's function as it was.
+"""Proof by execution: random elements of a symmetry must not change the function of the model.
 
     f(theta, x) == f(g . theta, x)        for random g and x, in float64 and in float32
 
-Where the symmetry folds norms, g acts on the folded parameters, which must have the same function too. The
-parameters are shaken first: units that are still equal, as the scales of a fresh normalisation layer are, would
-hide an axis that was left behind.
+If the symmetry folds norms, g acts on the folded parameters, whose function must be the same too. Random noise is added
+to the parameters first: equal units, such as the scales of a fresh normalisation layer, would hide a missing axis.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
 from fedbasin.strategies.tensors.state import State
 
+Arguments: TypeAlias = tuple[Tensor | None, ...]
+
+# Far above rounding (at most 2e-14 and 5e-6 on all families), far below the effect of any axis that is missing.
 DOUBLE_TOLERANCE = 1e-10
 SINGLE_TOLERANCE = 1e-4
 
-_SHAKE = 0.3
+# Noise on the parameters, as a fraction of the root mean square of a tensor.
+_NOISE = 0.3
+
+# Draws until an element is not the identity; a group whose elements are all the identity gives up after these.
 _DRAWS = 20
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One random transform: the relative change of the outputs in both precisions."""
+    """The relative change of the outputs under one random transform, in both precisions."""
 
     double_error: float
     single_error: float
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are rounding; not a number is not."""
+        """True if both errors are rounding; False for NaN."""
         return self.double_error < DOUBLE_TOLERANCE and self.single_error < SINGLE_TOLERANCE
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the trials found.
+    """The result of a check.
 
     Attributes:
-        trials: the errors, trial by trial.
-        guilty: the spaces and shifts that change the function when they act alone; searched only after a failure.
+        trials: errors of each random transform.
+        guilty: names of the spaces and shifts that change the function when they act alone; empty unless a trial
+            failed.
     """
 
     trials: tuple[Trial, ...]
@@ -54,89 +62,90 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the function was left as it was in every trial."""
+        """True if no trial changed the function."""
         return all(trial.passed for trial in self.trials)
 
 
-def check(
-    model: nn.Module, symmetry: Symmetry, *inputs: Tensor, trials: int = 3, seed: int = 0
-) -> CheckReport:
+def check(model: nn.Module, symmetry: Symmetry, *inputs: Example | None, trials: int = 3, seed: int = 0) -> CheckReport:
     """Compare the model with randomly transformed copies of itself, in eval mode.
 
-    The model is left untouched, and so is the global random state.
+    Neither the model nor the global random state is changed.
 
     Args:
-        model: the model; its parameters give the scales, not the values.
-        symmetry: what should leave its function unchanged.
-        inputs: an example; floating inputs are drawn anew with the same shapes, others are kept.
-        trials: how many random transforms.
-        seed: for transforms, inputs and parameters.
+        model: the model; random parameters of the same scale take the place of its own.
+        symmetry: the symmetry that is checked.
+        inputs: example arguments, or one mapping of them by name; floating inputs are replaced by random ones of the
+            same shape, others are kept.
+        trials: number of random transforms.
+        seed: seed of transforms, inputs and parameters.
 
     Raises:
-        SymmetryError: an axis does not fit the model, or the model returns no floating tensor.
+        SymmetryError: an axis or an input does not fit the model, or the model returns no floating tensor.
     """
+    # Shapes first: an axis that does not fit would fail far from its cause.
     symmetry.check(_tensors_of(model))
     with torch.random.fork_rng(), in_mode(model, training=False), torch.no_grad():
         seeds = range(seed, seed + trials)
-        found = tuple(_trial(model, symmetry, inputs, each) for each in seeds)
-        suspects = () if all(trial.passed for trial in found) else _parts(symmetry)
+        arguments = positional_inputs(model, *inputs)
+        results = tuple(_trial(model, symmetry, arguments, s) for s in seeds)
+        suspects = () if all(trial.passed for trial in results) else _parts(symmetry)
         guilty = tuple(
-            name
-            for name, part in suspects
-            if not all(_trial(model, part, inputs, each).passed for each in seeds)
+            name for name, part in suspects if not all(_trial(model, part, arguments, s).passed for s in seeds)
         )
-    return CheckReport(found, guilty)
+    return CheckReport(results, guilty)
 
 
-def prove(model: nn.Module, symmetry: Symmetry, *inputs: Tensor) -> Symmetry:
-    """The symmetry, if `check` finds that it leaves the model's function as it is.
+def prove(model: nn.Module, symmetry: Symmetry, *inputs: Example | None) -> Symmetry:
+    """Return the symmetry unchanged if `check` passes, and refuse it otherwise.
 
     Args:
-        model: see `check`.
-        symmetry: traced, read from a config, or written by hand.
-        inputs: an example.
+        model: the model, as in `check`.
+        symmetry: a symmetry that was traced, derived from a config, or written by hand.
+        inputs: example arguments of the model, as in `check`.
 
     Raises:
-        SymmetryError: naming the spaces and shifts that change the function.
+        SymmetryError: the function changes; the message names the guilty spaces and shifts.
     """
     report = check(model, symmetry, *inputs)
     if report.passed:
         return symmetry
     worst = max(trial.double_error for trial in report.trials)
-    # Spaces may pass alone and fail together.
+    # Each space may pass alone while all fail together.
     guilty = "; ".join(report.guilty) or "all spaces together"
     raise SymmetryError(
         f"{type(model).__name__} becomes another function (off by {worst:.1e} in float64) under: {guilty}; "
-        "leave these out, or write them as the architecture has them"
+        "leave these out, or correct their axes"
     )
 
 
 def _parts(symmetry: Symmetry) -> Iterator[tuple[str, Symmetry]]:
-    """Every space and every shift alone, by name."""
+    """Yield every space and every shift as a symmetry of its own, with its name."""
+    # Folds stay in every part, because a space may need them.
     for space in symmetry.spaces:
         yield space.name, replace(symmetry, spaces=(space,), shifts=())
     for shift in symmetry.shifts:
         yield str(shift), replace(symmetry, spaces=(), shifts=(shift,))
 
 
-def _trial(model: nn.Module, symmetry: Symmetry, inputs: tuple[Tensor, ...], seed: int) -> Trial:
+def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -> Trial:
     generator = torch.Generator().manual_seed(seed)
-    state = _shaken(model, generator)
-    drawn = tuple(_redrawn(tensor, generator) for tensor in inputs)
-    transform = _moving(symmetry, generator)
+    state = _perturb(model, generator)
+    random_inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in inputs)
+    transform = _random_transform(symmetry, generator)
     translation = random_translation(symmetry.shifts, state, generator)
 
     def move(original: State) -> State:
         return translation.act(transform.act(symmetry.fold(original)))
 
+    # float64 tells rounding from a wrong symmetry; float32 tells whether the maps are well-conditioned enough to train.
     return Trial(
-        _error(model, move, state, drawn, torch.float64),
-        _error(model, move, state, drawn, torch.float32),
+        _error(model, move, state, random_inputs, torch.float64),
+        _error(model, move, state, random_inputs, torch.float32),
     )
 
 
-def _moving(symmetry: Symmetry, generator: torch.Generator) -> Transform:
-    """A random transform; a draw that leaves a space in place would prove nothing about it."""
+def _random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transform:
+    """Draw a transform without identity elements, which would prove nothing about their spaces."""
     elements = {}
     for space in symmetry.spaces:
         draws = (space.group.random(generator) for _ in range(_DRAWS))
@@ -145,39 +154,37 @@ def _moving(symmetry: Symmetry, generator: torch.Generator) -> Transform:
 
 
 def _error(
-    model: nn.Module,
-    move: Callable[[State], State],
-    state: State,
-    inputs: tuple[Tensor, ...],
-    dtype: torch.dtype,
+    model: nn.Module, move: Callable[[State], State], state: State, inputs: Arguments, dtype: torch.dtype
 ) -> float:
     original = {name: _cast(tensor, dtype) for name, tensor in state.items()}
-    arguments = tuple(_cast(tensor, dtype) for tensor in inputs)
-    before = _outputs(model, original, arguments)
-    after = _outputs(model, move(original), arguments)
-    scale = _largest(before)
-    worst = _largest([a - b for a, b in zip(before, after, strict=True)])
+    arguments = tuple(None if tensor is None else _cast(tensor, dtype) for tensor in inputs)
+    expected = _outputs(model, original, arguments)
+    actual = _outputs(model, move(original), arguments)
+    scale = _largest(expected)
+    worst = _largest([a - b for a, b in zip(expected, actual, strict=True)])
+    # An output of zeros has no relative error.
     return worst / scale if scale > 0 else worst
 
 
 def _largest(tensors: list[Tensor]) -> float:
-    # torch's maximum is not a number if any entry is; Python's is not.
+    # The maximum is torch's, which is NaN if any entry is; Python's would drop a NaN.
     return float(torch.stack([tensor.abs().max().cpu() for tensor in tensors]).max())
 
 
-def _outputs(model: nn.Module, state: State, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    # A model that draws noise draws the same noise every time.
+def _outputs(model: nn.Module, state: State, inputs: Arguments) -> list[Tensor]:
+    # A model that draws noise then draws the same noise every time.
     torch.manual_seed(0)
-    # Buffers may be written to in the forward pass; tied names are given one by one.
+    # Copies, because a forward pass may write to buffers. Names are not tied, because each may be transformed alone.
     copies = {name: tensor.clone() for name, tensor in state.items()}
     kind = type(model).__name__
     try:
         output = functional_call(model, copies, inputs, tie_weights=False)
-    except RuntimeError as error:
-        dtypes = {str(tensor.dtype) for tensor in inputs}
+    except Exception as error:  # the model's own code may raise anything
+        dtypes = {str(tensor.dtype) for tensor in inputs if tensor is not None}
         raise SymmetryError(
             f"{kind} does not run on inputs of {', '.join(dtypes)} with parameters to match: {error}; "
-            "let what it makes itself follow the dtype of its input"
+            "pass an example as its forward method takes it, and make tensors that it creates follow the dtype of its "
+            "input"
         ) from error
     outputs = list(_tensors(output))
     if not outputs:
@@ -201,34 +208,34 @@ def _tensors(output: object) -> Iterator[Tensor]:
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names, those that are not saved included."""
+    """Return parameters and buffers under all their names, including buffers that are not saved."""
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
     return dict([*parameters, *buffers])
 
 
-def _shaken(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Generic values of the same size; tensors that share memory stay equal."""
-    seen: dict[tuple[object, ...], Tensor] = {}
+def _perturb(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the tensors of a model with noise added; tensors that share memory stay equal."""
+    perturbed: dict[tuple[object, ...], Tensor] = {}
     result = {}
     for name, tensor in _tensors_of(model).items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if key not in seen:
-            seen[key] = _shake(tensor, generator) if tensor.is_floating_point() else tensor
-        result[name] = seen[key]
+        if key not in perturbed:
+            perturbed[key] = _add_noise(tensor, generator) if tensor.is_floating_point() else tensor
+        result[name] = perturbed[key]
     return result
 
 
-def _shake(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _add_noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
     if not isinstance(tensor, nn.Parameter):
-        # A variance must stay positive.
-        return torch.where(tensor == 0, _SHAKE * noise.abs(), tensor * torch.exp(_SHAKE * noise))
+        # A buffer may be a variance, which must stay positive.
+        return torch.where(tensor == 0, _NOISE * noise.abs(), tensor * torch.exp(_NOISE * noise))
     scale = float(tensor.double().square().mean().sqrt())
-    return tensor + _SHAKE * noise * (scale or 1.0)
+    return tensor + _NOISE * noise * (scale or 1.0)
 
 
-def _redrawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
@@ -240,7 +247,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode, and every module back afterwards."""
+    """Put a model into training or evaluation mode, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:

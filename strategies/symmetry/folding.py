@@ -1,13 +1,14 @@
-"""Folding: a norm's gain moves into the layers that read it, so that nothing keeps the residual stream in place.
+"""Folding: the weight and bias of a norm move into the layers that read it, so that the residual stream can rotate.
 
-    W (gain * n(x) + bias) + b  =  (W diag(gain)) n(x) + (b + W bias)        n(x): the norm without gain and bias
+    W (w * n(x) + b) + c  =  (W diag(w)) n(x) + (c + W b)        n(x): the norm without weight w and bias b
 
-A gain speaks of single entries of the stream; with all gains 1 the stream may be turned. The state keeps its names
-and shapes and the model its function, but not its parametrisation: gains become 1, and gradients of the folded model
-are others. Where a reader has no bias the norm keeps `bias / gain`, which turns with the stream as any vector
-(SliceGPT, Ashkboos et al. 2024, arXiv 2401.15024; Theus et al. 2025, arXiv 2506.22712).
+The weight of a norm belongs to single entries of the residual stream, so it would forbid rotations. Once all weights
+are 1 the stream can rotate. The state keeps its names and shapes, and the model its function, but not its
+parametrisation: weights of norms become 1, and gradients of the folded model differ. Where a reader has no bias the
+norm keeps `b / w`, which rotates with the stream as any vector does (SliceGPT, Ashkboos et al. 2024, arXiv
+2401.15024; Theus et al. 2025, arXiv 2506.22712).
 
-A fold is written `norm -> reader.weight[axis] ...`, the axis being the one that meets the stream.
+A fold is written `norm -> reader.weight[axis] ...`, where the axis is the one that reads the stream.
 """
 
 import re
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from fedbasin.strategies.tensors.state import State, tied
 
-# A bias divided by less would drown all else that turns with the stream.
-_SMALLEST_GAIN = 1e-6
+# A bias divided by a smaller weight would exceed everything else on the stream by orders of magnitude.
+_SMALLEST_WEIGHT = 1e-6
 
 
 class FoldError(ValueError):
@@ -29,7 +30,7 @@ class FoldError(ValueError):
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight that meets a norm's output along `axis`."""
+    """The weight of a layer that reads the output of a norm along `axis`."""
 
     tensor: str
     axis: int
@@ -39,21 +40,21 @@ class Reader:
 
     @property
     def bias(self) -> str:
-        """The name that the layer's bias has if there is one."""
+        """The name of the layer's bias, which may not exist."""
         return f"{self.tensor.removesuffix('weight')}bias"
 
     def along(self, weight: Tensor, vector: Tensor) -> Tensor:
-        """The vector in a shape that multiplies the weight along the axis."""
+        """Return the vector in a shape that multiplies the weight along the axis."""
         return vector.reshape(-1, *(1,) * (weight.dim() - 1 - self.axis))
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One norm and all layers that read it.
+    """A norm and all layers that read it.
 
     Attributes:
-        norm: the layer, whose tensors are `norm.weight` and perhaps `norm.bias`.
-        readers: what reads its output; nothing else may.
+        norm: name of the norm, whose tensors are `norm.weight` and perhaps `norm.bias`.
+        readers: the layers that read its output; no other layer may read it.
     """
 
     norm: str
@@ -63,105 +64,110 @@ class Fold:
         return " ".join([f"{self.norm} ->", *map(str, self.readers)])
 
     @property
-    def gain(self) -> str:
-        """The tensor that becomes 1."""
+    def weight(self) -> str:
+        """The name of the norm's weight, which becomes 1."""
         return f"{self.norm}.weight"
 
     def check(self, state: State) -> None:
-        """Check names and shapes, and that no reader is another tensor of the model too.
+        """Check that the fold fits a model.
 
         Raises:
-            FoldError: naming what is in the way.
+            FoldError: a tensor is missing or has another shape, nothing reads the norm, or a reader is tied.
         """
-        shape = _shape(state, self.gain, self)
-        if len(shape) != 1 or not self.readers:
-            raise FoldError(f"{self}: give a norm with one gain per entry, and what reads it")
+        shape = _shape(state, self.weight, self)
+        if len(shape) != 1:
+            raise FoldError(f"{self}: give a norm with one weight per entry")
+        if not self.readers:
+            raise FoldError(
+                f"{self.norm} has no reader in the model to fold into; a head that is tied to the token table cannot "
+                "be one: untie it (tie_word_embeddings = False)"
+            )
         for reader in self.readers:
-            found = _shape(state, reader.tensor, self)
-            if reader.axis >= len(found) or found[reader.axis] != shape[0]:
+            read_shape = _shape(state, reader.tensor, self)
+            if reader.axis >= len(read_shape) or read_shape[reader.axis] != shape[0]:
                 raise FoldError(
-                    f"{self}: {reader.tensor} has shape {found}, whose axis {reader.axis} does not meet "
-                    f"the {shape[0]} entries of {self.gain}; name the axis that reads the norm"
+                    f"{self}: {reader.tensor} has shape {read_shape}, whose axis {reader.axis} does not meet "
+                    f"the {shape[0]} entries of {self.weight}; name the axis that reads the norm"
                 )
             _refuse_tied(state, reader, self)
 
     def apply(self, state: State) -> dict[str, Tensor]:
-        """The tensors that folding changes; none where the gain is 1 and there is no bias to move."""
-        weights = {r.tensor: _scaled(state[r.tensor], r, state[self.gain]) for r in self.readers}
-        changed = {self.gain: torch.ones_like(state[self.gain]), **weights}
-        shift = f"{self.norm}.bias"
-        if shift not in state:
+        """Return the tensors that folding changes, by name."""
+        weight = state[self.weight]
+        changed = {r.tensor: state[r.tensor] * r.along(state[r.tensor], weight) for r in self.readers}
+        changed[self.weight] = torch.ones_like(weight)
+        bias = f"{self.norm}.bias"
+        if bias not in state:
             return changed
+        # The bias moves only if every reader can absorb it: part of it left behind would count twice.
         if all(reader.bias in state for reader in self.readers):
-            moved = {r.bias: _shifted(state, r, state[shift]) for r in self.readers}
-            return {**changed, **moved, shift: torch.zeros_like(state[shift])}
-        return {**changed, shift: self._divided(state[shift], state[self.gain])}
+            biases = {r.bias: _absorb(state, r, state[bias]) for r in self.readers}
+            return {**changed, **biases, bias: torch.zeros_like(state[bias])}
+        return {**changed, bias: self._divide(state[bias], weight)}
 
-    def _divided(self, bias: Tensor, gain: Tensor) -> Tensor:
-        lost = (gain.abs() < _SMALLEST_GAIN) & (bias != 0)
+    def _divide(self, bias: Tensor, weight: Tensor) -> Tensor:
+        lost = (weight.abs() < _SMALLEST_WEIGHT) & (bias != 0)
         if bool(lost.any()):
             raise FoldError(
-                f"{self.gain} is {float(gain[lost][0]):.2g} at entry {int(lost.nonzero()[0])}, where "
-                f"{self.norm}.bias is not 0, and a reader has no bias to take it; give "
+                f"{self.weight} is {float(weight[lost][0]):.2g} at entry {int(lost.nonzero()[0])}, where "
+                f"{self.norm}.bias is not 0, and a reader has no bias to absorb it; give "
                 f"{', '.join(r.tensor for r in self.readers)} a bias, or leave the stream to permutations"
             )
-        return torch.where(bias == 0, bias, bias / gain)
+        # Entries without a bias stay 0 even if the weight is 0 too, where the quotient would be NaN.
+        return torch.where(bias == 0, bias, bias / weight)
 
 
 def fold(folds: Iterable[Fold], state: State) -> dict[str, Tensor]:
-    """The same function with every norm's gain 1. Folding twice changes nothing more.
+    """Return a state with the same function in which the weight of every folded norm is 1; folding is idempotent.
 
     Raises:
-        FoldError: a gain vanishes where the norm's bias could only be divided by it.
+        FoldError: a bias would have to be divided by a weight that is almost 0.
     """
     result = dict(state)
-    for each in folds:
-        result.update(each.apply(result))
+    for step in folds:
+        result.update(step.apply(result))
     return result
 
 
 def check_folds(folds: Iterable[Fold], state: State) -> None:
-    """Check every fold against a model's tensors, and that no reader is folded into twice.
+    """Check every fold against the tensors of a model, and that every reader reads one norm.
 
     Raises:
-        FoldError: naming what is in the way.
+        FoldError: a fold does not fit, or a reader reads two norms.
     """
-    taken: dict[str, str] = {}
-    for each in folds:
-        each.check(state)
-        for reader in each.readers:
-            other = taken.setdefault(reader.tensor, each.norm)
-            if other != each.norm:
-                raise FoldError(f"{reader.tensor} reads {other} and {each.norm}; only one can fold")
+    norms: dict[str, str] = {}
+    for step in folds:
+        step.check(state)
+        for reader in step.readers:
+            norm = norms.setdefault(reader.tensor, step.norm)
+            if norm != step.norm:
+                raise FoldError(
+                    f"{reader.tensor} reads {norm} and {step.norm}, but only one norm can be folded into a "
+                    "layer; leave one of the two out"
+                )
 
 
-def _scaled(weight: Tensor, reader: Reader, gain: Tensor) -> Tensor:
-    return weight * reader.along(weight, gain)
-
-
-def _shifted(state: State, reader: Reader, shift: Tensor) -> Tensor:
-    """The reader's bias with what the norm's own bias adds to the output."""
+def _absorb(state: State, reader: Reader, norm_bias: Tensor) -> Tensor:
+    """Return the reader's bias plus the contribution of the norm's bias to its output."""
     weight, bias = state[reader.tensor], state[reader.bias]
-    added = torch.tensordot(weight.movedim(reader.axis, -1), shift, dims=1)
-    return bias + added.reshape(bias.shape)
+    contribution = torch.tensordot(weight.movedim(reader.axis, -1), norm_bias, dims=1)
+    return bias + contribution.reshape(bias.shape)
 
 
 def _shape(state: State, tensor: str, where: Fold) -> tuple[int, ...]:
     if tensor not in state:
-        raise FoldError(
-            f"{where}: the model has no tensor {tensor!r}; name the norm and what reads it"
-        )
+        raise FoldError(f"{where}: the model has no tensor {tensor!r}; name the norm and the layers that read it")
     return tuple(state[tensor].shape)
 
 
 def _refuse_tied(state: State, reader: Reader, where: Fold) -> None:
-    # Tensors without memory share none.
-    first = tied({name: tensor for name, tensor in state.items() if not tensor.is_meta})
-    own = first.get(reader.tensor)
-    shared = [name for name, other in first.items() if other == own and name != reader.tensor]
-    if own is not None and shared:
+    # Meta tensors have no memory and would all seem to share the same.
+    names = tied({name: tensor for name, tensor in state.items() if not tensor.is_meta})
+    name = names.get(reader.tensor)
+    twins = [n for n, original in names.items() if original == name and n != reader.tensor]
+    if name is not None and twins:
         raise FoldError(
-            f"{where}: {reader.tensor} and {shared[0]} are one tensor, and the gain belongs to one of its "
+            f"{where}: {reader.tensor} and {twins[0]} are one tensor, and the norm's weight belongs to one of its "
             "uses alone; untie them (tie_word_embeddings = False), or leave the stream to permutations"
         )
 
@@ -169,14 +175,14 @@ def _refuse_tied(state: State, reader: Reader, where: Fold) -> None:
 _READER = re.compile(r"(?P<tensor>[^\s\[\]()]+)\[(?P<axis>\d+)\]")
 
 
-def read_fold(line: str) -> Fold:
-    """The fold that is written `line`.
+def parse_fold(line: str) -> Fold:
+    """Parse a line of the notation as a fold.
 
     Raises:
-        FoldError: it is not in the notation.
+        FoldError: the line is not in the notation.
     """
     norm, _, readers = line.partition(" -> ")
-    found = [_READER.fullmatch(word) for word in readers.split()]
-    if not norm or " " in norm.strip() or not found or not all(found):
+    matches = [_READER.fullmatch(word) for word in readers.split()]
+    if not norm or " " in norm.strip() or not matches or not all(matches):
         raise FoldError(f"not a fold: {line!r}; write `norm -> reader.weight[1] ...`")
-    return Fold(norm.strip(), tuple(Reader(m["tensor"], int(m["axis"])) for m in found if m))
+    return Fold(norm.strip(), tuple(Reader(m["tensor"], int(m["axis"])) for m in matches if m))

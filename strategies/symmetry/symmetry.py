@@ -1,7 +1,7 @@
 """A symmetry as data: the spaces of an architecture, and a notation for them.
 
-A *space* is a feature space inside a model; its group may act on it without changing the function, if it acts
-on every tensor that writes or reads the space. In the notation a space is one line:
+A *space* is a feature space inside a model. A group acts on it, and the function of the model stays the same if the
+group acts on every tensor that writes or reads the space. In the notation a space is one line:
 
     hidden   S(512)              0.weight[0] 0.bias[0] 2.weight[1]
     conv1    S(16)               conv.weight[0] bn.weight[0] bn.bias[0] (bn.running_mean[0]) fc.weight[1]
@@ -10,13 +10,13 @@ on every tensor that writes or reads the space. In the notation a space is one l
     heads.1  O(8) wr S(4)        qkv.weight[0,0:8/24] qkv.weight[0,8:16/24]
     moe.0    S(16) wr S(4)       experts.up[0.1] experts.down[0.2]
 
-`tensor[axis]` is the axis that the space owns and `tensor[axis,start:stop]` a part of it; with `/period` that
-part of every run of `period` entries (heads whose query, key and value are interleaved), and with `outer.` before
-the axis that part of every slice along the outer axis (stacked experts). `@role` says which of the group's
-feature spaces it is; parentheses mark what moves with the space but does not count in matching. An axis that is
-longer than the space gives every unit a run of consecutive entries (a flattened channel). A line
-`norm -> reader.weight[axis] ...` is a norm whose gain must be folded first (`folding.py`), a line `+ key.bias` a
-bias that any vector may be added to (`translation.py`).
+`tensor[axis]` is an axis that the space owns, and `tensor[axis,start:stop]` a part of it. With `/period` it is that
+part of every run of `period` entries (heads whose query, key and value are interleaved), and with `outer.` before the
+axis that part of every slice along the outer axis (stacked experts). `@role` selects one of the feature spaces of the
+group. Parentheses mark axes that are transformed with the space but do not count in matching. If an axis is longer
+than the space, every unit owns a run of consecutive entries (a flattened channel). A line `norm ->
+reader.weight[axis] ...` is a norm whose weight must be folded into its readers first (`folding.py`), and a line `+
+key.bias` is a bias to which any vector may be added (`translation.py`).
 """
 
 import hashlib
@@ -29,33 +29,33 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.folding import Fold, FoldError, check_folds, fold, read_fold
+from fedbasin.strategies.symmetry.folding import Fold, FoldError, check_folds, fold, parse_fold
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.groups.group_notation import NotationError, read
+from fedbasin.strategies.symmetry.groups.group_notation import NotationError, parse_group
 from fedbasin.strategies.symmetry.groups.groups import Group
-from fedbasin.strategies.symmetry.translation import Shift, ShiftError, nearest, read_shift
+from fedbasin.strategies.symmetry.translation import Shift, ShiftError, nearest, parse_shift
 from fedbasin.strategies.tensors.state import State
 
 _Line = TypeVar("_Line", Fold, Shift)
 
 
 class SymmetryError(ValueError):
-    """A symmetry that does not parse, or does not fit the tensors that it names."""
+    """A symmetry that is not in the notation, or that does not fit the tensors it names."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of one tensor that belongs to a space.
+    """An axis of a tensor, or a part of it, on which the elements of a space act.
 
     Attributes:
-        tensor: name in the state.
-        dim: the axis of the tensor that the element acts on.
-        part: start and stop on that axis, or None for all of it.
-        role: which of the group's feature spaces it is.
-        scored: whether it counts in matching. Running statistics move with their unit, but their size
-            says nothing about which unit it is.
-        period: the part is that of every run of so many entries, not of the axis.
-        outer: an axis whose slices hold the blocks one after the other, before those of `axis`.
+        tensor: name of the tensor in the state.
+        dim: dimension of the tensor on which the element acts.
+        part: start and stop on that dimension, or None for all of it.
+        role: index of the group's feature space.
+        scored: True if the axis counts in matching. Running statistics are transformed with their unit, but their size
+            does not tell which unit it is.
+        period: number of entries in a run, if the part is a part of every run instead of the whole dimension.
+        outer: dimension whose slices hold the blocks, so that units are numbered along it first and along `dim` second.
     """
 
     tensor: str
@@ -76,11 +76,18 @@ class Axis:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the tensor's every entry."""
+        """True if the axis covers every entry of the tensor."""
         return self.part is None and self.outer is None
 
+    def length(self, shape: tuple[int, ...]) -> int:
+        """Return the number of entries of the part along all dimensions that number the units."""
+        period = self.period or shape[self.dim]
+        start, stop = self.part or (0, period)
+        slices = 1 if self.outer is None else shape[self.outer]
+        return (stop - start) * (shape[self.dim] // period) * slices
+
     def view(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor` that the space owns, sharing its memory."""
+        """Return the part of `tensor` that the space owns, as a view."""
         if self.part is None:
             return tensor
         start, stop = self.part
@@ -90,26 +97,27 @@ class Axis:
         return runs.narrow(self.dim + 1, start, stop - start)
 
     def rows(self, tensor: Tensor, width: int) -> Tensor:
-        """The part as a matrix `[width, features]`: one row for every unit of the space."""
+        """Return the part as a matrix `[width, features]` with one row for every unit of the space."""
         return self._units(tensor).reshape(width, -1)
 
     def act(self, element: Element, tensor: Tensor) -> Tensor:
-        """`tensor` with the element applied to the part."""
+        """Return `tensor` with the element applied to the part."""
+        # Whole axes are the common case, and need no copy of the tensor to write into.
         if self.is_whole:
             return element.act(tensor, self.dim, self.role)
         result = tensor.clone()
         units = self._units(result)
-        moved = element.act(units.flatten(0, self._depth - 1), 0, self.role)
-        units.copy_(moved.reshape(units.shape))
+        transformed = element.act(units.flatten(0, self._depth - 1), 0, self.role)
+        units.copy_(transformed.reshape(units.shape))
         return result
 
     @property
     def _depth(self) -> int:
-        """How many axes of the view number the units."""
+        """Number of dimensions of the view along which the units are numbered."""
         return 1 + (self.period is not None) + (self.outer is not None)
 
     def _units(self, tensor: Tensor) -> Tensor:
-        """The view with the axes that number the units first, from the outermost in."""
+        """Return the view with the dimensions that number the units in front, the outermost first."""
         view = self.view(tensor)
         runs = self._depth - (self.outer is not None)
         outer = [] if self.outer is None else [self.outer + (runs - 1) * (self.outer > self.dim)]
@@ -118,7 +126,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Space:
-    """A feature space, what may act on it, and where it appears."""
+    """A feature space, the group that acts on it, and the axes on which it appears.
+
+    Attributes:
+        name: name of the space, unique in its symmetry and without white space.
+        group: the group that acts on it.
+        axes: every axis that writes or reads the space.
+    """
 
     name: str
     group: Group
@@ -128,7 +142,7 @@ class Space:
         return f"{self.name}  {self.group}  " + " ".join(map(str, self.axes))
 
     def width(self, role: int = 0) -> int:
-        """Units of one role."""
+        """Return the number of units of one role."""
         return self.group.count * self.group.sizes[role]
 
     @cached_property
@@ -138,19 +152,24 @@ class Space:
 
     @cached_property
     def quadratic(self) -> bool:
-        """Whether one tensor carries the space on two axes, so that no step is an exact maximiser."""
+        """True if one tensor carries the space on two axes, so that the objective is not linear in the element."""
         axes = {(axis.tensor, axis.dim) for axis in self.scored}
         return len(axes) > len({tensor for tensor, _ in axes})
 
 
 @dataclass(frozen=True)
 class Symmetry:
-    """All spaces of an architecture. `parse(str(s)) == s`.
+    """All spaces of an architecture, with its folds and shifts.
+
+    Law: `parse(str(s)) == s`.
 
     Attributes:
-        spaces: in the order in which matching visits them.
-        folds: norms whose gains must be 1 for the spaces' elements to keep the function.
-        shifts: biases that may be moved by a vector.
+        spaces: the spaces in the order in which matching visits them.
+        folds: norms whose weights must be 1, so that the elements keep the function.
+        shifts: biases to which any vector may be added.
+
+    Raises:
+        SymmetryError: two spaces have one name, or a space cannot be written in the notation.
     """
 
     spaces: tuple[Space, ...]
@@ -159,49 +178,51 @@ class Symmetry:
 
     def __post_init__(self) -> None:
         names = [space.name for space in self.spaces]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise SymmetryError(
-                f"space {twice[0]!r} stands twice; every space needs a name of its own"
-            )
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise SymmetryError(f"space {duplicates[0]!r} stands twice; give every space a name of its own")
         for space in self.spaces:
-            if _space(str(space)) != space:
-                raise SymmetryError(f"space {space.name!r} cannot be written down: {space}")
+            # Server and clients compare digests of the notation, so a symmetry must survive being written and read.
+            if _parse_space(str(space)) != space:
+                raise SymmetryError(
+                    f"space {space.name!r} cannot be written down as {space}; names must not contain white "
+                    "space or brackets, and numbers must be positive"
+                )
 
     def __str__(self) -> str:
         return "".join(f"{line}\n" for line in (*self.spaces, *self.folds, *self.shifts))
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the notation: two parties with the same digest move the same tensors."""
+        """SHA-256 of the notation; two parties with the same digest transform the same tensors."""
         return hashlib.sha256(str(self).encode()).digest()
 
     def fold(self, state: State) -> dict[str, Tensor]:
-        """The same function in the parametrisation on which the elements act; without folds the same state.
+        """Fold every norm into its readers, which keeps the function; without folds the state is only copied.
 
         Raises:
-            FoldError: a norm's gain vanishes where it would have to be divided by.
+            FoldError: a bias would have to be divided by a weight that is almost 0.
         """
         return fold(self.folds, state)
 
     def translate(self, anchor: State, client: State) -> dict[str, Tensor]:
-        """The client's function in the biases that are closest to the anchor; without shifts the same state.
+        """Shift the client's biases as close to the anchor as the function allows.
 
-        It is exact, but depends on the client's projections: those should be aligned already.
+        The shifts are exact minimisers for the client's present projections, so align the client first.
         """
         return nearest(self.shifts, anchor, client).act(client)
 
     def check(self, state: State) -> None:
-        """Check that every axis and every fold fits the tensors of a model.
+        """Check that every axis, fold and shift fits the tensors of a model; only shapes and types are read.
 
         Raises:
-            SymmetryError: a tensor is missing or not floating, an axis is not a multiple of its space's
-                width, a role has nothing to match by, two axes overlap, or a norm or shift does not fit.
+            SymmetryError: a tensor is missing or not floating, an axis is not a multiple of the width of its space, a
+                role has no scored axis, two axes overlap, or a fold or shift does not fit.
         """
         for space in self.spaces:
             _check_roles(space)
             for axis in space.axes:
-                _check(space, axis, state)
+                _check_axis(space, axis, state)
         _check_overlaps(self, state)
         try:
             check_folds(self.folds, state)
@@ -211,21 +232,19 @@ class Symmetry:
             raise SymmetryError(str(error)) from error
 
 
-def _check(space: Space, axis: Axis, state: State) -> None:
+def _check_axis(space: Space, axis: Axis, state: State) -> None:
     where = f"space {space.name!r}, axis {axis}"
     if axis.tensor not in state:
-        raise SymmetryError(
-            f"{where}: the model has no such tensor; was it made for another model?"
-        )
+        raise SymmetryError(f"{where}: the model has no such tensor; was it made for another model?")
     if not state[axis.tensor].is_floating_point():
-        raise SymmetryError(
-            f"{where}: the tensor is {state[axis.tensor].dtype}; only floating tensors can be matched"
-        )
+        raise SymmetryError(f"{where}: the tensor is {state[axis.tensor].dtype}; only floating tensors can be matched")
     shape = tuple(state[axis.tensor].shape)
     if not -1 < axis.dim < len(shape):
-        raise SymmetryError(f"{where}: the tensor has shape {shape} and no axis {axis.dim}")
+        raise SymmetryError(f"{where}: the tensor has shape {shape} and no axis {axis.dim}; axes are counted from 0")
     if not axis.role < len(space.group.sizes):
-        raise SymmetryError(f"{where}: {space.group} has roles 0 to {len(space.group.sizes) - 1}")
+        raise SymmetryError(
+            f"{where}: {space.group} has roles 0 to {len(space.group.sizes) - 1}; name one of them after @"
+        )
     _check_part(where, space.width(axis.role), axis, shape)
 
 
@@ -234,26 +253,31 @@ def _check_part(where: str, width: int, axis: Axis, shape: tuple[int, ...]) -> N
     period = axis.period or length
     start, stop = axis.part or (0, period)
     if length % period:
-        raise SymmetryError(f"{where}: an axis of {length} does not fall into runs of {period}")
+        raise SymmetryError(
+            f"{where}: an axis of {length} does not fall into runs of {period}; give a period that divides it"
+        )
     if axis.outer is not None and (axis.outer == axis.dim or not -1 < axis.outer < len(shape)):
-        raise SymmetryError(f"{where}: the tensor has shape {shape} and no outer axis {axis.outer}")
-    slices = 1 if axis.outer is None else shape[axis.outer]
-    if not 0 <= start < stop <= period or (stop - start) * (length // period) * slices % width:
+        raise SymmetryError(
+            f"{where}: the tensor has shape {shape} and no outer axis {axis.outer}; give another of its axes"
+        )
+    if not 0 <= start < stop <= period or axis.length(shape) % width:
         raise SymmetryError(
             f"{where}: entries {start} to {stop} of an axis of {length} are not a multiple "
-            f"of the space's {width} units"
+            f"of the space's {width} units; correct the part, or the group of the space"
         )
 
 
 def _check_roles(space: Space) -> None:
-    silent = set(range(len(space.group.sizes))) - {axis.role for axis in space.scored}
-    if silent:
+    # A maximiser needs a score for every role, and scores are sums over scored axes.
+    unscored = set(range(len(space.group.sizes))) - {axis.role for axis in space.scored}
+    if unscored:
         raise SymmetryError(
-            f"space {space.name!r} has no scored axis on role {min(silent)}; add one to match by"
+            f"space {space.name!r} has no scored axis on role {min(unscored)}; add one, so that the role can be matched"
         )
 
 
 def _check_overlaps(symmetry: Symmetry, state: State) -> None:
+    # Owners are numbered by their space, or by -2 - space along an outer axis; -1 is no owner.
     owners: dict[tuple[str, int], Tensor] = {}
     for number, space in enumerate(symmetry.spaces):
         for axis in space.axes:
@@ -261,67 +285,65 @@ def _check_overlaps(symmetry: Symmetry, state: State) -> None:
                 length = state[axis.tensor].shape[dim]
                 whole = owners.setdefault((axis.tensor, dim), torch.full((length,), -1))
                 entries = claim.view(whole)
-                # Members of one space may have an outer axis in common: all move along it together.
-                taken = entries[entries != (-1 if dim == axis.dim else -2 - number)]
-                taken = taken[taken != -1]
-                if taken.numel():
-                    other = _owner(symmetry, int(taken[0]))
+                is_outer = dim != axis.dim
+                # Axes of one space may share an outer axis, because they move along it together.
+                rivals = entries[(entries != -1) & ((entries != -2 - number) | (not is_outer))]
+                if rivals.numel():
+                    code = int(rivals[0])
+                    owner = symmetry.spaces[code if code >= 0 else -2 - code].name
                     raise SymmetryError(
-                        f"space {space.name!r}, axis {axis}: space {other!r} already moves entries of "
+                        f"space {space.name!r}, axis {axis}: space {owner!r} already moves entries of "
                         f"this axis; give each entry to one space"
                     )
-                entries.fill_(number if dim == axis.dim else -2 - number)
+                entries.fill_(-2 - number if is_outer else number)
 
 
 def _claims(axis: Axis) -> Iterator[tuple[int, Axis]]:
-    """The axes along which an axis moves entries, with its part of them as a vector."""
+    """Yield the dimensions along which an axis moves entries, each with the part of it as an axis of a vector."""
     yield axis.dim, Axis(axis.tensor, 0, axis.part, period=axis.period)
     if axis.outer is not None:
         yield axis.outer, Axis(axis.tensor, 0)
 
 
-def _owner(symmetry: Symmetry, code: int) -> str:
-    return symmetry.spaces[code if code >= 0 else -2 - code].name
-
-
-_MEMBER = re.compile(
+_AXIS = re.compile(
     r"(?P<open>\()?(?P<tensor>[^\s\[\]()]+)\[(?:(?P<outer>\d+)\.)?(?P<axis>\d+)"
     r"(?:,(?P<start>\d+):(?P<stop>\d+)(?:/(?P<period>\d+))?)?\](?:@(?P<role>\d+))?(?P<close>\))?"
 )
-# Members have brackets and groups have none.
+# Axes have brackets and groups have none, which is how the two are told apart.
 _LINE = re.compile(r"(?P<name>[^\s#]\S*)\s+(?P<group>[^\[\]]*\S)\s+(?P<axes>[^\s\[\]]+\[.*)")
 
 
 def parse(text: str) -> Symmetry:
-    """Read the notation; blank lines and lines that begin with `#` are skipped.
+    """Parse a symmetry in the notation; blank lines and lines that begin with `#` are skipped.
 
     Raises:
-        SymmetryError: naming the line that is not in the notation.
+        SymmetryError: a line is not in the notation; the message names it.
     """
     lines = [line for raw in text.splitlines() if (line := raw.strip()) and line[0] != "#"]
-    shifts = tuple(_read(read_shift, line) for line in lines if line.startswith("+ "))
-    folds = tuple(_read(read_fold, line) for line in lines if " -> " in line)
-    rest = (line for line in lines if " -> " not in line and not line.startswith("+ "))
-    return Symmetry(tuple(_space(line) for line in rest), folds, shifts)
+    # Names may contain "+" and "->", so only a sign that stands by itself makes a shift or a fold.
+    shifts = tuple(_parse_line(parse_shift, line) for line in lines if line.startswith("+ "))
+    folds = tuple(_parse_line(parse_fold, line) for line in lines if " -> " in line)
+    spaces = (line for line in lines if " -> " not in line and not line.startswith("+ "))
+    return Symmetry(tuple(_parse_space(line) for line in spaces), folds, shifts)
 
 
-def _read(read_line: Callable[[str], _Line], line: str) -> _Line:
+def _parse_line(parse_one: Callable[[str], _Line], line: str) -> _Line:
     try:
-        return read_line(line)
+        return parse_one(line)
     except (FoldError, ShiftError) as error:
         raise SymmetryError(str(error)) from error
 
 
-def _space(line: str) -> Space:
+def _parse_space(line: str) -> Space:
     match = _LINE.fullmatch(line)
     if match is None:
         raise SymmetryError(f"not a space: {line!r}; write `name  S(8)  tensor[axis] ...`")
-    axes = tuple(_axis(word, line) for word in match["axes"].split())
-    return Space(match["name"], _group(match["group"], line), axes)
+    axes = tuple(_parse_axis(word, line) for word in match["axes"].split())
+    return Space(match["name"], _parse_group(match["group"], line), axes)
 
 
-def _axis(word: str, line: str) -> Axis:
-    match = _MEMBER.fullmatch(word)
+def _parse_axis(word: str, line: str) -> Axis:
+    match = _AXIS.fullmatch(word)
     if match is None or (match["open"] is None) != (match["close"] is None):
         raise SymmetryError(f"not an axis: {word!r} in {line!r}; write `tensor[axis]`")
     part = (int(match["start"]), int(match["stop"])) if match["start"] else None
@@ -336,8 +358,8 @@ def _axis(word: str, line: str) -> Axis:
     )
 
 
-def _group(text: str, line: str) -> Group:
+def _parse_group(text: str, line: str) -> Group:
     try:
-        return read(text)
+        return parse_group(text)
     except NotationError as error:
         raise SymmetryError(f"{error} in {line!r}") from error

@@ -1,7 +1,7 @@
-"""Examples, batch by batch, and how a model is run on them: a client's own, or a server's probe set.
+"""Batches of examples, and the forward pass of a model on them.
 
-A batch is what a `DataLoader` yields: `(inputs, targets)`, or `(inputs, targets, mask)` where sequences are
-padded. Inputs are a tensor, passed as `model(inputs)`, or a mapping, passed as `model(**inputs)`.
+A batch is what a `DataLoader` yields: `(inputs, targets)`, or `(inputs, targets, mask)` for padded sequences. Inputs
+are a tensor, passed as `model(inputs)`, or a mapping, passed as `model(**inputs)`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,15 +17,22 @@ from torch.func import functional_call
 from fedbasin.strategies.tensors.state import State
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
-Batches: TypeAlias = Iterable["Batch | Sequence[Any]"]
+Batches: TypeAlias = Iterable["Batch | Sequence[Any] | Mapping[str, Any]"]
+
+# Keys of the inputs and of the targets in batches that are dictionaries.
+_INPUT_KEYS = {"img", "image", "x", "input", "inputs", "pixel_values", "features"}
+_TARGET_KEYS = {"label", "labels", "y", "target", "targets"}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples along the first axis.
+    """A batch of examples along the first axis.
 
-    `mask` is boolean, `[batch, tokens]`, and true where a token counts, false where it is padding. It only
-    says what to leave out of sums: a model that needs it too finds it among its inputs.
+    Attributes:
+        inputs: tensor, or tensors by the model's argument names.
+        targets: class indices.
+        mask: boolean `[batch, tokens]`, true for tokens that count in sums and false for padding. It is not passed to
+            the model, which finds its own mask among the inputs if it needs one.
     """
 
     inputs: Inputs
@@ -35,13 +42,10 @@ class Batch:
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Tensor | Mapping):
             raise TypeError(
-                f"inputs of a batch are a {type(self.inputs).__name__}; "
-                "yield a tensor or a mapping of tensors"
+                f"inputs of a batch are a {type(self.inputs).__name__}; yield a tensor or a mapping of tensors"
             )
         if not isinstance(self.targets, Tensor):
-            raise TypeError(
-                f"targets of a batch are a {type(self.targets).__name__}; yield a tensor of class indices"
-            )
+            raise TypeError(f"targets of a batch are a {type(self.targets).__name__}; yield a tensor of class indices")
         if self.mask is not None and (self.mask.dtype != torch.bool or self.mask.ndim != 2):
             raise ValueError(
                 f"mask of a batch is {self.mask.dtype} {list(self.mask.shape)}; "
@@ -49,29 +53,28 @@ class Batch:
             )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with every tensor changed."""
+        """Return the batch with a function applied to every tensor."""
         inputs = self.inputs
         changed = (
-            change(inputs)
-            if isinstance(inputs, Tensor)
-            else {name: change(tensor) for name, tensor in inputs.items()}
+            change(inputs) if isinstance(inputs, Tensor) else {name: change(tensor) for name, tensor in inputs.items()}
         )
         mask = None if self.mask is None else change(self.mask)
         return Batch(changed, change(self.targets), mask)
 
 
-def read(batches: Batches, model: nn.Module) -> Iterator[Batch]:
-    """Each batch, on the device where `model` lives.
+def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
+    """Yield each batch on the device of the model.
 
     Raises:
-        ValueError: There was not a single example.
+        ValueError: the batches contain no example.
     """
-    place = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    # A model without parameters and buffers runs where its inputs are, which is taken to be the CPU.
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     examples = 0
     for item in batches:
         batch = item if isinstance(item, Batch) else _batch(item)
         examples += len(batch.targets)
-        yield batch.map(lambda tensor: tensor.to(place))
+        yield batch.map(lambda tensor: tensor.to(device))
     if not examples:
         raise ValueError(
             "the data held no examples; pass at least one non-empty batch, and a fresh iterable "
@@ -79,23 +82,48 @@ def read(batches: Batches, model: nn.Module) -> Iterator[Batch]:
         )
 
 
-def _batch(item: Sequence[Any]) -> Batch:
+def _batch(item: Sequence[Any] | Mapping[str, Any]) -> Batch:
+    if isinstance(item, Mapping):
+        return _from_mapping(item)
     if not isinstance(item, Sequence) or len(item) not in (2, 3):
         size = f" of {len(item)}" if isinstance(item, Sequence) else ""
         raise TypeError(
             f"a batch is a {type(item).__name__}{size}; "
-            "yield (inputs, targets) or (inputs, targets, mask)"
+            "yield (inputs, targets), (inputs, targets, mask) or a dictionary"
         )
     return Batch(*item)
 
 
+def _from_mapping(item: Mapping[str, Any]) -> Batch:
+    """Read a dictionary: images and labels as in Flower's quickstart, or tokens as tokenizers batch them."""
+    targets = [key for key in item if key in _TARGET_KEYS]
+    inputs = [key for key in item if key in _INPUT_KEYS]
+    if len(targets) == 1 and "input_ids" in item:
+        mask = item.get("attention_mask")
+        tokens = {key: tensor for key, tensor in item.items() if key not in targets}
+        return Batch(tokens, item[targets[0]], None if mask is None else mask.bool())
+    if len(targets) == 1 and len(inputs) == 1:
+        return Batch(item[inputs[0]], item[targets[0]])
+    raise TypeError(
+        f"a batch is a dictionary with the keys {', '.join(map(repr, item))}, among which there are {len(inputs)} inputs "
+        f"(of {', '.join(sorted(_INPUT_KEYS))}) and {len(targets)} targets (of {', '.join(sorted(_TARGET_KEYS))}); yield "
+        "one of each, or (inputs, targets)"
+    )
+
+
 def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tensor:
-    """The logits of a batch, `[..., classes]`, under the model's own tensors or those of `state`.
+    """Return the logits of a batch, `[..., classes]`.
+
+    Args:
+        model: model to run.
+        batch: examples.
+        state: tensors to use in place of the model's; None uses the model's.
 
     Raises:
-        TypeError: The model returned neither logits nor an object with an attribute `logits`.
+        TypeError: the model returned neither a tensor nor an object with an attribute `logits`.
     """
     values, inputs = dict(state or {}), batch.inputs
+    # functional_call leaves the model's own tensors untouched, also if the forward pass raises.
     if isinstance(inputs, Tensor):
         output = functional_call(model, values, (inputs,))
     else:
@@ -111,7 +139,8 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; afterwards each one in the mode that it had."""
+    """Set every module to evaluation mode, and restore each module's mode afterwards."""
+    # Per module, because apps train with some modules in evaluation mode, as a frozen BatchNorm.
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -9,61 +9,62 @@ from torch import Tensor
 
 State: TypeAlias = Mapping[str, Tensor]
 
-# As torch's normalisation layers call what they measure, and do not learn.
+# Names that torch's normalisation layers give to statistics, which are measured and not learned.
 MEASURED = ("running_mean", "running_var")
 
-_PIECE = 2**18  # elements
+# Elements of a piece of a tensor: 1 MiB of float32, which stays in the cache.
+_PIECE = 2**18
 
 
 def floating(state: State) -> dict[str, Tensor]:
-    """The tensors that can be averaged; counters and indices are left to the anchor."""
+    """Return the tensors that can be averaged, which leaves out counters and indices."""
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
 def tied(state: State) -> dict[str, str]:
-    """For each name the first name of the same tensor, where a model uses one under several names.
+    """Return for each name the first name of the same tensor, as for embeddings that are tied to the head.
 
     Args:
-        state: of a model itself, whose tensors still share their memory.
+        state: state of the model itself, because copies of its tensors do not share memory.
     """
-    first: dict[tuple[object, ...], str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
     return {
         # An empty tensor has no memory to share.
-        name: first.setdefault((t.data_ptr(), t.shape, t.stride()), name) if t.numel() else name
+        name: first_names.setdefault((t.data_ptr(), t.shape, t.stride()), name) if t.numel() else name
         for name, t in state.items()
     }
 
 
 def distance(a: State, b: State) -> float:
-    """Euclidean distance of the floating tensors that `a` and `b` share."""
+    """Return the Euclidean distance of the floating tensors whose names `a` and `b` share."""
     return math.hypot(
         *(
-            # Summed in double: a half-precision norm overflows at 65504.
-            float(torch.linalg.vector_norm(ours - theirs, dtype=torch.float64))
+            # In double, because a half-precision norm overflows at 65504.
+            float(torch.linalg.vector_norm(x - y, dtype=torch.float64))
             for name, tensor in floating(a).items()
             if name in b
-            for ours, theirs in zip(_pieces(tensor), _pieces(b[name]), strict=True)
+            for x, y in zip(_pieces(tensor), _pieces(b[name]), strict=True)
         )
     )
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """In parts whose difference stays in the cache."""
+    """Return the tensor in pieces whose difference stays in the cache."""
     return tensor.reshape(-1).split(_PIECE)
 
 
-def beyond(a: State, b: State, t: float) -> dict[str, Tensor]:
-    """The point `(1 - t) a + t b` of the parameters, where t may be more than 1.
+def extrapolate(a: State, b: State, t: float) -> dict[str, Tensor]:
+    """Return the point `(1 - t) a + t b` for any t, also beyond `b`.
 
-    Running statistics are taken from `b`: beyond it a variance might be negative.
+    Running statistics are those of `b`, because an extrapolated variance can be negative.
     """
-    moved = interpolate(a, b, t)
-    return {name: tensor if name.endswith(MEASURED) else moved[name] for name, tensor in b.items()}
+    point = interpolate(a, b, t)
+    return {name: tensor if name.endswith(MEASURED) else point[name] for name, tensor in b.items()}
 
 
 def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:
-    """The point `(1 - t) a + t b`; tensors that are not floating come from `b`."""
+    """Return the point `(1 - t) a + t b`; tensors that are not floating are those of `b`."""
+    # lerp is exact at both ends, where `(1 - t) a + t b` rounds.
     return {
-        name: torch.lerp(a[name], tensor, t) if tensor.is_floating_point() else tensor
-        for name, tensor in b.items()
+        name: torch.lerp(a[name], tensor, t) if tensor.is_floating_point() else tensor for name, tensor in b.items()
     }

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks [NAME ...]`: measure all figures, or these, and write docs/benchmarks.md."""
+"""`python -m tests.benchmarks [NAME ...]`: measure all figures, or these, and write docs/records/benchmarks.md."""
 
 import sys
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from rich.console import Console
 
 from tests.benchmarks import (
-    bench_certificate,
     bench_finish,
     bench_fold,
+    bench_identity_bounds,
     bench_layers,
     bench_lora,
     bench_matching,
@@ -31,7 +31,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "finish": bench_finish.measure,
     "memory": bench_memory.measure,
     "tensors": bench_tensors.measure,
-    "certificate": bench_certificate.measure,
+    "identity_bounds": bench_identity_bounds.measure,
     "matching": bench_matching.measure,
     "matching-memory": bench_matching_memory.measure,
     "layers": bench_layers.measure,

@@ -13,14 +13,7 @@ from torch import Tensor
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update
-from tests.benchmarks.figures import (
-    Figure,
-    Goal,
-    Say,
-    in_fresh_process,
-    median_ratio,
-    peak_resident_bytes,
-)
+from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, median_ratio, peak_resident_bytes
 
 WIDTH, INNER, LAYERS = 768, 3072, 12
 READS = dict.fromkeys(("query", "key", "value"), "stream")
@@ -55,8 +48,8 @@ class Seconds(NamedTuple):
 HOW = f"""One of the {LAYERS} layers of a transformer of width {WIDTH} with a feed-forward part of {INNER}; all are alike, so the model
 takes {LAYERS} times as long. {CLIENTS} clients send weights and Gram matrices in float32, without biases. The usual way keeps all replies,
 and then stacks and sums the Gram matrices of each of six linear maps, sums `W_k G_k` and multiplies by `torch.inverse`.
-fedbasin's `Accumulator` folds replies as they come, in float64, and solves with one Cholesky factor for query, key and value. Both make the
-same products `W_k G_k`; fedbasin makes them while it waits for other clients, so from the last reply on there is one fold and
+fedbasin's `Accumulator` adds replies as they come, in float64, and solves with one Cholesky factor for query, key and value. Both make the
+same products `W_k G_k`; fedbasin makes them while it waits for other clients, so from the last reply on there is one addition and
 `finalize`. Results agree to 1e-6, in float32 to 1e-2. Seconds of the processor, as other work runs beside, on {THREADS} threads together;
 {REPETITIONS} times in turns, medians. Operations are counted as 2 for a product and its sum: `2 n^2 m` for a product, `8/3 n^3` for an inverse (LU, then as many right-hand sides as
 columns), `n^3 / 3` for a Cholesky factor, `2 n^2 m` for solving with it. What bounds the second goal: 22 Gflop multiply by the inverse or solve
@@ -98,8 +91,7 @@ def _row(way: str, of: Sequence[Seconds], peaks: Sequence[int] | None) -> tuple[
 def _goals(seconds: Mapping[str, Sequence[Seconds]], peaks: Sequence[int]) -> list[Goal]:
     usual, ours = seconds["inverses, float64"], seconds["fedbasin"]
     last = median_ratio(
-        [_from_the_last(each, ours=False) for each in usual],
-        [_from_the_last(each, ours=True) for each in ours],
+        [_from_the_last(each, ours=False) for each in usual], [_from_the_last(each, ours=True) for each in ours]
     )
     solve = median_ratio([each.solve for each in usual], [each.solve for each in ours])
     whole = median_ratio([s.sums + s.solve for s in usual], [s.sums + s.solve for s in ours])
@@ -143,10 +135,7 @@ def replies(count: int) -> Iterator[Reply]:
     """Made one by one. Features have a few common directions, and each its own noise."""
     for client in range(count):
         draw = torch.Generator().manual_seed(client)
-        weights = {
-            name: torch.randn(OUTPUTS[name], INPUTS[reads], generator=draw)
-            for name, reads in READS.items()
-        }
+        weights = {name: torch.randn(OUTPUTS[name], INPUTS[reads], generator=draw) for name, reads in READS.items()}
         factors = {reads: torch.randn(size, 64, generator=draw) for reads, size in INPUTS.items()}
         grams = {reads: x @ x.T + 10 * torch.eye(len(x)) for reads, x in factors.items()}
         yield Reply(weights, grams)
@@ -160,9 +149,7 @@ def inverses(kept: Sequence[Reply], dtype: torch.dtype) -> tuple[dict[str, Tenso
         grams = torch.stack([reply.grams[reads].to(dtype) for reply in kept])
         total = grams.sum(0)
         pairs = zip(kept, grams, strict=True)
-        moment = sum(
-            (reply.weights[name].to(dtype) @ gram for reply, gram in pairs), torch.zeros(())
-        )
+        moment = sum((reply.weights[name].to(dtype) @ gram for reply, gram in pairs), torch.zeros(()))
         summed = time.process_time()
         fused[name] = (moment @ torch.inverse(total)).float()
         sums, solve = sums + summed - started, solve + time.process_time() - summed

@@ -5,19 +5,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import packing, plain, wire
-from fedbasin.strategies import messages
+from fedbasin.proto import packing, plain
+from fedbasin.proto.reply import Reply
+from fedbasin.proto.request import Request
+from fedbasin.server.exchange.receive import receive
 from fedbasin.strategies.recipes import RECIPES
-from fedbasin.strategies.round.stages import Ask, Fuse
+from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, median_ratio
 
@@ -55,17 +57,14 @@ def measure(say: Say) -> Figure:
     ]
     times = ("Flower, s", "float32, s", "float64, s", "packing, s")
     columns = ("tensors", *times, "ratio float32", "ratio float64")
-    return Figure("Folding replies", HOW, columns, rows, goals)
+    return Figure("Adding replies", HOW, columns, rows, goals)
 
 
 def _row(case: str, seconds: dict[str, list[float]], ratios: dict[str, float]) -> tuple[str, ...]:
     kinds = ("flwr", *GOALS, "packing")
     medians = {kind: statistics.median(seconds[kind]) for kind in kinds}
     packed = {
-        kind: median_ratio(
-            seconds["flwr"],
-            [a + b for a, b in zip(seconds[kind], seconds["packing"], strict=True)],
-        )
+        kind: median_ratio(seconds["flwr"], [a + b for a, b in zip(seconds[kind], seconds["packing"], strict=True)])
         for kind in GOALS
     }
     return (
@@ -91,36 +90,32 @@ def random_state(tensors: int, seed: int) -> dict[str, Tensor]:
 
 
 class Round:
-    """The replies to one round's question."""
+    """The replies to the request of one round."""
 
     def __init__(self, tensors: int, layout: str) -> None:
         # What Flower sets in the process of a ServerApp; messages cannot be made without.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.anchor = random_state(tensors, 0)
-        self.sent = messages.broadcast(self._stage(torch.float32), self.anchor, 1, ConfigRecord())
-        asked = messages.requests(self.sent, range(1, REPLIES + 1))
-        self.replies = [self._reply(message, tensors, layout) for message in asked]
+        self.request = replace(
+            self._stage(torch.float32).request, round=1, anchor=self.anchor, anchor_digest=packing.digest(self.anchor)
+        )
+        content = self.request.to_content(packed=True)
+        messages = self.request.to_messages(content, range(1, REPLIES + 1))
+        self.replies = [self._reply(message, tensors, layout) for message in messages]
 
     def _stage(self, dtype: torch.dtype) -> Fuse:
-        return Fuse(self.anchor, RECIPES["fedavg"], Ask(), [], dtype)
+        return Fuse(self.anchor, RECIPES["fedavg"], Request(""), [], dtype)
 
     def _reply(self, message: Message, tensors: int, layout: str) -> Message:
         node = message.metadata.dst_node_id
-        asked = self.sent.header
-        header = pb.UpdateHeader(
-            round=asked.round,
-            stage=asked.stage,
-            anchor_digest=asked.anchor_digest,
+        reply = Reply(
+            self.request.round,
+            self.request.stage,
+            self.request.anchor_digest,
+            parameters=random_state(tensors, node),
             examples=50 + node,
         )
-        content = RecordDict({"metrics": MetricRecord({"num-examples": 50 + node})})
-        state = random_state(tensors, node)
-        if layout == "packed":
-            content[wire.ARRAYS], specs = packing.pack(state)
-            header.tensors.extend(specs)
-        else:
-            content[wire.ARRAYS] = plain.write(state)
-        wire.write(content, header)
+        content = reply.to_content(self.request, packed=layout == "packed")
         return Message(content, reply_to=message)
 
     def flwr(self) -> ArrayRecord:
@@ -129,7 +124,7 @@ class Round:
     def fedbasin(self, dtype: torch.dtype) -> dict[str, Tensor]:
         stage = self._stage(dtype)
         for message in self.replies:
-            received = messages.receive(message, self.sent, 2**31)
+            received = receive(message, self.request, 2**31)
             stage.accept(message.metadata.src_node_id, received.update)
         return stage.finish()
 
@@ -147,7 +142,7 @@ def flat(state: State) -> Tensor:
 def main(tensors: int, layout: str) -> None:
     of_round = Round(tensors, layout)
     ours = of_round.fedbasin(torch.float64)
-    torch.testing.assert_close(flat(plain.read(of_round.flwr())), flat(ours))
+    torch.testing.assert_close(flat(plain.read_arrays(of_round.flwr())), flat(ours))
     works: dict[str, Callable[[], object]] = {
         "flwr": of_round.flwr,
         "float32": lambda: of_round.fedbasin(torch.float32),

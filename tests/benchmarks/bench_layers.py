@@ -27,14 +27,10 @@ def measure(say: Say) -> Figure:
     symmetry, anchor, client = models()
     whole = _matched(symmetry, anchor, client)
     parts = {f"layer {n}": f"*.{n}" for n in range(LAYERS)} | {name: name for name in SUBSETS}
-    found = {
-        n: _matched(choose_layers(symmetry, each), anchor, client) for n, each in parts.items()
-    }
+    found = {n: _matched(choose_layers(symmetry, each), anchor, client) for n, each in parts.items()}
     rows = [_row("all", whole, whole), *(_row(n, each, whole) for n, each in found.items())]
     summed = sum(found[f"layer {n}"][1] for n in range(LAYERS)) / whole[1]
-    goal = Goal(
-        "the layers' gains add up to that of the whole", f"{summed:.1%}", abs(summed - 1) < 1e-3
-    )
+    goal = Goal("the layers' gains add up to that of the whole", f"{summed:.1%}", abs(summed - 1) < 1e-3)
     return Figure("Time and gain by layer", HOW, ("", "ms", "of time", "of gain"), rows, [goal])
 
 
@@ -45,11 +41,7 @@ def _row(name: str, found: tuple[float, float], whole: tuple[float, float]) -> t
 
 def models() -> tuple[Symmetry, dict[str, Tensor], dict[str, Tensor]]:
     config = BertConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=HIDDEN,
-        vocab_size=64,
+        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=HIDDEN, vocab_size=64
     )
     states = []
     for seed in (0, 1):

@@ -30,7 +30,7 @@ SCENES = {
 }
 
 HOW = f"""{CLIENTS} clients with label shares from Dirichlet(0.3), a base that was trained on the first half of the classes and stays at
-home, adapters from a shared start, AdamW at 0.002 in batches of 32; test accuracy of the global model after each round, and what a
+home, adapters from a shared initialisation, AdamW at 0.002 in batches of 32; test accuracy of the global model after each round, and what a
 client sends in a round; mean of {len(SEEDS)} seeds. `digits`: a perceptron 64-256-256-10, adapters of rank 16 on all layers, 20 local
 epochs. `topics`: a BERT of two layers and width 32 from `transformers` reads texts of 16 words, whose odds the class decides;
 adapters of rank 8 by `peft` on all its linear layers, 10 local epochs. `lorm` trains one factor in a round."""

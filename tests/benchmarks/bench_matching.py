@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
-from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.update import Update
@@ -36,10 +36,10 @@ weights; the residual stream is left as it is, so every space is independent and
 distance, which is checked. The client is another random model, or the anchor with noise of {NOISE:.0%} of each
 tensor's scale. Plain: for each layer the score matrix of the feed-forward units, SciPy's `linear_sum_assignment`, units
 permuted by products with the permutation matrix; for the heads loops over pairs of heads, a singular value
-decomposition each. fedbasin: `match_weights`, near the anchor with the identity radii, which cost the server once
+decomposition each. fedbasin: `match_weights`, near the anchor with the identity bounds, which cost the server once
 a round what the last row says; the reports are made in both cases. In turns; seconds are medians, ratios medians
 of neighbours. Flower: `aggregate_arrayrecords` over {REPLIES} replies of that size, per reply; beside it
-`match_weights` and folding into the float64 sum, per reply."""
+`match_weights` and adding to the float64 sum, per reply."""
 
 
 def measure(say: Say) -> Figure:
@@ -53,24 +53,20 @@ def measure(say: Say) -> Figure:
     rows = [_row(kind, found[kind], ratios[kind]) for kind in REPETITIONS]
     rows.append(
         (
-            "near, aligned and folded against Flower's sum",
+            "near, aligned and added against Flower's sum",
             _median(near["flwr"]),
             _median(near["folded"]),
             f"{against_flwr:.2f}",
         )
     )
-    rows.append(("identity radii, once a round", "", _median(near["radii"]), ""))
+    rows.append(("identity bounds, once a round", "", _median(near["bounds"]), ""))
     goals = [
-        Goal(
-            f"{kind}: at least {goal:g} times as fast",
-            f"{ratios[kind]:.1f} times",
-            ratios[kind] >= goal,
-        )
+        Goal(f"{kind}: at least {goal:g} times as fast", f"{ratios[kind]:.1f} times", ratios[kind] >= goal)
         for kind, goal in GOALS.items()
     ]
     goals.append(
         Goal(
-            "near: aligning and folding no slower than Flower's sum alone",
+            "near: aligning and adding no slower than Flower's sum alone",
             f"{against_flwr:.2f} times as fast",
             against_flwr >= 1,
         )
@@ -115,8 +111,7 @@ def plain(anchor: State, client: State) -> Tensors:
 
 def _plain_feed_forward(anchor: State, state: Tensors, prefix: str) -> None:
     up, bias, down = (
-        f"{prefix}{name}"
-        for name in ("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight")
+        f"{prefix}{name}" for name in ("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight")
     )
     score = anchor[up] @ state[up].T + anchor[down].T @ state[down]
     score += torch.outer(anchor[bias], state[bias])
@@ -145,9 +140,7 @@ def _plain_heads(anchor: State, state: Tensors, prefix: str) -> None:
     old = {name: state[name] for name in (queries, keys, values, output)}
     for name in (queries, keys, values):
         role = int(name == values)
-        state[name] = torch.cat(
-            [turns[i, j][role] @ old[name][rows[j]] for i, j in enumerate(order)]
-        )
+        state[name] = torch.cat([turns[i, j][role] @ old[name][rows[j]] for i, j in enumerate(order)])
     turned = [old[output][:, rows[j]] @ turns[i, j][1].T for i, j in enumerate(order)]
     state[output] = torch.cat(turned, dim=1)
 
@@ -168,18 +161,17 @@ def _require_same(anchor: State, ours: State, theirs: State) -> None:
 def _replies(client: State) -> list[RecordDict]:
     record = ArrayRecord(dict(client))
     return [
-        RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1 + index})})
-        for index in range(REPLIES)
+        RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1 + index})}) for index in range(REPLIES)
     ]
 
 
 def main(kind: str) -> None:
     symmetry, anchor, client = models(kind)
-    names = ("plain", "fedbasin", "radii", "flwr", "folded")
+    names = ("plain", "fedbasin", "bounds", "flwr", "folded")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sent = None
     if kind == "near":
-        sent = _timed(seconds["radii"], identity_radii, symmetry, anchor)
+        sent = _timed(seconds["bounds"], identity_bounds, symmetry, anchor)
     replies = _replies(client) if kind == "near" else []
 
     def folded() -> None:

@@ -8,13 +8,7 @@ from torch import Tensor
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.symmetry import parse
-from tests.benchmarks.figures import (
-    Figure,
-    Goal,
-    Say,
-    in_fresh_process,
-    peak_resident_bytes,
-)
+from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, peak_resident_bytes
 
 WIDTH, INPUTS = 7168, 896
 MODEL = 2 * WIDTH * INPUTS * 4
@@ -29,9 +23,7 @@ assignment needs, twice where it maximises; here it is kept in single and only c
 
 def measure(say: Say) -> Figure:
     say(f"matching memory: {WIDTH} units")
-    base, models, peak = (
-        in_fresh_process("bench_matching_memory", kind) for kind in ("nothing", "models", "match")
-    )
+    base, models, peak = (in_fresh_process("bench_matching_memory", kind) for kind in ("nothing", "models", "match"))
     limit = 2 * MODEL + MATRIX
     rows = [
         ("anchor and update", f"{(models - base) / 1e6:.0f}"),

@@ -5,19 +5,11 @@ import sys
 import tempfile
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from torch import nn
 
-from fedbasin.server.run.serve import serve
-from tests.benchmarks.figures import (
-    Figure,
-    Goal,
-    Say,
-    in_fresh_process,
-    peak_resident_bytes,
-)
+from fedbasin.server.strategy import FedBasin
+from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, peak_resident_bytes
 from tests.benchmarks.grid import PulledGrid
 
 CLIENTS = (3, 30)
@@ -27,7 +19,7 @@ GROWTH = 0.10
 
 HOW = f"""Peak resident memory of a fresh process that runs {ROUNDS} rounds over clients with models of {BYTES // 10**6} MB, less
 what the process needs with a model of four bytes. Not a deployment, because 30 SuperNodes do not fit the machine: a
-grid in the same process makes each reply's bytes when it is pulled and keeps none. fedbasin: `serve` with checkpoints
+grid in the same process makes each reply's bytes when it is pulled and keeps none. fedbasin: `FedBasin` with checkpoints
 and float64 sums. Flower: `FedAvg().start`, whose grids collect the replies in a list. What Flower's transport itself
 needs comes on top for both."""
 
@@ -70,28 +62,26 @@ def _growth(peaks: dict[tuple[str, int], int], strategy: str) -> float:
     return many / few - 1
 
 
-def run_fedbasin(grid: PulledGrid, elements: int) -> None:
-    model = nn.Module()
-    model.weights = nn.Parameter(torch.zeros(elements))
+def run_fedbasin(grid: PulledGrid, start: ArrayRecord) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = {
             "fedbasin.align": "off",
             "fedbasin.fraction-evaluate": 0.0,
             "fedbasin.folder": folder,
+            "fedbasin.packed": True,
         }
-        context = Context(1, 1, {}, RecordDict(), config)
-        serve(grid, context, model, ROUNDS)
+        strategy = FedBasin(context=Context(1, 1, {}, RecordDict(), config))
+        strategy.start(grid, start, ROUNDS)
 
 
-def run_fedavg(grid: PulledGrid, elements: int) -> None:
-    start = ArrayRecord({"float32": Array(np.zeros(elements, np.float32))})
+def run_fedavg(grid: PulledGrid, start: ArrayRecord) -> None:
     FedAvg(fraction_evaluate=0.0).start(grid, start, num_rounds=ROUNDS)
 
 
 def main(strategy: str, clients: int, size: int) -> None:
-    elements = size // 4
+    start = ArrayRecord({"weights": Array(np.zeros(size // 4, np.float32))})
     run = {"fedbasin": run_fedbasin, "FedAvg": run_fedavg}[strategy]
-    run(PulledGrid(clients, elements), elements)
+    run(PulledGrid(clients), start)
     sys.stdout.write(json.dumps(peak_resident_bytes()) + "\n")
 
 

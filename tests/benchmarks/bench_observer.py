@@ -15,6 +15,8 @@ from grpc import aio
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+from fedbasin.proto.observer_service import RemoteObserver
+from fedbasin.proto.report import AlignmentReport, ClientReport, RoundReport, SpaceReport, StageReport
 from fedbasin.server.observe.push import connect
 from tests.benchmarks.figures import Figure, Goal, Say
 
@@ -29,9 +31,7 @@ KEPT_ROUNDS = 2000  # the history's own limit
 def observer_process():
     """`fedbasin observe` as a user starts it; yields its addresses."""
     command = [sys.executable, "-m", "fedbasin.server.cli", "observe", "--json"]
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--metrics-port", "0"], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, "--port", "0", "--metrics-port", "0"], stdout=subprocess.PIPE, text=True)
     try:
         yield json.loads(process.stdout.readline())
     finally:
@@ -41,24 +41,13 @@ def observer_process():
 
 def report(number, run, last=False):
     """What a round of fifty clients with an aligned model each says: about 10 kB."""
-    spaces = [pb.SpaceReport(space=f"layer.{i}", moved=0.5, gain=1.5) for i in range(4)]
-    alignment = pb.AlignmentReport(spaces=spaces, distance_before=2, distance_after=1)
-    clients = [
-        pb.ClientReport(
-            node_id=2**60 + i, outcome="accepted", bytes_up=10**6, seconds=2, alignment=alignment
-        )
-        for i in range(CLIENTS)
-    ]
-    stage = pb.StageReport(stage="fuse", seconds=3, server_seconds=0.1, clients=clients)
-    return pb.RoundReport(
-        schema_version=1,
-        run_id=run,
-        round=number,
-        rounds=ROUNDS,
-        recipe="fedavg",
-        stages=[stage],
-        last=last,
+    spaces = tuple(SpaceReport(f"layer.{i}", False, 0.5, 1.5) for i in range(4))
+    alignment = AlignmentReport(spaces, distance_before=2, distance_after=1)
+    clients = tuple(
+        ClientReport(2**60 + i, "accepted", bytes_up=10**6, seconds=2, alignment=alignment) for i in range(CLIENTS)
     )
+    stage = StageReport("fuse", 3, 0.1, clients)
+    return RoundReport(run, number, rounds=ROUNDS, recipe="fedavg", stages=(stage,), last=last)
 
 
 @dataclass
@@ -109,11 +98,11 @@ def push_all(address, rounds, run="load"):
     """Seconds of each push, one after the other."""
     seconds = []
     with connect(address) as channel:
-        stub = ObserverStub(channel)
+        observer = RemoteObserver(channel)
         for number in range(1, rounds + 1):
             one = report(number, run, last=number == rounds)
             began = time.perf_counter()
-            stub.PushRound(one, timeout=60)
+            observer.push_round(one, timeout=60)
             seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -180,7 +169,7 @@ def beyond_the_limit() -> list[float]:
         sizes = []
         with connect(addresses["observer"]) as channel:
             for number in range(1, 3 * KEPT_ROUNDS + 1):
-                ObserverStub(channel).PushRound(report(number, "long"), timeout=60)
+                RemoteObserver(channel).push_round(report(number, "long"), timeout=60)
                 if number % KEPT_ROUNDS == 0:
                     sizes.append(memory(addresses["metrics"]))
     return sizes
@@ -198,31 +187,15 @@ def measure(say: Say) -> Figure:
     crowded = loads[1]
     return Figure(
         "The observer under many readers",
-        f"`fedbasin observe` as a process, {ROUNDS} reports of {report(1, 'load').ByteSize()} bytes pushed one after "
+        f"`fedbasin observe` as a process, {ROUNDS} reports of {len(report(1, 'load').to_bytes())} bytes pushed one after "
         "the other while all read and somebody scrapes; readers and pusher share the two cores with it. Memory of a "
         f"full history after {KEPT_ROUNDS}, {2 * KEPT_ROUNDS} and {3 * KEPT_ROUNDS} reports of one run: "
         f"{', '.join(f'{size:.0f}' for size in sizes)} MB.",
-        (
-            "",
-            "push median / p99, ms",
-            "scrape median / p99, ms",
-            "readers that lost a report",
-            "memory, MB",
-        ),
+        ("", "push median / p99, ms", "scrape median / p99, ms", "readers that lost a report", "memory, MB"),
         [one.row() for one in loads],
         [
-            Goal(
-                "no reader loses a report",
-                f"{sum(one.lost for one in loads)}",
-                not any(x.lost for x in loads),
-            ),
-            Goal(
-                "p99 of a scrape below 50 ms with 100 readers",
-                f"{crowded.scrape[1]:.0f} ms",
-                crowded.scrape[1] < 50,
-            ),
-            Goal(
-                "memory of a full history grows by less than 5 %", f"{growth:+.1%}", growth < 0.05
-            ),
+            Goal("no reader loses a report", f"{sum(one.lost for one in loads)}", not any(x.lost for x in loads)),
+            Goal("p99 of a scrape below 50 ms with 100 readers", f"{crowded.scrape[1]:.0f} ms", crowded.scrape[1] < 50),
+            Goal("memory of a full history grows by less than 5 %", f"{growth:+.1%}", growth < 0.05),
         ],
     )

@@ -10,9 +10,9 @@ from tests.one_round import CLIENTS, one_round
 
 SEEDS = (0, 1, 2, 3, 4)
 STARTS = {
-    "shared starts": ("off", "shared", {}),
-    "own starts": ("client", "own", {}),
-    "own starts, by activations": (
+    "shared initialisation": ("off", "shared", {}),
+    "independent": ("client", "own", {}),
+    "independent, by activations": (
         "client",
         "own",
         {"fedbasin.matcher": "activations", "fedbasin.bootstrap": "largest"},
@@ -22,7 +22,7 @@ RECIPES = ("fedavg", "regmean", "regmean++", "features", "head")
 GOAL = 0.955
 
 HOW = f"""The digits app with {CLIENTS} clients, label shares from Dirichlet(0.3), 40 local epochs of a perceptron 64-256-256-10, one round;
-test accuracy of the global model on 540 images, mean of {len(SEEDS)} seeds. Clients with starts of their own are aligned by weights to the first
+test accuracy of the global model on 540 images, mean of {len(SEEDS)} seeds. Clients from independent initialisations are aligned by weights to the first
 of them, or by activations to the one with most examples.
 `head` reads labels, the others read none. `ensemble` averages the clients' probabilities and is no single model."""
 
@@ -71,10 +71,7 @@ def measure(say: Say) -> Figure:
     torch.set_num_threads(1)
     found = dict(runs(say))
     names = ("not aligned", *RECIPES, "ensemble")
-    rows = [
-        (what, *(f"{of[name]:.3f}" if name in of else "" for name in names))
-        for what, of in found.items()
-    ]
+    rows = [(what, *(f"{of[name]:.3f}" if name in of else "" for name in names)) for what, of in found.items()]
     goals = [
         Goal(
             f"`features` reaches {GOAL}, {start}",

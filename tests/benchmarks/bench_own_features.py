@@ -1,6 +1,6 @@
 """Transformers of one round whose clients never shared a start: alignment, then layers fitted to features.
 
-Everything runs through `serve` and the clients' mod, with the settings that a user would choose. Takes a quarter of an hour.
+Everything runs through `FedBasin` and the clients' mod, with the settings that a user would choose. Takes a quarter of an hour.
 """
 
 import statistics
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fedbasin.client import basin
 from fedbasin.client.refit.regression import regress
-from fedbasin.server.run.serve import serve
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join, split
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.symmetry.models.residual_rotation import turning_transformer
+from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.tensors.state import State
+from tests import running
 from tests.benchmarks.bench_own_starts import EPOCHS, HEADS, TRAINED, train
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.federation import Federation
@@ -45,14 +45,11 @@ GOALS = {
     (8, "AdamW", "Dirichlet(0.3)"): 0.937,
 }
 HEAD, HEAD_RIDGE = ("head.weight", "head.bias"), 1e-3
-COLUMNS = (
-    *("clients, optimiser, shares", "client", "FedAvg", "aligned mean", "head only"),
-    *("features", "ensemble"),
-)
+COLUMNS = (*("clients, optimiser, shares", "client", "FedAvg", "aligned mean", "head only"), *("features", "ensemble"))
 
 HOW = f"""The setting above, with shares drawn evenly or label by label from Dirichlet(0.3), and the mean over the tokens taken
-before the last norm; test accuracy after one round, mean of {len(SEEDS)} seeds. FedAvg, the aligned mean and features are `serve` with
-`start = "own"` and the recipes `fedavg` and `features`, with `align = "off"` for FedAvg and else `align = "client"`, a turning
+before the last norm; test accuracy after one round, mean of {len(SEEDS)} seeds. FedAvg, the aligned mean and features are `FedBasin` with
+`start = "own"` and the recipes `fedavg` and `features`, with `align = "off"` for FedAvg and else `align = "client"`, a rotating
 residual stream and `bootstrap = "largest"`. `head only` is the largest client's body with a head in closed form, fitted to the
 logits of all clients' models: as far as one gets without fusing a body. `ensemble` is weighted by examples and no single model."""
 
@@ -108,23 +105,24 @@ class Clients:
         return self.accuracy({**body, **split(HEAD, join(HEAD, body) + step, body)})
 
     def served(self, recipe: str, **settings: str) -> tuple[float, int]:
-        """Accuracy of the model after one round of `serve`, and the number of its stages."""
+        """Return the accuracy of the model after one round of `FedBasin`, and the number of its stages."""
         with tempfile.TemporaryDirectory() as folder:
             config = {
                 "recipe": recipe,
                 "fraction-evaluate": 0.0,
                 "poll-seconds": 0.001,
-                "nodes": len(self.models),
+                "min-available-nodes": len(self.models),
+                "packed": True,
                 "quorum": 1.0,
                 "folder": folder,
                 **settings,
             }
             keys = {f"fedbasin.{key}": value for key, value in config.items()}
             federation = Federation(self._app(), keys, len(self.models))
-            context, model = federation.server_context(), self.make(0)
-            symmetry = turning_transformer(model.state_dict(), HEADS)
-            result = serve(federation.grid(), context, model, 1, symmetry=symmetry)
-        return self.accuracy(result.model), len(result.reports[0].stages)
+            model = self.make(0)
+            symmetry = rotating_residual_transformer(model.state_dict(), HEADS)
+            result = running.run(federation, model, symmetry=symmetry)
+        return self.accuracy(result.state_dict), len(result.reports[0].stages)
 
     def _app(self) -> ClientApp:
         """Clients that have trained already."""
@@ -216,4 +214,4 @@ def measure(say: Say) -> Figure:
         )
         for cell, least in GOALS.items()
     ]
-    return Figure("Transformers from different starts, fitted", HOW, COLUMNS, table, goals)
+    return Figure("Transformers from independent initialisations, fitted", HOW, COLUMNS, table, goals)

@@ -16,9 +16,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
-from fedbasin.strategies.alignment.pairwise_merging import Link, Links, Merged, chain, follow, tree
+from fedbasin.strategies.alignment.pairwise_merging import Link, Links, MergedModel, chain, tree
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.symmetry.models.residual_rotation import turning_transformer
+from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say
@@ -32,9 +32,9 @@ SEEDS = {4: (0, 1), 8: (0,)}  # by number of clients
 STEPS = 400
 
 HOW = f"""Digits as 8 rows of 8 pixels, {TRAINED} to train on, split evenly at random; a pre-norm transformer of two blocks and
-width 32, trained by each client from a start of its own for {EPOCHS} epochs in batches of 32: SGD at 0.05 with momentum
+width 32, trained by each client from an independent initialisation for {EPOCHS} epochs in batches of 32: SGD at 0.05 with momentum
 0.9, AdamW at 0.002. Then one round. Test accuracy; mean of {len(SEEDS[4])} seeds with 4 clients, {len(SEEDS[8])} with 8. `star`: everyone aligns to the first client,
-`chain` and `tree` as in `strategies/alignment/pairwise_merging.py`; `weights` is `match_weights` with a turning residual stream,
+`chain` and `tree` as in `strategies/alignment/pairwise_merging.py`; `weights` is `match_weights` with a rotating residual stream,
 `learned` is `match_learned` with {STEPS} steps and smoothed labels on the client's own data. In a tree one client aligns a merge, on its own data
 alone. `ensemble` averages the clients' probabilities and is no single model."""
 
@@ -45,6 +45,16 @@ COLUMNS = (
 )
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def follow(links: Links, ask: Callable[[Link], MergedModel | None]) -> MergedModel | None:
+    """Ask for every link in turn; returns the merge, or None if nobody could answer."""
+    try:
+        link = next(links)
+        while True:
+            link = links.send(ask(link))
+    except StopIteration as end:
+        return end.value
 
 
 @dataclass(frozen=True)
@@ -125,30 +135,28 @@ class Round:
 
     def mean(self, align: Callable[[State, State], State] | None = None) -> float:
         moved = [m if align is None else align(self.models[0], m) for m in self.models]
-        return self.accuracy(
-            {name: torch.stack([m[name] for m in moved]).mean(0) for name in moved[0]}
-        )
+        return self.accuracy({name: torch.stack([m[name] for m in moved]).mean(0) for name in moved[0]})
 
     def star_learned(self, steps: int) -> float:
         first, *others = range(len(self.models))
         moved = [self.own(first), *(self.learned(Link(k, self.own(first)), steps) for k in others)]
         merged = moved[0]
         for other in moved[1:]:
-            merged = merged.joined(other)
+            merged = merged.combine(other)
         return self.accuracy(merged.model)
 
-    def own(self, node: int) -> Merged:
+    def own(self, node: int) -> MergedModel:
         model = self.symmetry.fold(self.models[node])
-        return Merged(model, float(len(self.digits.share(node)[1])), (node,))
+        return MergedModel(model, float(len(self.digits.share(node)[1])), (node,))
 
-    def by_weights(self, link: Link) -> Merged:
+    def by_weights(self, link: Link) -> MergedModel:
         moving = link.moving or self.own(link.node)
         if link.anchor is None:
             return moving
         found = match_weights(self.symmetry, link.anchor.model, moving.model)
-        return Merged(found.state, moving.examples, moving.nodes)
+        return MergedModel(found.state, moving.examples, moving.nodes)
 
-    def learned(self, link: Link, steps: int) -> Merged:
+    def learned(self, link: Link, steps: int) -> MergedModel:
         moving = link.moving or self.own(link.node)
         if link.anchor is None:
             return moving
@@ -163,7 +171,7 @@ class Round:
             place,
             Search(steps),
         )
-        return Merged(found.state, moving.examples, moving.nodes)
+        return MergedModel(found.state, moving.examples, moving.nodes)
 
     def merged(self, order: Callable[[range], Links], steps: int = 0) -> float:
         ask = (lambda link: self.learned(link, steps)) if steps else self.by_weights
@@ -183,10 +191,9 @@ def begin(clients: int, optimiser: str, seed: int, epochs: int = EPOCHS) -> Roun
     """Train the clients of one round."""
     digits = Digits(clients, seed)
     models = [
-        train(fresh(200 + 10 * seed + node), *digits.share(node), optimiser, node, epochs)
-        for node in range(clients)
+        train(fresh(200 + 10 * seed + node), *digits.share(node), optimiser, node, epochs) for node in range(clients)
     ]
-    return Round(digits, models, turning_transformer(models[0], HEADS), Transformer(heads=HEADS))
+    return Round(digits, models, rotating_residual_transformer(models[0], HEADS), Transformer(heads=HEADS))
 
 
 def figures(begun: Round, steps: int = STEPS) -> tuple[float, ...]:
@@ -219,7 +226,7 @@ def measure(say: Say) -> Figure:
         _goal("chain or tree learned, 4 clients, SGD", 0.94, max(rows[4, "SGD"][6:8])),
         _goal("chain or tree learned, 4 clients, AdamW", 0.92, max(rows[4, "AdamW"][6:8])),
     ]
-    return Figure("Transformers from different starts", HOW, COLUMNS, table, goals)
+    return Figure("Transformers from independent initialisations", HOW, COLUMNS, table, goals)
 
 
 def _goal(what: str, least: float, found: float) -> Goal:

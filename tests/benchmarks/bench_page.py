@@ -19,9 +19,7 @@ def measure(say: Say) -> Figure:
     say("page: 500 rounds of 50 spaces, 4 clients")
     with observer() as addresses, sync_playwright() as playwright:
         told(addresses, run_of("long", rounds=500, clients=4, spaces=many_spaces(50)))
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=_ARGUMENTS
-        )
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=_ARGUMENTS)
         tab = browser.new_page()
         paints = [_paint(tab, addresses.page) for _ in range(_VIEWS)]
         browser.close()

@@ -30,7 +30,7 @@ PYTHON = "FEDBASIN_REBASIN"
 # Differences of barriers below this are noise of 360 test images.
 SLACK = 0.01
 
-HOW = f"""{PAIRS} pairs of MLPs 64-{WIDTH}-{WIDTH}-10, trained on the same digits from their own starts ({EPOCHS} epochs of Adam).
+HOW = f"""{PAIRS} pairs of MLPs 64-{WIDTH}-{WIDTH}-10, trained on the same digits from independent initialisations ({EPOCHS} epochs of Adam).
 The barrier is the largest rise of the test loss over the chord, at {POINTS} points of the straight path. Both read the same
 checkpoints; rebasin 0.0.47 runs in an environment of its own (`{PYTHON}`, see the script), where it is
 absent its column is empty. Seconds are of matching alone, medians."""
@@ -85,9 +85,7 @@ def _goal(barriers: dict[str, list[float]]) -> Goal:
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)
-    )
+    return nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
 
 
 def split() -> tuple[Tensor, Tensor, int]:

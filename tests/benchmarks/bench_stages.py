@@ -29,15 +29,14 @@ which is one stage of training and {LEVELS} of fitting. Seconds of a stage, medi
 slowest client's answer; the start of the slowest process with the import of PyTorch, which Flower does anew for every message;
 and the rest, which is polling and transport. Whatever else runs on the machine shares its cores, so the start is also given as
 the processor's seconds, which wait for nobody. Blocks: a pre-norm transformer of {BLOCKS} blocks and width 32 on the rows of
-digits, shared start, {len(CLIENTS)} draws of 4 or 5 clients with Dirichlet(0.3), {EPOCHS} local epochs, one round in this process; test
+digits, shared initialisation, {len(CLIENTS)} draws of 4 or 5 clients with Dirichlet(0.3), {EPOCHS} local epochs, one round in this process; test
 accuracy. How layers are grouped was chosen on other draws, of seeds 0 to 2."""
 
 
 def measure(say: Say) -> Figure:
     stages = deployed(say)
     parts = {
-        key: statistics.median(s[key] for s in stages)
-        for key in ("seconds", "server", "work", "start", "start-cpu")
+        key: statistics.median(s[key] for s in stages) for key in ("seconds", "server", "work", "start", "start-cpu")
     }
     rest = statistics.median(s["seconds"] - s["server"] - s["work"] - s["start"] for s in stages)
     quickest, *_, slowest = sorted(s["seconds"] for s in stages)
@@ -48,10 +47,7 @@ def measure(say: Say) -> Figure:
     most = max(count for _, count in block)
     rows: list[tuple[str, ...]] = [
         ("deployed: stages", str(len(stages))),
-        (
-            "deployed: seconds per stage",
-            f"{parts['seconds']:.1f} ({quickest:.1f} to {slowest:.1f})",
-        ),
+        ("deployed: seconds per stage", f"{parts['seconds']:.1f} ({quickest:.1f} to {slowest:.1f})"),
         ("of these the server's work", f"{parts['server']:.2f}"),
         ("of these the slowest client's work", f"{parts['work']:.2f}"),
         ("of these the start of its process", f"{parts['start']:.1f}"),
@@ -76,17 +72,14 @@ def deployed(say: Say) -> list[dict[str, float]]:
     """What each stage of a round took."""
 
     def progress(line: str) -> None:
-        if " clients in " in line:
+        if " clients accepted in " in line:
             say(f"stages: {line.partition(':')[2].strip()}")
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        deployment(NODES, node_config, Path(folder)) as flower,
-    ):
+    with tempfile.TemporaryDirectory() as folder, deployment(NODES, node_config, Path(folder)) as flower:
         runs = str(flower.folder / "runs")
         config: dict[str, ConfigValue] = {
             "levels": LEVELS,
-            "fedbasin.nodes": NODES,
+            "fedbasin.min-available-nodes": NODES,
             "fedbasin.folder": runs,
         }
         run = flower.run(APP, config, progress, timeout_seconds=1800)
@@ -111,9 +104,7 @@ def fitted(clients: int, seed: int, say: Say) -> dict[str, tuple[float, int]]:
     return found
 
 
-def own_model(
-    task: Task, share: Tensor, model: nn.Module, node: int, seed: int
-) -> dict[str, Tensor]:
+def own_model(task: Task, share: Tensor, model: nn.Module, node: int, seed: int) -> dict[str, Tensor]:
     inputs, labels = task.train
     fit(model, (inputs[share], labels[share]), Training(EPOCHS), 1000 * node + seed)
     return model.state_dict()

@@ -7,20 +7,29 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedbasin.client.capture.preactivations import preactivation_moments
-from fedbasin.client.measure.loss_path import path_losses
-from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import wire
-from fedbasin.server import checkpoint, directions, push, round_report, rounds, run, serve
+from fedbasin.proto.reply import Reply
+from fedbasin.proto.report import AlignmentReport, LayerVariance, PathSums, SingularVectors, SpaceReport
+from fedbasin.proto.request import Request
+from fedbasin.server.exchange import stage_attempt
+from fedbasin.server.exchange.stage_attempt import StageAttempt
+from fedbasin.server.exchange.update_directions import UpdateDirections
+from fedbasin.server.observe.push import ObserverClient
+from fedbasin.server.run import checkpoint
+from fedbasin.server.run.loop import RunLoop
+from fedbasin.server.run.reporter import Reporter
+from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
+from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.symmetry.discover.tracing import trace
 from tests.benchmarks.bench_observer import observer_process
 from tests.benchmarks.figures import Figure, Goal, Say
@@ -35,79 +44,70 @@ POINTS = 11
 EXAMPLES = 512
 SHARE = 0.02
 
-HOW = f"""`serve` over {ROUNDS} rounds, the median of {RUNS} runs, with {CLIENTS} clients and a network of 49 MB with {HIDDEN} hidden
+HOW = f"""`FedBasin` over {ROUNDS} rounds, the median of {RUNS} runs, with {CLIENTS} clients and a network of 49 MB with {HIDDEN} hidden
 layers: once with every diagnostic on (each client reports the alignment of all layers, hidden variances and paths of {POINTS}
 points to the anchor and from the fused model), once without alignment and paths; updates are compared in both. The
 grid is in the same process and makes each reply's bytes when it is pulled, which does not count. Telemetry is building
 the reports, checking and adding the clients' paths, comparing their updates, writing rounds.jsonl and pushing to
-`fedbasin observe`, a process of its own on loopback. The rest of the server's work is the anchor's identity radii, decoding, validating, folding, solving, the model's digest and the
+`fedbasin observe`, a process of its own on loopback. The rest of the server's work is the anchor's identity bounds, decoding, validating, adding, solving, the model's digest and the
 checkpoint. A client's point was timed in turns with an epoch of training of the same network, {EXAMPLES} examples in
 batches of 64; a barrier evaluates each point before and after alignment."""
 
 SETTINGS: dict[str, dict[str, object]] = {
-    "every diagnostic": {"fedbasin.barrier-points": POINTS, "fedbasin.fused-points": POINTS},
-    "no alignment": {"fedbasin.align": "off"},
+    "every diagnostic": {"barrier-points": POINTS, "fused-points": POINTS},
+    "no alignment": {"align": "off"},
 }
 
 # Where telemetry happens in the server: (row, owner, attribute).
 _TELEMETRY = (
-    ("reports of clients", rounds, "_describe"),
-    ("paths of clients", rounds, "checked_path"),
-    ("paths of clients", rounds, "checked_variance"),
-    ("paths of clients", rounds, "add_path"),
-    ("directions of updates", directions.Directions, "__init__"),
-    ("directions of updates", directions.Directions, "add"),
-    ("directions of updates", directions.Directions, "finish"),
-    ("report of the round", round_report.Reporter, "finished"),
+    ("reports of clients", StageAttempt, "_describe"),
+    ("paths of clients", stage_attempt, "checked_path"),
+    ("paths of clients", stage_attempt, "checked_variance"),
+    ("paths of clients", PathSums, "__add__"),
+    ("directions of updates", UpdateDirections, "__init__"),
+    ("directions of updates", UpdateDirections, "add"),
+    ("directions of updates", UpdateDirections, "finish"),
+    ("report of the round", Reporter, "finished"),
     ("rounds.jsonl", checkpoint, "append_report"),
-    ("push", push.Line, "send"),
+    ("push", ObserverClient, "send"),
 )
 # What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
 # the checkpoint.
-_WORK = ((run.Run, "_take"), (checkpoint, "save"))
+_WORK = ((RunLoop, "_take"), (checkpoint, "save"))
 _ROWS = (*dict.fromkeys(row for row, *_ in _TELEMETRY), "work")
 
 
 class ReportingGrid(PulledGrid):
-    """Every client says all that it is asked for."""
+    """A grid whose clients report everything that the request asks for."""
 
     def _answer(self, message: Message) -> Message:
-        asked = wire.read_request(message.content)
-        reply = super()._answer(message)
-        header = wire.read_update(reply.content)
-        if asked.align:
-            header.symmetry_digest = hashlib.sha256(asked.symmetry.encode()).digest()
-            header.alignment.CopyFrom(alignment())
-        if asked.path_points:
-            header.path.CopyFrom(path(asked.path_points))
-            header.variance.extend(
-                pb.VarianceRatio(layer=f"{2 * i}.weight", ratio=0.5) for i in range(HIDDEN)
-            )
-        wire.write(reply.content, header)
-        return reply
+        request = Request.from_message(message.content)
+        reply = Reply.from_message(super()._answer(message).content, request)
+        if request.aligns:
+            digest = hashlib.sha256(request.symmetry.encode()).digest()
+            reply = replace(reply, symmetry_digest=digest, alignment=alignment())
+        if request.path_points:
+            variance = tuple(LayerVariance(f"{2 * i}.weight", 0.5) for i in range(HIDDEN))
+            reply = replace(reply, path=path(request.path_points), variance=variance)
+        return Message(reply.to_content(request, packed=True), reply_to=message)
 
 
-def alignment() -> pb.AlignmentReport:
+def alignment() -> AlignmentReport:
     spaces = [
-        pb.SpaceReport(space=f"{2 * i}.out", moved=0.5, gain=1.5, fixed_points=0.5)
-        for i in range(HIDDEN)
+        SpaceReport(f"{2 * i}.out", certified=False, moved=0.5, gain=1.5, fixed_points=0.5) for i in range(HIDDEN)
     ]
-    spectral = pb.Spectral(before=0.1, after=0.5, matrices=2, of=HIDDEN)
-    return pb.AlignmentReport(
-        spaces=spaces, distance_before=2, distance_after=1, endpoint_error=0, spectral=spectral
+    return AlignmentReport(
+        tuple(spaces),
+        distance_before=2,
+        distance_after=1,
+        endpoint_error=0,
+        singular_vectors=SingularVectors(0.1, 0.5, measured=2, matrices=HIDDEN),
     )
 
 
-def path(points: int) -> pb.PathSums:
-    curve = [10.0] * points
-    return pb.PathSums(
-        points=equally_spaced(points),
-        loss_before=curve,
-        loss_after=curve,
-        correct_before=curve,
-        correct_after=curve,
-        examples=10,
-    )
+def path(points: int) -> PathSums:
+    curve = (10.0,) * points
+    return PathSums(tuple(equally_spaced(points)), curve, curve, curve, curve, examples=10)
 
 
 def network() -> nn.Sequential:
@@ -134,23 +134,22 @@ def timed(seconds: dict[str, float], row: str, owner: object, name: str) -> Iter
 def server_seconds(settings: Mapping[str, object]) -> dict[str, float]:
     """Seconds of a round by what they go to; the rest of the server's work under "work"."""
     model, seconds = network(), defaultdict[str, float](float)
-    elements = sum(p.numel() for p in model.parameters())
     with ExitStack() as stack:
         observer = stack.enter_context(observer_process())["observer"]
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for row, owner, name in (*_TELEMETRY, *(("work", *place) for place in _WORK)):
             stack.enter_context(timed(seconds, row, owner, name))
-        config = {"fedbasin.folder": folder, "fedbasin.observer": observer, **settings}
-        context = Context(1, 1, {}, RecordDict(), config)
+        config = {"folder": folder, "observer": observer, "packed": True, **settings}
+        run_config = {f"fedbasin.{key}": value for key, value in config.items()}
+        context = Context(1, 1, {}, RecordDict(), run_config)
         symmetry = trace(model, torch.zeros(1, WIDTHS[0]))
-        grid = ReportingGrid(CLIENTS, elements)
-        reports = serve.serve(grid, context, model, ROUNDS, symmetry=symmetry).reports
+        strategy = FedBasin(symmetry=symmetry, model=model, context=context)
+        start = ArrayRecord(model.state_dict())
+        reports = strategy.start(ReportingGrid(CLIENTS), start, ROUNDS).reports
     clients = [c for report in reports for stage in report.stages for c in stage.clients]
     if any(client.outcome != "accepted" for client in clients):
         raise RuntimeError(f"a client was refused: {clients[0].outcome}, {clients[0].detail}")
-    inside = sum(
-        seconds[row] for row in ("reports of clients", "paths of clients", "directions of updates")
-    )
+    inside = sum(seconds[row] for row in ("reports of clients", "paths of clients", "directions of updates"))
     stages = sum(stage.server_seconds for report in reports for stage in report.stages)
     seconds["work"] += stages - inside
     return {row: value / ROUNDS for row, value in seconds.items()}
@@ -217,9 +216,7 @@ def measure(say: Say) -> Figure:
         ),
     ]
     worst = max(shares.values())
-    goal = Goal(
-        f"less than {SHARE:.0%} of the server's time in a round", f"{worst:.2%}", worst < SHARE
-    )
+    goal = Goal(f"less than {SHARE:.0%} of the server's time in a round", f"{worst:.2%}", worst < SHARE)
     return Figure("Telemetry", HOW, ("ms, a round", *SETTINGS), rows, [goal])
 
 

@@ -16,17 +16,14 @@ TENSORS = (1, 300)
 GOAL = 1.3
 
 HOW = f"""A real deployment on loopback: a SuperLink, {NODES} SuperNodes, {ROUNDS} rounds, a model of {MEGABYTES} MB, clients that add noise
-to each array. fedbasin: `serve` with its mod on the client, seconds of the round reports. Flower: `FedAvg().start`
+to each array. fedbasin: `FedBasin` with `packed = true` and its mod on the client, seconds of the round reports. Flower: `FedAvg().start`
 without evaluation, seconds between the ends of two rounds; its clients import no torch, which starts them faster.
 Medians of the rounds. Flower moves every array as objects of its own; fedbasin packs them into one."""
 
 
 def measure(say: Say) -> Figure:
     medians = {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        deployment(NODES, node_config, Path(folder)) as flower,
-    ):
+    with tempfile.TemporaryDirectory() as folder, deployment(NODES, node_config, Path(folder)) as flower:
         for strategy in ("fedbasin", "FedAvg"):
             for tensors in TENSORS:
                 seconds = rounds_of(flower, strategy, tensors)

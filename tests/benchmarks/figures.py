@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "records" / "benchmarks.md"
 
 Say = Callable[[str], None]
 
@@ -64,11 +65,17 @@ class Figure:
         return table
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", "", self.how, "", _line(self.columns)]
+        how = "\n\n".join(map(wrap, self.how.split("\n\n")))
+        lines = [f"## {self.title}", "", how, "", _line(self.columns)]
         lines += ["|---" + "|--:" * (len(self.columns) - 1) + "|", *map(_line, self.rows), ""]
         lines += ["| goal | measured | met |", "|---|---|---|"]
         lines += [_line((g.text, g.measured, "yes" if g.met else "**no**")) for g in self.goals]
-        return "\n".join([*lines, "", f"Measured {machine()}.", ""])
+        return "\n".join([*lines, "", wrap(f"Measured {machine()}."), ""])
+
+
+def wrap(paragraph: str) -> str:
+    """Return a paragraph of a page in lines of at most 120 characters."""
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def show(figure: Figure, console: Console) -> None:
@@ -111,9 +118,7 @@ def in_fresh_process(module: str, *arguments: object) -> Any:
     """
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
     path = {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])

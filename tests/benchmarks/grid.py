@@ -9,17 +9,16 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedbasin.proto import fedbasin_pb2 as pb
-from fedbasin.proto import wire
+from fedbasin.proto.header import has_header, read_header, write_header
 
 
 class PulledGrid(Grid):
-    """Every node has answered at once, with an array of random numbers that no other node has."""
+    """A grid whose nodes reply at once with random numbers of their own, in arrays like those that they were sent."""
 
-    def __init__(self, nodes: int, elements: int) -> None:
+    def __init__(self, nodes: int) -> None:
         # What Flower sets in the process of a ServerApp; messages cannot be made without.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._nodes = list(range(1, nodes + 1))
-        self._elements = elements
         self._asked: dict[str, Message] = {}
         self._count = 0
 
@@ -40,24 +39,21 @@ class PulledGrid(Grid):
 
     def _answer(self, message: Message) -> Message:
         draw = np.random.default_rng(self._count + message.metadata.dst_node_id)
-        arrays = ArrayRecord({"float32": Array(draw.random(self._elements, np.float32))})
-        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10})})
-        if wire.has_header(message.content):
-            asked = wire.read_request(message.content)
-            header = pb.UpdateHeader(
-                round=asked.round,
-                stage=asked.stage,
-                anchor_digest=asked.anchor_digest,
-                examples=10,
-                tensors=asked.anchor,
+        arrays = {
+            name: Array(draw.random(array.shape, np.float32)) for name, array in message.content["arrays"].items()
+        }
+        metrics = MetricRecord({"num-examples": 10})
+        content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
+        if has_header(message.content):
+            request = read_header(message.content, pb.Request())
+            header = pb.Reply(
+                round=request.round, stage=request.stage, anchor_digest=request.anchor_digest, parameters=request.anchor
             )
-            wire.write(content, header)
+            write_header(content, header)
         return Message(content, reply_to=message)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """As Flower's own grids: all replies in one list."""
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Return all replies in one list, as Flower's own grids do."""
         return self.pull_messages(self.push_messages(messages))
 
     def set_run(self, run: Any) -> None: ...

@@ -27,9 +27,7 @@ def slow_fisher(model, batches):
         for x in inputs:
             logs = model(x.unsqueeze(0)).log_softmax(-1)[0]
             for log in logs:
-                gradients = torch.autograd.grad(
-                    log, list(model.parameters()), retain_graph=True, allow_unused=True
-                )
+                gradients = torch.autograd.grad(log, list(model.parameters()), retain_graph=True, allow_unused=True)
                 for name, gradient in zip(sums, gradients, strict=True):
                     if gradient is not None:
                         sums[name] += log.exp().detach() * gradient**2
@@ -38,28 +36,35 @@ def slow_fisher(model, batches):
 
 def convolutional():
     torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.ReLU(),
-        nn.Dropout(),
-        nn.Flatten(),
-        nn.Linear(12, 4),
-    )
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(12, 4))
 
 
 class TestDiagonalFisher:
     def test_it_equals_the_loop_over_examples_and_classes(self):
         model = convolutional().to(W)
         model(normal(8, 1, 4, 4, dtype=W))  # running statistics that are not those of a new layer
-        data = [
-            (normal(5, 1, 4, 4, dtype=W), labels(5)),
-            (normal(2, 1, 4, 4, seed=1, dtype=W), labels(2)),
-        ]
+        data = [(normal(5, 1, 4, 4, dtype=W), labels(5)), (normal(2, 1, 4, 4, seed=1, dtype=W), labels(2))]
         found = diagonal_fisher(model, data)
         expected = slow_fisher(model, data)
         assert list(found) == [name for name, _ in model.named_parameters()]
         for name, fisher in found.items():
+            torch.testing.assert_close(fisher, expected[name], rtol=1e-10, atol=1e-14)
+
+    def test_a_model_that_decides_by_its_inputs_gives_the_same(self):
+        class Deciding(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = nn.Linear(4, 3)
+
+            def forward(self, x):
+                return self.body(-x if x.sum() > 0 else x)
+
+        torch.manual_seed(0)
+        model = Deciding().to(W)
+        # One example to a batch, because the decision is about all that is in it.
+        data = [(normal(1, 4, seed=seed, dtype=W), labels(1)) for seed in range(6)]
+        expected = slow_fisher(model, data)
+        for name, fisher in diagonal_fisher(model, data).items():
             torch.testing.assert_close(fisher, expected[name], rtol=1e-10, atol=1e-14)
 
     def test_it_equals_the_closed_form_of_softmax_regression(self):
@@ -98,8 +103,7 @@ class TestDiagonalFisher:
     def test_drawn_labels_follow_the_generator(self):
         model, data = nn.Linear(3, 3), [(normal(9, 3), labels(9))]
         once, again, other = (
-            diagonal_fisher(model, data, torch.Generator().manual_seed(seed), 0)["bias"]
-            for seed in (1, 1, 2)
+            diagonal_fisher(model, data, torch.Generator().manual_seed(seed), 0)["bias"] for seed in (1, 1, 2)
         )
         assert torch.equal(once, again)
         assert not torch.equal(once, other)
@@ -224,13 +228,8 @@ class TestModelsOfTokens:
 @pytest.mark.parametrize(
     ("model", "x", "targets", "problem"),
     [
-        (nn.Linear(4, 1), normal(2, 4), labels(2), "one class is none to choose from"),
-        (
-            Tagger(),
-            normal(2, 5, 4),
-            labels(10).view(2, 5)[:, :4],
-            r"logits \[2, 5, 3\] for targets",
-        ),
+        (nn.Linear(4, 1), normal(2, 4), labels(2), "with a single class there is no choice"),
+        (Tagger(), normal(2, 5, 4), labels(10).view(2, 5)[:, :4], r"logits \[2, 5, 3\] for targets"),
     ],
 )
 def test_what_has_no_fisher_information_is_refused_with_what_to_do(model, x, targets, problem):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.refit.regression import FlowError, regress
+from fedbasin.client.refit.regression import FlowError, read_layer_graph, regress
 from fedbasin.client.statistics.gram import grams
 from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.server.files.double_precision import Doubled
@@ -289,9 +289,7 @@ def test_behind_a_layer_of_a_request_features_are_the_clients_own():
     expected = grams(model, [(x, labels(40))])[second]
     found = regress(model, own, fused, [first, second], Target.features, [(x, labels(40))])
     torch.testing.assert_close(found[second].gram, expected)
-    torch.testing.assert_close(
-        targets(found[second], second, fused), Gram(expected).weigh(join(second, own))
-    )
+    torch.testing.assert_close(targets(found[second], second, fused), Gram(expected).weigh(join(second, own)))
 
 
 @pytest.mark.parametrize("target", OF_ITSELF)
@@ -335,9 +333,7 @@ def test_a_layer_that_is_never_called_says_nothing():
     model.forward = model[:5].forward
     block = ("unused.weight", "unused.bias")
     own = state(model)
-    (sums,) = regress(
-        model, own, own, [block], Target.features, [(normal(4, 4), labels(4))]
-    ).values()
+    (sums,) = regress(model, own, own, [block], Target.features, [(normal(4, 4), labels(4))]).values()
     assert not sums.gram.any()
     assert not sums.moment.any()
 
@@ -345,9 +341,7 @@ def test_a_layer_that_is_never_called_says_nothing():
 def test_a_layer_that_the_model_has_not_is_refused_by_name():
     model = mlp()
     own = state(model)
-    with pytest.raises(
-        ValueError, match=r"8\.weight\+8\.bias is no linear layer.*same model class"
-    ):
+    with pytest.raises(ValueError, match=r"8\.weight\+8\.bias is not a linear layer.*same model class"):
         regress(model, own, own, [("8.weight", "8.bias")], Target.features, [])
 
 
@@ -405,9 +399,7 @@ def test_no_data_is_refused():
 class TestOrder:
     def test_of_a_stack_is_its_layers_and_its_last_one_the_head(self):
         found = read_layer_graph(mlp(), [(torch.zeros(2, 4), labels(2))])
-        assert found == LayerGraph(
-            ((("0.weight", "0.bias"),), (("2.weight", "2.bias"),), ((HEAD),)), HEAD
-        )
+        assert found == LayerGraph(((("0.weight", "0.bias"),), (("2.weight", "2.bias"),), ((HEAD),)), HEAD)
 
     def test_is_that_of_the_calls_and_not_of_the_modules(self):
         found = read_layer_graph(Residual(), [(torch.zeros(2, 2, 4, 4), labels(2))])
@@ -450,9 +442,7 @@ class TestOrder:
 
     @pytest.mark.parametrize("last", [nn.Tanh(), nn.Softmax(-1), nn.LayerNorm(3)])
     def test_a_model_that_does_something_to_its_logits_has_no_head(self, last):
-        found = read_layer_graph(
-            nn.Sequential(nn.Linear(4, 3), last), [(torch.zeros(2, 4), labels(2))]
-        )
+        found = read_layer_graph(nn.Sequential(nn.Linear(4, 3), last), [(torch.zeros(2, 4), labels(2))])
         assert found == LayerGraph(((("0.weight", "0.bias"),),), None)
 
     def test_a_model_without_such_layers_has_an_empty_order(self):

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from fedbasin.client.refit.regression import regress
+from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import closed_form
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.round.refit import Fit, Head
-from fedbasin.strategies.round.stages import Fitting
+from fedbasin.strategies.round.refit import RefitHead, RefitLayers
 
 W = torch.float64
 BLOCK = ("2.weight", "2.bias")
@@ -47,9 +47,9 @@ def wanted(target, own, model, client):
 def fitted(target):
     model, owns = net(0), [net(1), net(2)]
     fused = model.state_dict()
-    fitting = Fitting((BLOCK,), target, 0)
+    refit = Refit((BLOCK,), target.name)
     is_head = target is Target.labels
-    stage = Head(fused, fitting, Ridge(RIDGE, "anchor")) if is_head else Fit(fused, fitting, RIDGE)
+    stage = RefitHead(fused, refit, Ridge(RIDGE, "anchor")) if is_head else RefitLayers(fused, refit, RIDGE)
     for client, own in enumerate(owns):
         batches = [data(client)]
         sums = regress(deepcopy(model), own.state_dict(), fused, [BLOCK], target, batches)[BLOCK]
@@ -62,9 +62,7 @@ def fitted(target):
 def test_a_fit_to_residuals_is_the_fit_to_the_targets(target):
     model, owns, found = fitted(target)
     grams = sum(inputs_of_last(model, k).T @ inputs_of_last(model, k) for k in range(2))
-    moments = sum(
-        wanted(target, own, model, k).T @ inputs_of_last(model, k) for k, own in enumerate(owns)
-    )
+    moments = sum(wanted(target, own, model, k).T @ inputs_of_last(model, k) for k, own in enumerate(owns))
     if target is Target.labels:
         expected = closed_form(BLOCK, Gram(grams), moments, Ridge(RIDGE))
     else:

@@ -3,10 +3,8 @@
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
-import time
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +13,10 @@ import httpx
 import pytest
 import yaml
 
-from fedbasin.deploy.processes import SCRIPTS, plain
+from fedbasin.deploy.processes import SCRIPTS, strip_colour
 from fedbasin.server.run.settings import read_settings
+from tests.needing import needed
+from tests.waiting import LONG, wait_until
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
@@ -45,10 +45,10 @@ def test_every_command_is_one_that_its_program_takes(service):
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200"},
-        timeout=60,
+        timeout=LONG,
     )
     assert asked.returncode == 0, asked.stderr
-    known = set(re.findall(r"--[a-z][a-z-]+", plain(asked.stdout)))
+    known = set(re.findall(r"--[a-z][a-z-]+", strip_colour(asked.stdout)))
     assert {word for word in arguments if word.startswith("--")} <= known
 
 
@@ -107,7 +107,7 @@ def test_nodes_differ_in_their_partition_alone_and_are_as_many_as_a_round_waits_
     (rest,) = {tuple(command(node)[:-1]) for node in NODES}
     assert rest[-1] == "--node-config"
     configs = {option(node, "--node-config") for node in NODES}
-    count = DIGITS["config"]["fedbasin"]["nodes"]
+    count = DIGITS["config"]["fedbasin"]["min-available-nodes"]
     assert configs == {f"partition-id={i} num-partitions={count}" for i in range(count)}
 
 
@@ -127,9 +127,7 @@ def test_runs_report_to_the_observer_where_it_listens():
 
 
 def test_prometheus_scrapes_the_observer_where_it_shows_its_metrics():
-    jobs = {
-        job["job_name"]: job for job in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]
-    }
+    jobs = {job["job_name"]: job for job in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]}
     (static,) = jobs["fedbasin"]["static_configs"]
     assert static["targets"] == [f"observer:{option('observer', '--metrics-port')}"]
 
@@ -148,13 +146,12 @@ def test_volumes_lie_where_the_image_made_folders_that_its_user_may_write():
             assert volume.split(":")[1] in dockerfile
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
 def test_prometheus_takes_its_configuration():
-    subprocess.run(["promtool", "check", "config", PROMETHEUS], check=True, timeout=60)
+    subprocess.run([needed("promtool"), "check", "config", PROMETHEUS], check=True, timeout=LONG)
 
 
 @pytest.mark.deployed
-@pytest.mark.skipif(os.environ.get("FEDBASIN_E2E") != "1", reason="FEDBASIN_E2E=1 asks for Docker")
+@pytest.mark.skipif(os.environ.get("FEDBASIN_E2E") != "1", reason="needs Docker (make e2e)")
 def test_a_run_in_containers_reaches_prometheus():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -164,8 +161,8 @@ def test_a_run_in_containers_reaches_prometheus():
         assert sorted(health) == sorted(f"{s} healthy" for s in SERVICES if s != "cli")
         config = 'fedbasin.observer="observer:9470" epochs=2 num-server-rounds=2'
         log = compose("run", "--rm", "-T", "cli", *command("cli")[:5], "--run-config", config)
-        assert wait_for(port, 'fedbasin_rounds_total{recipe="regmean"} == 2'), log
-        assert wait_for(port, 'fedbasin_runs_finished_total{recipe="regmean"} == 1'), log
+        for count in ("rounds_total{recipe='regmean'} == 2", "runs_finished_total{recipe='regmean'} == 1"):
+            wait_until(lambda count=count: asked(port, f"fedbasin_{count}"), log)
 
 
 @contextmanager
@@ -193,12 +190,8 @@ def composed(prometheus_port):
         compose("--profile", "cli", "down", "--volumes", "--timeout", "10")
 
 
-def wait_for(port, query, seconds=60):
-    """Whether a comparison comes to hold; Prometheus scrapes four times a minute."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query})
-        if answer.raise_for_status().json()["data"]["result"]:
-            return True
-        time.sleep(1)
-    return False
+def asked(port, query):
+    """Whether a comparison holds."""
+    address = f"http://127.0.0.1:{port}/api/v1/query"
+    answer = httpx.get(address, params={"query": query}, timeout=LONG)
+    return answer.raise_for_status().json()["data"]["result"]

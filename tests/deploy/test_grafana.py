@@ -8,10 +8,13 @@ import pytest
 import yaml
 
 from fedbasin.deploy import dashboard
-from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+from fedbasin.proto.observer_service import RemoteObserver
 from fedbasin.server.observe.push import connect
 from tests.federation import Federation
+from tests.needing import needed
 from tests.observing import observer, prometheus
+from tests.running import run
+from tests.waiting import LONG
 
 GRAFANA = dashboard.FILE.parent
 DIGITS = GRAFANA.parent / "digits"
@@ -25,12 +28,12 @@ targets = [
 
 
 def test_the_committed_dashboard_is_what_the_code_makes():
-    assert made == dashboard.dashboard(), "run `python -m fedbasin.deploy.dashboard`"
+    assert made == dashboard.build_dashboard(), "run `python -m fedbasin.deploy.dashboard`"
 
 
 def test_grafana_can_read_every_field():
     sdk = pytest.importorskip(
-        "grafana_foundation_sdk", reason="Grafana's schema: pip install grafana-foundation-sdk"
+        "grafana_foundation_sdk", reason="needs Grafana's schema (pip install grafana-foundation-sdk)"
     )
     del sdk
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -85,14 +88,10 @@ def test_every_panel_has_a_unit_a_text_and_legends(panel):
 
 
 def test_the_provisioned_files_name_what_the_dashboard_needs():
-    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())[
-        "datasources"
-    ]
+    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     (variable,) = [v for v in made["templating"]["list"] if v["type"] == "datasource"]
     assert source["type"] == variable["query"]
-    (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/fedbasin.yaml").read_text())[
-        "providers"
-    ]
+    (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/fedbasin.yaml").read_text())["providers"]
     assert provider["type"] == "file"
 
 
@@ -106,9 +105,7 @@ def reports(tmp_path_factory):
 
     import torch
 
-    from fedbasin.server.run.probe_set import Probe
-    from fedbasin.server.run.serve import Hooks, serve
-    from fedbasin.strategies.symmetry.discover.tracing import trace
+    from fedbasin.server.run.probe_set import ProbeSet
 
     config = {
         "width": 32,
@@ -118,7 +115,7 @@ def reports(tmp_path_factory):
         "seed": 0,
         "fedbasin.recipe": "regmean",
         "fedbasin.start": "own",
-        "fedbasin.nodes": 3,
+        "fedbasin.min-available-nodes": 3,
         "fedbasin.barrier-points": 3,
         "fedbasin.fused-points": 3,
         "fedbasin.poll-seconds": 0.01,
@@ -126,22 +123,22 @@ def reports(tmp_path_factory):
         "fedbasin.folder": str(tmp_path_factory.mktemp("runs")),
     }
     federation = Federation(app, config, 3, {102: lambda reply: None})
-    model = make_model(32, seed=0)
-    symmetry = trace(model, torch.zeros(1, PIXELS))
-    grid, context = federation.grid(), federation.server_context()
-    hooks = Hooks(probe=Probe(make_model(32, seed=0), [load_split()[1]]))
-    return serve(grid, context, model, 3, symmetry=symmetry, hooks=hooks).reports
+    probe_set = ProbeSet(make_model(32, seed=0), [load_split()[1]])
+    model, example = make_model(32, seed=0), torch.zeros(2, PIXELS)
+    return run(federation, model, 3, example=example, probe_set=probe_set).reports
 
 
 @pytest.fixture(scope="module")
-def scraper(reports, tmp_path_factory):
+def scraper(request, tmp_path_factory):
     """A Prometheus that watched an observer while the run reported to it, a scrape or two a round."""
+    needed("prometheus")  # before the run is computed that it is to watch
+    reports = request.getfixturevalue("reports")
     folder = tmp_path_factory.mktemp("prometheus")
     with observer() as addresses, prometheus(addresses.metrics.split("/")[2], folder) as source:
         source.wait_for('fedbasin_rounds_total{recipe="regmean"} == 0')
         for number, report in enumerate(reports, start=1):
             with connect(addresses.observer) as channel:
-                ObserverStub(channel).PushRound(report, timeout=10)
+                RemoteObserver(channel).push_round(report, timeout=LONG)
             source.wait_for(f'fedbasin_rounds_total{{recipe="regmean"}} == {number}')
         yield source
 

@@ -1,5 +1,4 @@
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +6,7 @@ import torch
 
 from fedbasin.deploy.local import deployment
 from fedbasin.server.run import checkpoint
+from tests.waiting import LONG, wait_until
 
 pytestmark = pytest.mark.deployed
 
@@ -32,8 +32,9 @@ def outcomes(flower, report):
 @pytest.fixture(scope="module")
 def faulty_round(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty")
-    config = {"raises": 0, "sends-nan": 1, "fedbasin.nodes": 4, "fedbasin.folder": str(folder)}
-    with deployment(4, node_config, tmp_path_factory.mktemp("deployment")) as flower:
+    config = {"raises": 0, "sends-nan": 1, "fedbasin.min-available-nodes": 4, "fedbasin.folder": str(folder)}
+    home = tmp_path_factory.mktemp("deployment")
+    with deployment(4, node_config, home, timeout_seconds=LONG) as flower:
         flower.run(APP, config)
         (report,), model = finished(folder)
         yield outcomes(flower, report), report, model
@@ -58,24 +59,22 @@ def test_a_node_killed_in_the_middle_of_a_round_costs_the_round_only_its_own_upd
     config = {
         "hangs": 2,
         "num-server-rounds": 2,
-        "fedbasin.nodes": 3,
+        "fedbasin.min-available-nodes": 3,
         "fedbasin.folder": str(folder),
-        "fedbasin.round-timeout-seconds": 40.0,
+        "fedbasin.round-timeout-seconds": 120.0,
     }
-    with deployment(3, node_config, tmp_path / "deployment") as flower:
+    with deployment(3, node_config, tmp_path / "deployment", timeout_seconds=LONG) as flower:
         log = flower.folder / "supernode-2.log"
 
         def kill_when_training():
             # The node says so when it has got its message.
-            while "Received" not in log.read_text(errors="replace"):
-                time.sleep(0.1)
-            time.sleep(1)
+            wait_until(lambda: "Received" in log.read_text(errors="replace"), "no message came")
             flower.kill_node(2)
 
         killer = threading.Thread(target=kill_when_training, daemon=True)
         killer.start()
         flower.run(APP, config)
-        killer.join(10)
+        killer.join(LONG)
         assert not killer.is_alive()
         reports, model = finished(folder)
         assert len(reports) == 2

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.deploy.test_local import living_in
+from tests.waiting import LONG
 
 pytestmark = [pytest.mark.deployed, pytest.mark.slow]
 
@@ -24,7 +25,7 @@ def interrupt(tmp_path, word, delay_seconds):
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     ) as demo:
-        overdue = threading.Timer(300, demo.kill)
+        overdue = threading.Timer(LONG, demo.kill)
         overdue.start()
         for line in demo.stdout:
             said.append(line)
@@ -38,9 +39,7 @@ def interrupt(tmp_path, word, delay_seconds):
     return demo.returncode, "".join(said)
 
 
-@pytest.mark.parametrize(
-    ("word", "delay_seconds"), [("starting", 1), ("plain FedAvg", 10)], ids=["start", "round"]
-)
+@pytest.mark.parametrize(("word", "delay_seconds"), [("starting", 1), ("plain FedAvg", 10)], ids=["start", "round"])
 def test_ctrl_c_ends_the_demo_and_every_process_of_it(tmp_path, word, delay_seconds):
     status, said = interrupt(tmp_path, word, delay_seconds)
     assert status == 130, said

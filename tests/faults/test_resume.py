@@ -7,6 +7,7 @@ import torch
 from fedbasin.deploy.demo import APP
 from fedbasin.deploy.local import deployment
 from fedbasin.server.run import checkpoint
+from tests.waiting import LONG
 
 pytestmark = [pytest.mark.deployed, pytest.mark.slow]
 
@@ -16,7 +17,7 @@ CONFIG = {
     "width": 64,
     "epochs": 3,
     "fedbasin.recipe": "fedavg",
-    "fedbasin.nodes": NODES,
+    "fedbasin.min-available-nodes": NODES,
     "fedbasin.barrier-points": 0,
 }
 
@@ -35,7 +36,7 @@ def folder_of(runs: Path) -> Path:
 
 
 def test_a_run_killed_in_a_round_ends_bit_for_bit_as_if_nothing_had_happened(tmp_path):
-    with deployment(NODES, node_config, tmp_path / "deployment") as flower:
+    with deployment(NODES, node_config, tmp_path / "deployment", timeout_seconds=LONG) as flower:
         flower.run(APP, CONFIG | {"fedbasin.folder": str(tmp_path / "undisturbed")})
 
         def kill_in_round_two(line):
@@ -45,9 +46,7 @@ def test_a_run_killed_in_a_round_ends_bit_for_bit_as_if_nothing_had_happened(tmp
                 raise KilledError
 
         with pytest.raises(KilledError):
-            flower.run(
-                APP, CONFIG | {"fedbasin.folder": str(tmp_path / "killed")}, kill_in_round_two
-            )
+            flower.run(APP, CONFIG | {"fedbasin.folder": str(tmp_path / "killed")}, kill_in_round_two)
         killed = folder_of(tmp_path / "killed")
         assert checkpoint.load(killed).server_round == 1
         flower.run(APP, CONFIG | {"fedbasin.resume": str(killed)})

@@ -1,18 +1,19 @@
 import gc
 import weakref
 
+import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 
-from fedbasin.server.run.serve import serve
+from fedbasin.server.strategy import FedBasin
 from tests.benchmarks.grid import PulledGrid
 
 
 class WatchedGrid(PulledGrid):
     """Counts the replies' contents that are alive when the next one is made."""
 
-    def __init__(self, nodes, elements):
-        super().__init__(nodes, elements)
+    def __init__(self, nodes):
+        super().__init__(nodes)
         self.made = []
         self.alive = []
 
@@ -23,18 +24,19 @@ class WatchedGrid(PulledGrid):
         return reply
 
 
-def test_a_reply_is_let_go_before_the_next_is_pulled_without_the_garbage_collector(tmp_path):
-    grid = WatchedGrid(nodes=5, elements=8)
-    model = torch.nn.Module()
-    model.weights = torch.nn.Parameter(torch.zeros(8))
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_reply_is_let_go_before_the_next_is_pulled_without_the_garbage_collector(tmp_path, packed):
+    grid = WatchedGrid(nodes=5)
     config = {
         "fedbasin.align": "off",
         "fedbasin.fraction-evaluate": 0.0,
         "fedbasin.folder": str(tmp_path),
+        "fedbasin.packed": packed,
     }
+    strategy = FedBasin(context=Context(1, 1, {}, RecordDict(), config))
     gc.disable()
     try:
-        serve(grid, Context(1, 1, {}, RecordDict(), config), model, rounds=2)
+        strategy.start(grid, ArrayRecord({"weights": torch.zeros(8)}), 2)
     finally:
         gc.enable()
     assert grid.alive == [0] * 10

@@ -132,9 +132,7 @@ HEADERS = st.builds(
     st.one_of(
         st.binary(max_size=300),
         st.builds(
-            lambda header, body: (
-                b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
-            ),
+            lambda header, body: b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body,
             HEADERS,
             st.binary(max_size=20),
         ),

@@ -29,7 +29,7 @@ DTYPES = [
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
 def test_a_state_that_is_written_is_read(dtype, shape):
     state = {"w": torch.ones(shape).to(dtype), "b": torch.arange(2.0)}
-    found = plain.read(plain.write(state))
+    found = plain.read_arrays(plain.write_arrays(state))
     assert list(found) == ["w", "b"]
     assert (found["w"].dtype, found["w"].shape) == (dtype, shape)
     assert torch.equal(found["w"], state["w"])
@@ -37,9 +37,9 @@ def test_a_state_that_is_written_is_read(dtype, shape):
 
 def test_it_is_what_flower_reads_and_writes():
     state = {"w": torch.randn(2, 3), "count": torch.tensor(4)}
-    for name, tensor in plain.write(state).to_torch_state_dict().items():
+    for name, tensor in plain.write_arrays(state).to_torch_state_dict().items():
         assert torch.equal(tensor, state[name])
-    for name, tensor in plain.read(ArrayRecord(state)).items():
+    for name, tensor in plain.read_arrays(ArrayRecord(state)).items():
         assert torch.equal(tensor, state[name])
 
 
@@ -47,21 +47,21 @@ def test_a_transposed_tensor_keeps_its_values():
     w = torch.arange(6.0).reshape(2, 3).mT
     record = ArrayRecord({"w": Array(w.numpy())})
     assert b"'fortran_order': True" in record["w"].data
-    found = plain.read(record)["w"]
+    found = plain.read_arrays(record)["w"]
     assert torch.equal(found, w)
     assert found.shape == (3, 2)
 
 
 def test_reading_copies_nothing():
-    record = plain.write({"w": torch.zeros(1000)})
+    record = plain.write_arrays({"w": torch.zeros(1000)})
     data = np.frombuffer(record["w"].data, np.uint8)
-    start = plain.read(record)["w"].data_ptr() - data.__array_interface__["data"][0]
+    start = plain.read_arrays(record)["w"].data_ptr() - data.__array_interface__["data"][0]
     assert start == len(data) - 4000
 
 
 def test_what_numpy_lacks_is_refused_with_the_remedy():
     with pytest.raises(PackingError, match=r"BFloat16.*set packed"):
-        plain.write({"w": torch.zeros(2).bfloat16()})
+        plain.write_arrays({"w": torch.zeros(2).bfloat16()})
 
 
 def forged(header, elements=b"\0" * 16):
@@ -75,9 +75,9 @@ def shaped(shape, descr="<f4", fortran=False):
 
 
 def test_the_forged_headers_below_are_read_where_they_are_true():
-    assert plain.read(forged(shaped("(4,)")))["layer.w"].shape == (4,)
-    assert plain.read(forged(shaped("(2, 2)")))["layer.w"].shape == (2, 2)
-    assert plain.read(forged(shaped("()", "<f8"), b"\0" * 8))["layer.w"].shape == ()
+    assert plain.read_arrays(forged(shaped("(4,)")))["layer.w"].shape == (4,)
+    assert plain.read_arrays(forged(shaped("(2, 2)")))["layer.w"].shape == (2, 2)
+    assert plain.read_arrays(forged(shaped("()", "<f8"), b"\0" * 8))["layer.w"].shape == ()
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_the_forged_headers_below_are_read_where_they_are_true():
 )
 def test_a_forged_header_is_refused_by_the_arrays_name(header):
     with pytest.raises(PackingError, match=r"'layer\.w'"):
-        plain.read(forged(header))
+        plain.read_arrays(forged(header))
 
 
 @given(data=st.binary(max_size=300))
 def test_any_other_bytes_are_refused_by_name(data):
     record = ArrayRecord({"w": Array("float32", (4,), "numpy.ndarray", data)})
     with pytest.raises(PackingError, match="'w'"):
-        plain.read(record)
+        plain.read_arrays(record)
 
 
 @given(position=st.integers(0, 200), byte=st.integers(0, 255))
@@ -119,7 +119,7 @@ def test_a_flipped_byte_is_read_or_refused_by_name(position, byte):
     data[position % len(data)] = byte
     record = ArrayRecord({"w": Array("float32", (3, 4), "numpy.ndarray", bytes(data))})
     try:
-        found = plain.read(record)["w"]
+        found = plain.read_arrays(record)["w"]
     except PackingError:
         return
     assert found.numel() * found.element_size() == 48

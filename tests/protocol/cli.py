@@ -40,9 +40,7 @@ Names take arguments, and a list of values stands for all of them:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Results = Annotated[
-    Path, typer.Option("--results", help="File of results, JSON lines; only added to.")
-]
+Results = Annotated[Path, typer.Option("--results", help="File of results, JSON lines; only added to.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 _RESULTS = ROOT / "build" / "protocol" / "results.jsonl"
 _SCRATCH = ROOT / "build" / "protocol"
@@ -51,9 +49,7 @@ _SCRATCH = ROOT / "build" / "protocol"
 @app.command()
 def run(
     task: Annotated[list[str], typer.Option(help="Examples; see `names`.")],
-    rule: Annotated[
-        list[str], typer.Option(help="A recipe of fedbasin with its settings, or a peer.")
-    ],
+    rule: Annotated[list[str], typer.Option(help="A recipe of fedbasin with its settings, or a peer.")],
     split: Annotated[list[str], typer.Option(help="How clients share them.")] = ["dirichlet(0.3)"],  # noqa: B006 - typer copies it
     model: Annotated[list[str], typer.Option(help="What they train.")] = ["mlp"],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0.")] = 3,
@@ -93,9 +89,7 @@ def run(
 @app.command()
 def table(
     file: Results = _RESULTS,
-    every: Annotated[
-        bool, typer.Option("--all", help="Every setting, not each rule's best.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every setting, not each rule's best.")] = False,
 ) -> None:
     """Print tables in Markdown: means over seeds."""
     for scene, rows in summary.scenes(results.read(file)).items():
@@ -110,9 +104,10 @@ def report(
     file: Results = _RESULTS,
     to: Annotated[Path, typer.Option(help="The page; pictures go beside it.")] = ROOT
     / "docs"
+    / "records"
     / "protocol.md",
 ) -> None:
-    """Write tables and curves into docs/protocol.md."""
+    """Write tables and curves into docs/records/protocol.md."""
     page.write(to, results.read(file))
     typer.echo(f"written to {to}")
 
@@ -141,12 +136,7 @@ def _watched(
     """The findings, with a bar that counts rounds."""
     total = sum(rules.rounds_of(setting.rule, work.rounds) for setting in work.settings)
     console.print(f"{len(work.settings)} of {settings} curves to measure, {total} rounds")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("rounds", total=total)
         for setting, point in found:

@@ -156,9 +156,7 @@ def make_app(experiment: Experiment) -> ClientApp:
     def test(message: Message, context: Context) -> Message:
         examples = experiment.examples(_index(context))
         accuracy, loss = evaluate(_loaded(experiment, message).eval(), examples)
-        metrics = MetricRecord(
-            {"loss": loss, "accuracy": accuracy, "num-examples": len(examples[1])}
-        )
+        metrics = MetricRecord({"loss": loss, "accuracy": accuracy, "num-examples": len(examples[1])})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app

@@ -66,9 +66,7 @@ def _font(index: int, points: int) -> ImageFont.FreeTypeFont:
 
 def _image(rng: np.random.Generator, letter: int, font: int) -> np.ndarray:
     canvas = _letter(LETTERS[letter], _font(int(font), int(rng.integers(22, 34))))
-    bent = canvas.transform(
-        canvas.size, Image.Transform.AFFINE, _distortion(rng), Image.Resampling.BILINEAR
-    )
+    bent = canvas.transform(canvas.size, Image.Transform.AFFINE, _distortion(rng), Image.Resampling.BILINEAR)
     small = np.asarray(bent.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32) / 255
     return small + rng.normal(0, _NOISE, small.shape).astype(np.float32)
 
@@ -85,9 +83,7 @@ def _letter(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 def _distortion(rng: np.random.Generator) -> tuple[float, ...]:
     """Where each pixel of the new image comes from, as the six numbers of an affine map."""
     angle, shear, scale = rng.uniform(-0.5, 0.5), rng.uniform(-0.3, 0.3), rng.uniform(0.8, 1.3)
-    turn = np.array(
-        [[math.cos(angle), -math.sin(angle) + shear], [math.sin(angle), math.cos(angle)]]
-    )
+    turn = np.array([[math.cos(angle), -math.sin(angle) + shear], [math.sin(angle), math.cos(angle)]])
     linear = scale * turn
     shift = _CENTRE - linear @ (_CENTRE + rng.uniform(-4, 4, 2))
     return tuple(np.column_stack([linear, shift]).ravel().tolist())

@@ -1,9 +1,9 @@
-"""docs/protocol.md: tables and curves of every scene, written from the results."""
+"""docs/records/protocol.md: tables and curves of every scene, written from the results."""
 
 import re
 from pathlib import Path
 
-from tests.benchmarks.figures import machine
+from tests.benchmarks.figures import machine, wrap
 from tests.protocol import picture, tables
 from tests.protocol.results import Curves
 from tests.protocol.summary import Row, Scene, best_of_each, scenes
@@ -15,21 +15,23 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 
 - Every rule has the same examples in the same slices, the same first model and the same local training (AdamW,
   learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every round.
-- Recipes of fedbasin (lower case) run through `fedbasin.server.run.serve` and the client's mod; Flower's strategies
-  (`FedAvg`, `FedAvgM`, `FedAdam`, `FedProx`) are the real objects, over the same clients. Only the network is missing.
+- Recipes of fedbasin (lower case) run through `FedBasin` and the client's mod; Flower's strategies (`FedAvg`,
+  `FedAvgM`, `FedAdam`, `FedProx`) are the real objects, over the same clients. Only the network is missing.
 - Bytes are those of all records of all messages, both ways. Seconds are processor time on one thread: training,
   statistics and packing of all clients together, and the server's own.
 - `RidgeHead` and `RandomFeaturesHead` are closed forms from labels, on the raw inputs and on 1024 random ReLU
   features, exact sums over any split in one round. A rule that does not beat them on a task has not learned a
   representation there. Their bytes are those of float32 sums, the Gram as a triangle.
 - Both closed forms are drawn as level lines: nothing follows their one round.
-- Numbers are test accuracies, means over the seeds that all rules of a table have. Where a rule was tried with several settings, its best one stands
-  here, chosen by the mean test accuracy over all rounds, for every rule alike; that flatters what was tried more.
+- Numbers are test accuracies, means over the seeds that all rules of a table have. Where a rule was tried with several
+  settings, the table has its best one, chosen by the mean test accuracy over all rounds, for every rule alike; that
+  flatters what was tried more.
 
-- On glyphs the settings of Flower's strategies were tried on one seed and 15 rounds of Dirichlet(0.3), FedAvgM with 0.5, 0.7 and 0.9 and FedAdam with
-  0.01 and 0.03, and the best one, FedAvgM with 0.7, was run on all seeds and splits; FedProx with 0.01 on Dirichlet(0.3).
-- Flower's FedAvgM takes BatchNorm's running variances along with its momentum, below zero in some rounds: its rows of 0.100 on `cnn_norm`. FedAvg is the
-  peer to look at there.
+- On glyphs the settings of Flower's strategies were tried on one seed and 15 rounds of Dirichlet(0.3), FedAvgM with
+  0.5, 0.7 and 0.9 and FedAdam with 0.01 and 0.03, and the best one, FedAvgM with 0.7, was run on all seeds and splits;
+  FedProx with 0.01 on Dirichlet(0.3).
+- Flower's FedAvgM applies its momentum to BatchNorm's running variances too, which fall below zero in some rounds: its
+  rows of 0.100 on `cnn_norm`. Compare with FedAvg there.
 
 ```
 python -m tests.protocol run --task digits --split 'dirichlet([0.1, 0.3])' --seeds 5 --jobs 2 \\
@@ -61,7 +63,7 @@ def write(file: Path, curves: Curves) -> None:
     folder = file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     sections = [_section(scene, rows, folder) for scene, rows in scenes(curves).items()]
-    file.write_text("\n".join([_HEAD, *sections, f"Written {machine()}.", ""]))
+    file.write_text("\n".join([_HEAD, *sections, wrap(f"Written {machine()}."), ""]))
 
 
 def _section(scene: Scene, rows: list[Row], folder: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedbasin.server.report.charts.chart import Axis, axis
+from fedbasin.server.report.charts.chart import Scale, fit_scale
 from fedbasin.server.report.charts.markup import Html, join, tag, trusted
 from tests.protocol.setting import Point
 from tests.protocol.summary import Row
@@ -46,13 +46,11 @@ class Panel:
     across: Across
     show: Callable[[float], str]
 
-    def axis(self, rows: Sequence[Row]) -> Axis:
+    def axis(self, rows: Sequence[Row]) -> Scale:
         """From the first place that is drawn to the last."""
-        places = [
-            x for row in rows for point in row.points if (x := self.across(point)) is not None
-        ]
+        places = [x for row in rows for point in row.points if (x := self.across(point)) is not None]
         low, high = min(places, default=0.0), max(places, default=1.0)
-        return Axis(low, high if high > low else low + 1, self.show)
+        return Scale(low, high if high > low else low + 1, self.show)
 
 
 def _power(exponent: float) -> str:
@@ -68,7 +66,7 @@ PANELS = (
 
 def draw(rows: Sequence[Row], title: str) -> str:
     """The picture of a table's rows."""
-    up = axis([0.0, *(point.accuracy for row in rows for point in row.points)])
+    up = fit_scale([0.0, *(point.accuracy for row in rows for point in row.points)])
     panels = [_panel(panel, rows, up) for panel in PANELS]
     placed = [
         tag("g", panel, transform=f"translate({_LEFT + index * (_WIDE + _GAP)} {_TOP})")
@@ -91,14 +89,14 @@ def draw(rows: Sequence[Row], title: str) -> str:
     )
 
 
-def _panel(panel: Panel, rows: Sequence[Row], up: Axis) -> Html:
+def _panel(panel: Panel, rows: Sequence[Row], up: Scale) -> Html:
     across = panel.axis(rows)
     lines = [_curve(row, panel, across, up, _look(index)) for index, row in enumerate(rows)]
     label = tag("text", panel.label, x=_WIDE, y=_HIGH + 36, text_anchor="end")
     return join([*_levels(up), *_marks(across), label, *lines])
 
 
-def _curve(row: Row, panel: Panel, across: Axis, up: Axis, look: dict[str, str]) -> Html:
+def _curve(row: Row, panel: Panel, across: Scale, up: Scale, look: dict[str, str]) -> Html:
     places = [(x, point.accuracy) for point in row.points if (x := panel.across(point)) is not None]
     if len(places) == 1:  # a closed form is finished before the others have begun, and stays
         places.append((across.high, places[0][1]))
@@ -106,7 +104,7 @@ def _curve(row: Row, panel: Panel, across: Axis, up: Axis, look: dict[str, str])
     return tag("path", tag("title", row.rule), d="M" + "L".join(steps), **look)
 
 
-def _levels(up: Axis) -> list[Html]:
+def _levels(up: Scale) -> list[Html]:
     made = []
     for tick in up.ticks(5):
         y = f"{(1 - up.place(tick)) * _HIGH:.1f}"
@@ -115,15 +113,9 @@ def _levels(up: Axis) -> list[Html]:
     return made
 
 
-def _marks(across: Axis) -> list[Html]:
+def _marks(across: Scale) -> list[Html]:
     return [
-        tag(
-            "text",
-            across.show(tick),
-            x=f"{across.place(tick) * _WIDE:.1f}",
-            y=_HIGH + 18,
-            text_anchor="middle",
-        )
+        tag("text", across.show(tick), x=f"{across.place(tick) * _WIDE:.1f}", y=_HIGH + 18, text_anchor="middle")
         for tick in across.ticks()
     ]
 

@@ -3,11 +3,12 @@
 import tempfile
 from dataclasses import replace
 
-from fedbasin.server.run.serve import Hooks, serve
-from fedbasin.strategies.fusion.lora.lora_factors import holding
+from flwr.app import ArrayRecord
+
+from fedbasin.strategies.fusion.lora.lora_factors import as_module
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.symmetry.discover.tracing import trace
-from fedbasin.strategies.tensors.state import State
+from tests import running
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import Spec
 from tests.protocol.travelling import has_adapters, state_of
@@ -33,29 +34,27 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
                 "fedbasin.align": "client" if _turns(rule) else "off",
                 "fedbasin.fraction-evaluate": 0.0,
                 "fedbasin.poll-seconds": 0.001,
-                "fedbasin.nodes": len(experiment.slices),
+                "fedbasin.min-available-nodes": len(experiment.slices),
+                "fedbasin.packed": True,
                 "fedbasin.quorum": 1.0,
                 "fedbasin.folder": folder,
                 "fedbasin.recipe": rule.name,
                 **{f"fedbasin.{key.replace('_', '-')}": value for key, value in settings.items()},
             }
         )
-        context = federation.server_context()
-        aligns = whole and context.run_config["fedbasin.align"] != "off"
-        serve(
-            federation.grid(),
-            context,
-            model if whole else holding(state_of(model)),
+        aligns = whole and federation.run_config["fedbasin.align"] != "off"
+        running.run(
+            federation,
+            model if whole else as_module(state_of(model)),
             rounds,
             symmetry=trace(model, experiment.task.train[0][:2]) if aligns else None,
-            hooks=Hooks(evaluate=lambda number, state: _measured(experiment, number, state)),
+            evaluate_fn=lambda number, arrays: _measure(experiment, number, arrays),
         )
 
 
 def _turns(rule: Spec) -> bool:
-    return rule.name in RECIPES and RECIPES[rule.name].adapters is not None
+    return rule.name in RECIPES and RECIPES[rule.name].lora is not None
 
 
-def _measured(experiment: Experiment, server_round: int, state: State) -> dict[str, float]:
-    experiment.measure_state(server_round, state)
-    return {}
+def _measure(experiment: Experiment, server_round: int, arrays: ArrayRecord) -> None:
+    experiment.measure_state(server_round, arrays.to_torch_state_dict())

@@ -10,10 +10,7 @@ from tests.protocol.experiment import Record, prepare
 from tests.protocol.setting import Setting
 from tests.protocol.spec import Spec, SpecError, listed, made, parse
 
-HEADS: dict[str, Callable[..., None]] = {
-    "RidgeHead": heads.ridge,
-    "RandomFeaturesHead": heads.random_features,
-}
+HEADS: dict[str, Callable[..., None]] = {"RidgeHead": heads.ridge, "RandomFeaturesHead": heads.random_features}
 
 
 def names() -> list[str]:

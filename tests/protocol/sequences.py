@@ -31,9 +31,7 @@ def modular_sum(length: int = 3, modulus: int = 10) -> Task:
     """The sum of all tokens modulo their number: no token alone says anything."""
 
     def examples(count: int, draw: torch.Generator) -> Examples:
-        tokens: Int[Tensor, "count length"] = torch.randint(
-            modulus, (count, length), generator=draw
-        )
+        tokens: Int[Tensor, "count length"] = torch.randint(modulus, (count, length), generator=draw)
         return tokens, tokens.sum(1) % modulus
 
     return Task(*_both(examples), modulus, tokens=modulus)
@@ -50,8 +48,6 @@ def topics(length: int = 16, words: int = 32, classes: int = 10) -> Task:
     return Task((texts[:end], named[:end]), (texts[end:], named[end:]), classes, tokens=words)
 
 
-def _both(
-    examples: Callable[[int, torch.Generator], Examples],
-) -> tuple[Examples, Examples]:
+def _both(examples: Callable[[int, torch.Generator], Examples]) -> tuple[Examples, Examples]:
     draw = torch.Generator().manual_seed(0)
     return examples(_TRAIN, draw), examples(_TEST, draw)

@@ -79,9 +79,7 @@ def from_row(row: Mapping[str, Any]) -> tuple[Setting, Point]:
     except TypeError as error:
         raise ValueError(str(error)) from error
     if row.get("digest") != setting.digest:
-        raise ValueError(
-            f"its digest is {row.get('digest')}, and its settings give {setting.digest}"
-        )
+        raise ValueError(f"its digest is {row.get('digest')}, and its settings give {setting.digest}")
     return setting, point
 
 

@@ -62,9 +62,7 @@ def groups() -> Split:
 
     def split(task: Task, clients: int, seed: int) -> list[Tensor]:
         if task.groups is None:
-            raise SpecError(
-                "groups: the examples of this task have no source; choose another split"
-            )
+            raise SpecError("groups: the examples of this task have no source; choose another split")
         group = task.groups.numpy()
         order = np.random.default_rng(seed).permutation(np.unique(group))
         own = [np.isin(group, order[client::clients]) for client in range(clients)]
@@ -78,9 +76,4 @@ def _kept(parts: list[np.ndarray]) -> list[Tensor]:
     return [torch.tensor(part) for part in parts if len(part) >= _FEWEST]
 
 
-SPLITS: dict[str, Callable[..., Split]] = {
-    "iid": iid,
-    "dirichlet": dirichlet,
-    "shards": shards,
-    "groups": groups,
-}
+SPLITS: dict[str, Callable[..., Split]] = {"iid": iid, "dirichlet": dirichlet, "shards": shards, "groups": groups}

@@ -61,9 +61,7 @@ def scenes(curves: Curves) -> dict[Scene, list[Row]]:
 
     A curve that was interrupted at once is left out. Rules without any seed in common keep their own.
     """
-    found: dict[Scene, dict[str, dict[int, dict[int, Point]]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+    found: dict[Scene, dict[str, dict[int, dict[int, Point]]]] = defaultdict(lambda: defaultdict(dict))
     for setting, points in curves.items():
         if max(points) > 0:
             found[replace(setting, rule="", seed=0)][setting.rule][setting.seed] = points
@@ -86,9 +84,7 @@ def _best(family: list[Row]) -> Row:
 
 def _rows(rules: dict[str, dict[int, dict[int, Point]]]) -> list[Row]:
     common = set.intersection(*(set(seeds) for seeds in rules.values()))
-    return [
-        _row(rule, {seed: seeds[seed] for seed in common or seeds}) for rule, seeds in rules.items()
-    ]
+    return [_row(rule, {seed: seeds[seed] for seed in common or seeds}) for rule, seeds in rules.items()]
 
 
 def _row(rule: str, seeds: dict[int, dict[int, Point]]) -> Row:

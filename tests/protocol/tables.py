@@ -40,12 +40,7 @@ def settings_note(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row, rounds: Sequence[int], marks: Sequence[float]) -> list[str]:
     measured = [row.at(number) for number in rounds]
-    cells = [
-        f"`{row.rule}`",
-        str(len(row.seeds)),
-        *(_accuracy(point) for point in measured),
-        _share(row.best),
-    ]
+    cells = [f"`{row.rule}`", str(len(row.seeds)), *(_accuracy(point) for point in measured), _share(row.best)]
     firsts = [row.first(mark) for mark in marks]
     end = row.points[-1]
     cells += [str(point.round) if point else f"not in {row.last}" for point in firsts]

@@ -61,9 +61,7 @@ def _cut(inputs: Tensor, labels: Tensor) -> Task:
 
 
 def _divided(inputs: Any, labels: Any) -> Task:
-    parts = train_test_split(
-        inputs.astype(np.float32), labels, test_size=0.3, random_state=0, stratify=labels
-    )
+    parts = train_test_split(inputs.astype(np.float32), labels, test_size=0.3, random_state=0, stratify=labels)
     train, test, train_labels, test_labels = map(torch.tensor, parts)
     return Task((train, train_labels), (test, test_labels), len(np.unique(labels)))
 
@@ -71,6 +69,4 @@ def _divided(inputs: Any, labels: Any) -> Task:
 def _standardised(task: Task) -> Task:
     (train, labels), (test, test_labels) = task.train, task.test
     mean, deviation = train.mean(0), train.std(0)
-    return Task(
-        ((train - mean) / deviation, labels), ((test - mean) / deviation, test_labels), task.classes
-    )
+    return Task(((train - mean) / deviation, labels), ((test - mean) / deviation, test_labels), task.classes)

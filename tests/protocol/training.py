@@ -30,9 +30,7 @@ class Training:
     decay: float = 1e-2
 
 
-def fit(
-    model: nn.Module, examples: Examples, training: Training, seed: int, proximal: float = 0.0
-) -> float:
+def fit(model: nn.Module, examples: Examples, training: Training, seed: int, proximal: float = 0.0) -> float:
     """Train in place; returns the last batch's loss.
 
     Args:
@@ -45,9 +43,7 @@ def fit(
     inputs, labels = examples
     penalty = _pull(model, proximal)
     # A step of the fused kernel costs half of one that goes from parameter to parameter.
-    optimiser = torch.optim.AdamW(
-        model.parameters(), training.rate, weight_decay=training.decay, fused=True
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), training.rate, weight_decay=training.decay, fused=True)
     draw = torch.Generator().manual_seed(seed)
     model.train()
     loss = torch.tensor(0.0)
@@ -85,9 +81,7 @@ def _pull(model: nn.Module, proximal: float) -> Callable[[], Tensor | float]:
 
     def term() -> Tensor:
         pairs = zip(model.parameters(), start, strict=True)
-        return (
-            proximal / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
-        )
+        return proximal / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
 
     return term
 

@@ -15,9 +15,7 @@ def train(msg: Message, context: Context):
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
     device = torch.device("cpu")
     trainloader, _ = load_data(
-        context.node_config["partition-id"],
-        context.node_config["num-partitions"],
-        context.run_config["batch-size"],
+        context.node_config["partition-id"], context.node_config["num-partitions"], context.run_config["batch-size"]
     )
     epochs, lr = context.run_config["local-epochs"], msg.content["config"]["lr"]
     train_loss = train_fn(model, trainloader, epochs, lr, device)
@@ -31,9 +29,7 @@ def evaluate(msg: Message, context: Context):
     model = Net()
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
     _, valloader = load_data(
-        context.node_config["partition-id"],
-        context.node_config["num-partitions"],
-        context.run_config["batch-size"],
+        context.node_config["partition-id"], context.node_config["num-partitions"], context.run_config["batch-size"]
     )
     loss, accuracy = test_fn(model, valloader, torch.device("cpu"))
     metrics = {"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(valloader.dataset)}

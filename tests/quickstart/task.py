@@ -49,6 +49,10 @@ def load_data(partition_id, num_partitions, batch_size):
     return DataLoader(train, batch_size, shuffle=True), DataLoader(Patterns(0, 100), batch_size)
 
 
+def load_centralized_dataset():
+    return DataLoader(Patterns(0, 100), 50)
+
+
 def train(net, trainloader, epochs, lr, device):
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
     net.train()

@@ -1,10 +1,12 @@
 """A run's folder survives whatever cuts the run off."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.report import ClientReport, RoundReport, StageReport
 from fedbasin.server.run.checkpoint import (
     MODEL,
     REPORTS,
@@ -24,7 +26,7 @@ def tied_model():
 
 
 def report(number, **more):
-    return pb.RoundReport(run_id="r", round=number, metrics={"accuracy": 0.5}, **more)
+    return RoundReport("r", number, evaluate_metrics={"accuracy": 0.5}, **more)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -116,15 +118,16 @@ def test_a_folder_without_a_model_says_what_to_pass(tmp_path):
 
 
 def test_reports_come_back_in_the_order_of_rounds(tmp_path):
-    clients = [pb.ClientReport(node_id=2**63, outcome="accepted", metrics={"loss": float("nan")})]
-    one = report(1, stages=[pb.StageReport(stage="fuse", clients=clients)])
+    clients = (ClientReport(2**63, "accepted", metrics={"loss": math.nan}),)
+    one = report(1, stages=(StageReport("fuse", clients=clients),))
     append_report(tmp_path / "new", one)
     append_report(tmp_path / "new", report(2))
     found = read_reports(tmp_path / "new")
     assert [r.round for r in found] == [1, 2]
-    assert found[0].SerializeToString(deterministic=True) == one.SerializeToString(
-        deterministic=True
-    )
+    # As messages: NaN is not equal to itself.
+    assert [r.to_message().SerializeToString(deterministic=True) for r in found] == [
+        r.to_message().SerializeToString(deterministic=True) for r in (one, report(2))
+    ]
     assert read_reports(tmp_path) == []
 
 

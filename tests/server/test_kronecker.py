@@ -5,15 +5,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedbasin.client.statistics.kronecker_factors import kronecker_factors
-from fedbasin.server.run.serve import serve
+from fedbasin.proto.request import Request
 from fedbasin.server.run.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.fuse import fusing_stage
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
-from fedbasin.strategies.round.stages import Ask, fusing
-from tests import tiny
+from tests import running, tiny
 
 KFAC = RECIPES["kfac"]
 LAYER = ("0.weight", "0.bias")
@@ -21,13 +21,10 @@ LAYER = ("0.weight", "0.bias")
 
 def test_a_federation_runs_and_its_model_is_better_than_where_it_began(tmp_path):
     federation = tiny.federation(recipe="kfac", align="client", folder=str(tmp_path))
-    model, rounds = tiny.net(), 3
-    found = serve(
-        federation.grid(), federation.server_context(), model, rounds, symmetry=tiny.symmetry()
-    )
-    outcomes = {c.outcome for r in found.reports for s in r.stages for c in s.clients}
+    result = running.run(federation, tiny.net(), 3, symmetry=tiny.symmetry())
+    outcomes = {c.outcome for r in result.reports for s in r.stages for c in s.clients}
     assert outcomes == {"accepted"}
-    losses = [mean_loss(state) for state in (tiny.net().state_dict(), found.model)]
+    losses = [mean_loss(state) for state in (tiny.net().state_dict(), result.state_dict)]
     assert losses[1] < 0.8 * losses[0]
 
 
@@ -43,23 +40,23 @@ def test_what_clients_send_is_fused_to_what_their_own_factors_give():
     anchor = tiny.net().state_dict()
     models = [tiny.net(seed) for seed in (1, 2)]
     data = [tiny.examples(context) for context in tiny.federation(2).contexts.values()]
-    fuse = fusing(anchor, KFAC, Ask(), "off")
+    fuse = fusing_stage(anchor, KFAC, Request(""), None, "off")
     direct = Accumulator.zero(anchor)
     for node, (model, batch) in enumerate(zip(models, data, strict=True)):
         factors = kronecker_factors(model, [batch])
         precisions = {b: Kronecker(f.inputs[None], f.outputs[None]) for b, f in factors.items()}
         update = Update(model.state_dict(), float(len(batch[1])), precisions)
         fuse.accept(node, update)
-        direct.fold(update)
+        direct.add(update)
     assert set(direct.blocks) == {LAYER, ("3.weight", "3.bias")}
-    expected = direct.finalize(anchor, KFAC.ridge)
+    expected = direct.finalize(anchor, KFAC.weighting.ridge)
     for name, tensor in fuse.finish().items():
         assert torch.equal(tensor, expected[name])
 
 
 def test_clients_beyond_what_a_round_keeps_are_refused_and_the_others_stand():
     anchor = tiny.net().state_dict()
-    fuse = fusing(anchor, KFAC, Ask(), "off", [LAYER])
+    fuse = fusing_stage(anchor, KFAC, Request(""), None, "off", [LAYER])
     one = {LAYER: Kronecker(torch.eye(5)[None], torch.eye(6)[None])}
     for node in range(MOST_PRODUCTS):
         fuse.accept(node, Update(anchor, 1.0, one))

@@ -3,37 +3,35 @@
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy
 from peft import get_peft_model_state_dict as saved
 
-from fedbasin.proto import wire
-from fedbasin.server.run.serve import serve
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.header import read_header
+from fedbasin.proto.request import Request
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.fusion.lora.lora_factors import find_adapters
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.fuse import fusing_stage
 from fedbasin.strategies.round.outcomes import Refusal
-from fedbasin.strategies.round.stages import Ask, fusing
-from tests import adapted, tiny
+from tests import adapted, running, tiny
 from tests.server.fake_grid import FakeGrid
 
 # peft asks transformers under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-ADAPTING = [name for name, recipe in RECIPES.items() if recipe.adapters is not None]
+ADAPTING = [name for name, recipe in RECIPES.items() if recipe.lora]
 
 
 class Run:
     def __init__(self, folder, rounds=1, app=None, rank=adapted.RANK, tamper=None, **config):
         self.app = app or adapted.make_app()
-        self.federation = adapted.federation(
-            app=self.app, folder=str(folder), tamper=tamper, **config
-        )
+        self.federation = adapted.federation(app=self.app, folder=str(folder), tamper=tamper, **config)
         self.start = adapted.server_model(rank)
-        context = self.federation.server_context()
-        self.result = serve(self.federation.grid(), context, self.start, rounds)
-        self.model = self.result.model
+        self.result = running.run(self.federation, self.start, rounds)
+        self.model = self.result.state_dict
 
     def outcomes(self, number=1):
         stage = next(s for s in self.result.reports[number - 1].stages if s.stage == "fuse")
@@ -107,12 +105,10 @@ class ListGrid(FakeGrid):
 def test_flowers_own_loop_gives_what_the_server_gives(tmp_path, recipe, packed):
     expected = Run(tmp_path, 2, recipe=recipe).model
     federation = adapted.federation()
-    counts = {"min_available_nodes": 3, "min_train_nodes": 3}
-    sampling = FedAvg(fraction_evaluate=0.0, **counts)
-    strategy = FedBasin(recipe, packed=packed, sampling=sampling)
+    strategy = FedBasin(recipe, packed=packed, fraction_evaluate=0.0, min_available_nodes=3, min_train_nodes=3)
     start = ArrayRecord(adapted.server_model().state_dict())
     grid = ListGrid(federation.contexts, federation.answer)
-    found = strategy.start(grid, start, 2).arrays.to_torch_state_dict()
+    found = Strategy.start(strategy, grid, start, 2).arrays.to_torch_state_dict()
     assert strategy.refusals == {}
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
@@ -127,7 +123,7 @@ def test_smaller_ranks_are_taken_by_every_recipe_that_can(tmp_path, recipe):
 def test_a_rank_above_the_servers_is_refused_by_name():
     anchor = adapted.server_model(2).state_dict()
     wide = saved(adapted.model(3))
-    stage = fusing(anchor, RECIPES["lora"], Ask(), "off")
+    stage = fusing_stage(anchor, RECIPES["lora"], Request(""), None, "off")
     with pytest.raises(Refusal, match=r"wrong_shape: .*lora_embedding_A is \(3, 12\)"):
         stage.accept(1, Update(wide, 5.0))
     assert all(torch.equal(stage.finish()[name], tensor) for name, tensor in anchor.items())
@@ -165,9 +161,9 @@ def test_statistics_are_of_the_adapters_inputs_alone(tmp_path, recipe, sides):
     seen = []
 
     def spy(reply):
-        header = wire.read_update(reply.content)
-        own = [entry.statistic for entry in header.precisions if not entry.HasField("same")]
-        triangles = [statistic.shape[-1] for statistic in own]
+        header = read_header(reply.content, pb.Reply())
+        own = [entry for entry in header.statistics if not entry.HasField("same")]
+        triangles = [entry.pieces[0].shape[-1] for entry in own]
         seen.append({int((8 * n + 1) ** 0.5 // 2) for n in triangles})
         return reply
 
@@ -189,7 +185,7 @@ def test_paths_run_through_the_whole_model(tmp_path):
 def test_a_model_without_adapters_is_refused_before_the_first_message(tmp_path, recipe):
     federation = tiny.federation(recipe=recipe, folder=str(tmp_path))
     with pytest.raises(SettingsError, match="no tensor named lora_A"):
-        serve(federation.grid(), federation.server_context(), tiny.net(), 1)
+        running.run(federation, tiny.net())
     assert not federation.asked
 
 
@@ -201,7 +197,5 @@ def test_factors_that_are_to_be_turned_need_somebody_to_turn_them(tmp_path):
 def test_statistics_of_adapters_keep_to_a_budget(tmp_path):
     run = Run(tmp_path, recipe="lora-gram", statistics_budget_bytes=500)
     (stage,) = run.result.reports[0].stages
-    assert {tuple(e.tensors) for e in stage.encodings} == {
-        (a.down,) for a in find_adapters(run.model) if a.reads_rows
-    }
+    assert set(stage.encodings) == {(a.down,) for a in find_adapters(run.model) if a.is_linear}
     assert run.outcomes() == dict.fromkeys((100, 101, 102), "accepted")

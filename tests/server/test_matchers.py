@@ -2,10 +2,11 @@
 
 import pytest
 
+from fedbasin.proto.report import Decision
 from fedbasin.strategies.symmetry.symmetry import parse
 from tests import tiny
-from tests.server.test_serve import folder as folder  # a fixture
-from tests.server.test_serve import start
+from tests.server.test_runs import folder as folder  # a fixture
+from tests.server.test_runs import start
 
 
 def alignments(result):
@@ -17,12 +18,12 @@ def alignments(result):
 def test_clients_of_their_own_starts_are_aligned_by_the_matcher_of_the_run(folder, matcher):
     found = alignments(start(tiny.federation(), folder, matcher=matcher, start="own"))
     assert all(each.distance_after <= each.distance_before for each in found)
-    assert {"aligned"} <= {each.decision for each in found}
+    assert Decision.aligned in {each.decision for each in found}
 
 
 def test_the_server_aligns_by_softened_orders_too(folder):
     result = start(tiny.federation(), folder, matcher="sinkhorn", align="server", start="own")
-    assert {"aligned"} <= {each.decision for each in alignments(result)}
+    assert Decision.aligned in {each.decision for each in alignments(result)}
 
 
 def test_only_the_chosen_layers_are_aligned(folder):

@@ -4,21 +4,22 @@ import asyncio
 import math
 import socket
 import threading
-import time
 import urllib.request
+from contextlib import suppress
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
+from fedbasin.proto.observer_service import SERVICE, RemoteObserver
+from fedbasin.proto.report import SCHEMA_VERSION, ClientReport, StageReport
 from fedbasin.server.observe.history import History, Limits
-from fedbasin.server.observe.observer import SERVICE
-from fedbasin.server.observe.push import Line, connect, push
+from fedbasin.server.observe.push import ObserverClient, connect
 from fedbasin.server.observe.store import FILE
-from tests.observing import observer, report, served
+from tests.observing import observer, push, report, served
+from tests.waiting import LONG
 
 
 def numbers(reports):
@@ -26,11 +27,11 @@ def numbers(reports):
 
 
 def rounds_of(stub, run="", first=0):
-    return numbers(stub.GetRounds(pb.RoundsRequest(run_id=run, from_round=first)).reports)
+    return numbers(stub.get_rounds(run, first))
 
 
 def scrape(addresses):
-    with urllib.request.urlopen(addresses.metrics, timeout=10) as page:
+    with urllib.request.urlopen(addresses.metrics, timeout=LONG) as page:
         families = text_string_to_metric_families(page.read().decode())
     samples = [sample for family in families for sample in family.samples]
     return {one.name: one.value for one in samples if one.labels.get("recipe") == "fedavg"}
@@ -50,17 +51,15 @@ def shared():
 
 def test_a_pushed_report_comes_back_as_it_was(shared):
     addresses, stub = shared
-    told = report(
-        1, "as-it-was", metrics={"loss": math.nan, "accuracy": 0.5}, model_digest=b"\0\xff"
-    )
+    told = report(1, "as-it-was", evaluate_metrics={"loss": math.nan, "accuracy": 0.5}, model_digest=b"\0\xff")
     assert push(addresses.observer, told)
-    (heard,) = stub.GetRounds(pb.RoundsRequest(run_id="as-it-was")).reports
-    assert heard.SerializeToString(deterministic=True) == told.SerializeToString(deterministic=True)
+    (heard,) = stub.get_rounds("as-it-was")
+    assert heard.to_bytes() == told.to_bytes()
 
 
 def test_the_same_report_again_changes_nothing():
     with served() as (addresses, stub):
-        told = report(1, metrics={"loss": math.nan})
+        told = report(1, evaluate_metrics={"loss": math.nan})
         assert push(addresses.observer, told)
         assert push(addresses.observer, told)
         assert rounds_of(stub) == [1]
@@ -69,8 +68,8 @@ def test_the_same_report_again_changes_nothing():
 
 def test_another_report_for_a_known_round_is_refused(shared):
     _, stub = shared
-    stub.PushRound(report(1, "twice"))
-    code, details = refused(stub.PushRound, report(1, "twice", seconds=2))
+    stub.push_round(report(1, "twice"))
+    code, details = refused(stub.push_round, report(1, "twice", seconds=2))
     assert code == grpc.StatusCode.ALREADY_EXISTS
     assert "'twice'" in details
     assert "round 1" in details
@@ -79,32 +78,40 @@ def test_another_report_for_a_known_round_is_refused(shared):
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
-        (report(1, schema_version=2), "schema_version"),
+        (report(1, schema_version=SCHEMA_VERSION - 1), "schema_version"),
         (report(1, schema_version=0), "schema_version"),
         (report(1, run=""), "run_id"),
         (report(0), "round"),
-        (report(1, finished={"seconds": 2**60}), "finished"),
     ],
 )
 def test_a_bad_report_is_refused_and_the_message_names_the_field(shared, bad, field):
     addresses, stub = shared
-    code, details = refused(stub.PushRound, bad)
+    code, details = refused(stub.push_round, bad)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert details.startswith(field)
     assert not push(addresses.observer, bad)
 
 
+def test_a_time_that_no_dataclass_can_hold_is_refused_and_the_message_names_the_field(shared):
+    bad = report(1).to_message()
+    bad.finished.seconds = 2**60
+    with connect(shared[0].observer) as channel:
+        code, details = refused(ObserverStub(channel).PushRound, bad)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith("finished")
+
+
 def test_rounds_are_given_from_the_one_asked_for(shared):
     _, stub = shared
     for number in (1, 2, 3):
-        stub.PushRound(report(number, "ranged"))
+        stub.push_round(report(number, "ranged"))
     assert rounds_of(stub, "ranged", first=2) == [2, 3]
 
 
 def test_an_unknown_run_is_not_found_and_the_message_lists_the_known(shared):
     _, stub = shared
-    stub.PushRound(report(1, "known"))
-    code, details = refused(stub.GetRounds, pb.RoundsRequest(run_id="unknown"))
+    stub.push_round(report(1, "known"))
+    code, details = refused(stub.get_rounds, "unknown")
     assert code == grpc.StatusCode.NOT_FOUND
     assert "known" in details.split("there are:")[1]
 
@@ -112,25 +119,20 @@ def test_an_unknown_run_is_not_found_and_the_message_lists_the_known(shared):
 def test_runs_are_listed_as_they_began_and_no_name_means_the_newest():
     with served() as (_, stub):
         assert rounds_of(stub) == []
-        stub.PushRound(report(1, "old"))
-        stub.PushRound(report(1, "new", last=True))
-        stub.PushRound(report(2, "old"))
-        runs = stub.ListRuns(pb.ListRunsRequest()).runs
-        assert [(run.run_id, run.rounds_done, run.finished) for run in runs] == [
-            ("old", 2, False),
-            ("new", 1, True),
-        ]
+        stub.push_round(report(1, "old"))
+        stub.push_round(report(1, "new", last=True))
+        stub.push_round(report(2, "old"))
+        runs = stub.list_runs()
+        assert [(run.run_id, run.rounds_done, run.finished) for run in runs] == [("old", 2, False), ("new", 1, True)]
         assert rounds_of(stub) == [1]
 
 
 def test_reports_larger_than_grpc_allows_by_default_travel_both_ways(shared):
     addresses, stub = shared
-    clients = [
-        pb.ClientReport(node_id=i, outcome="accepted", detail="x" * 500) for i in range(12_000)
-    ]
-    large = report(1, "large", stages=[pb.StageReport(stage="train", clients=clients)])
-    assert large.ByteSize() > 6_000_000
-    assert push(addresses.observer, large, timeout_seconds=20)
+    clients = tuple(ClientReport(i, "accepted", detail="x" * 500) for i in range(12_000))
+    large = report(1, "large", stages=(StageReport("train", clients=clients),))
+    assert len(large.to_bytes()) > 6_000_000
+    assert push(addresses.observer, large)
     assert rounds_of(stub, "large") == [1]
 
 
@@ -139,17 +141,16 @@ def test_twenty_watchers_see_every_report_in_order():
 
         def watch(seen):
             with connect(addresses.observer) as channel:
-                request = pb.RoundsRequest(run_id="run")
-                seen.extend(numbers(ObserverStub(channel).WatchRounds(request, timeout=60)))
+                seen.extend(numbers(RemoteObserver(channel).watch_rounds("run", timeout=LONG)))
 
-        stub.PushRound(report(1))  # some of it is history, the rest comes live
+        stub.push_round(report(1))  # some of it is history, the rest comes live
         views = [[] for _ in range(20)]
         threads = [threading.Thread(target=watch, args=(view,)) for view in views]
         for thread in threads:
             thread.start()
         for number in range(2, 60):
-            stub.PushRound(report(number))
-        stub.PushRound(report(60, last=True))
+            stub.push_round(report(number))
+        stub.push_round(report(60, last=True))
         for thread in threads:
             thread.join()
         assert views == [list(range(1, 61))] * 20
@@ -157,7 +158,7 @@ def test_twenty_watchers_see_every_report_in_order():
 
 def test_a_watcher_may_come_before_the_run():
     with served() as (addresses, stub):
-        stream = stub.WatchRounds(pb.RoundsRequest(from_round=2), timeout=30)
+        stream = stub.watch_rounds(from_round=2, timeout=LONG)
         for number in (1, 2):
             push(addresses.observer, report(number, last=number == 2))
         assert numbers(stream) == [2]
@@ -165,57 +166,52 @@ def test_a_watcher_may_come_before_the_run():
 
 def test_a_run_that_failed_is_listed_with_its_problem_and_ends_every_watch(shared):
     _, stub = shared
-    stream = stub.WatchRounds(pb.RoundsRequest(run_id="failed"), timeout=10)
-    stub.PushRound(report(1, "failed"))
-    stub.PushRound(report(2, "failed", problem="QuorumLostError: stage fuse: 1 of 3"))
+    stream = stub.watch_rounds("failed", timeout=LONG)
+    stub.push_round(report(1, "failed"))
+    stub.push_round(report(2, "failed", problem="QuorumLostError: stage fuse: 1 of 3"))
     assert numbers(stream) == [1, 2]
-    (run,) = [run for run in stub.ListRuns(pb.ListRunsRequest()).runs if run.run_id == "failed"]
+    (run,) = [run for run in stub.list_runs() if run.run_id == "failed"]
     assert (run.rounds_done, run.finished) == (1, False)
     assert run.problem.startswith("QuorumLostError")
 
 
 def test_a_run_that_failed_in_its_first_round_has_done_none(shared):
     _, stub = shared
-    stub.PushRound(report(1, "stillborn", problem="TooFewNodesError"))
-    runs = {run.run_id: run for run in stub.ListRuns(pb.ListRunsRequest()).runs}
+    stub.push_round(report(1, "stillborn", problem="TooFewNodesError"))
+    runs = {run.run_id: run for run in stub.list_runs()}
     assert runs["stillborn"].rounds_done == 0
 
 
 def test_prometheus_is_given_exemplars_where_it_asks_for_openmetrics(shared):
     addresses, stub = shared
-    stub.PushRound(report(7, "exemplary"))
+    stub.push_round(report(7, "exemplary"))
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
     asked = urllib.request.Request(addresses.metrics, headers=accept)
-    with urllib.request.urlopen(asked, timeout=10) as page:
+    with urllib.request.urlopen(asked, timeout=LONG) as page:
         assert page.headers["Content-Type"].startswith("application/openmetrics-text")
         assert '# {round="7",run="exemplary"}' in page.read().decode()
-    with urllib.request.urlopen(addresses.metrics, timeout=10) as page:
+    with urllib.request.urlopen(addresses.metrics, timeout=LONG) as page:
         assert page.headers["Content-Type"].startswith("text/plain")
         assert "exemplary" not in page.read().decode()
 
 
 def test_watching_a_finished_run_ends_at_once(shared):
     _, stub = shared
-    stub.PushRound(report(1, "over"))
-    stub.PushRound(report(2, "over", last=True))
-    assert numbers(stub.WatchRounds(pb.RoundsRequest(run_id="over"), timeout=10)) == [1, 2]
-    later = pb.RoundsRequest(run_id="over", from_round=3)
-    assert numbers(stub.WatchRounds(later, timeout=10)) == []
+    stub.push_round(report(1, "over"))
+    stub.push_round(report(2, "over", last=True))
+    assert numbers(stub.watch_rounds("over", timeout=LONG)) == [1, 2]
+    assert numbers(stub.watch_rounds("over", 3, timeout=LONG)) == []
 
 
 def test_watchers_that_never_read_hold_up_no_push():
     with served() as (addresses, stub):
         channels = [connect(addresses.observer) for _ in range(20)]
         # gRPC reads ahead at most a few 64 KiB windows: 20 MB in all cannot be on their way.
-        stuck = [
-            ObserverStub(channel).WatchRounds(pb.RoundsRequest(run_id="run"))
-            for channel in channels
-        ]
-        filling = [pb.StageReport(stage="x" * 100_000)]
-        begun = time.monotonic()
+        stuck = [RemoteObserver(channel).watch_rounds("run") for channel in channels]
+        filling = (StageReport("x" * 100_000),)
         for number in range(1, 201):
+            # One that is held up is held up for good, and false in the end.
             assert push(addresses.observer, report(number, stages=filling))
-        assert time.monotonic() - begun < 30
         assert rounds_of(stub) == list(range(1, 201))
         for stream, channel in zip(stuck, channels, strict=True):
             stream.cancel()
@@ -249,9 +245,7 @@ def test_a_push_into_the_void_is_false_and_nothing_worse(caplog):
 
 def test_a_push_to_one_who_never_answers_ends_with_its_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        begun = time.monotonic()
         assert not push(f"127.0.0.1:{silent.getsockname()[1]}", report(1), timeout_seconds=0.5)
-        assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("address", ["", "::::", "http://nowhere:1", "127.0.0.1"])
@@ -259,84 +253,94 @@ def test_a_push_to_no_address_is_false(address):
     assert not push(address, report(1), timeout_seconds=1)
 
 
-def test_a_push_outlasts_an_observer_that_starts_late():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = []
-    big = report(1, stages=[pb.StageReport(stage="x" * 1_000_000)])
-    early = threading.Thread(target=lambda: results.append(push(f"127.0.0.1:{port}", big)))
-    early.start()
-    time.sleep(0.3)
-    with served(port=port) as (_, stub):
-        early.join()
-        assert results == [True]
+def test_a_push_outlasts_an_observer_that_is_not_there_at_first():
+    with served() as (addresses, stub), socket.create_server(("127.0.0.1", 0)) as door:
+        door.settimeout(LONG)
+        passing = threading.Thread(target=late, args=(door, addresses.observer))
+        passing.start()
+        big = report(1, stages=(StageReport("x" * 1_000_000),))
+        assert push(f"127.0.0.1:{door.getsockname()[1]}", big)
+        passing.join()
         assert rounds_of(stub) == [1]
+
+
+def late(door, address):
+    """Hangs up on the first who calls, and puts the second through."""
+    door.accept()[0].close()
+    caller, _ = door.accept()
+    host, _, port = address.rpartition(":")
+    with caller, socket.create_connection((host, int(port))) as observer:
+        answering = threading.Thread(target=pour, args=(observer, caller))
+        answering.start()
+        pour(caller, observer)
+        answering.join()
+
+
+def pour(source, target):
+    """All that comes from one to the other, and the end of it."""
+    with suppress(OSError):  # either may hang up at any time
+        while content := source.recv(65536):
+            target.sendall(content)
+        target.shutdown(socket.SHUT_WR)
 
 
 def test_a_restarted_observer_has_its_history_and_its_counters(tmp_path):
     with served(store=tmp_path) as (_, stub):
         for number in (1, 2):
-            stub.PushRound(report(number, metrics={"loss": math.nan}))
+            stub.push_round(report(number, evaluate_metrics={"loss": math.nan}))
     with served(store=tmp_path) as (addresses, stub):
         assert rounds_of(stub) == [1, 2]
-        stub.PushRound(
-            report(2, metrics={"loss": math.nan})
-        )  # known: pushed again after a lost reply
-        stub.PushRound(report(3))
+        stub.push_round(report(2, evaluate_metrics={"loss": math.nan}))  # known: pushed again after a lost reply
+        stub.push_round(report(3))
         assert scrape(addresses)["fedbasin_rounds_total"] == 3
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
 
 
 def test_a_line_is_dialled_once_and_outlives_an_observer_that_restarts(tmp_path, monkeypatch):
     dialled = []
-    monkeypatch.setattr(
-        "fedbasin.server.observe.push.connect", lambda *to: dialled.append(to) or connect(*to)
-    )
+    monkeypatch.setattr("fedbasin.server.observe.push.connect", lambda *to: dialled.append(to) or connect(*to))
     with served(store=tmp_path) as (addresses, _):
-        line = Line(addresses.observer)
-        assert line.push(report(1))
-        assert line.push(report(2))
+        client = ObserverClient(addresses.observer)
+        assert client.push(report(1))
+        assert client.push(report(2))
         assert len(dialled) == 1
     port = int(addresses.observer.rpartition(":")[2])
     with served(store=tmp_path, port=port) as (_, stub):
-        assert line.push(report(3), timeout_seconds=10)
+        assert client.push(report(3), timeout_seconds=LONG)
         assert rounds_of(stub) == [1, 2, 3]
-        line.close()
-        assert line.push(report(4))
-        line.close()
-    assert not line.push(report(5), timeout_seconds=1)
-    line.close()
+        client.close()
+        assert client.push(report(4))
+        client.close()
+    assert not client.push(report(5), timeout_seconds=1)
+    client.close()
 
 
 def test_a_half_written_last_line_is_survived(tmp_path):
     with served(store=tmp_path) as (_, stub):
         for number in (1, 2):
-            stub.PushRound(report(number))
+            stub.push_round(report(number))
     file = tmp_path / FILE
     file.write_bytes(file.read_bytes()[:-20])
     with served(store=tmp_path) as (_, stub):
         assert rounds_of(stub) == [1]
-        stub.PushRound(report(3))
+        stub.push_round(report(3))
     with served(store=tmp_path) as (_, stub):
         assert rounds_of(stub) == [1, 3]
 
 
 def test_a_line_that_is_no_report_is_skipped_by_name(tmp_path, caplog):
-    good = b'{"schema_version": 1, "run_id": "run", "round": 1, "from_the_future": 1}\n'
-    (tmp_path / FILE).write_bytes(b'{"round": "\xff"}\n' + b"not json\n" + good)
+    good = b'{"schema_version": 2, "run_id": "run", "round": 1, "from_the_future": 1}\n'
+    old = good.replace(b'"schema_version": 2, "run_id": "run"', b'"schema_version": 1, "run_id": "old"')
+    (tmp_path / FILE).write_bytes(b'{"round": "\xff"}\n' + b"not json\n" + old + good)
     with served(store=tmp_path) as (_, stub):
         assert rounds_of(stub) == [1]
-    assert f"{FILE}:1" in caplog.text
-    assert f"{FILE}:2" in caplog.text
+        assert [run.run_id for run in stub.list_runs()] == ["run"]
+    for number in (1, 2, 3):
+        assert f"{FILE}:{number}" in caplog.text
 
 
 def test_two_observers_do_not_share_a_store(tmp_path):
-    with (
-        observer(store=tmp_path),
-        pytest.raises(BlockingIOError, match="another observer"),
-        observer(store=tmp_path),
-    ):
+    with observer(store=tmp_path), pytest.raises(BlockingIOError, match="another observer"), observer(store=tmp_path):
         pass
 
 
@@ -348,22 +352,22 @@ def test_the_history_is_bounded_by_runs_and_by_rounds():
     history.add(report(6, "a"))
     history.add(report(1, "c"))  # b has been silent for longest
     assert [run.run_id for run in history.runs()] == ["a", "c"]
-    assert numbers(history.rounds("a")) == [4, 5, 6]
+    assert numbers(history.entries("a")) == [4, 5, 6]
 
 
 def test_the_history_is_bounded_by_bytes():
-    size = report(1, "a").ByteSize()
+    size = len(report(1, "a").to_bytes())
     history = History(Limits(wire_bytes=4 * size))
     for number in (1, 2, 3):
         history.add(report(number, "a"))
     for number in (1, 2):
         history.add(report(number, "b"))
-    assert numbers(history.rounds("a")) == [2, 3]
+    assert numbers(history.entries("a")) == [2, 3]
     history.add(report(3, "b"))
     history.add(report(4, "b"))
     assert [run.run_id for run in history.runs()] == ["b"]
     history.add(report(5, "b"))
-    assert numbers(history.rounds("b")) == [2, 3, 4, 5]
+    assert numbers(history.entries("b")) == [2, 3, 4, 5]
 
 
 def test_a_watcher_that_falls_behind_the_bound_goes_on_with_what_is_left():

@@ -6,9 +6,8 @@ Set FEDBASIN_AXE to the file axe.min.js of axe-core to check the page's accessib
 import asyncio
 import json
 import os
-import shutil
 import ssl
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,13 +15,13 @@ import pytest
 
 from fedbasin.server.observe.access import Guard
 from fedbasin.server.observe.history import History
-from fedbasin.server.observe.push import push
 from fedbasin.server.page import stream
-from tests.observing import observer
+from tests.needing import needed
+from tests.observing import observer, push
 from tests.server.reports import run_of
-from tests.server.test_observer_access import Authority
+from tests.server.test_access import Authority
+from tests.waiting import LONG
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = [
     "--headless",
     "--no-sandbox",
@@ -39,11 +38,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 def told(addresses, reports):
     for report in reports:
-        assert push(addresses.observer, report, timeout_seconds=20)
+        assert push(addresses.observer, report)
 
 
 @pytest.fixture(scope="module")
-def space():
+def site():
     """An observer with a finished run, a running one, and one with hostile words."""
     with observer() as addresses:
         told(addresses, run_of("plain", rounds=8, recipe="fedavg", seed=1))
@@ -53,15 +52,15 @@ def space():
 
 
 @pytest.fixture(scope="module")
-def client(space):
-    with httpx.Client(base_url=space.page, trust_env=False) as made:
+def client(site):
+    with httpx.Client(base_url=site.page, trust_env=False, timeout=LONG) as made:
         yield made
 
 
 def events_of(client, path, count, headers=None):
     """The first events of a stream as (id, data)."""
     found = []
-    with client.stream("GET", path, headers=headers, timeout=20) as answer:
+    with client.stream("GET", path, headers=headers, timeout=LONG) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         event = {}
         for line in answer.iter_lines():
@@ -124,10 +123,7 @@ def test_no_answer_lets_a_browser_run_or_fetch_anything_foreign(client):
 
 def test_the_runs_and_their_rounds_are_json(client):
     runs = client.get("/api/runs").json()
-    assert [(run["run_id"], run["finished"]) for run in runs][::2] == [
-        ("plain", True),
-        ("aligned", False),
-    ]
+    assert [(run["run_id"], run["finished"]) for run in runs][::2] == [("plain", True), ("aligned", False)]
     rounds = client.get("/api/runs/plain/rounds", params={"from": 7}).json()
     assert [one["round"] for one in rounds] == [7, 8]
     assert rounds[-1]["state"] == "finished"
@@ -137,17 +133,13 @@ def test_the_runs_and_their_rounds_are_json(client):
 def test_a_run_with_a_slash_in_its_name_has_its_rounds():
     with observer() as addresses:
         told(addresses, run_of("team/run", rounds=1))
-        answer = httpx.get(f"{addresses.page}api/runs/team%2Frun/rounds", trust_env=False)
+        answer = httpx.get(f"{addresses.page}api/runs/team%2Frun/rounds", trust_env=False, timeout=LONG)
         assert [one["run"] for one in answer.json()] == ["team/run"]
 
 
 def test_events_give_history_from_a_round_and_say_when_it_is_over(client):
     events = events_of(client, "/api/runs/plain/events?from=7", 3)
-    assert [(one["event"], one.get("id")) for one in events] == [
-        ("round", "7"),
-        ("round", "8"),
-        ("end", None),
-    ]
+    assert [(one["event"], one.get("id")) for one in events] == [("round", "7"), ("round", "8"), ("end", None)]
     assert json.loads(events[0]["data"])["round"] == 7
 
 
@@ -158,9 +150,9 @@ def test_events_go_on_after_the_last_that_was_seen(client):
 
 def test_events_arrive_as_rounds_end():
     first, second = run_of(rounds=2)
-    with observer() as addresses, httpx.Client(base_url=addresses.page, trust_env=False) as client:
+    with observer() as addresses, httpx.Client(base_url=addresses.page, trust_env=False, timeout=LONG) as client:
         told(addresses, [first])
-        with client.stream("GET", f"/api/runs/{first.run_id}/events", timeout=20) as answer:
+        with client.stream("GET", f"/api/runs/{first.run_id}/events", timeout=LONG) as answer:
             lines = answer.iter_lines()
             assert next(line for line in lines if line.startswith("id:")) == "id: 1"
             told(addresses, [second])
@@ -173,7 +165,7 @@ def test_a_silent_stream_says_that_it_is_there(monkeypatch):
     async def story():
         history = History()
         history.add(run_of(rounds=1, of=2)[0])
-        coming = stream.events(history, "", 0)
+        coming = stream.stream_events(history, "", 0)
         heard = [await anext(coming) for _ in range(4)]
         await coming.aclose()
         return heard
@@ -184,21 +176,15 @@ def test_a_silent_stream_says_that_it_is_there(monkeypatch):
 
 
 def test_readers_of_events_do_not_hold_up_the_end():
-    with observer() as addresses, httpx.Client(base_url=addresses.page, trust_env=False) as client:
+    with observer() as addresses, httpx.Client(base_url=addresses.page, trust_env=False, timeout=LONG) as client:
         told(addresses, run_of(rounds=1, of=2))
-        request = client.build_request("GET", "/api/events", timeout=20)
+        request = client.build_request("GET", "/api/events", timeout=LONG)
         client.send(request, stream=True)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 10
+    # An observer that does not end raises where it is closed.
 
 
 def test_scrapers_may_ask_for_openmetrics(client):
-    assert (
-        "# EOF"
-        in client.get(
-            "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"}
-        ).text
-    )
+    assert "# EOF" in client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"}).text
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=")
 
 
@@ -212,7 +198,7 @@ def test_a_token_guards_the_page_but_not_the_metrics(tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123\n")
     guard = Guard(token_file=token)
-    with observer(guard=guard) as addresses, httpx.Client(trust_env=False) as client:
+    with observer(guard=guard) as addresses, httpx.Client(trust_env=False, timeout=LONG) as client:
         assert client.get(addresses.page).status_code == 401
         assert client.get(f"{addresses.page}api/runs").status_code == 401
         assert client.get(addresses.page, auth=("any", "wrong")).status_code == 401
@@ -229,7 +215,7 @@ def test_with_a_certificate_the_page_speaks_https(tmp_path):
     with observer(guard=Guard(cert=cert, key=key)) as addresses:
         assert addresses.page.startswith("https://")
         for address in (addresses.page, addresses.metrics):
-            assert httpx.get(address, verify=trusting, trust_env=False).status_code == 200
+            assert httpx.get(address, verify=trusting, trust_env=False, timeout=LONG).status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(addresses.page.replace("https", "http"), trust_env=False)
 
@@ -240,33 +226,41 @@ def test_with_an_authority_the_page_asks_for_a_certificate_too(tmp_path):
     without, own = (ssl.create_default_context(cafile=authority.ca) for _ in range(2))
     own.load_cert_chain(*authority.issue("reader"))
     with observer(guard=Guard(cert=cert, key=key, client_ca=authority.ca)) as addresses:
-        assert httpx.get(addresses.page, verify=own, trust_env=False).status_code == 200
+        assert httpx.get(addresses.page, verify=own, trust_env=False, timeout=LONG).status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(addresses.page, verify=without, trust_env=False)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright drives the browser"
-    )
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on PATH: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    api = pytest.importorskip("playwright.sync_api", reason="needs a driver of the browser (pip install playwright)")
+    chromium = needed("chromium", "chromium-browser")
+    with (
+        api.sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=1000 * LONG) as started,
+    ):
         yield started
-        started.close()
+
+
+@contextmanager
+def opened(browser, **how):
+    """A page of the browser, closed however its test ends."""
+    page = browser.new_page(**how)
+    page.set_default_timeout(1000 * LONG)
+    try:
+        yield page
+    finally:
+        page.close()
 
 
 @pytest.fixture
 def tab(browser):
     """A page that fails the test where its console has an error."""
     problems = []
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    yield page
-    page.close()
+    with opened(browser, viewport={"width": 1280, "height": 900}) as page:
+        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        yield page
     assert problems == []
 
 
@@ -274,8 +268,8 @@ def color(tab):
     return tab.evaluate("getComputedStyle(document.documentElement).backgroundColor")
 
 
-def test_a_browser_draws_all_charts(space, tab):
-    tab.goto(space.page)
+def test_a_browser_draws_all_charts(site, tab):
+    tab.goto(site.page)
     tab.locator("svg.heat").first.wait_for()
     assert tab.locator("figure").count() >= 9
     for box in tab.locator("svg.canvas").all():
@@ -298,8 +292,8 @@ def test_a_round_that_ends_appears_without_a_reload(tab):
         assert tab.locator("details").first.get_attribute("open") is not None
 
 
-def test_a_choice_shows_at_once_and_stays_in_the_address(space, tab):
-    tab.goto(space.page)
+def test_a_choice_shows_at_once_and_stays_in_the_address(site, tab):
+    tab.goto(site.page)
     tab.select_option("#choose-with", "plain")
     tab.locator("h2.runname", has_text="plain").wait_for()
     tab.select_option("#choose-round", "2")
@@ -309,8 +303,8 @@ def test_a_choice_shows_at_once_and_stays_in_the_address(space, tab):
     assert tab.locator("h3", has_text="plain, round 2: loss").count() == 1
 
 
-def test_the_keyboard_reaches_everything_and_opens_tables(space, tab):
-    tab.goto(space.page)
+def test_the_keyboard_reaches_everything_and_opens_tables(site, tab):
+    tab.goto(site.page)
     tab.locator("svg.heat").first.wait_for()
     reached = []
     for _ in range(60):
@@ -325,47 +319,44 @@ def test_the_keyboard_reaches_everything_and_opens_tables(space, tab):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_follows_the_system_and_the_readers_choice_survives_a_reload(space, browser, scheme):
-    page = browser.new_page(color_scheme=scheme)
-    page.goto(space.page)
-    system = color(page)
-    other = "dark" if scheme == "light" else "light"
-    page.locator("label", has_text=other.capitalize()).click()
-    chosen = color(page)
-    assert chosen != system
-    page.reload()
-    assert color(page) == chosen
-    page.close()
+def test_it_follows_the_system_and_the_readers_choice_survives_a_reload(site, browser, scheme):
+    with opened(browser, color_scheme=scheme) as page:
+        page.goto(site.page)
+        system = color(page)
+        other = "dark" if scheme == "light" else "light"
+        page.locator("label", has_text=other.capitalize()).click()
+        chosen = color(page)
+        assert chosen != system
+        page.reload()
+        assert color(page) == chosen
 
 
 @pytest.mark.parametrize("width", [1280, 420])
-def test_nothing_is_wider_than_the_window(space, tab, width):
+def test_nothing_is_wider_than_the_window(site, tab, width):
     tab.set_viewport_size({"width": width, "height": 900})
-    tab.goto(f"{space.page}?with=plain")
+    tab.goto(f"{site.page}?with=plain")
     tab.locator("svg.heat").first.wait_for()
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_it_works_without_scripts(space, browser):
-    page = browser.new_page(java_script_enabled=False)
-    page.goto(space.page)
-    page.select_option("#choose-run", "plain")
-    page.locator("button").click()
-    assert page.locator("dd b", has_text="8 of 8").count() == 1
-    page.locator("a", has_text="heat maps").click()
-    assert page.locator("svg.heat").count() == 3
-    page.close()
+def test_it_works_without_scripts(site, browser):
+    with opened(browser, java_script_enabled=False) as page:
+        page.goto(site.page)
+        page.select_option("#choose-run", "plain")
+        page.locator("button").click()
+        assert page.locator("dd b", has_text="8 of 8").count() == 1
+        page.locator("a", has_text="heat maps").click()
+        assert page.locator("svg.heat").count() == 3
 
 
-@pytest.mark.skipif(AXE is None, reason="FEDBASIN_AXE does not name an axe.min.js")
+@pytest.mark.skipif(AXE is None, reason="needs axe-core (npm pack axe-core; FEDBASIN_AXE=the axe.min.js in it)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("query", ["", "?with=plain"])
-def test_axe_finds_nothing(space, browser, scheme, query):
-    page = browser.new_page(color_scheme=scheme, bypass_csp=True)
-    page.goto(f"{space.page}{query}")
-    page.locator("svg.heat").first.wait_for()
-    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
-    page.add_script_tag(content=Path(AXE).read_text())
-    found = page.evaluate("axe.run().then((result) => result.violations)")
-    page.close()
+def test_axe_finds_nothing(site, browser, scheme, query):
+    with opened(browser, color_scheme=scheme, bypass_csp=True) as page:
+        page.goto(f"{site.page}{query}")
+        page.locator("svg.heat").first.wait_for()
+        page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+        page.add_script_tag(content=Path(AXE).read_text())
+        found = page.evaluate("axe.run().then((result) => result.violations)")
     assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []

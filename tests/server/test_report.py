@@ -5,25 +5,33 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.report import RoundReport
 from fedbasin.server.report.basin_section import CHARTS
-from fedbasin.server.report.charts.chart import Axis, Bars, Line, axis, bar_chart, line_chart
+from fedbasin.server.report.charts.chart import Bars, Polyline, Scale, bar_chart, fit_scale, line_chart
 from fedbasin.server.report.charts.markup import tag
 from fedbasin.server.report.charts.text import number
-from fedbasin.server.report.document import report
-from fedbasin.server.report.markdown import escaped, markdown
-from fedbasin.server.report.report_file import NoRunError, html, lines, read, text
-from fedbasin.server.report.reported_run import Run
-from fedbasin.server.report.space_measures import binned, spaces
+from fedbasin.server.report.document import render_report
+from fedbasin.server.report.markdown import escape_cell, render_markdown
+from fedbasin.server.report.report_file import (
+    NoRunError,
+    folder_to_html,
+    folder_to_json_lines,
+    folder_to_markdown,
+    read_run,
+)
+from fedbasin.server.report.reported_run import ReportedRun
+from fedbasin.server.report.space_measures import bin_rounds, measure_spaces
 from fedbasin.server.run.checkpoint import REPORTS, append_report
 from fedbasin.strategies.round.outcomes import Outcome
 from tests.server.reports import SITES, run_of
+from tests.waiting import LONG
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`"
 
@@ -54,11 +62,11 @@ def folder(tmp_path):
 
 def fedbasin(*arguments):
     command = [sys.executable, "-m", "fedbasin.server.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LONG)
 
 
 def test_the_report_is_well_formed_and_needs_neither_script_nor_network(folder):
-    elements = Elements(html(folder))
+    elements = Elements(folder_to_html(folder))
     assert elements.open == []
     names = {name for name, _ in elements.found}
     assert not names & {"script", "link", "img", "iframe", "object"}
@@ -67,7 +75,7 @@ def test_the_report_is_well_formed_and_needs_neither_script_nor_network(folder):
 
 
 def test_every_chart_has_words_and_its_numbers_as_a_table(folder):
-    document = html(folder)
+    document = folder_to_html(folder)
     figures = re.findall(r"<figure>.*?</figure>", document)
     assert len(figures) >= 9
     for figure in figures:
@@ -80,36 +88,36 @@ def test_every_chart_has_words_and_its_numbers_as_a_table(folder):
 
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
 def test_all_that_was_measured_beside_the_barrier_is_drawn_and_in_the_markdown(chart):
-    run = Run.of(run_of(rounds=3))
-    (figure,) = re.findall(rf"<figure><figcaption><h3>{chart.title}</h3>.*?</figure>", report(run))
+    run = ReportedRun.from_reports(run_of(rounds=3))
+    (figure,) = re.findall(rf"<figure><figcaption><h3>{chart.title}</h3>.*?</figure>", render_report(run))
     for label, measure, _ in chart.lines:
         newest = number(run.newest.measures[measure])
         assert f'<th scope="col">{label}</th>' in figure
         assert newest in figure
-        assert f"| {chart.title} | {label} | 3 | {newest} |" in markdown(run)
+        assert f"| {chart.title} | {label} | 3 | {newest} |" in render_markdown(run)
 
 
 def test_a_run_that_measured_nothing_beside_the_barrier_says_so():
-    reports = run_of(rounds=2)
-    for one in reports:
-        for field in ("fused_path", "drift", "variance", "probe"):
-            one.ClearField(field)
-        for client in one.stages[-2].clients:
-            client.alignment.ClearField("spectral")
-    document = report(Run.of(reports))
-    assert "measured nothing of it" in document
+    reports = [
+        change_clients(
+            replace(report, fused_path=None, update_cosines=None, variance=(), probe=None), without_singular_vectors
+        )
+        for report in run_of(rounds=2)
+    ]
+    document = render_report(ReportedRun.from_reports(reports))
+    assert "measured none of this" in document
     assert not any(chart.title in document for chart in CHARTS)
-    assert "Where the models lie" not in markdown(Run.of(reports))
+    assert "Position of the models" not in render_markdown(ReportedRun.from_reports(reports))
 
 
 def test_the_way_from_the_new_model_stands_beside_the_way_from_the_anchor():
-    document = report(Run.of(run_of(rounds=2)))
+    document = render_report(ReportedRun.from_reports(run_of(rounds=2)))
     assert "Round 2: new model to clients, loss" in document
     assert "new model (0) to client (1)" in document
 
 
 def test_a_space_says_how_far_it_turned_and_what_skew_is_left():
-    document = report(Run.of(run_of(rounds=1)))
+    document = render_report(ReportedRun.from_reports(run_of(rounds=1)))
     (row,) = re.findall(r'<th scope="row">blocks.0.attention.heads</th>.*?</tr>', document)
     assert re.search(r"<td>\d+°</td><td>1.2 → 0.01</td>", row)
     (row,) = re.findall(r'<th scope="row">stem.hidden</th>.*?</tr>', document)
@@ -118,7 +126,7 @@ def test_a_space_says_how_far_it_turned_and_what_skew_is_left():
 
 def test_each_client_says_where_its_update_went_and_what_its_probes_took():
     (one,) = run_of(rounds=1)
-    document = report(Run.of([one]))
+    document = render_report(ReportedRun.from_reports([one]))
     fused = next(c for c in one.stages[1].clients if c.outcome == "accepted")
     row = f"<td>{number(fused.update_norm)}</td><td>{number(fused.update_cosine)}</td>"
     assert row in document
@@ -127,25 +135,40 @@ def test_each_client_says_where_its_update_went_and_what_its_probes_took():
 
 def test_the_report_says_what_to_do_about_refused_replies():
     (one,) = run_of(rounds=1)
-    one.stages[0].clients[0].outcome = "non_finite"
-    run = Run.of([one])
-    assert Outcome.non_finite.value in report(run)
-    assert escaped(Outcome.non_finite.value) in markdown(run)
+    refused = change_clients(one, lambda client: replace(client, outcome="non_finite"))
+    run = ReportedRun.from_reports([refused])
+    assert Outcome.non_finite.value in render_report(run)
+    assert escape_cell(Outcome.non_finite.value) in render_markdown(run)
+
+
+def change_clients(report, change):
+    """A report with a change of each of its clients."""
+    stages = (replace(stage, clients=tuple(map(change, stage.clients))) for stage in report.stages)
+    return replace(report, stages=tuple(stages))
+
+
+def without_singular_vectors(client):
+    if client.alignment is None:
+        return client
+    return replace(client, alignment=replace(client.alignment, singular_vectors=None))
 
 
 def hostile_run():
     (one,) = run_of(rounds=1, run_id=HOSTILE, recipe=HOSTILE)
-    one.metrics[HOSTILE] = 1.0
-    one.problem = HOSTILE
-    client = one.stages[1].clients[0]
-    client.outcome, client.detail = HOSTILE, HOSTILE
-    one.stages[0].stage = HOSTILE
-    one.stages[1].clients[1].alignment.spaces[0].space = HOSTILE
-    return Run.of([one])
+    one = replace(one, evaluate_metrics=one.evaluate_metrics | {HOSTILE: 1.0}, problem=HOSTILE)
+    bootstrap, fuse, evaluate = one.stages
+    liar, mover, *others = fuse.clients
+    first, *rest = mover.alignment.spaces
+    spaces = (replace(first, space=HOSTILE), *rest)
+    mover = replace(mover, alignment=replace(mover.alignment, spaces=spaces))
+    liar = replace(liar, outcome=HOSTILE, detail=HOSTILE)
+    fuse = replace(fuse, clients=(liar, mover, *others))
+    stages = (replace(bootstrap, stage=HOSTILE), fuse, evaluate)
+    return ReportedRun.from_reports([replace(one, stages=stages)])
 
 
 def test_nothing_that_a_client_or_a_run_says_becomes_an_element_or_an_attribute():
-    document = report(hostile_run(), json.dumps({"recipe": HOSTILE}))
+    document = render_report(hostile_run(), json.dumps({"recipe": HOSTILE}))
     elements = Elements(document)
     assert elements.open == []
     assert not {"script", "img"} & {name for name, _ in elements.found}
@@ -153,7 +176,7 @@ def test_nothing_that_a_client_or_a_run_says_becomes_an_element_or_an_attribute(
 
 
 def test_markdown_keeps_hostile_words_in_their_cells():
-    written = markdown(hostile_run())
+    written = render_markdown(hostile_run())
     assert "<script>" not in written.replace("\\<script", "")
     for block in re.findall(r"(?:^\|.*\n)+", written, re.MULTILINE):
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
@@ -172,7 +195,7 @@ def test_text_and_attributes_come_back_as_they_were(given_text):
 @given(st.lists(st.floats(), min_size=1, max_size=50))
 def test_any_numbers_give_a_chart_within_its_frame(values):
     drawn = line_chart(
-        [Line("a", list(enumerate(values)), "c1")], Axis(0, max(len(values) - 1, 1)), "x", "a chart"
+        [Polyline("a", list(enumerate(values)), "c1")], Scale(0, max(len(values) - 1, 1)), "x", "a chart"
     )
     path = re.search(r'<path d="([^"]*)"', drawn)[1]
     coordinates = [float(number) for number in re.findall(r"-?[\d.]+(?:e[+-]?\d+)?", path)]
@@ -182,7 +205,7 @@ def test_any_numbers_give_a_chart_within_its_frame(values):
 
 @given(st.floats(-1e99, 1e99), st.floats(-1e99, 1e99))
 def test_a_scale_holds_its_values_and_has_ticks(one, other):
-    scale = axis([one, other])
+    scale = fit_scale([one, other])
     assert scale.low < scale.high
     assert -1e-9 <= scale.place(min(one, other)) <= scale.place(max(one, other)) <= 1 + 1e-9
     assert 2 <= len(scale.ticks()) <= 12
@@ -195,37 +218,37 @@ def test_bars_stack_from_zero():
 
 
 def test_many_rounds_share_columns_and_their_means():
-    found = [(one.round, spaces(one)) for one in run_of(rounds=10)]
-    columns = binned(found, 4)
+    found = [(one.round, measure_spaces(one)) for one in run_of(rounds=10)]
+    columns = bin_rounds(found, 4)
     assert [(span.start, span.stop) for span, _ in columns] == [(1, 4), (4, 7), (7, 10), (10, 11)]
     name = SITES[0]
     mean = sum(given[name].moved for _, given in found[:3]) / 3
     assert columns[0][1][name].moved == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("key", ["path", "stages", "metrics"])
-def test_a_run_that_measured_less_has_a_report_too(key):
+@pytest.mark.parametrize("less", [{"path": None}, {"stages": ()}, {"evaluate_metrics": {}}])
+def test_a_run_that_measured_less_has_a_report_too(less):
     (one,) = run_of(rounds=1)
-    one.ClearField(key)
-    run = Run.of([one])
-    assert Elements(report(run)).open == []
-    assert markdown(run)
+    run = ReportedRun.from_reports([replace(one, **less)])
+    assert Elements(render_report(run)).open == []
+    assert render_markdown(run)
 
 
 def test_a_loss_that_overflowed_is_a_gap_and_null():
     one, other = run_of(rounds=2)
-    one.path.loss_before[3] = math.inf
-    run = Run.of([one, other])
+    loss = (*one.path.loss_before[:3], math.inf, *one.path.loss_before[4:])
+    one = replace(one, path=replace(one.path, loss_before=loss))
+    run = ReportedRun.from_reports([one, other])
     assert math.isnan(run.rounds[0].barrier.before)
-    assert "NaN" not in report(run)
-    assert "nan" not in markdown(run)
+    assert "NaN" not in render_report(run)
+    assert "nan" not in render_markdown(run)
 
 
 def test_json_is_one_round_a_line_and_strict(folder):
     def refuse(constant):
         raise AssertionError(constant)
 
-    parsed = [json.loads(line, parse_constant=refuse) for line in lines(folder).splitlines()]
+    parsed = [json.loads(line, parse_constant=refuse) for line in folder_to_json_lines(folder).splitlines()]
     assert [one["round"] for one in parsed] == [1, 2, 3, 4]
     assert parsed[-1]["state"] == "finished"
 
@@ -234,15 +257,15 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(folder, tmp_path)
     done = fedbasin("report", folder)
     assert done.returncode == 0
     assert done.stdout.strip() == str(folder / "report.html")
-    assert (folder / "report.html").read_text() == html(folder)
+    assert (folder / "report.html").read_text() == folder_to_html(folder)
     target = tmp_path / "summary.md"
     assert fedbasin("report", folder, "--markdown", "-o", target).returncode == 0
-    assert target.read_text() == text(folder)
+    assert target.read_text() == folder_to_markdown(folder)
 
 
 def test_markdown_and_json_are_printed(folder):
-    assert fedbasin("report", folder, "--markdown").stdout == text(folder)
-    assert fedbasin("report", folder, "--json").stdout == lines(folder)
+    assert fedbasin("report", folder, "--markdown").stdout == folder_to_markdown(folder)
+    assert fedbasin("report", folder, "--json").stdout == folder_to_json_lines(folder)
     assert fedbasin("report", folder, "--json", "--markdown").returncode == 2
 
 
@@ -250,27 +273,27 @@ def test_no_folder_is_one_line_and_1(tmp_path):
     done = fedbasin("report", tmp_path / "nowhere")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "give a run's" in done.stderr
+    assert "give the folder of a run" in done.stderr
 
 
 def test_a_folder_of_runs_names_them(folder):
     with pytest.raises(NoRunError, match=re.escape(str(folder))):
-        read(folder.parent)
+        read_run(folder.parent)
 
 
 def test_a_folder_without_rounds_says_so(tmp_path):
     with pytest.raises(NoRunError, match="no round has ended yet"):
-        read(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / REPORTS).write_bytes(b"\xff\xfe\0")
     with pytest.raises(NoRunError, match=REPORTS):
-        read(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_store_of_several_runs_is_not_mixed(tmp_path):
     for name in ("one", "two"):
-        append_report(tmp_path, pb.RoundReport(run_id=name, round=1 + (name == "two")))
+        append_report(tmp_path, RoundReport(name, 1 + (name == "two")))
     with pytest.raises(NoRunError, match="several runs"):
-        read(tmp_path)
+        read_run(tmp_path)

@@ -5,17 +5,14 @@ import re
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
-from flwr.serverapp.strategy import FedAvg
 
-from fedbasin.proto import wire
-from fedbasin.server.run.serve import serve
+from fedbasin.proto.header import STATISTICS
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
-from fedbasin.strategies.encodings import read_encodings
 from fedbasin.strategies.fusion.compression.budget import BudgetError, choose, spent
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.recipes import RECIPES
-from tests import tiny
+from tests import running, tiny
 
 LAYERS = gram_layers(tiny.net())
 # Of one array: less than the header of an .npy file takes.
@@ -24,37 +21,29 @@ HEADER = 128
 
 def needs(recipe, share):
     """Bytes between the cheapest forms, of a share of 0, and the exact ones."""
-    moments = RECIPES[recipe].fits
-    most = spent(LAYERS, choose(LAYERS, 0, moments=moments), moments=moments)
+    moments = RECIPES[recipe].refit is not None
+    most = spent(LAYERS, choose(LAYERS, 0, cross_moments=moments), cross_moments=moments)
     with pytest.raises(BudgetError) as refused:
-        choose(LAYERS, 1, moments=moments)
+        choose(LAYERS, 1, cross_moments=moments)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
     return least + int(share * (most - least))
 
 
 def run(recipe, budget, folder, **more):
     federation = tiny.federation(
-        recipe=recipe,
-        statistics_budget_bytes=budget,
-        folder=str(folder),
-        align="off",
-        fraction_evaluate=0.0,
-        **more,
+        recipe=recipe, statistics_budget_bytes=budget, folder=str(folder), align="off", fraction_evaluate=0.0, **more
     )
     sent = {}
 
     def weigh(node, reply):
-        if not reply.has_error() and wire.STATISTICS in reply.content:
-            arrays = reply.content[wire.STATISTICS].values()
+        if not reply.has_error() and STATISTICS in reply.content:
+            arrays = reply.content[STATISTICS].values()
             values = sum(len(array.data) - HEADER for array in arrays)
             sent[node] = sent.get(node, 0) + values
         return reply
 
-    federation.tamper = {
-        node: lambda reply, node=node: weigh(node, reply) for node in federation.contexts
-    }
-    result = serve(federation.grid(), federation.server_context(), tiny.net(), 1)
-    return result, sent
+    federation.tamper = {node: lambda reply, node=node: weigh(node, reply) for node in federation.contexts}
+    return running.run(federation, tiny.net()), sent
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.0])
@@ -68,9 +57,9 @@ def test_no_client_sends_more_than_the_budget(recipe, share, tmp_path):
     assert all(c.outcome == "accepted" for stage in report.stages for c in stage.clients)
     told = {}
     for stage in report.stages:
-        told |= read_encodings(stage.encodings)
+        told |= stage.encodings
     assert set(told) == {layer.block for layer in LAYERS}
-    assert all(torch.isfinite(t).all() for t in result.model.values())
+    assert all(torch.isfinite(t).all() for t in result.state_dict.values())
 
 
 def test_without_a_bound_requests_and_reports_stay_as_they_were(tmp_path):
@@ -92,8 +81,8 @@ def test_a_recipe_without_statistics_needs_no_budget(tmp_path):
 def test_nearly_all_bytes_give_nearly_the_same_model(tmp_path):
     exact, _ = run("features", 0, tmp_path / "exact")
     rounded, _ = run("features", needs("features", 0.7), tmp_path / "rounded")
-    for name, tensor in exact.model.items():
-        torch.testing.assert_close(rounded.model[name], tensor, rtol=1e-2, atol=1e-2)
+    for name, tensor in exact.state_dict.items():
+        torch.testing.assert_close(rounded.state_dict[name], tensor, rtol=1e-2, atol=1e-2)
 
 
 class TestUnderFlowersOwnLoop:
@@ -101,23 +90,29 @@ class TestUnderFlowersOwnLoop:
         budget = needs("regmean", 0.5)
         strategy = FedBasin(
             "regmean",
+            model=tiny.net(),
             align="off",
-            layers=LAYERS,
             statistics_budget_bytes=budget,
-            sampling=FedAvg(min_train_nodes=3, min_available_nodes=3, fraction_evaluate=0.0),
+            min_train_nodes=3,
+            min_available_nodes=3,
+            fraction_evaluate=0.0,
         )
         federation = tiny.federation()
         grid = federation.grid()
         arrays = ArrayRecord(tiny.net().state_dict())
-        messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+        messages = list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
         replies = grid.pull_messages(grid.push_messages(messages))
         fused, _ = strategy.aggregate_train(1, replies)
         assert strategy.refusals == {}
         assert fused is not None
         for reply in replies:
-            arrays = reply.content[wire.STATISTICS].values()
-            assert sum(len(array.data) - HEADER for array in arrays) <= budget
+            statistics = reply.content[STATISTICS].values()
+            assert sum(len(array.data) - HEADER for array in statistics) <= budget
 
     def test_it_needs_the_layers(self):
-        with pytest.raises(ValueError, match="pass layers=gram_layers"):
-            FedBasin("regmean", statistics_budget_bytes=1000)
+        federation = tiny.federation()
+        strategy = FedBasin("regmean", statistics_budget_bytes=1000)
+        arrays = ArrayRecord(tiny.net().state_dict())
+        with pytest.raises(SettingsError, match=r"needs the layers.*pass model=Net\(\)"):
+            strategy.configure_train(1, arrays, ConfigRecord(), federation.grid())
+        assert not federation.asked

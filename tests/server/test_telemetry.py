@@ -1,47 +1,62 @@
 """What a scrape says after a round, read by Prometheus' own parser."""
 
 import math
-import shutil
 import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.report import (
+    AlignmentReport,
+    ClientReport,
+    LayerVariance,
+    PathSums,
+    ProbedPath,
+    RoundReport,
+    ServerProbe,
+    SingularVectors,
+    SpaceReport,
+    StageReport,
+    UpdateCosines,
+)
 from fedbasin.server.observe import metric_catalogue as catalogue
 from fedbasin.server.observe.telemetry import Telemetry
 from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round.bootstrap import Bootstrap
+from fedbasin.strategies.round.evaluate import Evaluate
+from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.outcomes import Outcome
-from fedbasin.strategies.round.stages import AlignedFuse, Bootstrap, Evaluate, Fuse
+from fedbasin.strategies.round.pairwise import LinkModels
+from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
+from tests.needing import needed
 
 
 def alignment(certified, gain, before, after, error):
-    spaces = [
-        pb.SpaceReport(space=f"s{i}", certified=c, gain=gain, fixed_points=1 if c else gain / 4)
-        for i, c in enumerate(certified)
-    ]
-    spaces[0].skew_before, spaces[0].skew_after = gain / 2, gain / 8
-    return pb.AlignmentReport(
-        spaces=spaces,
+    spaces = [SpaceReport(f"s{i}", c, 0.0, gain, fixed_points=1 if c else gain / 4) for i, c in enumerate(certified)]
+    spaces[0] = replace(spaces[0], skew_before=gain / 2, skew_after=gain / 8)
+    return AlignmentReport(
+        tuple(spaces),
         distance_before=before,
         distance_after=after,
         endpoint_error=error,
-        spectral=pb.Spectral(before=gain / 10, after=gain / 4, matrices=2, of=3),
+        singular_vectors=SingularVectors(gain / 10, gain / 4, 2, 3),
     )
 
 
 def probe():
     def path(a, b, loss, correct):
-        sums = pb.PathSums(points=[0, 0.5, 1], loss_after=loss, correct_after=correct, examples=10)
-        return pb.ProbedPath(a=a, b=b, path=sums)
+        sums = PathSums(points=(0, 0.5, 1), loss_after=loss, correct_after=correct, examples=10)
+        return ProbedPath(a, b, sums)
 
-    return pb.ServerProbe(
-        nodes=[7, 8],
+    return ServerProbe(
+        nodes=(7, 8),
         accepted=2,
-        pairs=[path(7, 8, [10, 40, 20], [8, 4, 6])],  # 2.5 above the chord, 2 above the higher end
-        fused=[path(0, 7, [10, 12, 10], [9, 9, 8]), path(0, 8, [10, 11, 20], [9, 8, 6])],
+        pairs=(path(7, 8, (10, 40, 20), (8, 4, 6)),),  # 2.5 above the chord, 2 above the higher end
+        fused=(path(0, 7, (10, 12, 10), (9, 9, 8)), path(0, 8, (10, 11, 20), (9, 8, 6))),
         ensemble_loss=0.2,
         ensemble_accuracy=0.95,
         seconds=2,
@@ -50,10 +65,10 @@ def probe():
 
 
 def report(**changes):
-    clients = [
-        pb.ClientReport(
-            node_id=2**60 + 1,
-            outcome="accepted",
+    clients = (
+        ClientReport(
+            2**60 + 1,
+            "accepted",
             bytes_up=1000,
             bytes_down=600,
             seconds=4,
@@ -61,9 +76,9 @@ def report(**changes):
             probe_bytes=90,
             alignment=alignment([True, False], gain=2.0, before=10, after=4, error=2e-7),
         ),
-        pb.ClientReport(
-            node_id=2**60 + 2,
-            outcome="accepted",
+        ClientReport(
+            2**60 + 2,
+            "accepted",
             bytes_up=1000,
             bytes_down=600,
             seconds=6,
@@ -71,41 +86,40 @@ def report(**changes):
             probe_bytes=90,
             alignment=alignment([False, False], gain=1.0, before=20, after=6, error=3e-7),
         ),
-        pb.ClientReport(node_id=2**60 + 3, outcome="wrong_shape", bytes_up=10, bytes_down=600),
-    ]
-    path = pb.PathSums(
-        points=[0, 0.25, 1],
-        loss_before=[20, 80, 40],  # mean 2, 8, 4: above the line 2, 2.5, 4 by 5.5
-        loss_after=[20, 21, 40],  # below the line
-        correct_before=[9, 2, 5],  # shares 0.9, 0.2, 0.5: below the line 0.9, 0.8, 0.5 by 0.6
-        correct_after=[9, 9, 5],
+        ClientReport(2**60 + 3, "wrong_shape", bytes_up=10, bytes_down=600),
+    )
+    path = PathSums(
+        points=(0, 0.25, 1),
+        loss_before=(20, 80, 40),  # mean 2, 8, 4: above the line 2, 2.5, 4 by 5.5
+        loss_after=(20, 21, 40),  # below the line
+        correct_before=(9, 2, 5),  # shares 0.9, 0.2, 0.5: below the line 0.9, 0.8, 0.5 by 0.6
+        correct_after=(9, 9, 5),
         examples=10,
     )
-    fused_path = pb.PathSums(
-        points=[0, 0.5, 1],
-        loss_after=[20, 60, 40],  # mean 2, 6, 4: above the line 2, 3, 4 by 3
-        correct_after=[9, 5, 9],
+    fused_path = PathSums(
+        points=(0, 0.5, 1),
+        loss_after=(20, 60, 40),  # mean 2, 6, 4: above the line 2, 3, 4 by 3
+        correct_after=(9, 5, 9),
         examples=10,
     )
-    made = pb.RoundReport(
-        schema_version=1,
-        run_id="secret-run",
-        round=3,
-        rounds=5,
-        recipe="regmean",
-        seconds=7.5,
-        stages=[pb.StageReport(stage="train", seconds=7, server_seconds=0.5, clients=clients)],
-        path=path,
-        fused_path=fused_path,
-        metrics={"accuracy": 0.9},
-        peak_rss_bytes=12345,
-        drift=pb.Drift(norm=3, fused=0.5, previous=-0.25, clients_mean=0.1, seconds=0.5),
-        variance=[pb.VarianceRatio(layer="a", ratio=0.4), pb.VarianceRatio(layer="b", ratio=1.0)],
-        probe=probe(),
-    )
-    made.finished.FromJsonString("2026-01-02T03:04:05.5Z")
-    made.MergeFrom(pb.RoundReport(**changes))
-    return made
+    fields = {
+        "run_id": "secret-run",
+        "round": 3,
+        "rounds": 5,
+        "recipe": "regmean",
+        "finished": datetime(2026, 1, 2, 3, 4, 5, 500_000, tzinfo=UTC),
+        "seconds": 7.5,
+        "stages": (StageReport("train", 7, 0.5, clients),),
+        "path": path,
+        "fused_path": fused_path,
+        "train_metrics": {"loss": 0.3},
+        "evaluate_metrics": {"accuracy": 0.9},
+        "peak_rss_bytes": 12345,
+        "update_cosines": UpdateCosines(2, 0, 0, norm=3, fused=0.5, previous=-0.25, clients_mean=0.1, seconds=0.5),
+        "variance": (LayerVariance("a", 0.4), LayerVariance("b", 1.0)),
+        "probe": probe(),
+    }
+    return RoundReport(**fields | changes)
 
 
 def filled(*reports):
@@ -193,6 +207,7 @@ def value(text, name, /, **labels):
         ("probe_bytes_total", {"side": "clients"}, 90),
         ("probe_bytes_total", {"side": "server"}, 4000),
         ("model_metric", {"name": "accuracy"}, 0.9),
+        ("model_metric", {"name": "train_loss"}, 0.3),
     ],
 )
 def test_a_metric_has_the_value_computed_by_hand(name, labels, expected):
@@ -200,7 +215,7 @@ def test_a_metric_has_the_value_computed_by_hand(name, labels, expected):
 
 
 def test_counters_add_up_and_gauges_follow():
-    text = page(report(), report(round=4, metrics={"accuracy": 0.95}, last=True))
+    text = page(report(), report(round=4, evaluate_metrics={"accuracy": 0.95}, last=True))
     assert value(text, "rounds_total") == 2
     assert value(text, "runs_finished_total") == 1
     assert value(text, "updates_total", outcome="accepted") == 4
@@ -220,9 +235,7 @@ def test_a_run_that_failed_counts_its_replies_and_no_round():
     assert "QuorumLostError" not in text
 
 
-@pytest.mark.parametrize(
-    ("changes", "state"), [({"last": True}, "finished"), ({"problem": "x"}, "failed")]
-)
+@pytest.mark.parametrize(("changes", "state"), [({"last": True}, "finished"), ({"problem": "x"}, "failed")])
 def test_a_run_that_follows_takes_the_state_over(changes, state):
     text = page(report(**changes))
     assert value(text, "run_state", state=state) == 1
@@ -233,8 +246,9 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 
 def test_the_counters_of_every_recipe_are_there_before_its_first_round():
     assert set(catalogue.RECIPES) == set(RECIPES)
-    named = {one.name for one in (Bootstrap, Fuse, AlignedFuse, Evaluate)}
-    assert set(catalogue.STAGES) == named | {"fit", "head", "link", "probe"}
+    refits = (LinkModels, RefitLayers, RefitHead, ProbePath)
+    stages = {cls.stage for cls in (Bootstrap, Fuse, Evaluate, *refits)}
+    assert set(catalogue.STAGES) == stages
     there = samples(page())
     for recipe in RECIPES:
         assert there["fedbasin_rounds_total", frozenset({("recipe", recipe)})] == 0
@@ -275,19 +289,19 @@ def test_openmetrics_has_the_run_and_the_round_as_exemplars():
 
 
 def test_a_gauge_keeps_its_value_where_a_round_does_not_measure_it():
-    bare = pb.RoundReport(schema_version=1, run_id="r", round=4, recipe="regmean")
+    bare = RoundReport("r", 4, recipe="regmean")
     assert value(page(report(), bare), "barrier_loss", when="before") == pytest.approx(5.5)
 
 
 def test_a_round_that_measured_nothing_is_only_counted():
-    text = page(pb.RoundReport(schema_version=1, run_id="r", round=1, recipe="regmean"))
+    text = page(RoundReport("r", 1, recipe="regmean"))
     assert value(text, "rounds_total") == 1
     assert not [name for name, _ in samples(text) if "barrier" in name or "alignment" in name]
 
 
 def test_a_gap_in_the_middle_keeps_its_sign_and_a_barrier_is_never_below_zero():
-    path = pb.PathSums(points=[0, 0.5, 1], loss_after=[20, 10, 40], examples=10)
-    bare = pb.RoundReport(schema_version=1, round=1, recipe="regmean", fused_path=path)
+    path = PathSums(points=(0, 0.5, 1), loss_after=(20, 10, 40), examples=10)
+    bare = RoundReport("", 1, recipe="regmean", fused_path=path)
     assert value(page(bare), "fused_midpoint_gap_loss") == pytest.approx(-2)
     assert value(page(bare), "fused_barrier_loss") == 0
 
@@ -295,13 +309,13 @@ def test_a_gap_in_the_middle_keeps_its_sign_and_a_barrier_is_never_below_zero():
 @pytest.mark.parametrize(
     "path",
     [
-        pb.PathSums(points=[0, 1], loss_before=[1, math.inf], examples=1),
-        pb.PathSums(points=[0, 0.5, 1], loss_before=[1, 2], examples=1),
-        pb.PathSums(points=[0.5], loss_before=[1], examples=1),
+        PathSums(points=(0, 1), loss_before=(1, math.inf), examples=1),
+        PathSums(points=(0, 0.5, 1), loss_before=(1, 2), examples=1),
+        PathSums(points=(0.5,), loss_before=(1,), examples=1),
     ],
 )
 def test_a_path_without_a_barrier_says_so_instead_of_inventing_one(path):
-    text = page(pb.RoundReport(schema_version=1, run_id="r", round=1, recipe="regmean", path=path))
+    text = page(RoundReport("r", 1, recipe="regmean", path=path))
     assert math.isnan(value(text, "barrier_loss", when="before"))
 
 
@@ -312,22 +326,18 @@ def test_no_client_and_no_run_becomes_a_label():
 
 
 def test_every_outcome_has_a_label_from_the_first_round_on():
-    outcomes = {
-        dict(labels)["outcome"]
-        for name, labels in samples(page(report()))
-        if name == "fedbasin_updates_total"
-    }
+    outcomes = {dict(labels)["outcome"] for name, labels in samples(page(report())) if name == "fedbasin_updates_total"}
     assert outcomes == set(Outcome.__members__)
 
 
 def test_words_from_outside_are_bounded():
     reports = [
-        pb.RoundReport(
+        RoundReport(
+            "run",
+            i,
             recipe=f"recipe-{i}",
-            metrics={f"metric-{i}": 1},
-            stages=[
-                pb.StageReport(stage=f"stage-{i}", clients=[pb.ClientReport(outcome=f"fate-{i}")])
-            ],
+            evaluate_metrics={f"metric-{i}": 1},
+            stages=(StageReport(f"stage-{i}", clients=(ClientReport(i, f"fate-{i}"),)),),
         )
         for i in range(500)
     ]
@@ -340,10 +350,7 @@ def test_words_from_outside_are_bounded():
 
 
 def test_prometheus_own_lint_has_nothing_to_say():
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not on PATH; it comes with Prometheus")
     done = subprocess.run(
-        [promtool, "check", "metrics"], input=page(report()), text=True, capture_output=True
+        [needed("promtool"), "check", "metrics"], input=page(report()), text=True, capture_output=True
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")

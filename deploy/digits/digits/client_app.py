@@ -50,7 +50,5 @@ def evaluate_app(message: Message, context: Context) -> Message:
     model = own_model(context)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     loss, accuracy = evaluate(model, load_split()[1])
-    metrics = MetricRecord(
-        {"loss": loss, "accuracy": accuracy, "num-examples": len(load_split()[1][0])}
-    )
+    metrics = MetricRecord({"loss": loss, "accuracy": accuracy, "num-examples": len(load_split()[1][0])})
     return Message(content=RecordDict({"metrics": metrics}), reply_to=message)

@@ -17,11 +17,7 @@ def make_model(width: int, seed: int) -> nn.Sequential:
     """A perceptron 64-width-width-10 with its own initial weights."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Linear(PIXELS, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, CLASSES),
+        nn.Linear(PIXELS, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)
     )
 
 
@@ -41,9 +37,7 @@ def load_partition(partition: int, partitions: int, alpha: float, seed: int) -> 
     mine: list[int] = []
     for label in range(CLASSES):
         indices = draw.permutation(np.flatnonzero(labels.numpy() == label))
-        shares = (
-            draw.dirichlet([alpha] * partitions) if alpha else np.full(partitions, 1 / partitions)
-        )
+        shares = draw.dirichlet([alpha] * partitions) if alpha else np.full(partitions, 1 / partitions)
         cuts = (np.cumsum(shares) * len(indices)).astype(int)[:-1]
         mine.extend(np.split(indices, cuts)[partition])
     chosen = torch.tensor(mine)

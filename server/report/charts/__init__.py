@@ -1,1 +1,1 @@
-"""Charts, tables and markup that reports and the observer's page are built from."""
+"""Charts, tables and markup of reports and of the observer's page."""

@@ -14,18 +14,18 @@ from fedbasin.server.report.charts.text import number
 
 Point: TypeAlias = tuple[float, float]
 
-_LARGEST = 1e100  # beyond it a number is drawn as a gap: it says no more than an overflow
-_INNER = 1000  # units of the stretched drawing inside
+_LARGEST = 1e100  # a larger number is drawn as a gap: it tells no more than an overflow
+_INNER = 1000  # units of the stretched drawing inside the frame
 _DOTS = 40  # over more rounds, lines are drawn without dots
 
 
 @dataclass(frozen=True)
-class Line:
+class Polyline:
     """A curve; NaN leaves a gap.
 
     Attributes:
-        label: for the legend.
-        points: x and y, x rising.
+        label: text in the legend.
+        points: pairs of x and y, x rising.
         style: classes of the style sheet.
     """
 
@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bars:
-    """One colour of a stack of bars: a height for each round."""
+    """One colour of a stack of bars, with a height for each round."""
 
     label: str
     heights: Sequence[float]
@@ -44,104 +44,109 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A straight scale from low to high."""
+class Scale:
+    """A linear scale from low to high."""
 
     low: float
     high: float
     show: Callable[[float], str] = number
 
     def place(self, value: float) -> float:
-        """Where a value lies, from 0 to 1."""
+        """Return the position of a value, from 0 at the low end to 1 at the high end."""
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, about: int = 4) -> list[float]:
-        """Round numbers within the scale, about so many."""
-        step = _step((self.high - self.low) / about)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [index * step for index in range(first, last + 1)]
+        """Return round numbers within the scale, about as many as given."""
+        step = _round_step((self.high - self.low) / about)
+        start, stop = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [index * step for index in range(start, stop + 1)]
 
 
-def axis(values: Sequence[float], show: Callable[[float], str] = number) -> Axis:
-    """A scale that holds all finite values, with round ends; zero is one of them where it is near."""
+def fit_scale(values: Sequence[float], show: Callable[[float], str] = number) -> Scale:
+    """Return a scale with round ends that holds all finite values, and zero where it is near."""
     drawn = [value for value in values if _drawable(value)] or [0.0, 1.0]
     low, high = min(drawn), max(drawn)
+    # Without an extent of their own, values are shown against zero; rounding errors are not an extent.
     if high - low < 1e-9 * max(abs(low), abs(high)) or high - low < 1 / _LARGEST:
-        low, high = min(low, 0.0), max(high, 0.0)  # one value: seen from zero
+        low, high = min(low, 0.0), max(high, 0.0)
     elif 0 <= low <= 0.6 * high:
         low = 0.0
-    step = _step(max((high - low) / 4, 1 / _LARGEST))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Axis(first * step, max(last, first + 1) * step, show)
+    step = _round_step(max((high - low) / 4, 1 / _LARGEST))
+    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Scale(start * step, max(stop, start + 1) * step, show)
+
+
+def rounds_scale(start: int, stop: int) -> Scale:
+    """Return the x scale of a chart by round."""
+    return Scale(start, max(stop, start + 1), lambda value: f"{value:.0f}")
 
 
 def line_chart(
-    lines: Sequence[Line],
-    across: Axis,
-    x_label: str,
-    description: str,
-    show: Callable[[float], str] = number,
+    lines: Sequence[Polyline], across: Scale, x_label: str, description: str, show: Callable[[float], str] = number
 ) -> Html:
-    """Curves over one x axis, with a legend where there is more than one."""
-    up = axis([y for line in lines for _, y in line.points], show)
-    drawn = join(_curve(line, across, up) for line in lines)
+    """Draw curves over one x scale, with a legend where there is more than one."""
+    up = fit_scale([y for line in lines for _, y in line.points], show)
+    curves = join(_draw_curve(line, across, up) for line in lines)
+    # Dots carry the numbers as tooltips; more of them than this hide the line.
     few = across.high - across.low <= _DOTS
-    dots = join(_dots(line, across, up) for line in lines if few)
+    dots = join(_draw_dots(line, across, up) for line in lines if few)
     keys = [(line.label, line.style) for line in lines] if len(lines) > 1 else []
-    return join([_frame(across, up, x_label, description, drawn, dots), legend(keys, "line")])
+    return join([_frame(across, up, x_label, description, curves, dots), legend(keys, "line")])
 
 
-def bar_chart(
-    stack: Sequence[Bars],
-    first: int,
-    description: str,
-    show: Callable[[float], str] = number,
-) -> Html:
-    """Stacked bars, one stack a round, from round `first` on."""
-    stack = [
-        replace(bars, heights=[h if _drawable(h) else 0.0 for h in bars.heights]) for bars in stack
-    ]
+def bar_chart(stack: Sequence[Bars], start: int, description: str, show: Callable[[float], str] = number) -> Html:
+    """Draw stacked bars, one stack a round, from round `start` on."""
+    stack = [replace(bars, heights=[h if _drawable(h) else 0.0 for h in bars.heights]) for bars in stack]
     totals = [sum(heights) for heights in zip(*(bars.heights for bars in stack), strict=True)]
-    across = Axis(first - 0.5, first + len(totals) - 0.5, lambda value: f"{value:.0f}")
-    up = axis([0.0, *totals], show)
-    drawn, floor = [], [0.0] * len(totals)
+    # Half a round on both sides, so that the outer bars are whole.
+    across = Scale(start - 0.5, start + len(totals) - 0.5, lambda value: f"{value:.0f}")
+    up = fit_scale([0.0, *totals], show)
+    layers, floor = [], [0.0] * len(totals)
     for bars in stack:
-        drawn.append(_bars(bars, floor, up))
+        layers.append(_draw_bars(bars, floor, up))
         floor = [low + height for low, height in zip(floor, bars.heights, strict=True)]
-    frame = _frame(across, up, "round", description, join(drawn), Html())
+    frame = _frame(across, up, "round", description, join(layers), Html())
     return join([frame, legend([(bars.label, bars.style) for bars in stack], "swatch")])
 
 
 def legend(keys: Sequence[tuple[str, str]], kind: str) -> Html:
-    """What the colours mean."""
+    """Return the legend of the colours.
+
+    Args:
+        keys: label and style of each entry.
+        kind: "line" or "swatch".
+    """
     if not keys:
         return Html()
-    items = (
-        tag("li", tag("svg", _key(kind, style), class_=f"key {kind}", aria_hidden="true"), label)
-        for label, style in keys
-    )
+    items = []
+    for label, style in keys:
+        if kind == "line":
+            mark = tag("line", x1=0, y1=6, x2=22, y2=6, class_=f"line {style}")
+        else:
+            mark = tag("rect", width=12, height=12, rx=2, class_=f"fill {style}")
+        key = tag("svg", mark, class_=f"key {kind}", aria_hidden="true")
+        items.append(tag("li", key, label))
     return tag("ul", *items, class_="legend")
 
 
-def _key(kind: str, style: str) -> Html:
-    if kind == "line":
-        return tag("line", x1=0, y1=6, x2=22, y2=6, class_=f"line {style}")
-    return tag("rect", width=12, height=12, rx=2, class_=f"fill {style}")
+def _frame(across: Scale, up: Scale, x_label: str, description: str, drawing: Html, overlay: Html) -> Html:
+    """Return a chart with its scales.
 
-
-def rounds_axis(first: int, last: int) -> Axis:
-    """The x axis of what is drawn by round."""
-    return Axis(first, max(last, first + 1), lambda value: f"{value:.0f}")
-
-
-def _frame(across: Axis, up: Axis, x_label: str, description: str, drawn: Html, over: Html) -> Html:
+    Args:
+        across: the x scale.
+        up: the y scale.
+        x_label: name of the x scale.
+        description: text for screen readers.
+        drawing: shapes that are stretched with the frame.
+        overlay: shapes that keep their size.
+    """
     whole = [tick for tick in across.ticks(6) if x_label != "round" or tick == round(tick)]
-    horizontal = (_level(up.place(tick), up.show(tick)) for tick in up.ticks())
-    vertical = (_mark(across.place(tick), across.show(tick)) for tick in whole)
+    horizontal = (_grid_line(up.place(tick), up.show(tick)) for tick in up.ticks())
+    vertical = (_tick_label(across.place(tick), across.show(tick)) for tick in whole)
     label = tag("text", x_label, x="100%", y="100%", dy="2.9em", text_anchor="end", class_="axis")
     inner = tag(
         "svg",
-        drawn,
+        drawing,
         viewBox=f"0 0 {_INNER} {_INNER}",
         preserveAspectRatio="none",
         width="100%",
@@ -149,30 +154,23 @@ def _frame(across: Axis, up: Axis, x_label: str, description: str, drawn: Html, 
         class_="inner",
     )
     picture = tag(
-        "svg",
-        *horizontal,
-        *vertical,
-        label,
-        inner,
-        over,
-        class_="canvas",
-        role="img",
-        aria_label=description,
+        "svg", *horizontal, *vertical, label, inner, overlay, class_="canvas", role="img", aria_label=description
     )
     return tag("div", picture, class_="plot")
 
 
-def _level(place: float, text: str) -> Html:
+def _grid_line(place: float, text: str) -> Html:
     y = _percent(1 - place)
     line = tag("line", x1=0, x2="100%", y1=y, y2=y, class_="grid")
     return join([line, tag("text", text, x=0, y=y, dx=-8, dy="0.32em", text_anchor="end")])
 
 
-def _mark(place: float, text: str) -> Html:
+def _tick_label(place: float, text: str) -> Html:
     return tag("text", text, x=_percent(place), y="100%", dy="1.55em", text_anchor="middle")
 
 
-def _curve(line: Line, across: Axis, up: Axis) -> Html:
+def _draw_curve(line: Polyline, across: Scale, up: Scale) -> Html:
+    # The pen is lifted at a gap: a line across it would show values that nobody measured.
     steps, pen = [], "M"
     for x, y in line.points:
         if not _drawable(y):
@@ -183,7 +181,7 @@ def _curve(line: Line, across: Axis, up: Axis) -> Html:
     return tag("path", d="".join(steps), class_=f"line {line.style}")
 
 
-def _dots(line: Line, across: Axis, up: Axis) -> Html:
+def _draw_dots(line: Polyline, across: Scale, up: Scale) -> Html:
     return join(
         tag(
             "circle",
@@ -198,8 +196,9 @@ def _dots(line: Line, across: Axis, up: Axis) -> Html:
     )
 
 
-def _bars(bars: Bars, floor: Sequence[float], up: Axis) -> Html:
+def _draw_bars(bars: Bars, floor: Sequence[float], up: Scale) -> Html:
     pitch = _INNER / len(floor)
+    # With many bars, gaps between them would be thinner than a pixel and flicker.
     width = pitch if len(floor) > 80 else min(0.72 * pitch, 60)
     steps = []
     for index, (low, height) in enumerate(zip(floor, bars.heights, strict=True)):
@@ -214,8 +213,8 @@ def _drawable(value: float) -> bool:
     return abs(value) < _LARGEST  # NaN is not
 
 
-def _step(rough: float) -> float:
-    """The next of 1, 2, 5, 10 ... at or above."""
+def _round_step(rough: float) -> float:
+    """Return the smallest of 1, 2, 5, 10 ... that is not below a number, up to rounding."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(f * power for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
 

@@ -1,4 +1,4 @@
-"""HTML that cannot be injected into: whatever is not `Html` already is escaped."""
+"""HTML that is safe against injection: whatever is not `Html` already is escaped."""
 
 from collections.abc import Iterable
 from html import escape
@@ -10,17 +10,17 @@ _VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})
 
 
 class Html(str):
-    """Text that is HTML. Only this module makes it from other text."""
+    """Text that is HTML; only this module makes it from other text."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *content: object, **attributes: Attribute) -> Html:
-    """An element.
+    """Return an element.
 
     Args:
-        name: of the element.
-        content: `Html` as it is, anything else as escaped text.
+        name: name of the element.
+        content: `Html` is taken as it is, anything else as escaped text.
         attributes: `class_` is `class`, `aria_label` is `aria-label`; None and False are left out, True is
             the bare name.
     """
@@ -29,12 +29,13 @@ def tag(name: str, /, *content: object, **attributes: Attribute) -> Html:
 
 
 def join(parts: Iterable[object]) -> Html:
-    """Parts one after the other."""
+    """Return the parts one after the other, with other text than `Html` escaped."""
+    # The exact type: a subclass of Html made elsewhere would not have been escaped here.
     return Html("".join(part if type(part) is Html else escape(str(part)) for part in parts))
 
 
 def trusted(text: str) -> Html:
-    """Text of this project's own files, such as its style sheet, taken as HTML."""
+    """Return text of this project's own files, such as its style sheet, as HTML."""
     return Html(text)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as text for people."""
 
 import math
 
@@ -6,21 +6,21 @@ _MISSING = "–"
 
 
 def number(value: float) -> str:
-    """Three significant digits; a dash where there is nothing."""
+    """Return three significant digits, or a dash where the number is missing."""
     return f"{value:.3g}" if math.isfinite(value) else _MISSING
 
 
-def size(of_bytes: float) -> str:
-    """Bytes in decimal units."""
+def size(count: float) -> str:
+    """Return a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB"):
-        if of_bytes < 1000:
-            return f"{of_bytes:.3g} {unit}"
-        of_bytes /= 1000
-    return f"{of_bytes:.3g} GB"
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds below two minutes, then minutes, then hours."""
+    """Return seconds below two minutes, then minutes, then hours."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     if seconds < 7200:
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def arrow(before: float, after: float) -> str:
-    """A measure before and after alignment; empty where neither was taken."""
+    """Return a measure before and after alignment; empty where neither was measured."""
     if not (math.isfinite(before) or math.isfinite(after)):
         return ""
     return f"{number(before)} → {number(after)}"

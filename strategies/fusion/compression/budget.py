@@ -1,7 +1,7 @@
-"""How many bytes of statistics a client may send in a round, and what is then sent of each layer.
+"""The choice of forms for the layers' statistics, so that a client sends at most a number of bytes in a round.
 
-Every layer begins with what is exact. While that is too much, whichever costs most goes one step down. The
-steps do not depend on the budget, which only says where to stop: more bytes never give a worse form.
+Every layer starts in its exact form. While the sum is above the budget, the statistic with the most bytes goes to its
+next cheaper form. The sequence does not depend on the budget, so more bytes never give a worse form.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind, MomentKind
 from fedbasin.proto.layer_graph import Block
-from fedbasin.strategies.fusion.compression.formats import layout, moment_layout
+from fedbasin.strategies.fusion.compression.formats import cross_moment_layout, layout
 from fedbasin.strategies.fusion.layers import Layer
 
-# Inputs for each row of a sketch, from the finer one to the coarser.
+# Inputs per row of a sketch, from fine to coarse, and size of the blocks of a block diagonal.
 _SKETCHES = (16, 32)
 _BLOCK = 8
 
@@ -23,80 +23,83 @@ T = TypeVar("T")
 
 
 class BudgetError(ValueError):
-    """Not even the cheapest forms fit."""
+    """A budget that is smaller than the cheapest forms of all layers."""
 
 
 def choose(
-    layers: Sequence[Layer], budget: int, *, moments: bool, sketches: bool = True
+    layers: Sequence[Layer], budget: int, *, cross_moments: bool, sketches: bool = True
 ) -> dict[Block, Encoding]:
-    """What is sent of each layer.
+    """Choose the encoding of each layer's statistics.
 
     Args:
-        layers: those that clients say something of in one round.
+        layers: layers with statistics in one round.
         budget: bytes of all values together; 0 for no bound.
-        moments: whether they also send what the layers are fitted to.
-        sketches: whether a sketch will do; it has no off-diagonal that could be shrunk.
+        cross_moments: True if clients also send cross-moments, as for layers that are refitted.
+        sketches: True if sketches are allowed; they have no off-diagonal to shrink.
 
     Raises:
-        BudgetError: it is less than the cheapest forms take; names that and the largest layer.
+        BudgetError: the cheapest forms need more; the message gives their bytes and the largest layer.
     """
     chosen = {layer.block: Encoding(inputs=layer.inputs, groups=layer.groups) for layer in layers}
-    while budget and (total := spent(layers, chosen, moments=moments)) > budget:
+    while budget and (total := spent(layers, chosen, cross_moments=cross_moments)) > budget:
         steps = [
             (bytes_now, layer, encoding)
             for layer in layers
             for bytes_now, encoding in _steps(
-                layer, chosen[layer.block], moments=moments, sketches=sketches
+                layer, chosen[layer.block], cross_moments=cross_moments, sketches=sketches
             )
         ]
         if not steps:
-            raise _too_small(layers, chosen, budget, total)
+            largest = max(layers, key=lambda layer: spent([layer], chosen, cross_moments=True))
+            raise BudgetError(
+                f"statistics-budget-bytes = {budget}, and the cheapest forms of {len(layers)} layers take {total}, "
+                f"most of it for {largest.block[0]}; set at least {total}, or choose the recipe fedavg, which sends "
+                "no statistics"
+            )
         _, layer, encoding = max(steps, key=lambda step: step[0])
         chosen[layer.block] = encoding
     return chosen
 
 
-def spent(layers: Sequence[Layer], chosen: Mapping[Block, Encoding], *, moments: bool) -> int:
-    """Bytes of all layers' statistics; the arrays' headers come on top."""
+def spent(layers: Sequence[Layer], chosen: Mapping[Block, Encoding], *, cross_moments: bool) -> int:
+    """Return the bytes of all layers' statistics, without the arrays' headers."""
     return sum(
-        _gram_bytes(layer, chosen[layer.block].gram)
-        + moments * _moment_bytes(layer, chosen[layer.block].moment)
+        _gram_bytes(layer, chosen[layer.block].gram) + cross_moments * _moment_bytes(layer, chosen[layer.block].moment)
         for layer in layers
     )
 
 
-def _steps(
-    layer: Layer, now: Encoding, *, moments: bool, sketches: bool
-) -> Iterator[tuple[int, Encoding]]:
-    """One step down for the Gram matrix, one for the moment, each with the bytes that it would lower."""
+def _steps(layer: Layer, now: Encoding, *, cross_moments: bool, sketches: bool) -> Iterator[tuple[int, Encoding]]:
+    """Yield the next cheaper encodings, for Gram matrix and cross-moment, each with the bytes of the present form."""
     for form, cheaper in pairwise(_gram_ladder(layer, sketches=sketches)):
         if form == now.gram:
             yield _gram_bytes(layer, form), replace(now, gram=cheaper)
-    for kind, smaller in pairwise(_moment_ladder(layer) if moments else []):
+    for kind, smaller in pairwise(_moment_ladder(layer) if cross_moments else []):
         if kind is now.moment:
             yield _moment_bytes(layer, kind), replace(now, moment=smaller)
 
 
 def _gram_ladder(layer: Layer, *, sketches: bool) -> list[GramForm]:
-    """The forms of a Gram matrix, from the best."""
-    rows = [
-        GramForm(GramKind.sketch, max(1, layer.inputs // each)) for each in _SKETCHES * sketches
+    """Return the forms of a Gram matrix, from the best to the cheapest."""
+    forms = [
+        GramForm(),
+        GramForm(GramKind.half),
+        GramForm(GramKind.byte),
+        *(GramForm(GramKind.sketch, max(1, layer.inputs // n)) for n in _SKETCHES * sketches),
+        GramForm(GramKind.blocks, _BLOCK),
+        GramForm(GramKind.diagonal),
     ]
-    rounded, parts = (
-        [GramForm(GramKind.half), GramForm(GramKind.byte)],
-        [GramForm(GramKind.blocks, _BLOCK)],
-    )
-    forms = [GramForm(), *rounded, *rows, *parts, GramForm(GramKind.diagonal)]
     return _descending(forms, [_gram_bytes(layer, form) for form in forms])
 
 
 def _moment_ladder(layer: Layer) -> list[MomentKind]:
-    """The forms of a moment, from the best."""
+    """Return the forms of a cross-moment, from the best to the cheapest."""
     return _descending(list(MomentKind), [_moment_bytes(layer, kind) for kind in MomentKind])
 
 
 def _descending(forms: Sequence[T], costs: Sequence[int]) -> list[T]:
-    """Those that cost less than all before them."""
+    """Return the forms that cost less than every better one."""
+    # In small layers a sketch can take more bytes than the exact form.
     least = [inf, *accumulate(costs, min)]
     return [form for form, cost, low in zip(forms, costs, least, strict=False) if cost < low]
 
@@ -107,15 +110,5 @@ def _gram_bytes(layer: Layer, form: GramForm) -> int:
 
 
 def _moment_bytes(layer: Layer, kind: MomentKind) -> int:
-    pieces = moment_layout(kind, layer.outputs, layer.inputs)
+    pieces = cross_moment_layout(kind, layer.outputs, layer.inputs)
     return sum(piece.nbytes for piece in pieces.values())
-
-
-def _too_small(
-    layers: Sequence[Layer], chosen: Mapping[Block, Encoding], budget: int, least: int
-) -> BudgetError:
-    most = max(layers, key=lambda layer: spent([layer], chosen, moments=True))
-    return BudgetError(
-        f"statistics-budget-bytes = {budget}, and the cheapest forms of {len(layers)} layers take {least}, most of it "
-        f"for {most.block[0]}; set at least {least}, or choose the recipe fedavg, which sends no statistics"
-    )

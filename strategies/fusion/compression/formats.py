@@ -1,12 +1,12 @@
-"""Gram matrices and moments in fewer bytes: what travels in place of the square, and back.
+"""Compressed forms of Gram matrices and cross-moments, with encoders and decoders.
 
-    G = [C 0; 0 0] + m m^T / m_last        m  the last column, that of the ones (only where there is a bias)
-                                           C  the scatter around the mean
+    G = [C 0; 0 0] + m m^T / m_last        m  last column of G, that of the ones (only with a bias)
+                                           C  scatter of the inputs around their mean
 
-Forms that lose something lose it of C: the mean of the inputs is always exact, and a positive semi-definite
-piece of C gives a positive semi-definite G. `half` and `byte` send the correlations `D^-1/2 C D^-1/2`, which lie
-between -1 and 1, in fixed point of 16 or 8 bits, and D exactly: rounding G itself to a float of as many bits, an
-error relative to each entry, makes nearly singular matrices indefinite. A sketch is described in `sketch`.
+Lossy forms approximate C only. The mean of the inputs is always exact, and a positive semi-definite approximation of C
+gives a positive semi-definite G. `half` and `byte` send D exactly and the correlations `D^-1/2 C D^-1/2`, which lie
+between -1 and 1, in fixed point with 16 or 8 bits. Rounding G itself to floats of that size was rejected: an error
+relative to each entry makes nearly singular matrices indefinite. Sketches are computed in `sketch`.
 """
 
 from collections.abc import Mapping
@@ -20,59 +20,58 @@ from torch import Tensor
 
 from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
 
-# The largest entry of a row of a moment in float16; the most that it could be is 65504.
+# Value to which the largest entry of a cross-moment's row is scaled in float16, whose maximum is 65504.
 _LARGEST = 2.0**15
 
 Pieces: TypeAlias = dict[str, Tensor]
 
-
-# Correlations in fixed point, the largest number standing for one.
+# Integer types of correlations in fixed point; their largest number stands for 1.
 _FIXED = {GramKind.half: torch.int16, GramKind.byte: torch.int8}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of what is sent: its element type, and its shape for each group."""
+    """The element type, and the shape for each group, of one tensor that is sent."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Of its values."""
+        """The number of bytes of one group's values."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class IndefiniteError(ValueError):
-    """What was sent is of no positive semi-definite matrix."""
+    """Pieces from a client that do not stand for a positive semi-definite matrix."""
 
 
 def layout(form: GramForm, inputs: int, bias: bool) -> dict[str, Piece]:
-    """The tensors that a form sends, in their order, `values` first.
+    """Return the tensors that a form sends, in their order, `values` first.
 
     Args:
-        form: of the Gram matrix.
-        inputs: its size.
-        bias: whether its last row is that of the ones.
+        form: form of the Gram matrix.
+        inputs: number of rows of the Gram matrix.
+        bias: True if its last row is that of the ones.
     """
-    own = inputs - bias
-    values, root = Piece(torch.float32, (_kept(form, own),)), Piece(torch.float32, (own,))
+    size = inputs - bias
+    root = Piece(torch.float32, (size,))
     mean = {"mean": Piece(torch.float32, (inputs,))} if bias else {}
     match form.kind:
         case GramKind.triangle:
             return {"values": Piece(torch.float32, (inputs * (inputs + 1) // 2,))}
         case GramKind.half | GramKind.byte:
-            pairs = Piece(_FIXED[form.kind], (own * (own - 1) // 2,))
+            pairs = Piece(_FIXED[form.kind], (size * (size - 1) // 2,))
             return {"values": pairs, "root": root} | mean
         case GramKind.sketch:
-            rows = Piece(torch.float32, (form.size, own))
+            rows = Piece(torch.float32, (form.size, size))
             return {"values": rows, "spread": root} | mean
         case _:
-            return {"values": values} | mean
+            return {"values": Piece(torch.float32, (_entries(form, size),))} | mean
 
 
-def moment_layout(kind: MomentKind, outputs: int, inputs: int) -> dict[str, Piece]:
-    """The tensors that a moment sends, in their order, `values` first."""
+def cross_moment_layout(kind: MomentKind, outputs: int, inputs: int) -> dict[str, Piece]:
+    """Return the tensors that a cross-moment sends, in their order, `values` first."""
     shape, scale = (outputs, inputs), Piece(torch.float32, (outputs,))
     match kind:
         case MomentKind.float32:
@@ -85,32 +84,33 @@ def moment_layout(kind: MomentKind, outputs: int, inputs: int) -> dict[str, Piec
 
 
 def encode(gram: Float[Tensor, "*groups n n"], form: GramForm, bias: bool) -> Pieces:
-    """What a form keeps of a Gram matrix.
+    """Return the tensors that stand for a Gram matrix in a form.
+
+    Args:
+        gram: Gram matrix, symmetric.
+        form: form to encode it in.
+        bias: True if its last row is that of the ones.
 
     Raises:
-        ValueError: the form is a sketch, which is made of rows and not of their Gram matrix.
+        ValueError: the form is a sketch, which is computed from rows and not from their Gram matrix.
     """
     if form.kind is GramKind.sketch:
-        raise ValueError(
-            "a sketch is made of rows; use fedbasin.strategies.fusion.compression.sketch"
-        )
+        raise ValueError("a sketch is computed from rows; use fedbasin.strategies.fusion.compression.sketch")
     if form.kind is GramKind.triangle:
         return {"values": _upper(gram).float()}
     scatter = _scatter(gram) if bias else gram
     mean = {"mean": gram[..., -1].float()} if bias else {}
     if form.kind in _FIXED:
         return _correlations(scatter, _FIXED[form.kind]) | mean
-    where = _within(scatter.shape[-1], form)
-    return {"values": scatter[..., where[0], where[1]].float()} | mean
+    rows, columns = _within(scatter.shape[-1], form)
+    return {"values": scatter[..., rows, columns].float()} | mean
 
 
-def decode(
-    pieces: Mapping[str, Tensor], form: GramForm, bias: bool
-) -> Float[Tensor, "*groups n n"]:
-    """The matrix that the pieces stand for, in double.
+def decode(pieces: Mapping[str, Tensor], form: GramForm, bias: bool) -> Float[Tensor, "*groups n n"]:
+    """Return the Gram matrix that the pieces stand for, in double.
 
     Raises:
-        IndefiniteError: they are of no positive semi-definite matrix, as far as its form shows that.
+        IndefiniteError: it would not be positive semi-definite; only errors that the form itself reveals are detected.
     """
     values = pieces["values"]
     match form.kind:
@@ -127,13 +127,13 @@ def decode(
     return _with_mean(scatter, pieces["mean"].double()) if bias else scatter
 
 
-def dominating(gram: Float[Tensor, "*groups n n"], form: GramForm, bias: bool) -> Tensor:
-    """The Gram matrix with a diagonal raised so far that what the form keeps of it is no less than the matrix.
+def raise_diagonal(gram: Float[Tensor, "*groups n n"], form: GramForm, bias: bool) -> Tensor:
+    """Return the Gram matrix with its diagonal raised, so that its encoded form is an upper bound of the matrix.
 
-    A fit to residuals divides by what is known of the inputs. What is left out must not make steps too long:
-    `2 |c_ij u_i u_j| <= |c_ij| (u_i^2 d_j / d_i + u_j^2 d_i / d_j)` with `d_i^2 = c_ii`, so covariances that are left
-    out are made up for by variances. Rounded correlations are made up for by the largest eigenvalue of noise of
-    that size, `2 sigma sqrt(n)` (Wigner 1958): most likely, and not for certain.
+    A fit to residuals divides by the Gram matrix, and an approximation that is too small would make its steps too long.
+    Covariances that a form leaves out are covered by variances: `2 |c_ij u_i u_j| <= |c_ij| (u_i^2 d_j / d_i + u_j^2
+    d_i / d_j)` with `d_i^2 = c_ii`. Rounded correlations are covered by the largest eigenvalue of random noise of that
+    size, `2 sigma sqrt(n)` (Wigner 1958), so the bound then holds with high probability only.
     """
     scatter = _scatter(gram) if bias else gram
     if form.kind in _FIXED:
@@ -145,55 +145,55 @@ def dominating(gram: Float[Tensor, "*groups n n"], form: GramForm, bias: bool) -
     return gram + torch.diag_embed(torch.nn.functional.pad(rise, (0, 1)) if bias else rise)
 
 
-def encode_moment(moment: Float[Tensor, "out inputs"], kind: MomentKind) -> Pieces:
-    """What is sent of a moment."""
+def encode_cross_moment(cross_moment: Float[Tensor, "out inputs"], kind: MomentKind) -> Pieces:
+    """Return the tensors that stand for a cross-moment."""
     match kind:
         case MomentKind.float32:
-            return {"values": moment.float()}
+            return {"values": cross_moment.float()}
         case MomentKind.float16:
-            scale = _largest(moment, 1) / _LARGEST
-            return {"values": (moment / _divisor(scale)[:, None]).half(), "scale": scale}
+            scale = _largest(cross_moment, 1) / _LARGEST
+            return {"values": (cross_moment / _divisor(scale)[:, None]).half(), "scale": scale}
         case MomentKind.byte:
-            columns = _largest(moment, 0)
-            level = moment / _divisor(columns)
+            # Inputs can differ in scale by orders of magnitude; with scales for rows alone small ones would round to 0.
+            columns = _largest(cross_moment, 0)
+            level = cross_moment / _divisor(columns)
             scale = _largest(level, 1) / torch.iinfo(torch.int8).max
             values = (level / _divisor(scale)[:, None]).round().to(torch.int8)
             return {"values": values, "scale": scale, "columns": columns}
 
 
-def decode_moment(pieces: Mapping[str, Tensor]) -> Float[Tensor, "out inputs"]:
-    """The moment that was sent, in double."""
+def decode_cross_moment(pieces: Mapping[str, Tensor]) -> Float[Tensor, "out inputs"]:
+    """Return the cross-moment that the pieces stand for, in double."""
     values = pieces["values"].double()
     if "scale" in pieces:
         values = values * pieces["scale"].double()[:, None]
     return values * pieces["columns"].double() if "columns" in pieces else values
 
 
-def _largest(moment: Tensor, axis: int) -> Tensor:
-    return moment.abs().amax(axis).float()
+def _largest(cross_moment: Tensor, axis: int) -> Tensor:
+    return cross_moment.abs().amax(axis).float()
 
 
 def _divisor(scale: Tensor) -> Tensor:
+    # A row of zeros has scale zero, and must stay zero.
     return scale.where(scale > 0, 1.0).double()
 
 
 def side(entries: int) -> int:
-    """The size of the matrix whose triangle has so many entries, rounded down."""
+    """Return the size of the largest matrix whose triangle has at most this number of entries."""
     return (isqrt(8 * entries + 1) - 1) // 2
 
 
 def _scatter(gram: Tensor) -> Tensor:
-    """C of the module's equation: what is left once the ones have explained all they can."""
+    """Return the scatter C of the module's equation."""
     mean, count = gram[..., :-1, -1], gram[..., -1:, -1:]
-    return gram[..., :-1, :-1] - mean.unsqueeze(-1) * mean.unsqueeze(-2) / count.where(
-        count > 0, 1.0
-    )
+    return gram[..., :-1, :-1] - mean.unsqueeze(-1) * mean.unsqueeze(-2) / count.where(count > 0, 1.0)
 
 
 def _with_mean(scatter: Tensor, mean: Tensor) -> Tensor:
     count = mean[..., -1:]
     if bool(((count <= 0) & (mean != 0)).any()):
-        raise IndefiniteError("the ones of a Gram matrix have no positive number of rows")
+        raise IndefiniteError("a Gram matrix has inputs with a mean, but no positive number of rows")
     joint = mean.unsqueeze(-1) * mean.unsqueeze(-2) / count.where(count > 0, 1.0).unsqueeze(-1)
     joint[..., :-1, :-1] += scatter
     return joint
@@ -213,36 +213,43 @@ def _from_correlations(values: Int[Tensor, "*groups pairs"], root: Tensor) -> Te
     size = root.shape[-1]
     rows, columns = torch.triu_indices(size, size, offset=1)
     correlations = torch.diag_embed(torch.ones_like(root))
-    one = torch.iinfo(values.dtype).max
-    correlations[..., rows, columns] = correlations[..., columns, rows] = values.double() / one
-    return _positive(correlations, 0.5 / one) * (root.unsqueeze(-1) * root.unsqueeze(-2))
+    unit = torch.iinfo(values.dtype).max
+    correlations[..., rows, columns] = correlations[..., columns, rows] = values.double() / unit
+    return _make_positive(correlations, 0.5 / unit) * (root.unsqueeze(-1) * root.unsqueeze(-2))
 
 
-def _positive(correlations: Tensor, unit: float) -> Tensor:
-    """Correlations drawn together by what their rounding may have taken them below zero, and no further.
+def _make_positive(correlations: Tensor, error: float) -> Tensor:
+    """Return correlations with all eigenvalues lifted above zero, by no more than rounding can explain.
 
-    No entry is off by more than `unit`, so no eigenvalue by more than that for every other input.
+    Args:
+        correlations: rounded correlations, whose diagonal is 1.
+        error: largest rounding error of an entry.
+
+    Raises:
+        IndefiniteError: rounding does not explain an eigenvalue below zero.
     """
-    most = unit * correlations.shape[-1]
+    # Gershgorin: no eigenvalue is off by more than the sum of a row's errors.
+    most = error * correlations.shape[-1]
+    # The lift is doubled until a Cholesky factorisation exists, which is cheaper than the eigenvalues.
     lift = correlations.new_zeros(correlations.shape[:-2])
-    while bool((bad := torch.linalg.cholesky_ex(_lifted(correlations, lift)).info > 0).any()):
+    while bool((bad := torch.linalg.cholesky_ex(_add_identity(correlations, lift)).info > 0).any()):
         if bool((bad & (lift >= most)).any()):
-            raise IndefiniteError("the correlations of a Gram matrix are none of any inputs")
-        lift = lift.where(~bad, (2 * lift).clamp(unit, most))
-    return _lifted(correlations, lift) / (1 + lift[..., None, None])
+            raise IndefiniteError("the correlations of a Gram matrix are not positive semi-definite")
+        lift = lift.where(~bad, (2 * lift).clamp(error, most))
+    return _add_identity(correlations, lift) / (1 + lift[..., None, None])
 
 
-def _lifted(correlations: Tensor, lift: Tensor) -> Tensor:
+def _add_identity(correlations: Tensor, lift: Tensor) -> Tensor:
     return correlations + torch.diag_embed(lift.unsqueeze(-1).expand(correlations.shape[:-1]))
 
 
 def _noise(form: GramForm, size: int) -> float:
-    """The largest eigenvalue of what rounding changes in correlations; one is off by up to half a unit."""
+    """Return the largest eigenvalue to expect of the rounding errors, which are uniform within half a unit."""
     return float(2 * (size / 3) ** 0.5 * 0.5 / torch.iinfo(_FIXED[form.kind]).max)
 
 
 def _outside(scatter: Tensor, form: GramForm) -> Tensor:
-    """What the covariances outside the blocks can add up to, for each input."""
+    """Return for each input a bound on the sum of the covariances outside the blocks."""
     root = scatter.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     block = torch.arange(scatter.shape[-1]) // _edge(form, scatter.shape[-1])
     outside = scatter.abs() * (block[:, None] != block)
@@ -253,22 +260,22 @@ def _edge(form: GramForm, size: int) -> int:
     return {GramKind.triangle: size, GramKind.diagonal: 1}.get(form.kind, form.size)
 
 
-def _kept(form: GramForm, size: int) -> int:
-    """How many entries of the upper triangle stand in the blocks."""
+def _entries(form: GramForm, size: int) -> int:
+    """Return the number of entries of the upper triangle inside the blocks."""
     edge = min(_edge(form, size), size) or 1
     whole, rest = divmod(size, edge)
     return (whole * edge * (edge + 1) + rest * (rest + 1)) // 2
 
 
 def _size_of_blocks(values: Tensor, form: GramForm) -> int:
-    """The size of the matrix that has so many entries in its blocks."""
+    """Return the size of the matrix from the number of entries in its blocks."""
     edge = _edge(form, 1)
     whole, rest = divmod(values.shape[-1], edge * (edge + 1) // 2)
     return whole * edge + side(rest)
 
 
 def _within(size: int, form: GramForm) -> Tensor:
-    """Rows and columns of the entries of the upper triangle that stand in the blocks."""
+    """Return rows and columns of the upper triangle's entries inside the blocks, `[2, entries]`."""
     rows, columns = torch.triu_indices(size, size)
     edge = _edge(form, size) or 1
     return torch.stack([rows, columns])[:, rows // edge == columns // edge]

@@ -1,12 +1,11 @@
-"""Frequent directions: a Gram matrix as a few rows, kept while the rows are read, which never makes the square.
+"""Frequent directions: a sketch of a Gram matrix in a few rows, computed from a stream without the square matrix.
 
     B^T B  <=  C  <=  B^T B + lost . I            lost  <=  ||X - X_r||_F^2 / (rows of B - r)   for every r
 
-Source: Liberty 2013, arXiv 1206.0594; Ghashami, Liberty, Phillips and Woodruff 2016, arXiv 1501.01711. Whenever
-twice as many rows as are kept have come, all squared singular values are lowered by that of the first row that
-goes. Sketches merge: their rows are read one after the other. Where there is a bias the rows are taken around
-their mean, which is exact; two sets of rows with means of their own differ by one row more (Chan, Golub and
-LeVeque 1979).
+When the buffer holds twice the sketch's rows, all squared singular values are lowered by the first one that is dropped
+(Liberty 2013, arXiv 1206.0594; Ghashami, Liberty, Phillips and Woodruff 2016, arXiv 1501.01711). Two sketches are
+merged by adding the rows of one to the other. With a bias, rows are centred by their exact mean; pooling two centred
+sets adds one row for the difference of their means (Chan, Golub and LeVeque 1979).
 """
 
 from dataclasses import dataclass
@@ -20,79 +19,89 @@ from fedbasin.strategies.fusion.compression.formats import Pieces
 
 @dataclass(eq=False)
 class Sketch:
-    """The sketch of the rows so far; grows in place.
+    """A sketch of the rows that were added, which changes in place.
 
     Attributes:
-        size: rows that are kept.
-        bias: whether the last of a row's numbers is a one.
-        rows: the buffer, at most twice as many.
-        lost: what has been taken from every direction, at most.
-        squares: sum of the squares of each input, around its mean.
+        size: number of rows of the sketch.
+        bias: True if the last entry of each row is a one.
+        rows: buffer of fewer than `2 size` rows.
+        lost: bound on the energy that was dropped in any direction.
+        squares: sum of squares of each input, around its mean.
         total: sum of the rows.
     """
 
     size: int
     bias: bool
-    rows: Float[Tensor, "kept own"]
+    rows: Float[Tensor, "rows centred"]
     lost: float
-    squares: Float[Tensor, " own"]
+    squares: Float[Tensor, " centred"]
     total: Float[Tensor, " inputs"]
 
     @classmethod
     def zero(cls, size: int, inputs: int, bias: bool) -> "Sketch":
-        """Of no rows."""
-        own, dtype = inputs - bias, torch.float64
-        nothing, none = torch.zeros(own, dtype=dtype), torch.zeros(0, own, dtype=dtype)
-        return cls(size, bias, none, 0.0, nothing, torch.zeros(inputs, dtype=dtype))
+        """Return an empty sketch.
+
+        Args:
+            size: number of rows of the sketch.
+            inputs: number of entries of a row, the one for the bias included.
+            bias: True if the last entry of each row is a one.
+        """
+        total = torch.zeros(inputs, dtype=torch.float64)
+        squares = torch.zeros(inputs - bias, dtype=torch.float64)
+        return cls(size, bias, squares.new_zeros(0, inputs - bias), 0.0, squares, total)
 
     def add(self, rows: Float[Tensor, "part inputs"]) -> None:
-        """Read rows."""
+        """Add rows in place."""
         rows = rows.to(self.total)
+        # The mean of no rows would be NaN.
         if not len(rows):
             return
         if not self.bias:
-            self._take(rows)
-            self.total += rows.sum(0)
-            return
-        before, after = self._mean(), rows[:, :-1].mean(0)
-        self._take(rows[:, :-1] - after)
-        self._shift(before - after, float(self.total[-1]), len(rows))
+            self._append(rows)
+        else:
+            mean = rows[:, :-1].mean(0)
+            difference = self._mean() - mean
+            self._append(rows[:, :-1] - mean)
+            self._append_means(difference, float(self.total[-1]), len(rows))
         self.total += rows.sum(0)
 
     def merge(self, other: "Sketch") -> None:
-        """Read what another one has kept."""
+        """Add the rows of another sketch in place."""
         if self.bias:
-            own, others = float(self.total[-1]), float(other.total[-1])
-            self._shift(self._mean() - other._mean(), own, others)
+            counts = float(self.total[-1]), float(other.total[-1])
+            self._append_means(self._mean() - other._mean(), *counts)
+        # The other's squares are exact; those of its rows lack what it has dropped.
         squares = self.squares + other.squares
-        self._take(other.rows)
+        self._append(other.rows)
         self.squares = squares
         self.lost += other.lost
         self.total += other.total
 
-    def finished(self, *, above: bool) -> Pieces:
-        """What is sent.
+    def finish(self, *, above: bool) -> Pieces:
+        """Return the tensors that are sent.
 
         Args:
-            above: a matrix that is no less than that of the rows, as dividing by it needs; otherwise one that
-                has its diagonal.
+            above: True for a matrix that is an upper bound of the Gram matrix, which a fit divides by; False for one
+                with the exact diagonal.
         """
         self._shrink()
-        kept = torch.zeros(self.size, self.rows.shape[1], dtype=self.rows.dtype)
-        kept[: len(self.rows)] = self.rows
-        left = (self.squares - self.rows.square().sum(0)).clamp(min=0)
-        spread = torch.full_like(left, self.lost) if above else left
-        pieces = {"values": kept.float(), "spread": spread.float()}
+        # Padded with zeros, because the form has a fixed number of rows.
+        rows = torch.zeros(self.size, self.rows.shape[1], dtype=self.rows.dtype)
+        rows[: len(self.rows)] = self.rows
+        residual = (self.squares - self.rows.square().sum(0)).clamp(min=0)
+        spread = torch.full_like(residual, self.lost) if above else residual
+        pieces = {"values": rows.float(), "spread": spread.float()}
         return pieces | ({"mean": self.total.float()} if self.bias else {})
 
     def _mean(self) -> Tensor:
         return self.total[:-1] / self.total[-1].clamp(min=1)
 
-    def _shift(self, difference: Tensor, before: float, more: float) -> None:
-        if before and more:
-            self._take((before * more / (before + more)) ** 0.5 * difference[None])
+    def _append_means(self, difference: Tensor, count: float, other_count: float) -> None:
+        if count and other_count:
+            weight = count * other_count / (count + other_count)
+            self._append(weight**0.5 * difference[None])
 
-    def _take(self, rows: Tensor) -> None:
+    def _append(self, rows: Tensor) -> None:
         self.squares += rows.square().sum(0)
         for part in rows.split(self.size):
             self.rows = torch.cat([self.rows, part])
@@ -102,11 +111,10 @@ class Sketch:
     def _shrink(self) -> None:
         if len(self.rows) <= self.size:
             return
-        # Not the rows' own singular vectors: their Gram matrix is small, and its are found several times faster.
+        # By the rows' small Gram matrix, several times faster than a singular value decomposition of the rows.
         values, vectors = torch.linalg.eigh(self.rows @ self.rows.T)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        taken = float(values[self.size])
-        kept = values[: self.size]
-        factor = ((kept - taken).clamp(min=0) / kept.where(kept > 0, 1.0)).sqrt()
+        dropped, values = float(values[self.size]), values[: self.size]
+        factor = ((values - dropped).clamp(min=0) / values.where(values > 0, 1.0)).sqrt()
         self.rows = factor[:, None] * (vectors[:, : self.size].T @ self.rows)
-        self.lost += taken
+        self.lost += dropped

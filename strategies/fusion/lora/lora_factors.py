@@ -1,10 +1,10 @@
-"""Low-rank adapters in a state: which tensors are the two factors of one product, and factors of other ranks.
+"""Low-rank adapters in a state: pairs of factors, found by name, and factors of other ranks.
 
     W + s B A        A [rank, in], B [out, rank]
 
-Hu et al. 2022, arXiv 2106.09685. Names are those of the `peft` library, as its models have them
-(`...lora_A.NAME.weight`) and as it saves them (`...lora_A.weight`); it need not be installed. The scale s = alpha / rank
-is no tensor: clients whose ranks differ need the same s, an alpha in proportion to the rank.
+Hu et al. 2022, arXiv 2106.09685. Names are those of the `peft` library, in its models (`...lora_A.NAME.weight`) and in
+its files (`...lora_A.weight`); the library need not be installed. The scale s = alpha / rank is not part of a state:
+clients with different ranks need the same s, and so an alpha in proportion to the rank.
 """
 
 import re
@@ -21,102 +21,104 @@ from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.lora.lowrank import LowRank
 from fedbasin.strategies.tensors.state import State
 
+# The name of an adapter (`.NAME`) is part of a model's tensors and not of a saved file's.
 _DOWN = re.compile(r".+\.lora_(embedding_A(\.[^.]+)?|A(\.[^.]+)?\.weight)")
 
 
 class AdapterError(ValueError):
-    """A state without adapters, or with some whose product is no matrix product."""
+    """A state without adapters, or with adapters whose factors cannot be multiplied."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The names of one product's factors.
+    """The names of an adapter's two factors.
 
     Attributes:
-        down: A, `[rank, in]`.
-        up: B, `[out, rank]`.
+        down: name of A, `[rank, in]`.
+        up: name of B, `[out, rank]`.
     """
 
     down: str
     up: str
 
     @property
-    def reads_rows(self) -> bool:
-        """Whether A is multiplied with a linear layer's inputs, not with the indices of an embedding."""
+    def is_linear(self) -> bool:
+        """True for an adapter of a linear layer, False for one of an embedding, which reads indices."""
         return self.down.endswith(".weight")
 
     def product(self, state: State) -> LowRank:
-        """`B A`, in double."""
+        """Return `B A` in double."""
         return LowRank(state[self.up].double(), state[self.down].double())
 
 
 def find_adapters(state: State) -> list[Adapter]:
-    """The pairs of factors of a state, in its order.
+    """Return the adapters of a state, in its order.
 
     Raises:
-        AdapterError: there are none, a factor lacks its partner, or they do not multiply.
+        AdapterError: there are none, a factor lacks its partner, or their shapes do not multiply.
     """
-    found = _pairs(state)
-    if not found:
+    adapters = _pairs(state)
+    if not adapters:
         raise AdapterError(
-            "the state has no tensor named lora_A; give an adapted model's, or choose the recipe fedavg"
+            "the state has no tensor named lora_A; pass the state of a model with adapters, or choose the recipe fedavg"
         )
-    for adapter in found:
+    for adapter in adapters:
         _check(adapter, state)
-    return found
+    return adapters
 
 
-def widened(state: State, anchor: State) -> dict[str, Tensor]:
-    """The state with factors as wide as the anchor's: new rows of A and columns of B are zero.
+def widen(state: State, anchor: State) -> dict[str, Tensor]:
+    """Return the state with factors padded to the anchor's rank: new rows of A and columns of B are zero.
 
-    What has another shape in any other way stays as it is, for the server to refuse by name.
+    Tensors whose shapes differ in another axis are left unchanged; the server refuses them by name.
     """
     pairs = [a for a in _pairs(state) if {a.down, a.up} <= anchor.keys() & state.keys()]
-    down = {a.down: _grown(state[a.down], anchor[a.down], 0) for a in pairs}
-    up = {a.up: _grown(state[a.up], anchor[a.up], 1) for a in pairs}
+    down = {a.down: _pad(state[a.down], anchor[a.down], 0) for a in pairs}
+    up = {a.up: _pad(state[a.up], anchor[a.up], 1) for a in pairs}
     return {**state, **down, **up}
 
 
-def narrowed(state: State, rank: int) -> dict[str, Tensor]:
-    """The state with every adapter at most as wide as `rank`: the closest product of that rank.
+def narrow(state: State, rank: int) -> dict[str, Tensor]:
+    """Return the state with every adapter cut to `rank`, as the closest product of that rank.
 
-    For a client that trains fewer directions than the global model has.
+    A client calls it to train adapters of a lower rank than the global model's.
     """
     result = dict(state)
     for adapter in find_adapters(state):
         down, up = state[adapter.down], state[adapter.up]
         if len(down) > rank:
-            factors = adapter.product(state).balanced(rank)
-            # A product of zeros has no directions; where nothing is learned yet, the first ones will do.
-            fresh = not bool(up.any())
-            result[adapter.up] = up[:, :rank].clone() if fresh else factors.left.to(up.dtype)
-            result[adapter.down] = down[:rank].clone() if fresh else factors.right.to(down.dtype)
+            factors = adapter.product(state).balance(rank)
+            # A zero product has no singular directions; before the first training any rows of A are as good.
+            is_zero = not bool(up.any())
+            result[adapter.up] = up[:, :rank].clone() if is_zero else factors.left.to(up.dtype)
+            result[adapter.down] = down[:rank].clone() if is_zero else factors.right.to(down.dtype)
     return result
 
 
 def blocks_of(adapters: Iterable[Adapter], factor: str) -> list[Block]:
-    """The blocks that a Gram matrix speaks of, of linear layers.
+    """Return the blocks of linear layers' adapters that a Gram matrix describes.
 
     Args:
-        adapters: of the model.
-        factor: `down` for the inputs of A, which are the layer's own; `up` for those of B.
+        adapters: adapters of the model.
+        factor: `down` for Gram matrices of A's inputs, which are the layer's inputs; `up` for those of B's inputs.
     """
-    return [(getattr(adapter, factor),) for adapter in adapters if adapter.reads_rows]
+    return [(getattr(adapter, factor),) for adapter in adapters if adapter.is_linear]
 
 
 def adapted_layers(state: State) -> list[Layer]:
-    """What Gram matrices of the adapters' inputs cost, for a budget; raises as `find_adapters`."""
+    """Return the sizes of the adapters' Gram matrices, for a budget; raises as `find_adapters`."""
     return [
         Layer((adapter.down,), state[adapter.down].shape[1], len(state[adapter.down]))
         for adapter in find_adapters(state)
-        if adapter.reads_rows
+        if adapter.is_linear
     ]
 
 
-def sketched(state: State) -> dict[Block, Encoding]:
-    """Gram matrices of the adapters' inputs as sketches of as many rows as A has, where that is less than the triangle.
+def sketch_encodings(state: State) -> dict[Block, Encoding]:
+    """Return encodings that send the Gram matrices of the adapters' inputs as sketches with as many rows as A.
 
-    So what is sent beside an adapter takes one row more than its A. Raises as `find_adapters`.
+    A sketch takes one row more than A itself. Adapters whose Gram matrix is smaller than the sketch are left out.
+    Raises as `find_adapters`.
     """
     return {
         layer.block: Encoding(GramForm(GramKind.sketch, layer.outputs), inputs=layer.inputs)
@@ -125,33 +127,30 @@ def sketched(state: State) -> dict[Block, Encoding]:
     }
 
 
-def holding(state: State) -> nn.Module:
-    """A module that only holds tensors, under the names of a state: what `serve` needs of adapters that travel alone."""
+def as_module(state: State) -> nn.Module:
+    """Return a module with the tensors of a state as buffers; `serve` takes it for adapters without a base model."""
     root = nn.Module()
     for name, tensor in state.items():
         *path, last = name.split(".")
-        place = root
+        module = root
         for part in path:
-            if part not in place._modules:
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        place.register_buffer(last, torch.as_tensor(tensor).detach().clone())
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        # Buffers and not parameters, because integer tensors cannot be parameters.
+        module.register_buffer(last, torch.as_tensor(tensor).detach().clone())
     return root
 
 
 def _pairs(state: State) -> list[Adapter]:
-    return [Adapter(name, _partner(name)) for name in state if _DOWN.fullmatch(name)]
-
-
-def _partner(name: str) -> str:
-    return name.replace(".lora_A", ".lora_B").replace("lora_embedding_A", "lora_embedding_B")
+    return [
+        Adapter(down, re.sub(r"\.lora_(embedding_)?A", r".lora_\1B", down)) for down in state if _DOWN.fullmatch(down)
+    ]
 
 
 def _check(adapter: Adapter, state: State) -> None:
     if adapter.up not in state:
-        raise AdapterError(
-            f"{adapter.down!r} has no partner {adapter.up!r}; send both factors of every adapter"
-        )
+        raise AdapterError(f"{adapter.down!r} has no partner {adapter.up!r}; send both factors of every adapter")
     down, up = state[adapter.down].shape, state[adapter.up].shape
     if len(down) != 2 or len(up) != 2:
         raise AdapterError(
@@ -159,13 +158,11 @@ def _check(adapter: Adapter, state: State) -> None:
             "embeddings have a matrix product: leave convolutions out of target_modules, or choose the recipe fedavg"
         )
     if down[0] != up[1]:
-        raise AdapterError(
-            f"{adapter.down!r} is {list(down)} and {adapter.up!r} is {list(up)}; their ranks must agree"
-        )
+        raise AdapterError(f"{adapter.down!r} is {list(down)} and {adapter.up!r} is {list(up)}; their ranks must agree")
 
 
-def _grown(tensor: Tensor, like: Tensor, axis: int) -> Tensor:
-    """With zeros along an axis up to the size of `like`."""
+def _pad(tensor: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Return the tensor with zeros appended along an axis, up to the size of `like`."""
     missing = like.shape[axis] - tensor.shape[axis] if tensor.dim() == like.dim() else 0
     if missing <= 0:
         return tensor

@@ -1,12 +1,12 @@
-"""A sum of low-rank matrices, kept as two stacked factors that are compressed as they grow.
+"""Sums of low-rank matrices, stored as two stacked factors that are compressed when they grow too wide.
 
     sum_k B_k A_k = [B_1 B_2 ...] [A_1; A_2; ...] = L R        L [out, width], R [width, in]
 
     L = Q_L T_L,  R^T = Q_R T_R,  T_L T_R^T = U S V^T   =>   L R = (Q_L U) S (Q_R V)^T
 
-The dense `[out, in]` is never made. Compression keeps the largest singular values; what it drops is counted, and the
-triangle inequality makes the count a bound on the error of the whole sum. Source: Brand 2006 (updates of a thin
-singular value decomposition), Linear Algebra and its Applications 415.
+The dense `[out, in]` matrix is never built. Compression keeps the largest singular values and adds up the norm of the
+rest, which bounds the error of the whole sum by the triangle inequality. Source: Brand 2006 (updates of a thin singular
+value decomposition), Linear Algebra and its Applications 415.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Singular values below this, relative to the largest, are rounding.
+# Singular values below this, relative to the largest, are rounding errors.
 _ROUNDING = 1e-12
 
-# Weight of the identity in a rotation, relative to what decides it: directions without a say stay.
+# Weight of the identity when a rotation is fitted, relative to the data: directions without data are not rotated.
 _PRIOR = 1e-9
 
 
@@ -34,12 +34,12 @@ class Thin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The matrix `left @ right`.
+    """A matrix `left @ right` that is stored as its two factors.
 
     Attributes:
-        left: its columns, `[out, width]`.
-        right: its rows, `[width, in]`.
-        dropped: bound on the Frobenius norm of what compressions have left out.
+        left: left factor, `[out, width]`.
+        right: right factor, `[width, in]`.
+        dropped: bound on the Frobenius norm of the error of all compressions.
     """
 
     left: Float[Tensor, "out width"]
@@ -48,45 +48,47 @@ class LowRank:
 
     @classmethod
     def zero(cls, outputs: int, inputs: int) -> "LowRank":
-        """The matrix of zeros, of width 0, in double."""
+        """Return the zero matrix, with factors of width 0 in double."""
         double = torch.float64
         return cls(torch.zeros(outputs, 0, dtype=double), torch.zeros(0, inputs, dtype=double))
 
     @property
     def width(self) -> int:
-        """Columns of the left factor."""
+        """The number of columns of the left factor."""
         return self.left.shape[1]
 
     def plus(self, other: "LowRank", width: int) -> "LowRank":
-        """The sum; compressed to `width` once it is wider than twice that."""
+        """Return the sum of two matrices, compressed to `width` if it is wider than twice that."""
         total = LowRank(
             torch.cat([self.left, other.left], dim=1),
             torch.cat([self.right, other.right]),
             self.dropped + other.dropped,
         )
-        return total.compressed(width) if total.width > 2 * width else total
+        # Only beyond twice the width, so that not every addition costs a decomposition.
+        return total.compress(width) if total.width > 2 * width else total
 
     def scaled(self, factor: float) -> "LowRank":
-        """The matrix times a number."""
+        """Return the matrix times a number."""
         return LowRank(self.left * factor, self.right, self.dropped * abs(factor))
 
-    def decomposed(self) -> Thin:
-        """Its singular values, and the vectors of them."""
+    def decompose(self) -> Thin:
+        """Return the thin singular value decomposition."""
+        # By a QR decomposition of both factors, which leaves a core of the size of the width.
         left, upper = torch.linalg.qr(self.left)
         right, lower = torch.linalg.qr(self.right.mT)
         u, values, v = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
         return Thin(left @ u, values, v @ right.mT)
 
-    def compressed(self, width: int) -> "LowRank":
-        """The closest matrix of this width."""
-        left, values, right = self.decomposed()
-        kept = values[:width]
-        lost = float(torch.linalg.vector_norm(values[width:]))
-        return LowRank(left[:, :width] * kept, right[:width], self.dropped + lost)
+    def compress(self, width: int) -> "LowRank":
+        """Return the closest matrix of a smaller width."""
+        left, values, right = self.decompose()
+        error = float(torch.linalg.vector_norm(values[width:]))
+        return LowRank(left[:, :width] * values[:width], right[:width], self.dropped + error)
 
-    def balanced(self, rank: int) -> "LowRank":
-        """The closest matrix of a rank, as `U sqrt(S)` and `sqrt(S) V^T`; with zeros where there are fewer values."""
-        left, values, right = self.compressed(rank).decomposed()
+    def balance(self, rank: int) -> "LowRank":
+        """Return the closest matrix of a rank, as `U sqrt(S)` and `sqrt(S) V^T`, padded with zeros up to the rank."""
+        left, values, right = self.compress(rank).decompose()
+        # The root would turn rounding errors of 1e-16 into factors of 1e-8.
         values = values.where(values > _ROUNDING * values.max(), 0.0) if len(values) else values
         missing = max(0, rank - len(values))
         root = values[:rank].sqrt()
@@ -96,19 +98,19 @@ class LowRank:
             self.dropped,
         )
 
-    def facing(self, anchor: "LowRank") -> "LowRank":
-        """The same matrix with its factors turned to the anchor's, of the same width.
+    def align_to(self, anchor: "LowRank") -> "LowRank":
+        """Return the matrix with its factors rotated to the anchor's factors, which have the same width.
 
-        The rotation T that brings `T right` and `left T^T` closest to the anchor's factors; both are balanced up to a
-        rotation, so that neither signs nor the order of singular values are left to chance. Directions that the matrix
-        does not use have zeros on the left and the anchor's own rows on the right: with zeros on both sides they
-        would have no gradient, and never learn again.
+        The rotation T brings `T right` and `left T^T` closest to the anchor's factors. It fixes signs and order of
+        singular values, which are arbitrary in balanced factors.
         """
         agreement = anchor.right @ self.right.mT + anchor.left.mT @ self.left
         size = float(torch.linalg.matrix_norm(agreement)) / max(1, self.width) ** 0.5
         prior = torch.eye(self.width).to(agreement) * (_PRIOR * size)
         u, _, v = torch.linalg.svd(agreement + prior)
-        turn = u @ v
-        idle = turn[:, torch.linalg.vector_norm(self.left, dim=0) == 0]
-        left, right = self.left @ turn.mT, turn @ self.right
+        rotation = u @ v
+        # Unused directions get zeros on the left and the anchor's rows on the right. With zeros on both sides they
+        # would have no gradient and could never learn again.
+        idle = rotation[:, torch.linalg.vector_norm(self.left, dim=0) == 0]
+        left, right = self.left @ rotation.mT, rotation @ self.right
         return LowRank(left, right + idle @ (idle.mT @ anchor.right), self.dropped)

@@ -1,12 +1,12 @@
 """Rules for the attention layers of plain torch: `nn.MultiheadAttention` and the layers and stacks of `nn.Transformer`.
 
-    heads:   O(d)*O(d) wr S(h), queries and keys turning together, values against the output projection
+    heads:   O(d)*O(d) wr S(h), where queries and keys rotate together, and values against the output projection
     units:   S(m) between the two Linears of a layer
-    stream:  joined to what the layer reads, as branches are added to it
+    stream:  united with the units that the layer reads, because branches are added to it
 
 Tracing sees such a layer as one operation. A fused `in_proj_weight` reads queries, keys and values with one axis, so
-what they come from is one space, in cross attention too. Keys that a layer adds itself (`bias_k`, zeros) meet no bias:
-then the key bias counts, and values cannot be shifted.
+their sources are one space, in cross attention too. Keys that a layer adds itself (`bias_k`, zeros) have no key bias:
+the key bias then counts in matching, and values cannot be shifted.
 """
 
 import inspect
@@ -33,41 +33,41 @@ from fedbasin.strategies.symmetry.translation import Output, Shift
 
 def _attention(walk: Walk, node: fx.Node, module: nn.MultiheadAttention) -> Feature:
     sources = _sources(walk, node, module, "query", "key", "value")
-    spaces = (_read(walk, source) for source in sources)
-    written = _attended(walk, str(node.target), module, *spaces)
+    spaces = (_units_of(walk, source) for source in sources)
+    outputs = _follow_attention(walk, str(node.target), module, *spaces)
     if not _arguments(node, module).get("average_attn_weights", True):
-        # Weights head by head show the order of the heads.
+        # Weights for each head are returned, which shows the order of the heads.
         walk.table.bind(f"{node.target}.out_proj.weight", 1, walk.fixed)
-    return _feature(written, sources[0])
+    return _feature(outputs, sources[0])
 
 
 def _encoder_layer(walk: Walk, node: fx.Node, module: nn.TransformerEncoderLayer) -> Feature:
     (source,) = _sources(walk, node, module, "src")
-    return _feature(_encoded(walk, str(node.target), module, _read(walk, source)), source)
+    return _feature(_encoded(walk, str(node.target), module, _units_of(walk, source)), source)
 
 
 def _encoder(walk: Walk, node: fx.Node, module: nn.TransformerEncoder) -> Feature:
     (source,) = _sources(walk, node, module, "src")
-    return _feature(_encoders(walk, str(node.target), module, _read(walk, source)), source)
+    return _feature(_encoders(walk, str(node.target), module, _units_of(walk, source)), source)
 
 
 def _decoder_layer(walk: Walk, node: fx.Node, module: nn.TransformerDecoderLayer) -> Feature:
     source, memory = _sources(walk, node, module, "tgt", "memory")
-    spaces = _read(walk, source), _read(walk, memory)
+    spaces = _units_of(walk, source), _units_of(walk, memory)
     return _feature(_decoded(walk, str(node.target), module, *spaces), source)
 
 
 def _decoder(walk: Walk, node: fx.Node, module: nn.TransformerDecoder) -> Feature:
     source, memory = _sources(walk, node, module, "tgt", "memory")
-    spaces = _read(walk, source), _read(walk, memory)
+    spaces = _units_of(walk, source), _units_of(walk, memory)
     return _feature(_decoders(walk, str(node.target), module, *spaces), source)
 
 
 def _transformer(walk: Walk, node: fx.Node, module: Any) -> Feature:
     source, target = _sources(walk, node, module, "src", "tgt")
     name = str(node.target)
-    memory = _encoders(walk, f"{name}.encoder", module.encoder, _read(walk, source))
-    stream = _decoders(walk, f"{name}.decoder", module.decoder, _read(walk, target), memory)
+    memory = _encoders(walk, f"{name}.encoder", module.encoder, _units_of(walk, source))
+    stream = _decoders(walk, f"{name}.decoder", module.decoder, _units_of(walk, target), memory)
     return _feature(stream, target)
 
 
@@ -79,18 +79,18 @@ LAYERS: dict[type[nn.Module], ModuleRule] = {
     nn.TransformerDecoder: _decoder,
     nn.Transformer: _transformer,
 }
-"""Modules with attention inside."""
+"""The rules of modules that contain attention."""
 
 _KNOWN = (*LAYERS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether all that a layer is made of is what its class puts there."""
-    known = all(
-        isinstance(part, _KNOWN) or type(part) in PLAIN_MODULES for part in module.modules()
+    """Return whether a layer has only the submodules that its class creates, all of them torch's own."""
+    return all(
+        (isinstance(part, _KNOWN) or type(part) in PLAIN_MODULES)
+        and type(part).__module__.startswith("torch.nn.modules.")
+        for part in module.modules()
     )
-    own = all(type(part).__module__.startswith("torch.nn.modules.") for part in module.modules())
-    return known and own
 
 
 def _arguments(node: fx.Node, module: nn.Module) -> dict[str, Any]:
@@ -98,22 +98,22 @@ def _arguments(node: fx.Node, module: nn.Module) -> dict[str, Any]:
 
 
 def _sources(walk: Walk, node: fx.Node, module: nn.Module, *names: str) -> list[fx.Node]:
-    """The values that a layer reads; whatever else has a feature, as a computed mask, keeps its places."""
-    given = _arguments(node, module)
-    found = [given[name] for name in names]
-    for other in node.all_input_nodes:
-        if other in walk.features and other not in found:
-            walk.features[other].units.fix()
-    return found
+    """Return the values that a layer reads, and fix the units of all other inputs, such as a computed mask."""
+    arguments = _arguments(node, module)
+    sources = [arguments[name] for name in names]
+    for value in node.all_input_nodes:
+        if value in walk.features and value not in sources:
+            walk.table.fix(walk.features[value].units)
+    return sources
 
 
-def _read(walk: Walk, value: fx.Node) -> Units:
-    """The space on the last axis of a value."""
+def _units_of(walk: Walk, value: fx.Node) -> Units:
+    """Return the units along the last axis of a value."""
     feature = walk.features.get(value)
     if feature is None:
         return walk.fixed
     if feature.axis != len(shape(value) or ()) - 1:
-        feature.units.fix()
+        walk.table.fix(feature.units)
         return walk.fixed
     return feature.units
 
@@ -125,38 +125,41 @@ def _feature(units: Units, like: fx.Node) -> Feature:
 def _encoders(walk: Walk, name: str, stack: nn.TransformerEncoder, stream: Units) -> Units:
     for number, layer in enumerate(stack.layers):
         stream = _encoded(walk, f"{name}.layers.{number}", layer, stream)
-    return _last_normed(walk, name, stack, stream)
+    return _final_norm(walk, name, stack, stream)
 
 
-def _decoders(
-    walk: Walk, name: str, stack: nn.TransformerDecoder, stream: Units, memory: Units
-) -> Units:
+def _decoders(walk: Walk, name: str, stack: nn.TransformerDecoder, stream: Units, memory: Units) -> Units:
     for number, layer in enumerate(stack.layers):
         stream = _decoded(walk, f"{name}.layers.{number}", layer, stream, memory)
-    return _last_normed(walk, name, stack, stream)
+    return _final_norm(walk, name, stack, stream)
 
 
-def _last_normed(walk: Walk, name: str, stack: Any, stream: Units) -> Units:
+def _final_norm(walk: Walk, name: str, stack: Any, stream: Units) -> Units:
     if stack.norm is not None:
         _bind(walk, f"{name}.norm", 0, stream)
     return stream
 
 
 def _encoded(walk: Walk, name: str, layer: Any, stream: Units) -> Units:
-    found = _attended(walk, f"{name}.self_attn", layer.self_attn, stream, stream, stream)
-    return _finished(walk, name, layer, walk.table.join(stream, found), norms=2)
+    stream = _self_attention(walk, name, layer, stream)
+    return _follow_units(walk, name, layer, stream, norms=2)
 
 
 def _decoded(walk: Walk, name: str, layer: Any, stream: Units, memory: Units) -> Units:
-    found = _attended(walk, f"{name}.self_attn", layer.self_attn, stream, stream, stream)
-    stream = walk.table.join(stream, found)
-    across = layer.multihead_attn
-    found = _attended(walk, f"{name}.multihead_attn", across, stream, memory, memory)
-    return _finished(walk, name, layer, walk.table.join(stream, found), norms=3)
+    stream = _self_attention(walk, name, layer, stream)
+    cross = layer.multihead_attn
+    outputs = _follow_attention(walk, f"{name}.multihead_attn", cross, stream, memory, memory)
+    return _follow_units(walk, name, layer, walk.table.unite(stream, outputs), norms=3)
 
 
-def _finished(walk: Walk, name: str, layer: Any, stream: Units, *, norms: int) -> Units:
-    """The norms of a layer and its two Linears."""
+def _self_attention(walk: Walk, name: str, layer: Any, stream: Units) -> Units:
+    name = f"{name}.self_attn"
+    outputs = _follow_attention(walk, name, layer.self_attn, stream, stream, stream)
+    return walk.table.unite(stream, outputs)
+
+
+def _follow_units(walk: Walk, name: str, layer: Any, stream: Units, *, norms: int) -> Units:
+    """Follow the norms of a layer and its two Linears."""
     for number in range(norms):
         _bind(walk, f"{name}.norm{number + 1}", 0, stream)
     up, down = f"{name}.linear1", f"{name}.linear2"
@@ -166,7 +169,7 @@ def _finished(walk: Walk, name: str, layer: Any, stream: Units, *, norms: int) -
     walk.table.bind(f"{down}.weight", 1, hidden)
     _bind(walk, down, 0, stream)
     if not _is_elementwise(layer.activation):
-        hidden.fix()
+        walk.table.fix(hidden)
     return stream
 
 
@@ -177,45 +180,46 @@ def _is_elementwise(activation: Callable[..., Any]) -> bool:
 
 
 def _bind(walk: Walk, layer: str, axis: int, units: Units) -> None:
-    """Weight and, if there is one, bias of a layer that writes or scales the space."""
+    """Bind the weight and the bias, if there is one, of a layer that writes or scales units."""
     for parameter in (f"{layer}.weight", f"{layer}.bias"):
         if parameter in walk.table.aliases:
             walk.table.bind(parameter, axis, units)
 
 
-def _attended(
+def _follow_attention(
     walk: Walk, name: str, module: nn.MultiheadAttention, query: Units, key: Units, value: Units
 ) -> Units:
-    """Read queries, keys and values; the space that the output projection writes."""
+    """Bind all tensors of an attention; return the units that its output projection writes."""
     parts = _Parts(name, module)
-    for (weight, _), read in zip(parts.projections, (query, key, value), strict=True):
-        walk.table.bind(weight, 1, read)
-    written = walk.table.new(f"{name}.out_proj", module.embed_dim)
-    _bind(walk, f"{name}.out_proj", 0, written)
+    for (weight, _), units in zip(parts.projections, (query, key, value), strict=True):
+        walk.table.bind(weight, 1, units)
+    outputs = walk.table.new(f"{name}.out_proj", module.embed_dim)
+    _bind(walk, f"{name}.out_proj", 0, outputs)
+    # The heads are declared once, though the graphs for evaluation and training are both followed.
     if (f"{name}.out_proj.weight", 1) not in walk.table.bound:
         heads = walk.table.occupied(parts.space(), tuple(parts.shifts()))
         for axis in parts.axes():
             walk.table.bind(axis.tensor, axis.dim, heads)
-    return written
+    return outputs
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What an attention calls its tensors."""
+    """The names of an attention's tensors, and the space of its heads."""
 
     name: str
     module: nn.MultiheadAttention
 
     @property
     def projections(self) -> list[tuple[str, tuple[int, int] | None]]:
-        """Weights of query, key and value, and the part of it where they are fused."""
+        """The weights of query, key and value, each with its part of the tensor if they are fused."""
         if self.module.in_proj_weight is None:
             return [(f"{self.name}.{part}_proj_weight", None) for part in "qkv"]
         return [(f"{self.name}.in_proj_weight", third) for third in self._thirds]
 
     @property
     def adds_keys(self) -> bool:
-        """Whether there are keys beside those that are projected."""
+        """True if there are keys besides those that are projected."""
         return self.module.bias_k is not None or self.module.add_zero_attn
 
     def space(self) -> Space:

@@ -1,13 +1,17 @@
-"""Permutation spaces of a model that torch.fx cannot follow, read from what torch.export makes of it.
+"""Follow a model as a program of torch.export, for models that torch.fx cannot follow.
 
-An exported program is a list of ATen operators on tensors, without modules and without Python: whatever the forward pass
-decides by shapes has been decided as the example's shapes have it, so a symmetry that is read here is one for inputs
-of those shapes. The rules are those of `rules`; operators that have none keep the places of what they read. Attention
-is such an operator here: its heads stay, while the residual stream and hidden units are found.
+An exported program is a list of ATen operators on tensors, without modules and without Python. The length of the
+batch stays a variable where it can; decisions that the forward pass makes by other lengths are resolved as the
+example requires, so the symmetry is valid for inputs whose shapes differ from the example only in the batch. The
+rules are those of `operations.py`; operators without a rule fix the units that they read. Attention is such an
+operator here: its heads stay in place, while the residual stream and hidden units are followed.
 """
 
+import warnings
 from collections.abc import Iterable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -29,35 +33,36 @@ from fedbasin.strategies.symmetry.discover.operations import (
     viewed,
 )
 from fedbasin.strategies.symmetry.discover.units import Units, UnitTable, aliases
-from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
 
 
-def trace_exported(model: nn.Module, *example_inputs: Tensor) -> Symmetry:
-    """The permutation spaces of a model, as `trace` gives them, for inputs of the example's shapes.
+def follow_exported(model: nn.Module, *example_inputs: Tensor | None) -> UnitTable:
+    """Follow a model through its exported programs for evaluation and training.
 
     Args:
-        model: any module that torch.export can export. It is left as it was.
-        example_inputs: what its forward takes.
+        model: any module that torch.export can export; it is not changed.
+        example_inputs: arguments of its forward method, in a batch of at least two.
 
     Raises:
-        SymmetryError: the model cannot be exported, as one that decides by data.
+        SymmetryError: the model cannot be exported, for example because it decides by data.
     """
     walk = Walk(model, UnitTable(aliases(model)))
+    # Dropout and BatchNorm differ; a unit is free only if it is free in both programs.
     for training in (False, True):
-        _Program(walk, _exported(model, example_inputs, training=training)).follow()
-    return Symmetry(tuple(walk.table.spaces()))
+        _Program(walk, _export(model, example_inputs, training=training)).follow()
+    return walk.table
 
 
-def _exported(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> ExportedProgram:
-    with in_mode(model, training=training):
+def _export(model: nn.Module, inputs: tuple[Tensor | None, ...], *, training: bool) -> ExportedProgram:
+    # torch warns, and prints the program to stderr where it fails; the failure is raised in one line below.
+    with in_mode(model, training=training), warnings.catch_warnings(action="ignore"), redirect_stderr(StringIO()):
         try:
-            return torch.export.export(model, inputs)
+            # With a constant length of the batch, `x[:, : len(x)]` would look as if it took every unit.
+            shapes = tuple({0: torch.export.Dim.AUTO} if x is not None and x.dim() else None for x in inputs)
+            return torch.export.export(model, inputs, dynamic_shapes=shapes)
         except Exception as error:  # exporting runs the model's own code, which may raise anything
             reason = str(error).partition("\n")[0]
-            raise SymmetryError(
-                f"{type(model).__name__} cannot be exported by torch.export: {reason}; write the symmetry "
-                "in the notation and read it with `parse`"
-            ) from error
+            raise SymmetryError(f"{type(model).__name__} cannot be exported by torch.export: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class _Program:
         for node in self.program.graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, Tensor):
-                node.meta["shape"] = tuple(value.shape)
+                node.meta["shape"] = tuple(_length(length) for length in value.shape)
+            self.walk.table.operation = f"aten.{_operator(node)}" if node.op == "call_function" else ""
             feature = self._feature(node)
             if feature is not None:
                 self.walk.features[node] = feature
@@ -82,19 +88,19 @@ class _Program:
         name = _operator(node)
         if name in _LAYERS:
             return _LAYERS[name](self, node)
-        if not self.walk.of(node):
+        if not self.walk.input_features(node) or name == "sym_size":
             return None
         rule = _PLAIN.get(name)
-        first = node.all_input_nodes[0] in self.walk.features
-        if rule is None or shape(node) is None or not (first or rule in _ANY):
+        is_followed = node.all_input_nodes[0] in self.walk.features or rule in _ANY
+        if rule is None or shape(node) is None or not is_followed:
             return self.walk.leave(node)
         return rule(self.walk, node)
 
     def _parameter(self, node: fx.Node) -> Feature | None:
-        """What is no layer's own, as positions and scales, has its units on its last long axis."""
+        """Follow a parameter that is used outside of layers; its units are on its last axis longer than 1."""
         name = self.name(node)
         long = [axis for axis, length in enumerate(shape(node) or ()) if length > 1]
-        if name is None or not long or all(_is_own(node, user) for user in node.users):
+        if name is None or not long or all(_is_layer_parameter(node, user) for user in node.users):
             return None
         units = self.walk.table.new(name, (shape(node) or ())[long[-1]])
         for axis in range(len(shape(node) or ())):
@@ -102,25 +108,24 @@ class _Program:
         return Feature(units, long[-1])
 
     def name(self, node: Any) -> str | None:
-        """The name of a parameter or buffer that can be followed."""
+        """Return the name of a parameter or buffer that can be followed, or None for any other argument."""
         if not isinstance(node, fx.Node):
             return None
         signature = self.program.graph_signature
-        known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        found = known.get(node.name)
-        return found if found in self.walk.table.aliases else None
+        name = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(node.name)
+        return name if name in self.walk.table.aliases else None
 
     def names(self, node: fx.Node, places: Iterable[int]) -> list[str] | None:
-        """The parameters among an operator's arguments; None if one of them is computed."""
-        given = [node.args[place] for place in places if place < len(node.args)]
-        found = [self.name(argument) for argument in given if argument is not None]
-        return None if None in found else [name for name in found if name is not None]
+        """Return the parameters among an operator's arguments, or None if one of the arguments is computed."""
+        arguments = [node.args[place] for place in places if place < len(node.args)]
+        names = [self.name(argument) for argument in arguments if argument is not None]
+        return None if None in names else [name for name in names if name is not None]
 
     def bind(self, names: Iterable[str], axis: int, units: Units) -> None:
         for name in names:
             self.walk.table.bind(name, axis, units)
 
-    def written(self, weight: str, width: int) -> Units:
+    def new_units(self, weight: str, width: int) -> Units:
         return self.walk.table.new(weight.rpartition(".")[0] or weight, width)
 
 
@@ -129,8 +134,8 @@ def _linear(program: _Program, node: fx.Node) -> Feature | None:
     if not names:
         return program.walk.leave(node)
     last = len(shape(node) or ()) - 1
-    program.bind(names[:1], 1, program.walk.read(node, last))
-    units = program.written(names[0], (shape(node) or ())[last])
+    program.bind(names[:1], 1, program.walk.units_read(node, last))
+    units = program.new_units(names[0], (shape(node) or ())[last])
     program.bind(names, 0, units)
     return Feature(units, last)
 
@@ -141,19 +146,19 @@ def _convolution(program: _Program, node: fx.Node) -> Feature | None:
         return program.walk.leave(node)
     weight = program.walk.model.state_dict()[names[0]]
     channels = len(shape(node) or ()) - weight.dim() + 1
-    read = program.walk.read(node, channels)
+    units_read = program.walk.units_read(node, channels)
     if groups == 1:
-        program.bind(names[:1], 1, read)
-        units = program.written(names[0], len(weight))
+        program.bind(names[:1], 1, units_read)
+        units = program.new_units(names[0], len(weight))
         program.bind(names, 0, units)
         return Feature(units, channels)
     program.bind(names[:1], 1, program.walk.fixed)
-    if read is not program.walk.fixed:
-        read.whole(int(str(groups)))
-    return _scaled(program, names, read, channels)
+    if units_read is not program.walk.fixed:
+        program.walk.table.move_runs(units_read, int(str(groups)))
+    return _scale(program, names, units_read, channels)
 
 
-def _scaled(program: _Program, names: list[str], units: Units, axis: int) -> Feature | None:
+def _scale(program: _Program, names: list[str], units: Units, axis: int) -> Feature | None:
     program.bind(names, 0, units)
     return None if units is program.walk.fixed else Feature(units, axis)
 
@@ -162,7 +167,7 @@ def _batch_norm(program: _Program, node: fx.Node) -> Feature | None:
     names = program.names(node, (1, 2, 3, 4))
     if names is None:
         return program.walk.leave(node)
-    return _scaled(program, names, program.walk.read(node, 1), 1)
+    return _scale(program, names, program.walk.units_read(node, 1), 1)
 
 
 def _layer_norm(program: _Program, node: fx.Node) -> Feature | None:
@@ -170,10 +175,11 @@ def _layer_norm(program: _Program, node: fx.Node) -> Feature | None:
     if names is None or not isinstance(lengths, list | tuple):
         return program.walk.leave(node)
     feature = program.walk.features.get(node.all_input_nodes[0])
-    first = len(shape(node) or ()) - len(lengths)
+    offset = len(shape(node) or ()) - len(lengths)
     for axis in range(len(lengths)):
-        ours = feature is not None and feature.axis == first + axis
-        program.bind(names, axis, feature.units if feature and ours else program.walk.fixed)
+        carries_units = feature is not None and feature.axis == offset + axis
+        units = feature.units if feature and carries_units else program.walk.fixed
+        program.bind(names, axis, units)
     return feature
 
 
@@ -183,7 +189,7 @@ def _embedding(program: _Program, node: fx.Node) -> Feature | None:
         return program.walk.leave(node)
     program.bind(names, 0, program.walk.fixed)
     last = len(shape(node) or ()) - 1
-    units = program.written(names[0], (shape(node) or ())[last])
+    units = program.new_units(names[0], (shape(node) or ())[last])
     program.bind(names, 1, units)
     return Feature(units, last)
 
@@ -197,57 +203,21 @@ _LAYERS = {
     "embedding": _embedding,
 }
 
-# Where an operator's own parameters stand among its arguments.
-_OWN = {"layer_norm": (2, 3), "rms_norm": (2,), "embedding": (0,), "batch_norm": (1, 2, 3, 4)}
+# The places of an operator's own parameters among its arguments.
+_PARAMETER_PLACES = {"layer_norm": (2, 3), "rms_norm": (2,), "embedding": (0,), "batch_norm": (1, 2, 3, 4)}
 
-_ENTRIES = [
-    "abs",
-    "add",
-    "alias",
-    "clamp",
-    "clone",
-    "contiguous",
-    "detach",
-    "div",
-    "dropout",
-    "elu",
-    "exp",
-    "gelu",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "log",
-    "log_softmax",
-    "masked_fill",
-    "maximum",
-    "minimum",
-    "mish",
-    "mul",
-    "neg",
-    "pow",
-    "reciprocal",
-    "relu",
-    "relu6",
-    "rsqrt",
-    "sigmoid",
-    "silu",
-    "softmax",
-    "softplus",
-    "sqrt",
-    "square",
-    "sub",
-    "tanh",
-    "to",
-    "where",
-]
+_ENTRYWISE = (
+    *("abs", "add", "alias", "clamp", "clone", "contiguous", "detach", "div", "dropout", "elu"),
+    *("exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log_softmax"),
+    *("masked_fill", "maximum", "minimum", "mish", "mul", "neg", "pow", "reciprocal", "relu"),
+    *("relu6", "rsqrt", "sigmoid", "silu", "softmax", "softplus", "sqrt", "square", "sub", "tanh"),
+    *("to", "where"),
+)
 
 _PLAIN: dict[str, Rule] = {
-    **{name: elementwise for entry in _ENTRIES for name in (entry, f"{entry}_")},
+    **{name: elementwise for entry in _ENTRYWISE for name in (entry, f"{entry}_")},
     **dict.fromkeys(("flatten", "reshape", "unflatten", "view"), reshaped),
-    **dict.fromkeys(
-        ("movedim", "permute", "select", "slice", "squeeze", "t", "transpose", "unsqueeze"), viewed
-    ),
+    **dict.fromkeys(("movedim", "permute", "select", "slice", "squeeze", "t", "transpose", "unsqueeze"), viewed),
     "expand": expanded,
     "cat": concatenated,
     **dict.fromkeys(("amax", "amin", "logsumexp", "mean", "std", "sum", "var"), reduced),
@@ -255,8 +225,13 @@ _PLAIN: dict[str, Rule] = {
     **dict.fromkeys(("adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"), pooled(2)),
 }
 
-# Rules that look at all that they are given, not at the first.
+# Rules that look at all arguments of an operator, not only at the first.
 _ANY = (elementwise, concatenated)
+
+
+def _length(length: int | torch.SymInt) -> int:
+    """Return the length of an axis on the example."""
+    return length if isinstance(length, int) else int(length.node.hint)
 
 
 def _operator(node: fx.Node) -> str:
@@ -264,8 +239,8 @@ def _operator(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
-def _is_own(parameter: fx.Node, user: fx.Node) -> bool:
-    """Whether a layer uses a parameter as its weight or bias."""
+def _is_layer_parameter(parameter: fx.Node, user: fx.Node) -> bool:
+    """Return whether the operator of a layer uses a parameter as its weight or bias."""
     name = _operator(user)
-    places = _OWN.get(name, (1, 2)) if name in _LAYERS else ()
+    places = _PARAMETER_PLACES.get(name, (1, 2)) if name in _LAYERS else ()
     return user.args.index(parameter) in places if parameter in user.args else False

@@ -1,21 +1,20 @@
-"""Groups inside one block: what a wreath product does within a head, an expert or a unit.
+"""Inner groups: the groups that act inside one block, such as a head, an expert or a unit.
 
-Each knows the exact maximiser of `<T, M>` for a batch of score matrices, `M[i, j] = <anchor i, client j>`:
+Every inner group has an exact maximiser of `<T, M>` for a batch of score matrices, `M[i, j] = <anchor i, client j>`:
 
-    R(n,s)          rotary position codes: entries j and j + s of a block of 2 s turn together by one angle,
-                    phi = atan2(D, C) with C = M[i,i] + M[j,j], D = M[j,i] - M[i,j]: the orthogonal maps that
-                    commute with every rotation by position (Wang and Wang 2025). s = n / 2 is the half-split
-                    layout (Llama, GPT-NeoX), s = 1 the interleaved one (GPT-J)
-    Z(n,s)          the same pairs, but only a sign for each: what a norm between projection and rotation leaves
+    R(n,s)          rotary position codes: entries j and j + s of a block of 2 s rotate together by one angle,
+                    phi = atan2(D, C) with C = M[i,i] + M[j,j], D = M[j,i] - M[i,j]. These are the orthogonal
+                    maps that commute with every rotation by position (Wang and Wang 2025). s = n / 2 is the
+                    half-split layout (Llama, GPT-NeoX), s = 1 the interleaved layout (GPT-J)
+    Z(n,s)          one sign for each rotary pair, which is all that a norm between projection and rotation allows
     A+B             A on the first entries, B on the rest: rotary positions on a part of the head
-    (A*B)xS(g)      g heads that share a key and a value head (Ainslie et al. 2023, arXiv 2305.13245)
 
-A *role* is one feature space. Elements are dense matrices, one for each role.
+A *role* is one feature space. Elements of inner groups are dense matrices, one for each role.
 """
 
 import itertools
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -26,46 +25,61 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.groups.assignment import assign_all
-
 Roles = tuple[Tensor, ...]
 Scores = Float[Tensor, "*batch n n"]
 
-# Up to this many heads on one key every order is tried, so that the maximum is the best of all.
-_ALL_ORDERS = 3
-
 
 class Inner(Protocol):
-    """A group on the roles of one block.
+    """A group that acts on the roles of one block.
 
-    Law: no element has a larger `<T, M>` than `maximisers(scores)`, and that is `values(scores)`.
+    Law: no element has a larger `<T, M>` than `maximisers(scores)`, whose `<T, M>` is `values(scores)`.
     """
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Width of the block, role by role."""
+        """Width of the block on each role."""
         ...
 
     @property
     def duals(self) -> tuple[int, ...]:
-        """For each role the role with the inverse transposes: itself where the maps are orthogonal."""
+        """For each role the role with the inverse transposes, which is itself where maps are orthogonal."""
         ...
 
+    @property
+    def stretches(self) -> bool:
+        """True if some elements are not orthogonal, so that they change norms."""
+        return any(dual != role for role, dual in enumerate(self.duals))
+
+    @property
+    def is_permutation(self) -> bool:
+        """True for the symmetric group S(n), whose elements permute single entries and change nothing else."""
+        return False
+
+    @property
+    def permutes_blocks(self) -> bool:
+        """True if whole blocks change places."""
+        return False
+
+    @property
+    def as_factor(self) -> str:
+        """The notation of the group as a factor of a product, in parentheses where these are needed."""
+        return str(self)
+
     def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
-        """The largest `<T, M>`, summed over the roles, of each axis of a batch of scores."""
+        """Return the largest `<T, M>`, summed over the roles, for each member of a batch of scores."""
         ...
 
     def maximisers(self, scores: Roles) -> Roles:
-        """The element that attains it: a matrix for each role and each axis of the batch."""
+        """Return the element with the largest `<T, M>`: a matrix for each role and each member of the batch."""
         ...
 
     def draw(self, count: int, generator: torch.Generator) -> Roles:
-        """`count` uniformly drawn elements, `[count, width, width]` for each role, in float64."""
+        """Return `count` uniformly drawn elements, `[count, width, width]` for each role, in float64."""
         ...
 
 
-class SingleRole(ABC):
-    """An inner group with one role, of orthogonal maps: matrices instead of tuples of matrices."""
+class SingleRole(Inner):
+    """An inner group of orthogonal maps on one role; its methods take matrices instead of tuples of matrices."""
 
     @property
     def duals(self) -> tuple[int, ...]:
@@ -73,15 +87,15 @@ class SingleRole(ABC):
 
     @abstractmethod
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
-        """The largest `<T, M>` of each matrix of a batch."""
+        """Return the largest `<T, M>` for each score matrix of a batch."""
 
     @abstractmethod
     def inner_maximisers(self, scores: Scores) -> Scores:
-        """The matrix that attains it."""
+        """Return the map with the largest `<T, M>` for each score matrix of a batch."""
 
     @abstractmethod
     def inner_random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n n"]:
-        """`count` drawn matrices, in float64."""
+        """Return `count` uniformly drawn maps, in float64."""
 
     def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
         (score,) = scores
@@ -97,7 +111,7 @@ class SingleRole(ABC):
 
 @dataclass(frozen=True)
 class _Pairs(SingleRole):
-    """Pairs of entries that are `stride` apart, in a space of `size`."""
+    """A group on pairs of entries that are `stride` apart, in a space of `size` entries."""
 
     size: int
     stride: int
@@ -121,9 +135,6 @@ class _Pairs(SingleRole):
         i, j = self._split()
         return scores[..., i, i] + scores[..., j, j]
 
-    def _turned(self, angles: Float[Tensor, "*batch pairs"]) -> Scores:
-        return self._matrices(torch.cos(angles), torch.sin(angles))
-
     def _matrices(self, cos: Tensor, sin: Tensor) -> Scores:
         i, j = self._split()
         result = cos.new_zeros(*cos.shape[:-1], self.size, self.size)
@@ -134,7 +145,10 @@ class _Pairs(SingleRole):
 
 @dataclass(frozen=True)
 class Rotary(_Pairs):
-    """One angle for each rotary pair: no exchange of pairs, as frequencies differ, and no reflection."""
+    """R(size, stride): one angle for each rotary pair.
+
+    Pairs are not permuted, because their frequencies differ, and reflections do not commute with rotations.
+    """
 
     def __str__(self) -> str:
         return f"R({self.size},{self.stride})"
@@ -143,12 +157,16 @@ class Rotary(_Pairs):
         return torch.hypot(self._agreement(scores), self._curl(scores)).sum(-1)
 
     def inner_maximisers(self, scores: Scores) -> Scores:
-        return self._turned(torch.atan2(self._curl(scores), self._agreement(scores)))
+        # atan2(0, 0) is 0, so a pair without any score is not rotated.
+        return self._rotations(torch.atan2(self._curl(scores), self._agreement(scores)))
 
     def inner_random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n n"]:
         shape = (count, self.size // 2)
         turns = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return self._turned(2 * math.pi * turns)
+        return self._rotations(2 * math.pi * turns)
+
+    def _rotations(self, angles: Float[Tensor, "*batch pairs"]) -> Scores:
+        return self._matrices(torch.cos(angles), torch.sin(angles))
 
     def _curl(self, scores: Scores) -> Tensor:
         i, j = self._split()
@@ -157,7 +175,7 @@ class Rotary(_Pairs):
 
 @dataclass(frozen=True)
 class PairSigns(_Pairs):
-    """One sign for each rotary pair."""
+    """Z(size, stride): one sign for each rotary pair."""
 
     def __str__(self) -> str:
         return f"Z({self.size},{self.stride})"
@@ -166,25 +184,28 @@ class PairSigns(_Pairs):
         return self._agreement(scores).abs().sum(-1)
 
     def inner_maximisers(self, scores: Scores) -> Scores:
-        return self._signed(self._agreement(scores) >= 0)
+        # A pair without any score keeps its sign.
+        return self._signs(self._agreement(scores) >= 0)
 
     def inner_random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n n"]:
-        return self._signed(torch.rand(count, self.size // 2, generator=generator) < 0.5)
+        return self._signs(torch.rand(count, self.size // 2, generator=generator) < 0.5)
 
-    def _signed(self, positive: Tensor) -> Scores:
+    def _signs(self, positive: Tensor) -> Scores:
         signs = positive.double() * 2 - 1
         return self._matrices(signs, torch.zeros_like(signs))
 
 
 @dataclass(frozen=True)
 class DirectSum(SingleRole):
-    """One group on the first entries, another on those that follow."""
+    """A+B: one group on the first entries and another on the entries that follow."""
 
     parts: tuple[Inner, ...]
 
     def __post_init__(self) -> None:
         if any(len(part.widths) > 1 for part in self.parts):
-            raise ValueError(f"{self}: a sum has one role; give groups with several a block each")
+            raise ValueError(
+                f"{self}: every part of a sum has one role; give a group with several roles a block of its own"
+            )
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
@@ -194,25 +215,23 @@ class DirectSum(SingleRole):
         return (sum(part.widths[0] for part in self.parts),)
 
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
-        found = [part.values((own,)) for part, own in self._diagonal(scores)]
-        return torch.stack(found).sum(0)
+        return torch.stack([part.values((block,)) for part, block in self._blocks(scores)]).sum(0)
 
     def inner_maximisers(self, scores: Scores) -> Scores:
         result = torch.zeros_like(scores)
-        for (part, own), (_, target) in zip(
-            self._diagonal(scores), self._diagonal(result), strict=True
-        ):
-            target.copy_(part.maximisers((own,))[0])
+        pairs = zip(self._blocks(scores), self._blocks(result), strict=True)
+        for (part, block), (_, target) in pairs:
+            target.copy_(part.maximisers((block,))[0])
         return result
 
     def inner_random(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n n"]:
         result = torch.zeros(count, *self.widths * 2, dtype=torch.float64)
-        for part, target in self._diagonal(result):
+        for part, target in self._blocks(result):
             target.copy_(part.draw(count, generator)[0])
         return result
 
-    def _diagonal(self, matrices: Scores) -> list[tuple[Inner, Tensor]]:
-        """Each part with its diagonal block, a view."""
+    def _blocks(self, matrices: Scores) -> list[tuple[Inner, Tensor]]:
+        """Return each part with a view of its diagonal block."""
         result, start = [], 0
         for part in self.parts:
             stop = start + part.widths[0]
@@ -221,119 +240,13 @@ class DirectSum(SingleRole):
         return result
 
 
-@dataclass(frozen=True)
-class Shared:
-    """`heads` heads that change places but all carry one element, which they share with a single head.
-
-    Roles: first the single heads of `inners` (key, value), then the heads that share them (query, output).
-    The latter carry `P (x) T`: the order of the heads and the one element.
-
-    With more than three heads the order is climbed to, from the identity and from the order that suits the
-    best element of the single heads alone, and may be a local maximum.
-    """
-
-    inners: tuple[Inner, ...]
-    heads: int
-
-    def __str__(self) -> str:
-        return f"({'*'.join(map(str, self.inners))})xS({self.heads})"
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        single = widths_of(self.inners)
-        return (*single, *(self.heads * width for width in single))
-
-    @property
-    def duals(self) -> tuple[int, ...]:
-        single = duals_of(self.inners)
-        return (*single, *(len(single) + dual for dual in single))
-
-    def values(self, scores: Roles) -> Float[Tensor, "*batch"]:
-        orders = self._orders(scores)
-        return inner_values(self.inners, self._joined(scores, orders))
-
-    def maximisers(self, scores: Roles) -> Roles:
-        orders = self._orders(scores)
-        return self._dense(inner_maximisers(self.inners, self._joined(scores, orders)), orders)
-
-    def draw(self, count: int, generator: torch.Generator) -> Roles:
-        drawn = [torch.randperm(self.heads, generator=generator) for _ in range(count)]
-        single = tuple(role for inner in self.inners for role in inner.draw(count, generator))
-        return self._dense(single, torch.stack(drawn))
-
-    def _orders(self, scores: Roles) -> Tensor:
-        """The best order of the heads, `[*batch, heads]`."""
-        few = self.heads <= _ALL_ORDERS
-        candidates = torch.stack(self._all(scores) if few else self._climbed(scores))
-        found = [inner_values(self.inners, self._joined(scores, order)) for order in candidates]
-        # Of equal ones the first is taken, which is the identity.
-        best = torch.stack(found).argmax(0)
-        return torch.take_along_dim(candidates, best[None, ..., None], 0)[0]
-
-    def _all(self, scores: Roles) -> list[Tensor]:
-        batch = scores[0].shape[:-2]
-        orders = itertools.permutations(range(self.heads))
-        return [torch.tensor(order).expand(*batch, self.heads) for order in orders]
-
-    def _climbed(self, scores: Roles) -> list[Tensor]:
-        """Orders that no exchange with the inner elements held, nor the reverse, makes better."""
-        home = torch.arange(self.heads).expand(*scores[0].shape[:-2], self.heads)
-        single = scores[: len(widths_of(self.inners))]
-        start = self._order_under(scores, inner_maximisers(self.inners, single))
-        return [self._climb(scores, orders) for orders in (home, start)]
-
-    def _climb(self, scores: Roles, orders: Tensor) -> Tensor:
-        for _ in range(self.heads * self.heads):
-            elements = inner_maximisers(self.inners, self._joined(scores, orders))
-            better = self._order_under(scores, elements)
-            if torch.equal(better, orders):
-                break
-            orders = better
-        return orders
-
-    def _order_under(self, scores: Roles, elements: Roles) -> Tensor:
-        """The best order of the heads when the element that they share is given."""
-        pairs = zip(elements, self._by_head(scores), strict=True)
-        gains = [torch.einsum("...ij,...acij->...ac", element, own) for element, own in pairs]
-        return assign_all(torch.stack(gains).sum(0))
-
-    def _by_head(self, scores: Roles) -> Roles:
-        """The sharing roles as `[*batch, heads, heads, width, width]`: anchor's head by client's."""
-        single = widths_of(self.inners)
-        shared = scores[len(single) :]
-        return tuple(
-            score.unflatten(-1, (self.heads, width))
-            .unflatten(-3, (self.heads, width))
-            .movedim(-2, -3)
-            for score, width in zip(shared, single, strict=True)
-        )
-
-    def _joined(self, scores: Roles, orders: Tensor) -> Roles:
-        """What an element of one head agrees with, when all heads that share it are in this order."""
-        picked = orders[..., :, None, None, None]
-        return tuple(
-            alone + torch.take_along_dim(own, picked, -3).sum((-4, -3))
-            for alone, own in zip(scores, self._by_head(scores), strict=False)
-        )
-
-    def _dense(self, single: Roles, orders: Tensor) -> Roles:
-        places = torch.eye(self.heads, dtype=torch.float64)[orders]
-        spread = tuple(
-            torch.einsum("...ac,...ij->...aicj", places.to(role.dtype), role)
-            .flatten(-4, -3)
-            .flatten(-2, -1)
-            for role in single
-        )
-        return (*single, *spread)
-
-
 def widths_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
-    """The widths of all roles, inner group by inner group."""
+    """Return the widths of all roles of a product of inner groups."""
     return tuple(width for inner in inners for width in inner.widths)
 
 
 def duals_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
-    """For each role of all inner groups the role with the inverse transposes."""
+    """Return for each role of a product of inner groups the role with the inverse transposes."""
     result: tuple[int, ...] = ()
     for inner in inners:
         result += tuple(len(result) + dual for dual in inner.duals)
@@ -341,18 +254,21 @@ def duals_of(inners: tuple[Inner, ...]) -> tuple[int, ...]:
 
 
 def agreement(maps: Scores, scores: Tensor) -> Float[Tensor, "*batch"]:
-    """`<T, M>`, or `<T, M> - (tr T H T^T - tr H) / 2` for scores `[M | H]` of maps that stretch."""
+    """Return `<T, M>`, or `<T, M> - (tr T H T^T - tr H) / 2` if the scores are `[M | H]`, as of maps that stretch."""
     size = maps.shape[-1]
-    agreed = (maps * scores[..., :size]).sum((-2, -1))
+    linear = (maps * scores[..., :size]).sum((-2, -1))
     if scores.shape[-1] == size:
-        return agreed
+        return linear
     grams = scores[..., size:]
-    stretched = (maps @ grams * maps).sum((-2, -1)) - grams.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return agreed - stretched / 2
+    growth = (maps @ grams * maps).sum((-2, -1)) - grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return linear - growth / 2
 
 
 def inner_values(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Float[Tensor, "*batch"]:
-    """The largest `<T, M>` where every inner group has roles of its own; scores are let go one by one."""
+    """Return the largest `<T, M>` of a product of inner groups, each of which has roles of its own.
+
+    The scores may come from a generator: those of one inner group are released before the next are computed.
+    """
     return reduce(torch.add, starmap(_values, _by_inner(inners, scores)))
 
 
@@ -361,11 +277,12 @@ def _values(inner: Inner, scores: Roles) -> Float[Tensor, "*batch"]:
 
 
 def inner_maximisers(inners: tuple[Inner, ...], scores: Roles) -> Roles:
-    """The matrices that attain it, role by role."""
-    return tuple(role for inner, own in _by_inner(inners, scores) for role in inner.maximisers(own))
+    """Return the maps with the largest `<T, M>` of a product of inner groups, role by role."""
+    pairs = _by_inner(inners, scores)
+    return tuple(role for inner, roles in pairs for role in inner.maximisers(roles))
 
 
 def _by_inner(inners: tuple[Inner, ...], scores: Iterable[Tensor]) -> Iterator[tuple[Inner, Roles]]:
-    rest = iter(scores)
+    remaining = iter(scores)
     for inner in inners:
-        yield inner, tuple(itertools.islice(rest, len(inner.widths)))
+        yield inner, tuple(itertools.islice(remaining, len(inner.widths)))

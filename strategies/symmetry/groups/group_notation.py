@@ -1,4 +1,4 @@
-"""Groups as text: `str(group)` writes them, `read` reads them back.
+"""The notation of groups: `str(group)` writes it and `parse_group` reads it.
 
 group    =  S(n)  |  O(d)  |  C(n)  |  O(d)^h  |  product " wr " S(n)
 product  =  factor { "*" factor }
@@ -10,139 +10,120 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedbasin.strategies.symmetry.groups.block_groups import (
-    DirectSum,
-    Inner,
-    PairSigns,
-    Rotary,
-    Shared,
-)
+from fedbasin.strategies.symmetry.groups.block_groups import DirectSum, Inner, PairSigns, Rotary
 from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.general_linear import Conformal, General, Positive
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
+from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
 
 _TOKEN = re.compile(r"(?:GL|CO|[SOCPRZ])\(\d+(?:,\d+)?\)|\^\d+| wr |[*+()x]")
 _ATOM = re.compile(r"(GL|CO|[SOCPRZ])\((\d+)(?:,(\d+))?\)")
 
-_ONE = {
-    "S": Permutation,
-    "O": Orthogonal,
-    "C": Centred,
-    "P": Positive,
-    "CO": Conformal,
-    "GL": General,
-}
-_TWO = {"R": Rotary, "Z": PairSigns}
+# Groups that can act on a space by themselves; the others act inside a block.
+_GROUPS: dict[str, Callable[[int], Group]] = {"S": Permutation, "O": Orthogonal, "C": Centred}
+_INNERS: dict[str, Callable[[int], Inner]] = {**_GROUPS, "P": Positive, "CO": Conformal, "GL": General}
+_STRIDED: dict[str, Callable[[int, int], Inner]] = {"R": Rotary, "Z": PairSigns}
 
 
 class NotationError(ValueError):
-    """A text that is no group."""
+    """A text that is not a group in the notation."""
 
 
-def read(text: str) -> Group:
-    """The group that is written `text`.
+def parse_group(text: str) -> Group:
+    """Return the group that `text` denotes.
 
     Raises:
-        NotationError: what is wrong with it.
+        NotationError: the text is not in the notation; the message says where.
     """
     try:
-        return _read(text)
+        return _parse(text)
     except ValueError as error:
-        raise error if isinstance(error, NotationError) else NotationError(str(error)) from error
+        raise (error if isinstance(error, NotationError) else NotationError(f"{text!r}: {error}")) from error
 
 
-def _read(text: str) -> Group:
+def _parse(text: str) -> Group:
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != text:
-        raise NotationError(f"{text!r} is no group; write for example S(8), O(8)^4 or O(8) wr S(4)")
+        raise NotationError(f"{text!r} is not a group; write for example S(8), O(8)^4 or O(8) wr S(4)")
     if re.search(r"(?<!\d)0", text):
-        raise NotationError(f"a group without units: {text!r}")
-    reader = _Reader(text, tokens)
-    group = reader.wreath() if " wr " in tokens else reader.plain()
-    if reader.rest:
-        raise NotationError(f"{''.join(reader.rest)!r} is too much in {text!r}")
+        raise NotationError(f"{text!r} is a group of 0 units; every number must be at least 1")
+    parser = _Parser(text, tokens)
+    # An outermost product always has blocks, so ` wr ` tells the two rules apart without looking ahead.
+    group = parser.wreath() if " wr " in tokens else parser.plain()
+    if parser.tokens:
+        raise NotationError(f"{text!r} should end before {''.join(parser.tokens)!r}")
     return group
 
 
 @dataclass
-class _Reader:
-    """What is left of a group's tokens."""
+class _Parser:
+    """A recursive descent over the tokens of a group that are not parsed yet."""
 
     text: str
-    rest: list[str]
+    tokens: list[str]
 
     def plain(self) -> Group:
-        inner = self._atom()
-        if self.rest and self.rest[0].startswith("^"):
-            return self._repeated(inner, int(self.rest.pop(0)[1:]))
-        if self.rest[:1] == ["*"]:
-            raise NotationError(
-                f"{self.text!r} has several roles but nothing exchanges them; write two spaces"
-            )
-        if not isinstance(inner, Permutation | Orthogonal | Centred):
-            raise NotationError(
-                f"{self.text!r} is a group inside a block; write `{self.text} wr S(1)`"
-            )
-        return inner
+        letter, size, _ = self._atom()
+        if self.tokens and self.tokens[0].startswith("^"):
+            count = int(self.tokens.pop(0)[1:])
+            if letter != "O" or count == 1:
+                raise NotationError(f"{self.text!r}: only rotations repeat; permutations in blocks need a space each")
+            return Orthogonal(size, count)
+        if self.tokens[:1] == ["*"]:
+            raise NotationError(f"{self.text!r} has several roles but no blocks; write two spaces, or add ` wr S(1)`")
+        if letter not in _GROUPS:
+            raise NotationError(f"{self.text!r} is a group inside a block; write `{self.text} wr S(1)`")
+        return _GROUPS[letter](size)
 
     def wreath(self) -> Wreath:
-        inners = self._product()
+        inners = self._separated("*", self._factor)
         self._expect(" wr ")
-        return Wreath(inners, self._permutation().count)
-
-    def _product(self) -> tuple[Inner, ...]:
-        return self._joined("*", self._factor)
+        return Wreath(inners, self._permutation())
 
     def _factor(self) -> Inner:
-        if self.rest[:1] != ["("]:
-            parts = self._joined("+", self._atom)
+        if self.tokens[:1] != ["("]:
+            parts = self._separated("+", self._part)
             return parts[0] if len(parts) == 1 else DirectSum(parts)
-        self.rest.pop(0)
-        inners = self._product()
-        if self.rest[:1] == [" wr "]:
-            self.rest.pop(0)
-            nested = Wreath(inners, self._permutation().count)
+        self.tokens.pop(0)
+        inners = self._separated("*", self._factor)
+        if self.tokens[:1] == [" wr "]:
+            self.tokens.pop(0)
+            nested = Wreath(inners, self._permutation())
             self._expect(")")
             return nested
         self._expect(")")
         self._expect("x")
-        return Shared(inners, self._permutation().count)
+        return SharedHeads(inners, self._permutation())
 
-    def _joined(self, sign: str, one: Callable[[], Inner]) -> tuple[Inner, ...]:
-        found = [one()]
-        while self.rest[:1] == [sign]:
-            self.rest.pop(0)
-            found.append(one())
-        return tuple(found)
+    def _separated(self, sign: str, parse: Callable[[], Inner]) -> tuple[Inner, ...]:
+        result = [parse()]
+        while self.tokens[:1] == [sign]:
+            self.tokens.pop(0)
+            result.append(parse())
+        return tuple(result)
 
-    def _permutation(self) -> Permutation:
-        group = self._atom()
-        if not isinstance(group, Permutation):
-            raise NotationError(f"blocks of {self.text!r} change places by S(n), not {group}")
-        return group
+    def _permutation(self) -> int:
+        """Parse S(n) and return n."""
+        letter, size, _ = self._atom()
+        if letter != "S":
+            raise NotationError(f"{self.text!r}: blocks change places by S(n), not by {letter}")
+        return size
 
-    def _repeated(self, inner: Inner, count: int) -> Group:
-        if not isinstance(inner, Orthogonal) or count == 1:
-            raise NotationError(
-                f"{self.text!r}: only rotations repeat; permutations in blocks need a space each"
-            )
-        return Orthogonal(inner.size, count)
+    def _part(self) -> Inner:
+        letter, size, stride = self._atom()
+        return _INNERS[letter](size) if stride is None else _STRIDED[letter](size, stride)
 
-    def _atom(self) -> Inner:
-        match = _ATOM.fullmatch(self.rest.pop(0)) if self.rest else None
+    def _atom(self) -> tuple[str, int, int | None]:
+        """Parse the letter of a group and its one or two numbers."""
+        match = _ATOM.fullmatch(self.tokens.pop(0)) if self.tokens else None
         if match is None:
-            raise NotationError(f"{self.text!r} is no group; a group is missing or a sign too much")
+            raise NotationError(f"{self.text!r}: a group is missing, or a sign is not needed")
         letter, size, stride = match.groups()
-        if (letter in _TWO) != (stride is not None):
-            raise NotationError(
-                f"{match[0]} in {self.text!r}: write S(n), O(n), C(n), R(n,s) or Z(n,s)"
-            )
-        try:
-            return _TWO[letter](int(size), int(stride)) if stride else _ONE[letter](int(size))
-        except ValueError as error:
-            raise NotationError(f"{match[0]} in {self.text!r}: {error}") from error
+        if (letter in _STRIDED) != (stride is not None):
+            raise NotationError(f"{match[0]} in {self.text!r}: write S(n), O(n), C(n), R(n,s) or Z(n,s)")
+        return letter, int(size), int(stride) if stride else None
 
     def _expect(self, token: str) -> None:
-        if self.rest[:1] != [token]:
-            raise NotationError(f"{self.text!r} needs {token!r} before {''.join(self.rest)!r}")
-        self.rest.pop(0)
+        if self.tokens[:1] != [token]:
+            raise NotationError(f"{self.text!r} needs {token!r} before {''.join(self.tokens)!r}")
+        self.tokens.pop(0)

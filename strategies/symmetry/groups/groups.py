@@ -1,18 +1,18 @@
-"""The groups: which elements may act on a space, and which of them fits a score best.
+"""The groups that can act on a space, each with an exact maximiser of a matching score.
 
-Matching maximises `<T, M>` over a group, where `M[i, j]` says how well unit `i` of the anchor agrees with
-unit `j` of the client, summed over all tensors of the space. Each group knows its exact maximiser:
+Matching maximises `<T, M>` over a group, where `M[i, j]` is the inner product of unit `i` of the anchor and unit `j` of
+the client, summed over all tensors of the space:
 
-    S(n)                 permutations: linear assignment (Ainsworth et al. 2023, arXiv 2209.04836)
-    O(d)^h               a rotation or reflection in each of h heads: polar factor (Schönemann 1966; for
+    S(n)                 permutations, by linear assignment (Ainsworth et al. 2023, arXiv 2209.04836)
+    O(d)^h               a rotation or reflection in each of h heads, by the polar factor (Schönemann 1966; for
                          attention Zhang et al. 2025, arXiv 2502.00264)
-    A*B wr S(h)          h blocks that are exchanged, each with its own inner elements, one for each role:
-                         assignment over blocks whose entry is the inner maximum; the inner groups are in
-                         `inner.py`. With O(1), a sign, inside: the signed permutations B(n) = O(1) wr S(n)
+    A*B wr S(h)          h blocks that are permuted, each with an element of every inner group, one for each role:
+                         assignment of blocks by the maxima of the inner groups, which are in `block_groups.py`.
+                         With O(1), a sign, inside these are the signed permutations B(n) = O(1) wr S(n)
 
-The identity prior adds `epsilon ||M|| / sqrt(n)` to the diagonal of M: the MAP estimate under a ridge on
-`T - I`. It decides ties (dead units, rank-deficient heads) for the identity and changes nothing else. Scores
-are in float64 on the CPU: the prior is below float32's rounding.
+The identity prior adds `epsilon ||M|| / sqrt(n)` to the diagonal of M, which is the MAP estimate under a ridge on
+`T - I`. It decides ties (dead units, rank-deficient heads) for the identity and changes nothing else. Scores are in
+float64 on the CPU, because the prior is smaller than the rounding of float32.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from fedbasin.strategies.symmetry.groups.assignment import assign, assign_all
 from fedbasin.strategies.symmetry.groups.block_groups import (
     Inner,
     Scores,
-    Shared,
     SingleRole,
     agreement,
     duals_of,
@@ -39,55 +38,72 @@ from fedbasin.strategies.symmetry.groups.polar import polar
 
 Rows = Float[Tensor, "width features"]
 
-# Keeps a score of zeros at the identity.
+# Keeps the prior of a zero score positive, so that the maximiser is the identity.
 _NORM_FLOOR = 1e-30
 
 
-class Group(Protocol):
-    """A closed set of elements on one or more roles.
+class Group(Inner, Protocol):
+    """A group that acts on the roles of a space, as `count` blocks of `sizes[role]` entries.
 
-    Law: `maximiser(scores)` is in the group and no element of it has a larger `value`.
+    Law: `maximiser(scores)` is in the group and no element of the group has a larger `value`.
     """
 
     @property
     def count(self) -> int:
-        """Number of blocks that may be exchanged."""
+        """Number of blocks."""
         ...
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Size of a block, role by role."""
+        """Size of a block on each role."""
+        ...
+
+    @property
+    def in_place(self) -> "Group":
+        """The subgroup of the elements that permute no blocks."""
         ...
 
     def identity(self) -> Element:
-        """The element that changes nothing."""
+        """Return the element that changes nothing."""
         ...
 
     def random(self, generator: torch.Generator) -> Element:
-        """A uniformly drawn element."""
+        """Return a uniformly drawn element."""
         ...
 
     def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
-        """One tensor's contribution to M, only the parts that the group can use."""
+        """Return one tensor's contribution to M, limited to the entries that the group can use."""
         ...
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        """The element with the largest `<T, M>`."""
+        """Return the element with the largest `<T, M>`, where `prior` weighs the identity."""
         ...
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
-        """`<T, M>` of one element."""
+        """Return `<T, M>` of one element."""
         ...
 
 
 @dataclass(frozen=True)
 class Permutation(SingleRole):
-    """S(n): units change places."""
+    """S(n): the permutations of n units."""
 
     count: int
 
     def __str__(self) -> str:
         return f"S({self.count})"
+
+    @property
+    def is_permutation(self) -> bool:
+        return True
+
+    @property
+    def permutes_blocks(self) -> bool:
+        return True
+
+    @property
+    def in_place(self) -> Group:
+        return Wreath((Permutation(1),), self.count).in_place
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -99,12 +115,12 @@ class Permutation(SingleRole):
     def random(self, generator: torch.Generator) -> Element:
         return Element(torch.randperm(self.count, generator=generator), (None,), (1,))
 
-    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - the one role
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - there is one role
         return anchor @ client.mT
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
         (score,) = scores
-        # Not `with_prior`: a copy of the largest matrix of all would cost more than the prior.
+        # Not `add_prior`: the score may be the largest matrix of the whole search, so it is not copied.
         bonus = prior * float(torch.linalg.vector_norm(score)) / self.count**0.5
         return Element(assign(score, bonus), (None,), (1,))
 
@@ -117,6 +133,7 @@ class Permutation(SingleRole):
         return (self.count,)
 
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
+        # S(1) is a role of scales in a product, and is evaluated for every pair of blocks.
         if self.count == 1:
             return scores.sum((-2, -1))
         return (self.inner_maximisers(scores) * scores).sum((-2, -1))
@@ -134,13 +151,17 @@ class Permutation(SingleRole):
 
 @dataclass(frozen=True)
 class Orthogonal(SingleRole):
-    """O(size)^count: every block is turned or reflected by itself, and stays in its place."""
+    """O(size)^count: a rotation or reflection of every block, each of which stays in its place."""
 
     size: int
     count: int = 1
 
     def __str__(self) -> str:
         return f"O({self.size})" + (f"^{self.count}" if self.count > 1 else "")
+
+    @property
+    def in_place(self) -> Group:
+        return self
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -153,12 +174,11 @@ class Orthogonal(SingleRole):
         blocks = self.inner_random(self.count, generator)
         return Element(torch.arange(self.count), (blocks,), self.sizes)
 
-    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - the one role
-        shape = (self.count, self.size, -1)
-        return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
+    def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - there is one role
+        return _score_in_place(anchor, client, self.count, self.size)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        blocks = self.inner_maximisers(with_prior(scores[0], prior))
+        blocks = self.inner_maximisers(add_prior(scores[0], prior))
         return Element(torch.arange(self.count), (blocks,), self.sizes)
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
@@ -169,48 +189,61 @@ class Orthogonal(SingleRole):
         return (self.size * self.count,)
 
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
-        """The nuclear norm of each matrix of a batch."""
+        """Return the nuclear norm of each matrix of a batch."""
+        # Signed permutations evaluate a sign for every pair of units, for which an SVD would be far too slow.
         if self.size == 1:
             return scores[..., 0, 0].abs()
         return torch.linalg.svdvals(scores).sum(-1)
 
     def inner_maximisers(self, scores: Scores) -> Scores:
-        """The polar factors."""
+        """Return the polar factor of each matrix of a batch."""
         if self.size == 1:
             return (scores >= 0).to(scores.dtype) * 2 - 1
         return polar(scores)
 
     def inner_random(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` matrices drawn from the Haar measure, in float64."""
+        """Return `count` matrices drawn from the Haar measure, in float64."""
         shape = (count, self.size, self.size)
         q, r = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
+        # Without the signs of R the distribution of Q would not be uniform (Mezzadri 2007, math-ph/0609050).
         return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
 
 @dataclass(frozen=True)
-class Wreath:
-    """`inners wr S(count)`: whole blocks change places, each with an element of every inner group.
+class Wreath(Inner):
+    """`inners wr S(count)`: blocks change places, and each carries an element of every inner group.
 
-    A wreath product may itself be an inner group: experts change places, and in each of them its units.
+    A wreath product may itself be an inner group: experts change places, and in each expert its units do.
 
     Attributes:
-        inners: the groups inside a block; their roles are the roles of the product, in this order.
+        inners: groups inside a block; their roles are the roles of the product, in this order.
         count: number of blocks.
 
     Raises:
-        ValueError: a nested product stretches, which nothing needs yet.
+        ValueError: a nested product has elements that are not orthogonal, which is not supported.
     """
 
     inners: tuple[Inner, ...]
     count: int
 
     def __post_init__(self) -> None:
-        nested = [inner for inner in self.inners if isinstance(inner, Wreath | Shared)]
-        if any(dual != role for inner in nested for role, dual in enumerate(inner.duals)):
-            raise ValueError(f"{self}: only whole blocks stretch; rotate inside nested blocks")
+        if any(inner.permutes_blocks and inner.stretches for inner in self.inners):
+            raise ValueError(f"{self}: only whole blocks stretch; use rotations inside nested blocks")
 
     def __str__(self) -> str:
-        return "*".join(map(_factor, self.inners)) + f" wr S({self.count})"
+        return "*".join(inner.as_factor for inner in self.inners) + f" wr S({self.count})"
+
+    @property
+    def as_factor(self) -> str:
+        return f"({self})"
+
+    @property
+    def permutes_blocks(self) -> bool:
+        return True
+
+    @property
+    def in_place(self) -> Group:
+        return InPlace(self.inners, self.count)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -233,9 +266,10 @@ class Wreath:
         return self._element(order, tuple(role for roles in drawn for role in roles))
 
     def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
-        """`[count, count, size, size]`: every block of the anchor against every block of the client.
+        """Return every block of the anchor against every block of the client, `[count, count, size, size]`.
 
-        Where maps stretch `[count, count, size, 2 size]`: and the client's block against itself.
+        On a role that stretches the shape is `[count, count, size, 2 size]`: beside M stands the Gram matrix of the
+        client's block.
         """
         scores = self._by_block(anchor @ client.mT, self.sizes[role])
         if self.duals[role] == role:
@@ -244,14 +278,14 @@ class Wreath:
         return torch.cat([scores, (blocks @ blocks.mT).expand_as(scores)], dim=-1)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        # Copies one after the other: together they would need more memory than all that is matched.
+        # One copy at a time: copies of all roles together would need more memory than the models that are matched.
         order = assign(inner_values(self.inners, (self._with_prior(s, prior) for s in scores)))
         home = torch.arange(self.count)
-        chosen = tuple(self._with_prior(score, prior)[home, order] for score in scores)
-        return self._element(order, inner_maximisers(self.inners, chosen))
+        matched = tuple(self._with_prior(score, prior)[home, order] for score in scores)
+        return self._element(order, inner_maximisers(self.inners, matched))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
-        """`<T, M>`; less half the squared norm that is gained, on roles that stretch."""
+        """Return `<T, M>`, less half the increase of the squared norm on roles that stretch."""
         rows = torch.arange(self.count)
         return sum(
             _inner_product(block, score[rows, element.order])
@@ -259,27 +293,22 @@ class Wreath:
         )
 
     def values(self, scores: tuple[Tensor, ...]) -> Float[Tensor, "*batch"]:
-        found = self.maximisers(scores)
-        pairs = zip(found, scores, strict=True)
+        pairs = zip(self.maximisers(scores), scores, strict=True)
         return torch.stack([(role * score).sum((-2, -1)) for role, score in pairs]).sum(0)
 
     def maximisers(self, scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         batch = scores[0].shape[:-2]
+        # One problem after the other, because SciPy solves assignments one at a time.
         flat = [score.reshape(-1, *score.shape[-2:]) for score in scores]
-        found = [self._dense(self._best(each)) for each in zip(*flat, strict=True)]
-        return tuple(torch.stack(role).unflatten(0, batch) for role in zip(*found, strict=True))
-
-    @property
-    def in_place(self) -> "InPlace":
-        """The same without exchanges."""
-        return InPlace(self.inners, self.count)
-
-    def _element(self, order: Tensor, blocks: tuple[Tensor | None, ...]) -> Element:
-        return Element(order, blocks, self.sizes, self.duals)
+        dense = [self._dense(self._best(item)) for item in zip(*flat, strict=True)]
+        return tuple(torch.stack(role).unflatten(0, batch) for role in zip(*dense, strict=True))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         drawn = [self._dense(self.random(generator)) for _ in range(count)]
         return tuple(torch.stack(role) for role in zip(*drawn, strict=True))
+
+    def _element(self, order: Tensor, blocks: tuple[Tensor | None, ...]) -> Element:
+        return Element(order, blocks, self.sizes, self.duals)
 
     def _best(self, scores: tuple[Tensor, ...]) -> Element:
         blocks = (self._by_block(*pair) for pair in zip(scores, self.sizes, strict=True))
@@ -287,8 +316,7 @@ class Wreath:
 
     def _dense(self, element: Element) -> tuple[Tensor, ...]:
         return tuple(
-            element.act(torch.eye(width, dtype=torch.float64), 0, role)
-            for role, width in enumerate(self.widths)
+            element.act(torch.eye(width, dtype=torch.float64), 0, role) for role, width in enumerate(self.widths)
         )
 
     def _by_block(self, matrix: Float[Tensor, "n n"], size: int) -> Tensor:
@@ -297,63 +325,69 @@ class Wreath:
     def _with_prior(self, score: Tensor, prior: float) -> Tensor:
         size, width = score.shape[-2:]
         norm = torch.linalg.vector_norm(score).clamp_min(_NORM_FLOOR)
-        favoured, home = score.clone(), torch.arange(self.count)
+        result, home = score.clone(), torch.arange(self.count)
+        # On a role that stretches the Gram matrix gets the prior too, which makes it the ridge on T - I.
         eye = torch.eye(size, dtype=score.dtype).repeat(1, width // size)
-        favoured[home, home] += prior * norm / (self.count * size) ** 0.5 * eye
-        return favoured
+        result[home, home] += prior * norm / (self.count * size) ** 0.5 * eye
+        return result
 
 
 class InPlace(Wreath):
-    """The elements of a wreath product that exchange no blocks: what is left where the order is known."""
+    """The subgroup of a wreath product that permutes no blocks, for spaces whose order of blocks is known."""
+
+    @property
+    def permutes_blocks(self) -> bool:
+        return False
+
+    @property
+    def in_place(self) -> Group:
+        return self
 
     def random(self, generator: torch.Generator) -> Element:
-        return self._with(super().random(generator).blocks)
+        return self._element(torch.arange(self.count), super().random(generator).blocks)
 
     def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:
-        """`[count, size, size]`: every block of the anchor against the same block of the client."""
-        shape = (self.count, self.sizes[role], -1)
-        return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
+        """Return every block of the anchor against the corresponding block of the client, `[count, size, size]`."""
+        return _score_in_place(anchor, client, self.count, self.sizes[role])
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        favoured = tuple(with_prior(score, prior) for score in scores)
-        return self._with(inner_maximisers(self.inners, favoured))
+        blocks = inner_maximisers(self.inners, tuple(add_prior(score, prior) for score in scores))
+        return self._element(torch.arange(self.count), blocks)
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         pairs = zip(element.blocks, scores, strict=True)
         return sum(_inner_product(block, score) for block, score in pairs)
 
-    def _with(self, blocks: tuple[Tensor | None, ...]) -> Element:
-        return self._element(torch.arange(self.count), blocks)
-
 
 def signed(count: int, *, scales: bool = False) -> Wreath:
-    """The signed permutations `O(1) wr S(count)`, what a root mean square norm leaves of a stream.
+    """Return the signed permutations `O(1) wr S(count)`, with which a root mean square norm commutes.
 
     Args:
         count: number of units.
-        scales: adds a second role that only follows the order: a norm's weight has no sign.
+        scales: add a second role that follows the order without the sign, for the weights of norms.
     """
     return Wreath((Orthogonal(1), Permutation(1)) if scales else (Orthogonal(1),), count)
 
 
 def gated(count: int) -> Wreath:
-    """The hidden units of `down(act(gate(x)) * up(x))`: they change places and, as `up` is linear, signs.
+    """Return the group of the hidden units of `down(act(gate(x)) * up(x))`: permutations, and signs on `up`.
 
-    Roles: 0 is the gate, 1 are up and down.
+    Role 0 is the gate, role 1 are up and down, between which a unit may change its sign because `up` is linear.
     """
     return Wreath((Permutation(1), Orthogonal(1)), count)
 
 
-def _factor(inner: Inner) -> str:
-    return f"({inner})" if isinstance(inner, Wreath) else str(inner)
-
-
-def with_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:
-    """A score that prefers the identity by `prior`, relative to its own size."""
+def add_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:
+    """Return a score that prefers the identity by `prior`, relative to the norm of the score."""
     size = score.shape[-1]
     norm = torch.linalg.matrix_norm(score)[..., None, None].clamp_min(_NORM_FLOOR)
     eye = torch.eye(size, dtype=score.dtype)
     return score + prior * norm / size**0.5 * eye
+
+
+def _score_in_place(anchor: Rows, client: Rows, count: int, size: int) -> Tensor:
+    shape = (count, size, -1)
+    return torch.bmm(anchor.reshape(shape), client.reshape(shape).mT)
 
 
 def _inner_product(blocks: Tensor | None, score: Float[Tensor, "count n n"]) -> float:

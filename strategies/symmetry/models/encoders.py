@@ -2,7 +2,7 @@
 
     x <- LN(x + attention(x)),    x <- LN(x + W_2 act(W_1 x))
 
-The output of a norm is the skip of the next block, so the residual stream keeps only its permutations, and one
+The output of a norm is the skip connection of the next block, so only permutations act on the residual stream, and one
 permutation holds for the whole network (Devlin et al. 2019, arXiv 1810.04805; Liu et al. 2019, arXiv 1907.11692;
 Sanh et al. 2019, arXiv 1910.01108; He et al. 2021, arXiv 2111.09543).
 """
@@ -14,29 +14,30 @@ from fedbasin.strategies.tensors.state import State
 
 
 def bert(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """BERT: with a pooler and classifier, a masked language head, or a span or token classifier."""
+    """Return the symmetry of BERT with a pooler and classifier, a masked language head, or span or token classes."""
     return _bert(config, Draft(state), "bert.", residual=residual)
 
 
 def roberta(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """RoBERTa: BERT's encoder under other heads."""
+    """Return the symmetry of RoBERTa, which is BERT's encoder with other heads."""
     return _bert(config, Draft(state), "roberta.", residual=residual)
 
 
 def _bert(config: Config, draft: Draft, name: str, *, residual: bool) -> Symmetry:
+    # A bare encoder has no prefix, and returns its residual stream.
     prefix = name if draft.has(f"{name}embeddings.word_embeddings") else ""
-    stream = _embedded(config, draft, f"{prefix}embeddings")
+    stream = _embeddings(config, draft, f"{prefix}embeddings")
     for block in range(config.count("num_hidden_layers")):
         layer = f"{prefix}encoder.layer.{block}"
         names = _within(f"{layer}.attention", "self.{part}")
         heads(draft, f"heads.{block}", names, config.count("num_attention_heads"))
         stream.reads(names.query, names.key, names.value)
         _feed_forward(draft, stream, layer, block)
-    _pooled(draft, stream, f"{prefix}pooler.dense", "classifier", "cls.seq_relationship")
+    _pooler(draft, stream, f"{prefix}pooler.dense", "classifier", "cls.seq_relationship")
     _dense_classifier(draft, stream, "classifier.dense", "classifier.out_proj")
     _masked_head(config, draft, stream, "cls.predictions.transform", "cls.predictions")
     _masked_head(config, draft, stream, "lm_head", "lm_head")
-    return _finished(draft, stream, bare=not prefix or not residual)
+    return _finish(draft, stream, bare=not prefix or not residual)
 
 
 def _within(attention: str, pattern: str) -> Projections:
@@ -44,8 +45,8 @@ def _within(attention: str, pattern: str) -> Projections:
     return Projections(*(f"{attention}.{name}" for name in (query, key, value, "output.dense")))
 
 
-def _embedded(config: Config, draft: Draft, embeddings: str) -> Role:
-    """The residual stream, with its tables and their norm."""
+def _embeddings(config: Config, draft: Draft, embeddings: str) -> Role:
+    """Declare the residual stream, with its tables and their norm."""
     width = config.count("hidden_size", "dim")
     stream = draft.space("residual", Permutation(width))
     stream.reads(f"{embeddings}.word_embeddings")
@@ -57,7 +58,7 @@ def _embedded(config: Config, draft: Draft, embeddings: str) -> Role:
 
 
 def _feed_forward(draft: Draft, stream: Role, layer: str, block: int) -> None:
-    """What follows the heads in a block of BERT or DeBERTa."""
+    """Declare the layers that follow the heads in a block of BERT or DeBERTa."""
     stream.writes(f"{layer}.attention.output.dense")
     stream.scales(f"{layer}.attention.output.LayerNorm")
     _hidden(draft, stream, f"mlp.{block}", f"{layer}.intermediate.dense", f"{layer}.output.dense")
@@ -72,8 +73,8 @@ def _hidden(draft: Draft, stream: Role, name: str, up: str, down: str) -> None:
     stream.writes(down)
 
 
-def _pooled(draft: Draft, stream: Role, pooler: str, *readers: str) -> None:
-    """A dense layer and tanh, an odd function, so its units have signs; without one a plain classifier."""
+def _pooler(draft: Draft, stream: Role, pooler: str, *readers: str) -> None:
+    """Declare a pooler, whose units have signs because tanh is odd, or the classifiers of a model without one."""
     present = [reader for reader in readers if draft.has(reader)]
     draft.keep(*(f"{reader}.bias" for reader in readers))
     if not draft.has(pooler):
@@ -81,7 +82,7 @@ def _pooled(draft: Draft, stream: Role, pooler: str, *readers: str) -> None:
         return
     stream.reads(pooler)
     if not present:
-        # The pooled features are handed out.
+        # The model returns the pooled features.
         draft.keep(f"{pooler}.bias")
         return
     units = draft.space("pooler", signed(draft.shape(f"{pooler}.weight")[0]))
@@ -90,7 +91,7 @@ def _pooled(draft: Draft, stream: Role, pooler: str, *readers: str) -> None:
 
 
 def _dense_classifier(draft: Draft, stream: Role, dense: str, out: str) -> None:
-    """RoBERTa's classifier: dense, tanh, out."""
+    """Declare the classifier of RoBERTa: dense layer, tanh, output layer."""
     if draft.has(dense):
         draft.keep(f"{out}.bias")
         units = draft.space("classifier", signed(draft.shape(f"{dense}.weight")[0]))
@@ -100,7 +101,7 @@ def _dense_classifier(draft: Draft, stream: Role, dense: str, out: str) -> None:
 
 
 def _masked_head(config: Config, draft: Draft, stream: Role, transform: str, head: str) -> None:
-    """Dense, activation, norm and decoder of a masked language model."""
+    """Declare the dense layer, norm and decoder of a masked language model."""
     dense, decoder = f"{transform}.dense", f"{head}.decoder"
     if not draft.has(dense):
         return
@@ -109,13 +110,11 @@ def _masked_head(config: Config, draft: Draft, stream: Role, transform: str, hea
     masked_head(config, draft, stream, dense, f"{transform}.{norm}", decoder)
 
 
-def masked_head(
-    config: Config, draft: Draft, stream: Role, dense: str, norm: str, decoder: str
-) -> None:
-    """A head whose decoder may be the token table.
+def masked_head(config: Config, draft: Draft, stream: Role, dense: str, norm: str, decoder: str) -> None:
+    """Declare a masked language head, whose decoder may be tied to the token table.
 
-    A tied decoder reads the stream's own units: then the dense layer has the stream on both axes, which makes
-    matching quadratic. It moves with both and counts with neither.
+    A tied decoder reads the units of the residual stream, so the dense layer has the stream on both axes. It is
+    transformed on both and counts in matching on neither, because matching would be quadratic.
     """
     tied = config.get("tie_word_embeddings", default=True)
     units = stream if tied else draft.space("head", Permutation(draft.shape(f"{dense}.weight")[0]))
@@ -127,19 +126,19 @@ def masked_head(
         units.reads(decoder)
 
 
-def _finished(draft: Draft, stream: Role, *, bare: bool) -> Symmetry:
+def _finish(draft: Draft, stream: Role, *, bare: bool) -> Symmetry:
     if draft.has("qa_outputs"):
         stream.reads("qa_outputs")
         draft.keep("qa_outputs.bias")
-    # A model without a head hands the stream itself out.
+    # A model without a head returns the residual stream itself.
     return draft.finish(*("residual",) * bare)
 
 
 def distilbert(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """DistilBERT: masked language head, sequence, span or token classifier."""
+    """Return the symmetry of DistilBERT with a masked language head, or a sequence, span or token classifier."""
     draft = Draft(state)
     prefix = "distilbert." if draft.has("distilbert.embeddings.word_embeddings") else ""
-    stream = _embedded(config, draft, f"{prefix}embeddings")
+    stream = _embeddings(config, draft, f"{prefix}embeddings")
     for block in range(config.count("n_layers", "num_hidden_layers")):
         layer = f"{prefix}transformer.layer.{block}"
         names = Projections(*(f"{layer}.attention.{part}_lin" for part in ("q", "k", "v", "out")))
@@ -151,56 +150,57 @@ def distilbert(config: Config, state: State, *, residual: bool) -> Symmetry:
         stream.scales(f"{layer}.output_layer_norm")
     if draft.has("vocab_transform"):
         draft.keep("vocab_projector.bias")
-        names3 = ("vocab_transform", "vocab_layer_norm", "vocab_projector")
-        masked_head(config, draft, stream, *names3)
-    _rectified(draft, stream)
-    return _finished(draft, stream, bare=not prefix or not residual)
+        layers = ("vocab_transform", "vocab_layer_norm", "vocab_projector")
+        masked_head(config, draft, stream, *layers)
+    _permuted_classifier(draft, stream, "classifier", "pre_classifier")
+    return _finish(draft, stream, bare=not prefix or not residual)
 
 
-def _rectified(draft: Draft, stream: Role) -> None:
-    """DistilBERT's classifier: dense, ReLU, out; for tokens out alone."""
-    draft.keep("classifier.bias")
-    if draft.has("pre_classifier"):
-        units = draft.space("classifier", Permutation(draft.shape("pre_classifier.weight")[0]))
-        units.writes("pre_classifier")
-        units.reads("classifier")
-        stream.reads("pre_classifier")
-    elif draft.has("classifier"):
-        stream.reads("classifier")
+def _permuted_classifier(draft: Draft, stream: Role, name: str, dense: str, out: str = "classifier") -> None:
+    """Declare a classifier whose dense layer has any activation, or of tokens, which has no dense layer."""
+    draft.keep(f"{out}.bias")
+    if draft.has(dense):
+        units = draft.space(name, Permutation(draft.shape(f"{dense}.weight")[0]))
+        units.writes(dense)
+        units.reads(out)
+        stream.reads(dense)
+    elif draft.has(out):
+        stream.reads(out)
 
 
 def deberta_v2(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """DeBERTa-v2 and v3: relative positions are read by the heads' own projections or by projections of their own.
+    """Return the symmetry of DeBERTa-v2 and v3.
 
-    With `share_att_key` the table of positions is read by query and key, so it belongs to the stream; without,
-    it is a space of its own, and `pos_key_proj` turns with the queries that meet it, `pos_query_proj` with the keys:
-    all four are one role. A key bias meets positions too, so it counts.
+    With `share_att_key` the projections of query and key also read the table of relative positions, which then
+    belongs to the residual stream. Without it the table is a space of its own with its own projections:
+    `pos_key_proj` meets queries and `pos_query_proj` meets keys, so all four projections are one role. A key bias
+    meets positions too and therefore counts in matching.
     """
     draft = Draft(state)
     prefix = "deberta." if draft.has("deberta.embeddings.word_embeddings") else ""
-    stream = _embedded(config, draft, f"{prefix}embeddings")
+    stream = _embeddings(config, draft, f"{prefix}embeddings")
     positions = _positions(config, draft, stream, f"{prefix}encoder")
     for block in range(config.count("num_hidden_layers")):
         layer = f"{prefix}encoder.layer.{block}"
         within = f"{layer}.attention.self"
         names = _within(f"{layer}.attention", "self.{part}_proj")
         count = config.count("num_attention_heads")
-        meeting = "p2c" in (config.get("pos_att_type") or ())
-        found = heads(draft, f"heads.{block}", names, count, key_bias_scored=meeting)
+        meets_keys = "p2c" in (config.get("pos_att_type") or ())
+        head = heads(draft, f"heads.{block}", names, count, key_bias_scored=meets_keys)
         stream.reads(names.query, names.key, names.value)
         for reader in (f"{within}.pos_key_proj", f"{within}.pos_query_proj"):
             if draft.has(reader):
-                # What it adds is the same for all keys of a query, as a key bias without positions is.
-                found.writes(reader, bias_scored=not reader.endswith("pos_key_proj"))
+                # This bias adds the same number for all keys of a query, like a key bias without positions.
+                head.writes(reader, bias_scored=not reader.endswith("pos_key_proj"))
                 positions.reads(reader)
         _feed_forward(draft, stream, layer, block)
-    _context_pooled(draft, stream)
+    _permuted_classifier(draft, stream, "pooler", "pooler.dense")
     _masked_head(config, draft, stream, "cls.predictions.transform", "cls.predictions")
-    return _finished(draft, stream, bare=not prefix or not residual)
+    return _finish(draft, stream, bare=not prefix or not residual)
 
 
 def _positions(config: Config, draft: Draft, stream: Role, encoder: str) -> Role:
-    """The space of the relative positions' table."""
+    """Return the space that the table of relative positions belongs to."""
     table = f"{encoder}.rel_embeddings"
     if not draft.has(table):
         return stream
@@ -211,15 +211,3 @@ def _positions(config: Config, draft: Draft, stream: Role, encoder: str) -> Role
     if draft.has(f"{encoder}.LayerNorm"):
         space.scales(f"{encoder}.LayerNorm")
     return space
-
-
-def _context_pooled(draft: Draft, stream: Role) -> None:
-    """Dense, any activation, classifier; for tokens the classifier alone."""
-    draft.keep("classifier.bias")
-    if draft.has("pooler.dense"):
-        units = draft.space("pooler", Permutation(draft.shape("pooler.dense.weight")[0]))
-        units.writes("pooler.dense")
-        units.reads("classifier")
-        stream.reads("pooler.dense")
-    elif draft.has("classifier"):
-        stream.reads("classifier")

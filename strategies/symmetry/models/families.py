@@ -1,4 +1,4 @@
-"""From a model's type to its symmetry."""
+"""The families of published architectures, and the symmetry of a model by its type."""
 
 from typing import Protocol
 
@@ -12,11 +12,12 @@ from fedbasin.strategies.tensors.state import State
 
 
 class Family(Protocol):
-    """Reads one architecture."""
+    """A function that derives the symmetry of one architecture."""
 
     def __call__(self, config: Config, state: State, *, residual: bool) -> Symmetry: ...
 
 
+# The keys are values of `config.model_type`.
 FAMILIES: dict[str, Family] = {
     "bert": bert,
     "clip": clip,
@@ -36,21 +37,21 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(model_type: str, config: object, state: State, *, residual: bool = True) -> Symmetry:
-    """The symmetry of a model of the `transformers` library, which need not be installed.
+    """Return the symmetry of a model of the `transformers` library, which need not be installed.
 
     Args:
         model_type: `config.model_type` of the model.
-        config: the model's config, or its `to_dict()`.
+        config: configuration of the model, or its `to_dict()`.
         state: the model's `state_dict()`; only names and shapes are read.
-        residual: False leaves the residual stream as it is. A model without a head hands its stream out,
-            so there it always stays.
+        residual: False leaves the residual stream as it is. A model without a head returns its residual stream, which
+            is always left as it is.
 
     Raises:
-        SymmetryError: the type is unknown, or a tensor is missing, of another shape or not of this architecture.
+        SymmetryError: the type is unknown, or a tensor is missing, has another shape or is not of this architecture.
     """
     if model_type not in FAMILIES:
         raise SymmetryError(
-            f"no family {model_type!r}; known are {', '.join(FAMILIES)}. "
+            f"no family {model_type!r}; the known families are {', '.join(FAMILIES)}. "
             "Trace the model or write its symmetry as text"
         )
     return FAMILIES[model_type](Config(config), state, residual=residual)

@@ -2,13 +2,13 @@
 
     x <- x + W_O concat_h softmax(q_h k_h^T / sqrt(d_h)) v_h,    x <- x + W_2 act(W_1 norm(x))
 
-The residual stream is a permutation `S(d)`, shared by everything that writes to it or reads from it. Heads change
-places, and inside a head queries and keys are turned together, values against the output projection:
-`O(d_h)*O(d_h) wr S(h)` (Zhang et al. 2025, arXiv 2502.00264). The hidden units of an MLP are a permutation.
+Permutations `S(d)` act on the residual stream, one for all layers that write or read it. Heads change places, and
+inside a head queries and keys rotate together, and values against the output projection: `O(d_h)*O(d_h) wr S(h)`
+(Zhang et al. 2025, arXiv 2502.00264). Permutations act on the hidden units of an MLP.
 
-Without rotary positions a key bias adds the same to all scores of a query and says nothing: it moves with its head
-but does not count in matching, and any vector may be added to it. Rotary positions, normalised queries and keys, and gated MLPs have other groups:
-this family is not theirs.
+Without rotary positions a key bias adds the same number to all scores of a query and has no effect: it is transformed
+with its head but does not count in matching, and any vector may be added to it. Transformers with rotary positions,
+normalised queries and keys, or gated MLPs have other groups and need another family.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,21 @@ from fedbasin.strategies.tensors.state import State
 
 @dataclass(frozen=True)
 class Names:
-    """What a model calls its parts; `{block}` stands for the block's number, from 0.
+    """The names of a model's parts, in which `{block}` stands for the number of a block, from 0.
 
     Attributes:
-        embedding: a Linear or convolution that writes the residual stream, or None.
-        tables: tensors whose last axis is the residual stream: token tables, positions, class tokens.
-        attention_norm: the LayerNorm before attention.
-        query: the projection to queries, a Linear; `key`, `value` and `output` likewise.
-        mlp_norm: the LayerNorm before the MLP.
-        up: the MLP's first Linear.
-        down: its second.
-        final_norm: the LayerNorm before the head.
-        head: the Linear that reads the final norm, or None.
+        embedding: Linear or convolution that writes the residual stream, or None.
+        tables: tensors whose last axis is the residual stream, such as token tables, positions and class tokens.
+        attention_norm: LayerNorm before attention.
+        query: Linear that writes queries.
+        key: Linear that writes keys.
+        value: Linear that writes values.
+        output: Linear that reads the attended values.
+        mlp_norm: LayerNorm before the MLP.
+        up: first Linear of the MLP.
+        down: second Linear of the MLP.
+        final_norm: LayerNorm before the head.
+        head: Linear that reads the final norm, or None.
     """
 
     embedding: str | None = "embedding"
@@ -50,19 +53,17 @@ class Names:
     head: str | None = "head"
 
 
-def preln_transformer(
-    state: State, heads: int, names: Names | None = None, *, residual: bool = True
-) -> Symmetry:
-    """The spaces of a transformer: the residual stream, then heads and MLP units block by block.
+def preln_transformer(state: State, heads: int, names: Names | None = None, *, residual: bool = True) -> Symmetry:
+    """Return the symmetry of a transformer: the residual stream, then heads and MLP units block by block.
 
     Args:
         state: tensors of the model; only names and shapes are read. Biases are optional.
-        heads: attention heads of a block.
-        names: what the model calls its parts.
+        heads: number of attention heads of a block.
+        names: names of the model's parts.
         residual: False leaves the residual stream as it is.
 
     Raises:
-        SymmetryError: a tensor is missing, or does not have the shape that its part should have.
+        SymmetryError: a tensor is missing or has another shape than its part should have.
     """
     return _Family(state, heads, names or Names()).symmetry(residual=residual)
 
@@ -81,12 +82,13 @@ class _Family:
         return Symmetry((stream, *inner) if residual else tuple(inner), shifts=shifts)
 
     def _count(self) -> int:
+        # Counted in the state, because plain models have no config.
         block = 0
         while f"{self.names.query.format(block=block)}.weight" in self.state:
             block += 1
             if "{block}" not in self.names.query:
                 return block
-        # Without a first block the lookup below names what is missing.
+        # Without any block, the lookup of block 0 names the missing tensor.
         return max(block, 1)
 
     def _residual(self, blocks: range) -> Space:
@@ -114,8 +116,7 @@ class _Family:
 
     def _heads(self, block: int) -> Space:
         query, key, value, output = (
-            name.format(block=block)
-            for name in (self.names.query, self.names.key, self.names.value, self.names.output)
+            name.format(block=block) for name in (self.names.query, self.names.key, self.names.value, self.names.output)
         )
         scores = self._length(f"{query}.weight", 0)
         values = self._length(f"{value}.weight", 0)
@@ -126,21 +127,20 @@ class _Family:
             *self._writer(value, values, role=1),
             self._axis(f"{output}.weight", 1, values, role=1),
         )
-        inners = (self._inside(query, scores), self._inside(value, values))
+        inners = (self._rotation(query, scores), self._rotation(value, values))
         return Space(f"heads.{block}", Wreath(inners, self.heads), axes)
 
     def _shifts(self, block: int) -> Iterator[Shift]:
         key, value, output = (
-            name.format(block=block)
-            for name in (self.names.key, self.names.value, self.names.output)
+            name.format(block=block) for name in (self.names.key, self.names.value, self.names.output)
         )
         if f"{key}.bias" in self.state:
             yield Shift(f"{key}.bias")
         if f"{value}.bias" in self.state and f"{output}.bias" in self.state:
-            into = Output(f"{output}.weight", 1, f"{output}.bias")
-            yield Shift(f"{value}.bias", output=into)
+            projection = Output(f"{output}.weight", 1, f"{output}.bias")
+            yield Shift(f"{value}.bias", output=projection)
 
-    def _inside(self, projection: str, width: int) -> Orthogonal:
+    def _rotation(self, projection: str, width: int) -> Orthogonal:
         if self.heads < 1 or width % self.heads:
             raise SymmetryError(
                 f"{projection}.weight writes {width} features, which {self.heads} heads cannot share; "
@@ -155,7 +155,7 @@ class _Family:
         return Space(f"mlp.{block}", Permutation(width), axes)
 
     def _writer(self, name: str, width: int, role: int = 0) -> Iterator[Axis]:
-        """Weight and bias of a layer whose first axis is the space; a norm scales it."""
+        """Yield the axes of weight and bias of a layer whose first axis is the space, such as a norm."""
         yield self._axis(f"{name}.weight", 0, width, role)
         yield from self._bias(name, width, role)
 
@@ -163,13 +163,11 @@ class _Family:
         if f"{name}.bias" in self.state:
             yield self._axis(f"{name}.bias", 0, width, role, scored=scored)
 
-    def _axis(
-        self, tensor: str, axis: int, width: int, role: int = 0, *, scored: bool = True
-    ) -> Axis:
+    def _axis(self, tensor: str, axis: int, width: int, role: int = 0, *, scored: bool = True) -> Axis:
         if self._length(tensor, axis) != width:
             raise SymmetryError(
                 f"{tensor} has shape {self._shape(tensor)}, but axis {axis} should have {width} entries; "
-                f"this family has separate query, key, value and output projections of one width"
+                f"give a model with separate query, key, value and output projections of one width"
             )
         return Axis(tensor, axis, role=role, scored=scored)
 
@@ -181,7 +179,5 @@ class _Family:
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         if tensor not in self.state:
-            raise SymmetryError(
-                f"the model has no tensor {tensor!r}; say what it is called in Names"
-            )
+            raise SymmetryError(f"the model has no tensor {tensor!r}; give its name in Names")
         return tuple(self.state[tensor].shape)

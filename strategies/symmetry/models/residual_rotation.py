@@ -1,11 +1,12 @@
-"""Transformers whose residual stream turns: O(d-1) between LayerNorms, O(d) between root mean square norms.
+"""Transformers whose residual stream rotates: O(d-1) between LayerNorms, O(d) between root mean square norms.
 
-With the norms' gains folded into what reads them (`folding.py`), every writer of the stream may turn it and every
-reader turn it back: 1/sigma (x - mean) commutes with the maps of O(d) that keep the ones vector, x/rms(x) with all of
-them. For models from different starts this decides how well they match (Theus et al. 2025, arXiv 2506.22712).
+Once the weights of the norms are folded into the layers that read them (`folding.py`), every writer of the residual
+stream may rotate it and every reader rotate it back: `(x - mean) / sigma` commutes with the maps of O(d) that keep
+the vector of ones, `x / rms(x)` with all of O(d). For models from independent initialisations these rotations decide
+how well they match (Theus et al. 2025, arXiv 2506.22712).
 
-The symmetries here rewrite the parametrisation: a model that was matched by one has gains 1, and so has the global model
-that is made of such models. Its function is the same, and its tensors keep their names and shapes.
+The symmetries here change the parametrisation: a model that was matched by one has norms of weight 1, and so has the
+global model made of such models. Its function, and the names and shapes of its tensors, stay the same.
 """
 
 import re
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 from fedbasin.strategies.symmetry.folding import Fold, Reader
 from fedbasin.strategies.symmetry.groups.centred import Centred
-from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal
 from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.models.prenorm_transformer import Names, preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
@@ -23,86 +24,89 @@ from fedbasin.strategies.tensors.state import State
 _RESIDUAL = "residual"
 
 
-def turning_transformer(state: State, heads: int, names: Names | None = None) -> Symmetry:
-    """The spaces of `preln_transformer` with O(d-1) on the residual stream, and the folds it needs.
+def rotating_residual_transformer(state: State, heads: int, names: Names | None = None) -> Symmetry:
+    """Return the symmetry of `preln_transformer` with O(d-1) on the residual stream, and the folds it needs.
 
     Args:
         state: tensors of the model.
-        heads: attention heads of a block.
-        names: what the model calls its parts.
+        heads: number of attention heads of a block.
+        names: names of the model's parts.
 
     Raises:
-        SymmetryError: a tensor is missing or of another shape, or a norm cannot be folded.
+        SymmetryError: a tensor is missing or has another shape, or a norm cannot be folded.
     """
-    found = names or Names()
-    folds = tuple(_folds_of(found, state))
-    return turning(preln_transformer(state, heads, found), folds, state)
+    names = names or Names()
+    folds = tuple(_folds_of(names, state))
+    return rotate_residual(preln_transformer(state, heads, names), folds, state)
 
 
-def turning_family(model_type: str, config: object, state: State) -> Symmetry:
-    """The symmetry of a model of the `transformers` library, its residual stream turning.
+def rotating_residual_family(model_type: str, config: object, state: State) -> Symmetry:
+    """Return the symmetry of a model of the `transformers` library with a rotating residual stream.
 
     Args:
         model_type: `config.model_type` of the model: gpt2, gpt_neox, vit, llama, mistral, qwen2, qwen3 or mixtral.
-        config: the model's config, or its `to_dict()`.
-        state: the model's `state_dict()`, whose tied tensors share their memory.
+        config: configuration of the model, or its `to_dict()`.
+        state: the model's `state_dict()`, in which tied tensors share their memory.
 
     Raises:
-        SymmetryError: the type is not among these, a norm cannot be folded, or the model hands its stream out.
+        SymmetryError: the type is not one of these, a norm cannot be folded, or the model has no head.
     """
     if model_type not in _READERS:
         raise SymmetryError(
-            f"no turning stream for {model_type!r}; known are {', '.join(sorted(_READERS))}. "
-            "A norm after the sum hands its own gain on: use `family`, which permutes the stream"
+            f"no rotating residual stream for {model_type!r}; known are {', '.join(sorted(_READERS))}. A norm "
+            "after the sum keeps its weight on the residual stream: use `family`, which permutes the stream"
         )
-    folds = tuple(_matched(_READERS[model_type], state))
-    return turning(family(model_type, config, state), folds, state)
+    folds = tuple(_matching_folds(_READERS[model_type], state))
+    return rotate_residual(family(model_type, config, state), folds, state)
 
 
-def turning(symmetry: Symmetry, folds: tuple[Fold, ...], state: State) -> Symmetry:
-    """Replace the residual stream's permutations, or signed permutations, by all rotations.
+def rotate_residual(symmetry: Symmetry, folds: tuple[Fold, ...], state: State) -> Symmetry:
+    """Replace the permutations, or signed permutations, of the residual stream by all rotations.
 
     Args:
-        symmetry: with a space `residual`, of S(d) between LayerNorms or of signs between root mean square norms.
-        folds: every norm that reads the stream.
+        symmetry: a symmetry with a space `residual`, of S(d) between LayerNorms or of signed permutations between root
+            mean square norms.
+        folds: every norm that reads the residual stream.
         state: tensors of the model.
 
     Raises:
-        SymmetryError: there is no such space, a gain on the stream is not folded, or a norm cannot be folded.
+        SymmetryError: there is no such space, a norm on the stream is not folded, or a norm cannot be folded.
     """
     stream = next((space for space in symmetry.spaces if space.name == _RESIDUAL), None)
     if stream is None:
         raise SymmetryError(
-            "the symmetry has no space 'residual' to turn: a model without a head hands its stream out; "
-            "match the model that has its head"
+            "the symmetry has no space 'residual' to rotate: a model without a head returns its residual stream; "
+            "match the model with its head"
         )
-    turned = replace(stream, group=_rotations(stream), axes=_turned(stream, folds, state))
-    spaces = tuple(turned if space is stream else space for space in symmetry.spaces)
+    rotating = replace(stream, group=_rotations(stream), axes=_axes(stream, folds, state))
+    spaces = tuple(rotating if space is stream else space for space in symmetry.spaces)
     result = replace(symmetry, spaces=spaces, folds=folds)
+    # Folds read the state too: a reader that is tied to another tensor is refused here.
     result.check(state)
     return result
 
 
 def _rotations(stream: Space) -> Group:
-    # A LayerNorm takes the mean of the stream, and its family says so by keeping signs out.
+    # LayerNorm subtracts the mean, which is why its family has permutations without signs.
     width = stream.width()
-    return Centred(width) if isinstance(stream.group, Permutation) else Orthogonal(width)
+    return Centred(width) if stream.group.is_permutation else Orthogonal(width)
 
 
-def _turned(stream: Space, folds: Iterable[Fold], state: State) -> tuple[Axis, ...]:
-    gains = {fold.gain for fold in folds}
-    axes = tuple(m for m in stream.axes if m.tensor not in gains)
-    moved = {axis.tensor for axis in axes}
-    for norm in {axis.tensor.removesuffix(".bias") for axis in stream.axes}:
-        gain = f"{norm}.weight"
-        if gain in moved and len(state[gain].shape) == 1:
-            raise SymmetryError(
-                f"{gain} scales entries of the stream and is not folded; name what reads the norm, or leave "
-                "the stream to permutations"
-            )
-    lone = sorted(m.tensor for m in axes if m.role)
-    if lone:
-        raise SymmetryError(f"{lone[0]} scales entries of the stream and is not folded")
+def _axes(stream: Space, folds: Iterable[Fold], state: State) -> tuple[Axis, ...]:
+    """Return the axes of the stream without the weights of folded norms; refuse any norm that is not folded."""
+    folded = {fold.weight for fold in folds}
+    axes = tuple(axis for axis in stream.axes if axis.tensor not in folded)
+    tensors = {axis.tensor for axis in axes}
+    norms = {axis.tensor.removesuffix(".bias") for axis in stream.axes}
+    scales = [f"{norm}.weight" for norm in norms if f"{norm}.weight" in tensors]
+    unfolded = sorted(
+        [name for name in scales if len(state[name].shape) == 1] + [axis.tensor for axis in axes if axis.role]
+    )
+    if unfolded:
+        raise SymmetryError(
+            f"{unfolded[0]} scales entries of the residual stream and is not folded; name the layers that read "
+            "the norm, or leave the stream to permutations"
+        )
     return axes
 
 
@@ -117,7 +121,7 @@ def _folds_of(names: Names, state: State) -> Iterator[Fold]:
             break
     if names.head is None:
         raise SymmetryError(
-            "a model without a head hands its stream out, which must then stay; name the head in Names"
+            "a model without a head returns its residual stream, which must not rotate then; name the head in Names"
         )
     yield _fold(names.final_norm, (names.head,), 0)
 
@@ -128,9 +132,7 @@ def _fold(norm: str, readers: Iterable[str], block: int) -> Fold:
 
 
 _ROTARY_LINE = {
-    r"(.*layers\.\d+)\.input_layernorm": tuple(
-        rf"\1.self_attn.{part}_proj.weight[1]" for part in "qkv"
-    ),
+    r"(.*layers\.\d+)\.input_layernorm": tuple(rf"\1.self_attn.{part}_proj.weight[1]" for part in "qkv"),
     r"(.*layers\.\d+)\.post_attention_layernorm": (
         *(rf"\1.mlp.{part}_proj.weight[1]" for part in ("gate", "up")),
         *(r"\1.mlp.gate.weight[1]", r"\1.mlp.experts.gate_up_proj[2]"),
@@ -138,7 +140,8 @@ _ROTARY_LINE = {
     r"(?:model\.)?norm": ("lm_head.weight[1]", "score.weight[1]"),
 }
 
-# For each norm that reads the stream what reads the norm, where the model has it.
+# For each norm that reads the residual stream the layers that read the norm, if the model has them.
+# The axis is that of the stream: 0 of a `Conv1D`, 2 of stacked experts.
 _READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gpt2": {
         r"(.*h\.\d+)\.ln_1": (r"\1.attn.c_attn.weight[0]",),
@@ -148,14 +151,10 @@ _READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gpt_neox": {
         r"(.*layers\.\d+)\.input_layernorm": (r"\1.attention.query_key_value.weight[1]",),
         r"(.*layers\.\d+)\.post_attention_layernorm": (r"\1.mlp.dense_h_to_4h.weight[1]",),
-        r".*final_layer_norm": tuple(
-            f"{head}.weight[1]" for head in ("embed_out", "lm_head", "score")
-        ),
+        r".*final_layer_norm": tuple(f"{head}.weight[1]" for head in ("embed_out", "lm_head", "score")),
     },
     "vit": {
-        r"(.*layers\.\d+)\.layernorm_before": tuple(
-            rf"\1.attention.{part}_proj.weight[1]" for part in "qkv"
-        ),
+        r"(.*layers\.\d+)\.layernorm_before": tuple(rf"\1.attention.{part}_proj.weight[1]" for part in "qkv"),
         r"(.*layers\.\d+)\.layernorm_after": (r"\1.mlp.fc1.weight[1]",),
         r"(?:vit\.)?layernorm": ("classifier.weight[1]",),
     },
@@ -163,7 +162,7 @@ _READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def _matched(patterns: Mapping[str, tuple[str, ...]], state: State) -> Iterator[Fold]:
+def _matching_folds(patterns: Mapping[str, tuple[str, ...]], state: State) -> Iterator[Fold]:
     for tensor in state:
         norm = tensor.removesuffix(".weight")
         for pattern, readers in patterns.items():

@@ -1,37 +1,26 @@
 """T5: encoder and decoder over one token table (Raffel et al. 2020, arXiv 1910.10683).
 
-A table of relative position biases, one column a head, lies in a stack's first block and is used by all of its blocks.
-So all self-attentions of a stack exchange their heads together, with the columns, and turn each by itself; the
-decoder's attention to the encoder has no bias and exchanges its heads alone. Both stacks read one table, so they share
-one residual stream; root mean square norms leave it its signs.
+The first block of a stack has a table of relative position biases, one column for each head, which all blocks of the
+stack use. All self-attentions of a stack therefore permute their heads together, with the columns, and each rotates
+its heads by itself. The decoder's attention to the encoder has no bias and permutes its heads alone. Both stacks read
+one token table, so they share one residual stream, which has signs because its norms are root mean square norms.
 """
 
-from fedbasin.strategies.symmetry.groups.groups import (
-    Orthogonal,
-    Permutation,
-    Wreath,
-    gated,
-    signed,
-)
-from fedbasin.strategies.symmetry.models.draft import (
-    Config,
-    Draft,
-    Projections,
-    Role,
-    heads,
-    share,
-)
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath, gated, signed
+from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads, share
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 
+# The role of `signed(n, scales=True)` that follows the order without the sign.
 _SCALES = 1
 
 
 def t5(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """T5, gated or not, with a language head; an encoder alone hands its stream out."""
+    """Return the symmetry of T5, gated or not, with a language head; an encoder alone returns its residual stream."""
     draft = Draft(state)
     stream = draft.space("residual", signed(config.count("d_model", "hidden_size"), scales=True))
     tables = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    # The tables may be tied or not; as all of them have the stream on one axis, both are the same symmetry.
     stream.reads(*(table for table in tables if draft.has(table)))
     encoder = config.count("num_layers", "num_hidden_layers")
     _stack(config, draft, stream, "encoder", encoder)
@@ -58,21 +47,22 @@ def _stack(config: Config, draft: Draft, stream: Role, stack: str, blocks: int) 
 
 
 def _tied_heads(draft: Draft, stream: Role, stack: str, blocks: int, count: int) -> None:
-    """Roles: query-key and value-output of block after block, then the columns of the biases."""
-    names = [
-        _projections(f"{stack}.block.{block}.layer.0.SelfAttention") for block in range(blocks)
-    ]
+    """Declare the heads of a stack.
+
+    The roles are query-key and value-output of one block after the other, then the columns of the position biases.
+    """
+    names = [_projections(f"{stack}.block.{block}.layer.0.SelfAttention") for block in range(blocks)]
     size = share(draft.shape(f"{names[0].query}.weight")[0], count, names[0].query)
+    # One order for all blocks, but a rotation of its own for each role of each block.
     inners = (Orthogonal(size),) * (2 * blocks)
     head = draft.space(f"{stack}.heads", Wreath((*inners, Permutation(1)), count))
-    for block, own in enumerate(names):
-        head.at(2 * block).writes(own.query)
-        head.at(2 * block).writes(own.key)
-        head.at(2 * block + 1).writes(own.value)
-        head.at(2 * block + 1).reads(own.output)
-        _beside(stream, own, f"{stack}.block.{block}.layer.0.layer_norm")
-    first = f"{stack}.block.0.layer.0.SelfAttention"
-    head.at(2 * blocks).reads(f"{first}.relative_attention_bias")
+    for block, projections in enumerate(names):
+        head.at(2 * block).writes(projections.query)
+        head.at(2 * block).writes(projections.key)
+        head.at(2 * block + 1).writes(projections.value)
+        head.at(2 * block + 1).reads(projections.output)
+        _beside(stream, projections, f"{stack}.block.{block}.layer.0.layer_norm")
+    head.at(2 * blocks).reads(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias")
 
 
 def _projections(attention: str) -> Projections:

@@ -2,9 +2,9 @@
 
     x <- x + attention(LN(x)),    x <- x + W_2 act(W_1 LN(x))
 
-Norms with mean and scale leave the residual stream its permutations (Dosovitskiy et al. 2021, arXiv 2010.11929;
-Radford et al. 2021, arXiv 2103.00020). CLIP's towers have a stream each; the space in which they meet is handed out
-and stays.
+Permutations act on the residual stream, because LayerNorm subtracts the mean and has a weight for each entry
+(Dosovitskiy et al. 2021, arXiv 2010.11929; Radford et al. 2021, arXiv 2103.00020). Each tower of CLIP has a residual
+stream of its own; the space in which they meet is an output of the model and stays.
 """
 
 from fedbasin.strategies.symmetry.groups.groups import Permutation
@@ -14,11 +14,12 @@ from fedbasin.strategies.tensors.state import State
 
 
 def vit(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """ViT with an image classifier."""
+    """Return the symmetry of ViT with an image classifier."""
     draft = Draft(state)
     prefix = "vit." if draft.has("vit.embeddings.cls_token") else ""
     embeddings = f"{prefix}embeddings"
     stream = draft.space("residual", Permutation(config.count("hidden_size")))
+    # Class token and positions have shape [1, length, features].
     stream.moves(f"{embeddings}.cls_token", 2)
     stream.moves(f"{embeddings}.position_embeddings", 2)
     stream.writes(f"{embeddings}.patch_embeddings.projection")
@@ -35,25 +36,25 @@ def vit(config: Config, state: State, *, residual: bool) -> Symmetry:
     if draft.has(f"{prefix}pooler.dense"):
         stream.reads(f"{prefix}pooler.dense")
         draft.keep(f"{prefix}pooler.dense.bias")
-    # A model without a head hands the stream itself out.
+    # A model without a head returns the residual stream itself.
     return draft.finish(*("residual",) * (not prefix or not residual))
 
 
 def clip(config: Config, state: State, *, residual: bool) -> Symmetry:
-    """CLIP, or one of its towers alone; a tower without its projection hands its stream out."""
+    """Return the symmetry of CLIP or of one tower; a tower without its projection returns its residual stream."""
     draft = Draft(state)
     draft.keep("logit_scale", "classifier.bias")
     bare = []
     if draft.has("text_model.embeddings.token_embedding"):
         stream = _text(Config(config.get("text_config", default=config.source)), draft)
-        bare += _projected(draft, stream, "text_projection")
+        bare += _project(draft, stream, "text_projection")
     if draft.has("vision_model.embeddings.patch_embedding"):
         stream = _vision(Config(config.get("vision_config", default=config.source)), draft)
-        bare += _projected(draft, stream, "visual_projection", "classifier")
+        bare += _project(draft, stream, "visual_projection", "classifier")
     return draft.finish(*(bare if residual else ("text.residual", "vision.residual")))
 
 
-def _projected(draft: Draft, stream: Role, *readers: str) -> list[str]:
+def _project(draft: Draft, stream: Role, *readers: str) -> list[str]:
     present = [reader for reader in readers if draft.has(reader)]
     stream.reads(*present)
     return [] if present else [stream.space]

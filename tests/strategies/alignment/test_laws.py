@@ -7,19 +7,12 @@ from hypothesis import strategies as st
 
 from fedbasin.client.capture.feature_correlations import correlations
 from fedbasin.strategies.alignment.activation_matching import match_activations
-from fedbasin.strategies.alignment.identity_bound import identity_radii
+from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.transform import random
 from fedbasin.strategies.tensors.state import distance
-from tests.strategies.alignment.test_matching import (
-    drawn,
-    equal,
-    family,
-    near,
-    planted,
-    symmetry_of,
-)
+from tests.strategies.alignment.test_weight_matching import drawn, equal, family, near, planted, symmetry_of
 from tests.strategies.symmetry.families import FAMILIES
 
 few = settings(max_examples=4, deadline=None)
@@ -30,8 +23,8 @@ def by_weights(name, symmetry, anchor, client):
     return match_weights(symmetry, anchor, client)
 
 
-def by_weights_with_radii(name, symmetry, anchor, client):
-    return match_weights(symmetry, anchor, client, identity_radii(symmetry, anchor))
+def by_weights_with_bounds(name, symmetry, anchor, client):
+    return match_weights(symmetry, anchor, client, identity_bounds(symmetry, anchor))
 
 
 def by_sinkhorn(name, symmetry, anchor, client):
@@ -53,7 +46,7 @@ def batches(name):
     return [(part, torch.zeros(len(part), dtype=torch.long)) for part in inputs.split(32)]
 
 
-MATCHERS = [by_weights, by_weights_with_radii, by_sinkhorn, by_activations]
+MATCHERS = [by_weights, by_weights_with_bounds, by_sinkhorn, by_activations]
 # Without a space on both axes of a tensor, which no matcher promises to undo.
 PLANTED = ["mlp", "convnet"]
 every_matcher = pytest.mark.parametrize("match", MATCHERS)
@@ -118,12 +111,10 @@ def test_a_client_near_the_anchor_stays(match):
     assert match("mlp", symmetry, anchor, near(anchor, 1e-3, 1)).transform.is_identity
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and a torch built for it")
 @every_matcher
 @pytest.mark.parametrize("name", ["mlp", "transformer"])
-def test_states_on_a_gpu_are_aligned_there_as_on_the_cpu(
-    match, name
-):  # pragma: no cover - needs a GPU
+def test_states_on_a_gpu_are_aligned_there_as_on_the_cpu(match, name):  # pragma: no cover - needs a GPU
     symmetry, anchor = family(name)
     client = random(symmetry, drawn(3)).act(near(anchor, 0.1, 4))
     here = match(name, symmetry, anchor, client)

@@ -1,12 +1,12 @@
 import torch
 
-from fedbasin.strategies.alignment.alignment_report import Decision
-from fedbasin.strategies.alignment.identity_bound import identity_radii
-from fedbasin.strategies.alignment.transformed_state import Moved
+from fedbasin.proto.report import Decision
+from fedbasin.strategies.alignment.identity_bound import identity_bounds
+from fedbasin.strategies.alignment.transformed_state import TransformedState
 from fedbasin.strategies.alignment.weight_matching import find_by_weights, match_weights
 from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
-from tests.strategies.alignment.test_matching import drawn, equal, family, near
+from tests.strategies.alignment.test_weight_matching import drawn, equal, family, near
 
 
 class Stored(dict):
@@ -29,10 +29,10 @@ class Stored(dict):
 def test_what_was_decided_says_why():
     symmetry, anchor = family("mlp")
     client = near(anchor, 1e-3, 1)
-    radii = identity_radii(symmetry, anchor)
-    proven = match_weights(symmetry, anchor, client, radii).report
+    bounds = identity_bounds(symmetry, anchor)
+    proven = match_weights(symmetry, anchor, client, bounds).report
     searched = match_weights(symmetry, anchor, client).report
-    moved = match_weights(symmetry, anchor, random(symmetry, drawn(1)).act(anchor), radii).report
+    moved = match_weights(symmetry, anchor, random(symmetry, drawn(1)).act(anchor), bounds).report
     decisions = [report.decision for report in (proven, searched, moved)]
     assert decisions == [Decision.certified, Decision.identity, Decision.aligned]
 
@@ -49,7 +49,7 @@ def test_states_in_files_are_read_tensor_by_tensor_and_never_whole():
 def test_a_state_is_moved_when_it_is_read():
     symmetry, anchor = family("convnet")
     transform = random(symmetry, drawn(4))
-    moved = Moved(symmetry, anchor, {})
+    moved = TransformedState(symmetry, anchor, {})
     assert moved["bn1.bias"] is anchor["bn1.bias"]
     moved.elements.update(transform.elements)
     assert equal(dict(moved), transform.act(anchor))
@@ -60,5 +60,5 @@ def test_only_tensors_of_spaces_that_moved_are_touched():
     symmetry = parse("a S(2) u[0]\nb S(2) v[0]")
     state = {"u": torch.eye(2), "v": torch.eye(2), "w": torch.eye(2)}
     (first, _) = symmetry.spaces
-    moved = Moved(symmetry, state, {"a": first.group.random(drawn(0))})
+    moved = TransformedState(symmetry, state, {"a": first.group.random(drawn(0))})
     assert [moved.is_touched(name) for name in state] == [True, False, False]

@@ -158,8 +158,8 @@ def test_an_odd_number_of_equal_steps_has_a_middle(points):
 @pytest.mark.parametrize(
     ("correct", "examples", "message"),
     [
-        ((1.0, 3.0, 1.0), 2.0, "counts, not shares"),
-        ((1.0, -1.0, 1.0), 2.0, "counts, not shares"),
+        ((1.0, 3.0, 1.0), 2.0, "counts, not fractions"),
+        ((1.0, -1.0, 1.0), 2.0, "counts, not fractions"),
         ((0.0, 0.0, 0.0), -1.0, "count the examples"),
         ((0.0, 0.0, 0.0), math.nan, "count the examples"),
     ],
@@ -208,9 +208,7 @@ def test_all_barriers_of_a_path_are_per_example():
 
 
 def test_a_path_without_a_middle_says_so():
-    found = barriers(
-        Path.zero((0.0, 0.25, 1.0)) + Path((0.0, 0.25, 1.0), (1.0,) * 3, (1.0,) * 3, 1.0)
-    )
+    found = barriers(Path.zero((0.0, 0.25, 1.0)) + Path((0.0, 0.25, 1.0), (1.0,) * 3, (1.0,) * 3, 1.0))
     assert found.midpoint is None
     assert found.midpoint_accuracy is None
 

@@ -56,9 +56,7 @@ def test_an_impossible_class_costs_much_and_not_everything():
     assert 700 < Ensemble.of(sure).loss(torch.tensor([1])) < 720
 
 
-@pytest.mark.parametrize(
-    "rows", [torch.ones(2, 3), torch.tensor([[1.5, -0.5]]), torch.full((1, 2), torch.nan)]
-)
+@pytest.mark.parametrize("rows", [torch.ones(2, 3), torch.tensor([[1.5, -0.5]]), torch.full((1, 2), torch.nan)])
 def test_logits_are_no_probabilities(rows):
     with pytest.raises(ValueError, match="softmax"):
         Ensemble.of(rows)

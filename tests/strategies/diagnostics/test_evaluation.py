@@ -8,10 +8,7 @@ from tests import tiny
 
 def batches(count=3):
     draw = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(7, 4, generator=draw), torch.randint(3, (7,), generator=draw))
-        for _ in range(count)
-    ]
+    return [(torch.randn(7, 4, generator=draw), torch.randint(3, (7,), generator=draw)) for _ in range(count)]
 
 
 def test_probabilities_and_sums_are_of_the_same_predictions():

@@ -8,13 +8,8 @@ from torch.nn.functional import one_hot
 
 from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
 from fedbasin.strategies.fusion.accumulator import Ridge
-from fedbasin.strategies.fusion.compression.formats import (
-    decode,
-    decode_moment,
-    encode,
-    encode_moment,
-)
-from fedbasin.strategies.fusion.head import MARGIN, Evidence, closed_form, most_evident
+from fedbasin.strategies.fusion.compression.formats import decode, decode_cross_moment, encode, encode_cross_moment
+from fedbasin.strategies.fusion.head import MARGIN, Evidence, closed_form, maximise_evidence
 from fedbasin.strategies.fusion.precisions import Gram, Sketched
 
 BLOCK = ("head.weight", "head.bias")
@@ -55,15 +50,13 @@ def by_rows(x, y, strength):
 @given(rows=st.integers(4, 60), noise=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 2**16))
 def test_sums_choose_what_the_rows_would(rows, noise, seed):
     x, y = examples(rows, noise, seed)
-    chosen = most_evident(*known(x, y))
+    chosen = maximise_evidence(*known(x, y))
     best = min(by_rows(x, y, 10 ** (half / 2)) for half in range(-8, 5))
     torch.testing.assert_close(by_rows(x, y, chosen), best)
 
 
 def test_wrong_labels_call_for_a_stronger_ridge():
-    clean, noisy = (
-        most_evident(*known(x, y)) for x, y in (examples(40, noise) for noise in (0.0, 0.9))
-    )
+    clean, noisy = (maximise_evidence(*known(x, y)) for x, y in (examples(40, noise) for noise in (0.0, 0.9)))
     assert clean < noisy
 
 
@@ -76,7 +69,7 @@ def test_the_chosen_strength_is_near_the_best_on_fresh_examples(seed):
         return x, y, head
 
     x, y, _ = wrong(1.0)
-    chosen = most_evident(*known(x, y))
+    chosen = maximise_evidence(*known(x, y))
     truth = torch.linalg.lstsq(*examples(20_000, 0.0, seed, inputs=40)).solution
     error = {s: (wrong(s)[2] - truth).square().sum() for s in (1e-4, chosen)}
     assert error[chosen] < error[1e-4] / 2
@@ -98,11 +91,7 @@ def by_class(x, y, rho):
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    rows=st.integers(4, 60),
-    strength=st.sampled_from([1e-3, 0.1, 10.0]),
-    seed=st.integers(0, 2**16),
-)
+@given(rows=st.integers(4, 60), strength=st.sampled_from([1e-3, 0.1, 10.0]), seed=st.integers(0, 2**16))
 def test_sums_give_the_discriminants_that_the_rows_would(rows, strength, seed):
     x, y = examples(rows, 0.2, seed)
     precision, of_classes = sums(x, y)
@@ -140,9 +129,7 @@ def test_classes_and_inputs_may_change_places(seed, by):
     x, y = examples(30, 0.2, seed)
     turn = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
     moved = closed_form(BLOCK, *sums(x[:, [*turn, 8]], y[:, by]), Evidence())
-    torch.testing.assert_close(
-        moved, closed_form(BLOCK, *sums(x, y), Evidence())[by][:, [*turn, 8]]
-    )
+    torch.testing.assert_close(moved, closed_form(BLOCK, *sums(x, y), Evidence())[by][:, [*turn, 8]])
 
 
 def test_a_class_without_examples_is_in_nobodys_way():
@@ -187,7 +174,7 @@ def test_a_head_whose_inputs_are_known_by_a_sketch_is_least_squares():
 
 def test_the_regulariser_is_the_one_of_the_sums():
     x, y = examples(40, 0.5)
-    strength = most_evident(*known(x, y))
+    strength = maximise_evidence(*known(x, y))
     found = closed_form(BLOCK, *sums(x, y), Evidence())
     torch.testing.assert_close(found, closed_form(BLOCK, *sums(x, y), Ridge(strength)))
 
@@ -206,7 +193,7 @@ def test_sums_in_fewer_bytes_give_a_head_nearly_as_good(form, rows):
     gram, of_classes = known(x, y)
     lossy = decode(encode(gram, form, bias=True), form, bias=True)
     moment = MomentKind.byte if form.kind is GramKind.byte else MomentKind.float16
-    coarse = decode_moment(encode_moment(of_classes, moment))
+    coarse = decode_cross_moment(encode_cross_moment(of_classes, moment))
     right = [
         ((fresh @ closed_form(BLOCK, Gram(g), c, Evidence()).T).argmax(1) == labels.argmax(1))
         for g, c in ((gram, of_classes), (lossy, coarse))

@@ -6,7 +6,7 @@ from torch import nn
 from fedbasin.client.statistics.fisher import diagonal_fisher
 from fedbasin.client.statistics.gram import grams
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
-from fedbasin.strategies.recipes import Statistic
+from fedbasin.strategies.fusion.weighting import Statistic
 
 
 class Net(nn.Module):

@@ -27,12 +27,7 @@ def summed(parts, width):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(0, 99),
-    st.integers(1, 12),
-    st.integers(1, 12),
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.integers(1, 4),
+    st.integers(0, 99), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4)
 )
 def test_the_error_of_a_sum_is_within_its_bound(seed, outputs, inputs, rank, clients, width):
     parts = [draw(seed + k, outputs, inputs, rank) for k in range(clients)]
@@ -70,7 +65,7 @@ def test_the_order_does_not_matter_where_nothing_is_lost_and_little_elsewhere():
 def test_balanced_factors_are_the_closest_product_of_their_rank(seed, rank, kept):
     matrix = draw(seed, rank=rank)
     u, s, v = torch.linalg.svd(dense(matrix))
-    found = matrix.balanced(kept)
+    found = matrix.balance(kept)
     assert (found.left.shape, found.right.shape) == ((9, kept), (kept, 14))
     best = u[:, :kept] * s[:kept] @ v[: min(kept, 9)] if kept <= 9 else dense(matrix)
     torch.testing.assert_close(dense(found), best)
@@ -78,24 +73,24 @@ def test_balanced_factors_are_the_closest_product_of_their_rank(seed, rank, kept
 
 
 def test_facing_keeps_the_matrix_and_finds_planted_factors_again():
-    planted = draw(0, rank=3).balanced(3)
+    planted = draw(0, rank=3).balance(3)
     torch.manual_seed(1)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
     turned = LowRank(planted.left @ turn.mT, turn @ planted.right)
-    found = turned.facing(planted)
+    found = turned.align_to(planted)
     torch.testing.assert_close(found.left, planted.left, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.right, planted.right, atol=1e-6, rtol=0)
-    other = turned.facing(draw(2, rank=3))
+    other = turned.align_to(draw(2, rank=3))
     torch.testing.assert_close(dense(other), dense(planted))
 
 
 def test_directions_without_use_keep_the_anchors_rows_and_can_learn():
     anchor = draw(0, rank=4)
-    found = draw(1, rank=2).balanced(4).facing(anchor)
+    found = draw(1, rank=2).balance(4).align_to(anchor)
     torch.testing.assert_close(dense(found), dense(draw(1, rank=2)))
     assert torch.linalg.matrix_rank(found.left) == 2
     assert torch.linalg.matrix_rank(found.right) == 4
     unlearned = LowRank(torch.zeros_like(anchor.left), anchor.right)
-    again = unlearned.balanced(4).facing(unlearned)
+    again = unlearned.balance(4).align_to(unlearned)
     torch.testing.assert_close(again.right, anchor.right)
     assert not again.left.any()

@@ -58,9 +58,7 @@ def their_merge(weights, fishers, floor=1e-6):
 def test_regmean_is_theirs_where_every_client_has_as_many_rows(shrink):
     models, sets = [linear(1), linear(2)], [data(20, 1), data(20, 2)]
     ours = [Gram(grams(m, d, shrink)["weight",]) for m, d in zip(models, sets, strict=True)]
-    updates = [
-        Update(m.state_dict(), 20.0, {("weight",): g}) for m, g in zip(models, ours, strict=True)
-    ]
+    updates = [Update(m.state_dict(), 20.0, {("weight",): g}) for m, g in zip(models, ours, strict=True)]
     means = [x.T @ x / len(x) for ((x, _),) in sets]
     theirs = their_regmean([m.weight.detach() for m in models], means, shrink)
     found = fuse(models[0].state_dict(), updates)["weight"]
@@ -70,9 +68,7 @@ def test_regmean_is_theirs_where_every_client_has_as_many_rows(shrink):
 def test_regmean_of_unequal_clients_counts_rows_where_theirs_counts_clients():
     models, sets = [linear(1), linear(2)], [data(400, 1), data(20, 2)]
     ours = [Gram(grams(m, d)["weight",]) for m, d in zip(models, sets, strict=True)]
-    updates = [
-        Update(m.state_dict(), 1.0, {("weight",): g}) for m, g in zip(models, ours, strict=True)
-    ]
+    updates = [Update(m.state_dict(), 1.0, {("weight",): g}) for m, g in zip(models, ours, strict=True)]
     found = fuse(models[0].state_dict(), updates)["weight"]
     weights = [m.weight.detach() for m in models]
     (x, _), (y, _) = (batches[0] for batches in sets)

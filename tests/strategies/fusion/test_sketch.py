@@ -36,7 +36,7 @@ def sketched(parts, size, bias):
 
 
 def matrix(sketch, above):
-    return decode(sketch.finished(above=above), GramForm(GramKind.sketch, sketch.size), sketch.bias)
+    return decode(sketch.finish(above=above), GramForm(GramKind.sketch, sketch.size), sketch.bias)
 
 
 def check_bounds(sketch, rows):
@@ -109,6 +109,6 @@ def test_a_sketch_is_as_its_layout_says_and_never_holds_more_than_twice_its_rows
     sketch = sketched([torch.randn(100, 7, dtype=W)], 3, bias=True)
     assert len(sketch.rows) <= 6
     expected = layout(GramForm(GramKind.sketch, 3), 7, True)
-    pieces = sketch.finished(above=False)
+    pieces = sketch.finish(above=False)
     assert list(pieces) == list(expected)
     assert all(tuple(pieces[n].shape) == p.shape for n, p in expected.items())

@@ -56,7 +56,7 @@ def test_what_a_layer_computes_on_its_grams_rows_stays_when_both_are_moved():
     }
     precisions = {("second.weight",): Gram(rows.T @ rows), ("first.bias",): Scalar(3.0)}
     update = Update(state, 5.0, precisions)
-    moved = update.moved(g)
+    moved = update.apply(g)
     for one in (update, moved):
         weight, gram = one.parameters["second.weight"], one.precisions["second.weight",].matrix
         energy = (weight @ gram @ weight.T).trace()
@@ -72,12 +72,11 @@ def test_layers_that_read_the_same_space_keep_their_gram_in_common():
     g, rows = random(symmetry, draw), torch.randn(9, 4, generator=draw, dtype=torch.float64)
     gram = Gram(rows.T @ rows)
     state = {
-        n: torch.randn(4, 4, generator=draw, dtype=torch.float64)
-        for n in ("first.weight", "q.weight", "k.weight")
+        n: torch.randn(4, 4, generator=draw, dtype=torch.float64) for n in ("first.weight", "q.weight", "k.weight")
     }
     precisions = {("q.weight",): gram, ("k.weight",): gram}
-    moved = Update(state, 1.0, precisions).moved(g)
+    moved = Update(state, 1.0, precisions).apply(g)
     assert not g.is_identity
     assert moved.precisions["q.weight",] is moved.precisions["k.weight",]
-    alone = Update(state, 1.0, {("k.weight",): gram}).moved(g).precisions["k.weight",]
+    alone = Update(state, 1.0, {("k.weight",): gram}).apply(g).precisions["k.weight",]
     assert torch.equal(moved.precisions["k.weight",].matrix, alone.matrix)

@@ -8,9 +8,7 @@ from torch.nn import functional as F
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.PReLU(7), nn.Linear(7, 3))
-    )
+    return nn.Sequential(*(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.PReLU(7), nn.Linear(7, 3)))
 
 
 class ConvNet(nn.Module):
@@ -40,9 +38,7 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.skip: nn.Module = nn.Identity()
         if stride > 1:
-            self.skip = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
@@ -75,9 +71,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out)
         self.skip: nn.Module = nn.Identity()
         if stride > 1 or out != channels:
-            self.skip = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.hardswish(self.bn1(self.narrow(x)))
@@ -222,8 +216,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in (self.query(x), self.key(x), self.value(x))
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(x), self.key(x), self.value(x))
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.output(mixed.transpose(1, 2).flatten(2))

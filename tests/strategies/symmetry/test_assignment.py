@@ -42,14 +42,7 @@ def of_zeros(n, seed):
     return torch.zeros(n, n)
 
 
-SCORES = [
-    of_unrelated,
-    of_uneven_lengths,
-    with_a_common_direction,
-    with_dead_units,
-    of_few_directions,
-    of_zeros,
-]
+SCORES = [of_unrelated, of_uneven_lengths, with_a_common_direction, with_dead_units, of_few_directions, of_zeros]
 
 
 def value(score, order):
@@ -71,12 +64,12 @@ def test_candidates_and_prices_lead_to_the_best_order_of_any_score(seed, n, dtyp
     generator = np.random.default_rng(seed)
     # Few different values, so that ties abound.
     score = torch.from_numpy(generator.integers(-3, 4, (n, n))).to(dtype)
-    edges = assignment._diagonal(score, 0.0).merged(*assignment._candidates(score))
+    edges = assignment._diagonal(score, 0.0).add(*assignment._candidates(score))
     prices = np.zeros(n)
     while True:
-        order = edges.matched(prices)
-        prices = edges.raised(prices, order)
-        more = edges.merged(*assignment._violations(score, order, prices, edges.rounding, 0.0))
+        order = edges.best_order(prices)
+        prices = edges.raise_prices(prices, order)
+        more = edges.add(*assignment._violations(score, order, prices, edges.rounding, 0.0))
         if more.count == edges.count:
             break
         edges = more

@@ -25,9 +25,7 @@ def without(symmetry: Symmetry, space: int, axis: int) -> Symmetry:
     """The symmetry with one axis left behind."""
     old = symmetry.spaces[space]
     kept = old.axes[:axis] + old.axes[axis + 1 :]
-    return Symmetry(
-        (*symmetry.spaces[:space], replace(old, axes=kept), *symmetry.spaces[space + 1 :])
-    )
+    return Symmetry((*symmetry.spaces[:space], replace(old, axes=kept), *symmetry.spaces[space + 1 :]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -58,11 +56,9 @@ def test_in_a_transformer_only_the_key_bias_may_be_left_behind() -> None:
         # Channels that cross from head to head.
         f"cross S(32) {ATTENTION}.query.weight[0] {ATTENTION}.query.bias[0] "
         f"{ATTENTION}.key.weight[0] {ATTENTION}.key.bias[0]",
-        f"cross S(32) {ATTENTION}.value.weight[0] {ATTENTION}.value.bias[0] "
-        f"{ATTENTION}.output.weight[1]",
+        f"cross S(32) {ATTENTION}.value.weight[0] {ATTENTION}.value.bias[0] {ATTENTION}.output.weight[1]",
         # A rotation of all heads at once.
-        f"cross O(32) {ATTENTION}.value.weight[0] {ATTENTION}.value.bias[0] "
-        f"{ATTENTION}.output.weight[1]",
+        f"cross O(32) {ATTENTION}.value.weight[0] {ATTENTION}.value.bias[0] {ATTENTION}.output.weight[1]",
         # Queries turned, keys not.
         f"cross O(8)^4 {ATTENTION}.query.weight[0] {ATTENTION}.query.bias[0]",
         # Heads exchanged in queries and keys, not in values.

@@ -28,9 +28,7 @@ def near(state: Mapping[str, Tensor], size: float, generator: torch.Generator) -
     return {
         name: tensor
         + size
-        * noise.setdefault(
-            tensor.data_ptr(), torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        )
+        * noise.setdefault(tensor.data_ptr(), torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
         for name, tensor in state.items()
     }
 
@@ -55,9 +53,7 @@ def test_elements_planted_at_all_spaces_at_once_are_undone(name: str) -> None:
     products = found.transform.after(planted).elements
     assert all(is_exact(space, products[space.name]) for space in symmetry.spaces)
     assert found.report.distance_after < 1e-5 * found.report.distance_before
-    assert all(
-        torch.allclose(anchor[n], found.state[n], atol=1e-4) for n in scored(symmetry, anchor)
-    )
+    assert all(torch.allclose(anchor[n], found.state[n], atol=1e-4) for n in scored(symmetry, anchor))
 
 
 @every_model

@@ -28,18 +28,8 @@ REPLACED = {
     "signs in a GELU": ("gpt2", "mlp.0", "S(48)", "O(1) wr S(48)"),
     "a rotation in a ReLU": ("t5", "encoder.mlp.0", "S(10)", "O(10)"),
     "a rotation of a normed stream": ("bert", "residual", "S(12)", "O(12)"),
-    "channels that cross from head to head": (
-        "vit",
-        "heads.0",
-        "O(4)*O(4) wr S(3)",
-        "O(12)*O(12) wr S(1)",
-    ),
-    "a rotation across positions' heads": (
-        "deberta_v2",
-        "heads.0",
-        "O(4)*O(4) wr S(3)",
-        "O(12)*O(12) wr S(1)",
-    ),
+    "channels that cross from head to head": ("vit", "heads.0", "O(4)*O(4) wr S(3)", "O(12)*O(12) wr S(1)"),
+    "a rotation across positions' heads": ("deberta_v2", "heads.0", "O(4)*O(4) wr S(3)", "O(12)*O(12) wr S(1)"),
 }
 
 
@@ -57,10 +47,7 @@ WRITTEN = {
         "llama",
         f"h (R(4,2))xS(2) wr S(2) {LLAMA}.k_proj.weight[0] {LLAMA}.q_proj.weight[0]@1",
     ),
-    "queries exchanged across key groups": (
-        "llama",
-        f"h S(4) {LLAMA}.q_proj.weight[0] {LLAMA}.o_proj.weight[1]",
-    ),
+    "queries exchanged across key groups": ("llama", f"h S(4) {LLAMA}.q_proj.weight[0] {LLAMA}.o_proj.weight[1]"),
     "queries turned, keys not": ("gpt2", f"h O(4)^3 {GPT}.attn.c_attn.weight[1,0:12]"),
     "fused thirds read as interleaved": (
         "gpt2",
@@ -82,15 +69,11 @@ WRITTEN = {
     ),
     "units exchanged across experts": (
         "mixtral",
-        "e S(30) model.layers.0.mlp.experts.gate_up_proj[0.1,0:10] "
-        "model.layers.0.mlp.experts.down_proj[0.2]",
+        "e S(30) model.layers.0.mlp.experts.gate_up_proj[0.1,0:10] model.layers.0.mlp.experts.down_proj[0.2]",
     ),
     "the words": ("gpt2", "w S(31) transformer.wte.weight[0] lm_head.weight[0]"),
     "a table without the head that is tied to it": ("gpt2", "r S(12) transformer.wte.weight[1]"),
-    "the space where two towers meet": (
-        "clip",
-        "p O(7) text_projection.weight[0] visual_projection.weight[0]",
-    ),
+    "the space where two towers meet": ("clip", "p O(7) text_projection.weight[0] visual_projection.weight[0]"),
     "classes": ("vit", "c S(5) classifier.weight[0] classifier.bias[0]"),
 }
 

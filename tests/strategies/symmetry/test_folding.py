@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.strategies.symmetry.folding import Fold, FoldError, Reader, fold, read_fold
+from fedbasin.strategies.symmetry.folding import Fold, FoldError, Reader, fold, parse_fold
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 
 
@@ -68,9 +68,7 @@ def test_a_reader_stored_the_other_way_is_folded_along_its_axis() -> None:
     folded = fold([Fold("norm", (Reader("c.weight", 0),))], state)
     normed = torch.randn(3, 4, generator=draw)
     before = (normed * state["norm.weight"] + state["norm.bias"]) @ state["c.weight"]
-    torch.testing.assert_close(
-        normed @ folded["c.weight"] + folded["c.bias"], before + state["c.bias"]
-    )
+    torch.testing.assert_close(normed @ folded["c.weight"] + folded["c.bias"], before + state["c.bias"])
 
 
 def test_a_vanished_gain_is_refused_only_where_a_bias_would_be_divided_by_it() -> None:
@@ -86,7 +84,7 @@ def test_a_vanished_gain_is_refused_only_where_a_bias_would_be_divided_by_it() -
 
 
 def test_the_notation_is_read_back() -> None:
-    assert read_fold(str(FOLD)) == FOLD
+    assert parse_fold(str(FOLD)) == FOLD
     symmetry = Symmetry((), (FOLD,))
     assert parse(f"# a comment\n{symmetry}") == symmetry
     assert symmetry.digest != Symmetry(()).digest
@@ -95,7 +93,7 @@ def test_the_notation_is_read_back() -> None:
 @pytest.mark.parametrize("line", ["norm ->", "-> a.weight[1]", "norm -> a.weight", "a b -> c[1]"])
 def test_what_is_no_fold_is_refused(line: str) -> None:
     with pytest.raises(FoldError, match="not a fold"):
-        read_fold(line)
+        parse_fold(line)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_what_is_no_fold_is_refused(line: str) -> None:
         ("other -> left.weight[1]", "no tensor 'other.weight'"),
         ("norm -> gone.weight[1]", "no tensor 'gone.weight'"),
         ("norm -> left.weight[0]", "does not meet the 6 entries"),
-        ("left -> right.weight[1]", "one gain per entry"),
+        ("left -> right.weight[1]", "one weight per entry"),
     ],
 )
 def test_a_fold_of_another_model_is_refused(line: str, message: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.groups.group_notation import parse_group
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 
 GROUPS: list[Group] = [
@@ -62,7 +63,7 @@ def random_scores(group: Group, generator: torch.Generator) -> tuple[Tensor, ...
 
 
 def all_permutations(group: Group) -> list[Element]:
-    if isinstance(group, Permutation):
+    if group.is_permutation:
         orders = itertools.permutations(range(group.count))
         return [Element(torch.tensor(order), (None,), (1,)) for order in orders]
     size = group.sizes[0]
@@ -79,7 +80,7 @@ def all_permutations(group: Group) -> list[Element]:
 def test_the_identity_changes_nothing(group: Group) -> None:
     identity = group.identity()
     assert identity.is_identity
-    assert identity.moved() == 0
+    assert identity.displacement() == 0
     for dense in matrices(group, identity):
         torch.testing.assert_close(dense, torch.eye(len(dense), dtype=torch.float64))
 
@@ -142,9 +143,7 @@ def test_units_that_own_several_entries_keep_them_together(group: Group, seed: i
     element = group.random(generator)
     for role, dense in enumerate(matrices(group, element)):
         features = torch.randn(len(dense), 4, generator=generator, dtype=torch.float64)
-        torch.testing.assert_close(
-            element.act(features.reshape(-1), 0, role), (dense @ features).reshape(-1)
-        )
+        torch.testing.assert_close(element.act(features.reshape(-1), 0, role), (dense @ features).reshape(-1))
 
 
 @every_group
@@ -156,9 +155,7 @@ def test_the_value_of_an_element_is_its_agreement_with_the_anchor(group: Group, 
     anchor, client = ([rows(group, role, generator) for role in roles] for _ in range(2))
     scores = scores_of(group, anchor, client)
     for element in (group.random(generator), group.identity()):
-        agreement = sum(
-            float((anchor[role] * element.act(client[role], 0, role)).sum()) for role in roles
-        )
+        agreement = sum(float((anchor[role] * element.act(client[role], 0, role)).sum()) for role in roles)
         assert group.value(scores, element) == pytest.approx(agreement)
 
 
@@ -176,9 +173,7 @@ def test_no_element_beats_the_maximiser(group: Group, seed: int) -> None:
 @pytest.mark.parametrize("group", PERMUTATIONS, ids=str)
 @few
 @seeds
-def test_the_maximiser_of_a_finite_group_is_the_best_of_all_elements(
-    group: Group, seed: int
-) -> None:
+def test_the_maximiser_of_a_finite_group_is_the_best_of_all_elements(group: Group, seed: int) -> None:
     scores = random_scores(group, drawn(seed))
     best = max(group.value(scores, element) for element in all_permutations(group))
     assert group.value(scores, group.maximiser(scores, prior=0.0)) == pytest.approx(best)
@@ -203,7 +198,7 @@ def test_a_score_of_zeros_gives_the_identity(group: Group) -> None:
     roles = range(len(group.sizes))
     zeros = [torch.zeros(width(group, role), 2, dtype=torch.float64) for role in roles]
     found = group.maximiser(scores_of(group, zeros, zeros), prior=1e-6)
-    assert found.moved() < 1e-12
+    assert found.displacement() < 1e-12
 
 
 @every_group
@@ -217,7 +212,7 @@ def test_dead_and_duplicate_units_of_equal_models_stay_in_place(group: Group, se
         matrix_of_units[:half] = matrix_of_units[-1:].expand(half, -1).clone()
         matrix_of_units[0] = 0
     found = group.maximiser(scores_of(group, units, units), prior=1e-6)
-    assert found.moved() < 1e-6
+    assert found.displacement() < 1e-6
 
 
 @every_group
@@ -225,8 +220,8 @@ def test_dead_and_duplicate_units_of_equal_models_stay_in_place(group: Group, se
 @seeds
 def test_moved_is_a_share(group: Group, seed: int) -> None:
     element = group.random(drawn(seed))
-    assert 0 <= element.moved() <= 1
-    assert element.is_identity == (element.moved() == 0)
+    assert 0 <= element.displacement() <= 1
+    assert element.is_identity == (element.displacement() == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -248,8 +243,37 @@ def test_a_rotation_of_halves_is_rounded_once() -> None:
 
 def test_drawn_rotations_include_reflections() -> None:
     generator = drawn(5)
-    signs = {
-        round(float(torch.linalg.det(Orthogonal(3).inner_random(1, generator)[0])))
-        for _ in range(50)
-    }
+    signs = {round(float(torch.linalg.det(Orthogonal(3).inner_random(1, generator)[0]))) for _ in range(50)}
     assert signs == {-1, 1}
+
+
+PROPERTIES = {
+    "S(6)": (True, True, False),
+    "O(6)": (False, False, False),
+    "O(2)^3": (False, False, False),
+    "C(6)": (False, False, False),
+    "O(2)*O(3) wr S(3)": (False, True, False),
+    "P(1) wr S(6)": (False, True, True),
+    "GL(4) wr S(1)": (False, True, True),
+    "(R(4,2)*O(2))xS(2) wr S(3)": (False, True, False),
+    "((S(1)*O(1) wr S(3))*S(1))xS(2) wr S(2)": (False, True, False),
+}
+
+
+@pytest.mark.parametrize("text", PROPERTIES)
+def test_a_group_says_what_its_elements_do(text: str) -> None:
+    group = parse_group(text)
+    assert str(group) == text
+    assert (group.is_permutation, group.permutes_blocks, group.stretches) == PROPERTIES[text]
+
+
+@pytest.mark.parametrize("text", PROPERTIES)
+def test_the_subgroup_in_place_permutes_no_blocks(text: str) -> None:
+    group = parse_group(text).in_place
+    assert not group.permutes_blocks
+    assert group.in_place == group
+    assert group.sizes == parse_group(text).sizes
+    element = group.random(drawn(0))
+    assert element.is_in_place
+    if not group.stretches:
+        assert group.maximiser(random_scores(group, drawn(1)), prior=1e-6).is_in_place

@@ -6,7 +6,7 @@ import pytest
 from fedbasin.strategies.symmetry.models.families import FAMILIES
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 
-PAGE = Path(__file__).parents[3] / "docs" / "symmetries.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "symmetries.md"
 
 
 BLOCKS = re.findall(r"```(?:python)?\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -22,9 +22,7 @@ def family(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
     model = make().double().eval()
     inputs = torch.randn(example.shape).double() if example.is_floating_point() else example
     symmetry = (
-        preln_transformer(model.state_dict(), heads=4)
-        if isinstance(model, Transformer)
-        else trace(model, inputs)
+        preln_transformer(model.state_dict(), heads=4) if isinstance(model, Transformer) else trace(model, inputs)
     )
     return model, symmetry, inputs
 
@@ -197,13 +195,6 @@ def test_the_gram_of_a_part_moves_alone() -> None:
     symmetry = parse("v O(4) out.weight[1,4:8]")
     transform = Transform(symmetry, {"v": Orthogonal(4).random(torch.Generator().manual_seed(0))})
     features = torch.randn(20, 9, dtype=torch.float64)
-    turned = torch.cat(
-        [
-            features[:, :4],
-            transform.elements["v"].act(features[:, 4:8], 1),
-            features[:, 8:],
-        ],
-        1,
-    )
+    turned = torch.cat([features[:, :4], transform.elements["v"].act(features[:, 4:8], 1), features[:, 8:]], 1)
     moved = transform.act_on_inputs("out.weight", features.mT @ features, inputs=8)
     torch.testing.assert_close(moved, turned.mT @ turned)

@@ -7,7 +7,7 @@ from torch import Tensor
 from fedbasin.strategies.symmetry.check import check
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.translation import Translation, nearest, random, read_shift
+from fedbasin.strategies.symmetry.translation import Translation, nearest, parse_shift, random
 from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.families import Transformer
 from tests.strategies.symmetry.test_groups import drawn
@@ -39,14 +39,8 @@ def test_what_has_no_biases_has_no_shifts() -> None:
 
 WRONG = {
     "keys under rotary positions": ("llama_biases", "model.layers.0.self_attn.k_proj.bias"),
-    "keys that are turned in part": (
-        "gpt_neox",
-        "gpt_neox.layers.0.attention.query_key_value.bias[8:16/24]",
-    ),
-    "keys that positions read": (
-        "deberta_v2",
-        "deberta.encoder.layer.0.attention.self.key_proj.bias",
-    ),
+    "keys that are turned in part": ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.bias[8:16/24]"),
+    "keys that positions read": ("deberta_v2", "deberta.encoder.layer.0.attention.self.key_proj.bias"),
     "queries": ("bert", "bert.encoder.layer.0.attention.self.query.bias"),
     "values that nothing takes up": ("bert", "bert.encoder.layer.0.attention.self.value.bias"),
     "normalised keys": ("qwen3_biases", "model.layers.0.self_attn.k_proj.bias"),
@@ -131,6 +125,6 @@ def test_what_is_no_shift_is_refused(line: str) -> None:
 def test_a_shift_that_does_not_fit_is_refused(line: str, said: str) -> None:
     state = {"v": torch.zeros(4), "w": torch.zeros(3, 4), "o": torch.zeros(3)}
     parse("+ v w[1] o").check(state)
-    assert read_shift("+ v[1:3]").width(state) == 2
+    assert parse_shift("+ v[1:3]").width(state) == 2
     with pytest.raises(SymmetryError, match=said):
         parse(line).check(state)

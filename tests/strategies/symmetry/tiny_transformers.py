@@ -47,12 +47,7 @@ class Tiny:
         return model
 
 
-WIDTH = {
-    "hidden_size": 12,
-    "intermediate_size": 10,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-}
+WIDTH = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 3}
 TEXT = dict(**WIDTH, vocab_size=31, max_position_embeddings=16)
 ROTARY = {
     "hidden_size": 16,
@@ -63,14 +58,7 @@ ROTARY = {
     "vocab_size": 31,
     "max_position_embeddings": 16,
 }
-DISTIL = {
-    "dim": 12,
-    "hidden_dim": 10,
-    "n_layers": 2,
-    "n_heads": 3,
-    "vocab_size": 31,
-    "max_position_embeddings": 16,
-}
+DISTIL = {"dim": 12, "hidden_dim": 10, "n_layers": 2, "n_heads": 3, "vocab_size": 31, "max_position_embeddings": 16}
 T5 = {"d_model": 12, "d_kv": 4, "d_ff": 10, "num_layers": 2, "num_heads": 3, "vocab_size": 31}
 VISION = dict(**WIDTH, image_size=8, patch_size=4)
 DEBERTA = dict(
@@ -95,9 +83,7 @@ def untied(**options: Any) -> dict[str, Any]:
 
 def clip() -> nn.Module:
     vision = dict(VISION, hidden_size=8, num_attention_heads=2)
-    config = hf.CLIPConfig(
-        text_config=dict(TEXT, eos_token_id=2), vision_config=vision, projection_dim=7
-    )
+    config = hf.CLIPConfig(text_config=dict(TEXT, eos_token_id=2), vision_config=vision, projection_dim=7)
     return hf.CLIPModel(config)
 
 
@@ -109,15 +95,7 @@ def t5(**options: Any) -> Tiny:
 
 
 MODELS: dict[str, Tiny] = {
-    "gpt2": text(
-        hf.GPT2LMHeadModel,
-        hf.GPT2Config,
-        n_embd=12,
-        n_layer=2,
-        n_head=3,
-        vocab_size=31,
-        n_positions=16,
-    ),
+    "gpt2": text(hf.GPT2LMHeadModel, hf.GPT2Config, n_embd=12, n_layer=2, n_head=3, vocab_size=31, n_positions=16),
     "gpt2_untied_classes": text(
         hf.GPT2ForSequenceClassification,
         hf.GPT2Config,
@@ -135,51 +113,33 @@ MODELS: dict[str, Tiny] = {
     "roberta": text(hf.RobertaForMaskedLM, hf.RobertaConfig, **TEXT),
     "roberta_classes": text(hf.RobertaForSequenceClassification, hf.RobertaConfig, **TEXT),
     "distilbert": text(hf.DistilBertForMaskedLM, hf.DistilBertConfig, **DISTIL),
-    "distilbert_classes": text(
-        hf.DistilBertForSequenceClassification, hf.DistilBertConfig, **DISTIL
-    ),
+    "distilbert_classes": text(hf.DistilBertForSequenceClassification, hf.DistilBertConfig, **DISTIL),
     "distilbert_tokens": text(hf.DistilBertForTokenClassification, hf.DistilBertConfig, **DISTIL),
     "bert_spans": Tiny(
         lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TEXT)),
         {"input_ids": TOKENS},
         lambda found: (found.start_logits, found.end_logits),
     ),
-    "vit": Tiny(
-        lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION, num_labels=5)),
-        {"pixel_values": PIXELS},
-    ),
+    "vit": Tiny(lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION, num_labels=5)), {"pixel_values": PIXELS}),
     "clip": Tiny(
         clip,
         {"input_ids": TOKENS, "pixel_values": PIXELS},
         lambda found: (found.logits_per_image, found.text_embeds, found.image_embeds),
     ),
     "llama": text(hf.LlamaForCausalLM, hf.LlamaConfig, **ROTARY),
-    "llama_biases": text(
-        hf.LlamaForCausalLM, hf.LlamaConfig, **ROTARY, attention_bias=True, mlp_bias=True
-    ),
-    "llama_alone": text(
-        hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 4}
-    ),
+    "llama_biases": text(hf.LlamaForCausalLM, hf.LlamaConfig, **ROTARY, attention_bias=True, mlp_bias=True),
+    "llama_alone": text(hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 4}),
     "llama_alone_biases": text(
-        hf.LlamaForCausalLM,
-        hf.LlamaConfig,
-        **{**ROTARY, "num_key_value_heads": 4},
-        attention_bias=True,
+        hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 4}, attention_bias=True
     ),
-    "llama_one_key": text(
-        hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 1}
-    ),
+    "llama_one_key": text(hf.LlamaForCausalLM, hf.LlamaConfig, **{**ROTARY, "num_key_value_heads": 1}),
     "llama_classes": text(hf.LlamaForSequenceClassification, hf.LlamaConfig, **ROTARY),
     "mistral": text(hf.MistralForCausalLM, hf.MistralConfig, **ROTARY, sliding_window=3),
     "qwen2": text(hf.Qwen2ForCausalLM, hf.Qwen2Config, **ROTARY),
     "qwen2_tied": text(hf.Qwen2ForCausalLM, hf.Qwen2Config, **ROTARY, tie_word_embeddings=True),
     "qwen3": text(hf.Qwen3ForCausalLM, hf.Qwen3Config, **ROTARY, head_dim=6),
-    "qwen3_biases": text(
-        hf.Qwen3ForCausalLM, hf.Qwen3Config, **ROTARY, head_dim=6, attention_bias=True
-    ),
-    "gpt_neox": text(
-        hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, **{**TEXT, "hidden_size": 24}, rotary_pct=0.5
-    ),
+    "qwen3_biases": text(hf.Qwen3ForCausalLM, hf.Qwen3Config, **ROTARY, head_dim=6, attention_bias=True),
+    "gpt_neox": text(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, **{**TEXT, "hidden_size": 24}, rotary_pct=0.5),
     "gpt_neox_sequential": text(
         hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, **TEXT, rotary_pct=1.0, use_parallel_residual=False
     ),
@@ -187,20 +147,12 @@ MODELS: dict[str, Tiny] = {
     "t5_gated": t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "t5_uneven": t5(num_decoder_layers=1),
     "mixtral": text(
-        hf.MixtralForCausalLM,
-        hf.MixtralConfig,
-        **ROTARY,
-        num_local_experts=3,
-        experts_implementation="eager",
+        hf.MixtralForCausalLM, hf.MixtralConfig, **ROTARY, num_local_experts=3, experts_implementation="eager"
     ),
     "deberta_v2": text(hf.DebertaV2ForMaskedLM, hf.DebertaV2Config, **DEBERTA, share_att_key=False),
-    "deberta_v2_shared": text(
-        hf.DebertaV2ForSequenceClassification, hf.DebertaV2Config, **DEBERTA, share_att_key=True
-    ),
+    "deberta_v2_shared": text(hf.DebertaV2ForSequenceClassification, hf.DebertaV2Config, **DEBERTA, share_att_key=True),
     "deberta_v2_one_way": text(
-        hf.DebertaV2ForMaskedLM,
-        hf.DebertaV2Config,
-        **{**DEBERTA, "pos_att_type": ["c2p"], "norm_rel_ebd": "none"},
+        hf.DebertaV2ForMaskedLM, hf.DebertaV2Config, **{**DEBERTA, "pos_att_type": ["c2p"], "norm_rel_ebd": "none"}
     ),
     "deberta_v2_plain": text(hf.DebertaV2ForTokenClassification, hf.DebertaV2Config, **TEXT),
 }

@@ -2,18 +2,20 @@
 
 import json
 
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from deep import make_model
-from fedbasin.server.run.serve import serve
+from fedbasin.server.strategy import FedBasin
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    (report,) = serve(grid, context, make_model(int(context.run_config["levels"])), 1).reports
+    model = make_model(int(context.run_config["levels"]))
+    strategy = FedBasin(model=model, context=context)
+    (report,) = strategy.start(grid, ArrayRecord(model.state_dict()), 1).reports
     stages = [
         {
             "stage": stage.stage,

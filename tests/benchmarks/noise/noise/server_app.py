@@ -13,16 +13,13 @@ from flwr.serverapp.strategy import FedAvg
 app = ServerApp()
 
 
-def fedbasin_rounds(
-    grid: Grid, context: Context, sizes: dict[str, int], rounds: int
-) -> list[float]:
+def fedbasin_rounds(grid: Grid, context: Context, sizes: dict[str, int], rounds: int) -> list[float]:
     import torch
 
-    from fedbasin.server.run.serve import serve
+    from fedbasin.server.strategy import FedBasin
 
-    weights = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
-    model = torch.nn.ParameterDict(weights)
-    return [report.seconds for report in serve(grid, context, model, rounds).reports]
+    start = ArrayRecord({name: torch.zeros(size) for name, size in sizes.items()})
+    return [r.seconds for r in FedBasin(context=context).start(grid, start, rounds).reports]
 
 
 def fedavg_rounds(grid: Grid, context: Context, sizes: dict[str, int], rounds: int) -> list[float]:

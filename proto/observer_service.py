@@ -1,0 +1,229 @@
+"""The Observer service in terms of dataclasses: the calls of a client, and what a server answers.
+
+Reports leave a server in their serialised form: an observer keeps them so, and hands them on without reading them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto import fedbasin_pb2_grpc as rpc
+from fedbasin.proto.convert import from_protobuf, to_protobuf
+from fedbasin.proto.report import ReportError, RoundReport
+
+T = TypeVar("T")
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Observer"].full_name
+
+
+class CallError(Exception):
+    """A call that the service refuses.
+
+    Attributes:
+        code: gRPC's status code for the caller.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run in a list of runs.
+
+    Attributes:
+        run_id: Flower's id of the run.
+        recipe: name of the recipe in the settings.
+        rounds_done: number of the last round that succeeded.
+        rounds: number of rounds that the run will have.
+        finished: whether the last round has ended.
+        problem: why the run ended before its last round; empty where it did not.
+    """
+
+    run_id: str
+    recipe: str = ""
+    rounds_done: int = 0
+    rounds: int = 0
+    finished: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ModelChunk:
+    """A piece of the file of a global model; pieces come in order, without gaps.
+
+    Attributes:
+        offset: place of the first byte in the file.
+        data: the bytes.
+        total_bytes: size of the file.
+        round: round of the model.
+        sha256: SHA-256 of the whole file; in the last piece alone.
+    """
+
+    offset: int
+    data: bytes
+    total_bytes: int
+    round: int
+    sha256: bytes = b""
+
+
+class ReplyStream(Iterator[T]):
+    """The replies of a streaming call, each converted as it is read."""
+
+    # A class and not a generator: a generator could not be cancelled before its first item is read.
+    def __init__(self, call: Any, convert: Callable[[Any], T]) -> None:
+        self._call = call
+        self._convert = convert
+
+    def __next__(self) -> T:
+        return self._convert(next(self._call))
+
+    def cancel(self) -> None:
+        """End the call; reading on raises `grpc.RpcError`."""
+        self._call.cancel()
+
+
+class RemoteObserver:
+    """An observer behind a gRPC channel.
+
+    Every call raises `grpc.RpcError` where it fails. An empty `run_id` means the newest run. Timeouts are in seconds.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._stub = rpc.ObserverStub(channel)
+
+    def push_round(self, report: RoundReport, timeout: float | None = None) -> None:
+        """Send a report and wait until the observer has it."""
+        self.start_push(report, timeout).result()
+
+    def start_push(self, report: RoundReport, timeout: float | None = None) -> "grpc.CallFuture[pb.PushReply]":
+        """Send a report without waiting; the future's result says that the observer has it."""
+        return self._stub.PushRound.future(report.to_message(), timeout=timeout)
+
+    def list_runs(self, timeout: float | None = None) -> tuple[RunSummary, ...]:
+        """Return the runs in the order in which they began."""
+        reply = self._stub.ListRuns(pb.ListRunsRequest(), timeout=timeout)
+        return tuple(from_protobuf(RunSummary, run) for run in reply.runs)
+
+    def get_rounds(
+        self, run_id: str = "", from_round: int = 0, timeout: float | None = None
+    ) -> tuple[RoundReport, ...]:
+        """Return the reports of a run so far.
+
+        Raises:
+            ReportError: the observer speaks another version.
+        """
+        request = pb.RoundsRequest(run_id=run_id, from_round=from_round)
+        reply = self._stub.GetRounds(request, timeout=timeout)
+        return tuple(map(RoundReport.from_message, reply.reports))
+
+    def watch_rounds(
+        self, run_id: str = "", from_round: int = 0, timeout: float | None = None
+    ) -> ReplyStream[RoundReport]:
+        """Return the reports of a run so far and then each as it comes, until the run ends.
+
+        The call starts at once, not with the first report that is read.
+
+        Raises:
+            ReportError: the observer speaks another version.
+        """
+        request = pb.RoundsRequest(run_id=run_id, from_round=from_round)
+        call = self._stub.WatchRounds(request, timeout=timeout)
+        return ReplyStream(call, RoundReport.from_message)
+
+    def get_model(self, run_id: str, server_round: int = 0, timeout: float | None = None) -> ReplyStream[ModelChunk]:
+        """Return the global model of a run in pieces; round 0 stands for whichever is kept."""
+        request = pb.ModelRequest(run_id=run_id, round=server_round)
+        call = self._stub.GetModel(request, timeout=timeout)
+        return ReplyStream(call, partial(from_protobuf, ModelChunk))
+
+
+class ObserverService(ABC):
+    """The answers of an observer; a method that refuses raises `CallError`."""
+
+    @abstractmethod
+    async def push_round(self, report: RoundReport) -> None:
+        """Take a report; an equal one again changes nothing."""
+
+    @abstractmethod
+    def list_runs(self) -> Iterable[RunSummary]:
+        """Return the runs in the order in which they began."""
+
+    @abstractmethod
+    def get_rounds(self, run_id: str, from_round: int) -> Iterable[bytes]:
+        """Return the serialised reports of a run so far."""
+
+    @abstractmethod
+    def watch_rounds(self, run_id: str, from_round: int) -> AsyncIterator[bytes]:
+        """Yield the serialised reports of a run, past and to come."""
+
+    @abstractmethod
+    def get_model(self, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
+        """Yield the global model of a run in pieces."""
+
+
+def add_observer_service(service: ObserverService, server: aio.Server) -> None:
+    """Let a gRPC server answer the calls of the Observer service."""
+    rpc.add_ObserverServicer_to_server(_Servicer(service), server)
+
+
+class _Servicer(rpc.ObserverServicer):
+    """The adapter from gRPC's messages to a service of dataclasses."""
+
+    def __init__(self, service: ObserverService) -> None:
+        self._service = service
+
+    async def PushRound(  # noqa: N802 - the name in the .proto
+        self, request: pb.RoundReport, context: aio.ServicerContext
+    ) -> pb.PushReply:
+        async with _aborting(context):
+            await self._service.push_round(RoundReport.from_message(request))
+        return pb.PushReply()
+
+    async def ListRuns(  # noqa: N802 - the name in the .proto
+        self, request: pb.ListRunsRequest, context: aio.ServicerContext
+    ) -> pb.ListRunsReply:
+        del request, context
+        runs = self._service.list_runs()
+        return pb.ListRunsReply(runs=[to_protobuf(run, pb.RunSummary()) for run in runs])
+
+    async def GetRounds(  # noqa: N802 - the name in the .proto
+        self, request: pb.RoundsRequest, context: aio.ServicerContext
+    ) -> pb.RoundsReply:
+        async with _aborting(context):
+            reports = self._service.get_rounds(request.run_id, request.from_round)
+            return pb.RoundsReply(reports=map(pb.RoundReport.FromString, reports))
+
+    async def WatchRounds(  # noqa: N802 - the name in the .proto
+        self, request: pb.RoundsRequest, context: aio.ServicerContext
+    ) -> AsyncIterator[pb.RoundReport]:
+        async with _aborting(context):
+            async for report in self._service.watch_rounds(request.run_id, request.from_round):
+                # Parsed and written by protobuf in C; a dataclass for each of a hundred watchers would hold up the loop.
+                yield pb.RoundReport.FromString(report)
+
+    async def GetModel(  # noqa: N802 - the name in the .proto
+        self, request: pb.ModelRequest, context: aio.ServicerContext
+    ) -> AsyncIterator[pb.ModelChunk]:
+        async with _aborting(context):
+            async for chunk in self._service.get_model(request.run_id, request.round):
+                yield to_protobuf(chunk, pb.ModelChunk())
+
+
+@asynccontextmanager
+async def _aborting(context: aio.ServicerContext) -> AsyncIterator[None]:
+    """End the call with the status code of a refusal."""
+    try:
+        yield
+    except ReportError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except CallError as error:
+        await context.abort(error.code, str(error))

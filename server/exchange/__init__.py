@@ -1,0 +1,1 @@
+"""One exchange with the clients: requests out, replies in, each checked and added or refused by name."""

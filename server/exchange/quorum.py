@@ -1,0 +1,41 @@
+"""The error of a stage that too few clients answered well, with the reasons grouped."""
+
+from collections import defaultdict
+
+from fedbasin.proto.report import ClientReport, StageReport
+from fedbasin.strategies.round.outcomes import Outcome
+
+_SHOWN = 3  # nodes of a group that are named
+
+
+class QuorumLostError(RuntimeError):
+    """Too few clients' replies were accepted, in every attempt.
+
+    Attributes:
+        report: the report of the last attempt.
+    """
+
+    def __init__(self, report: StageReport, needed: int, attempts: int) -> None:
+        accepted = len(report.accepted)
+        super().__init__(
+            f"stage {report.stage}: {accepted} of {len(report.clients)} clients accepted, {needed} needed, in each of "
+            f"{attempts} attempts ({grouped_reasons(report)}); fix the clients, or lower fedbasin.quorum, and resume"
+        )
+        self.report = report
+
+
+def grouped_reasons(report: StageReport) -> str:
+    """Return the reasons of all refusals of a stage, equal ones once with their nodes."""
+    groups: dict[tuple[str, str], list[ClientReport]] = defaultdict(list)
+    for client in report.clients:
+        if not client.is_accepted:
+            groups[client.outcome, client.detail].append(client)
+    return "; ".join(_reason(*key, clients) for key, clients in groups.items())
+
+
+def _reason(outcome: str, detail: str, clients: list[ClientReport]) -> str:
+    named = ", ".join(str(client.node_id) for client in clients[:_SHOWN])
+    rest = f" and {len(clients) - _SHOWN} more" if len(clients) > _SHOWN else ""
+    nodes = f"node {named}" if len(clients) == 1 else f"nodes {named}{rest}"
+    advice = Outcome[outcome].value if outcome in Outcome.__members__ else ""
+    return f"{nodes}: {outcome}, {detail}; {advice}" if advice else f"{nodes}: {outcome}, {detail}"

@@ -1,0 +1,140 @@
+"""Reading of a reply: a message becomes a `Reply` and an `Update`, or is refused by name."""
+
+import hashlib
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from torch import Tensor
+
+from fedbasin.proto.header import SchemaVersionError, WireError, records
+from fedbasin.proto.packing import PackingError, nbytes
+from fedbasin.proto.reply import Reply
+from fedbasin.proto.request import Request, Start
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.round.decode_statistics import DecodedStatistics, decode_statistics
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+
+# Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed; the
+# others are the SuperLink's.
+_CLIENT_ERRORS = {1, 2, 6, 7, 8}
+
+_MOD = "from fedbasin import basin; app = ClientApp(mods=[basin(model=Net, data=train_batches)])"
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """One client's reply, decoded; its numbers are not yet checked against the anchor.
+
+    Attributes:
+        reply: the reply as it was sent.
+        update: what it adds to a sum.
+    """
+
+    reply: Reply
+    update: Update
+
+
+def receive(message: Message, request: Request, max_bytes: int) -> Received:
+    """Decode one reply; its tensors are views of the message's bytes.
+
+    Args:
+        message: the reply.
+        request: the request that it answers.
+        max_bytes: largest size of the arrays.
+
+    Raises:
+        Refusal: the reply is an error, does not parse, answers another request, is too large, or comes from an app
+            without the mod where the request needs it.
+    """
+    if message.has_error():
+        raise _client_error(message)
+    _check_size(message.content, max_bytes)
+    try:
+        reply = Reply.from_message(message.content, request)
+    except SchemaVersionError as error:
+        raise Refusal(Outcome.schema_version, str(error)) from error
+    except (WireError, PackingError) as error:
+        raise Refusal(Outcome.malformed, str(error)) from error
+    if reply.has_mod:
+        _check_answers(reply, request)
+    else:
+        _check_needs_no_mod(reply, request)
+    return Received(reply, _update(reply, request))
+
+
+def _check_size(content: RecordDict, max_bytes: int) -> None:
+    size = sum(nbytes(record) for record in records(content, ArrayRecord).values())
+    if size > max_bytes:
+        raise Refusal(Outcome.too_large, f"{size} bytes where {max_bytes} are allowed")
+
+
+def _client_error(message: Message) -> Refusal:
+    code, reason = message.error.code, message.error.reason or "no reason given"
+    if "fitins.parameters" in reason or "evaluateins.parameters" in reason:
+        return Refusal(
+            Outcome.client_error,
+            "the client is a legacy Client (client_fn), which does not read messages of strategies; write it with "
+            "@app.train() and @app.evaluate()",
+        )
+    outcome = Outcome.client_error if code in _CLIENT_ERRORS else Outcome.unavailable
+    return Refusal(outcome, f"error {code}: {reason}")
+
+
+def _check_answers(reply: Reply, request: Request) -> None:
+    """Check that a reply of the mod answers this request, in the frame that was requested."""
+    if (reply.round, reply.stage) != (request.round, request.stage):
+        raise Refusal(
+            Outcome.wrong_round,
+            f"round {reply.round}, {reply.stage or 'no stage'}; this is round {request.round}, {request.stage}",
+        )
+    if reply.anchor_digest != request.anchor_digest:
+        digest = reply.anchor_digest.hex()[:12] or "missing"
+        raise Refusal(Outcome.wrong_anchor, f"digest {digest}")
+    if reply.lost:
+        raise Refusal(Outcome.lost_model, f"round {reply.round}, {reply.stage}")
+    if request.kind == "evaluate":
+        return
+    symmetry = hashlib.sha256(request.symmetry.encode()).digest() if request.aligns else b""
+    if reply.symmetry_digest != symmetry:
+        raise Refusal(Outcome.symmetry_mismatch, f"digest {reply.symmetry_digest.hex()[:12]!r}")
+    if reply.function_changed:
+        error = reply.alignment.endpoint_error if reply.alignment else None
+        raise Refusal(Outcome.function_changed, f"its own loss changed by {error or 0.0:.2g} of itself")
+
+
+def _check_needs_no_mod(reply: Reply, request: Request) -> None:
+    """Check that an app without the mod could answer the request."""
+    needs = None
+    if request.statistic != "none":
+        needs = f"statistics ({request.statistic})"
+    elif request.refit is not None:
+        needs = "a fit of layers"
+    elif request.layer_graph:
+        needs = "a fit of layers after the fusion"
+    elif request.start is Start.own:
+        needs = "training from the client's own initial weights"
+    elif request.moving or request.merged_examples:
+        needs = "alignment to another client's model"
+    if needs is not None:
+        raise Refusal(Outcome.missing_mod, f"the recipe needs {needs}; add to the client: {_MOD}")
+    if request.kind == "train" and reply.parameters is None:
+        raise Refusal(Outcome.missing_tensor, "the reply does not have one record of arrays; reply with one")
+
+
+def _update(reply: Reply, request: Request) -> Update:
+    if request.kind == "evaluate":
+        return Update({}, reply.examples)
+    kind = "gram" if request.refit is not None else request.statistic
+    decoded = DecodedStatistics()
+    if reply.statistics:
+        decoded = decode_statistics(reply.statistics, kind, request.encodings)
+    parameters: dict[str, Tensor] = dict(reply.parameters or {})
+    if request.refit is None and not parameters:
+        raise Refusal(Outcome.missing_tensor, f"the reply has no record {request.arrays_key!r}")
+    return Update(
+        parameters,
+        reply.examples,
+        decoded.precisions,
+        decoded.moments if request.refit is not None else {},
+        reply.layer_graph,
+    )

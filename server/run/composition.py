@@ -1,0 +1,222 @@
+"""The parts of a run that do not change: settings, recipe, symmetry and layers, and the stages that follow from them."""
+
+import logging
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from fedbasin.proto.layer_graph import Block
+from fedbasin.proto.request import Request, Start
+from fedbasin.server.exchange.stage_attempt import StageLimits
+from fedbasin.server.run.model_arrays import array_names, state_of
+from fedbasin.server.run.settings import Settings, SettingsError
+from fedbasin.server.run.symmetry_of_run import symmetry_of_run
+from fedbasin.strategies.fusion.compression.budget import BudgetError
+from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
+from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
+from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
+from fedbasin.strategies.fusion.weighting import Statistic
+from fedbasin.strategies.recipes import Recipe
+from fedbasin.strategies.round.bootstrap import Bootstrap
+from fedbasin.strategies.round.fuse import Align, fusing_stage
+from fedbasin.strategies.round.pairwise import merge_in_pairs
+from fedbasin.strategies.round.round import RoundStages
+from fedbasin.strategies.round.stage import Stage
+from fedbasin.strategies.symmetry.example_inputs import Example
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.tensors.state import State, tied
+
+_LOG = logging.getLogger("flwr.fedbasin")
+
+ScoreFn = Callable[[State], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """The fixed parts of a run.
+
+    Attributes:
+        settings: the settings of the run.
+        recipe: the recipe with this run's server optimizer and regulariser.
+        align: the side that aligns.
+        symmetry: the symmetry of the model; None where nothing is aligned by one.
+        blocks: the layers that every client must send statistics of; None lets the first client decide.
+        layers: the layers whose inputs clients may send statistics of.
+        ties: by name, the first name of the same tensor.
+        array_names: by the model's names, the names of arrays that are called otherwise.
+        score_fn: scores a model, lower is better; for `bootstrap = "best"`.
+    """
+
+    settings: Settings
+    recipe: Recipe
+    align: Align
+    symmetry: Symmetry | None = None
+    blocks: Collection[Block] | None = None
+    layers: Sequence[Layer] = ()
+    ties: Mapping[str, str] | None = None
+    array_names: Mapping[str, str] | None = None
+    score_fn: ScoreFn | None = None
+
+    @property
+    def limits(self) -> StageLimits:
+        """The limits of every stage."""
+        settings = self.settings
+        return StageLimits(
+            settings.round_timeout_seconds,
+            settings.quorum,
+            settings.attempts,
+            settings.max_update_bytes,
+            settings.grace_seconds,
+            settings.probe_share,
+        )
+
+    def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
+        """Return the nodes that a round asks: the same ones for the same round, also after a resume.
+
+        Args:
+            online: the nodes that are online.
+            number: number of the round.
+            fraction: share of them that is asked.
+            minimum: smallest number of nodes that is asked.
+        """
+        size = min(len(online), max(int(fraction * len(online)), minimum))
+        draw = random.Random(f"{self.settings.seed}/{number}")  # noqa: S311 - not a secret
+        return sorted(draw.sample(sorted(online), size))
+
+    def round_stages(self, number: int, recipe: Recipe) -> RoundStages:
+        """Return the stages that a round chooses from."""
+        settings = self.settings
+        apart = self._starts_apart(number)
+        merges = apart and settings.merge != "star"
+        bootstraps = apart and self.align != "off" and not merges
+        bootstrap = self._bootstrap_stage if bootstraps else None
+        merge = None
+        if settings.merge != "star" and apart:
+            merge = partial(merge_in_pairs, merge=settings.merge, request=self._request(number), symmetry=self.symmetry)
+        encode = partial(fit_encodings, self.layers, settings.statistics_budget_bytes)
+        return RoundStages(
+            fuse=partial(self.fuse_stage, number, recipe),
+            bootstrap=bootstrap,
+            bootstrap_one_by_one=settings.bootstrap == "first",
+            merge=merge,
+            grouping=settings.fit,
+            encode=encode,
+        )
+
+    def fuse_stage(self, number: int, recipe: Recipe, anchor: State) -> Stage:
+        """Return the stage of a round in which clients train and are fused."""
+        settings = self.settings
+        merges = self._starts_apart(number) and settings.merge != "star"
+        request = replace(
+            self._request(number),
+            # Fits, links, and the path that goes with an evaluation build on the client's models.
+            keep=recipe.refit is not None or merges or settings.fused_points > 0,
+            layer_graph=recipe.refit is not None,
+            encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
+            frozen_factor=recipe.frozen_factor(number),
+        )
+        dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
+        # Pairs are aligned to each other, later.
+        align: Align = "off" if merges else self.align
+        return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype)
+
+    def untied(self, model: State) -> dict[str, Tensor]:
+        """Return a model with every name of one tensor restored from its first name.
+
+        A statistic speaks of a tensor under its first name; the others are the same tensor.
+        """
+        ties = self.ties or {}
+        return {name: model[ties.get(name, name)] for name in model}
+
+    def _bootstrap_stage(self, template: State) -> Stage:
+        return Bootstrap(template, self.settings.bootstrap, self.symmetry, self.score_fn)
+
+    def _request(self, number: int) -> Request:
+        """Return what links and fusions have in common."""
+        return Request(
+            "",
+            start=Start.own if self._starts_apart(number) else Start.shared,
+            matcher=self.settings.matcher,
+            path_points=self.settings.barrier_points,
+        )
+
+    def _starts_apart(self, number: int) -> bool:
+        return number == 1 and self.settings.start == "own"
+
+
+def compose(
+    settings: Settings,
+    model: nn.Module | None,
+    example: Example | None,
+    symmetry: Symmetry | None,
+    arrays: ArrayRecord,
+    score_fn: ScoreFn | None = None,
+) -> Composition:
+    """Check and compose everything that can be refused before the first message.
+
+    Args:
+        settings: the settings of the run.
+        model: the app's model; None where only its arrays are known.
+        example: inputs of the model.
+        symmetry: the symmetry of the model; None derives it from model and example.
+        arrays: the initial arrays.
+        score_fn: scores a model.
+
+    Raises:
+        SettingsError: the configuration cannot be run.
+        SymmetryError: the symmetry is another model's, or changes the function of the model.
+    """
+    recipe = settings.composed
+    names = array_names(model, arrays)
+    if settings.bootstrap == "best" and settings.start == "own" and score_fn is None:
+        raise SettingsError(
+            "bootstrap = 'best' needs a score; pass score_fn=... to FedBasin, or choose another bootstrap"
+        )
+    if model is None and (recipe.statistic is not Statistic.none or recipe.refit) and recipe.lora is None:
+        raise SettingsError(f"recipe = {recipe.name!r} needs the layers of the model; pass model=Net() to FedBasin")
+    state = state_of(arrays, names)
+    align, symmetry = symmetry_of_run(settings, model, example, symmetry, state)
+    layers = _layers(recipe, model, state)
+    _check_folds(align, recipe, symmetry)
+    try:
+        check_budget(recipe, layers, settings.statistics_budget_bytes)
+    except BudgetError as error:
+        raise SettingsError(str(error)) from error
+    return Composition(
+        settings,
+        recipe,
+        align,
+        symmetry,
+        None if model is None else known_blocks(model, recipe.statistic),
+        layers,
+        None if model is None else tied(model.state_dict()),
+        names,
+        score_fn,
+    )
+
+
+def _layers(recipe: Recipe, model: nn.Module | None, state: State) -> list[Layer]:
+    """Return the layers that clients may send statistics of."""
+    if recipe.lora is not None:
+        try:
+            return adapted_layers(state)
+        except AdapterError as error:
+            raise SettingsError(f"recipe = {recipe.name!r}: {error}") from error
+    return [] if model is None else gram_layers(model)
+
+
+def _check_folds(align: Align, recipe: Recipe, symmetry: Symmetry | None) -> None:
+    """Report that folding makes the global model another parametrisation, or that it cannot be done."""
+    if symmetry is None or not symmetry.folds:
+        return
+    if align == "server" and recipe.statistic is not Statistic.none:
+        raise SettingsError(
+            f"align = 'server' with recipe = {recipe.name!r}: the symmetry folds norms into the layers that read "
+            "them, whose statistics cannot follow; set align = 'client'"
+        )
+    _LOG.info("the symmetry folds %d norms: in the global model their weights will be 1", len(symmetry.folds))

@@ -1,0 +1,89 @@
+"""Lines of the log of a run, in the terms of Flower's users."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+
+from fedbasin.proto.report import PathSums, RoundReport, StageReport
+from fedbasin.server.exchange.quorum import grouped_reasons
+from fedbasin.server.run.settings import Settings
+
+_MEGABYTE = 1e6
+
+
+def settings_lines(settings: Settings) -> Iterator[str]:
+    """Give the settings that differ from their defaults, and the sampling."""
+    changed = {k: v for k, v in settings.changed.items() if k != "recipe"}
+    listed = ", ".join(f"{key} = {value!r}" for key, value in changed.items())
+    yield f"\t├──> fedbasin: recipe {settings.recipe}; {listed or 'all other settings at their defaults'}"
+    yield (
+        f"\t└──> Sampling: train {settings.fraction_train:.2f} (at least {settings.min_train_nodes}), evaluate "
+        f"{settings.fraction_evaluate:.2f} (at least {settings.min_evaluate_nodes}), of at least "
+        f"{settings.min_available_nodes} nodes"
+    )
+
+
+def start_lines(settings: Settings, arrays: ArrayRecord, rounds: int, folder: Path) -> Iterator[str]:
+    """Give the lines at the start of a run."""
+    size = sum(len(array.data) for array in arrays.values()) / _MEGABYTE
+    yield f"Starting FedBasin: {rounds} rounds, {len(arrays)} arrays of {size:.2f} MB, folder {folder}"
+    yield from settings_lines(settings)
+    if len(arrays) > 50 and not settings.packed:
+        yield (
+            f"\t└──> {len(arrays)} arrays travel one by one; packed = true sends a few, which is several times faster "
+            "between machines where every client has the mod"
+        )
+
+
+def stage_line(report: StageReport) -> str:
+    """Return one line about a stage."""
+    up = sum(client.bytes_up for client in report.clients) / _MEGABYTE
+    down = sum(client.bytes_down for client in report.clients) / _MEGABYTE
+    line = (
+        f"{report.stage}: {len(report.accepted)} of {len(report.clients)} clients accepted in {report.seconds:.1f} s, "
+        f"{up:.2f} MB up, {down:.2f} MB down"
+    )
+    forms = Counter(str(encoding.gram) for encoding in report.encodings.values())
+    if forms:
+        line += "; Gram matrices: " + ", ".join(f"{n} as {form}" for form, n in forms.items())
+    unaligned = sum("not aligned" in client.detail for client in report.accepted)
+    if unaligned:
+        line += f"; {unaligned} not aligned, because their apps lack the mod"
+    reasons = grouped_reasons(report)
+    return f"{line}; refused: {reasons}" if reasons else line
+
+
+def round_lines(report: RoundReport, previous: RoundReport | None) -> Iterator[str]:
+    """Give the lines about a round that is finished: metrics with their change, barrier, time."""
+    for title, now, earlier in (
+        ("train", report.train_metrics, previous and previous.train_metrics),
+        ("evaluate (clients)", report.evaluate_metrics, previous and previous.evaluate_metrics),
+        ("evaluate (server)", report.server_metrics, previous and previous.server_metrics),
+    ):
+        if now:
+            yield f"{title}: {_metrics(now, earlier or {})}"
+    barrier = _barrier(report.path)
+    yield f"round finished in {report.seconds:.1f} s{barrier}"
+
+
+def _metrics(now: Mapping[str, float], earlier: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" + (f" ({value - earlier[name]:+.2g})" if name in earlier else "")
+        for name, value in now.items()
+        if isinstance(value, int | float)
+    )
+
+
+def _barrier(path: PathSums | None) -> str:
+    if path is None or not path.examples or not path.loss_before:
+        return ""
+    trained, aligned = (_height(path.points, loss) for loss in (path.loss_before, path.loss_after))
+    return f", barrier {trained / path.examples:.3g} -> {aligned / path.examples:.3g}"
+
+
+def _height(points: tuple[float, ...], loss: tuple[float, ...]) -> float:
+    """Return the largest rise of a curve above the chord of its ends."""
+    start, end = loss[0], loss[-1]
+    return max(value - ((1 - t) * start + t * end) for t, value in zip(points, loss, strict=True))

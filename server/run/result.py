@@ -1,0 +1,24 @@
+"""The result of a run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.serverapp.strategy import Result
+from torch import Tensor
+
+from fedbasin.proto.report import RoundReport
+
+
+@dataclass(repr=False)
+class RunResult(Result):
+    """Flower's result of a run, with the reports and the folder.
+
+    Attributes:
+        reports: the reports of all rounds, those before a resume included.
+        folder: folder of the run, with its checkpoint and reports.
+        state_dict: the final model's tensors, under the model's names.
+    """
+
+    reports: list[RoundReport] = field(default_factory=list)
+    folder: Path = Path()
+    state_dict: dict[str, Tensor] = field(default_factory=dict)

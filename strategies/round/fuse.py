@@ -1,0 +1,145 @@
+"""Training, alignment and fusion: FedAvg, Fisher and RegMean are this stage with different statistics."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedbasin.proto.layer_graph import Block, LayerGraph
+from fedbasin.proto.report import AlignmentReport
+from fedbasin.proto.request import Request
+from fedbasin.strategies.alignment.identity_bound import identity_bounds
+from fedbasin.strategies.alignment.matchers import Matcher
+from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
+from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketch_encodings
+from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.fusion.weighting import SketchedGramWeighting, Statistic
+from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
+from fedbasin.strategies.round.checks import check_alike, check_frozen, check_layer_graph, check_update
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.stage import Stage
+from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.tensors.state import State
+
+Align = Literal["client", "server", "off"]
+
+
+class Fuse:
+    """A stage in which clients train and send their models and statistics, which are summed."""
+
+    stage = "fuse"
+
+    def __init__(
+        self,
+        anchor: State,
+        recipe: Recipe,
+        request: Request,
+        blocks: Collection[Block] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.request = replace(request, stage=self.stage)
+        self._anchor = anchor
+        self._recipe = recipe
+        self._blocks = () if recipe.statistic is Statistic.none else blocks
+        products = isinstance(recipe.fusion, LoraProducts)
+        self._accumulator = (ProductAccumulator if products else Accumulator).zero(anchor, dtype)
+        self.layer_graph: LayerGraph | None = None
+
+    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        expected = self._blocks
+        if expected is None and self._accumulator.clients:
+            expected = self._accumulator.blocks
+        if expected is None and not update.precisions:
+            statistic = self._recipe.statistic
+            raise Refusal(Outcome.missing_statistic, f"the recipe needs {statistic.value}")
+        check_update(update, self._anchor, expected)
+        check_alike(update, self._accumulator.blocks)
+        check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
+        if self.request.layer_graph:
+            check_layer_graph(update.layer_graph, self._anchor)
+            self.layer_graph = self.layer_graph or update.layer_graph
+        self._accumulator.add(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        weighting = self._recipe.weighting
+        return self._accumulator.finalize(self._anchor, weighting.ridge if weighting else None)
+
+
+class AlignedFuse:
+    """A fusing stage in which the server aligns, one reply at a time, for clients that cannot align themselves."""
+
+    def __init__(self, fuse: Fuse, anchor: State, symmetry: Symmetry) -> None:
+        self.request = fuse.request
+        self._fuse = fuse
+        self._anchor = anchor
+        self._symmetry = symmetry
+        self._bounds = identity_bounds(symmetry, anchor)
+        self._match = match_sinkhorn if fuse.request.matcher == Matcher.sinkhorn.name else match_weights
+
+    def accept(self, node: int, update: Update) -> AlignmentReport:
+        # Checked before it is aligned: an assignment over NaN has no answer.
+        check_update(update, self._anchor)
+        alignment = self._match(self._symmetry, self._anchor, update.parameters, self._bounds)
+        folded = replace(update, parameters=self._symmetry.fold(update.parameters))
+        self._fuse.accept(node, folded.apply(alignment.transform))
+        return alignment.report
+
+    def finish(self) -> dict[str, Tensor]:
+        return self._fuse.finish()
+
+    @property
+    def layer_graph(self) -> LayerGraph | None:
+        return self._fuse.layer_graph
+
+
+def fusing_stage(
+    anchor: State,
+    recipe: Recipe,
+    request: Request,
+    symmetry: Symmetry | None,
+    align: Align,
+    blocks: Collection[Block] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Stage:
+    """Return the fusing stage of a round, with alignment where it is wanted.
+
+    Args:
+        anchor: the global model of this round.
+        recipe: what clients send and how it is fused.
+        request: what is asked apart from statistics and alignment.
+        symmetry: the symmetry of the model; None leaves clients as they are.
+        align: the side that aligns.
+        blocks: the layers that every client must send statistics of; None lets the first client decide.
+        dtype: number format of the sums.
+    """
+    if recipe.lora is not None:
+        request, symmetry, blocks = _adapted(anchor, recipe, request, symmetry)
+    request = replace(request, statistic=recipe.statistic.name, shrink=recipe.shrink)
+    if align == "off" or symmetry is None:
+        return Fuse(anchor, recipe, request, blocks, dtype)
+    if align == "server":
+        return AlignedFuse(Fuse(anchor, recipe, request, blocks, dtype), anchor, symmetry)
+    bounds = identity_bounds(symmetry, anchor)
+    request = replace(request, symmetry=str(symmetry), identity_bounds=bounds)
+    return Fuse(anchor, recipe, request, blocks, dtype)
+
+
+def _adapted(
+    anchor: State, recipe: Recipe, request: Request, symmetry: Symmetry | None
+) -> tuple[Request, Symmetry | None, tuple[Block, ...]]:
+    """Return the request for adapters, their symmetry, and the layers of which they need statistics."""
+    factors = find_adapters(anchor)
+    blocks: tuple[Block, ...] = ()
+    if recipe.statistic is Statistic.gram:
+        blocks = tuple(blocks_of(factors, "up" if request.frozen_factor == "lora_A" else "down"))
+    if recipe.fusion == LoraFactors(rotate=True):
+        symmetry = adapters(anchor)
+    is_sketched = isinstance(recipe.weighting, SketchedGramWeighting)
+    encodings = request.encodings or (sketch_encodings(anchor) if is_sketched else {})
+    return replace(request, blocks=blocks, encodings=encodings), symmetry, blocks

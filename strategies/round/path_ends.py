@@ -1,0 +1,23 @@
+"""The ends of a path among the models of one round."""
+
+from torch import Tensor
+
+from fedbasin.proto.request import PathSpec
+from fedbasin.strategies.tensors.state import State, extrapolate, interpolate
+
+
+def path_ends(
+    spec: PathSpec, start: State, fused: State, refitted: State
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the two models between which a path runs.
+
+    Args:
+        spec: the path.
+        start: the global model that the round began with.
+        fused: the model that the clients' models were fused to.
+        refitted: that model with layers fitted.
+    """
+    if not spec.extrapolate:
+        return dict(fused), dict(refitted)
+    through = interpolate(fused, refitted, spec.mix)
+    return extrapolate(start, through, 0.0), extrapolate(start, through, spec.extrapolate)

@@ -1,0 +1,114 @@
+"""A stage of a round: one request to some clients, and the sum of what they reply.
+
+    bootstrap   send your own initial model, so that one client's becomes the anchor
+    fuse        train, align to the anchor, send what you know; the sum becomes the model
+    refit       send how layers of the model so far fit to your data
+    evaluate    evaluate the new model
+
+A stage knows its request and how to add a reply. How the request travels, which clients are asked, the deadline and
+the handling of refusals are written once for all stages, in `fedbasin.server.run`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedbasin.proto.layer_graph import LayerGraph
+from fedbasin.proto.report import AlignmentReport, PathSums, StageReport, UpdateCosines
+from fedbasin.proto.request import Request
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.tensors.state import State
+
+
+class Stage(Protocol):
+    """One request to some clients. `accept` checks first and adds then: a refusal leaves no trace.
+
+    Attributes:
+        request: what is asked of every client.
+    """
+
+    request: Request
+
+    @property
+    def layer_graph(self) -> LayerGraph | None:
+        """The model's layers as the first client reports them; None where that was not requested."""
+        ...
+
+    def accept(self, node: int, update: Update) -> AlignmentReport | None:
+        """Add one client; the update is not kept.
+
+        Returns:
+            The report of the server's own alignment, where the stage aligns.
+
+        Raises:
+            Refusal: the update must not become part of the sum.
+        """
+        ...
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the model that the stage ends in."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StagePlan:
+    """A stage that a round asks for next.
+
+    Attributes:
+        make: makes the stage, fresh for every attempt.
+        carries: the tensors that its messages bring.
+        nodes: the clients to ask; None for those that the round has sampled.
+        may_fail: whether the round goes on where too few reply; it then receives a result without nodes.
+        trains: whether this is the stage in which clients train and are fused, which the Flower strategy runs.
+    """
+
+    make: Callable[[], Stage]
+    carries: State
+    nodes: Sequence[int] | None = None
+    may_fail: bool = False
+    trains: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class StageResult:
+    """The end of a stage.
+
+    Attributes:
+        model: the model that the stage ends in.
+        report: the outcome of every client's reply.
+        metrics: aggregated metrics of the clients.
+        path: sums along the evaluated path, over the accepted clients.
+        variance: variance ratios by layer, means over the clients that measured them.
+        layer_graph: the model's layers, where the stage requested them.
+        cosines: makes the cosines of the clients' updates once the round's model is known; None where they were not
+            measured.
+    """
+
+    model: dict[str, Tensor]
+    report: StageReport
+    metrics: Mapping[str, float | list[float]] = field(default_factory=dict)
+    path: PathSums | None = None
+    variance: Mapping[str, float] = field(default_factory=dict)
+    layer_graph: LayerGraph | None = None
+    cosines: Callable[[State], tuple[UpdateCosines, Tensor] | None] | None = None
+
+    @property
+    def curve(self) -> Path | None:
+        """The loss along the path, for clients' models as they were sent; None where nothing was evaluated."""
+        path = self.path
+        if path is None or not path.points:
+            return None
+        return Path(path.points, path.loss_after, path.correct_after, path.examples)
+
+    @property
+    def nodes(self) -> list[int]:
+        """The accepted clients."""
+        return [client.node_id for client in self.report.accepted]
+
+    @property
+    def examples(self) -> float:
+        """The sum of the accepted clients' weights."""
+        return sum(client.examples for client in self.report.accepted)

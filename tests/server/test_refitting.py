@@ -1,0 +1,396 @@
+"""Recipes of several stages over a federation in this process, held to what the clients' own models give directly."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from operator import itemgetter
+
+import pytest
+import torch
+from flwr.app import Error, Message
+from torch.nn.functional import linear, one_hot, pad, relu
+
+from fedbasin.proto.reply import Reply
+from fedbasin.proto.request import Request
+from fedbasin.server.exchange.quorum import QuorumLostError
+from fedbasin.server.run.settings import SettingsError
+from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.head import Evidence, closed_form
+from fedbasin.strategies.fusion.precisions import Gram
+from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.tensors.state import floating
+from tests import running, tiny
+from tests.server.fake_grid import FakeGrid
+
+NODES = [100, 101, 102]
+FIRST, HEAD = ("0.weight", "0.bias"), ("3.weight", "3.bias")
+STAGES = {
+    "fedavg": ["fuse"],
+    "fedavgm": ["fuse"],
+    "fisher": ["fuse"],
+    "kfac": ["fuse"],
+    "regmean": ["fuse"],
+    "regmean++": ["fuse", "fit", "fit"],
+    "features": ["fuse", "fit", "fit"],
+    "head": ["fuse", "head"],
+    "auto": ["fuse", "fit", "head", "probe", "probe"],
+    "auto-head": ["fuse", "head", "probe", "probe"],
+    "features-head": ["fuse", "fit", "head"],
+}
+FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
+W = torch.float64
+
+
+class Run:
+    """A run that remembers what every client sent, and may do something to a reply on its way."""
+
+    def __init__(self, folder, rounds=1, on_reply: Callable | None = None, grid=None, **config):
+        settings = {"align": "off", "fraction_evaluate": 0.0, "folder": str(folder)} | config
+        self.app = tiny.make_app()
+        self.federation = tiny.federation(app=self.app, **settings)
+        self.on_reply = on_reply or (lambda run, node, stage, reply: reply)
+        self.sent = {}
+        self.federation.tamper = {node: partial(self.seen, node) for node in NODES}
+        symmetry = None if settings["align"] == "off" else tiny.symmetry()
+        grid = FakeGrid(NODES, self.asked, **(grid or {}))
+        self.result = running.run(self.federation, tiny.net(), rounds, grid=grid, symmetry=symmetry)
+        self.model = self.result.state_dict
+
+    def seen(self, node, reply):
+        if not reply.has_error() and self.request.stage == "fuse":
+            parameters = Reply.from_message(reply.content, self.request).parameters
+            self.sent[node] = {n: tensor.to(W) for n, tensor in floating(parameters).items()}
+        return self.on_reply(self, node, self.request.stage, reply)
+
+    def asked(self, message):
+        self.request = Request.from_message(message.content)
+        return self.federation.answer(message)
+
+    def stages(self, number=1):
+        return self.result.reports[number - 1].stages
+
+    def outcomes(self, index, number=1):
+        return {c.node_id: c.outcome for c in self.stages(number)[index].clients}
+
+    def data(self, node):
+        inputs, targets = tiny.examples(self.federation.contexts[node])
+        return inputs.to(W), targets
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a, b, names=None):
+    for name in names or b:
+        torch.testing.assert_close(a[name].to(W), b[name].to(W), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if r.lora is None])
+def test_every_recipe_runs_its_stages_in_order_in_every_round(tmp_path, recipe):
+    run = Run(tmp_path, 2, recipe=recipe, fraction_evaluate=1.0)
+    for report in run.result.reports:
+        assert [stage.stage for stage in report.stages] == [*STAGES[recipe], "evaluate"]
+        for stage in report.stages:
+            assert [client.outcome for client in stage.clients] == ["accepted"] * 3
+        assert report.metrics["accuracy"] > 0.4
+    assert all(tensor.isfinite().all() for tensor in run.model.values())
+    assert len(run.app.trained) == 6
+
+
+def norm(state):
+    """What batch normalisation does in evaluation, as a scale and a shift."""
+    scale = state["1.weight"] / (state["1.running_var"] + 1e-5).sqrt()
+    return scale, state["1.bias"] - state["1.running_mean"] * scale
+
+
+def hidden(state, x):
+    scale, shift = norm(state)
+    return linear(x, state["0.weight"], state["0.bias"]) * scale + shift
+
+
+def sums(rows, targets):
+    """Over all clients' rows."""
+    x, z = pad(torch.cat(rows), (0, 1), value=1.0), torch.cat(targets)
+    return x.T @ x, z.T @ x
+
+
+def ridge(rows, targets, base, strength):
+    """Ridge regression of all clients' rows on their targets, drawn to `base`."""
+    gram, moment = sums(rows, targets)
+    rho = strength * gram.diagonal().mean()
+    return torch.linalg.solve(gram + rho * torch.eye(len(gram), dtype=W), (moment + rho * base).T).T
+
+
+def fitted(state, block, solution):
+    return {**state, block[0]: solution[:, :-1], block[1]: solution[:, -1]}
+
+
+def weight_and_bias(state, block):
+    return torch.cat([state[block[0]], state[block[1]][:, None]], 1)
+
+
+def mean(run):
+    counts = {node: float(len(run.data(node)[1])) for node in NODES}
+    total = sum(counts.values())
+
+    def over_clients(of):
+        return sum(counts[node] * of(run.sent[node]) for node in NODES) / total
+
+    state = {name: over_clients(itemgetter(name)) for name in run.sent[NODES[0]]}
+    moments = over_clients(lambda own: own["1.running_var"] + own["1.running_mean"] ** 2)
+    return {**state, "1.running_var": moments - state["1.running_mean"] ** 2}
+
+
+def restated(state, xs):
+    """With the running statistics that the model has on all clients' data at once, and the same function."""
+    read = linear(torch.cat(xs), state["0.weight"], state["0.bias"])
+    scale, shift = norm(state)
+    mean, variance = read.mean(0), read.var(0, unbiased=False)
+    statistics = {"1.running_mean": mean, "1.running_var": variance}
+    learned = {"1.weight": scale * (variance + 1e-5).sqrt(), "1.bias": shift + scale * mean}
+    return {**state, **statistics, **learned}
+
+
+def directly(run, recipe, strength):
+    """Feature regression in float64 on all clients' data at once, layer by layer."""
+    state, xs = mean(run), [run.data(node)[0] for node in NODES]
+    owns = [run.sent[node] for node in NODES]
+    scale, shift = norm(state)
+    if recipe == "features":
+        goals = [(hidden(own, x) - shift) / scale for own, x in zip(owns, xs, strict=True)]
+    else:
+        goals = [linear(x, own["0.weight"], own["0.bias"]) for own, x in zip(owns, xs, strict=True)]
+    state = fitted(state, FIRST, ridge(xs, goals, weight_and_bias(state, FIRST), strength))
+    rows = [relu(hidden(state, x)) for x in xs]
+    read = [relu(hidden(own, x)) for own, x in zip(owns, xs, strict=True)]
+    if recipe != "features":
+        read = rows
+    goals = [linear(x, own["3.weight"], own["3.bias"]) for own, x in zip(owns, read, strict=True)]
+    whole = fitted(state, HEAD, ridge(rows, goals, weight_and_bias(state, HEAD), strength))
+    return restated(whole, xs)
+
+
+@pytest.mark.parametrize("recipe", ["features", "regmean++"])
+def test_a_round_is_the_regression_on_all_clients_data_at_once(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe, ridge=0.03)
+    close(run.model, directly(run, recipe, 0.03))
+
+
+@pytest.mark.parametrize("config", [{}, {"ridge": 0.2}])
+def test_the_recipe_head_is_the_discriminants_of_all_clients_fused_features(tmp_path, config):
+    run = Run(tmp_path, recipe="head", **config)
+    state = mean(run)
+    rows = [relu(hidden(state, run.data(node)[0])) for node in NODES]
+    goals = [one_hot(run.data(node)[1], tiny.CLASSES).to(W) for node in NODES]
+    gram, moment = sums(rows, goals)
+    asked = Ridge(config["ridge"]) if config else Evidence()
+    expected = fitted(state, HEAD, closed_form(HEAD, Gram(gram), moment, asked))
+    close(run.model, restated(expected, [run.data(node)[0] for node in NODES]))
+
+
+def test_half_of_the_way_is_taken_before_the_head_is_fitted(tmp_path):
+    run = Run(tmp_path, recipe="features-head", ridge=0.1)
+    state, whole = mean(run), directly(run, "features", 0.1)
+    for name in FIRST:
+        expected = (state[name] + whole[name]) / 2
+        close(run.model, {name: expected})
+
+
+def lose(at, who):
+    """A client whose SuperNode restarts after it has answered a stage."""
+
+    def on_reply(run, node, stage, reply):
+        if (stage, node) == (at, who):
+            run.federation.contexts[node].state.clear()
+        return reply
+
+    return on_reply
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_a_client_that_lost_its_models_is_refused_by_name_and_the_stages_go_on(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe, on_reply=lose("fuse", 101))
+    assert run.outcomes(1) == {100: "accepted", 101: "lost_model", 102: "accepted"}
+    (client,) = [c for c in run.stages()[1].clients if c.node_id == 101]
+    assert "round 1" in client.detail
+    for index in range(2, len(run.stages())):
+        assert run.outcomes(index) == {100: "accepted", 102: "accepted"}
+
+
+def test_a_client_that_loses_its_models_between_two_fits_is_in_the_first_alone(tmp_path):
+    run = Run(tmp_path, recipe="features", on_reply=lose("fit", 101))
+    assert run.outcomes(1) == dict.fromkeys(NODES, "accepted")
+    assert run.outcomes(2) == {100: "accepted", 101: "lost_model", 102: "accepted"}
+
+
+def test_a_client_that_is_back_takes_part_in_the_next_round(tmp_path):
+    first = []
+
+    def once(run, node, stage, reply):
+        if not first and (stage, node) == ("fuse", 101):
+            first.append(node)
+            run.federation.contexts[node].state.clear()
+        return reply
+
+    run = Run(tmp_path, 2, recipe="features", on_reply=once)
+    assert run.outcomes(1)[101] == "lost_model"
+    assert run.outcomes(2, 2) == dict.fromkeys(NODES, "accepted")
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_replies_that_come_twice_change_nothing(tmp_path, recipe):
+    plain = Run(tmp_path / "plain", recipe=recipe)
+    twice = Run(tmp_path / "twice", recipe=recipe, grid={"duplicates": True})
+    assert equal(plain.model, twice.model)
+
+
+def failing_at(index):
+    """The replies of two of three clients to this stage are lost, the first time."""
+    lost = set()
+
+    def on_reply(run, node, stage, reply):
+        refit = run.request.refit
+        if node == 102 or node in lost or index != (refit.sequence + 1 if refit else 0):
+            return reply
+        lost.add(node)
+        return Message(Error(5, "gone"), reply_to=run.federation.asked[-1])
+
+    return on_reply
+
+
+@pytest.mark.parametrize(
+    ("recipe", "index"), [(recipe, index) for recipe in FITTED for index in range(len(STAGES[recipe]))]
+)
+def test_a_stage_that_is_asked_anew_gives_the_same(tmp_path, recipe, index):
+    """Also the last one, for which clients need the models that they kept."""
+    plain = Run(tmp_path / "plain", recipe=recipe)
+    again = Run(tmp_path / "again", on_reply=failing_at(index), recipe=recipe, attempts=2)
+    assert again.outcomes(index) == dict.fromkeys(NODES, "accepted")
+    assert equal(again.model, plain.model)
+    assert len(again.app.trained) == 3
+
+
+def test_a_fit_that_too_few_answer_names_its_stage(tmp_path):
+    def forgetful(run, node, stage, reply):
+        run.federation.contexts[node].state.clear()
+        return reply
+
+    with pytest.raises(QuorumLostError, match=r"stage fit: 0 of 3.*nodes 100, 101, 102: lost_model"):
+        Run(tmp_path, recipe="features", on_reply=forgetful)
+
+
+def test_later_stages_bring_only_the_layers_that_are_new(tmp_path):
+    run = Run(tmp_path, recipe="features-head")
+    fuse, fit, head = ({c.bytes_down for c in stage.clients} for stage in run.stages())
+    sizes = {name: tensor.nbytes for name, tensor in run.model.items()}
+    assert fuse == fit
+    assert min(fuse) >= sum(sizes.values())
+    new = sum(sizes[name] for name in FIRST)
+    # Every array has a header of 128 bytes.
+    assert head <= set(range(new, new + 400))
+
+
+def test_clients_keep_nothing_once_the_round_has_been_evaluated(tmp_path):
+    run = Run(tmp_path, recipe="features", fraction_evaluate=1.0)
+    for context in run.federation.contexts.values():
+        assert not [name for name in context.state if name.startswith("fedbasin")]
+
+
+@pytest.mark.parametrize("recipe", ["features", "auto"])
+def test_the_path_from_the_fused_model_is_walked_after_fits_too(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe, fused_points=3, fraction_evaluate=1.0)
+    (report,) = run.result.reports
+    assert report.fused_path.clients == 3
+    assert report.fused_path.points == (0, 0.5, 1)
+
+
+@pytest.mark.parametrize("optimizer", ["replace", "average", "momentum", "adam", "yogi"])
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, optimizer):
+    config = {"recipe": "features", "server_optimizer": optimizer}
+    whole = Run(tmp_path / "whole", 4, **config)
+    cut = Run(tmp_path / "cut", 2, **config)
+    resumed = Run(tmp_path, 4, resume=str(cut.result.folder), **config)
+    assert equal(resumed.model, whole.model)
+    assert {number for _, number in resumed.app.trained} == {3, 4}
+
+
+class TestHandingOver:
+    """A recipe that fits while fitting pays; what pays is set so that it always or never does."""
+
+    @staticmethod
+    def paying(monkeypatch, threshold):
+        auto = RECIPES["auto"]
+        hand_over = replace(auto.hand_over, threshold=threshold)
+        refit = replace(auto.refit, probe=replace(auto.refit.probe, hand_over=hand_over))
+        monkeypatch.setitem(RECIPES, "auto", replace(auto, refit=refit))
+
+    def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
+        self.paying(monkeypatch, -1.0)
+        run = Run(tmp_path, 3, recipe="auto")
+        assert {len(report.stages) for report in run.result.reports} == {5}
+
+    def test_another_recipe_takes_over_once_it_does_not(self, tmp_path, monkeypatch, caplog):
+        self.paying(monkeypatch, 1.0)
+        with caplog.at_level("INFO", "flwr.fedbasin"):
+            run = Run(tmp_path, 3, recipe="auto")
+        assert [len(report.stages) for report in run.result.reports] == [5, 1, 1]
+        assert "less than 100 %: fedavgm takes over" in caplog.text
+
+    def test_it_takes_over_with_the_runs_own_server_optimizer(self, tmp_path, monkeypatch):
+        self.paying(monkeypatch, 1.0)
+        run = Run(tmp_path, 3, recipe="auto", server_optimizer="replace")
+        close(run.model, mean(run))  # as it would not be with momentum
+
+    def test_a_run_that_was_cut_off_after_it_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
+        self.paying(monkeypatch, 1.0)
+        whole = Run(tmp_path / "whole", 5, recipe="auto")
+        for done in (1, 3):
+            cut = Run(tmp_path / f"cut-{done}", done, recipe="auto")
+            resumed = Run(tmp_path, 5, recipe="auto", resume=str(cut.result.folder))
+            assert equal(resumed.model, whole.model)
+            assert len(resumed.stages(5)) == 1
+
+
+def test_a_server_optimizer_of_the_settings_is_not_the_recipes_own(tmp_path):
+    own, momentum = (Run(tmp_path / name, 2, recipe="features", server_optimizer=name) for name in ("", "momentum"))
+    assert not torch.equal(own.model["0.weight"], momentum.model["0.weight"])
+
+
+def test_fitting_blocks_asks_fewer_stages(tmp_path):
+    run = Run(tmp_path, recipe="features", fit="block")
+    # The layers 0 and 3 of this stack are blocks of their own.
+    assert [stage.stage for stage in run.stages()] == ["fuse", "fit", "fit"]
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_a_server_that_aligns_cannot_fit(tmp_path, recipe):
+    with pytest.raises(SettingsError, match=r"align = 'server': recipe.*set align = 'client'"):
+        Run(tmp_path, recipe=recipe, align="server")
+
+
+@pytest.mark.parametrize("recipe", FITTED)
+def test_no_recipe_needs_an_app_that_evaluates(tmp_path, recipe):
+    run = Run(tmp_path, recipe=recipe)
+    asked = {message.metadata.message_type for message in run.federation.asked}
+    assert asked == {"train"}
+
+
+class TestOwnStarts:
+    def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path):
+        run = Run(tmp_path, recipe="features", align="client", start="own", ridge=0.03)
+        assert [s.stage for s in run.stages()] == ["bootstrap", "fuse", "fit", "fit"]
+        moved = [space.moved for c in run.stages()[1].clients for space in c.alignment.spaces]
+        assert any(moved)
+        close(run.model, directly(run, "features", 0.03))
+
+    @pytest.mark.parametrize("recipe", FITTED)
+    def test_every_recipe_gets_through_them(self, tmp_path, recipe):
+        config = {"align": "client", "start": "own", "fraction_evaluate": 1.0}
+        run = Run(tmp_path, 2, recipe=recipe, **config)
+        assert [s.stage for s in run.stages()] == ["bootstrap", *STAGES[recipe], "evaluate"]
+        assert run.result.reports[-1].metrics["accuracy"] > 0.4
+
+    def test_a_client_trains_once_a_round(self, tmp_path):
+        run = Run(tmp_path, recipe="features", align="client", start="own")
+        assert sorted(run.app.trained) == [(node, 1) for node in NODES]

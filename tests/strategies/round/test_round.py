@@ -1,0 +1,406 @@
+"""The stages of a round, one after the other, for every recipe, grouping and kind of start."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from fedbasin.proto.encoding import Encoding, GramForm, GramKind
+from fedbasin.proto.layer_graph import BatchNorm, LayerGraph
+from fedbasin.proto.report import ClientReport, PathSums, StageReport
+from fedbasin.proto.request import PathSpec, Request
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.head import Evidence
+from fedbasin.strategies.recipes import RECIPES, Recipe
+from fedbasin.strategies.round.bootstrap import Bootstrap
+from fedbasin.strategies.round.fuse import Fuse
+from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
+from fedbasin.strategies.round.round import NoLayerError, RoundStages, best_ahead, plan_refits, relative_gain, run_round
+from fedbasin.strategies.round.stage import StagePlan, StageResult
+
+NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
+EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)
+ORDER = LayerGraph(((EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)), HEAD)
+LEVELS = [(EMBED,), (Q, K), (OUT,), (NEXT_Q,), (NEXT_OUT,), (HEAD,)]
+BLOCKS = [(EMBED, Q, K), (OUT, NEXT_Q, NEXT_OUT), (HEAD,)]
+
+
+def model(value):
+    tensors = {f"{n}.weight": torch.full((2, 2), value) for n in NAMES}
+    return tensors | {f"{n}.bias": torch.full((2,), value) for n in NAMES} | {"norm": torch.ones(2)}
+
+
+NODES = list(range(10))
+
+
+def result_of(state, nodes, layer_graph=None, path=None):
+    """The result of a stage in which these clients were accepted."""
+    clients = tuple(ClientReport(node, "accepted", examples=10.0) for node in nodes)
+    report = StageReport("a stage", clients=clients)
+    return StageResult(state, report, path=path, layer_graph=layer_graph)
+
+
+def stages_of(recipe, grouping="layer", **more):
+    request = Request("", layer_graph=True, keep=True)
+    return RoundStages(fuse=lambda anchor: Fuse(anchor, recipe, request), grouping=grouping, **more)
+
+
+@dataclass
+class Driven:
+    """A round driven to its end; every stage moves its layers to minus its own number, and loses a client."""
+
+    recipe: Recipe
+    grouping: str = "layer"
+    layer_graph: LayerGraph | None = ORDER
+    path: PathSums | None = None
+    encode: object = None
+    plans: list[StagePlan] = field(default_factory=list)
+
+    def __post_init__(self):
+        stages = stages_of(self.recipe, self.grouping, encode=self.encode)
+        steps = run_round(model(0.0), self.recipe, stages, NODES)
+        state, plan = model(0.0), next(steps)
+        try:
+            while True:
+                self.plans.append(plan)
+                refit = plan.make().request.refit
+                moved = {n: torch.full_like(state[n], -float(len(self.plans))) for b in (refit.blocks if refit else ()) for n in b}  # fmt: skip
+                state = {**state, **moved}
+                nodes = NODES[: 10 - len(self.plans)]
+                plan = steps.send(result_of(state, nodes, self.layer_graph, self.path))
+        except StopIteration as end:
+            self.result, self.gain = end.value.model, end.value.gain
+
+    @property
+    def stages(self):
+        return [plan.make() for plan in self.plans]
+
+    @property
+    def refits(self):
+        return [stage.request.refit for stage in self.stages[1:]]
+
+
+SEQUENCES = {
+    ("fedavg", "layer"): ["fuse"],
+    ("fedavgm", "layer"): ["fuse"],
+    ("fisher", "layer"): ["fuse"],
+    ("kfac", "layer"): ["fuse"],
+    ("regmean", "block"): ["fuse"],
+    ("regmean++", "layer"): ["fuse"] + 6 * ["fit"],
+    ("regmean++", "block"): ["fuse"] + 3 * ["fit"],
+    ("features", "layer"): ["fuse"] + 6 * ["fit"],
+    ("features", "block"): ["fuse"] + 3 * ["fit"],
+    ("head", "layer"): ["fuse", "head"],
+    ("head", "block"): ["fuse", "head"],
+    ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
+    ("features-head", "block"): ["fuse"] + 2 * ["fit"] + ["head"],
+    ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
+    ("auto-head", "layer"): ["fuse", "head", "probe", "probe"],
+    ("auto", "block"): ["fuse"] + 2 * ["fit"] + ["head", "probe", "probe"],
+}
+
+
+@pytest.mark.parametrize(("recipe", "grouping"), SEQUENCES, ids=map("-".join, SEQUENCES))
+def test_a_recipe_is_this_sequence_of_stages(recipe, grouping):
+    driven = Driven(RECIPES[recipe], grouping)
+    assert [stage.request.stage for stage in driven.stages] == SEQUENCES[recipe, grouping]
+
+
+def test_every_recipe_has_its_sequence():
+    # Those for adapters are one stage, and need a model that has some.
+    assert {r for r, _ in SEQUENCES} == {n for n, r in RECIPES.items() if r.lora is None}
+
+
+@pytest.mark.parametrize(("grouping", "groups"), [("layer", LEVELS), ("block", BLOCKS)])
+def test_layers_are_fitted_in_their_order_and_their_groups(grouping, groups):
+    refits = Driven(RECIPES["features"], grouping).refits
+    assert [refit.blocks for refit in refits] == groups
+    assert [refit.sequence for refit in refits] == list(range(len(groups)))
+    assert {refit.target for refit in refits} == {"features"}
+
+
+def test_a_head_to_labels_comes_last_and_is_fitted_to_nothing_else():
+    refits = Driven(RECIPES["features-head"]).refits
+    assert [refit.blocks for refit in refits] == LEVELS
+    assert [refit.target for refit in refits] == 5 * ["features"] + ["labels"]
+
+
+def test_a_head_that_stands_beside_other_layers_leaves_their_level():
+    beside = LayerGraph(((EMBED,), (OUT, HEAD)), HEAD)
+    refits = Driven(RECIPES["features-head"], layer_graph=beside).refits
+    assert [refit.blocks for refit in refits] == [(EMBED,), (OUT,), (HEAD,)]
+
+
+def test_names_without_numbers_are_blocks_of_their_own():
+    plain = LayerGraph(tuple(((f"{n}.weight",),) for n in ("one", "two", "three")))
+    recipe = RECIPES["features"]
+    steps = {f"{n}.weight": torch.zeros(2, 2) for n in ("one", "two", "three")}
+    plans = run_round(steps, recipe, stages_of(recipe, "block"), NODES)
+    next(plans)
+    plan = plans.send(result_of(steps, [1], plain))
+    assert plan.make().request.refit.blocks == (("one.weight",),)
+
+
+def blockwise(*names):
+    """The names of the layers that a stage fits, for levels of these names."""
+    layer_graph = LayerGraph(tuple(((name,),) for name in names))
+    state = {name: torch.zeros(2, 2) for name in names}
+    recipe = RECIPES["features"]
+    steps = run_round(state, recipe, stages_of(recipe, "block"), NODES)
+    next(steps)
+    layers = []
+    try:
+        result = result_of(state, [1], layer_graph)
+        while True:
+            refit = steps.send(result).make().request.refit
+            layers.append([name for (name,) in refit.blocks])
+            result = result_of(state, [1])
+    except StopIteration:
+        return layers
+
+
+def test_twelve_blocks_are_fourteen_stages_with_embedding_head_and_training():
+    parts = ("attention.query", "attention.output", "mlp.up", "mlp.down")
+    names = [f"blocks.{block}.{part}.weight" for block in range(12) for part in parts]
+    found = blockwise("embedding.weight", *names, "head.weight")
+    assert 1 + len(found) == 14
+    assert found[0] == ["embedding.weight", "blocks.0.attention.query.weight"]
+    assert found[1][0] == "blocks.0.attention.output.weight"
+    assert found[1][-1] == "blocks.1.attention.query.weight"
+    assert found[-1] == ["head.weight"]
+
+
+def test_a_numbered_layer_inside_a_block_is_no_block():
+    parts = ("attn.weight", "mlp.0.weight", "mlp.2.weight")
+    names = [f"encoder.layer_{block}.{part}" for block in range(3) for part in parts]
+    assert [len(stage) for stage in blockwise(*names)] == [1, 3, 5]
+
+
+@pytest.mark.parametrize("recipe", ["features", "features-head", "auto"])
+def test_a_stage_brings_all_of_the_model_first_and_then_what_is_new(recipe):
+    driven = Driven(RECIPES[recipe])
+    first, second, *later = driven.plans
+    assert first.carries.keys() == model(0.0).keys()
+    assert (first.trains, first.may_fail) == (True, False)
+    assert not any(plan.trains or plan.may_fail for plan in (second, *later))
+    assert second.carries.keys() == model(0.0).keys()
+    for step, before in zip(later, driven.refits, strict=False):
+        assert step.carries.keys() == {name for block in before.blocks for name in block}
+
+
+def test_a_stage_builds_on_the_one_before():
+    driven = Driven(RECIPES["features"])
+    for number, step in enumerate(driven.plans[2:], start=2):
+        assert {float(t.mean()) for t in step.carries.values()} == {-float(number)}
+    assert torch.equal(driven.result["head.weight"], torch.full((2, 2), -7.0))
+
+
+def test_a_piece_that_a_client_has_completes_what_it_had():
+    driven = Driven(RECIPES["auto"])
+    have = {}
+    for step, refit in zip(driven.plans[1:], driven.refits, strict=True):
+        have = dict(step.carries) if not refit.sequence else {**have, **step.carries}
+    for name, tensor in driven.stages[-1].finish().items():
+        assert torch.equal(have[name], tensor)
+
+
+def test_only_the_clients_that_were_accepted_are_asked_on():
+    nodes = [step.nodes for step in Driven(RECIPES["features"]).plans]
+    assert nodes == [None, *(NODES[: 10 - number] for number in range(1, 7))]
+
+
+def test_every_attempt_has_a_fresh_stage():
+    for step in Driven(RECIPES["auto"]).plans[1:]:
+        assert step.make() is not step.make()
+
+
+def regularisers(recipe):
+    stages = [s for s in Driven(recipe).stages if isinstance(s, RefitLayers | RefitHead)]
+    return [(stage._ridge, stage._share) if isinstance(stage, RefitLayers) else stage._ridge for stage in stages]
+
+
+def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_its_own():
+    recipe = RECIPES["features-head"]
+    body = (Ridge(recipe.refit.ridge, "anchor"), 0.5)
+    assert regularisers(recipe) == [*5 * [body], Evidence()]
+    assert regularisers(RECIPES["head"]) == [Evidence()]
+    assert regularisers(RECIPES["head"].override(ridge=0.5)) == [Ridge(0.5, "anchor")]
+
+
+class TestProbePath:
+    def driven(self, losses, extrapolate=0.0):
+        """The fused model is 0 everywhere, the fitted one is -7 in the head."""
+        points = (0.0, 0.25, 0.5, 0.75, 1.0)
+        path = PathSums(points, (), losses, (), (0.0,) * 5, 1.0)
+        refit = RECIPES["auto"].refit
+        refit = replace(refit, probe=replace(refit.probe, extrapolate=extrapolate))
+        return Driven(replace(RECIPES["auto"], refit=refit), path=path)
+
+    def test_evaluates_the_path_to_the_fitted_model(self):
+        stage = self.driven((5, 4, 3, 2, 1)).stages[-1]
+        assert isinstance(stage, ProbePath)
+        assert (stage.request.path_points, stage.request.refit.sequence) == (5, 6)
+        assert stage.request.refit.path == PathSpec()
+
+    @pytest.mark.parametrize(
+        ("losses", "share"), [((5, 4, 3, 2, 1), 1.0), ((1, 2, 3, 4, 5), 0.0), ((4, 1, 0, 1, 4), 0.5)]
+    )  # fmt: skip
+    def test_the_round_ends_in_its_best_point(self, losses, share):
+        found = self.driven(losses).result
+        assert torch.equal(found["head.weight"], torch.full((2, 2), -7.0 * share))
+        assert torch.equal(found["norm"], torch.ones(2))
+
+    def test_extrapolation_looks_beyond_that_point_from_where_the_round_began(self):
+        driven = self.driven((4, 3, 2, 1, 0), extrapolate=3.0)
+        first, second = (stage.request.refit.path for stage in driven.stages[-2:])
+        assert (first, second) == (PathSpec(), PathSpec(1.0, 3.0))
+        # To -7 and on, to three times as far.
+        assert torch.equal(driven.result["head.bias"], torch.full((2,), -21.0))
+        assert driven.plans[-1].carries == {}
+
+    def test_nobodys_word_leaves_the_fused_model_and_gains_nothing(self):
+        driven = Driven(RECIPES["auto"])
+        assert not driven.result["head.weight"].any()
+        assert driven.gain == 0
+
+    @pytest.mark.parametrize("extrapolate", [0.0, 3.0])
+    @pytest.mark.parametrize(("losses", "gain"), [((4, 3, 1, 2, 3), 0.75), ((8, 5, 6, 7, 8), 0.375)])
+    def test_the_gain_is_the_share_of_the_fused_models_loss_that_is_gone(self, losses, gain, extrapolate):
+        assert self.driven(losses, extrapolate=extrapolate).gain == gain
+
+    def test_a_round_does_not_stay_where_it_began(self):
+        driven = self.driven((1, 2, 3, 4, 5), extrapolate=3.0)
+        # Nothing is better than the fused model, and nothing ahead of the global one than its nearest point.
+        assert driven.stages[-1].request.refit.path == PathSpec(0.0, 3.0)
+        assert driven.gain == -1.0
+
+    def test_a_recipe_that_does_not_probe_knows_no_gain(self):
+        assert Driven(RECIPES["features-head"]).gain is None
+
+
+@pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
+@pytest.mark.parametrize("recipe", ["features", "head", "auto"])
+def test_a_model_without_layers_that_fit_is_refused_by_the_recipes_name(recipe, layer_graph):
+    with pytest.raises(NoLayerError, match=f"recipe {recipe!r} fits .* choose the recipe fedavg"):
+        Driven(RECIPES[recipe], layer_graph=layer_graph)
+
+
+def test_a_recipe_of_a_head_needs_a_model_that_has_one():
+    headless = replace(ORDER, head=None)
+    with pytest.raises(NoLayerError, match="a last linear layer"):
+        Driven(RECIPES["features-head"], layer_graph=headless)
+    assert len(Driven(RECIPES["features"], layer_graph=headless).plans) == 7
+
+
+def test_the_last_fit_measures_running_statistics_too():
+    norms = (BatchNorm("norm", 1e-5),)
+    graph = replace(ORDER, norms=norms)
+    refits = plan_refits("features", RECIPES["features"].refit, graph, "layer")
+    assert [refit.norms for refit in refits] == [*5 * [()], norms]
+    (head,) = plan_refits("head", RECIPES["head"].refit, graph, "layer")
+    assert head.norms == norms
+
+
+def test_how_sums_are_sent_is_chosen_once_for_all_layers_of_the_round():
+    asked = []
+
+    def encode(blocks):
+        asked.append(list(blocks))
+        return {block: Encoding(GramForm(GramKind.sketch, len(block[0]))) for block in blocks}
+
+    stages = Driven(RECIPES["features"], encode=encode).stages[1:]
+    layers = [block for level in LEVELS for block in level]
+    assert asked == [layers]
+    for stage, level in zip(stages, LEVELS, strict=True):
+        assert stage.request.encodings == {block: Encoding(GramForm(GramKind.sketch, len(block[0]))) for block in level}
+
+
+def finish(plans, *results):
+    """Answer the plans of a round in turn; returns the plans and the round's result."""
+    plan, asked = next(plans), []
+    for result in results:
+        asked.append(plan)
+        try:
+            plan = plans.send(result)
+        except StopIteration as end:
+            return asked, end.value
+    raise AssertionError("the round has not ended")
+
+
+class TestBootstrap:
+    def plans(self, *, one_by_one):
+        stages = stages_of(RECIPES["fedavg"], bootstrap=Bootstrap, bootstrap_one_by_one=one_by_one)
+        return run_round(model(0.0), RECIPES["fedavg"], stages, [1, 2, 3])
+
+    def test_the_anchor_is_looked_for_first_and_then_trained_from(self):
+        (first, second), result = finish(
+            self.plans(one_by_one=False), result_of(model(1.0), [1, 2, 3]), result_of(model(2.0), [1, 2])
+        )
+        assert [plan.make().request.stage for plan in (first, second)] == ["bootstrap", "fuse"]
+        assert (first.nodes, first.may_fail, first.trains) == ([1, 2, 3], False, False)
+        assert (second.nodes, second.may_fail, second.trains) == (None, False, True)
+        assert torch.equal(first.carries["head.weight"], model(0.0)["head.weight"])
+        assert torch.equal(second.carries["head.weight"], model(1.0)["head.weight"])
+        assert torch.equal(result.model["head.weight"], model(2.0)["head.weight"])
+        assert result.gain is None
+
+    def test_one_after_the_other_is_asked_until_one_replies(self):
+        plans, _ = finish(
+            self.plans(one_by_one=True),
+            result_of(model(0.0), []),
+            result_of(model(1.0), [2]),
+            result_of(model(2.0), [1, 2, 3]),
+        )
+        assert [plan.nodes for plan in plans] == [[1], [2], None]
+        assert [plan.may_fail for plan in plans] == [True, True, False]
+        assert torch.equal(plans[-1].carries["head.weight"], model(1.0)["head.weight"])
+
+    def test_where_the_last_client_fails_too_so_does_the_round(self):
+        plans, _ = finish(
+            self.plans(one_by_one=True),
+            result_of(model(0.0), []),
+            result_of(model(0.0), []),
+            result_of(model(1.0), [3]),
+            result_of(model(2.0), [3]),
+        )
+        assert [plan.nodes for plan in plans] == [[1], [2], [3], None]
+        assert [plan.may_fail for plan in plans] == [True, True, False, False]
+
+
+class TestMerge:
+    def driven(self, merged):
+        calls = []
+
+        def merge(nodes, template):
+            calls.append((nodes, template))
+            return merged
+            yield
+
+        stages = stages_of(RECIPES["fedavg"], merge=merge)
+        round_ = run_round(model(0.0), RECIPES["fedavg"], stages, NODES)
+        _, result = finish(round_, result_of(model(1.0), [4, 5]))
+        ((nodes, template),) = calls
+        assert nodes == [4, 5]
+        assert torch.equal(template["head.weight"], model(0.0)["head.weight"])
+        return float(result.model["head.weight"].mean())
+
+    def test_the_clients_that_trained_are_merged_in_pairs(self):
+        assert self.driven(model(3.0)) == 3.0
+
+    def test_where_nobody_can_link_the_round_is_the_mean(self):
+        assert self.driven(None) == 1.0
+
+
+def test_a_gain_needs_both_paths_and_a_loss_to_lose():
+    path = Path((0.0, 1.0), (4.0, 1.0), (0.0, 0.0), 2.0)
+    assert relative_gain(path, path, 1.0) == 0.75
+    assert relative_gain(None, path, 1.0) == relative_gain(path, None, 1.0) == 0.0
+    nothing = Path((0.0, 1.0), (0.0, 1.0), (0.0, 0.0), 2.0)
+    assert relative_gain(nothing, path, 1.0) == 0.0
+
+
+def test_ahead_of_the_start_nobodys_word_takes_the_point_that_was_given():
+    path = Path((0.0, 0.5, 1.0), (1.0, 3.0, 2.0), (0.0,) * 3, 1.0)
+    assert best_ahead(path, 0.25) == 1.0
+    assert best_ahead(None, 0.25) == 0.25
