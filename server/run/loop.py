@@ -89,13 +89,15 @@ class RunLoop:
         _check_observer(self._settings)
         self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
+        self._train_anchor: State = {}
         self._take(arrays)
         if resumed:
             self._resume(checkpoint.load(self._folder))
         check_writable(self._folder)
         self._probe = ProbeRun(probe_set, self._settings.probe_clients, self._settings.probe_points, self._folder)
         self._probe.check(self._model, self._composition.align)
-        self._result = RunResult(arrays=self._arrays, folder=self._folder)
+        # Its model is set at the end: the initial one would stay in memory for the whole run.
+        self._result = RunResult(folder=self._folder)
 
     def run(
         self, train_config: ConfigRecord, evaluate_config: ConfigRecord, evaluate_fn: EvaluateFn | None
@@ -239,9 +241,11 @@ class RunLoop:
         """Take the round's model: as the strategy returned it, or as the last of several stages left it."""
         if self._state.is_single_stage(number):
             self._take(self._trained)
+            self._train_anchor = {}
             return
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
+        self._train_anchor = {}
         self._hand_over(number, outcome.gain)
 
     def _hand_over(self, number: int, gain: float | None) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -121,12 +121,14 @@ class RunState:
         if attempt.accepted < attempt.needed:
             self.trained = StageResult({}, report)
             return None, None
-        result = attempt.finish(self.parts.train_metrics_fn)
-        self.trained = result
+        anchor, result = attempt.request.anchor, attempt.finish(self.parts.train_metrics_fn)
+        # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
+        self.trained = replace(result, model={})
+        del attempt
         model: State = result.model
         if self.is_single_stage(server_round):
             try:
-                model = self.follow(server_round, attempt.request.anchor, result.model)
+                model = self.follow(server_round, anchor, result.model)
             except NonFiniteModelError as error:
                 _LOG.error("round %d: %s; the global model stays as it is", server_round, error)
                 self.trained = StageResult({}, report)

@@ -89,7 +89,7 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
     Raises:
         NoLayerError: the model has no layer that the recipe could fit.
     """
-    anchor = dict(model)
+    anchor: State = model
     if stages.bootstrap is not None:
         make = partial(stages.bootstrap, anchor)
         anchor = yield from _bootstrap(make, anchor, nodes, one_by_one=stages.bootstrap_one_by_one)

@@ -240,6 +240,29 @@ class TestAStrategyOfTheUsersOwn:
             del server_round
             return next(iter(replies)).content["arrays"], MetricRecord({"mine": 1.0})
 
+    @pytest.mark.parametrize("recipe", ["fedavg", "regmean++"])
+    def test_is_given_the_arrays_themselves(self, tmp_path, recipe):
+        given = []
+
+        class Watching(FedBasin):
+            def configure_train(self, server_round, arrays, config, grid):
+                given.append(arrays)
+                return super().configure_train(server_round, arrays, config, grid)
+
+            def configure_evaluate(self, server_round, arrays, config, grid):
+                given.append(arrays)
+                return super().configure_evaluate(server_round, arrays, config, grid)
+
+        known = {"model": net(), "example": torch.zeros(1, 4)}
+        strategy = Watching(recipe, folder=tmp_path, poll_seconds=0.01, **known)
+        arrays = ArrayRecord(net().state_dict())
+        result = run(strategy, torch_app([basin(model=net, data=data)]), arrays)
+        # A copy would be one more model in memory, and would be hashed once more.
+        trained, evaluated, trained_next, evaluated_last = given
+        assert trained is arrays
+        assert trained_next is evaluated
+        assert result.arrays is evaluated_last
+
     def test_may_change_what_comes_back(self, tmp_path):
         strategy = self.Halved(folder=tmp_path, poll_seconds=0.01)
         result = run(strategy, torch_app(), ArrayRecord(net().state_dict()), rounds=1)
