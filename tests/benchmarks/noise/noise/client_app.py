@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 def basin(message: Message, context: Context, call_next):
     """fedbasin's mod, imported where a message is for it: FedAvg's clients do without torch."""
-    if "fedbasin" not in message.content:
+    if "fedbasin" not in message.content["config"]:
         return call_next(message, context)
     import torch
 
