@@ -252,15 +252,16 @@ class StageAttempt:
         self._variance.append((variance, 1.0))
         self._metrics.append((received.reply.metrics, received.reply.examples))
         self._contents.append(_metrics_content(node_reply.message.content, received, self.request.weight_key))
-        return self._describe(node_reply, received, aligned)
+        report = self._describe(node_reply, received, aligned)
+        # Where the server aligns, the parameters of the reply are not those that went into the sum.
+        if self._directions is None or aligned is not None:
+            return report
+        norm, cosine = self._directions.add(received.update.parameters)
+        return replace(report, update_norm=norm, update_cosine=cosine)
 
     def _describe(self, node_reply: NodeReply, received: Received, aligned: AlignmentReport | None) -> ClientReport:
         reply, parameters = received.reply, received.update.parameters
         alignment = reply.alignment if aligned is None and self.request.aligns else aligned
-        norm, cosine = None, None
-        # Where the server aligns, the parameters of the reply are not those that went into the sum.
-        if self._directions is not None and aligned is None:
-            norm, cosine = self._directions.add(parameters)
         metrics = reply.scalars
         if self._client_metrics_fn is not None:
             metrics |= self._client_metrics_fn(node_reply.node_id, parameters)
@@ -277,8 +278,6 @@ class StageAttempt:
             metrics,
             reply.probe_seconds,
             reply.probe_bytes,
-            norm,
-            cosine,
         )
 
 

@@ -7,7 +7,6 @@ to the parameters first: equal units, such as the scales of a fresh normalisatio
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -19,6 +18,7 @@ from fedbasin.strategies.symmetry.example_inputs import Example, positional_inpu
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.tensors.batches import evaluating
 from fedbasin.strategies.tensors.state import State
 
 Arguments: TypeAlias = tuple[Tensor | None, ...]
@@ -84,7 +84,7 @@ def check(model: nn.Module, symmetry: Symmetry, *inputs: Example | None, trials:
     """
     # Shapes first: an axis that does not fit would fail far from its cause.
     symmetry.check(_tensors_of(model))
-    with torch.random.fork_rng(), in_mode(model, training=False), torch.no_grad():
+    with torch.random.fork_rng(), evaluating(model), torch.no_grad():
         seeds = range(seed, seed + trials)
         arguments = positional_inputs(model, *inputs)
         results = tuple(_trial(model, symmetry, arguments, s) for s in seeds)
@@ -243,15 +243,3 @@ def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-@contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode, and restore the mode of every module afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

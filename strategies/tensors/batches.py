@@ -5,7 +5,7 @@ are a tensor, passed as `model(inputs)`, or a mapping, passed as `model(**inputs
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -137,14 +137,19 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
     return logits
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Set every module to evaluation mode, and restore each module's mode afterwards."""
+    return in_mode(model, training=False)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set every module to training or evaluation mode, and restore each module's mode afterwards."""
     # Per module, because apps train with some modules in evaluation mode, as a frozen BatchNorm.
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
     try:
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode in modes.items():
             module.training = mode

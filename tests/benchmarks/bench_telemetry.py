@@ -74,6 +74,7 @@ _TELEMETRY = (
 # What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
 # the checkpoint.
 _WORK = ((RunLoop, "_take"), (checkpoint, "save"))
+_RUNNING: list[str] = []
 _ROWS = (*dict.fromkeys(row for row, *_ in _TELEMETRY), "work")
 
 
@@ -117,15 +118,19 @@ def network() -> nn.Sequential:
 
 @contextmanager
 def timed(seconds: dict[str, float], row: str, owner: object, name: str) -> Iterator[None]:
-    """Add up what the calls of a function take."""
+    """Add up what the calls of a function take, none of which may be inside of another that is measured."""
     function: Callable[..., object] = getattr(owner, name)
 
     def measured(*args: object, **more: object) -> object:
+        if _RUNNING:
+            raise RuntimeError(f"{name} runs inside of {_RUNNING[-1]}, and its time would count twice")
+        _RUNNING.append(name)
         began = time.perf_counter()
         try:
             return function(*args, **more)
         finally:
             seconds[row] += time.perf_counter() - began
+            _RUNNING.pop()
 
     with patch.object(owner, name, measured):
         yield

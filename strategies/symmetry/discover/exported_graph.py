@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fedbasin.strategies.symmetry.check import in_mode
 from fedbasin.strategies.symmetry.discover.operations import (
     Feature,
     Rule,
@@ -34,6 +33,7 @@ from fedbasin.strategies.symmetry.discover.operations import (
 )
 from fedbasin.strategies.symmetry.discover.units import Units, UnitTable, aliases
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
+from fedbasin.strategies.tensors.batches import in_mode
 
 
 def follow_exported(model: nn.Module, *example_inputs: Tensor | None) -> UnitTable:

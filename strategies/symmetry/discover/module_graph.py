@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedbasin.strategies.symmetry.check import in_mode
 from fedbasin.strategies.symmetry.discover.attention_layers import LAYERS, is_plain
 from fedbasin.strategies.symmetry.discover.layer_rules import MODULES
 from fedbasin.strategies.symmetry.discover.operations import (
@@ -31,6 +30,7 @@ from fedbasin.strategies.symmetry.discover.operations import (
 )
 from fedbasin.strategies.symmetry.discover.units import UnitTable, aliases
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
+from fedbasin.strategies.tensors.batches import evaluating, in_mode
 
 
 class UntraceableError(SymmetryError):
@@ -73,7 +73,7 @@ def _graph(model: nn.Module, *, training: bool) -> fx.Graph:
 def _follow(walk: Walk, model: nn.Module, graph: fx.Graph, inputs: tuple[Tensor | None, ...]) -> None:
     traced = fx.GraphModule(model, graph)
     # Shapes are taken in evaluation mode for both graphs, because BatchNorm would update its statistics in training.
-    with in_mode(model, training=False), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         try:
             _Shapes(traced).run(*inputs)
         except Exception as error:  # the model's own code may raise anything
