@@ -89,7 +89,6 @@ class RunLoop:
         _check_observer(self._settings)
         self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
-        self._train_anchor: State = {}
         self._take(arrays)
         if resumed:
             self._resume(checkpoint.load(self._folder))
@@ -128,6 +127,8 @@ class RunLoop:
         self._arrays = arrays
         self._model = self._state.state(arrays)
         self._digest = self._state.digest(arrays)
+        # The anchor of the round before would be one more model in memory.
+        self._train_anchor: State = {}
 
     def _resume(self, saved: Checkpoint) -> None:
         """Go on after a checkpoint of the same settings and the same model."""
@@ -241,11 +242,9 @@ class RunLoop:
         """Take the round's model: as the strategy returned it, or as the last of several stages left it."""
         if self._state.is_single_stage(number):
             self._take(self._trained)
-            self._train_anchor = {}
             return
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
-        self._train_anchor = {}
         self._hand_over(number, outcome.gain)
 
     def _hand_over(self, number: int, gain: float | None) -> None:
