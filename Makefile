@@ -44,8 +44,11 @@ types: .venv/ready ## strict types
 contracts: .venv/ready ## which room may import which
 	PYTHONPATH=.links $(BIN)/lint-imports
 
+# On every core, but no more than four: each worker imports torch and starts Flower processes of its own.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 tests: .venv/ready ## the test suite
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # Anew every time, because what is newest changes; the tests alone, because linters grow new rules.
 newest: ## the test suite with the newest versions of all it needs, torch too, in build/newest
@@ -55,7 +58,7 @@ newest: ## the test suite with the newest versions of all it needs, torch too, i
 	build/newest/bin/python -m pip install --quiet --upgrade pip
 	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
 	$(LINKS)
-	build/newest/bin/pytest
+	build/newest/bin/pytest $(PARALLEL)
 
 # By the oldest Python that is supported: what runs on it runs on the newer ones, and not the other way round.
 lock: ## write constraints.txt: the newest versions of today that `make test` is to install

@@ -104,12 +104,12 @@ LAYERS = [
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     **{f"images {o}": (lambda o=o: Images(**o), IMAGES) for o in LAYERS},
     **{
-        f"sequences {o}": (lambda o=o: Sequences(**o), TOKENS)
-        for o in (
-            {"batch_first": True, "norm_first": True},
-            {"batch_first": False, "bias": False},
-            {"batch_first": False, "activation": nn.functional.silu},
-        )
+        f"sequences {name}": (lambda o=o: Sequences(**o), TOKENS)
+        for name, o in {
+            "norm first": {"batch_first": True, "norm_first": True},
+            "no bias": {"batch_first": False, "bias": False},
+            "silu": {"batch_first": False, "activation": nn.functional.silu},
+        }.items()
     },
     **{
         f"layers {o}": (lambda o=o: Layers(**o), TOKENS)
