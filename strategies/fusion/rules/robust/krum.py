@@ -51,7 +51,7 @@ class Krum:
 
 @dataclass(frozen=True)
 class MultiKrum:
-    """The mean, by examples, of the `n - f - 2` clients that are closest to their neighbours.
+    """The mean, by examples, of the `n - f` clients that are closest to their neighbours.
 
     Attributes:
         hostile: number f of hostile clients that it withstands.
@@ -66,5 +66,5 @@ class MultiKrum:
         return 2 * self.hostile + 3
 
     def coefficients(self, products: Products, weights: Weights) -> Weights:
-        selected = max(1, len(products) - self.hostile - 2)
+        selected = len(products) - self.hostile
         return _mean_of(order_by_krum(products, self.hostile)[:selected], weights)
