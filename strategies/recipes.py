@@ -1,7 +1,8 @@
 """The catalogue of recipes: named values that say what a round asks of clients and how their updates become one model.
 
-A recipe has up to three parts: how updates are fused (`fusion`), which layers are then refitted in closed form
-(`refit`), and how the global model follows (`server_optimizer`). Each part is a frozen value that holds its own
+A recipe has up to four parts: how updates are fused (`fusion`), which layers are then refitted in closed form
+(`refit`), how the global model follows (`server_optimizer`), and by which robust rule clients are combined where some
+may be hostile (`robust`). Each part is a frozen value that holds its own
 settings, so that a setting cannot be given where nothing would read it.
 """
 
@@ -11,6 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
+from fedbasin.strategies.fusion.rules.robust.catalogue import RobustRule
 from fedbasin.strategies.fusion.weighting import (
     FisherWeighting,
     GramWeighting,
@@ -131,12 +133,14 @@ class Recipe:
         fusion: weighting of the clients' models, or fusion of their low-rank adapters; None takes the mean by examples.
         refit: closed-form fit that follows in further stages of the round.
         server_optimizer: rule by which the global model follows the round's model.
+        robust: rule that takes the place of every sum over clients; None sums.
     """
 
     name: str
     fusion: ModelWeighting | LoraFusion | None = None
     refit: LayerRefit | HeadRefit | None = None
     server_optimizer: ServerOptimizer = field(default_factory=Replace)
+    robust: RobustRule | None = None
 
     @property
     def lora(self) -> LoraFusion | None:
@@ -174,7 +178,12 @@ class Recipe:
         return self.refit.probe.hand_over if self.refit and self.refit.probe else None
 
     def override(
-        self, *, server_optimizer: ServerOptimizer | None = None, ridge: float = 0.0, shrink: float = 1.0
+        self,
+        *,
+        server_optimizer: ServerOptimizer | None = None,
+        ridge: float = 0.0,
+        shrink: float = 1.0,
+        robust: RobustRule | None = None,
     ) -> "Recipe":
         """Return the recipe with a run's settings, also in the recipe that it hands over to.
 
@@ -183,6 +192,7 @@ class Recipe:
             ridge: strength of the regulariser; 0 keeps the recipe's. A head keeps its own where the recipe solves for
                 other layers too.
             shrink: factor on the off-diagonal of Gram matrices; recipes without Gram matrices ignore it.
+            robust: replaces the recipe's robust rule; None keeps it.
         """
         fusion = self.fusion
         if isinstance(fusion, LoraAlternating):
@@ -199,11 +209,13 @@ class Recipe:
             refit = replace(refit, head=Ridge(ridge, "anchor"))
         # A run's settings hold for its whole length, so they also apply after a hand-over.
         if refit is not None and refit.probe is not None and self.hand_over is not None:
-            successor = self.hand_over.recipe.override(server_optimizer=server_optimizer, ridge=ridge, shrink=shrink)
+            successor = self.hand_over.recipe.override(
+                server_optimizer=server_optimizer, ridge=ridge, shrink=shrink, robust=robust
+            )
             hand_over = replace(self.hand_over, recipe=successor)
             refit = replace(refit, probe=replace(refit.probe, hand_over=hand_over))
         optimizer = server_optimizer or self.server_optimizer
-        return Recipe(self.name, fusion, refit, optimizer)
+        return Recipe(self.name, fusion, refit, optimizer, robust or self.robust)
 
     def frozen_factor(self, number: int) -> Literal["", "lora_A", "lora_B"]:
         """Return the LoRA factor that clients do not train in a round; empty where they train both.
@@ -215,6 +227,19 @@ class Recipe:
             return ""
         # A is frozen first: B begins at zero, and A has no gradient while B is zero.
         return "lora_A" if number % 2 else "lora_B"
+
+    def check_robust(self) -> None:
+        """Check that clients can be combined by the recipe's robust rule.
+
+        Raises:
+            ValueError: the recipe sums products of adapters' factors, which are compressed as they arrive.
+        """
+        if self.robust is not None and isinstance(self.fusion, LoraProducts):
+            raise ValueError(
+                f"robust = {self.robust.name!r} with recipe = {self.name!r}: products of adapters' factors are "
+                "compressed as they arrive, and clients cannot be told apart; choose the recipe lora-rotated, "
+                "lora-factors or lorm"
+            )
 
     def check_align(self, align: Literal["client", "server", "off"]) -> None:
         """Check that the statistics can be collected where they are needed.

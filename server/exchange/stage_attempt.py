@@ -43,6 +43,7 @@ class StageLimits:
         max_update_bytes: larger replies are refused.
         grace_seconds: time to wait for the rest once a quorum has replied; None for the deadline.
         probe_share: share of the asked clients that evaluate a path, where the stage requests one.
+        least_clients: number of clients that must be accepted of any quorum, where as many are asked.
     """
 
     timeout_seconds: float = 3600.0
@@ -51,10 +52,11 @@ class StageLimits:
     max_update_bytes: int = 2**31
     grace_seconds: float | None = None
     probe_share: float = 1.0
+    least_clients: int = 1
 
     def needed(self, asked: int) -> int:
         """Return the number of clients that must be accepted."""
-        return max(1, math.ceil(self.quorum * asked))
+        return max(1, math.ceil(self.quorum * asked), min(self.least_clients, asked))
 
     def early_end(self, asked: int) -> Quorum | None:
         """Return when to stop waiting before the deadline; None for never."""

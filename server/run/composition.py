@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord
@@ -14,14 +15,18 @@ from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.request import Request, Start
 from fedbasin.server.exchange.stage_attempt import StageLimits
 from fedbasin.server.run.model_arrays import array_names, state_of
+from fedbasin.server.run.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
+from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.compression.budget import BudgetError
 from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
+from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
 from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.recipes import Recipe
+from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Align, fusing_stage
 from fedbasin.strategies.round.pairwise import merge_in_pairs
@@ -73,6 +78,7 @@ class Composition:
             settings.max_update_bytes,
             settings.grace_seconds,
             settings.probe_share,
+            1 if self.recipe.robust is None else self.recipe.robust.least,
         )
 
     def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
@@ -106,6 +112,7 @@ class Composition:
             merge=merge,
             grouping=settings.fit,
             encode=encode,
+            accumulate=self._accumulate(recipe) or Accumulator.zero,
         )
 
     def fuse_stage(self, number: int, recipe: Recipe, anchor: State) -> Stage:
@@ -123,7 +130,7 @@ class Composition:
         dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
         # Pairs are aligned to each other, later.
         align: Align = "off" if merges else self.align
-        return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype)
+        return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, self._accumulate(recipe))
 
     def untied(self, model: State) -> dict[str, Tensor]:
         """Return a model with every name of one tensor restored from its first name.
@@ -132,6 +139,14 @@ class Composition:
         """
         ties = self.ties or {}
         return {name: model[ties.get(name, name)] for name in model}
+
+    def _accumulate(self, recipe: Recipe) -> Accumulate | None:
+        """Return what makes the accumulator of a robust rule, with a file of its own; None for a recipe that sums."""
+        rule = recipe.robust
+        if rule is None:
+            return None
+        folder = Path(self.settings.resume or self.settings.folder)
+        return lambda anchor: RobustAccumulator(anchor, rule, open_spool(folder))
 
     def _bootstrap_stage(self, template: State) -> Stage:
         return Bootstrap(template, self.settings.bootstrap, self.symmetry, self.score_fn)

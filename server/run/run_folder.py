@@ -3,6 +3,7 @@
 import tempfile
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from flwr.app import Context
 from flwr.serverapp import Grid
@@ -18,6 +19,12 @@ def run_id_of(context: Context | None, grid: Grid) -> str:
         return str(grid.run.run_id)
     except AttributeError:
         return time.strftime("run-%Y%m%d-%H%M%S")
+
+
+def open_spool(folder: Path) -> BinaryIO:
+    """Return an empty file for replies, in the folder of runs; it has no name, so that nothing of it can stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder)
 
 
 def check_writable(folder: Path) -> None:

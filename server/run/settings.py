@@ -9,12 +9,14 @@ align = "client"
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedbasin.server.observe.access import Pass
+from fedbasin.strategies.fusion.rules.robust.catalogue import COUNTED, ROBUST_RULES, RobustRule, robust_rule
 from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.server_optimizers import SERVER_OPTIMIZERS
 
@@ -27,6 +29,8 @@ _DECISIVE = {
     "server_optimizer",
     "ridge",
     "shrink",
+    "robust",
+    "hostile_clients",
     "align",
     "matcher",
     "layers",
@@ -81,6 +85,17 @@ class Settings(BaseModel):
         "recipe fits other layers too",
     )
     shrink: float = Field(1.0, ge=0, le=1, description="factor on the off-diagonal of Gram matrices (RegMean's alpha)")
+    robust: str = Field(
+        "",
+        description="the robust rule that combines clients where some may be hostile: "
+        f"{', '.join(ROBUST_RULES[:-1])} or {ROBUST_RULES[-1]}; empty sums them",
+    )
+    hostile_clients: int = Field(
+        0,
+        ge=0,
+        description="number of hostile clients in a round that the robust rule withstands; "
+        f"for {', '.join(list(COUNTED)[:-1])} and {list(COUNTED)[-1]}",
+    )
     align: Literal["auto", "client", "server", "off"] = Field(
         "auto",
         description="who aligns a client's model to the global one; auto: the client where the model's symmetry is "
@@ -185,6 +200,7 @@ class Settings(BaseModel):
         self._check_keys()
         self._check_ridge()
         self._check_shrink()
+        self._check_robust()
         if self.matcher in ("activations", "learned") and self.align == "server":
             raise ValueError(
                 f"matcher = {self.matcher!r} with align = 'server': only clients have the data; set align = "
@@ -224,6 +240,41 @@ class Settings(BaseModel):
                 f"shrink = {self.shrink} with recipe = {self.recipe!r}: the recipe weights with no Gram matrix that has "
                 f"an off-diagonal; set shrink = 1, or choose one of {shrinking}"
             )
+
+    def _check_robust(self) -> None:
+        rule = self._robust_rule()
+        if rule is None:
+            return
+        replace(RECIPES[self.recipe], robust=rule).check_robust()
+        if self.sum != "reproducible":
+            raise ValueError(
+                f"sum = {self.sum!r} with robust = {self.robust!r}: a robust rule sums no replies as they arrive; set "
+                "sum = 'reproducible'"
+            )
+        if self.merge != "star":
+            raise ValueError(
+                f"merge = {self.merge!r} with robust = {self.robust!r}: a rule compares clients that are all aligned to "
+                "one anchor; set merge = 'star'"
+            )
+        if self.start == "own" and self.align != "off" and self.bootstrap in ("first", "largest"):
+            raise ValueError(
+                f"bootstrap = {self.bootstrap!r} with robust = {self.robust!r}: a hostile client can be that one, and "
+                "its model the anchor; set bootstrap = 'medoid', or 'best'"
+            )
+        if self.min_train_nodes < rule.least:
+            raise ValueError(
+                f"min-train-nodes = {self.min_train_nodes} with robust = {self.robust!r}: the rule needs {rule.least} "
+                f"clients in every round; set min-train-nodes = {rule.least}, or choose another rule or fewer "
+                "hostile-clients"
+            )
+
+    def _robust_rule(self) -> RobustRule | None:
+        if not self.robust and self.hostile_clients:
+            raise ValueError(
+                f"hostile-clients = {self.hostile_clients} without a robust rule: set robust to one of "
+                f"{', '.join(COUNTED)}, or hostile-clients = 0"
+            )
+        return robust_rule(self.robust, self.hostile_clients) if self.robust else None
 
     def _check_merge(self) -> None:
         if self.merge == "star":
@@ -289,7 +340,10 @@ class Settings(BaseModel):
     def composed(self) -> Recipe:
         """The recipe with this run's server optimizer and regulariser, as has the recipe that it hands over to."""
         return RECIPES[self.recipe].override(
-            server_optimizer=SERVER_OPTIMIZERS.get(self.server_optimizer), ridge=self.ridge, shrink=self.shrink
+            server_optimizer=SERVER_OPTIMIZERS.get(self.server_optimizer),
+            ridge=self.ridge,
+            shrink=self.shrink,
+            robust=self._robust_rule(),
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulat
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.fusion.weighting import SketchedGramWeighting, Statistic
 from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
+from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.checks import check_alike, check_frozen, check_layer_graph, check_update
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.stage import Stage
@@ -42,13 +44,15 @@ class Fuse:
         request: Request,
         blocks: Collection[Block] | None = None,
         dtype: torch.dtype = torch.float64,
+        accumulate: Accumulate | None = None,
     ) -> None:
         self.request = replace(request, stage=self.stage)
         self._anchor = anchor
         self._recipe = recipe
         self._blocks = () if recipe.statistic is Statistic.none else blocks
         products = isinstance(recipe.fusion, LoraProducts)
-        self._accumulator = (ProductAccumulator if products else Accumulator).zero(anchor, dtype)
+        summing = partial((ProductAccumulator if products else Accumulator).zero, dtype=dtype)
+        self._accumulator = (accumulate or summing)(anchor)
         self.layer_graph: LayerGraph | None = None
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
@@ -106,6 +110,7 @@ def fusing_stage(
     align: Align,
     blocks: Collection[Block] | None = None,
     dtype: torch.dtype = torch.float64,
+    accumulate: Accumulate | None = None,
 ) -> Stage:
     """Return the fusing stage of a round, with alignment where it is wanted.
 
@@ -117,17 +122,18 @@ def fusing_stage(
         align: the side that aligns.
         blocks: the layers that every client must send statistics of; None lets the first client decide.
         dtype: number format of the sums.
+        accumulate: makes the accumulator of a robust rule; None sums.
     """
     if recipe.lora is not None:
         request, symmetry, blocks = _adapted(anchor, recipe, request, symmetry)
     request = replace(request, statistic=recipe.statistic.name, shrink=recipe.shrink)
     if align == "off" or symmetry is None:
-        return Fuse(anchor, recipe, request, blocks, dtype)
+        return Fuse(anchor, recipe, request, blocks, dtype, accumulate)
     if align == "server":
-        return AlignedFuse(Fuse(anchor, recipe, request, blocks, dtype), anchor, symmetry)
+        return AlignedFuse(Fuse(anchor, recipe, request, blocks, dtype, accumulate), anchor, symmetry)
     bounds = identity_bounds(symmetry, anchor)
     request = replace(request, symmetry=str(symmetry), identity_bounds=bounds)
-    return Fuse(anchor, recipe, request, blocks, dtype)
+    return Fuse(anchor, recipe, request, blocks, dtype, accumulate)
 
 
 def _adapted(

@@ -23,6 +23,7 @@ from fedbasin.strategies.fusion.batchnorm import replace_statistics
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
+from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.checks import check_examples, check_fit
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -41,6 +42,7 @@ class RefitLayers:
         share: float = 1.0,
         *,
         encodings: Mapping[Block, Encoding] | None = None,
+        accumulate: Accumulate = Accumulator.zero,
     ) -> None:
         """Compose the stage.
 
@@ -50,11 +52,12 @@ class RefitLayers:
             strength: strength of the regulariser, relative to the mean diagonal of the clients' sum.
             share: share of the solution in the fitted layers; the rest stays as the model so far has it.
             encodings: forms in which clients send their sums; those of other layers are ignored.
+            accumulate: makes an accumulator of the clients.
         """
         self.request = _request(self.stage, refit, encodings)
         self._ridge = Ridge(strength, "anchor")
         self._share = share
-        self._sums = _Sums(model, refit)
+        self._sums = _Sums(model, refit, accumulate)
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
@@ -73,7 +76,13 @@ class RefitHead:
     layer_graph = None
 
     def __init__(
-        self, model: State, refit: Refit, ridge: Ridge | Evidence, *, encodings: Mapping[Block, Encoding] | None = None
+        self,
+        model: State,
+        refit: Refit,
+        ridge: Ridge | Evidence,
+        *,
+        encodings: Mapping[Block, Encoding] | None = None,
+        accumulate: Accumulate = Accumulator.zero,
     ) -> None:
         """Compose the stage.
 
@@ -82,10 +91,11 @@ class RefitHead:
             refit: the layer.
             ridge: the regulariser.
             encodings: forms in which clients send their sums; those of other layers are ignored.
+            accumulate: makes an accumulator of the clients.
         """
         self.request = _request(self.stage, refit, encodings)
         self._ridge = ridge
-        self._sums = _Sums(model, refit)
+        self._sums = _Sums(model, refit, accumulate)
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
@@ -100,13 +110,13 @@ class RefitHead:
 class _Sums:
     """Normal equations of some layers over the clients, with their solution, and running statistics."""
 
-    def __init__(self, model: State, refit: Refit) -> None:
+    def __init__(self, model: State, refit: Refit, accumulate: Accumulate) -> None:
         self.model = model
         self._blocks = refit.blocks
         self._norms = refit.norms
         self._measured = {name: model[name] for norm in self._norms for name in norm.statistics}
-        self._accumulator = Accumulator.zero({})
-        self._statistics = Accumulator.zero(self._measured)
+        self._accumulator = accumulate({})
+        self._statistics = accumulate(self._measured)
 
     def add(self, update: Update) -> None:
         check_fit(update, self.model, self._blocks, self._measured, self._accumulator.blocks)
@@ -121,7 +131,7 @@ class _Sums:
     @property
     def of_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:
         """The precision and the cross-moment of each layer."""
-        return self._accumulator.blocks
+        return self._accumulator.total().blocks
 
     def solve(self, ridge: Ridge) -> dict[str, Tensor]:
         """Return the solution of the layers, regularised towards zero."""

@@ -21,8 +21,10 @@ from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Recipe, Target
+from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.path_ends import path_ends
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
 from fedbasin.strategies.round.stage import Stage, StagePlan, StageResult
@@ -67,6 +69,7 @@ class RoundStages:
         merge: merges models in pairs after training; None where the sum is the merge.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
+        accumulate: makes the accumulator of a stage that fits layers.
     """
 
     fuse: Callable[[State], Stage]
@@ -75,6 +78,7 @@ class RoundStages:
     merge: MergeInPairs | None = None
     grouping: Grouping = "layer"
     encode: Encode | None = None
+    accumulate: Accumulate = Accumulator.zero
 
 
 def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence[int]) -> Round:
@@ -123,7 +127,7 @@ def _refit(anchor: State, fused: StageResult, name: str, refit: LayerRefit | Hea
     # Each request brings the tensors that the stage before has changed, and clients keep the rest.
     carries: State = fused.model
     for request in requests:
-        make = partial(_refit_stage, refit, model, request, encodings)
+        make = partial(_refit_stage, refit, model, request, encodings, stages.accumulate)
         result = yield StagePlan(make, carries, result.nodes)
         carries = {name: t for name, t in result.model.items() if t is not model[name]}
         model = result.model
@@ -242,8 +246,12 @@ def _modules(names: Sequence[str]) -> list[str]:
 
 
 def _refit_stage(
-    refit: LayerRefit | HeadRefit, model: State, request: Refit, encodings: Mapping[Block, Encoding] | None
+    refit: LayerRefit | HeadRefit,
+    model: State,
+    request: Refit,
+    encodings: Mapping[Block, Encoding] | None,
+    accumulate: Accumulate,
 ) -> Stage:
     if isinstance(refit, LayerRefit) and request.target != Target.labels.name:
-        return RefitLayers(model, request, refit.ridge, refit.fraction, encodings=encodings)
-    return RefitHead(model, request, refit.head or Evidence(), encodings=encodings)
+        return RefitLayers(model, request, refit.ridge, refit.fraction, encodings=encodings, accumulate=accumulate)
+    return RefitHead(model, request, refit.head or Evidence(), encodings=encodings, accumulate=accumulate)

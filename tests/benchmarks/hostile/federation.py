@@ -1,0 +1,166 @@
+"""Ten clients on the digits, two of them hostile: what they send, and what one run ends in."""
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from fedbasin.client import basin
+from fedbasin.proto.header import STATISTICS
+from fedbasin.server.exchange.quorum import QuorumLostError
+from fedbasin.server.run.guard import NonFiniteModelError
+from fedbasin.strategies.symmetry.discover.tracing import trace
+from tests.one_round import task
+from tests.federation import Federation
+from tests.running import run
+
+CLIENTS = 10
+HOSTILE = (3, 7)
+ROUNDS = 3
+WIDTH = 64
+DIRICHLET = 0.5
+
+Change = Callable[[RecordDict], None]
+
+
+def scale_model(factor: float) -> Change:
+    def change(content: RecordDict) -> None:
+        _change_arrays(content, "arrays", lambda values: factor * values)
+
+    return change
+
+
+def add_noise(content: RecordDict) -> None:
+    # The same noise from both: they collude.
+    def noisy(values: Tensor) -> Tensor:
+        return values + 0.5 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+
+    _change_arrays(content, "arrays", noisy)
+
+
+def scale_statistics(factor: float) -> Change:
+    def change(content: RecordDict) -> None:
+        if STATISTICS in content:
+            _change_arrays(content, STATISTICS, lambda values: factor * values)
+
+    return change
+
+
+def claim_examples(examples: float) -> Change:
+    def change(content: RecordDict) -> None:
+        for record in content.values():
+            if isinstance(record, MetricRecord) and "num-examples" in record:
+                record["num-examples"] = examples
+
+    return change
+
+
+def _change_arrays(content: RecordDict, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    if name not in content:
+        return
+    tensors = {key: torch.from_numpy(array.numpy().copy()) for key, array in content[name].items()}
+    changed = {key: change(t).to(t.dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+    content[name] = ArrayRecord({key: Array(tensor.numpy()) for key, tensor in changed.items()})
+
+
+def _unchanged(labels: Tensor) -> Tensor:
+    return labels
+
+
+def _flipped(labels: Tensor) -> Tensor:
+    return 9 - labels
+
+
+class Attack:
+    """What hostile clients do: to their labels, to their update, and to their reply."""
+
+    def __init__(
+        self, *changes: Change, labels: Callable[[Tensor], Tensor] = _unchanged, boost: float = 1.0
+    ) -> None:
+        self.changes = changes
+        self.labels = labels
+        self.boost = boost
+
+    def tamper(self, reply: Message) -> Message:
+        if not reply.has_error():
+            for change in self.changes:
+                change(reply.content)
+        return reply
+
+
+ATTACKS = {
+    "none": Attack(),
+    "flipped labels": Attack(labels=_flipped),
+    "flipped labels, update x 10": Attack(labels=_flipped, boost=10.0),
+    "sign flip": Attack(scale_model(-1.0)),
+    "model x -10": Attack(scale_model(-10.0)),
+    "equal noise from both": Attack(add_noise),
+    "2^53 examples, sign flip": Attack(scale_model(-1.0), claim_examples(2.0**53)),
+    "flipped labels, statistics x 1e6": Attack(scale_statistics(1e6), labels=_flipped),
+    "model x -10, statistics x 1e6": Attack(scale_model(-10.0), scale_statistics(1e6)),
+    "flipped labels, statistics x 1e-6": Attack(scale_statistics(1e-6), labels=_flipped),
+}
+
+
+@cache
+def _partition(client: int) -> tuple[Tensor, Tensor]:
+    return task.load_partition(client, CLIENTS, DIRICHLET, 0)
+
+
+def _data(context: Context, attack: Attack) -> tuple[Tensor, Tensor]:
+    client = int(context.node_config["partition-id"])
+    images, labels = _partition(client)
+    return images, attack.labels(labels) if client in HOSTILE else labels
+
+
+def _app(attack: Attack) -> ClientApp:
+    app = ClientApp(mods=[basin(model=lambda: task.make_model(WIDTH, 0), data=lambda context: [_data(context, attack)])])
+
+    @app.train()
+    def fit(message: Message, context: Context) -> Message:
+        model = task.make_model(WIDTH, 0)
+        anchor = message.content["arrays"].to_torch_state_dict()
+        model.load_state_dict(anchor)
+        examples = _data(context, attack)
+        number = message.content["config"]["server-round"]
+        loss = task.train(model, examples, 5, 32, 1000 * number + context.node_id)
+        boost = attack.boost if context.node_config["partition-id"] in HOSTILE else 1.0
+        state = {name: anchor[name] + boost * (tensor - anchor[name]) for name, tensor in model.state_dict().items()}
+        metrics = MetricRecord({"loss": loss, "num-examples": len(examples[1])})
+        return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def accuracy(recipe: str, attack: Attack, **settings: object) -> float | None:
+    """Return the accuracy on the test examples after all rounds; None for a run that failed."""
+    model = task.make_model(WIDTH, 0)
+    tamper = {} if not attack.changes else {100 + client: attack.tamper for client in HOSTILE}
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"fedbasin.poll-seconds": 0.001, "fedbasin.fraction-evaluate": 0.0}
+        federation = Federation(_app(attack), config, CLIENTS, tamper)
+        symmetry = trace(task.make_model(WIDTH, 0), torch.zeros(2, task.PIXELS))
+        try:
+            result = run(
+                federation,
+                model,
+                ROUNDS,
+                symmetry=symmetry,
+                recipe=recipe,
+                min_train_nodes=CLIENTS,
+                min_available_nodes=CLIENTS,
+                folder=folder,
+                **settings,
+            )
+        except (QuorumLostError, NonFiniteModelError):
+            return None
+    return _accuracy(model, result.state_dict)
+
+
+def _accuracy(model: nn.Module, state: dict[str, Tensor]) -> float:
+    model.load_state_dict(state)
+    return task.evaluate(model, task.load_split()[1])[1]
