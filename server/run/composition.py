@@ -73,6 +73,7 @@ class Composition:
             settings.max_update_bytes,
             settings.grace_seconds,
             settings.probe_share,
+            settings.late_rounds,
         )
 
     def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
@@ -85,8 +86,12 @@ class Composition:
             minimum: smallest number of nodes that is asked.
         """
         size = min(len(online), max(int(fraction * len(online)), minimum))
+        return sorted(self.shuffled(online, number)[:size])
+
+    def shuffled(self, online: Sequence[int], number: int) -> list[int]:
+        """Return all nodes in the order in which a round would ask them."""
         draw = random.Random(f"{self.settings.seed}/{number}")  # noqa: S311 - not a secret
-        return sorted(draw.sample(sorted(online), size))
+        return draw.sample(sorted(online), len(online))
 
     def round_stages(self, number: int, recipe: Recipe) -> RoundStages:
         """Return the stages that a round chooses from."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedbasin.proto import packing
 from fedbasin.proto.report import ClientReport, StageReport
+from fedbasin.server.exchange.late_replies import Unanswered, remember
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
 from fedbasin.server.run.composition import Composition, ScoreFn, compose
@@ -61,6 +62,8 @@ class RunState:
         trained: the result of the last training stage; without a model where too few clients were accepted.
         evaluated: the result of the last evaluation.
         refusals: reports of the clients that the last stage refused, by node id.
+        training: the training stage that has asked and lacks a quorum; None where the next one asks from the start.
+        unanswered: messages of training stages whose replies may still come, by their ids.
     """
 
     settings: Settings
@@ -74,11 +77,12 @@ class RunState:
     trained: StageResult | None = None
     evaluated: StageResult | None = None
     refusals: dict[int, ClientReport] = field(default_factory=dict)
+    training: StageAttempt | None = None
+    unanswered: dict[str, Unanswered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe = self.settings.composed
         self._composition: Composition | None = None
-        self._training: StageAttempt | None = None
         self._evaluation: StageAttempt | None = None
         self._read: tuple[ArrayRecord, State] | None = None
         self._hashed: tuple[ArrayRecord, bytes] | None = None
@@ -91,10 +95,12 @@ class RunState:
         if settings.fraction_train == 0:
             return []
         self._check_single_stage()
+        if self.in_start and self.training is not None:
+            return self._ask_again(self.training, grid, server_round)
         nodes = self.sample(grid, server_round, settings.fraction_train, settings.min_train_nodes)
         anchor = self.state(arrays)
         self.trained = None
-        self._training = StageAttempt(
+        self.training = StageAttempt(
             partial(composition.fuse_stage, server_round, self.recipe, anchor),
             anchor,
             nodes,
@@ -103,14 +109,15 @@ class RunState:
             arrays=None if settings.packed else arrays,
             digest=self.digest(arrays),
             client_metrics_fn=self._measure_client,
+            unanswered=self.unanswered,
         )
-        return self._training.messages
+        return self.training.messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the replies one by one; bad ones are refused by name and the round goes on."""
-        attempt, self._training = self._training, None
+        attempt, self.training = self.training, None
         if attempt is None and self.settings.fraction_train == 0:
             return None, None
         if attempt is None:
@@ -119,7 +126,7 @@ class RunState:
         report = attempt.report()
         self.note(report)
         if attempt.accepted < attempt.needed:
-            self.trained = StageResult({}, report)
+            self.trained, self.training = StageResult({}, report), attempt
             return None, None
         anchor, result = attempt.request.anchor, attempt.finish(self.parts.train_metrics_fn)
         # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
@@ -226,9 +233,25 @@ class RunState:
 
     def sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
         """Wait for nodes and return the sampled ones."""
-        settings = self.settings
-        online = await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
+        online = self.online(grid, minimum)
         return self.composition.sample(online, server_round, fraction, minimum)
+
+    def _ask_again(self, attempt: StageAttempt, grid: Grid, server_round: int) -> Iterable[Message]:
+        """Ask whoever is online now for what a stage still lacks."""
+        self.trained = None
+        online = self.online(grid, self.settings.min_train_nodes)
+        late = {key: message.node_id for key, message in self.unanswered.items()}
+        attempt.ask_again(self.composition.shuffled(online, server_round), late)
+        return attempt.messages
+
+    def remember(self, waiting: Mapping[str, int], attempt: StageAttempt) -> None:
+        """Keep the messages of a training stage that nobody has answered yet."""
+        self.unanswered = remember(waiting, self.unanswered, attempt.request, self.settings.late_rounds)
+
+    def online(self, grid: Grid, minimum: int) -> list[int]:
+        """Wait for nodes and return those that are online."""
+        settings = self.settings
+        return await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
 
     def round_context(self, server_round: int, config: ConfigRecord) -> RoundContext:
         settings = self.settings
