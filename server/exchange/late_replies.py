@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from fedbasin.proto.request import Request
 
 # What a late reply must have been asked for in the same words to be part of a later sum.
@@ -24,7 +26,13 @@ class Unanswered:
 
 def without_tensors(request: Request) -> Request:
     """Return a request that can be held for rounds: as it was sent, without its models."""
-    return replace(request, anchor={}, moving={}, identity_bounds={})
+    nothing = torch.empty(0)
+    return replace(
+        request,
+        anchor=dict.fromkeys(request.anchor, nothing),
+        moving=dict.fromkeys(request.moving, nothing),
+        identity_bounds={},
+    )
 
 
 def is_usable(request: Request, now: Request, late_rounds: int) -> bool:

@@ -345,7 +345,6 @@ class StageAttempt:
             reply.probe_bytes,
         )
 
-
     def _remark(self, reply: Reply) -> str:
         """Return what is to be said of an accepted reply."""
         age = self.request.round - reply.round

@@ -17,6 +17,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedbasin.proto.report import ACCEPTED, ClientReport, StageReport
+from fedbasin.server.exchange.message_limits import shortened
 from fedbasin.server.exchange.reply_pulls import Pulls
 
 if TYPE_CHECKING:  # Flower's internals, which its own signatures name
@@ -322,7 +323,11 @@ class NodeReplies(Iterator[NodeReply]):
                 self._rhythm.failed(error)
                 return False
             if message is not None:
-                self._receive(waiting.pop(key), message)
+                node = waiting.pop(key)
+                self._receive(node, message)
+                if waiting is self._late and message.has_content():
+                    # It will not do the same work again for the request that repeated this one.
+                    self._waiting = {k: n for k, n in self._waiting.items() if n != node}
                 return True
         self._rhythm.succeeded()
         return False
@@ -332,7 +337,7 @@ class NodeReplies(Iterator[NodeReply]):
         self._rhythm.heard = time.monotonic()
         problem = ""
         if message.has_error():
-            problem = f"error {message.error.code}: {message.error.reason}"
+            problem = f"error {message.error.code}: {shortened(str(message.error.reason))}"
         self._ready.append(NodeReply(node, message, self._rhythm.heard - self._sent, problem))
         self._with_content += not problem
         if self._quorum and not problem and self._has_quorum():

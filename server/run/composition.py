@@ -130,6 +130,15 @@ class Composition:
         align: Align = "off" if merges else self.align
         return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype)
 
+    def needs(self, number: int, recipe: Recipe) -> Request:
+        """Return what a round asks of its clients beside training, for which an app needs the mod and its data."""
+        return Request(
+            "",
+            start=Start.own if self._starts_apart(number) else Start.shared,
+            statistic=recipe.statistic.name,
+            layer_graph=recipe.refit is not None,
+        )
+
     def untied(self, model: State) -> dict[str, Tensor]:
         """Return a model with every name of one tensor restored from its first name.
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -27,6 +28,7 @@ from fedbasin.server.observe.push import ObserverClient, connect
 from fedbasin.server.run import checkpoint
 from fedbasin.server.run.checkpoint import Checkpoint
 from fedbasin.server.run.dry_run import dry_run, model_signature
+from fedbasin.server.run.first_message import PATIENCE_SECONDS, Check, prevents_training
 from fedbasin.server.run.log_lines import round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
@@ -176,9 +178,36 @@ class RunLoop:
     def _run_rounds(self) -> None:
         if not self._done:
             self._evaluate_on_server(0)
+        if self._done < self._rounds and self._settings.fraction_evaluate and self._settings.fraction_train:
+            self._ask_first()
         previous: RoundReport | None = None
         for number in range(self._done + 1, self._rounds + 1):
             previous = self._reported_round(number, previous)
+
+    def _ask_first(self) -> None:
+        """Ask one client, and a second where it fails, whether it can take part, before all are asked to train."""
+        limits = replace(
+            self._limits, timeout_seconds=min(self._limits.timeout_seconds, PATIENCE_SECONDS), quorum=1.0, attempts=1
+        )
+        needs = self._composition.needs(self._done + 1, self._state.recipe)
+        nodes = self._state.sample(self._grid, self._done + 1, 1.0, 1)[:2]
+        for node in nodes:
+            attempt = StageAttempt(
+                partial(Check, self._model, needs),
+                self._model,
+                [node],
+                self._state.round_context(0, self._train_config),
+                limits,
+                digest=self._digest,
+            )
+            attempt.add_all(self._grid.stream(attempt.messages, limits.timeout_seconds))
+            (client,) = attempt.report().clients
+            if client.is_accepted:
+                return
+            self._state.note(attempt.report())
+            self._state.exclude_from_evaluation(attempt.report())
+        if prevents_training(client.outcome, client.detail):
+            raise QuorumLostError(attempt.report(), attempt.needed, len(nodes))
 
     def _complete_result(self) -> RunResult:
         """Add the reports of all rounds to the result, and the metrics of the rounds before a resume."""

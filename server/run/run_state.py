@@ -23,6 +23,7 @@ from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.evaluate import Evaluate
+from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.stage import StageResult
 from fedbasin.strategies.server_optimizers import OptimizerState
 from fedbasin.strategies.symmetry.example_inputs import Example
@@ -63,6 +64,7 @@ class RunState:
         evaluated: the result of the last evaluation.
         refusals: reports of the clients that the last stage refused, by node id.
         training: the training stage that has asked and lacks a quorum; None where the next one asks from the start.
+        without_evaluate: nodes whose app has no function that evaluates.
         unanswered: messages of training stages whose replies may still come, by their ids.
     """
 
@@ -78,6 +80,7 @@ class RunState:
     evaluated: StageResult | None = None
     refusals: dict[int, ClientReport] = field(default_factory=dict)
     training: StageAttempt | None = None
+    without_evaluate: set[int] = field(default_factory=set)
     unanswered: dict[str, Unanswered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,7 +153,8 @@ class RunState:
         settings, composition = self.settings, self.compose(arrays)
         if settings.fraction_evaluate == 0:
             return []
-        nodes = self.sample(grid, server_round, settings.fraction_evaluate, settings.min_evaluate_nodes)
+        sampled = self.sample(grid, server_round, settings.fraction_evaluate, settings.min_evaluate_nodes)
+        nodes = [node for node in sampled if node not in self.without_evaluate]
         model = self.state(arrays)
         self._evaluation = StageAttempt(
             partial(Evaluate, model, settings.fused_points if self.in_start else 0),
@@ -174,6 +178,7 @@ class RunState:
             )
         attempt.add_all(self._node_replies(replies, attempt.messages))
         self._log_stage(attempt.report())
+        self.exclude_from_evaluation(attempt.report())
         self.evaluated = StageResult({}, attempt.report())
         if not attempt.accepted:
             return None
@@ -281,6 +286,11 @@ class RunState:
 
     def arrays(self, state: State) -> ArrayRecord:
         return arrays_of(state, self.composition.array_names or {})
+
+    def exclude_from_evaluation(self, report: StageReport) -> None:
+        """Ask nobody again to evaluate whose app cannot."""
+        lacking = {c.node_id for c in report.clients if c.outcome == Outcome.no_evaluate.name}
+        self.without_evaluate |= lacking
 
     def note(self, report: StageReport) -> None:
         self.refusals = {c.node_id: c for c in report.clients if not c.is_accepted}
