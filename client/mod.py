@@ -25,6 +25,7 @@ from fedbasin.client.client_state import (
     sent_reply,
     trained_reply,
 )
+from fedbasin.client.data_check import check_data, needs_data
 from fedbasin.client.factories import Factory, data_factory, model_factory
 from fedbasin.client.lora_names import model_names
 from fedbasin.client.measure import measure_fused
@@ -34,7 +35,7 @@ from fedbasin.client.request_reader import Data, read_request
 from fedbasin.proto import plain
 from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_header
 from fedbasin.proto.reply import Reply
-from fedbasin.proto.request import Request, Start
+from fedbasin.proto.request import CHECK, Request, Start
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State
 
@@ -84,6 +85,11 @@ def basin(
             reply = refit_reply(request, request.refit, context, make_model(context), batches, probed)
             # Measured running statistics are only part of a model, which the app's array names do not cover.
             return Message(content=reply.to_content(request, packed=True), reply_to=message)
+        if needs_data(request) and request.round <= 1 and not request.moving:
+            check_data(partial(make_model, context), batches)
+        if request.stage == CHECK:
+            reply = Reply(request.round, request.stage, request.anchor_digest)
+            return Message(content=reply.to_content(request), reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
             return _evaluate(request, message, context, call_next, make_model, batches)
         return _train(request, message, context, call_next, make_model(context), batches)

@@ -102,13 +102,17 @@ class Processes:
 
     def kill(self, script: bytes = b"") -> int:
         """Kill the processes that run a script, or all of them, and return their number."""
-        # Found by the mark in the environment and not by parentage: Flower's executors live in sessions of their own,
-        # and outlive a killed parent by seconds, in which they can still start apps.
-        pids = [pid for pid in _all_pids() if self._is_ours(pid) and script in _read_proc(pid, "cmdline")]
+        pids = self.pids(script)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return len(pids)
+
+    def pids(self, script: bytes = b"") -> list[int]:
+        """Return the processes that run a script, or all of them."""
+        # Found by the mark in the environment and not by parentage: Flower's executors live in sessions of their own,
+        # and outlive a killed parent by seconds, in which they can still start apps.
+        return [pid for pid in _all_pids() if self._is_ours(pid) and script in _read_proc(pid, "cmdline")]
 
     def end(self, timeout_seconds: float = 10.0) -> None:
         """Kill until no process is left.

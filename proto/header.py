@@ -14,10 +14,11 @@ config as JSON.
 """
 
 import base64
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtobufMessage
 
 from fedbasin.proto import fedbasin_pb2 as pb
 
@@ -37,6 +38,22 @@ class WireError(ValueError):
 
 class SchemaVersionError(WireError):
     """A header of another schema version."""
+
+
+class HeaderSizeError(WireError):
+    """A header with more bytes or more entries than its reader has use for."""
+
+
+class HeaderBound(NamedTuple):
+    """The largest header that a reader decodes.
+
+    Attributes:
+        characters: length of the text in which it travels.
+        entries: number of nested messages, each of which takes more memory decoded than sent.
+    """
+
+    characters: int
+    entries: int
 
 
 def records(content: RecordDict, kind: type[_Record]) -> dict[str, _Record]:
@@ -73,27 +90,44 @@ def without_header(config: ConfigRecord) -> ConfigRecord:
     return ConfigRecord({key: value for key, value in config.items() if key != HEADER})
 
 
-def read_header(content: RecordDict, header: _Header) -> _Header:
+def read_header(content: RecordDict, header: _Header, bound: HeaderBound | None = None) -> _Header:
     """Read the header of a message's content.
 
     Args:
         content: the message's content.
         header: an empty header, which is filled.
+        bound: the largest header that is decoded; None for no limit.
 
     Raises:
         WireError: the header is missing or does not parse.
+        HeaderSizeError: the header is larger than its bound.
         SchemaVersionError: the header is of another version.
     """
     text = _header_of(content)
     if text is None:
         raise WireError(f"the content has no ConfigRecord with text under {HEADER!r}")
+    if bound and len(text) > bound.characters:
+        raise HeaderSizeError(f"a header of {len(text)} characters where {bound.characters} are allowed")
     try:
         header.ParseFromString(base64.b64decode(text, validate=True))
     except (DecodeError, ValueError) as error:
         raise WireError(f"the header does not parse: {error}") from error
+    if bound and (entries := _entries(header)) > bound.entries:
+        raise HeaderSizeError(f"a header of {entries} entries where {bound.entries} are allowed")
     if header.schema_version != SCHEMA_VERSION:
         raise SchemaVersionError(f"schema version {header.schema_version}, and this is version {SCHEMA_VERSION}")
     return header
+
+
+def _entries(message: ProtobufMessage) -> int:
+    """Return the number of messages within a message, at every depth."""
+    nested = [
+        entry
+        for field, value in message.ListFields()
+        if field.message_type and not field.message_type.GetOptions().map_entry
+        for entry in (value if field.is_repeated else (value,))
+    ]
+    return len(nested) + sum(map(_entries, nested))
 
 
 def _header_of(content: RecordDict) -> str | None:

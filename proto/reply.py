@@ -10,7 +10,16 @@ from torch import Tensor
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing, plain
 from fedbasin.proto.convert import ConversionError, from_protobuf, to_protobuf
-from fedbasin.proto.header import HEADER, STATISTICS, WireError, array_record, read_header, records, write_header
+from fedbasin.proto.header import (
+    HEADER,
+    STATISTICS,
+    HeaderBound,
+    WireError,
+    array_record,
+    read_header,
+    records,
+    write_header,
+)
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.report import AlignmentReport, LayerVariance, PathSums
 from fedbasin.proto.request import Request, State
@@ -147,7 +156,7 @@ class Reply:
 
 def _typed(content: RecordDict, request: Request) -> Reply:
     """Read the header of a client with the mod, and the tensors that it names."""
-    header = read_header(content, pb.Reply())
+    header = read_header(content, pb.Reply(), _bound(request))
     try:
         reply = from_protobuf(Reply, header)
     except ConversionError as error:
@@ -162,6 +171,18 @@ def _typed(content: RecordDict, request: Request) -> Reply:
     has_statistics = STATISTICS in records(content, ArrayRecord)
     statistics = tuple(_read_statistics(content, header)) if has_statistics else ()
     return replace(reply, parameters=parameters, statistics=statistics)
+
+
+def _bound(request: Request) -> HeaderBound:
+    """Return the largest header that a reply to this request can have.
+
+    For each tensor there may be its place in a packed record, a statistic, its layer in the graph, its variance and
+    its space; names occur several times.
+    """
+    tensors = {*request.anchor, *request.moving}
+    names = sum(map(len, tensors)) + len(request.symmetry)
+    sizes = 2**14 + 1024 * len(tensors) + 64 * request.path_points
+    return HeaderBound(sizes + 32 * names, 64 + 16 * len(tensors) + request.symmetry.count("\n"))
 
 
 def _ordinary(arrays: Mapping[str, ArrayRecord], request: Request) -> Reply:

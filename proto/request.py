@@ -24,6 +24,9 @@ Config: TypeAlias = Mapping[str, object]
 ROUND_KEY = "server-round"
 FROZEN_KEY = "frozen-factor"
 
+# The stage before the first round: the mod alone answers, that it is there and can read its data.
+CHECK = "check"
+
 
 class Start(Enum):
     """The point where a client's training begins."""

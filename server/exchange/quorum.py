@@ -18,7 +18,7 @@ class QuorumLostError(RuntimeError):
     def __init__(self, report: StageReport, needed: int, attempts: int) -> None:
         accepted = len(report.accepted)
         super().__init__(
-            f"stage {report.stage}: {accepted} of {len(report.clients)} clients accepted, {needed} needed, in each of "
+            f"stage {report.stage}: {accepted} of {len(report.clients)} clients accepted, {needed} needed, after "
             f"{attempts} attempts ({grouped_reasons(report)}); fix the clients, or lower fedbasin.quorum, and resume"
         )
         self.report = report

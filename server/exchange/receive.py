@@ -3,13 +3,15 @@
 import hashlib
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message
 from torch import Tensor
 
-from fedbasin.proto.header import SchemaVersionError, WireError, records
-from fedbasin.proto.packing import PackingError, nbytes
+from fedbasin.proto.header import HeaderSizeError, SchemaVersionError, WireError
+from fedbasin.proto.packing import PackingError
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import Request, Start
+from fedbasin.server.exchange.message_limits import check_limits, shortened
+from fedbasin.server.exchange.reply_pulls import TOO_LARGE
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.round.decode_statistics import DecodedStatistics, decode_statistics
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
@@ -48,9 +50,11 @@ def receive(message: Message, request: Request, max_bytes: int) -> Received:
     """
     if message.has_error():
         raise _client_error(message)
-    _check_size(message.content, max_bytes)
+    check_limits(message.content, max_bytes)
     try:
         reply = Reply.from_message(message.content, request)
+    except HeaderSizeError as error:
+        raise Refusal(Outcome.too_large, str(error)) from error
     except SchemaVersionError as error:
         raise Refusal(Outcome.schema_version, str(error)) from error
     except (WireError, PackingError) as error:
@@ -62,14 +66,12 @@ def receive(message: Message, request: Request, max_bytes: int) -> Received:
     return Received(reply, _update(reply, request))
 
 
-def _check_size(content: RecordDict, max_bytes: int) -> None:
-    size = sum(nbytes(record) for record in records(content, ArrayRecord).values())
-    if size > max_bytes:
-        raise Refusal(Outcome.too_large, f"{size} bytes where {max_bytes} are allowed")
-
-
 def _client_error(message: Message) -> Refusal:
-    code, reason = message.error.code, message.error.reason or "no reason given"
+    code, reason = message.error.code, shortened(message.error.reason or "no reason given")
+    if TOO_LARGE in reason:
+        return Refusal(Outcome.too_large, reason)
+    if "No evaluate function registered" in reason:
+        return Refusal(Outcome.no_evaluate, f"error {code}: {reason}")
     if "fitins.parameters" in reason or "evaluateins.parameters" in reason:
         return Refusal(
             Outcome.client_error,

@@ -1,11 +1,12 @@
-"""One attempt at a stage: the request goes out, each reply is checked and added or refused by name.
+"""A stage with its clients: the request goes out, each reply is checked and added or refused by name.
 
-One client's bad reply never ends a round: it becomes an outcome in the report.
+One client's bad reply never ends a round: it becomes an outcome in the report. Where too few are accepted, others are
+asked, and the accepted ones stay in the sum.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -13,10 +14,11 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedbasin.proto import packing
 from fedbasin.proto.header import HEADER, records
-from fedbasin.proto.reply import Metrics, read_metrics
+from fedbasin.proto.reply import Metrics, Reply, read_metrics
 from fedbasin.proto.report import AlignmentReport, ClientReport, PathSums, StageReport
 from fedbasin.proto.request import Config
 from fedbasin.server.exchange.client_paths import checked_path, checked_variance
+from fedbasin.server.exchange.late_replies import Unanswered, is_usable, staleness_weight
 from fedbasin.server.exchange.receive import Received, receive
 from fedbasin.server.exchange.streaming_grid import NodeReply, Quorum
 from fedbasin.server.exchange.update_directions import UpdateDirections
@@ -44,6 +46,7 @@ class StageLimits:
         grace_seconds: time to wait for the rest once a quorum has replied; None for the deadline.
         probe_share: share of the asked clients that evaluate a path, where the stage requests one.
         least_clients: number of clients that must be accepted of any quorum, where as many are asked.
+        late_rounds: largest age of a late reply that is used, in rounds; 0 uses none.
     """
 
     timeout_seconds: float = 3600.0
@@ -53,16 +56,22 @@ class StageLimits:
     grace_seconds: float | None = None
     probe_share: float = 1.0
     least_clients: int = 1
+    late_rounds: int = 0
 
     def needed(self, asked: int) -> int:
         """Return the number of clients that must be accepted."""
         return max(1, math.ceil(self.quorum * asked), min(self.least_clients, asked))
 
-    def early_end(self, asked: int) -> Quorum | None:
-        """Return when to stop waiting before the deadline; None for never."""
+    def early_end(self, asked: int, accepted: int = 0) -> Quorum | None:
+        """Return when to stop waiting before the deadline; None for never.
+
+        Args:
+            asked: the number of clients that were asked.
+            accepted: how many of them are in the sum already.
+        """
         if self.grace_seconds is None:
             return None
-        return Quorum(self.needed(asked), self.grace_seconds)
+        return Quorum(self.needed(asked) - accepted, self.grace_seconds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +100,14 @@ class RoundContext:
 
 
 class StageAttempt:
-    """The running state of one attempt at a stage.
+    """The running state of a stage.
 
     Attributes:
         request: what is asked, complete.
-        nodes: the clients that are asked.
-        messages: one message for each.
+        nodes: the clients of which a quorum is needed.
+        messages: one message for each that is to be asked now.
+        awaited: the nodes that still work on an earlier round and are not asked anew, by the id of that message.
+        late: other nodes that may still answer an earlier message, by its id.
     """
 
     def __init__(
@@ -110,6 +121,7 @@ class StageAttempt:
         arrays: ArrayRecord | None = None,
         digest: bytes | None = None,
         client_metrics_fn: ClientMetricsFn | None = None,
+        unanswered: Mapping[str, Unanswered] | None = None,
     ) -> None:
         """Prepare the request.
 
@@ -122,14 +134,17 @@ class StageAttempt:
             arrays: those tensors as ordinary arrays, if they exist already.
             digest: their digest, if it is known.
             client_metrics_fn: makes further metrics of an accepted client's parameters.
+            unanswered: messages of earlier rounds whose replies may still come, by their ids.
         """
-        self.nodes = nodes
+        self.nodes = list(nodes)
         self.limits = limits
+        self._asked = set(nodes)
+        self._unanswered = unanswered or {}
         self._anchor = carries
         self._client_metrics_fn = client_metrics_fn
         self._started = time.perf_counter()
         self._server_seconds = self._seconds = 0.0
-        self._clients: list[ClientReport] = []
+        self._clients: dict[object, ClientReport] = {}
         self._accepted: set[int] = set()
         self._contents: list[RecordDict] = []
         self._metrics: list[tuple[Metrics, float]] = []
@@ -152,9 +167,11 @@ class StageAttempt:
                 array_names=context.array_names,
                 probe_bound=self._probe_bound(context.number),
             )
-            content = self.request.to_content(packed=context.packed, arrays=arrays)
-            self._bytes_down = _array_bytes(content)
-            self.messages = self.request.to_messages(content, nodes)
+            self._content = self.request.to_content(packed=context.packed, arrays=arrays)
+            self._bytes_down = _array_bytes(self._content)
+            self.awaited = self._busy()
+            self.late = {key: m.node_id for key, m in self._unanswered.items() if key not in self.awaited}
+            self.messages = self._messages_to([node for node in nodes if node not in self.awaited.values()])
 
     @property
     def accepted(self) -> int:
@@ -166,11 +183,29 @@ class StageAttempt:
         """Number of clients that must be in the sum."""
         return self.limits.needed(len(self.nodes))
 
+    def ask_again(self, online: Sequence[int], late: Mapping[str, int], *, others: bool = True) -> None:
+        """Ask whoever is online in place of those that are not in the sum.
+
+        A node that is gone no longer counts as asked: it may have come back under another id, or never will.
+
+        Args:
+            online: the nodes that are online, in the order in which they are to be asked.
+            late: the nodes that may still answer an earlier message, by its id; the first reply counts.
+            others: whether nodes that were not asked before may take part.
+        """
+        missing = [node for node in self.nodes if node not in self._accepted]
+        fresh = [node for node in online if node not in self._asked] if others else []
+        again = [*fresh, *(node for node in missing if node in online)][: len(missing)]
+        self.nodes = [*(node for node in self.nodes if node in self._accepted), *again]
+        self._asked |= set(again)
+        self.awaited, self.late = {}, {key: node for key, node in late.items() if node not in self._accepted}
+        self.messages = self._messages_to(sorted(again))
+
     def add_all(self, replies: Iterable[NodeReply]) -> None:
         """Add or refuse every reply, one by one as they arrive."""
         for reply in replies:
             with self._working():
-                self._clients.append(self._report(reply))
+                self._add(reply)
             # Not to be held while the next one is awaited.
             del reply
 
@@ -180,7 +215,7 @@ class StageAttempt:
             self.request.stage,
             self._seconds,
             self._server_seconds,
-            tuple(self._clients),
+            tuple(self._clients.values()),
             dict(self.stage.request.encodings),
         )
 
@@ -225,6 +260,25 @@ class StageAttempt:
         self._server_seconds += ended - began
         self._seconds = ended - self._started
 
+    def _busy(self) -> dict[str, int]:
+        """Return the asked nodes that still work on an earlier round whose reply can be used, by the message's id."""
+        return {
+            key: message.node_id
+            for key, message in self._unanswered.items()
+            if message.node_id in self.nodes and is_usable(message.request, self.request, self.limits.late_rounds)
+        }
+
+    def _messages_to(self, nodes: list[int]) -> list[Message]:
+        return self.request.to_messages(self._content, nodes)
+
+    def _add(self, reply: NodeReply) -> None:
+        """Add or refuse one reply; of a client that was asked several times the last outcome is reported."""
+        key = reply.message.metadata.reply_to_message_id if reply.message else ""
+        if key in self.late and reply.message and reply.message.has_error():
+            return  # reported when its stage ended
+        in_sum = reply.node_id in self._accepted
+        self._clients[(reply.node_id, key) if in_sum else reply.node_id] = self._report(reply)
+
     def _report(self, reply: NodeReply) -> ClientReport:
         try:
             return self._accept(reply)
@@ -245,7 +299,7 @@ class StageAttempt:
             raise Refusal(outcome, node_reply.problem)
         if node in self._accepted:
             raise Refusal(Outcome.duplicate, f"node {node}")
-        received = receive(node_reply.message, self.request, self.limits.max_update_bytes)
+        received = self._received(node_reply.message)
         path = checked_path(received.reply, self.request, node)
         variance = checked_variance(received.reply, self._anchor) if path else {}
         aligned = self.stage.accept(node, received.update)
@@ -261,6 +315,17 @@ class StageAttempt:
         norm, cosine = self._directions.add(received.update.parameters)
         return replace(report, update_norm=norm, update_cosine=cosine)
 
+    def _received(self, message: Message) -> Received:
+        """Decode a reply to this request, or to an earlier one: then with less weight."""
+        earlier = self._unanswered.get(message.metadata.reply_to_message_id)
+        if earlier is None or earlier.request.round == self.request.round:
+            return receive(message, self.request, self.limits.max_update_bytes)
+        if not is_usable(earlier.request, self.request, self.limits.late_rounds):
+            raise Refusal(Outcome.late, f"it answers round {earlier.request.round}")
+        received = receive(message, earlier.request, self.limits.max_update_bytes)
+        age = self.request.round - earlier.request.round
+        return replace(received, update=received.update.scaled(staleness_weight(age)))
+
     def _describe(self, node_reply: NodeReply, received: Received, aligned: AlignmentReport | None) -> ClientReport:
         reply, parameters = received.reply, received.update.parameters
         alignment = reply.alignment if aligned is None and self.request.aligns else aligned
@@ -270,7 +335,7 @@ class StageAttempt:
         return ClientReport(
             node_reply.node_id,
             Outcome.accepted.name,
-            "" if reply.has_mod or not self.request.aligns else "not aligned: the app lacks the mod",
+            self._remark(reply),
             received.update.examples,
             reply.payload_bytes,
             self._bytes_down,
@@ -281,6 +346,14 @@ class StageAttempt:
             reply.probe_seconds,
             reply.probe_bytes,
         )
+
+    def _remark(self, reply: Reply) -> str:
+        """Return what is to be said of an accepted reply."""
+        age = self.request.round - reply.round
+        remarks = [f"{age} round{'s' * (age > 1)} late"] if age else []
+        if self.request.aligns and not reply.has_mod:
+            remarks.append("not aligned: the app lacks the mod")
+        return "; ".join(remarks)
 
 
 def _array_bytes(content: RecordDict) -> int:

@@ -5,9 +5,8 @@ takes. Here each reply is pulled alone and belongs to the caller from then on, s
 grow with the number of nodes; and a deadline, a quorum and retries bound what a silent node can do.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
@@ -18,6 +17,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedbasin.proto.report import ACCEPTED, ClientReport, StageReport
+from fedbasin.server.exchange.message_limits import shortened
+from fedbasin.server.exchange.reply_pulls import Pulls
 
 if TYPE_CHECKING:  # Flower's internals, which its own signatures name
     from flwr.proto.node_pb2 import NodeInfo
@@ -68,7 +69,7 @@ class StageReplies(Iterable[Message]):
     A strategy that overrides `aggregate_train` reads messages and hands some on; which it left out is known here.
     """
 
-    def __init__(self, replies: Iterator[NodeReply]) -> None:
+    def __init__(self, replies: "NodeReplies") -> None:
         self._replies = replies
         self._read: dict[str, NodeReply] = {}
 
@@ -99,6 +100,11 @@ class StageReplies(Iterable[Message]):
         """Return the replies as they arrive, with node and time."""
         return self._replies
 
+    @property
+    def unanswered(self) -> dict[str, int]:
+        """The nodes whose replies have not come, by the id of the message."""
+        return self._replies.unanswered
+
     def restored(self, messages: Iterable[Message]) -> Iterator[NodeReply]:
         """Return what was handed on of the messages that were read, and then all that was not."""
         rest = dict(self._read)
@@ -118,7 +124,9 @@ class StreamingGrid(Grid):
     Flower's adaptive-clipping wrappers go through the replies twice and need a list of them instead.
     """
 
-    def __init__(self, inner: Grid, poll_seconds: float = 0.2, patience_seconds: float = 5.0) -> None:
+    def __init__(
+        self, inner: Grid, poll_seconds: float = 0.2, patience_seconds: float = 5.0, max_bytes: int | None = None
+    ) -> None:
         """Wraps a grid.
 
         Args:
@@ -126,18 +134,34 @@ class StreamingGrid(Grid):
             poll_seconds: the shortest time between two looks for replies.
             patience_seconds: how long the transfer of one reply may hold up the others; after it, the
                 transfer goes on beside them.
+            max_bytes: bytes of one reply at which its transfer ends; None for no limit.
         """
         self._inner = inner
         self._poll_seconds = poll_seconds
         self._patience_seconds = patience_seconds
+        self._max_bytes = max_bytes
 
     def stream(
-        self, messages: Iterable[Message], timeout_seconds: float, quorum: Quorum | None = None
-    ) -> Iterator[NodeReply]:
+        self,
+        messages: Iterable[Message],
+        timeout_seconds: float,
+        quorum: Quorum | None = None,
+        *,
+        awaited: Mapping[str, int] | None = None,
+        late: Mapping[str, int] | None = None,
+    ) -> "NodeReplies":
         """Sends messages, now, and gives one reply for each, in the order of arrival.
 
         Nodes that stay silent come last. The clock stands still while the caller works on a reply, so a
         slow caller loses nobody. Replies to anything else than these messages are ignored.
+
+        Args:
+            messages: the messages.
+            timeout_seconds: time after which nobody is waited for.
+            quorum: the number of replies that is enough; None for all.
+            awaited: nodes by the ids of messages that were sent before, whose replies are waited for too.
+            late: nodes by the ids of messages that were sent before, whose replies are given where they come
+                in the meantime. Nobody waits for them.
 
         Raises:
             httpx.HTTPError: the messages could not be sent before the deadline, or the SuperLink refuses
@@ -150,9 +174,10 @@ class StreamingGrid(Grid):
         # Not by position: a grid may leave out the messages that it does not accept.
         waiting = {key: node for key, node in nodes.items() if key in accepted}
         refused = [node for key, node in nodes.items() if key not in accepted]
-        pulls = _Pulls(self._inner, self._patience_seconds)
+        pulls = Pulls(self._inner, self._patience_seconds, self._max_bytes)
         rhythm = _Rhythm(self._poll_seconds, sent)
-        replies = _Replies(pulls, rhythm, waiting, sent + timeout_seconds, quorum)
+        waiting = {**(awaited or {}), **waiting}
+        replies = NodeReplies(pulls, rhythm, waiting, late or {}, sent + timeout_seconds, quorum)
         replies.add_silent(refused, "the SuperLink did not take the message (node gone, too large?)")
         return replies
 
@@ -225,18 +250,26 @@ def match_replies(messages: Iterable[Message], replies: Iterable[Message]) -> It
         yield NodeReply(node, None, 0.0, "no reply")
 
 
-class _Replies(Iterator[NodeReply]):
+class NodeReplies(Iterator[NodeReply]):
     """The replies to one batch of messages.
 
     An iterator by hand, and no generator, so that nothing holds a reply once it was handed over.
     """
 
     def __init__(
-        self, pulls: "_Pulls", rhythm: "_Rhythm", waiting: dict[str, int], deadline: float, quorum: Quorum | None
+        self,
+        pulls: Pulls,
+        rhythm: "_Rhythm",
+        waiting: dict[str, int],
+        late: Mapping[str, int],
+        deadline: float,
+        quorum: Quorum | None,
     ) -> None:
         self._pulls = pulls
         self._rhythm = rhythm
         self._waiting = waiting  # message id: node id, those asked longest ago first
+        self._late = dict(late)
+        self._given_up: dict[str, int] = {}
         self._sent = rhythm.heard
         self._deadline = deadline
         self._quorum = quorum
@@ -249,12 +282,19 @@ class _Replies(Iterator[NodeReply]):
         while self._waiting and not self._ready:
             if time.monotonic() >= self._deadline:
                 self._give_up()
-            elif not self._look():
+            elif not self._look(self._waiting) and not self._look(self._late):
                 time.sleep(self._rhythm.rest(self._deadline))
+        if not self._ready:
+            self._look(self._late, count=len(self._late))
         self._handed_over = time.monotonic()
         if not self._ready:
             raise StopIteration
         return self._ready.pop()
+
+    @property
+    def unanswered(self) -> dict[str, int]:
+        """The nodes whose replies have not come so far, by the id of the message."""
+        return {**self._late, **self._given_up, **self._waiting}
 
     def add_silent(self, nodes: Iterable[int], problem: str) -> None:
         """Notes that these nodes will not answer."""
@@ -267,12 +307,14 @@ class _Replies(Iterator[NodeReply]):
         if self._has_quorum():
             problem = f"not waited for: {self._with_content} others were enough"
         self.add_silent(self._waiting.values(), problem)
-        self._waiting = {}
+        self._given_up, self._waiting = self._waiting, {}
 
-    def _look(self) -> bool:
+    def _look(self, waiting: dict[str, int], count: int = _IDS_PER_TICK) -> bool:
         """Look at the next few nodes; return True if one of them has replied."""
-        for key in tuple(islice(self._waiting, _IDS_PER_TICK)):
-            self._waiting[key] = self._waiting.pop(key)  # to the back of the queue
+        if not waiting:
+            return False
+        for key in tuple(islice(waiting, count)):
+            waiting[key] = waiting.pop(key)  # to the back of the queue
             try:
                 message = self._pulls.pull(key, self._deadline)
             except httpx.HTTPError as error:
@@ -281,7 +323,11 @@ class _Replies(Iterator[NodeReply]):
                 self._rhythm.failed(error)
                 return False
             if message is not None:
-                self._receive(self._waiting.pop(key), message)
+                node = waiting.pop(key)
+                self._receive(node, message)
+                if waiting is self._late and message.has_content():
+                    # It will not do the same work again for the request that repeated this one.
+                    self._waiting = {k: n for k, n in self._waiting.items() if n != node}
                 return True
         self._rhythm.succeeded()
         return False
@@ -291,7 +337,7 @@ class _Replies(Iterator[NodeReply]):
         self._rhythm.heard = time.monotonic()
         problem = ""
         if message.has_error():
-            problem = f"error {message.error.code}: {message.error.reason}"
+            problem = f"error {message.error.code}: {shortened(str(message.error.reason))}"
         self._ready.append(NodeReply(node, message, self._rhythm.heard - self._sent, problem))
         self._with_content += not problem
         if self._quorum and not problem and self._has_quorum():
@@ -300,52 +346,6 @@ class _Replies(Iterator[NodeReply]):
 
     def _has_quorum(self) -> bool:
         return self._quorum is not None and self._with_content >= self._quorum.replies
-
-
-class _Pulls:
-    """Pulls single replies; one whose transfer takes long goes on in the background.
-
-    A reply shows before its arrays have been uploaded, and a pull waits for them: without this, one
-    slow upload would hold up the whole round, past every deadline.
-    """
-
-    def __init__(self, grid: Grid, patience_seconds: float) -> None:
-        self._grid = grid
-        self._patience_seconds = patience_seconds
-        self._slow: dict[str, _Pull] = {}
-
-    def pull(self, message_id: str, deadline: float) -> Message | None:
-        """The reply to this message, if it is there."""
-        pull = self._slow.pop(message_id, None)
-        patience = 0.0 if pull else min(self._patience_seconds, deadline - time.monotonic())
-        pull = pull or _Pull(self._grid, message_id)
-        pull.join(max(0.0, patience))
-        if pull.is_alive():
-            self._slow[message_id] = pull
-            return None
-        return pull.take()
-
-
-class _Pull(threading.Thread):
-    def __init__(self, grid: Grid, message_id: str) -> None:
-        super().__init__(name=f"pull {message_id}", daemon=True)
-        self._grid = grid
-        self._message_id = message_id
-        self._outcome: list[Message] | BaseException = []
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome = list(self._grid.pull_messages([self._message_id]))
-        except BaseException as error:  # noqa: BLE001 - take() raises it, in the thread that asked
-            self._outcome = error
-
-    def take(self) -> Message | None:
-        outcome, self._outcome = self._outcome, []
-        if isinstance(outcome, BaseException):
-            raise outcome
-        answers = (m for m in outcome if m.metadata.reply_to_message_id == self._message_id)
-        return next(answers, None)
 
 
 class _Rhythm:

@@ -79,6 +79,7 @@ class Composition:
             settings.grace_seconds,
             settings.probe_share,
             1 if self.recipe.robust is None else self.recipe.robust.least,
+            settings.late_rounds,
         )
 
     def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
@@ -91,8 +92,12 @@ class Composition:
             minimum: smallest number of nodes that is asked.
         """
         size = min(len(online), max(int(fraction * len(online)), minimum))
+        return sorted(self.shuffled(online, number)[:size])
+
+    def shuffled(self, online: Sequence[int], number: int) -> list[int]:
+        """Return all nodes in the order in which a round would ask them."""
         draw = random.Random(f"{self.settings.seed}/{number}")  # noqa: S311 - not a secret
-        return sorted(draw.sample(sorted(online), size))
+        return draw.sample(sorted(online), len(online))
 
     def round_stages(self, number: int, recipe: Recipe) -> RoundStages:
         """Return the stages that a round chooses from."""
@@ -131,6 +136,15 @@ class Composition:
         # Pairs are aligned to each other, later.
         align: Align = "off" if merges else self.align
         return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, self._accumulate(recipe))
+
+    def needs(self, number: int, recipe: Recipe) -> Request:
+        """Return what a round asks of its clients beside training, for which an app needs the mod and its data."""
+        return Request(
+            "",
+            start=Start.own if self._starts_apart(number) else Start.shared,
+            statistic=recipe.statistic.name,
+            layer_graph=recipe.refit is not None,
+        )
 
     def untied(self, model: State) -> dict[str, Tensor]:
         """Return a model with every name of one tensor restored from its first name.

@@ -6,14 +6,15 @@ The stages of a round come from `strategies/round/round.py`. The stage in which 
 own `configure_train` and `aggregate_train`, so that a subclass, a wrapper and Flower's own loop run the same code.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -21,18 +22,21 @@ from fedbasin.proto.reply import read_metrics
 from fedbasin.proto.report import RoundReport, StageReport
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
-from fedbasin.server.exchange.streaming_grid import StageReplies, StreamingGrid
+from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
 from fedbasin.server.observe.access import AccessError
 from fedbasin.server.observe.push import ObserverClient, connect
 from fedbasin.server.run import checkpoint
 from fedbasin.server.run.checkpoint import Checkpoint
+from fedbasin.server.run.dry_run import dry_run, model_signature
+from fedbasin.server.run.first_message import PATIENCE_SECONDS, Check, prevents_training
 from fedbasin.server.run.log_lines import round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
-from fedbasin.server.run.run_folder import check_writable, run_id_of
+from fedbasin.server.run.run_folder import RunFolder, RunRecord, app_of, check_writable, open_run_folder, run_id_of
 from fedbasin.server.run.run_state import RunState
-from fedbasin.server.run.settings import Settings, SettingsError
+from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
+from fedbasin.server.run.stop_signal import stop_signal
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.round import RoundResult, run_round
@@ -80,23 +84,18 @@ class RunLoop:
         self._settings = self._state.settings = _with_timeout(self._state.settings, timeout)
         self._composition = self._state.compose(arrays)
         self._limits = self._composition.limits
-        self._grid = StreamingGrid(grid, self._settings.poll_seconds)
+        self._grid = StreamingGrid(grid, self._settings.poll_seconds, max_bytes=self._settings.max_update_bytes)
         self._rounds = rounds
-        run_id = run_id_of(context, grid)
-        resumed = self._settings.resume
-        self._folder = Path(resumed) if resumed else self._settings.folder / run_id
-        self._reporter = Reporter(run_id, rounds, self._settings.recipe)
+        self._run_id = run_id_of(context, grid)
+        self._app = app_of(grid) or model_signature(arrays)
+        self._app_config = {} if context is None else dict(context.run_config)
+        self._probe_set = probe_set
+        self._reporter = Reporter(self._run_id, rounds, self._settings.recipe)
         _check_observer(self._settings)
         self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
         self._take(arrays)
-        if resumed:
-            self._resume(checkpoint.load(self._folder))
-        check_writable(self._folder)
-        self._probe = ProbeRun(probe_set, self._settings.probe_clients, self._settings.probe_points, self._folder)
-        self._probe.check(self._model, self._composition.align)
-        # Its model is set at the end: the initial one would stay in memory for the whole run.
-        self._result = RunResult(folder=self._folder)
+        dry_run(self._composition, self._model, self._arrays)
 
     def run(
         self, train_config: ConfigRecord, evaluate_config: ConfigRecord, evaluate_fn: EvaluateFn | None
@@ -104,6 +103,36 @@ class RunLoop:
         """Run every round that is not done yet; see `FedBasin.start`."""
         self._train_config, self._evaluate_config = train_config, evaluate_config
         self._evaluate_fn = evaluate_fn
+        record = self._record(train_config)
+        with stop_signal(), open_run_folder(self._settings, self._run_id, record) as folder:
+            self._open(folder)
+            self._run_all()
+            folder.write(finished=True)
+            return self._complete_result()
+
+    def _record(self, train_config: ConfigRecord) -> RunRecord:
+        """Return this run as its folder is to know it."""
+        own = {key: value for key, value in self._app_config.items() if not key.startswith(PREFIX)}
+        told = {f"train_config[{key!r}]": value for key, value in train_config.items()}
+        configuration = {**json.loads(self._settings.decisive), **own, **told}
+        # Through JSON, as the folder has it.
+        return RunRecord(self._app, self._rounds, json.loads(json.dumps(configuration, default=str)))
+
+    def _open(self, folder: RunFolder) -> None:
+        """Go on after the folder's last finished round, if it has any."""
+        self._folder = folder.path
+        if folder.resumes:
+            self._resume(checkpoint.load(self._folder))
+        check_writable(self._folder)
+        settings = self._settings
+        self._probe = ProbeRun(self._probe_set, settings.probe_clients, settings.probe_points, self._folder)
+        self._probe.check(self._model, self._composition.align)
+        # Its model is set at the end: the initial one would stay in memory for the whole run.
+        self._result = RunResult(folder=self._folder)
+        folder.write()
+
+    def _run_all(self) -> None:
+        """Run every round that is not done yet."""
         started = time.perf_counter()
         for line in start_lines(self._settings, self._arrays, self._rounds, self._folder):
             _LOG.info("%s", line)
@@ -120,7 +149,6 @@ class RunLoop:
             self._folder,
             self._folder,
         )
-        return self._complete_result()
 
     def _take(self, arrays: ArrayRecord) -> None:
         """Take a new global model: as arrays, as a state that shares their bytes, and its digest."""
@@ -132,15 +160,15 @@ class RunLoop:
 
     def _resume(self, saved: Checkpoint) -> None:
         """Go on after a checkpoint of the same settings and the same model."""
-        decisive = self._settings.decisive
-        if decisive != saved.settings:
-            raise SettingsError(
-                f"{self._folder} was made with {saved.settings}, and this run has {decisive}; use the same settings"
-            )
+        before, now = (RunRecord("", 0, json.loads(text)) for text in (saved.settings, self._settings.decisive))
+        if difference := before.difference(now):
+            raise SettingsError(f"{self._folder} was made with other settings: {difference}; use the same settings")
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._model.items()}
         if shapes != {name: (t.shape, t.dtype) for name, t in saved.model.items()}:
             raise SettingsError(f"{self._folder} holds another model; resume with the model class that made it")
         self._done = saved.server_round
+        if not self._settings.resume:
+            _LOG.info("%s is unfinished: the run goes on after its round %d", self._folder, self._done)
         self._take(self._state.arrays({name: saved.model[name] for name in self._model}))
         self._state.optimizer_state = saved.optimizer_state
         hand_over = self._state.recipe.hand_over
@@ -150,9 +178,36 @@ class RunLoop:
     def _run_rounds(self) -> None:
         if not self._done:
             self._evaluate_on_server(0)
+        if self._done < self._rounds and self._settings.fraction_evaluate and self._settings.fraction_train:
+            self._ask_first()
         previous: RoundReport | None = None
         for number in range(self._done + 1, self._rounds + 1):
             previous = self._reported_round(number, previous)
+
+    def _ask_first(self) -> None:
+        """Ask one client, and a second where it fails, whether it can take part, before all are asked to train."""
+        limits = replace(
+            self._limits, timeout_seconds=min(self._limits.timeout_seconds, PATIENCE_SECONDS), quorum=1.0, attempts=1
+        )
+        needs = self._composition.needs(self._done + 1, self._state.recipe)
+        nodes = self._state.sample(self._grid, self._done + 1, 1.0, 1)[:2]
+        for node in nodes:
+            attempt = StageAttempt(
+                partial(Check, self._model, needs),
+                self._model,
+                [node],
+                self._state.round_context(0, self._train_config),
+                limits,
+                digest=self._digest,
+            )
+            attempt.add_all(self._grid.stream(attempt.messages, limits.timeout_seconds))
+            (client,) = attempt.report().clients
+            if client.is_accepted:
+                return
+            self._state.note(attempt.report())
+            self._state.exclude_from_evaluation(attempt.report())
+        if prevents_training(client.outcome, client.detail):
+            raise QuorumLostError(attempt.report(), attempt.needed, len(nodes))
 
     def _complete_result(self) -> RunResult:
         """Add the reports of all rounds to the result, and the metrics of the rounds before a resume."""
@@ -175,6 +230,13 @@ class RunLoop:
         try:
             report = self._round(number)
         except BaseException as error:  # Flower ends apps with one that is no Exception
+            _LOG.warning(
+                "round %d is abandoned (%s); the rounds before it are in %s, and the same app goes on after them when "
+                "it is started again",
+                number,
+                type(error).__name__ if str(error) in ("", "0") else error,
+                self._folder,
+            )
             self._probe.stop()
             self._push(self._reporter.failed(number, error))
             raise
@@ -267,33 +329,49 @@ class RunLoop:
         if plan.trains:
             return self._run_training(number, plan.carries)
         nodes = sampled if plan.nodes is None else list(plan.nodes)
-        report = StageReport("")
-        for _ in range(self._limits.attempts):
-            attempt = StageAttempt(
-                plan.make,
-                plan.carries,
-                nodes,
-                self._state.round_context(number, self._train_config),
-                self._limits,
-                digest=self._digest if plan.carries is self._model else None,
-            )
-            self._collect(attempt)
-            report = attempt.report()
-            self._state.note(report)
-            if attempt.accepted >= attempt.needed:
-                return attempt.finish()
+        tries = self._limits.attempts
+        attempt = StageAttempt(
+            plan.make,
+            plan.carries,
+            nodes,
+            self._state.round_context(number, self._train_config),
+            self._limits,
+            digest=self._digest if plan.carries is self._model else None,
+        )
+        late = self._collect(attempt)
+        while attempt.accepted < attempt.needed and (tries := tries - 1):
+            online = self._state.online(self._grid, 1)
+            # A stage that builds on what its clients have kept can ask nobody else.
+            attempt.ask_again(online, late, others=plan.nodes is None)
+            late = self._collect(attempt)
+        if attempt.accepted >= attempt.needed:
+            return attempt.finish()
+        report = attempt.report()
         if plan.may_fail:
-            _LOG.warning("%s", QuorumLostError(report, self._limits.needed(len(nodes)), self._limits.attempts))
+            _LOG.warning("%s", QuorumLostError(report, attempt.needed, self._limits.attempts))
             return StageResult(dict(plan.carries), report)
         # A search for an anchor asks client by client: its end names all who failed before.
         failed = [r.report for r in earlier if r.report.stage == report.stage]
         clients = [client for stage in (*failed, report) for client in stage.clients]
         report = replace(report, clients=tuple(clients))
-        raise QuorumLostError(report, self._limits.needed(len(nodes)), self._limits.attempts)
+        raise QuorumLostError(report, attempt.needed, self._limits.attempts)
 
-    def _collect(self, attempt: StageAttempt) -> None:
-        early_end = self._limits.early_end(len(attempt.nodes))
-        attempt.add_all(self._grid.stream(attempt.messages, self._limits.timeout_seconds, early_end))
+    def _collect(self, attempt: StageAttempt) -> dict[str, int]:
+        """Ask and add what comes; return the nodes that have not answered, by the id of the message."""
+        replies = self._stream(attempt.messages, attempt)
+        attempt.add_all(replies)
+        self._state.note(attempt.report())
+        return replies.unanswered
+
+    def _stream(self, messages: list[Message], attempt: StageAttempt | None) -> NodeReplies:
+        """Send messages and return the replies to them, and to those of a stage that were sent before."""
+        limits = self._limits
+        if attempt is None:  # a strategy that asks without this project's code
+            return self._grid.stream(messages, limits.timeout_seconds, limits.early_end(len(messages)))
+        early_end = limits.early_end(len(attempt.nodes), attempt.accepted)
+        return self._grid.stream(
+            messages, limits.timeout_seconds, early_end, awaited=attempt.awaited, late=attempt.late
+        )
 
     def _run_training(self, number: int, anchor: State) -> StageResult:
         """Run the stage in which clients train, through the strategy's own methods."""
@@ -301,16 +379,20 @@ class RunLoop:
         arrays = self._arrays if anchor is self._model else self._state.arrays(anchor)
         self._train_anchor = self._state.state(arrays)
         report, needed = StageReport(Fuse.stage), 1
+        self._state.training = None
         for _ in range(limits.attempts):
             messages = list(strategy.configure_train(number, arrays, self._train_config, self._grid))
-            needed, early_end = limits.needed(len(messages)), limits.early_end(len(messages))
-            replies = self._grid.stream(messages, limits.timeout_seconds, early_end)
-            self._state.stream = stream = StageReplies(replies)
+            attempt = self._state.training
+            needed = attempt.needed if attempt else limits.needed(len(messages))
+            self._state.stream = stream = StageReplies(self._stream(messages, attempt))
             trained, metrics = strategy.aggregate_train(number, stream)
+            if attempt is not None:
+                self._state.remember(stream.unanswered, attempt)
+                del attempt
             result = self._state.trained or StageResult({}, stream.report(Fuse.stage))
             report = result.report
             if trained is not None:
-                self._trained = trained
+                self._trained: ArrayRecord = trained
                 return self._with_metrics(
                     replace(result, model=dict(self._state.state(trained))),
                     metrics,

@@ -1,14 +1,76 @@
-"""The folder of a run, checked before the first message, and the id that names it."""
+"""The folder of a run: found or made before the first message, and held by one process at a time.
 
+    runs/<run>/run.json    the app, its configuration, the number of rounds, and whether they are done
+    runs/<run>/.lock       held while a process writes into the folder
+
+A run whose process died goes on where it stopped as soon as the same app is started again with the same folder: its
+record says that rounds are missing, and its lock is free.
+"""
+
+import json
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.run.settings import NEW_RUN, Settings, SettingsError
+
+RECORD = "run.json"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder knows it.
+
+    Attributes:
+        app: the app's name and publisher, or its model where it has none.
+        rounds: number of rounds that the run has.
+        configuration: the values that decide the result, by setting; those of the app have their own names.
+        finished: whether all rounds are done.
+    """
+
+    app: str
+    rounds: int
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def difference(self, now: "RunRecord") -> str:
+        """Return what another record has in place of this one's values; empty where they are equal."""
+        before, after = ({"rounds": r.rounds, **r.configuration} for r in (self, now))
+        return "; ".join(
+            f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
+            for key in {**before, **after}
+            if before.get(key) != after.get(key)
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, held by this process.
+
+    Attributes:
+        path: the folder.
+        record: the run as this process runs it.
+        resumes: whether the folder has finished rounds, after which the run goes on.
+    """
+
+    path: Path
+    record: RunRecord
+    resumes: bool
+
+    def write(self, *, finished: bool = False) -> None:
+        """Write the record, in one step."""
+        part = self.path / f"{RECORD}.part"
+        part.write_text(json.dumps(asdict(replace(self.record, finished=finished)), indent=1))
+        part.replace(self.path / RECORD)
 
 
 def run_id_of(context: Context | None, grid: Grid) -> str:
@@ -27,6 +89,106 @@ def open_spool(folder: Path) -> BinaryIO:
     return tempfile.TemporaryFile(dir=folder)
 
 
+def app_of(grid: Grid) -> str:
+    """Return the publisher and name of the app; empty where Flower gives none."""
+    return str(getattr(getattr(grid, "run", None), "fab_id", None) or "")
+
+
+@contextmanager
+def open_run_folder(settings: Settings, run_id: str, record: RunRecord) -> Iterator[RunFolder]:
+    """Choose the folder of a run and hold it: of the unfinished run that goes on, or a new one.
+
+    Args:
+        settings: the settings of the run.
+        run_id: Flower's id of the run, which names a new folder.
+        record: the run as it is configured now.
+
+    Raises:
+        SettingsError: the folder cannot be made or written, is held by another process, or has an unfinished run of
+            another configuration.
+    """
+    if settings.resume not in ("", NEW_RUN):
+        path, lock = Path(settings.resume), None
+        if path.is_dir():
+            lock = _held(path)
+            if lock is None:
+                raise SettingsError(
+                    f"resume = '{path}': another process runs in this folder; wait for its end, or stop it first"
+                )
+        resumes = True
+    else:
+        resumed = None if settings.resume else _unfinished(settings.folder, record)
+        path, lock = resumed or _new_folder(settings.folder, run_id)
+        resumes = resumed is not None
+    try:
+        yield RunFolder(path, record, resumes)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _unfinished(folder: Path, record: RunRecord) -> tuple[Path, FileLock] | None:
+    """Return the newest unfinished run of the same app and configuration, held; None where there is none to go on with.
+
+    Raises:
+        SettingsError: there is one, of another configuration.
+    """
+    other: tuple[Path, RunRecord] | None = None
+    for path, earlier in _records(folder):
+        is_open = earlier.app == record.app and not earlier.finished and any(path.rglob("*.safetensors"))
+        lock = _held(path) if is_open else None
+        if lock is None:
+            continue
+        if not earlier.difference(record):
+            return path, lock
+        lock.release()
+        other = other or (path, earlier)
+    if other is not None:
+        path, earlier = other
+        raise SettingsError(
+            f"{path} holds an unfinished run of this app with another configuration: {earlier.difference(record)}; "
+            f"restore it to go on, or set resume = {NEW_RUN!r} to leave that run and start anew"
+        )
+    return None
+
+
+def _records(folder: Path) -> list[tuple[Path, RunRecord]]:
+    """Return the runs in a folder, the newest first; what is no record of this version is left out."""
+    runs = []
+    for file in folder.glob(f"*/{RECORD}"):
+        try:
+            runs.append((file.stat().st_mtime_ns, file.parent, RunRecord(**json.loads(file.read_text()))))
+        except (OSError, ValueError, TypeError):
+            continue
+    return [(path, record) for _, path, record in sorted(runs, key=lambda run: run[:2], reverse=True)]
+
+
+def _new_folder(folder: Path, run_id: str) -> tuple[Path, FileLock]:
+    """Make a folder for a run, and hold it. Two runs of one id, as of two SuperLinks, never share one."""
+    number = 1
+    while True:
+        path = folder / (run_id if number == 1 else f"{run_id}-{number}")
+        check_writable(path)
+        lock = _held(path)
+        if lock is not None and not any(file.name != LOCK for file in path.iterdir()):
+            return path, lock
+        if lock is not None:
+            lock.release()
+        number += 1
+
+
+def _held(folder: Path) -> FileLock | None:
+    """Return the lock of a folder, held; None where another process, or another run in this one, holds it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return lock
+
+
 def check_writable(folder: Path) -> None:
     """Make the folder of a run and check that files can be written there.
 
@@ -38,6 +200,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise SettingsError(
-            f"folder = '{folder}': {error.strerror or error}; choose a folder that this process can write"
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> SettingsError:
+    return SettingsError(f"folder = '{folder}': {error.strerror or error}; choose a folder that this process can write")

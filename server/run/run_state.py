@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedbasin.proto import packing
 from fedbasin.proto.report import ClientReport, StageReport
+from fedbasin.server.exchange.late_replies import Unanswered, remember
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
 from fedbasin.server.run.composition import Composition, ScoreFn, compose
@@ -22,6 +23,7 @@ from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.evaluate import Evaluate
+from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.stage import StageResult
 from fedbasin.strategies.server_optimizers import OptimizerState
 from fedbasin.strategies.symmetry.example_inputs import Example
@@ -61,6 +63,9 @@ class RunState:
         trained: the result of the last training stage; without a model where too few clients were accepted.
         evaluated: the result of the last evaluation.
         refusals: reports of the clients that the last stage refused, by node id.
+        training: the training stage that has asked and lacks a quorum; None where the next one asks from the start.
+        without_evaluate: nodes whose app has no function that evaluates.
+        unanswered: messages of training stages whose replies may still come, by their ids.
     """
 
     settings: Settings
@@ -74,11 +79,13 @@ class RunState:
     trained: StageResult | None = None
     evaluated: StageResult | None = None
     refusals: dict[int, ClientReport] = field(default_factory=dict)
+    training: StageAttempt | None = None
+    without_evaluate: set[int] = field(default_factory=set)
+    unanswered: dict[str, Unanswered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe = self.settings.composed
         self._composition: Composition | None = None
-        self._training: StageAttempt | None = None
         self._evaluation: StageAttempt | None = None
         self._read: tuple[ArrayRecord, State] | None = None
         self._hashed: tuple[ArrayRecord, bytes] | None = None
@@ -91,10 +98,12 @@ class RunState:
         if settings.fraction_train == 0:
             return []
         self._check_single_stage()
+        if self.in_start and self.training is not None:
+            return self._ask_again(self.training, grid, server_round)
         nodes = self.sample(grid, server_round, settings.fraction_train, settings.min_train_nodes)
         anchor = self.state(arrays)
         self.trained = None
-        self._training = StageAttempt(
+        self.training = StageAttempt(
             partial(composition.fuse_stage, server_round, self.recipe, anchor),
             anchor,
             nodes,
@@ -103,14 +112,15 @@ class RunState:
             arrays=None if settings.packed else arrays,
             digest=self.digest(arrays),
             client_metrics_fn=self._measure_client,
+            unanswered=self.unanswered,
         )
-        return self._training.messages
+        return self.training.messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the replies one by one; bad ones are refused by name and the round goes on."""
-        attempt, self._training = self._training, None
+        attempt, self.training = self.training, None
         if attempt is None and self.settings.fraction_train == 0:
             return None, None
         if attempt is None:
@@ -119,7 +129,7 @@ class RunState:
         report = attempt.report()
         self.note(report)
         if attempt.accepted < attempt.needed:
-            self.trained = StageResult({}, report)
+            self.trained, self.training = StageResult({}, report), attempt
             return None, None
         anchor, result = attempt.request.anchor, attempt.finish(self.parts.train_metrics_fn)
         # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
@@ -143,7 +153,8 @@ class RunState:
         settings, composition = self.settings, self.compose(arrays)
         if settings.fraction_evaluate == 0:
             return []
-        nodes = self.sample(grid, server_round, settings.fraction_evaluate, settings.min_evaluate_nodes)
+        sampled = self.sample(grid, server_round, settings.fraction_evaluate, settings.min_evaluate_nodes)
+        nodes = [node for node in sampled if node not in self.without_evaluate]
         model = self.state(arrays)
         self._evaluation = StageAttempt(
             partial(Evaluate, model, settings.fused_points if self.in_start else 0),
@@ -167,6 +178,7 @@ class RunState:
             )
         attempt.add_all(self._node_replies(replies, attempt.messages))
         self._log_stage(attempt.report())
+        self.exclude_from_evaluation(attempt.report())
         self.evaluated = StageResult({}, attempt.report())
         if not attempt.accepted:
             return None
@@ -226,9 +238,25 @@ class RunState:
 
     def sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
         """Wait for nodes and return the sampled ones."""
-        settings = self.settings
-        online = await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
+        online = self.online(grid, minimum)
         return self.composition.sample(online, server_round, fraction, minimum)
+
+    def _ask_again(self, attempt: StageAttempt, grid: Grid, server_round: int) -> Iterable[Message]:
+        """Ask whoever is online now for what a stage still lacks."""
+        self.trained = None
+        online = self.online(grid, self.settings.min_train_nodes)
+        late = {key: message.node_id for key, message in self.unanswered.items()}
+        attempt.ask_again(self.composition.shuffled(online, server_round), late)
+        return attempt.messages
+
+    def remember(self, waiting: Mapping[str, int], attempt: StageAttempt) -> None:
+        """Keep the messages of a training stage that nobody has answered yet."""
+        self.unanswered = remember(waiting, self.unanswered, attempt.request, self.settings.late_rounds)
+
+    def online(self, grid: Grid, minimum: int) -> list[int]:
+        """Wait for nodes and return those that are online."""
+        settings = self.settings
+        return await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
 
     def round_context(self, server_round: int, config: ConfigRecord) -> RoundContext:
         settings = self.settings
@@ -258,6 +286,11 @@ class RunState:
 
     def arrays(self, state: State) -> ArrayRecord:
         return arrays_of(state, self.composition.array_names or {})
+
+    def exclude_from_evaluation(self, report: StageReport) -> None:
+        """Ask nobody again to evaluate whose app cannot."""
+        lacking = {c.node_id for c in report.clients if c.outcome == Outcome.no_evaluate.name}
+        self.without_evaluate |= lacking
 
     def note(self, report: StageReport) -> None:
         self.refusals = {c.node_id: c for c in report.clients if not c.is_accepted}

@@ -22,6 +22,9 @@ from fedbasin.strategies.server_optimizers import SERVER_OPTIMIZERS
 
 PREFIX = "fedbasin."
 
+# The value of `resume` that leaves an unfinished run alone.
+NEW_RUN = "new"
+
 # The settings that decide what a run computes; a run can only be resumed with the same.
 _DECISIVE = {
     "recipe",
@@ -43,6 +46,7 @@ _DECISIVE = {
     "min_train_nodes",
     "weighted_by_key",
     "statistics_budget_bytes",
+    "late_rounds",
     "seed",
 }
 
@@ -167,7 +171,18 @@ class Settings(BaseModel):
     grace_seconds: float | None = Field(
         None, ge=0, description="time to wait for the rest once a quorum has replied; the deadline if unset"
     )
-    attempts: int = Field(2, ge=1, description="number of times that a stage without a quorum is tried")
+    attempts: int = Field(
+        2,
+        ge=1,
+        description="number of times that a stage without a quorum asks; accepted replies are kept, and whoever is online "
+        "then is asked in place of the others",
+    )
+    late_rounds: int = Field(
+        0,
+        ge=0,
+        description="rounds for which a client that missed the deadline is waited for in place of asked anew; its reply "
+        "then has less weight. 0 drops late replies by name",
+    )
     round_timeout_seconds: Seconds = Field(3600.0, description="deadline of one stage")
     wait_timeout_seconds: Seconds = Field(300.0, description="time to wait for nodes")
     poll_seconds: Seconds = Field(0.2, description="shortest time between two looks for replies")
@@ -180,7 +195,11 @@ class Settings(BaseModel):
     )
     seed: int = Field(0, ge=0, description="seed of the sampling of nodes")
     folder: Path = Field(Path("runs"), description="folder in which the run's folder is made")
-    resume: str = Field("", description="folder of a run that goes on after its last finished round")
+    resume: str = Field(
+        "",
+        description="empty: an unfinished run of this app in `folder` goes on after its last finished round, and where "
+        "there is none a new run starts; new: a new run starts; otherwise the folder of the run that goes on",
+    )
     observer: str = Field("", description="host:port of `fedbasin observe`; empty for none")
     observer_ca: str = Field("", description="file with the authority of the observer's certificate; turns TLS on")
     observer_token_file: str = Field("", description="file with the observer's token")

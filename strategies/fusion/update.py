@@ -49,6 +49,14 @@ class Update:
             precisions |= dict.fromkeys([block, *sharing], precision)
         return replace(self, parameters=transform.act(self.parameters), precisions=precisions)
 
+    def scaled(self, factor: float) -> "Update":
+        """Return the update with another weight in every sum."""
+        precisions: dict[Block, Precision] = {}
+        for block, *sharing in common(self.precisions):
+            precisions |= dict.fromkeys([block, *sharing], self.precisions[block].scaled(factor))
+        moments = {block: factor * moment for block, moment in self.cross_moments.items()}
+        return replace(self, examples=factor * self.examples, precisions=precisions, cross_moments=moments)
+
 
 def tensor_names(block: Block) -> tuple[str, ...]:
     """Return the names of the block's tensors in a state."""

@@ -15,6 +15,10 @@ class Outcome(Enum):
     schema_version = "client and server use different versions of the wire; install the same fedbasin on both"
     missing_mod = "the client's app lacks the mod; give it ClientApp(mods=[basin(model=..., data=...)])"
     wrong_round = "the reply answers another round or stage; it came late, nothing is to be done"
+    late = (
+        "the reply came after its round; raise round-timeout-seconds, or set late-rounds to use it in a later round with "
+        "less weight"
+    )
     duplicate = "this client is already part of the sum of this stage; the first reply counts"
     wrong_anchor = "the client worked from another global model than this round's"
     function_changed = (
@@ -46,7 +50,11 @@ class Outcome(Enum):
         "the recipe keeps each client's statistics in place of a sum, and has as many as it can keep; ask fewer clients "
         "(fedbasin.fraction-train), or choose the recipe regmean or fisher"
     )
-    too_large = "the update has more bytes than max-update-bytes allows"
+    too_large = "the reply has more bytes than max-update-bytes allows, or more entries than the model has use for"
+    no_evaluate = (
+        "the client's app has no function that evaluates, and is not asked to evaluate again; add one with "
+        "@app.evaluate(), or set fraction-evaluate = 0"
+    )
 
 
 class Refusal(ValueError):  # noqa: N818 - the word of the reports, not an accident

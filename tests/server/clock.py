@@ -2,11 +2,11 @@
 
 import threading
 
-from fedbasin.server.exchange import streaming_grid
+from fedbasin.server.exchange import reply_pulls, streaming_grid
 from tests.server import fake_grid
 from tests.waiting import LONG
 
-_Pull = streaming_grid._Pull
+_Pull = reply_pulls.Pull
 
 
 class Clock:
@@ -16,8 +16,9 @@ class Clock:
         self.now = 0.0
         self._pulls = []
         patch.setattr(streaming_grid, "time", self)
+        patch.setattr(reply_pulls, "time", self)
         patch.setattr(fake_grid, "time", self)
-        patch.setattr(streaming_grid, "_Pull", self._pull)
+        patch.setattr(reply_pulls, "Pull", self._pull)
 
     def monotonic(self):
         return self.now

@@ -78,9 +78,7 @@ def _flipped(labels: Tensor) -> Tensor:
 class Attack:
     """What hostile clients do: to their labels, to their update, and to their reply."""
 
-    def __init__(
-        self, *changes: Change, labels: Callable[[Tensor], Tensor] = _unchanged, boost: float = 1.0
-    ) -> None:
+    def __init__(self, *changes: Change, labels: Callable[[Tensor], Tensor] = _unchanged, boost: float = 1.0) -> None:
         self.changes = changes
         self.labels = labels
         self.boost = boost
@@ -118,7 +116,9 @@ def _data(context: Context, attack: Attack) -> tuple[Tensor, Tensor]:
 
 
 def _app(attack: Attack) -> ClientApp:
-    app = ClientApp(mods=[basin(model=lambda: task.make_model(WIDTH, 0), data=lambda context: [_data(context, attack)])])
+    app = ClientApp(
+        mods=[basin(model=lambda: task.make_model(WIDTH, 0), data=lambda context: [_data(context, attack)])]
+    )
 
     @app.train()
     def fit(message: Message, context: Context) -> Message:
