@@ -73,9 +73,10 @@ class Composition:
             settings.max_update_bytes,
             settings.grace_seconds,
             settings.probe_share,
+            settings.bounds,
         )
 
-    def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
+    def sample(self, online: Collection[int], number: int, fraction: float, minimum: int) -> list[int]:
         """Return the nodes that a round asks: the same ones for the same round, also after a resume.
 
         Args:

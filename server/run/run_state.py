@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fedbasin.proto import packing
 from fedbasin.proto.report import ClientReport, StageReport
+from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
 from fedbasin.server.run.composition import Composition, ScoreFn, compose
-from fedbasin.server.run.guard import NonFiniteModelError, check_finite
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.model_arrays import arrays_of, state_of
 from fedbasin.server.run.probe_set import ProbeRun
@@ -22,7 +22,9 @@ from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.evaluate import Evaluate
+from fedbasin.strategies.round.finite import NonFiniteModelError, changed, check_finite
 from fedbasin.strategies.round.stage import StageResult
+from fedbasin.strategies.round.strikes import Strikes
 from fedbasin.strategies.server_optimizers import OptimizerState
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.symmetry import Symmetry
@@ -61,6 +63,8 @@ class RunState:
         trained: the result of the last training stage; without a model where too few clients were accepted.
         evaluated: the result of the last evaluation.
         refusals: reports of the clients that the last stage refused, by node id.
+        strikes: the clients that were refused again and again.
+        failure: why the last training stage ended without a model though enough clients were accepted.
     """
 
     settings: Settings
@@ -74,9 +78,12 @@ class RunState:
     trained: StageResult | None = None
     evaluated: StageResult | None = None
     refusals: dict[int, ClientReport] = field(default_factory=dict)
+    strikes: Strikes = field(init=False)
+    failure: StageFailedError | NonFiniteModelError | None = None
 
     def __post_init__(self) -> None:
         self.recipe = self.settings.composed
+        self.strikes = Strikes(self.settings.strikes, self.settings.quarantine_rounds)
         self._composition: Composition | None = None
         self._training: StageAttempt | None = None
         self._evaluation: StageAttempt | None = None
@@ -93,7 +100,7 @@ class RunState:
         self._check_single_stage()
         nodes = self.sample(grid, server_round, settings.fraction_train, settings.min_train_nodes)
         anchor = self.state(arrays)
-        self.trained = None
+        self.trained = self.failure = None
         self._training = StageAttempt(
             partial(composition.fuse_stage, server_round, self.recipe, anchor),
             anchor,
@@ -116,23 +123,25 @@ class RunState:
         if attempt is None:
             raise RuntimeError(f"round {server_round} was not configured; call configure_train before aggregate_train")
         attempt.add_all(self._node_replies(replies, attempt.messages))
-        report = attempt.report()
-        self.note(report)
         if attempt.accepted < attempt.needed:
-            self.trained = StageResult({}, report)
+            self.note(attempt.report(), server_round)
+            self.trained = StageResult({}, attempt.report())
             return None, None
-        anchor, result = attempt.request.anchor, attempt.finish(self.parts.train_metrics_fn)
-        # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
-        self.trained = replace(result, model={})
-        del attempt
-        model: State = result.model
-        if self.is_single_stage(server_round):
-            try:
-                model = self.follow(server_round, anchor, result.model)
-            except NonFiniteModelError as error:
-                _LOG.error("round %d: %s; the global model stays as it is", server_round, error)
-                self.trained = StageResult({}, report)
-                return None, None
+        anchor = attempt.request.anchor
+        try:
+            result = attempt.finish(self.parts.train_metrics_fn)
+            model: State = result.model
+            # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
+            self.trained = replace(result, model={})
+            del attempt
+            self.note(result.report, server_round)
+            if self.is_single_stage(server_round):
+                model = self.follow(server_round, anchor, model)
+        except (StageFailedError, NonFiniteModelError) as error:
+            _LOG.error("round %d: %s; the global model stays as it is", server_round, error)
+            self.failure = error
+            self.trained = StageResult({}, self.trained.report if self.trained else attempt.report())
+            return None, None
         metrics = MetricRecord(dict(result.metrics))
         return self.arrays(model), metrics
 
@@ -185,11 +194,12 @@ class RunState:
             NonFiniteModelError: the new model has entries that are not finite; nothing has changed.
         """
         composition = self.composition
-        check_finite(model, "the fused model")
+        check_finite(changed(model, anchor), "the fused model", anchor)
         stepped, state = self.recipe.server_optimizer(
             anchor, composition.untied(model), server_round, self.optimizer_state
         )
-        check_finite(stepped, "the server optimizer's model")
+        check_finite(changed(stepped, model), "the server optimizer's model", anchor)
+        check_finite(state, "the server optimizer's state", {})
         self.optimizer_state = state
         return stepped
 
@@ -228,7 +238,8 @@ class RunState:
         """Wait for nodes and return the sampled ones."""
         settings = self.settings
         online = await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
-        return self.composition.sample(online, server_round, fraction, minimum)
+        admitted = self.strikes.admitted(online, server_round, minimum)
+        return self.composition.sample(admitted, server_round, fraction, minimum)
 
     def round_context(self, server_round: int, config: ConfigRecord) -> RoundContext:
         settings = self.settings
@@ -259,7 +270,9 @@ class RunState:
     def arrays(self, state: State) -> ArrayRecord:
         return arrays_of(state, self.composition.array_names or {})
 
-    def note(self, report: StageReport) -> None:
+    def note(self, report: StageReport, server_round: int) -> None:
+        """Record the refusals of a stage, and log it."""
+        self.strikes.record(server_round, report)
         self.refusals = {c.node_id: c for c in report.clients if not c.is_accepted}
         self._log_stage(report)
 
