@@ -36,6 +36,7 @@ from fedbasin.proto import plain
 from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_header
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import CHECK, Request, Start
+from fedbasin.strategies.round.outcomes import Refusal
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State
 
@@ -82,7 +83,10 @@ def basin(
         if request.refit is not None:
             keep_fused(context, request, message.content)
             probed = make_held_out and partial(make_held_out, context)
-            reply = refit_reply(request, request.refit, context, make_model(context), batches, probed)
+            try:
+                reply = refit_reply(request, request.refit, context, make_model(context), batches, probed)
+            except Refusal as refusal:
+                reply = _refused(request, refusal)
             # Measured running statistics are only part of a model, which the app's array names do not cover.
             return Message(content=reply.to_content(request, packed=True), reply_to=message)
         if needs_data(request) and request.round <= 1 and not request.moving:
@@ -105,14 +109,11 @@ def _train(
     app = _train_once(request, message, context, call_next, model)
     if isinstance(app, Message):
         return app
-    reply = build_reply(
-        request,
-        app.parameters or {},
-        {**app.metrics, request.weight_key: app.examples},
-        model,
-        data,
-        train_seconds=time.perf_counter() - started,
-    )
+    seconds, metrics = time.perf_counter() - started, {**app.metrics, request.weight_key: app.examples}
+    try:
+        reply = build_reply(request, app.parameters or {}, metrics, model, data, train_seconds=seconds)
+    except Refusal as refusal:
+        return Message(content=_refused(request, refusal).to_content(request), reply_to=message)
     reply_content = reply.to_content(request, packed=request.packed)
     # A merged model belongs to several clients: it must not replace the model that this client has sent.
     if request.keep and reply.parameters is not None and not request.moving:
@@ -209,11 +210,11 @@ def _read_app_reply(request: Request, content: RecordDict) -> Reply:
             f"{request.weight_key!r}"
         )
     reply = Reply.from_message(content, request)
-    missing = [name for name in request.anchor if name not in (reply.parameters or {})]
-    if missing:
-        raise AppReplyError(
-            f"the app's reply lacks {len(missing)} tensors of the global model, the first is {missing[0]!r}; reply "
-            "with the whole state dict, under the names under which it came"
-        )
     (record,) = metrics.values()
     return replace(reply, examples=read_weight(request, record))
+
+
+def _refused(request: Request, refusal: Refusal) -> Reply:
+    """Return the reply of a client whose model the server would refuse: the outcome in place of the model."""
+    outcome = refusal.outcome.name
+    return Reply(request.round, request.stage, request.anchor_digest, outcome=outcome, detail=refusal.detail)

@@ -13,6 +13,7 @@ from fedbasin.client.statistics.collect import collect
 from fedbasin.proto.reply import Metrics, Reply
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.lora.lora_factors import widen
+from fedbasin.strategies.round.checks import check_model
 from fedbasin.strategies.tensors.state import State
 
 
@@ -44,12 +45,16 @@ def build_reply(
 
     Raises:
         MissingDataError: the request needs data and there is none.
+        Refusal: the server would refuse the model or its statistics.
         WeightError: the metrics lack the client's weight, or it is not a number.
     """
     examples = read_weight(request, metrics)
+    # A space of low-rank adapters is as wide as the anchor's rank.
+    wide = widen(trained, request.anchor)
+    # By the server's rules and before it is aligned: matching NaN, or other shapes, fails without a name.
+    check_model(wide, request.anchor)
     if request.aligns:
-        # A space of low-rank adapters is as wide as the anchor's rank.
-        trained = widen(trained, request.anchor)
+        trained = wide
     aligned = align(request, trained, examples, model, data)
     measurement = measure(request, trained, aligned, model, data)
     alignment = aligned.report and replace(

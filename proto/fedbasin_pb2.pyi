@@ -32,13 +32,13 @@ class _Schema:
 class _SchemaEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schema.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCHEMA_UNSPECIFIED: _Schema.ValueType  # 0
-    SCHEMA_VERSION: _Schema.ValueType  # 2
+    SCHEMA_VERSION: _Schema.ValueType  # 3
 
 class Schema(_Schema, metaclass=_SchemaEnumTypeWrapper):
     """The version of the messages below. Every header and report carries it; another one is refused by name."""
 
 SCHEMA_UNSPECIFIED: Schema.ValueType  # 0
-SCHEMA_VERSION: Schema.ValueType  # 2
+SCHEMA_VERSION: Schema.ValueType  # 3
 Global___Schema: _TypeAlias = Schema  # noqa: Y015
 
 @_typing.final
@@ -689,6 +689,8 @@ class Reply(_message.Message):
     VARIANCE_FIELD_NUMBER: _builtins.int
     LAYER_GRAPH_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -698,6 +700,9 @@ class Reply(_message.Message):
     function_changed: _builtins.bool
     probe_seconds: _builtins.float
     lost: _builtins.bool
+    outcome: _builtins.str
+    """why the client sends no model; empty where it sends one"""
+    detail: _builtins.str
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -728,10 +733,12 @@ class Reply(_message.Message):
         variance: _abc.Iterable[Global___LayerVariance] | None = ...,
         layer_graph: Global___LayerGraph | None = ...,
         lost: _builtins.bool = ...,
+        outcome: _builtins.str = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "layer_graph", b"layer_graph", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "function_changed", b"function_changed", "layer_graph", b"layer_graph", "lost", b"lost", "parameters", b"parameters", "path", b"path", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "statistics", b"statistics", "symmetry_digest", b"symmetry_digest", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "detail", b"detail", "function_changed", b"function_changed", "layer_graph", b"layer_graph", "lost", b"lost", "outcome", b"outcome", "parameters", b"parameters", "path", b"path", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "statistics", b"statistics", "symmetry_digest", b"symmetry_digest", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -982,6 +989,30 @@ class ServerProbe(_message.Message):
 Global___ServerProbe: _TypeAlias = ServerProbe  # noqa: Y015
 
 @_typing.final
+class Incident(_message.Message):
+    """Something out of line that a round's guard has seen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    detail: _builtins.str
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Incident: _TypeAlias = Incident  # noqa: Y015
+
+@_typing.final
 class RoundReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1065,6 +1096,7 @@ class RoundReport(_message.Message):
     PEAK_RSS_BYTES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    INCIDENTS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
@@ -1095,6 +1127,8 @@ class RoundReport(_message.Message):
     def evaluate_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
     def server_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    @_builtins.property
+    def incidents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incident]: ...
     def __init__(
         self,
         *,
@@ -1118,10 +1152,11 @@ class RoundReport(_message.Message):
         peak_rss_bytes: _builtins.int = ...,
         last: _builtins.bool = ...,
         problem: _builtins.str = ...,
+        incidents: _abc.Iterable[Global___Incident] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "fused_path", b"fused_path", "path", b"path", "probe", b"probe", "update_cosines", b"update_cosines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate_metrics", b"evaluate_metrics", "finished", b"finished", "fused_path", b"fused_path", "last", b"last", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "server_metrics", b"server_metrics", "stages", b"stages", "train_metrics", b"train_metrics", "update_cosines", b"update_cosines", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate_metrics", b"evaluate_metrics", "finished", b"finished", "fused_path", b"fused_path", "incidents", b"incidents", "last", b"last", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "server_metrics", b"server_metrics", "stages", b"stages", "train_metrics", b"train_metrics", "update_cosines", b"update_cosines", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -66,6 +66,9 @@ class Reply:
         variance: variance ratios by layer, with the path from the fused model.
         layer_graph: the layers of the model in the order of use; None where that was not requested.
         lost: whether the client has not kept the models that the request builds on.
+        outcome: name of the outcome that the client found for its own model by the server's rules, so that no tensors are
+            sent; empty where the model passes them.
+        detail: what and where, in one line, beside an outcome.
         metrics: what the app's own function returned, without the client's weight.
         examples: the client's weight.
         payload_bytes: bytes of the message's arrays.
@@ -86,6 +89,8 @@ class Reply:
     variance: tuple[LayerVariance, ...] = ()
     layer_graph: LayerGraph | None = None
     lost: bool = False
+    outcome: str = ""
+    detail: str = ""
     metrics: Metrics = field(default_factory=dict, metadata={"local": True})
     examples: float = field(default=0.0, metadata={"local": True})
     payload_bytes: int = field(default=0, metadata={"local": True})

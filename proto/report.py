@@ -297,6 +297,33 @@ class ServerProbe:
     spooled_bytes: int = 0
 
 
+class IncidentKind(Enum):
+    """A kind of incident. The name is the metric's label, the value is the remedy."""
+
+    rolled_back = (
+        "the round's model is not used; look for the clients that the report names, and lower the learning rate"
+    )
+    not_finite = "the sum of finite replies overflowed; the stage was summed again without the clients that are named"
+    loss_rose = "the new global model is worse than the one before; lower the learning rate, or let clients train less"
+    client_loss = "one client's loss is out of line; look at its data, and lower its learning rate"
+    update_norm = "one client's update is out of line and was cut back; look at its data, and lower its learning rate"
+    quarantined = "the client's replies were refused again and again; mend it before its quarantine ends"
+    damaged_checkpoint = "a file does not have the checksum that it was written with; look at the disk"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something out of line that the guard of a round has seen.
+
+    Attributes:
+        kind: name of an `IncidentKind`.
+        detail: what and where, in one line.
+    """
+
+    kind: str
+    detail: str
+
+
 @dataclass(frozen=True)
 class RoundReport:
     """One round of a run.
@@ -321,6 +348,7 @@ class RoundReport:
         peak_rss_bytes: peak memory of the ServerApp's process.
         last: whether this is the last round of the run.
         problem: why the run ended in this round without a new model; empty where the round succeeded.
+        incidents: what the guard has seen.
         schema_version: version of the format.
     """
 
@@ -343,6 +371,7 @@ class RoundReport:
     peak_rss_bytes: int = 0
     last: bool = False
     problem: str = ""
+    incidents: tuple[Incident, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

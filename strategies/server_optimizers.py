@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.tensors.parallel import is_finite
 from fedbasin.strategies.tensors.state import MEASURED, State, floating, interpolate
 
 OptimizerState: TypeAlias = dict[str, Tensor]
@@ -138,7 +139,8 @@ def _changes(model: State, fused: State) -> dict[str, Tensor]:
 
 def _learned(model: State) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in floating(model).items():
-        if not name.endswith(MEASURED):
+        # A tensor with infinite entries, as a mask of -inf, is copied: a difference of two infinities is no number.
+        if not name.endswith(MEASURED) and is_finite(tensor):
             yield name, tensor
 
 

@@ -15,6 +15,7 @@ from fedbasin.client.measure import path_sums
 from fedbasin.client.refit.regression import regress
 from fedbasin.client.request_reader import Data, required
 from fedbasin.client.statistics.collect import gram_statistics
+from fedbasin.client.statistics.finite import check_statistic
 from fedbasin.client.statistics.gram_accumulators import finish_shared
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.reply import LayerStatistic, Reply
@@ -79,7 +80,8 @@ def _fit(
     accumulators = {block: s.inputs for block, s in sums.items()}
     grams = finish_shared(accumulators, lambda total: total.dominating_pieces())
     moments = {
-        block: encode_cross_moment(s.moment, encodings.get(block, Encoding()).moment) for block, s in sums.items()
+        block: encode_cross_moment(check_statistic(block, s.moment), encodings.get(block, Encoding()).moment)
+        for block, s in sums.items()
     }
     measured = {
         name: tensor

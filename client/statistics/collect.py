@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedbasin.client.lora_names import complete_state, model_names
 from fedbasin.client.request_reader import Data, required
+from fedbasin.client.statistics.finite import check_statistic
 from fedbasin.client.statistics.fisher import diagonal_fisher
 from fedbasin.client.statistics.gram import gram_pieces
 from fedbasin.client.statistics.kronecker_factors import kronecker_factors
@@ -33,6 +34,7 @@ def collect(
 
     Raises:
         MissingDataError: statistics are requested and there is no data.
+        Refusal: a statistic is not finite.
     """
     kind = Statistic[request.statistic]
     if kind is Statistic.none:
@@ -47,12 +49,14 @@ def collect(
     if kind is Statistic.fisher:
         fisher = diagonal_fisher(model, batches(), generator)
         return tuple(
-            LayerStatistic((name,), kind.name, (_normalise(diagonal, examples).float(),))
+            LayerStatistic((name,), kind.name, (_normalise(check_statistic((name,), diagonal), examples).float(),))
             for name, diagonal in fisher.items()
         )
     factors = kronecker_factors(model, batches(), generator)
     return tuple(
-        LayerStatistic(block, kind.name, (_triangle(pair.inputs), _triangle(pair.outputs)))
+        LayerStatistic(
+            block, kind.name, tuple(_triangle(check_statistic(block, side)) for side in (pair.inputs, pair.outputs))
+        )
         for block, pair in factors.items()
     )
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedbasin.client.statistics.finite import check_statistic
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.compression.formats import Pieces, decode, encode, raise_diagonal
@@ -118,7 +119,15 @@ def zero_accumulator(layer: Layer, encoding: Encoding, device: torch.device) -> 
 def finish_shared(
     accumulators: Mapping[Block, GramAccumulator], finish: Callable[[GramAccumulator], Result]
 ) -> dict[Block, Result]:
-    """Apply a function once to each accumulator; layers that share an accumulator share the result, as one object."""
+    """Apply a function once to each accumulator; layers that share an accumulator share the result, as one object.
+
+    Raises:
+        Refusal: a Gram matrix is not finite.
+    """
+    for block, accumulator in accumulators.items():
+        # The square of a sketch is never made; its pieces show what is not finite.
+        if isinstance(accumulator, FullGram):
+            check_statistic(block, accumulator.gram)
     unique = {id(accumulator): accumulator for accumulator in accumulators.values()}
     results = {key: finish(accumulator) for key, accumulator in unique.items()}
     return {block: results[id(accumulator)] for block, accumulator in accumulators.items()}

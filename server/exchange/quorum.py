@@ -24,6 +24,18 @@ class QuorumLostError(RuntimeError):
         self.report = report
 
 
+class StageFailedError(RuntimeError):
+    """A stage whose accepted replies give no model, and too few of them to leave any out.
+
+    Attributes:
+        report: the report of the stage.
+    """
+
+    def __init__(self, report: StageReport, error: Exception) -> None:
+        super().__init__(f"stage {report.stage}: {type(error).__name__}: {error}")
+        self.report = report
+
+
 def grouped_reasons(report: StageReport) -> str:
     """Return the reasons of all refusals of a stage, equal ones once with their nodes."""
     groups: dict[tuple[str, str], list[ClientReport]] = defaultdict(list)

@@ -94,6 +94,8 @@ def _check_answers(reply: Reply, request: Request) -> None:
         raise Refusal(Outcome.wrong_anchor, f"digest {digest}")
     if reply.lost:
         raise Refusal(Outcome.lost_model, f"round {reply.round}, {reply.stage}")
+    if reply.outcome:
+        raise _own_refusal(reply)
     if request.kind == "evaluate":
         return
     symmetry = hashlib.sha256(request.symmetry.encode()).digest() if request.aligns else b""
@@ -102,6 +104,13 @@ def _check_answers(reply: Reply, request: Request) -> None:
     if reply.function_changed:
         error = reply.alignment.endpoint_error if reply.alignment else None
         raise Refusal(Outcome.function_changed, f"its own loss changed by {error or 0.0:.2g} of itself")
+
+
+def _own_refusal(reply: Reply) -> Refusal:
+    """Return the refusal that a client has found for its own model by the same rules."""
+    if reply.outcome not in Outcome.__members__ or reply.outcome == Outcome.accepted.name:
+        return Refusal(Outcome.malformed, f"the client names the outcome {reply.outcome[:40]!r}")
+    return Refusal(Outcome[reply.outcome], reply.detail)
 
 
 def _check_needs_no_mod(reply: Reply, request: Request) -> None:

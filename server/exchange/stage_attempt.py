@@ -4,31 +4,41 @@ One client's bad reply never ends a round: it becomes an outcome in the report. 
 asked, and the accepted ones stay in the sum.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
 
 from fedbasin.proto import packing
 from fedbasin.proto.header import HEADER, records
 from fedbasin.proto.reply import Metrics, Reply, read_metrics
 from fedbasin.proto.report import AlignmentReport, ClientReport, PathSums, StageReport
-from fedbasin.proto.request import Config
+from fedbasin.proto.request import Config, Start
 from fedbasin.server.exchange.client_paths import checked_path, checked_variance
+from fedbasin.server.exchange.cohort import Cohort
 from fedbasin.server.exchange.late_replies import Unanswered, is_usable, staleness_weight
+from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.receive import Received, receive
 from fedbasin.server.exchange.streaming_grid import NodeReply, Quorum
 from fedbasin.server.exchange.update_directions import UpdateDirections
 from fedbasin.strategies.diagnostics.probe_sampling import bound
 from fedbasin.strategies.diagnostics.update_cosines import Vector
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.round.finite import changed, check_finite
 from fedbasin.strategies.round.fuse import Fuse
+from fedbasin.strategies.round.influence import Measure, Verdict, judge, measure, opponents
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.stage import Stage, StageResult
 from fedbasin.strategies.round.weighted_means import weighted_means
 from fedbasin.strategies.tensors.state import State
+
+_LOG = logging.getLogger("flwr.fedbasin")
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 ClientMetricsFn = Callable[[int, State], Mapping[str, float]]
@@ -47,6 +57,7 @@ class StageLimits:
         probe_share: share of the asked clients that evaluate a path, where the stage requests one.
         least_clients: number of clients that must be accepted of any quorum, where as many are asked.
         late_rounds: largest age of a late reply that is used, in rounds; 0 uses none.
+        bounds: whether one client's influence is bounded by what the clients have in common.
     """
 
     timeout_seconds: float = 3600.0
@@ -57,6 +68,7 @@ class StageLimits:
     probe_share: float = 1.0
     least_clients: int = 1
     late_rounds: int = 0
+    bounds: bool = True
 
     def needed(self, asked: int) -> int:
         """Return the number of clients that must be accepted."""
@@ -144,17 +156,13 @@ class StageAttempt:
         self._client_metrics_fn = client_metrics_fn
         self._started = time.perf_counter()
         self._server_seconds = self._seconds = 0.0
+        self._make = make
+        self._previous = context.previous
         self._clients: dict[object, ClientReport] = {}
-        self._accepted: set[int] = set()
-        self._contents: list[RecordDict] = []
-        self._metrics: list[tuple[Metrics, float]] = []
-        self._path = PathSums()
-        self._variance: list[tuple[Mapping[str, float], float]] = []
+        self._cohort = Cohort()
+        self._candidates: dict[int, _Candidate] = {}
         with self._working():
-            self.stage = make()
-            self._directions: UpdateDirections | None = None
-            if self.stage.request.stage == Fuse.stage:
-                self._directions = UpdateDirections(carries, context.previous)
+            self._begin_sum()
             self.request = replace(
                 self.stage.request,
                 round=context.number,
@@ -176,7 +184,7 @@ class StageAttempt:
     @property
     def accepted(self) -> int:
         """Number of clients in the sum."""
-        return len(self._accepted)
+        return len(self._sums.nodes)
 
     @property
     def needed(self) -> int:
@@ -193,21 +201,23 @@ class StageAttempt:
             late: the nodes that may still answer an earlier message, by its id; the first reply counts.
             others: whether nodes that were not asked before may take part.
         """
-        missing = [node for node in self.nodes if node not in self._accepted]
+        missing = [node for node in self.nodes if node not in self._sums.nodes]
         fresh = [node for node in online if node not in self._asked] if others else []
         again = [*fresh, *(node for node in missing if node in online)][: len(missing)]
-        self.nodes = [*(node for node in self.nodes if node in self._accepted), *again]
+        self.nodes = [*(node for node in self.nodes if node in self._sums.nodes), *again]
         self._asked |= set(again)
-        self.awaited, self.late = {}, {key: node for key, node in late.items() if node not in self._accepted}
+        self.awaited, self.late = {}, {key: node for key, node in late.items() if node not in self._sums.nodes}
         self.messages = self._messages_to(sorted(again))
 
     def add_all(self, replies: Iterable[NodeReply]) -> None:
-        """Add or refuse every reply, one by one as they arrive."""
+        """Check every reply as it arrives, and add those that are in line with the others once all are here."""
         for reply in replies:
             with self._working():
-                self._add(reply)
+                self._take(reply)
             # Not to be held while the next one is awaited.
             del reply
+        with self._working():
+            self._add_candidates()
 
     def report(self) -> StageReport:
         """Return the outcomes so far."""
@@ -226,24 +236,42 @@ class StageAttempt:
             metrics_fn: aggregates the clients' metrics; None for their weighted means.
         """
         with self._working():
-            model = self.stage.finish()
+            model = self._finish_stage()
+        sums = self._sums
         return StageResult(
             model,
             self.report(),
             self._aggregate(metrics_fn),
-            self._path if self._path.points else None,
-            {name: value for name, value in weighted_means(self._variance).items() if isinstance(value, float)},
+            sums.path if sums.path.points else None,
+            {name: value for name, value in weighted_means(sums.variance).items() if isinstance(value, float)},
             self.stage.layer_graph,
-            self._directions.finish if self._directions else None,
+            sums.directions.finish if sums.directions else None,
         )
 
+    def _finish_stage(self) -> dict[str, Tensor]:
+        """Return the stage's model; where it is not finite, sum again without the client that is suspected most."""
+        while True:
+            try:
+                model = self.stage.finish()
+                check_finite(
+                    changed(model, self._anchor), f"the model of the stage {self.stage.request.stage}", self._anchor
+                )
+            except (ArithmeticError, ValueError, RuntimeError) as error:
+                if self.accepted - 1 < max(self.needed, 1):
+                    raise StageFailedError(self.report(), error) from error
+                suspect = max(self._sums.nodes, key=lambda node: self._candidates[node].measure.size)
+                self._refuse(suspect, Refusal(Outcome.overflow, f"{type(error).__name__}: {error}"))
+                self._add_candidates()
+            else:
+                return model
+
     def _aggregate(self, metrics_fn: MetricsFn | None) -> dict[str, float | list[float]]:
-        if not self._contents:
+        if not self._sums.contents:
             return {}
         key = self.request.weight_key
         if metrics_fn is not None:
-            return read_metrics(metrics_fn(self._contents, key))
-        return weighted_means(self._metrics)
+            return read_metrics(metrics_fn(self._sums.contents, key))
+        return weighted_means(self._sums.metrics)
 
     def _probe_bound(self, number: int) -> int | None:
         share = self.limits.probe_share
@@ -271,49 +299,128 @@ class StageAttempt:
     def _messages_to(self, nodes: list[int]) -> list[Message]:
         return self.request.to_messages(self._content, nodes)
 
-    def _add(self, reply: NodeReply) -> None:
-        """Add or refuse one reply; of a client that was asked several times the last outcome is reported."""
+    def _begin_sum(self) -> None:
+        """Begin with no client in the sum."""
+        self.stage = self._make()
+        self._sums = _Sums()
+        if self.stage.request.stage == Fuse.stage:
+            self._sums.directions = UpdateDirections(self._anchor, self._previous)
+
+    def _take(self, reply: NodeReply) -> None:
+        """Check one reply; of a client that was asked several times the last outcome is reported."""
         key = reply.message.metadata.reply_to_message_id if reply.message else ""
         if key in self.late and reply.message and reply.message.has_error():
             return  # reported when its stage ended
-        in_sum = reply.node_id in self._accepted
-        self._clients[(reply.node_id, key) if in_sum else reply.node_id] = self._report(reply)
+        is_duplicate = reply.node_id in self._candidates
+        self._clients[(reply.node_id, key) if is_duplicate else reply.node_id] = self._report(reply)
 
     def _report(self, reply: NodeReply) -> ClientReport:
+        """Return the report of a reply, whose update waits for its verdict where it passes the checks."""
         try:
-            return self._accept(reply)
+            return self._check(reply)
         except Refusal as refusal:
-            return ClientReport(
-                reply.node_id,
-                refusal.outcome.name,
-                refusal.detail,
-                bytes_up=_payload_bytes(reply.message),
-                bytes_down=self._bytes_down,
-                seconds=reply.seconds,
-            )
+            problem = refusal
+        except Exception as error:  # noqa: BLE001 - whatever one client's reply brings about is that client's outcome
+            _LOG.debug("node %d: %s", reply.node_id, error, exc_info=True)
+            problem = Refusal(Outcome.not_handled, f"{type(error).__name__}: {error}")
+        return ClientReport(
+            reply.node_id,
+            problem.outcome.name,
+            problem.detail,
+            bytes_up=_payload_bytes(reply.message),
+            bytes_down=self._bytes_down,
+            seconds=reply.seconds,
+        )
 
-    def _accept(self, node_reply: NodeReply) -> ClientReport:
+    def _check(self, node_reply: NodeReply) -> ClientReport:
         node = node_reply.node_id
         if node_reply.message is None:
             outcome = Outcome.left_out if node_reply.left_out else Outcome.timeout
             raise Refusal(outcome, node_reply.problem)
-        if node in self._accepted:
+        if node in self._candidates:
             raise Refusal(Outcome.duplicate, f"node {node}")
         received = self._received(node_reply.message)
         path = checked_path(received.reply, self.request, node)
         variance = checked_variance(received.reply, self._anchor) if path else {}
-        aligned = self.stage.accept(node, received.update)
-        self._accepted.add(node)
-        self._path += path or PathSums()
-        self._variance.append((variance, 1.0))
-        self._metrics.append((received.reply.metrics, received.reply.examples))
-        self._contents.append(_metrics_content(node_reply.message.content, received, self.request.weight_key))
+        update, aligned = self.stage.check(received.update)
+        content = _app_content(node_reply.message.content)
+        # Before anything is kept: a report that cannot be made leaves no trace.
         report = self._describe(node_reply, received, aligned)
+        self._candidates[node] = _Candidate(
+            report,
+            measure(update, self._anchor),
+            received.reply.metrics,
+            content,
+            path or PathSums(),
+            variance,
+            aligned is not None,
+        )
+        self._cohort.keep(node, update)
+        return report
+
+    def _add_candidates(self) -> None:
+        """Add the updates that are in line with the others; where adding fails, begin anew without that client."""
+        if self.accepted:
+            self._begin_sum()
+        for node, verdict in self._judge().items():
+            try:
+                self._add(node, verdict)
+            except Refusal as refusal:
+                self._refuse(node, refusal)
+            except Exception as error:  # noqa: BLE001 - as above; the sum may hold a part of the update
+                self._refuse(node, Refusal(Outcome.not_handled, f"{type(error).__name__}: {error}"))
+                self._begin_sum()
+                self._add_candidates()
+                return
+
+    def _judge(self) -> dict[int, Verdict]:
+        """Return the verdicts on the candidates, without those that are refused."""
+        measures = {node: self._candidates[node].measure for node in self._cohort if node in self._candidates}
+        if not self.limits.bounds:
+            return {node: Verdict(measure.examples) for node, measure in measures.items()}
+        fuses = self.stage.request.stage == Fuse.stage and self.stage.request.start is Start.shared
+        verdicts = judge(measures, self._anchor, shared_start=fuses)
+        for node, verdict in verdicts.items():
+            if verdict.refusal is not None:
+                self._refuse(node, verdict.refusal)
+        passing = [node for node in verdicts if node in self._candidates]
+        if fuses:
+            updates = {node: partial(self._cohort.__getitem__, node) for node in passing}
+            for node, cosine in opponents(updates, {n: measures[n] for n in passing}, self._anchor).items():
+                detail = f"its update has a cosine of {cosine:.2f} with the direction of the median client"
+                self._refuse(node, Refusal(Outcome.out_of_line, detail))
+        return {node: verdicts[node] for node in passing if node in self._candidates}
+
+    def _refuse(self, node: int, refusal: Refusal) -> None:
+        """Turn a candidate down, whose report was that of an accepted client so far."""
+        report = self._candidates.pop(node).report
+        self._clients[node] = replace(report, outcome=refusal.outcome.name, detail=refusal.detail, metrics={})
+
+    def _add(self, node: int, verdict: Verdict) -> None:
+        candidate, sums = self._candidates[node], self._sums
+        update = verdict.apply(self._cohort[node], self._anchor)
+        self.stage.add(node, update)
+        sums.nodes.append(node)
+        sums.path += candidate.path
+        sums.variance.append((candidate.variance, 1.0))
+        sums.metrics.append((candidate.metrics, update.examples))
+        metrics = MetricRecord({**candidate.metrics, self.request.weight_key: update.examples})
+        sums.contents.append(RecordDict({"metrics": metrics, **candidate.content}))
+        self._complete_report(node, update, verdict)
+
+    def _complete_report(self, node: int, update: Update, verdict: Verdict) -> None:
+        """Add to a client's report what is known once its update is in the sum."""
+        report = self._candidates[node].report
+        notes = [report.detail, *verdict.notes]
+        report = replace(report, examples=update.examples, detail="; ".join(note for note in notes if note))
+        if self._client_metrics_fn is not None:
+            metrics = self._client_metrics_fn(node, update.parameters)
+            report = replace(report, metrics={**report.metrics, **metrics})
         # Where the server aligns, the parameters of the reply are not those that went into the sum.
-        if self._directions is None or aligned is not None:
-            return report
-        norm, cosine = self._directions.add(received.update.parameters)
-        return replace(report, update_norm=norm, update_cosine=cosine)
+        if self._sums.directions is not None and not self._candidates[node].aligned:
+            norm, cosine = self._sums.directions.add(update.parameters)
+            report = replace(report, update_norm=norm, update_cosine=cosine)
+        self._clients[node] = report
 
     def _received(self, message: Message) -> Received:
         """Decode a reply to this request, or to an earlier one: then with less weight."""
@@ -327,11 +434,8 @@ class StageAttempt:
         return replace(received, update=received.update.scaled(staleness_weight(age)))
 
     def _describe(self, node_reply: NodeReply, received: Received, aligned: AlignmentReport | None) -> ClientReport:
-        reply, parameters = received.reply, received.update.parameters
+        reply = received.reply
         alignment = reply.alignment if aligned is None and self.request.aligns else aligned
-        metrics = reply.scalars
-        if self._client_metrics_fn is not None:
-            metrics |= self._client_metrics_fn(node_reply.node_id, parameters)
         return ClientReport(
             node_reply.node_id,
             Outcome.accepted.name,
@@ -342,7 +446,7 @@ class StageAttempt:
             node_reply.seconds,
             reply.train_seconds,
             alignment,
-            metrics,
+            reply.scalars,
             reply.probe_seconds,
             reply.probe_bytes,
         )
@@ -356,6 +460,41 @@ class StageAttempt:
         return "; ".join(remarks)
 
 
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A client whose update has passed the checks and waits for its verdict.
+
+    Attributes:
+        report: what is reported of it before its verdict.
+        measure: the sizes of its update.
+        metrics: what its app returned.
+        content: the app's own records.
+        path: its sums along the requested path.
+        variance: its variance ratios.
+        aligned: whether the server has aligned it.
+    """
+
+    report: ClientReport
+    measure: Measure
+    metrics: Metrics
+    content: RecordDict
+    path: PathSums
+    variance: Mapping[str, float]
+    aligned: bool
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Sums over the accepted clients beside the stage's own."""
+
+    nodes: list[int] = field(default_factory=list)
+    contents: list[RecordDict] = field(default_factory=list)
+    metrics: list[tuple[Metrics, float]] = field(default_factory=list)
+    path: PathSums = field(default_factory=PathSums)
+    variance: list[tuple[Mapping[str, float], float]] = field(default_factory=list)
+    directions: UpdateDirections | None = None
+
+
 def _array_bytes(content: RecordDict) -> int:
     return sum(packing.nbytes(record) for record in records(content, ArrayRecord).values())
 
@@ -364,12 +503,12 @@ def _payload_bytes(message: Message | None) -> int:
     return 0 if message is None or message.has_error() else _array_bytes(message.content)
 
 
-def _metrics_content(content: RecordDict, received: Received, key: str) -> RecordDict:
-    """Return a reply's records without arrays, which a function that aggregates metrics reads."""
-    app_records = {
-        name: record
-        for name, record in content.items()
-        if not isinstance(record, ArrayRecord | MetricRecord) and name != HEADER
-    }
-    metrics = MetricRecord({**received.reply.metrics, key: received.reply.examples})
-    return RecordDict({"metrics": metrics, **app_records})
+def _app_content(content: RecordDict) -> RecordDict:
+    """Return the app's own records, which a function that aggregates metrics reads beside the metrics."""
+    return RecordDict(
+        {
+            name: record
+            for name, record in content.items()
+            if not isinstance(record, ArrayRecord | MetricRecord) and name != HEADER
+        }
+    )

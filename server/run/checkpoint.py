@@ -1,21 +1,25 @@
-"""A run's folder: the global model after every round, and its reports.
+"""A run's folder: the global models after the last rounds, and the reports of all rounds.
 
-    runs/<run>/global.safetensors    the last finished round's model; round and settings in its metadata
+    runs/<run>/global.safetensors             the last finished round's model; round, settings and checksums in its metadata
+    runs/<run>/global-<round>.safetensors     the models of the rounds before
     runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, where it has any
-    runs/<run>/rounds.jsonl          one round report a line
+    runs/<run>/rounds.jsonl                   one round report a line
 
-The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole.
+The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole. A file that a
+disk has damaged does not have its checksum, and the run goes on after the round before.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedbasin.proto import packing
 from fedbasin.proto.report import ReportError, RoundReport
 
 MODEL = "global.safetensors"
@@ -36,6 +40,7 @@ class Checkpoint:
         settings: what decides the result, as text; a run can only go on with the same.
         optimizer_state: the state of the server optimizer.
         handed_over: the run goes on with the recipe that takes over from the one in the settings.
+        passed_over: damaged files of later rounds that were found on the way to this one, and what is wrong with them.
     """
 
     server_round: int
@@ -43,10 +48,17 @@ class Checkpoint:
     settings: str
     optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     handed_over: bool = False
+    passed_over: tuple[str, ...] = ()
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint in place of the one before."""
+def save(folder: Path, checkpoint: Checkpoint, most: int = 3) -> None:
+    """Write a checkpoint, and keep those before it.
+
+    Args:
+        folder: the run's folder.
+        checkpoint: the state after a round.
+        most: number of checkpoints that are kept, this one included.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.optimizer_state:
         _write(checkpoint.optimizer_state, _memory(folder, checkpoint.server_round), {})
@@ -54,32 +66,76 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "round": str(checkpoint.server_round),
         "settings": checkpoint.settings,
         "handed-over": str(checkpoint.handed_over),
+        "sha256": packing.digest(checkpoint.model).hex(),
+        "optimizer-sha256": packing.digest(checkpoint.optimizer_state).hex(),
     }
+    _keep_earlier(folder, checkpoint.server_round - 1, most)
     _write(_unshared(checkpoint.model), folder / MODEL, metadata)
-    # The one before goes last: until the model is there, it is what a run would go on from.
-    _memory(folder, checkpoint.server_round - 1).unlink(missing_ok=True)
+    # Those before go last: until the model is there, they are what a run would go on from.
+    for path in (_earlier, _memory):
+        path(folder, checkpoint.server_round - most).unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read the last checkpoint of a run.
+    """Read the last checkpoint of a run that is whole.
 
     Raises:
-        CheckpointError: there is none, or it does not parse.
+        CheckpointError: there is none, or none of them is whole.
     """
-    path = folder / MODEL
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not there; resume takes the folder of a run with a finished round")
+    damaged: list[str] = []
+    for path in _checkpoints(folder):
+        try:
+            return replace(_read(folder, path), passed_over=tuple(damaged))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            damaged.append(f"{path} is no checkpoint of fedbasin: {error}")
+    if not damaged:
+        raise CheckpointError(f"{folder / MODEL} is not there; resume takes the folder of a run with a finished round")
+    raise CheckpointError("; ".join(damaged))
+
+
+def _read(folder: Path, path: Path) -> Checkpoint:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    done = int(metadata["round"])
+    memory = _memory(folder, done)
+    remembered = load_file(memory) if memory.is_file() else {}
+    for what, tensors, key in (("the model", model, "sha256"), (memory.name, remembered, "optimizer-sha256")):
+        if packing.digest(tensors).hex() != metadata[key]:
+            raise ValueError(f"{what} does not have the checksum with which it was written")
+    handed_over = metadata.get("handed-over") == str(True)
+    return Checkpoint(done, model, metadata["settings"], remembered, handed_over)
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    """Yield the model files that are there, the last round's first."""
+    if (folder / MODEL).is_file():
+        yield folder / MODEL
+    rounds = (path.stem.removeprefix("global-") for path in folder.glob("global-*.safetensors"))
+    yield from (_earlier(folder, number) for number in sorted(map(int, filter(str.isdecimal, rounds)), reverse=True))
+
+
+def _keep_earlier(folder: Path, server_round: int, most: int) -> None:
+    """Keep the model file of the round before under another name."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        done = int(metadata["round"])
-        memory = _memory(folder, done)
-        remembered = load_file(memory) if memory.is_file() else {}
-        handed_over = metadata.get("handed-over") == str(True)
-        return Checkpoint(done, model, metadata["settings"], remembered, handed_over)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of fedbasin: {error}") from error
+        with safe_open(folder / MODEL, "pt") as file:
+            written = (file.metadata() or {}).get("round")
+    except (SafetensorError, OSError):
+        return
+    # A damaged file of a later round, which the run had to pass over, is not the round before.
+    if most == 1 or written != str(server_round):
+        return
+    earlier = _earlier(folder, server_round)
+    earlier.unlink(missing_ok=True)
+    try:
+        os.link(folder / MODEL, earlier)
+    except OSError:
+        # Not every file system has links.
+        shutil.copyfile(folder / MODEL, earlier)
+
+
+def _earlier(folder: Path, server_round: int) -> Path:
+    return folder / f"global-{server_round}.safetensors"
 
 
 def _memory(folder: Path, server_round: int) -> Path:

@@ -80,9 +80,10 @@ class Composition:
             settings.probe_share,
             1 if self.recipe.robust is None else self.recipe.robust.least,
             settings.late_rounds,
+            settings.bounds,
         )
 
-    def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
+    def sample(self, online: Collection[int], number: int, fraction: float, minimum: int) -> list[int]:
         """Return the nodes that a round asks: the same ones for the same round, also after a resume.
 
         Args:

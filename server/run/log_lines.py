@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord
 
-from fedbasin.proto.report import PathSums, RoundReport, StageReport
+from fedbasin.proto.report import Incident, IncidentKind, PathSums, RoundReport, StageReport
 from fedbasin.server.exchange.quorum import grouped_reasons
 from fedbasin.server.run.settings import Settings
 
@@ -53,6 +53,11 @@ def stage_line(report: StageReport) -> str:
         line += f"; {unaligned} not aligned, because their apps lack the mod"
     reasons = grouped_reasons(report)
     return f"{line}; refused: {reasons}" if reasons else line
+
+
+def incident_line(incident: Incident) -> str:
+    """Return one line about what the guard has seen, with the remedy."""
+    return f"{incident.kind}: {incident.detail}; {IncidentKind[incident.kind].value}"
 
 
 def round_lines(report: RoundReport, previous: RoundReport | None) -> Iterator[str]:

@@ -19,8 +19,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedbasin.proto.reply import read_metrics
-from fedbasin.proto.report import RoundReport, StageReport
-from fedbasin.server.exchange.quorum import QuorumLostError
+from fedbasin.proto.report import Incident, IncidentKind, RoundReport, StageReport
+from fedbasin.server.exchange.quorum import QuorumLostError, StageFailedError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
 from fedbasin.server.observe.access import AccessError
@@ -29,7 +29,7 @@ from fedbasin.server.run import checkpoint
 from fedbasin.server.run.checkpoint import Checkpoint
 from fedbasin.server.run.dry_run import dry_run, model_signature
 from fedbasin.server.run.first_message import PATIENCE_SECONDS, Check, prevents_training
-from fedbasin.server.run.log_lines import round_lines, start_lines
+from fedbasin.server.run.log_lines import incident_line, round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
@@ -37,7 +37,9 @@ from fedbasin.server.run.run_folder import RunFolder, RunRecord, app_of, check_w
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.server.run.stop_signal import stop_signal
+from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise
 from fedbasin.strategies.round.evaluate import Evaluate
+from fedbasin.strategies.round.finite import NonFiniteModelError
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.round import RoundResult, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
@@ -94,6 +96,9 @@ class RunLoop:
         _check_observer(self._settings)
         self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
+        # Losses of the last good model, by name.
+        self._losses: dict[str, float] = {}
+        self._incidents: list[Incident] = []
         self._take(arrays)
         dry_run(self._composition, self._model, self._arrays)
 
@@ -169,15 +174,34 @@ class RunLoop:
         self._done = saved.server_round
         if not self._settings.resume:
             _LOG.info("%s is unfinished: the run goes on after its round %d", self._folder, self._done)
+        self._restore(saved)
+        for report in checkpoint.read_reports(self._folder):
+            if report.round > saved.server_round:
+                break
+            for stage in report.stages:
+                self._state.strikes.record(report.round, stage)
+            if not _is_rolled_back(report):
+                self._losses = global_losses(report)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Take the model of a checkpoint, and what belongs to it."""
         self._take(self._state.arrays({name: saved.model[name] for name in self._model}))
         self._state.optimizer_state = saved.optimizer_state
-        hand_over = self._state.recipe.hand_over
-        if saved.handed_over and hand_over is not None:
-            self._state.recipe = hand_over.recipe
+        hand_over = self._settings.composed.hand_over
+        recipe = hand_over.recipe if saved.handed_over and hand_over is not None else self._settings.composed
+        self._state.recipe = recipe
+        self._note(*(Incident(IncidentKind.damaged_checkpoint.name, damage) for damage in saved.passed_over))
+
+    def _note(self, *incidents: Incident) -> None:
+        """Log incidents, and keep them for the round's report."""
+        for incident in incidents:
+            _LOG.warning("%s", incident_line(incident))
+        self._incidents.extend(incidents)
 
     def _run_rounds(self) -> None:
         if not self._done:
-            self._evaluate_on_server(0)
+            losses = {name: v for name, v in self._evaluate_on_server(0).items() if "loss" in name.lower()}
+            self._losses = {f"{name} (server)": value for name, value in losses.items()}
         if self._done < self._rounds and self._settings.fraction_evaluate and self._settings.fraction_train:
             self._ask_first()
         previous: RoundReport | None = None
@@ -242,6 +266,7 @@ class RunLoop:
             raise
         for line in round_lines(report, previous):
             _LOG.info("%s", line)
+        report = self._guarded(report)
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self._folder, report)
         saved = Checkpoint(
@@ -251,7 +276,7 @@ class RunLoop:
             self._state.optimizer_state,
             handed_over=self._state.recipe.name != self._settings.recipe,
         )
-        checkpoint.save(self._folder, saved)
+        checkpoint.save(self._folder, saved, self._settings.checkpoints)
         self._push(report)
         return report
 
@@ -262,7 +287,18 @@ class RunLoop:
     def _round(self, number: int) -> RoundReport:
         started = time.perf_counter()
         self._probe.begin(self._model, number)
-        results = self._train(number) if self._settings.fraction_train else []
+        results: list[StageResult] = []
+        try:
+            if self._settings.fraction_train:
+                self._train(number, results)
+        except (StageFailedError, NonFiniteModelError) as error:
+            if self._settings.guard != "roll back":
+                raise
+            if self._state.failure is not None and self._state.trained is not None:
+                results.append(self._state.trained)
+            elif isinstance(error, StageFailedError):
+                results.append(StageResult({}, error.report))
+            self._note(Incident(IncidentKind.rolled_back.name, f"{error}; the model of the round before stays"))
         evaluated = self._evaluate_on_clients(number)
         server_metrics = self._evaluate_on_server(number)
         fused = next((result for result in results if result.report.stage == Fuse.stage), None)
@@ -284,13 +320,34 @@ class RunLoop:
         reports = [result.report for result in (*results, evaluated) if result is not None]
         return self._reporter.finished(number, reports, measurements)
 
-    def _train(self, number: int) -> list[StageResult]:
-        """Run the stages of a round up to its model, and take that."""
+    def _guarded(self, report: RoundReport) -> RoundReport:
+        """Return a round's report with what the guard has seen; a round that made the model worse is rolled back."""
+        number, guard = report.round, self._settings.guard
+        for node, until in self._state.strikes.quarantined(number).items():
+            self._note(Incident(IncidentKind.quarantined.name, f"node {node} is not asked up to round {until}"))
+        if guard != "off":
+            self._note(*(incident for stage in report.stages for incident in client_incidents(stage)))
+            losses = global_losses(report)
+            rise = loss_rise(losses, self._losses, self._settings.loss_rise)
+            if rise is not None:
+                self._note(rise)
+            # Before round 1 there is no checkpoint to go back to.
+            if rise is not None and guard == "roll back" and number > 1:
+                saved = checkpoint.load(self._folder)
+                self._restore(saved)
+                detail = f"{rise.detail}; the model of round {saved.server_round} is used again"
+                self._note(Incident(IncidentKind.rolled_back.name, detail))
+            else:
+                self._losses |= losses
+        incidents, self._incidents = tuple(self._incidents), []
+        return replace(report, incidents=incidents, model_digest=self._digest)
+
+    def _train(self, number: int, results: list[StageResult]) -> None:
+        """Run the stages of a round up to its model, and take that; results are added as stages end."""
         settings, recipe = self._settings, self._state.recipe
         nodes = self._state.sample(self._grid, number, settings.fraction_train, settings.min_train_nodes)
         stages = self._composition.round_stages(number, recipe)
         plans = run_round(self._model, recipe, stages, nodes)
-        results: list[StageResult] = []
         try:
             plan = next(plans)
             while True:
@@ -298,7 +355,6 @@ class RunLoop:
                 plan = plans.send(results[-1])
         except StopIteration as end:
             self._take_round(number, end.value)
-        return results
 
     def _take_round(self, number: int, outcome: RoundResult) -> None:
         """Take the round's model: as the strategy returned it, or as the last of several stages left it."""
@@ -340,13 +396,17 @@ class RunLoop:
         )
         late = self._collect(attempt)
         while attempt.accepted < attempt.needed and (tries := tries - 1):
+            self._state.note(attempt.report(), number)
             online = self._state.online(self._grid, 1)
             # A stage that builds on what its clients have kept can ask nobody else.
             attempt.ask_again(online, late, others=plan.nodes is None)
             late = self._collect(attempt)
         if attempt.accepted >= attempt.needed:
-            return attempt.finish()
+            result = attempt.finish()
+            self._state.note(result.report, number)
+            return result
         report = attempt.report()
+        self._state.note(report, number)
         if plan.may_fail:
             _LOG.warning("%s", QuorumLostError(report, attempt.needed, self._limits.attempts))
             return StageResult(dict(plan.carries), report)
@@ -391,6 +451,8 @@ class RunLoop:
                 del attempt
             result = self._state.trained or StageResult({}, stream.report(Fuse.stage))
             report = result.report
+            if self._state.failure is not None:
+                raise self._state.failure
             if trained is not None:
                 self._trained: ArrayRecord = trained
                 return self._with_metrics(
@@ -435,6 +497,10 @@ class RunLoop:
             )
         self._result.evaluate_metrics_serverapp[number] = metrics
         return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+
+
+def _is_rolled_back(report: RoundReport) -> bool:
+    return any(incident.kind == IncidentKind.rolled_back.name for incident in report.incidents)
 
 
 def _with_timeout(settings: Settings, timeout: float) -> Settings:

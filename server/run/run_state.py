@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fedbasin.proto import packing
 from fedbasin.proto.report import ClientReport, StageReport
 from fedbasin.server.exchange.late_replies import Unanswered, remember
+from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
 from fedbasin.server.run.composition import Composition, ScoreFn, compose
-from fedbasin.server.run.guard import NonFiniteModelError, check_finite
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.model_arrays import arrays_of, state_of
 from fedbasin.server.run.probe_set import ProbeRun
@@ -23,8 +23,10 @@ from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.evaluate import Evaluate
+from fedbasin.strategies.round.finite import NonFiniteModelError, changed, check_finite
 from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.stage import StageResult
+from fedbasin.strategies.round.strikes import Strikes
 from fedbasin.strategies.server_optimizers import OptimizerState
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.symmetry import Symmetry
@@ -66,6 +68,8 @@ class RunState:
         training: the training stage that has asked and lacks a quorum; None where the next one asks from the start.
         without_evaluate: nodes whose app has no function that evaluates.
         unanswered: messages of training stages whose replies may still come, by their ids.
+        strikes: the clients that were refused again and again.
+        failure: why the last training stage ended without a model though enough clients were accepted.
     """
 
     settings: Settings
@@ -82,9 +86,12 @@ class RunState:
     training: StageAttempt | None = None
     without_evaluate: set[int] = field(default_factory=set)
     unanswered: dict[str, Unanswered] = field(default_factory=dict)
+    strikes: Strikes = field(init=False)
+    failure: StageFailedError | NonFiniteModelError | None = None
 
     def __post_init__(self) -> None:
         self.recipe = self.settings.composed
+        self.strikes = Strikes(self.settings.strikes, self.settings.quarantine_rounds)
         self._composition: Composition | None = None
         self._evaluation: StageAttempt | None = None
         self._read: tuple[ArrayRecord, State] | None = None
@@ -102,7 +109,7 @@ class RunState:
             return self._ask_again(self.training, grid, server_round)
         nodes = self.sample(grid, server_round, settings.fraction_train, settings.min_train_nodes)
         anchor = self.state(arrays)
-        self.trained = None
+        self.trained = self.failure = None
         self.training = StageAttempt(
             partial(composition.fuse_stage, server_round, self.recipe, anchor),
             anchor,
@@ -126,23 +133,26 @@ class RunState:
         if attempt is None:
             raise RuntimeError(f"round {server_round} was not configured; call configure_train before aggregate_train")
         attempt.add_all(self._node_replies(replies, attempt.messages))
-        report = attempt.report()
-        self.note(report)
         if attempt.accepted < attempt.needed:
+            report = attempt.report()
+            self.note(report, server_round)
             self.trained, self.training = StageResult({}, report), attempt
             return None, None
-        anchor, result = attempt.request.anchor, attempt.finish(self.parts.train_metrics_fn)
-        # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
-        self.trained = replace(result, model={})
-        del attempt
-        model: State = result.model
-        if self.is_single_stage(server_round):
-            try:
-                model = self.follow(server_round, anchor, result.model)
-            except NonFiniteModelError as error:
-                _LOG.error("round %d: %s; the global model stays as it is", server_round, error)
-                self.trained = StageResult({}, report)
-                return None, None
+        anchor = attempt.request.anchor
+        try:
+            result = attempt.finish(self.parts.train_metrics_fn)
+            model: State = result.model
+            # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
+            self.trained = replace(result, model={})
+            del attempt
+            self.note(result.report, server_round)
+            if self.is_single_stage(server_round):
+                model = self.follow(server_round, anchor, model)
+        except (StageFailedError, NonFiniteModelError) as error:
+            _LOG.error("round %d: %s; the global model stays as it is", server_round, error)
+            self.failure = error
+            self.trained = StageResult({}, self.trained.report if self.trained else attempt.report())
+            return None, None
         metrics = MetricRecord(dict(result.metrics))
         return self.arrays(model), metrics
 
@@ -197,11 +207,12 @@ class RunState:
             NonFiniteModelError: the new model has entries that are not finite; nothing has changed.
         """
         composition = self.composition
-        check_finite(model, "the fused model")
+        check_finite(changed(model, anchor), "the fused model", anchor)
         stepped, state = self.recipe.server_optimizer(
             anchor, composition.untied(model), server_round, self.optimizer_state
         )
-        check_finite(stepped, "the server optimizer's model")
+        check_finite(changed(stepped, model), "the server optimizer's model", anchor)
+        check_finite(state, "the server optimizer's state", {})
         self.optimizer_state = state
         return stepped
 
@@ -238,8 +249,8 @@ class RunState:
 
     def sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
         """Wait for nodes and return the sampled ones."""
-        online = self.online(grid, minimum)
-        return self.composition.sample(online, server_round, fraction, minimum)
+        admitted = self.strikes.admitted(self.online(grid, minimum), server_round, minimum)
+        return self.composition.sample(admitted, server_round, fraction, minimum)
 
     def _ask_again(self, attempt: StageAttempt, grid: Grid, server_round: int) -> Iterable[Message]:
         """Ask whoever is online now for what a stage still lacks."""
@@ -292,7 +303,9 @@ class RunState:
         lacking = {c.node_id for c in report.clients if c.outcome == Outcome.no_evaluate.name}
         self.without_evaluate |= lacking
 
-    def note(self, report: StageReport) -> None:
+    def note(self, report: StageReport, server_round: int) -> None:
+        """Record the refusals of a stage, and log it."""
+        self.strikes.record(server_round, report)
         self.refusals = {c.node_id: c for c in report.clients if not c.is_accepted}
         self._log_stage(report)
 

@@ -48,6 +48,11 @@ _DECISIVE = {
     "statistics_budget_bytes",
     "late_rounds",
     "seed",
+    "bounds",
+    "guard",
+    "loss_rise",
+    "strikes",
+    "quarantine_rounds",
 }
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -193,6 +198,26 @@ class Settings(BaseModel):
         description="bytes of Gram matrices and cross-moments that a client may send in a round; layers are then sent "
         "in cheaper forms, the largest first; 0 for no bound",
     )
+    bounds: bool = Field(
+        True,
+        description="bounds on the influence of one client: examples, norm and direction of its update, and statistics "
+        "are held against the other clients', and cut back or left out",
+    )
+    guard: Literal["roll back", "warn", "off"] = Field(
+        "roll back",
+        description="what follows a round whose model is not finite or is worse than the one before: the last good model "
+        "stays; the report names it; or neither. A model that is not finite is never used",
+    )
+    loss_rise: float = Field(
+        3.0, gt=1, description="multiple of the global loss of the round before from which a round counts as diverged"
+    )
+    strikes: int = Field(
+        3,
+        ge=0,
+        description="rounds with a refused reply, one after the other, that put a client in quarantine; 0 for none",
+    )
+    quarantine_rounds: int = Field(5, ge=1, description="rounds in which a client in quarantine is not asked")
+    checkpoints: int = Field(3, ge=1, description="number of the last rounds whose global models are kept")
     seed: int = Field(0, ge=0, description="seed of the sampling of nodes")
     folder: Path = Field(Path("runs"), description="folder in which the run's folder is made")
     resume: str = Field(

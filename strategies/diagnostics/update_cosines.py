@@ -44,11 +44,11 @@ class Sample:
     of: int
 
     @classmethod
-    def draw(cls, state: State, entries: int = ENTRIES) -> "Sample":
-        """Choose entries in short runs from anywhere; equal for all states of the same shapes."""
+    def draw(cls, state: State, entries: int = ENTRIES, seed: int = 0) -> "Sample":
+        """Choose entries in short runs from anywhere; equal for all states of the same shapes and one seed."""
         sizes = {name: tensor.numel() for name, tensor in floating(state).items()}
         of = sum(sizes.values())
-        chosen = _choose_entries(of, entries)
+        chosen = _choose_entries(of, entries, seed)
         ends = torch.tensor(list(accumulate(sizes.values(), initial=0)))
         cuts = torch.searchsorted(chosen, ends).tolist()
         runs = zip(sizes, ends.tolist(), pairwise(cuts), strict=False)
@@ -67,11 +67,11 @@ class Sample:
         return torch.cat(parts).cpu().double().mul_(math.sqrt(self.of / self.entries))
 
 
-def _choose_entries(of: int, entries: int) -> Int[Tensor, " chosen"]:
+def _choose_entries(of: int, entries: int, seed: int) -> Int[Tensor, " chosen"]:
     if entries >= of or of <= _RUN:
         return torch.arange(of)
-    # A fixed seed: a round's movement is compared with the next round's updates, entry by entry.
-    generator = torch.Generator().manual_seed(0)
+    # The diagnostics' seed is fixed: a round's movement is compared with the next round's updates, entry by entry.
+    generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(of - _RUN, (entries // _RUN,), generator=generator).sort().values
     return (starts[:, None] + torch.arange(_RUN)).flatten().sort().values
 
@@ -132,6 +132,8 @@ class UpdateCosineAccumulator:
         if not self.sample.fits(client):
             return None
         update = self.sample.gather(client) - self._anchor
+        # Entries that are infinite in both, as in a mask, do not move.
+        update[~self._anchor.isfinite()] = 0
         norm = float(torch.linalg.vector_norm(update))
         self.clients += 1
         self._norms += norm

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block
-from fedbasin.strategies.fusion.batchnorm import second_moments, variances
+from fedbasin.strategies.fusion.batchnorm import with_spread
 from fedbasin.strategies.fusion.precisions import Precision, common, sum_precisions
+from fedbasin.strategies.fusion.tally import Tally
 from fedbasin.strategies.fusion.update import Update, join, split, tensor_names
 from fedbasin.strategies.tensors.parallel import add_scaled, divide, zeros
-from fedbasin.strategies.tensors.state import State, floating
+from fedbasin.strategies.tensors.state import MEASURED, State, floating
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,19 @@ class Accumulator:
     act on.
 
     Attributes:
-        mean: `sum_k n_k theta_k` of every floating tensor, with second moments in place of running variances.
+        mean: `sum_k n_k theta_k` of every floating tensor; running variances with the spread of the running means.
         examples: `sum_k n_k`.
         blocks: `(sum Lambda, sum Lambda . theta)` of each block; blocks that share their precision in every client
             share the sum.
         clients: number of updates.
+        tallies: sums of the tensors that are not floating.
     """
 
     mean: dict[str, Tensor]
     examples: float = 0.0
     blocks: dict[Block, tuple[Precision, Tensor]] = field(default_factory=dict)
     clients: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
     @classmethod
     def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "Accumulator":
@@ -66,28 +69,42 @@ class Accumulator:
             dtype: element type of the sums. A float64 sum that is rounded to float32 does not depend on the order of
                 arrival; float32 is faster and does depend on it.
         """
-        return cls(zeros(floating(anchor), dtype))
+        summed = floating(anchor)
+        measured = {name: tensor for name, tensor in summed.items() if name.endswith(MEASURED)}
+        learned = {name: tensor for name, tensor in summed.items() if name not in measured}
+        # Statistics of a layer that is far from zero have more digits than float32 holds.
+        return cls(zeros(learned, dtype) | zeros(measured, torch.float64))
 
     def add(self, update: Update) -> None:
         """Add one client's update in place, without keeping a reference to it."""
-        # Second moments add up over clients; variances do not, because the clients' means differ.
-        parameters = second_moments(update.parameters)
-        pairs = ((total, parameters[name]) for name, total in self.mean.items())
-        add_scaled(pairs, update.examples)
+        parameters = {name: update.parameters[name] for name in self.mean}
+        parameters |= with_spread(parameters, update.examples, self.mean, self.examples)
+        add_scaled(((total, parameters[name]) for name, total in self.mean.items()), update.examples)
+        self._tally(
+            {
+                name: Tally.of(tensor, update.examples)
+                for name, tensor in update.parameters.items()
+                if not tensor.is_floating_point()
+            }
+        )
         self._add(update.precisions, partial(_cross_moment, update))
         self.examples += update.examples
         self.clients += 1
 
     def merge(self, other: "Accumulator") -> None:
         """Add the clients of another accumulator in place."""
-        for name, total in self.mean.items():
-            total += other.mean[name]
+        if other.clients:
+            means = {name: total / other.examples for name, total in other.mean.items() if name.endswith(MEASURED)}
+            spread = with_spread(means, other.examples, self.mean, self.examples)
+            for name, total in self.mean.items():
+                total += spread[name] * other.examples if name in spread else other.mean[name]
+        self._tally(other.tallies)
         self._add(other.precisions, lambda block: other.blocks[block][1])
         self.examples += other.examples
         self.clients += other.clients
 
     def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
-        """Return the fused model in the anchor's dtypes; tensors that cannot be averaged are the anchor's.
+        """Return the fused model in the anchor's dtypes; tensors that no client sent are the anchor's.
 
         Raises:
             SingularSumError: a block's sum is singular, and there is no ridge.
@@ -95,8 +112,7 @@ class Accumulator:
         if not self.clients:
             return dict(anchor)
         fused = {**anchor, **divide(self.mean, self.examples, anchor)}
-        for name, variance in variances(self.mean, self.examples):
-            fused[name] = variance.to(anchor[name].dtype)
+        fused |= {name: tally.mean for name, tally in self.tallies.items()}
         # Blocks that share a matrix are solved together, with one factorisation.
         for blocks in common(self.precisions):
             lengths = [len(self.blocks[block][1]) for block in blocks]
@@ -121,6 +137,10 @@ class Accumulator:
                 # A copy at first, because the summand may be a view of the reply, which must be freed.
                 moment = self.blocks[block][1].add_(summand) if block in self.blocks else summand.clone()
                 self.blocks[block] = total, moment
+
+    def _tally(self, tallies: Mapping[str, Tally]) -> None:
+        for name, tally in tallies.items():
+            self.tallies[name] = self.tallies[name] + tally if name in self.tallies else tally
 
     def _total(self, block: Block) -> Precision | None:
         return self.blocks[block][0] if block in self.blocks else None

@@ -1,8 +1,9 @@
 """BatchNorm in a federation: running statistics are pooled as moments, not averaged as weights.
 
-    mean = sum_k n_k mean_k / n        var = sum_k n_k (var_k + mean_k^2) / n - mean^2
+    mean = sum_k n_k mean_k / n        var = sum_k n_k (var_k + (mean_k - mean)^2) / n
 
-The pooled variance contains the spread of the clients' means. A refitted model computes other activations than the
+The pooled variance contains the spread of the clients' means. It is summed about the mean so far and not about zero
+(Chan, Golub and LeVeque 1983), because `mean^2` can be so much larger than the variance that no digit of it is left. A refitted model computes other activations than the
 models it was averaged from, so its statistics are measured again over all clients. Weight and bias of the norm absorb
 the difference: the model computes the same function in evaluation, and nearly the same one in training.
 
@@ -12,7 +13,7 @@ Source: BatchNorm, Ioffe and Szegedy 2015, arXiv 1502.03167; statistics of merge
 arXiv 2211.08403.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -20,26 +21,22 @@ from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.strategies.tensors.state import State
 
 
-def second_moments(state: State) -> dict[str, Tensor]:
-    """Return the state with each running variance replaced by the second moment `var + mean^2`, in double."""
-    return {
-        name: state[name].double() + state[mean].double().square() if mean else tensor
-        for (name, tensor), mean in zip(state.items(), _means(state), strict=True)
-    }
-
-
-def variances(moments: State, examples: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield the pooled running variances, by name, in the sums' dtype.
+def with_spread(means: Mapping[str, Tensor], examples: float, sums: State, summed_examples: float) -> dict[str, Tensor]:
+    """Return the variances that some clients add to a sum: their own, and the spread of their mean about the sum's.
 
     Args:
-        moments: sums over clients of means and second moments, weighted by examples.
-        examples: total number of examples.
+        means: the clients' means and variances, by name.
+        examples: number of their examples.
+        sums: sums over earlier clients, weighted by examples.
+        summed_examples: number of the earlier clients' examples.
     """
-    for name, mean in zip(moments, _means(moments), strict=True):
+    share = summed_examples / (summed_examples + examples)
+    spread = {}
+    for name, mean in zip(means, _means(means), strict=True):
         if mean:
-            # The pooled variance is at least the mean of the variances; only rounding makes it negative.
-            central = moments[name] / examples - (moments[mean] / examples).square()
-            yield name, central.clamp(min=0)
+            earlier = sums[mean] / summed_examples if summed_examples else means[mean].double()
+            spread[name] = means[name].double() + share * (means[mean].double() - earlier).square()
+    return spread
 
 
 def replace_statistics(model: State, measured: State, norms: Iterable[BatchNorm]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ class Update:
     """A client's contribution to the sum of a round.
 
     Attributes:
-        parameters: floating tensors of the client's model.
+        parameters: tensors of the client's model; those that are not floating may be left out.
         examples: number of training examples, the weight of every tensor without a precision.
         precisions: precision of each block. Layers that read the same inputs share one Gram matrix object.
         cross_moments: `Lambda . theta` of blocks that are fitted to targets, for which there is no theta to multiply.

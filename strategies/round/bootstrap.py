@@ -11,7 +11,7 @@ from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.round.checks import check_update
 from fedbasin.strategies.symmetry.symmetry import Symmetry
-from fedbasin.strategies.tensors.state import State, floating
+from fedbasin.strategies.tensors.state import State
 
 Choice = Literal["first", "largest", "medoid", "best"]
 
@@ -50,15 +50,18 @@ class Bootstrap:
         self._models: dict[int, dict[str, Tensor]] = {}
         self._examples: dict[int, float] = {}
 
-    def accept(self, node: int, update: Update) -> None:
+    def check(self, update: Update) -> tuple[Update, None]:
         check_update(update, self._template, ())
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:
         self._examples[node] = update.examples
         if self._choice in ("first", "largest"):
             # These rules need no weights, so a single model is kept, and only a possible anchor is copied.
             if self._choose([*self._models, node]) != node:
                 return
             self._models.clear()
-        self._models[node] = {name: t.clone() for name, t in floating(update.parameters).items()}
+        self._models[node] = {name: t.clone() for name, t in update.parameters.items()}
 
     def finish(self) -> dict[str, Tensor]:
         if not self._models:

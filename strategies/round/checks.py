@@ -22,6 +22,9 @@ from fedbasin.strategies.tensors.state import State, floating
 # A larger count is not one of examples, and its product with a weight could overflow the sum.
 _MOST_EXAMPLES = 2**53
 
+# Activations beyond 1e9 times those so far would not train: their gradients, and this network, would have overflowed.
+_MOST_VARIANCE = 1e18
+
 # Tolerances of a Gram matrix that was summed and sent in float32: of symmetry, relative to its largest entry, and of
 # positive semi-definiteness, relative to its mean diagonal. The latter is below every ridge of the recipes, so that a
 # matrix that passes cannot make the regularised sum singular.
@@ -41,21 +44,12 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
         Refusal: the update fails a check; names the outcome and the tensor.
     """
     check_examples(update.examples)
-    _check_names(update.parameters, anchor)
-    with one_core():
-        for name, tensor in update.parameters.items():
-            _check_tensor(name, tensor, anchor[name])
-    _check_blocks(update.precisions, blocks, anchor)
+    check_model(update.parameters, anchor)
+    check_blocks(update.precisions, blocks, anchor)
     _check_precisions(update.precisions, anchor)
 
 
-def check_fit(
-    update: Update,
-    model: State,
-    blocks: Collection[Block],
-    measured: State,
-    sums: Mapping[Block, tuple[Precision, Tensor]],
-) -> None:
+def check_fit(update: Update, model: State, blocks: Collection[Block], measured: State) -> None:
     """Check the statistics of layers that are fitted.
 
     Args:
@@ -63,27 +57,23 @@ def check_fit(
         model: the model so far.
         blocks: the layers that were requested.
         measured: the model's running statistics that were requested.
-        sums: the sums of the earlier clients, empty for the first.
 
     Raises:
         Refusal: the update fails a check; names the outcome and the layer.
     """
     check_examples(update.examples)
-    _check_blocks(update.precisions, blocks, model)
+    check_blocks(update.precisions, blocks, model)
     _check_precisions(update.precisions, model)
     _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.cross_moments])
     for block in update.precisions:
         _check_statistic("+".join(block), update.cross_moments[block], tuple(join(block, model).shape))
     _check_measured(update.parameters, measured)
-    check_alike(update, sums)
 
 
 def _check_measured(parameters: State, measured: State) -> None:
     _check_names(parameters, measured)
     for name, tensor in parameters.items():
         _check_tensor(name, tensor, measured[name])
-        if name.endswith("running_var") and bool((tensor < 0).any()):
-            raise Refusal(Outcome.not_positive, name)
 
 
 def check_pieces(name: str, pieces: Collection[Tensor], expected: Mapping[str, Piece], groups: tuple[int, ...]) -> None:
@@ -141,6 +131,14 @@ def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
             raise Refusal(Outcome.malformed, f"{norm} is no BatchNorm of the model")
 
 
+def check_model(parameters: State, anchor: State) -> None:
+    """Check the names, shapes, dtypes and entries of a client's model; raises a Refusal if they cannot be summed."""
+    _check_names(parameters, anchor)
+    with one_core():
+        for name, tensor in parameters.items():
+            _check_tensor(name, tensor, anchor[name])
+
+
 def check_frozen(parameters: State, anchor: State, factor: str) -> None:
     """Check that a frozen factor of adapters is as it was sent; raises a Refusal if not.
 
@@ -164,13 +162,20 @@ def check_examples(examples: float) -> None:
 
 
 def _check_names(parameters: State, anchor: State) -> None:
-    # Counters and indices may stay at home: they are never averaged.
+    # Counters and indices may stay at home: the mean is that of the clients that send them.
     missing = sorted(floating(anchor).keys() - parameters.keys())
-    if missing:
-        raise Refusal(Outcome.missing_tensor, _list(missing))
     unexpected = sorted(parameters.keys() - anchor.keys())
+    if missing:
+        instead = f"; in place of them it has {_list(unexpected)}" if unexpected else ""
+        raise Refusal(Outcome.missing_tensor, f"{_list(missing)}{instead}{_prefix_advice(missing, unexpected)}")
     if unexpected:
         raise Refusal(Outcome.unexpected_tensor, _list(unexpected))
+
+
+def _prefix_advice(missing: list[str], unexpected: list[str]) -> str:
+    """Return what to do where the names differ by a prefix, as those of `DataParallel` and `torch.compile` do."""
+    ends = [name for name in unexpected if name.endswith(f".{missing[0]}")]
+    return f"; send the state dict of the model within, without {ends[0].removesuffix(missing[0])!r}" if ends else ""
 
 
 def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -179,11 +184,28 @@ def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
         raise Refusal(Outcome.wrong_shape, f"{name} is {sizes}")
     if tensor.dtype != like.dtype:
         raise Refusal(Outcome.wrong_dtype, f"{name} is {tensor.dtype}, not {like.dtype}")
-    if not is_finite(tensor):
+    if not is_finite(tensor) and not _is_infinite_by_design(tensor, like):
         raise Refusal(Outcome.non_finite, name)
+    if name.endswith("running_var"):
+        _check_variance(name, tensor, like)
 
 
-def _check_blocks(precisions: Collection[Block], expected: Collection[Block] | None, anchor: State) -> None:
+def _is_infinite_by_design(tensor: Tensor, like: Tensor) -> bool:
+    """Return True if the entries that are not finite are those of the global model, as in a mask of -inf."""
+    infinite = ~tensor.isfinite()
+    return torch.equal(infinite, ~like.isfinite()) and torch.equal(tensor[infinite], like[infinite])
+
+
+def _check_variance(name: str, variance: Tensor, like: Tensor) -> None:
+    if bool((variance < 0).any()):
+        raise Refusal(Outcome.not_positive, f"{name} has the variance {float(variance.min()):.3g}")
+    most = float(variance.max()) if variance.numel() else 0.0
+    if most > _MOST_VARIANCE * max(1.0, float(like.max())):
+        raise Refusal(Outcome.out_of_line, f"{name} has the variance {most:.3g}, as no finite inputs give")
+
+
+def check_blocks(precisions: Collection[Block], expected: Collection[Block] | None, anchor: State) -> None:
+    """Check that statistics are those of the expected layers, or of any; raises a Refusal if not."""
     valid = [block for block in precisions if _is_block(block, anchor)]
     if expected is not None:
         valid = [block for block in valid if block in expected]

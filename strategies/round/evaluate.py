@@ -21,8 +21,12 @@ class Evaluate:
         self.request = Request(self.stage, "evaluate", path_points=path_points)
         self._model = model
 
-    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here
+    def check(self, update: Update) -> tuple[Update, None]:
         check_examples(update.examples)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:
+        """Nothing is summed here."""
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)

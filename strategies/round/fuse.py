@@ -22,7 +22,14 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.fusion.weighting import SketchedGramWeighting, Statistic
 from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
 from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.checks import check_alike, check_frozen, check_layer_graph, check_update
+from fedbasin.strategies.round.checks import (
+    check_alike,
+    check_blocks,
+    check_frozen,
+    check_layer_graph,
+    check_model,
+    check_update,
+)
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.stage import Stage
 from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
@@ -55,19 +62,21 @@ class Fuse:
         self._accumulator = (accumulate or summing)(anchor)
         self.layer_graph: LayerGraph | None = None
 
-    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
-        expected = self._blocks
-        if expected is None and self._accumulator.clients:
-            expected = self._accumulator.blocks
-        if expected is None and not update.precisions:
+    def check(self, update: Update) -> tuple[Update, None]:
+        if self._blocks is None and not update.precisions:
             statistic = self._recipe.statistic
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {statistic.value}")
-        check_update(update, self._anchor, expected)
-        check_alike(update, self._accumulator.blocks)
+        check_update(update, self._anchor, self._blocks)
         check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
         if self.request.layer_graph:
             check_layer_graph(update.layer_graph, self._anchor)
-            self.layer_graph = self.layer_graph or update.layer_graph
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        if self._blocks is None and self._accumulator.clients:
+            check_blocks(update.precisions, self._accumulator.blocks, self._anchor)
+        check_alike(update, self._accumulator.blocks)
+        self.layer_graph = self.layer_graph or update.layer_graph
         self._accumulator.add(update)
 
     def finish(self) -> dict[str, Tensor]:
@@ -86,13 +95,21 @@ class AlignedFuse:
         self._bounds = identity_bounds(symmetry, anchor)
         self._match = match_sinkhorn if fuse.request.matcher == Matcher.sinkhorn.name else match_weights
 
-    def accept(self, node: int, update: Update) -> AlignmentReport:
+    def check(self, update: Update) -> tuple[Update, AlignmentReport]:
         # Checked before it is aligned: an assignment over NaN has no answer.
-        check_update(update, self._anchor)
-        alignment = self._match(self._symmetry, self._anchor, update.parameters, self._bounds)
+        self._fuse.check(update)
+        try:
+            alignment = self._match(self._symmetry, self._anchor, update.parameters, self._bounds)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            detail = f"its weights cannot be matched to the anchor's: {error}"
+            raise Refusal(Outcome.out_of_line, detail) from error
         folded = replace(update, parameters=self._symmetry.fold(update.parameters))
-        self._fuse.accept(node, folded.apply(alignment.transform))
-        return alignment.report
+        aligned = folded.apply(alignment.transform)
+        check_model(aligned.parameters, self._anchor)
+        return aligned, alignment.report
+
+    def add(self, node: int, update: Update) -> None:
+        self._fuse.add(node, update)
 
     def finish(self) -> dict[str, Tensor]:
         return self._fuse.finish()

@@ -39,12 +39,25 @@ class Outcome(Enum):
     wrong_shape = "a tensor has another shape than in the global model; use the same model settings"
     wrong_dtype = "a tensor has another dtype than in the global model; convert it on the client"
     non_finite = "a tensor has NaN or infinite entries; lower the learning rate or clip gradients"
+    out_of_line = (
+        "the update is far from those of the other clients, or from what finite inputs can give; look at the client's "
+        "data, lower its learning rate, or leave it out"
+    )
+    overflow = (
+        "the sum was not finite, or could not be solved, with this reply in it; look at the client's data, lower its "
+        "learning rate, or leave it out"
+    )
+    not_handled = (
+        "handling the reply failed with an error that names no cause; install the same fedbasin on both sides, and report "
+        "the error with its detail"
+    )
     bad_weight = "the client's weight must be a finite number above zero; send it in the metrics, as `num-examples`"
     missing_statistic = "the recipe needs statistics that are not in the update; give the mod its data"
     unexpected_statistic = "the update has statistics that the recipe did not request"
     not_symmetric = "a Gram matrix is not symmetric; collect it with fedbasin.client"
     not_positive = (
-        "a Fisher diagonal is negative, or a Gram matrix is not positive semi-definite; collect it with fedbasin.client"
+        "a variance or a Fisher diagonal is negative, or a Gram matrix is not positive semi-definite; send the statistics "
+        "as torch and fedbasin.client collect them"
     )
     too_many = (
         "the recipe keeps each client's statistics in place of a sum, and has as many as it can keep; ask fewer clients "

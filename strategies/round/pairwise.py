@@ -45,10 +45,13 @@ class LinkModels:
         self._symmetry = symmetry
         self._model = dict(template)
 
-    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - one client was asked
+    def check(self, update: Update) -> tuple[Update, None]:
         check_update(update, self._model, ())
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - one client was asked
         # The reply's tensors are views of its bytes.
-        copies = {name: tensor.clone() for name, tensor in floating(update.parameters).items()}
+        copies = {name: tensor.clone() for name, tensor in update.parameters.items()}
         self._model = {**self._model, **copies}
 
     def finish(self) -> dict[str, Tensor]:

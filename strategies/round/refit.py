@@ -24,7 +24,7 @@ from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.checks import check_examples, check_fit
+from fedbasin.strategies.round.checks import check_alike, check_examples, check_fit
 from fedbasin.strategies.tensors.state import State, interpolate
 
 
@@ -59,7 +59,11 @@ class RefitLayers:
         self._share = share
         self._sums = _Sums(model, refit, accumulate)
 
-    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+    def check(self, update: Update) -> tuple[Update, None]:
+        self._sums.check(update)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
 
     def finish(self) -> dict[str, Tensor]:
@@ -97,7 +101,11 @@ class RefitHead:
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
 
-    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+    def check(self, update: Update) -> tuple[Update, None]:
+        self._sums.check(update)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
 
     def finish(self) -> dict[str, Tensor]:
@@ -118,8 +126,11 @@ class _Sums:
         self._accumulator = accumulate({})
         self._statistics = accumulate(self._measured)
 
+    def check(self, update: Update) -> None:
+        check_fit(update, self.model, self._blocks, self._measured)
+
     def add(self, update: Update) -> None:
-        check_fit(update, self.model, self._blocks, self._measured, self._accumulator.blocks)
+        check_alike(update, self._accumulator.blocks)
         self._accumulator.add(update)
         self._statistics.add(Update(update.parameters, update.examples))
 
@@ -166,8 +177,12 @@ class ProbePath:
         self.request = Request(self.stage, "evaluate", refit=refit, path_points=points)
         self._model = model
 
-    def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - nothing is summed here
+    def check(self, update: Update) -> tuple[Update, None]:
         check_examples(update.examples)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:
+        """Nothing is summed here."""
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)

@@ -24,7 +24,10 @@ from fedbasin.strategies.tensors.state import State
 
 
 class Stage(Protocol):
-    """One request to some clients. `accept` checks first and adds then: a refusal leaves no trace.
+    """One request to some clients.
+
+    Every update is checked before any is added, because what is ordinary shows only once all clients have replied. A
+    refusal leaves no trace.
 
     Attributes:
         request: what is asked of every client.
@@ -37,14 +40,22 @@ class Stage(Protocol):
         """The model's layers as the first client reports them; None where that was not requested."""
         ...
 
-    def accept(self, node: int, update: Update) -> AlignmentReport | None:
-        """Add one client; the update is not kept.
+    def check(self, update: Update) -> tuple[Update, AlignmentReport | None]:
+        """Check one client's update.
 
         Returns:
-            The report of the server's own alignment, where the stage aligns.
+            The update that may be added, and the report of the server's own alignment, where the stage aligns.
 
         Raises:
             Refusal: the update must not become part of the sum.
+        """
+        ...
+
+    def add(self, node: int, update: Update) -> None:
+        """Add one client's update that has passed the checks; it is not kept.
+
+        Raises:
+            Refusal: the update does not fit to those that were added before.
         """
         ...
 

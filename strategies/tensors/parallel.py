@@ -77,6 +77,25 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
+def distances(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
+    """Return the Euclidean distance of two tensors of one shape under each name; entries that are equal count as near."""
+    with one_core():
+        return {name: _distance(a, b) for name, a, b in tensors}
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    square = 0.0
+    for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
+        difference = x - y
+        square += float(torch.dot(difference, difference))
+    if math.isfinite(square):
+        return math.sqrt(square)
+    # The square overflowed, or both tensors are infinite somewhere by design.
+    difference = torch.where(a == b, 0.0, a.double() - b.double())
+    largest = float(difference.abs().max())
+    return largest * float(torch.linalg.vector_norm(difference / largest))
+
+
 @contextmanager
 def one_core() -> Iterator[None]:
     """Limit torch to one core, for work that is bound by memory."""

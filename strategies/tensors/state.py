@@ -64,7 +64,11 @@ def extrapolate(a: State, b: State, t: float) -> dict[str, Tensor]:
 
 def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:
     """Return the point `(1 - t) a + t b`; tensors that are not floating are those of `b`."""
+    return {name: _lerp(a[name], tensor, t) if tensor.is_floating_point() else tensor for name, tensor in b.items()}
+
+
+def _lerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     # lerp is exact at both ends, where `(1 - t) a + t b` rounds.
-    return {
-        name: torch.lerp(a[name], tensor, t) if tensor.is_floating_point() else tensor for name, tensor in b.items()
-    }
+    point = torch.lerp(a, b, t)
+    # Entries that are infinite in both, as in a mask, have a difference that is no number.
+    return point if not point.isnan().any() else torch.where(a == b, b, point)

@@ -21,6 +21,7 @@ from fedbasin.server.exchange.receive import receive
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.tensors.state import State
+from tests.accepting import accept
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, median_ratio
 
 REPLIES = 10
@@ -125,7 +126,7 @@ class Round:
         stage = self._stage(dtype)
         for message in self.replies:
             received = receive(message, self.request, 2**31)
-            stage.accept(message.metadata.src_node_id, received.update)
+            accept(stage, message.metadata.src_node_id, received.update)
         return stage.finish()
 
 

@@ -18,6 +18,7 @@ from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.refit import RefitLayers
+from tests.accepting import accept
 
 W = torch.float64
 FORMS = [
@@ -91,7 +92,7 @@ def fitted(model, form, rounds, ridge=1e-3):
             args = net(0), own.state_dict(), state, [BLOCK], Target.features, data(client)
             sums = regress(*args, asked)[BLOCK]
             gram = decode(sums.inputs.dominating_pieces(), form, bias=True)
-            stage.accept(client, Update({}, 1.0, {BLOCK: Gram(gram)}, {BLOCK: sums.moment}))
+            accept(stage, client, Update({}, 1.0, {BLOCK: Gram(gram)}, {BLOCK: sums.moment}))
         state = stage.finish()
         losses.append(objective(state, owns))
     return state, losses

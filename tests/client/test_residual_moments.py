@@ -14,6 +14,7 @@ from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.refit import RefitHead, RefitLayers
+from tests.accepting import accept
 
 W = torch.float64
 BLOCK = ("2.weight", "2.bias")
@@ -53,7 +54,7 @@ def fitted(target):
     for client, own in enumerate(owns):
         batches = [data(client)]
         sums = regress(deepcopy(model), own.state_dict(), fused, [BLOCK], target, batches)[BLOCK]
-        stage.accept(client, Update({}, 1.0, {BLOCK: Gram(sums.gram)}, {BLOCK: sums.moment}))
+        accept(stage, client, Update({}, 1.0, {BLOCK: Gram(sums.gram)}, {BLOCK: sums.moment}))
     return model, owns, stage.finish()
 
 

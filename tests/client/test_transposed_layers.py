@@ -20,6 +20,7 @@ from fedbasin.strategies.round.checks import check_update
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.refit import RefitLayers
 from fedbasin.strategies.symmetry.transform import random
+from tests.accepting import accept
 from tests.strategies.symmetry.tiny_transformers import symmetry_of
 
 W = torch.float64
@@ -131,7 +132,7 @@ def test_a_fit_is_that_of_the_ordinary_network(target):
             sums = regress(deepcopy(model), own, fused, blocks, target, numbers(seed))
             known = {block: Gram(of.gram) for block, of in sums.items()}
             moments = {block: of.moment for block, of in sums.items()}
-            stage.accept(seed, Update({}, 30.0, known, moments))
+            accept(stage, seed, Update({}, 30.0, known, moments))
         found.append(stage.finish())
     for name, tensor in ordinary(found[0]).items():
         torch.testing.assert_close(tensor, found[1][name])
@@ -161,7 +162,7 @@ def test_gpt2_is_fitted_branch_by_branch():
         stage = RefitLayers(fused, Refit(tuple(level), "features"), 1e-9)
         known = {block: Gram(of.gram) for block, of in sums.items()}
         moments = {block: of.moment for block, of in sums.items()}
-        stage.accept(1, Update({}, 20.0, known, moments))
+        accept(stage, 1, Update({}, 20.0, known, moments))
         fused = stage.finish()
         changed = {n for n in fused if not torch.equal(fused[n], model.state_dict()[n])}
         assert {name for block in level for name in tensor_names(block)} <= changed

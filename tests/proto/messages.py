@@ -81,6 +81,8 @@ REPLY = Reply(
     variance=(LayerVariance("0.weight", 0.875),),
     layer_graph=LayerGraph(((LINEAR,), (HEAD,)), HEAD, (BatchNorm("1", 1e-5),)),
     lost=True,
+    outcome="non_finite",
+    detail="0.weight",
     metrics={"loss": 0.5, "curve": [1.0, 2.0]},
     examples=20.0,
 )
@@ -204,6 +206,8 @@ def replies(draw, *, packed):
         variance=draw(st.lists(st.builds(LayerVariance, names, numbers), max_size=2).map(tuple)),
         layer_graph=draw(st.none() | graphs),
         lost=draw(st.booleans()),
+        outcome=draw(names),
+        detail=draw(names),
         metrics=draw(metrics),
         examples=draw(st.floats(allow_nan=False)),
     )

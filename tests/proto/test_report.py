@@ -21,6 +21,7 @@ from fedbasin.proto.observer_service import ModelChunk, RunSummary
 from fedbasin.proto.report import (
     AlignmentReport,
     ClientReport,
+    Incident,
     LayerVariance,
     PathSums,
     ProbedPath,
@@ -136,6 +137,7 @@ def full_report():
         peak_rss_bytes=2**40,
         last=True,
         problem="none",
+        incidents=(Incident("loss_rose", "loss 0.5 to 2"),),
     )
 
 

@@ -14,6 +14,7 @@ from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from tests import running, tiny
+from tests.accepting import accept
 
 KFAC = RECIPES["kfac"]
 LAYER = ("0.weight", "0.bias")
@@ -46,7 +47,7 @@ def test_what_clients_send_is_fused_to_what_their_own_factors_give():
         factors = kronecker_factors(model, [batch])
         precisions = {b: Kronecker(f.inputs[None], f.outputs[None]) for b, f in factors.items()}
         update = Update(model.state_dict(), float(len(batch[1])), precisions)
-        fuse.accept(node, update)
+        accept(fuse, node, update)
         direct.add(update)
     assert set(direct.blocks) == {LAYER, ("3.weight", "3.bias")}
     expected = direct.finalize(anchor, KFAC.weighting.ridge)
@@ -59,9 +60,9 @@ def test_clients_beyond_what_a_round_keeps_are_refused_and_the_others_stand():
     fuse = fusing_stage(anchor, KFAC, Request(""), None, "off", [LAYER])
     one = {LAYER: Kronecker(torch.eye(5)[None], torch.eye(6)[None])}
     for node in range(MOST_PRODUCTS):
-        fuse.accept(node, Update(anchor, 1.0, one))
+        accept(fuse, node, Update(anchor, 1.0, one))
     with pytest.raises(Refusal, match="fraction-train") as refused:
-        fuse.accept(MOST_PRODUCTS, Update(anchor, 1.0, one))
+        accept(fuse, MOST_PRODUCTS, Update(anchor, 1.0, one))
     assert refused.value.outcome is Outcome.too_many
     torch.testing.assert_close(fuse.finish(), anchor)
 

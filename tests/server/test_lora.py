@@ -17,6 +17,7 @@ from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
 from fedbasin.strategies.round.outcomes import Refusal
 from tests import adapted, running, tiny
+from tests.accepting import accept
 from tests.server.fake_grid import FakeGrid
 
 # peft asks transformers under a name that the latter is about to drop.
@@ -125,7 +126,7 @@ def test_a_rank_above_the_servers_is_refused_by_name():
     wide = saved(adapted.model(3))
     stage = fusing_stage(anchor, RECIPES["lora"], Request(""), None, "off")
     with pytest.raises(Refusal, match=r"wrong_shape: .*lora_embedding_A is \(3, 12\)"):
-        stage.accept(1, Update(wide, 5.0))
+        accept(stage, 1, Update(wide, 5.0))
     assert all(torch.equal(stage.finish()[name], tensor) for name, tensor in anchor.items())
 
 

@@ -16,6 +16,7 @@ from fedbasin.strategies.round.fuse import fusing_stage
 from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
+from tests.accepting import accept
 from tests.server.fake_grid import FakeGrid
 from tests.strategies.symmetry.families import Transformer
 
@@ -175,7 +176,7 @@ def test_a_server_that_aligns_folds_each_update_first():
     for name, tensor in client.items():
         client[name] = tensor + 0.1 * torch.randn(tensor.shape)
     stage = fusing_stage(anchor, RECIPES["fedavg"], Request(""), turning(), "server")
-    stage.accept(1, Update(client, 1.0, {}))
+    accept(stage, 1, Update(client, 1.0, {}))
     images = torch.randn(3, 8, 8)
     before, after = (functional_call(Small(), s, (images,)) for s in (client, stage.finish()))
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
@@ -184,5 +185,5 @@ def test_a_server_that_aligns_folds_each_update_first():
 def test_the_model_that_is_bootstrapped_is_folded():
     client = {name: 1.5 * tensor for name, tensor in Small().state_dict().items()}
     stage = Bootstrap(Small().state_dict(), symmetry=turning())
-    stage.accept(1, Update(client, 1.0, {}))
+    accept(stage, 1, Update(client, 1.0, {}))
     assert torch.equal(stage.finish()["final_norm.weight"], torch.ones(8))

@@ -14,8 +14,8 @@ from fedbasin.proto.header import STATISTICS
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.run.guard import NonFiniteModelError
 from fedbasin.strategies.symmetry.discover.tracing import trace
-from tests.one_round import task
 from tests.federation import Federation
+from tests.one_round import task
 from tests.running import run
 
 CLIENTS = 10

@@ -10,6 +10,7 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.outcomes import Refusal
 from fedbasin.strategies.symmetry.transform import random
+from tests.accepting import accept
 from tests.strategies.round.two_layers import SYMMETRY, assert_same, perturb, state
 
 
@@ -17,7 +18,7 @@ from tests.strategies.round.two_layers import SYMMETRY, assert_same, perturb, st
 def test_first_is_the_lowest_node_in_any_order_of_arrival(order):
     stage = Bootstrap(state(0))
     for node in order:
-        stage.accept(node, Update(state(node), 1.0))
+        accept(stage, node, Update(state(node), 1.0))
     assert torch.equal(stage.finish()["first.weight"], state(3)["first.weight"])
 
 
@@ -25,14 +26,14 @@ def test_first_is_the_lowest_node_in_any_order_of_arrival(order):
 def test_largest_has_most_examples_in_any_order_of_arrival_and_ties_go_to_the_lowest_node(order):
     stage = Bootstrap(state(0), "largest")
     for node in order:
-        stage.accept(node, Update(state(node), {5: 20.0, 3: 10.0, 9: 20.0}[node]))
+        accept(stage, node, Update(state(node), {5: 20.0, 3: 10.0, 9: 20.0}[node]))
     assert torch.equal(stage.finish()["first.weight"], state(5)["first.weight"])
 
 
-def test_counters_stay_the_templates():
+def test_counters_are_the_clients_as_all_else_of_its_model_is():
     stage = Bootstrap(state(0))
-    stage.accept(3, Update(state(3), 1.0))
-    assert stage.finish()["count"] == 0
+    accept(stage, 3, Update({**state(3), "count": torch.tensor(7)}, 1.0))
+    assert stage.finish()["count"] == 7
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3, 4])))
@@ -42,7 +43,7 @@ def test_medoid_is_closest_to_all_others_once_every_pair_is_aligned(order):
     stage = Bootstrap(state(0), "medoid", SYMMETRY)
     for node in order:
         g = random(SYMMETRY, torch.Generator().manual_seed(node))
-        stage.accept(node, Update(g.act(models[node]), 1.0))
+        accept(stage, node, Update(g.act(models[node]), 1.0))
     g = random(SYMMETRY, torch.Generator().manual_seed(3))
     assert torch.equal(stage.finish()["first.weight"], g.act(centre)["first.weight"])
 
@@ -56,7 +57,7 @@ def test_best_has_the_lowest_score_of_the_whole_model():
 
     stage = Bootstrap(state(0), "best", score=score)
     for node in (1, 2, 3):
-        stage.accept(node, Update(state(node), 1.0))
+        accept(stage, node, Update(state(node), 1.0))
     best = max((1, 2, 3), key=lambda node: float(state(node)["first.weight"].sum()))
     assert torch.equal(stage.finish()["first.weight"], state(best)["first.weight"])
     assert seen == [set(state(0))] * 3
@@ -67,20 +68,20 @@ def test_a_score_that_is_no_number_never_wins():
     stage = Bootstrap(state(0), "best", score=lambda m: scores[int(m["first.bias"][0])])
     for node in scores:
         model = {**state(node), "first.bias": torch.full((6,), float(node))}
-        stage.accept(node, Update(model, 1.0))
+        accept(stage, node, Update(model, 1.0))
     assert stage.finish()["first.bias"][0] == 3
 
 
 def test_bad_models_are_refused_and_nothing_gives_the_template():
     stage = Bootstrap(state(0))
     with pytest.raises(Refusal):
-        stage.accept(1, Update({"first.weight": torch.zeros(1)}, 1.0))
+        accept(stage, 1, Update({"first.weight": torch.zeros(1)}, 1.0))
     assert_same(stage.finish(), state(0))
 
 
 def test_it_keeps_no_view_of_a_reply():
     stage, model = Bootstrap(state(0)), state(3)
-    stage.accept(3, Update(model, 1.0))
+    accept(stage, 3, Update(model, 1.0))
     model["first.weight"].zero_()
     assert stage.finish()["first.weight"].any()
 

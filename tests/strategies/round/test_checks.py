@@ -193,7 +193,7 @@ class TestWhatLayersHaveInCommon:
 
 def test_a_fit_without_its_moment_is_refused():
     with pytest.raises(Refusal) as refused:
-        check_fit(Update({}, 1.0, {("w",): gram(4)}), ANCHOR, [("w",)], {}, {})
+        check_fit(Update({}, 1.0, {("w",): gram(4)}), ANCHOR, [("w",)], {})
     assert refused.value.outcome is Outcome.missing_statistic
 
 

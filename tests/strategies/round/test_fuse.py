@@ -14,6 +14,7 @@ from fedbasin.strategies.round.fuse import Fuse, fusing_stage
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.symmetry.transform import random
 from fedbasin.strategies.tensors.state import floating
+from tests.accepting import accept
 from tests.strategies.round.two_layers import BLOCKS, SYMMETRY, assert_same, gram_update, perturb, plain_update, state
 
 
@@ -41,7 +42,7 @@ class TestRequest:
 
     def test_without_a_symmetry_nobody_aligns(self):
         for align in ("client", "server"):
-            assert fusing("fedavg", align).accept(1, plain_update(1)) is None
+            assert accept(fusing("fedavg", align), 1, plain_update(1)) is None
 
 
 class TestFuse:
@@ -50,7 +51,7 @@ class TestFuse:
         anchor, made = state(0), gram_update if recipe == "regmean" else plain_update
         stage = fusing(recipe, "off", blocks=BLOCKS)
         for node in (1, 2, 3):
-            assert stage.accept(node, made(node)) is None
+            assert accept(stage, node, made(node)) is None
         weighting = RECIPES[recipe].weighting
         ridge = weighting.ridge if weighting else None
         expected = fuse(anchor, [made(n) for n in (1, 2, 3)], ridge)
@@ -62,27 +63,27 @@ class TestFuse:
         clean = fusing("regmean", align, SYMMETRY, BLOCKS)
         bad = gram_update(2)
         bad.parameters["second.weight"][0, 0] = float("nan")
-        stage.accept(1, gram_update(1))
+        accept(stage, 1, gram_update(1))
         with pytest.raises(Refusal) as refused:
-            stage.accept(2, bad)
+            accept(stage, 2, bad)
         assert refused.value.outcome is Outcome.non_finite
-        clean.accept(1, gram_update(1))
+        accept(clean, 1, gram_update(1))
         assert_same(stage.finish(), clean.finish())
 
     def test_where_nobody_knows_the_blocks_the_first_client_decides(self):
         stage = fusing("regmean", "off")
         with pytest.raises(Refusal) as nothing:
-            stage.accept(1, plain_update(1))
+            accept(stage, 1, plain_update(1))
         assert nothing.value.outcome is Outcome.missing_statistic
-        stage.accept(2, gram_update(2))
+        accept(stage, 2, gram_update(2))
         with pytest.raises(Refusal) as fewer:
-            stage.accept(3, Update(state(3), 5.0, {BLOCKS[0]: Gram(torch.eye(5))}))
+            accept(stage, 3, Update(state(3), 5.0, {BLOCKS[0]: Gram(torch.eye(5))}))
         assert fewer.value.outcome is Outcome.missing_statistic
 
     def test_a_recipe_without_statistics_takes_none(self):
         stage = fusing("fedavg", "off", blocks=BLOCKS)
         with pytest.raises(Refusal) as refused:
-            stage.accept(1, gram_update(1))
+            accept(stage, 1, gram_update(1))
         assert refused.value.outcome is Outcome.unexpected_statistic
 
     def test_no_clients_leave_the_anchor(self):
@@ -97,14 +98,14 @@ class TestAlignedFuse:
         assert not any(g.is_identity for g in planted)
         stage = fusing("regmean", "server", SYMMETRY, BLOCKS)
         for node, (update, g) in enumerate(zip(updates, planted, strict=True)):
-            report = stage.accept(node, update.apply(g))
+            report = accept(stage, node, update.apply(g))
             assert report.distance_after < report.distance_before
         assert_same(stage.finish(), fuse(anchor, updates, RECIPES["regmean"].weighting.ridge))
 
     def test_a_client_that_is_near_is_certified(self):
         anchor = state(0)
         stage = fusing("fedavg", "server", SYMMETRY)
-        report = stage.accept(1, Update(perturb(anchor, 1, 1e-3), 1.0))
+        report = accept(stage, 1, Update(perturb(anchor, 1, 1e-3), 1.0))
         assert [space.certified for space in report.spaces] == [True]
 
 
@@ -114,9 +115,9 @@ def numbered():
 
 def test_a_diagonal_goes_with_a_permutation_but_not_unasked():
     stage = fusing("fisher", "off", blocks=[("first.weight",)])
-    stage.accept(1, Update(state(1), 1.0, {("first.weight",): Diagonal(torch.ones(6, 4))}))
+    accept(stage, 1, Update(state(1), 1.0, {("first.weight",): Diagonal(torch.ones(6, 4))}))
     with pytest.raises(Refusal):
-        stage.accept(2, Update(state(2), 1.0, {("first.bias",): Diagonal(torch.ones(6))}))
+        accept(stage, 2, Update(state(2), 1.0, {("first.bias",): Diagonal(torch.ones(6))}))
 
 
 def batch_norm(name, learned, measured):
@@ -147,11 +148,11 @@ def test_an_order_that_names_no_layers_of_the_model_is_refused(outcome, layer_gr
     stage = Fuse(WITH_NORMS, RECIPES["features"], Request("", layer_graph=True))
     weights = perturb(floating(WITH_NORMS), 9)
     with pytest.raises(Refusal) as refused:
-        stage.accept(1, Update(weights, 1.0, layer_graph=layer_graph))
+        accept(stage, 1, Update(weights, 1.0, layer_graph=layer_graph))
     assert refused.value.outcome is outcome
     assert stage.layer_graph is None
     honest = LayerGraph(((BLOCKS[0],), (BLOCKS[1],)), BLOCKS[1], (BatchNorm("bn", 1e-5),))
-    stage.accept(2, Update(weights, 1.0, layer_graph=honest))
+    accept(stage, 2, Update(weights, 1.0, layer_graph=honest))
     assert stage.layer_graph == honest
     torch.testing.assert_close(stage.finish()["norm"], weights["norm"])
 
@@ -159,6 +160,6 @@ def test_an_order_that_names_no_layers_of_the_model_is_refused(outcome, layer_gr
 def test_the_first_clients_order_counts():
     stage = Fuse(WITH_NORMS, RECIPES["features"], Request("", layer_graph=True))
     weights = perturb(floating(WITH_NORMS), 9)
-    stage.accept(1, Update(weights, 1.0, layer_graph=LayerGraph(((BLOCKS[0],), (BLOCKS[1],)))))
-    stage.accept(2, Update(weights, 1.0, layer_graph=LayerGraph(((BLOCKS[1],), (BLOCKS[0],)))))
+    accept(stage, 1, Update(weights, 1.0, layer_graph=LayerGraph(((BLOCKS[0],), (BLOCKS[1],)))))
+    accept(stage, 2, Update(weights, 1.0, layer_graph=LayerGraph(((BLOCKS[1],), (BLOCKS[0],)))))
     assert stage.layer_graph == LayerGraph(((BLOCKS[0],), (BLOCKS[1],)))

@@ -16,6 +16,7 @@ from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
+from tests.accepting import accept
 
 A, B, TABLE = "x.lora_A.weight", "x.lora_B.weight", "e.lora_embedding_A"
 ANCHOR = {
@@ -75,7 +76,7 @@ def test_rotation_has_the_symmetry_of_the_adapters(align):
     near = {n: t + 0.01 * torch.ones_like(t) for n, t in ANCHOR.items()}
     turned = near | {A: turn @ near[A], B: near[B] @ turn.mT}
     if align == "server":
-        stage.accept(1, Update(turned, 1.0))
+        accept(stage, 1, Update(turned, 1.0))
         found = stage.finish()
         torch.testing.assert_close(found[B] @ found[A], near[B] @ near[A], atol=1e-4, rtol=1e-4)
         assert torch.dist(found[A], ANCHOR[A]) < torch.dist(turned[A], ANCHOR[A])
@@ -113,10 +114,10 @@ def test_a_bad_update_is_refused_by_name_and_leaves_the_sum_untouched(case):
     recipe, frozen, spoil, outcome, where = BAD[case]
     good = update(recipe, frozen)
     stage, clean = fusing(recipe, frozen=frozen), fusing(recipe, frozen=frozen)
-    stage.accept(1, good)
-    clean.accept(1, good)
+    accept(stage, 1, good)
+    accept(clean, 1, good)
     with pytest.raises(Refusal) as refused:
-        stage.accept(2, spoil(good))
+        accept(stage, 2, spoil(good))
     assert refused.value.outcome is Outcome[outcome]
     assert where in refused.value.detail
     found, expected = stage.finish(), clean.finish()
@@ -134,7 +135,7 @@ def test_lorm_is_least_squares_of_the_trained_factor(number):
         state = base.parameters | {trained: torch.rand(ANCHOR[trained].shape, generator=draw)}
         x = torch.randn(9, ANCHOR[trained].shape[1], generator=draw)
         updates.append(Update(state, 1.0 + client, {(trained,): Gram((x.T @ x).double())}))
-        stage.accept(client, updates[-1])
+        accept(stage, client, updates[-1])
     grams = [u.precisions[trained,].matrix for u in updates]
     mean = sum(u.examples * u.parameters[trained].double() for u in updates) / 6
     rho = RECIPES["lorm"].weighting.ridge.strength * sum(grams).diagonal().mean()
@@ -172,7 +173,7 @@ def test_no_tensor_is_ever_as_large_as_the_dense_product(recipe):
         for node in range(20):
             near = {name: tensor + torch.randn_like(tensor) for name, tensor in anchor.items()}
             known = {block: Sketched(near[A].double(), torch.ones(size)) for block in stage.request.blocks}
-            stage.accept(node, Update(near, 1.0, known))
+            accept(stage, node, Update(near, 1.0, known))
         stage.finish()
     # Of 160000: the stacked factors of nine clients, or the sketches of all.
     assert 0 < seen.elements <= (9 if recipe == "lora-products" else 22) * rank * size

@@ -12,6 +12,7 @@ from fedbasin.strategies.round.pairwise import LinkModels, merge_in_pairs
 from fedbasin.strategies.round.stage import StageResult
 from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.tensors.state import floating
+from tests.accepting import accept
 from tests.strategies.round.two_layers import BLOCKS, SYMMETRY, assert_same, gram_update, plain_update, state
 from tests.strategies.symmetry.families import Transformer
 
@@ -49,24 +50,24 @@ class TestRequest:
 class TestLink:
     def test_it_ends_in_the_clients_model(self):
         stage = LinkModels(state(0), Link(7), ASKED, SYMMETRY)
-        assert stage.accept(7, plain_update(7)) is None
-        assert_same(stage.finish(), {**state(7), "count": torch.tensor(0)})
+        assert accept(stage, 7, plain_update(7)) is None
+        assert_same(stage.finish(), state(7))
         assert stage.layer_graph is None
 
     def test_it_keeps_no_view_of_a_reply(self):
         stage, model = LinkModels(state(0), Link(7), ASKED, SYMMETRY), state(7)
-        stage.accept(7, Update(model, 5.0))
+        accept(stage, 7, Update(model, 5.0))
         model["first.weight"].zero_()
         assert stage.finish()["first.weight"].any()
 
     def test_statistics_and_bad_models_are_refused_and_nothing_gives_the_template(self):
         stage = LinkModels(state(0), Link(7), ASKED, SYMMETRY)
         with pytest.raises(Refusal) as refused:
-            stage.accept(7, gram_update(7))
+            accept(stage, 7, gram_update(7))
         assert refused.value.outcome is Outcome.unexpected_statistic
         assert set(gram_update(7).precisions) == set(BLOCKS)
         with pytest.raises(Refusal) as refused:
-            stage.accept(7, Update({"first.weight": torch.zeros(1)}, 1.0))
+            accept(stage, 7, Update({"first.weight": torch.zeros(1)}, 1.0))
         assert refused.value.outcome is Outcome.missing_tensor
         assert_same(stage.finish(), state(0))
 
@@ -74,7 +75,7 @@ class TestLink:
         template = Transformer(width=8, heads=2).state_dict()
         symmetry = rotating_residual_transformer(template, heads=2)
         stage = LinkModels(template, Link(7), ASKED, symmetry)
-        stage.accept(7, Update({name: 1.5 * tensor for name, tensor in template.items()}, 1.0))
+        accept(stage, 7, Update({name: 1.5 * tensor for name, tensor in template.items()}, 1.0))
         assert torch.equal(stage.finish()["final_norm.weight"], torch.ones(8))
 
 

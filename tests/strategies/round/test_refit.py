@@ -18,6 +18,7 @@ from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
 from fedbasin.strategies.round.round import best_point
+from tests.accepting import accept
 
 FIRST, SECOND, CONV = ("first.weight", "first.bias"), ("second.weight",), ("conv.weight",)
 RIDGE = 1e-2
@@ -70,7 +71,7 @@ def answer(*blocks, seed=0, examples=40.0):
 
 def fitted(stage, *updates):
     for node, update in enumerate(updates):
-        stage.accept(node, update)
+        accept(stage, node, update)
     return stage.finish()
 
 
@@ -245,11 +246,11 @@ REFUSED = {
 @pytest.mark.parametrize(("outcome", "bad"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_belong_into_the_sum_is_named_and_leaves_no_trace(outcome, bad):
     stage = RefitLayers(model(), refit(), RIDGE)
-    stage.accept(1, answer(seed=1))
+    accept(stage, 1, answer(seed=1))
     with pytest.raises(Refusal) as refused:
-        stage.accept(2, bad())
+        accept(stage, 2, bad())
     assert refused.value.outcome is outcome
-    stage.accept(3, answer(seed=3))
+    accept(stage, 3, answer(seed=3))
     expected = fitted(RefitLayers(model(), refit(), RIDGE), answer(seed=1), answer(seed=3))
     for name, tensor in stage.finish().items():
         assert torch.equal(tensor, expected[name])
@@ -275,9 +276,9 @@ STATISTICS = {
 @pytest.mark.parametrize(("outcome", "bad"), STATISTICS.values(), ids=STATISTICS)
 def test_running_statistics_that_were_not_asked_for_so_are_refused(outcome, bad):
     stage = RefitLayers(model(), refit(norms=(BatchNorm("bn", 1e-5),)), RIDGE)
-    stage.accept(1, measured())
+    accept(stage, 1, measured())
     with pytest.raises(Refusal) as refused:
-        stage.accept(2, bad())
+        accept(stage, 2, bad())
     assert refused.value.outcome is outcome
     found = stage.finish()
     assert torch.equal(found["bn.running_var"], torch.ones(4, dtype=W))
@@ -286,7 +287,7 @@ def test_running_statistics_that_were_not_asked_for_so_are_refused(outcome, bad)
 def test_running_statistics_that_nobody_asked_for_are_refused():
     stage = RefitLayers(model(), refit(), RIDGE)
     with pytest.raises(Refusal, match="unexpected_tensor"):
-        stage.accept(1, measured())
+        accept(stage, 1, measured())
 
 
 def test_a_client_with_other_groups_than_those_before_is_refused():
@@ -294,9 +295,9 @@ def test_a_client_with_other_groups_than_those_before_is_refused():
     whole = Update({}, 40.0, {CONV: Gram(x.T @ x)}, {CONV: torch.zeros(4, 18, dtype=W)})
     grams = Gram((x.T @ x).expand(2, 18, 18))
     stage = RefitLayers(model(), refit(CONV), RIDGE)
-    stage.accept(1, whole)
+    accept(stage, 1, whole)
     with pytest.raises(Refusal, match=r"wrong_shape: the statistic of conv\.weight"):
-        stage.accept(2, replace(whole, precisions={CONV: grams}))
+        accept(stage, 2, replace(whole, precisions={CONV: grams}))
 
 
 class TestProbe:
@@ -305,10 +306,10 @@ class TestProbe:
         assert (stage.request.stage, stage.request.kind) == ("probe", "evaluate")
         assert stage.request.path_points == 5
         assert stage.request.refit == Refit((), "", 2, PathSpec(0.5, 2.0))
-        stage.accept(1, Update({}, 3.0))
+        accept(stage, 1, Update({}, 3.0))
         assert stage.finish().keys() == model().keys()
         with pytest.raises(Refusal, match="bad_weight"):
-            stage.accept(2, Update({}, float("nan")))
+            accept(stage, 2, Update({}, float("nan")))
 
     @given(st.lists(st.floats(0.0, 1e3), min_size=5, max_size=5))
     def test_the_best_point_is_one_that_was_looked_at_and_none_is_better(self, losses):

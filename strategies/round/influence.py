@@ -1,0 +1,259 @@
+"""Bounds on the influence of one client, from what the clients of a stage have in common.
+
+A sum has no bound of its own: one client with a large norm, a large statistic or many claimed examples can take it over.
+Where most clients are honest, the cohort's medians say what is ordinary:
+
+    examples      at most a multiple of the median; the rest is cut off
+    update norm   ||theta_k - anchor|| of the model and of each tensor; cut back above one multiple of the median (norm
+                  clipping: Sun et al. 2019, arXiv 1911.07963), left out above a larger one
+    statistics    mean diagonal per example of each layer, and norm of its cross-moment; cut back, or left out
+    direction     an update against the direction in which the median client moves is left out (as the cosines of FLTrust:
+                  Cao et al. 2021, arXiv 2012.13995)
+
+Honest clients differ by the size and the labels of their data; the multiples are wide enough for these.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.diagnostics.update_cosines import Sample
+from fedbasin.strategies.fusion.precisions import common
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.tensors.parallel import distances
+from fedbasin.strategies.tensors.state import MEASURED, State, floating
+
+Key = TypeVar("Key")
+
+# Fewer clients have no majority that could be told from a minority.
+_FEWEST = 3
+_FEWEST_DIRECTIONS = 5
+
+_MOST_EXAMPLES = 5.0
+_LARGE_NORM, _LARGEST_NORM = 2.5, 6.0
+_LARGEST_TENSOR = 10.0
+_LARGE_STATISTIC, _LARGEST_STATISTIC = 5.0, 50.0
+
+# Cosines with the median client's direction. Where that direction means little to half of the clients, nobody is judged
+# by it; a little below zero, because a cosine of sampled entries has an error of about .015.
+_AGREEMENT = 0.2
+_AGAINST = -0.1
+_ENTRIES = 2**12
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """The sizes of one client's update.
+
+    Attributes:
+        examples: number of examples that the client claims.
+        norms: Euclidean norm of the update of each tensor.
+        statistics: mean diagonal of each layer's precision.
+        moments: Euclidean norm of each layer's cross-moment.
+    """
+
+    examples: float
+    norms: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[Block, float] = field(default_factory=dict)
+    moments: Mapping[Block, float] = field(default_factory=dict)
+
+    @property
+    def norm(self) -> float:
+        """The Euclidean norm of the whole update; running statistics, which are no weights, do not count."""
+        return math.hypot(*(norm for name, norm in self.norms.items() if not name.endswith(MEASURED)))
+
+    @property
+    def size(self) -> float:
+        """A number by which updates are ordered where their sum is not finite: larger ones are suspected first."""
+        return (
+            max(math.hypot(*self.norms.values()), *self.statistics.values(), *self.moments.values(), 0.0)
+            * self.examples
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The part of a client's update that is added to the sum.
+
+    Attributes:
+        examples: the weight of the client.
+        update: factor on the difference from the anchor.
+        statistics: factor on each layer's statistics; 1 where the layer is not listed.
+        notes: what was cut back, in words.
+        refusal: why nothing is added; None where something is.
+    """
+
+    examples: float
+    update: float = 1.0
+    statistics: Mapping[Block, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    refusal: Refusal | None = None
+
+    def apply(self, update: Update, anchor: State) -> Update:
+        """Return what is added of an update."""
+        if not self.notes:
+            return update
+        parameters = update.parameters
+        if self.update < 1:
+            parameters = {name: self._cut(name, tensor, anchor) for name, tensor in parameters.items()}
+        precisions = dict(update.precisions)
+        for blocks in common(update.precisions):
+            # Scaled once for all layers that share a matrix, so that they share the result.
+            if any(block in self.statistics for block in blocks):
+                factor = min(self.statistics.get(block, 1.0) for block in blocks)
+                precisions |= dict.fromkeys(blocks, update.precisions[blocks[0]].scaled(factor))
+        moments = {block: m * self.statistics.get(block, 1.0) for block, m in update.cross_moments.items()}
+        return replace(
+            update, parameters=parameters, examples=self.examples, precisions=precisions, cross_moments=moments
+        )
+
+    def _cut(self, name: str, tensor: Tensor, anchor: State) -> Tensor:
+        if name.endswith(MEASURED) or not tensor.is_floating_point():
+            return tensor
+        return torch.where(tensor == anchor[name], tensor, torch.lerp(anchor[name], tensor, self.update))
+
+
+def measure(update: Update, anchor: State) -> Measure:
+    """Return the sizes of an update that has passed the checks.
+
+    Args:
+        update: the update.
+        anchor: the model that the client was sent.
+    """
+    pairs = ((n, t, anchor[n]) for n, t in update.parameters.items() if t.is_floating_point() and n in anchor)
+    statistics: dict[Block, float] = {}
+    for blocks in common(update.precisions):
+        statistics |= dict.fromkeys(blocks, update.precisions[blocks[0]].isotropic(1.0).weight)
+    moments = {block: float(torch.linalg.vector_norm(m)) for block, m in update.cross_moments.items()}
+    return Measure(update.examples, distances(pairs), statistics, moments)
+
+
+def judge(measures: Mapping[int, Measure], anchor: State, *, shared_start: bool) -> dict[int, Verdict]:
+    """Judge the clients of a stage by what they have in common.
+
+    Args:
+        measures: the sizes of each client's update.
+        anchor: the model that the clients were sent.
+        shared_start: whether the clients have trained from one model, so that the norms of their updates compare.
+    """
+    if len(measures) < _FEWEST:
+        return {node: Verdict(measure.examples) for node, measure in measures.items()}
+    cohort = _Cohort(measures.values(), anchor)
+    return {node: _judge_client(measure, cohort, shared_start=shared_start) for node, measure in measures.items()}
+
+
+def opponents(
+    updates: Mapping[int, Callable[[], Update]], measures: Mapping[int, Measure], anchor: State
+) -> dict[int, float]:
+    """Return the clients whose updates point against the direction of the median client, with their cosines.
+
+    The entries that are compared follow from the sizes of all updates, so that no client knows them when it replies.
+
+    Args:
+        updates: gives the update of each client.
+        measures: their sizes.
+        anchor: the model that the clients were sent.
+    """
+    if len(updates) < _FEWEST_DIRECTIONS:
+        return {}
+    sizes = repr([(node, measure.norm, measure.examples) for node, measure in sorted(measures.items())])
+    seed = int.from_bytes(hashlib.sha256(sizes.encode()).digest()[:7])
+    learned = {name: t for name, t in anchor.items() if not name.endswith(MEASURED)}
+    sample = Sample.draw(learned, _ENTRIES, seed)
+    start = sample.gather(learned)
+    moves = torch.stack([(sample.gather(get().parameters) - start).nan_to_num(0.0) for get in updates.values()])
+    direction = moves.median(0).values
+    lengths = torch.linalg.vector_norm(moves, dim=1) * torch.linalg.vector_norm(direction)
+    cosines = dict(zip(updates, (moves @ direction / lengths.clamp_min(1e-300)).tolist(), strict=True))
+    if median(cosines.values()) < _AGREEMENT:
+        return {}
+    return {node: cosine for node, cosine in cosines.items() if cosine < _AGAINST}
+
+
+class _Cohort:
+    """The medians of the clients of a stage."""
+
+    def __init__(self, measures: Iterable[Measure], anchor: State) -> None:
+        measures = list(measures)
+        self.most_examples = _MOST_EXAMPLES * median(measure.examples for measure in measures)
+        self.norm = median(measure.norm for measure in measures)
+        sizes = {name: t.numel() for name, t in floating(anchor).items() if not name.endswith(MEASURED)}
+        # A tensor that most clients leave as it is may still move as far as its share of the model's entries.
+        shares = {name: self.norm * math.sqrt(size / sum(sizes.values())) for name, size in sizes.items()}
+        usual = _medians(measure.norms for measure in measures)
+        self.norms = {name: max(norm, shares.get(name, 0.0)) for name, norm in usual.items()}
+        per_example = [self.per_example(measure, measure.statistics) for measure in measures]
+        self.statistics = _medians(per_example)
+        self.moments = _medians(self.per_example(measure, measure.moments) for measure in measures)
+
+    def per_example(self, measure: Measure, values: Mapping[Block, float]) -> dict[Block, float]:
+        """Return values of a client for each example that counts."""
+        examples = min(measure.examples, self.most_examples)
+        return {block: value / examples for block, value in values.items()}
+
+
+def _medians(clients: Iterable[Mapping[Key, float]]) -> dict[Key, float]:
+    values: dict[Key, list[float]] = {}
+    for client in clients:
+        for key, value in client.items():
+            values.setdefault(key, []).append(value)
+    return {key: median(entries) for key, entries in values.items()}
+
+
+def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> Verdict:
+    notes: list[str] = []
+    factor = 1.0
+    try:
+        if shared_start:
+            factor = _update_factor(measure, cohort)
+        statistics = _statistic_factors(measure, cohort)
+    except Refusal as refusal:
+        return Verdict(measure.examples, refusal=refusal)
+    examples = min(measure.examples, cohort.most_examples)
+    if examples < measure.examples:
+        notes.append(f"examples cut from {measure.examples:g} to {examples:g}, {_MOST_EXAMPLES:g} times the median")
+    if factor < 1:
+        notes.append(f"update norm cut from {measure.norm:.3g} to {factor * measure.norm:.3g}")
+    if statistics:
+        names = ", ".join("+".join(block) for block in list(statistics)[:3])
+        notes.append(f"statistics of {len(statistics)} layers cut back: {names}")
+    return Verdict(examples, factor, statistics, tuple(notes))
+
+
+def _update_factor(measure: Measure, cohort: _Cohort) -> float:
+    """Return the factor on a client's update; raises a Refusal for one that is far out of line."""
+    norm, usual = measure.norm, cohort.norm
+    if not norm <= _LARGEST_NORM * usual and usual:
+        raise Refusal(Outcome.out_of_line, f"the norm of its update is {norm:.3g}, the median is {usual:.3g}")
+    for name, value in measure.norms.items():
+        typical = cohort.norms[name]
+        if typical and not value <= _LARGEST_TENSOR * typical:
+            detail = f"the norm of its update of {name} is {value:.3g}, the median is {typical:.3g}"
+            raise Refusal(Outcome.out_of_line, detail)
+    return min(1.0, _LARGE_NORM * usual / norm) if norm else 1.0
+
+
+def _statistic_factors(measure: Measure, cohort: _Cohort) -> dict[Block, float]:
+    """Return the factors on a client's statistics; raises a Refusal for statistics that are far out of line."""
+    factors: dict[Block, float] = {}
+    for what, values, medians in (
+        ("mean diagonal of the statistic", measure.statistics, cohort.statistics),
+        ("norm of the cross-moment", measure.moments, cohort.moments),
+    ):
+        for block, value in cohort.per_example(measure, values).items():
+            usual = medians[block]
+            if usual and not value <= _LARGEST_STATISTIC * usual:
+                name = "+".join(block)
+                detail = f"the {what} of {name} is {value:.3g} for each example, the median is {usual:.3g}"
+                raise Refusal(Outcome.out_of_line, detail)
+            if usual and value > _LARGE_STATISTIC * usual:
+                factors[block] = min(factors.get(block, 1.0), _LARGE_STATISTIC * usual / value)
+    return factors
