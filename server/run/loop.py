@@ -30,7 +30,7 @@ from fedbasin.server.run.log_lines import round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
-from fedbasin.server.run.run_folder import check_writable, run_id_of
+from fedbasin.server.run.run_folder import check_writable, read_run_key, run_id_of
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.round.evaluate import Evaluate
@@ -87,12 +87,13 @@ class RunLoop:
         self._folder = Path(resumed) if resumed else self._settings.folder / run_id
         self._reporter = Reporter(run_id, rounds, self._settings.recipe)
         _check_observer(self._settings)
-        self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
         self._take(arrays)
         if resumed:
             self._resume(checkpoint.load(self._folder))
         check_writable(self._folder)
+        run_key = read_run_key(self._folder) if self._settings.observer else ""
+        self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass, run_key)
         self._probe = ProbeRun(probe_set, self._settings.probe_clients, self._settings.probe_points, self._folder)
         self._probe.check(self._model, self._composition.align)
         # Its model is set at the end: the initial one would stay in memory for the whole run.
