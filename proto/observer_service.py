@@ -1,8 +1,10 @@
 """The Observer service in terms of dataclasses: the calls of a client, and what a server answers.
 
-Reports leave a server in their serialised form: an observer keeps them so, and hands them on without reading them.
+A server takes and gives reports in their serialised form: reading a large one takes seconds, in which the loop that
+serves must not stand still.
 """
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -17,6 +19,9 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import fedbasin_pb2_grpc as rpc
 from fedbasin.proto.convert import from_protobuf, to_protobuf
 from fedbasin.proto.report import ReportError, RoundReport
+
+RUN_KEY = "fedbasin-run-key"  # the metadata that carries the key of a run
+PROCESS_KEY = secrets.token_hex(32)
 
 T = TypeVar("T")
 
@@ -100,13 +105,22 @@ class RemoteObserver:
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub = rpc.ObserverStub(channel)
 
-    def push_round(self, report: RoundReport, timeout: float | None = None) -> None:
+    def push_round(self, report: RoundReport, timeout: float | None = None, run_key: str = PROCESS_KEY) -> None:
         """Send a report and wait until the observer has it."""
-        self.start_push(report, timeout).result()
+        self.start_push(report, timeout, run_key).result()
 
-    def start_push(self, report: RoundReport, timeout: float | None = None) -> "grpc.CallFuture[pb.PushReply]":
-        """Send a report without waiting; the future's result says that the observer has it."""
-        return self._stub.PushRound.future(report.to_message(), timeout=timeout)
+    def start_push(
+        self, report: RoundReport, timeout: float | None = None, run_key: str = PROCESS_KEY
+    ) -> "grpc.CallFuture[pb.PushReply]":
+        """Send a report without waiting; the future's result says that the observer has it.
+
+        Args:
+            report: the report.
+            timeout: seconds for the call.
+            run_key: secret of the run: the observer takes all reports of a run from the holder of one key. Without one,
+                this process is the holder.
+        """
+        return self._stub.PushRound.future(report.to_message(), timeout=timeout, metadata=((RUN_KEY, run_key),))
 
     def list_runs(self, timeout: float | None = None) -> tuple[RunSummary, ...]:
         """Return the runs in the order in which they began."""
@@ -116,14 +130,18 @@ class RemoteObserver:
     def get_rounds(
         self, run_id: str = "", from_round: int = 0, timeout: float | None = None
     ) -> tuple[RoundReport, ...]:
-        """Return the reports of a run so far.
+        """Return the reports of a run so far, by round.
 
         Raises:
             ReportError: the observer speaks another version.
         """
+        reports: list[RoundReport] = []
         request = pb.RoundsRequest(run_id=run_id, from_round=from_round)
-        reply = self._stub.GetRounds(request, timeout=timeout)
-        return tuple(map(RoundReport.from_message, reply.reports))
+        # A reply has as many reports as fit; the next call asks for those after them.
+        while messages := self._stub.GetRounds(request, timeout=timeout).reports:
+            reports += map(RoundReport.from_message, messages)
+            request = pb.RoundsRequest(run_id=reports[-1].run_id, from_round=reports[-1].round + 1)
+        return tuple(reports)
 
     def watch_rounds(
         self, run_id: str = "", from_round: int = 0, timeout: float | None = None
@@ -150,8 +168,8 @@ class ObserverService(ABC):
     """The answers of an observer; a method that refuses raises `CallError`."""
 
     @abstractmethod
-    async def push_round(self, report: RoundReport) -> None:
-        """Take a report; an equal one again changes nothing."""
+    async def push_round(self, wire: bytes, run_key: str) -> None:
+        """Take a serialised report; an equal one again changes nothing."""
 
     @abstractmethod
     def list_runs(self) -> Iterable[RunSummary]:
@@ -159,7 +177,7 @@ class ObserverService(ABC):
 
     @abstractmethod
     def get_rounds(self, run_id: str, from_round: int) -> Iterable[bytes]:
-        """Return the serialised reports of a run so far."""
+        """Return serialised reports of a run by round, as many as a reply may have."""
 
     @abstractmethod
     def watch_rounds(self, run_id: str, from_round: int) -> AsyncIterator[bytes]:
@@ -172,50 +190,68 @@ class ObserverService(ABC):
 
 def add_observer_service(service: ObserverService, server: aio.Server) -> None:
     """Let a gRPC server answer the calls of the Observer service."""
-    rpc.add_ObserverServicer_to_server(_Servicer(service), server)
+    servicer = _Servicer(service)
+    # Not by the generated function: reports pass through as bytes.
+    handlers = {
+        "PushRound": grpc.unary_unary_rpc_method_handler(
+            servicer.push_round, response_serializer=pb.PushReply.SerializeToString
+        ),
+        "ListRuns": grpc.unary_unary_rpc_method_handler(
+            servicer.list_runs, pb.ListRunsRequest.FromString, pb.ListRunsReply.SerializeToString
+        ),
+        "GetRounds": grpc.unary_unary_rpc_method_handler(servicer.get_rounds, pb.RoundsRequest.FromString),
+        "WatchRounds": grpc.unary_stream_rpc_method_handler(servicer.watch_rounds, pb.RoundsRequest.FromString),
+        "GetModel": grpc.unary_stream_rpc_method_handler(
+            servicer.get_model, pb.ModelRequest.FromString, pb.ModelChunk.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-class _Servicer(rpc.ObserverServicer):
+class _Servicer:
     """The adapter from gRPC's messages to a service of dataclasses."""
 
     def __init__(self, service: ObserverService) -> None:
         self._service = service
 
-    async def PushRound(  # noqa: N802 - the name in the .proto
-        self, request: pb.RoundReport, context: aio.ServicerContext
-    ) -> pb.PushReply:
+    async def push_round(self, request: bytes, context: aio.ServicerContext) -> pb.PushReply:
+        run_key = dict(context.invocation_metadata()).get(RUN_KEY, "")
         async with _aborting(context):
-            await self._service.push_round(RoundReport.from_message(request))
+            await self._service.push_round(request, run_key)
         return pb.PushReply()
 
-    async def ListRuns(  # noqa: N802 - the name in the .proto
-        self, request: pb.ListRunsRequest, context: aio.ServicerContext
-    ) -> pb.ListRunsReply:
+    async def list_runs(self, request: pb.ListRunsRequest, context: aio.ServicerContext) -> pb.ListRunsReply:
         del request, context
         runs = self._service.list_runs()
         return pb.ListRunsReply(runs=[to_protobuf(run, pb.RunSummary()) for run in runs])
 
-    async def GetRounds(  # noqa: N802 - the name in the .proto
-        self, request: pb.RoundsRequest, context: aio.ServicerContext
-    ) -> pb.RoundsReply:
+    async def get_rounds(self, request: pb.RoundsRequest, context: aio.ServicerContext) -> bytes:
         async with _aborting(context):
-            reports = self._service.get_rounds(request.run_id, request.from_round)
-            return pb.RoundsReply(reports=map(pb.RoundReport.FromString, reports))
+            return b"".join(map(_reply_entry, self._service.get_rounds(request.run_id, request.from_round)))
 
-    async def WatchRounds(  # noqa: N802 - the name in the .proto
-        self, request: pb.RoundsRequest, context: aio.ServicerContext
-    ) -> AsyncIterator[pb.RoundReport]:
+    async def watch_rounds(self, request: pb.RoundsRequest, context: aio.ServicerContext) -> AsyncIterator[bytes]:
         async with _aborting(context):
-            async for report in self._service.watch_rounds(request.run_id, request.from_round):
-                # Parsed and written by protobuf in C; a dataclass for each of a hundred watchers would hold up the loop.
-                yield pb.RoundReport.FromString(report)
+            async for wire in self._service.watch_rounds(request.run_id, request.from_round):
+                yield wire
 
-    async def GetModel(  # noqa: N802 - the name in the .proto
-        self, request: pb.ModelRequest, context: aio.ServicerContext
-    ) -> AsyncIterator[pb.ModelChunk]:
+    async def get_model(self, request: pb.ModelRequest, context: aio.ServicerContext) -> AsyncIterator[pb.ModelChunk]:
         async with _aborting(context):
             async for chunk in self._service.get_model(request.run_id, request.round):
                 yield to_protobuf(chunk, pb.ModelChunk())
+
+
+def _reply_entry(wire: bytes) -> bytes:
+    """Return a serialised report as a serialised `RoundsReply` of this one report."""
+    # Serialised messages one after the other are the message with the entries of all. The length is a varint, with
+    # seven bits in each byte.
+    length, size = len(wire), bytearray()
+    while length > 0x7F:
+        size.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([_REPORTS_TAG, *size, length]) + wire
+
+
+_REPORTS_TAG = pb.RoundsReply(reports=[pb.RoundReport()]).SerializeToString()[0]
 
 
 @asynccontextmanager

@@ -424,6 +424,20 @@ class RoundReport:
             raise ReportError(f"not a round report: {error}") from error
         return cls.from_message(message)
 
+    @staticmethod
+    def normalise(data: bytes) -> bytes:
+        """Return serialised fields in their one form, without those that this version does not know.
+
+        Raises:
+            ReportError: the bytes are not fields of a report.
+        """
+        try:
+            message = pb.RoundReport.FromString(data)
+        except DecodeError as error:
+            raise ReportError(f"not a round report: {error}") from error
+        message.DiscardUnknownFields()
+        return message.SerializeToString(deterministic=True)
+
     def to_json(self) -> str:
         """Return the report as one line of JSON, as `rounds.jsonl` holds it."""
         message = self.to_message()

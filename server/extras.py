@@ -6,6 +6,7 @@ from typer.core import TyperGroup
 
 # By the module that is imported; pyproject.toml has the extras by distribution.
 EXTRAS = {
+    "anyio": "observe",
     "grpc_health": "observe",
     "grpc_reflection": "observe",
     "prometheus_client": "observe",

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 from fedbasin.proto.report import ClientReport, StageReport
+from fedbasin.server.printable import printable
 from fedbasin.strategies.round.outcomes import Outcome
 
 _SHOWN = 3  # nodes of a group that are named
@@ -50,4 +51,5 @@ def _reason(outcome: str, detail: str, clients: list[ClientReport]) -> str:
     rest = f" and {len(clients) - _SHOWN} more" if len(clients) > _SHOWN else ""
     nodes = f"node {named}" if len(clients) == 1 else f"nodes {named}{rest}"
     advice = Outcome[outcome].value if outcome in Outcome.__members__ else ""
-    return f"{nodes}: {outcome}, {detail}; {advice}" if advice else f"{nodes}: {outcome}, {detail}"
+    reason = f"{nodes}: {outcome}, {printable(detail)}"
+    return f"{reason}; {advice}" if advice else reason

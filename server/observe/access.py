@@ -1,6 +1,8 @@
 """Access to an observer: TLS on both sides, and a token that every call but the health check carries."""
 
 import hmac
+import os
+import secrets
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import grpc
 from grpc import aio
 
 _HEADER = "authorization"
-_OPEN = "/grpc.health.v1.Health/"  # probes have no secrets
+_OPEN = "/grpc.health.v1.Health/Check"  # probes have no secrets
 _SHORTEST_TOKEN = 16
 
 
@@ -29,33 +31,46 @@ class Guard:
         key: private key of the certificate, PEM.
         client_ca: PEM of the authorities whose client certificates are accepted; None requires no certificate.
         token_file: file with the token on its only line.
+        insecure: whether an address that other machines reach may lack a proof, or take the token in plain text.
     """
 
     cert: Path | None = None
     key: Path | None = None
     client_ca: Path | None = None
     token_file: Path | None = None
+    insecure: bool = False
 
     def check(self, host: str) -> None:
-        """Refuse files that cannot be used, and combinations that look safe and are not.
+        """Refuse files that cannot be used, and combinations that are not safe, or look so and are not.
 
         Raises:
-            AccessError: one of certificate and key is missing, a file is not what it should be, or the token would
-                cross a network in plain text.
+            AccessError: one of certificate and key is missing, a file is not what it should be, everyone could reach
+                the observer, or the token would cross a network in plain text.
         """
         if (self.cert is None) != (self.key is None):
             raise AccessError("a certificate needs its key; give --tls-cert and --tls-key together")
         if self.client_ca and not self.cert:
             raise AccessError("client certificates need TLS; give --tls-cert and --tls-key too")
-        if self.token_file and not self.cert and not is_loopback(host):
-            raise AccessError(
-                f"on {host} without TLS, everyone on the way could read the token; give --tls-cert and "
-                "--tls-key, or listen on 127.0.0.1"
-            )
+        risk = self.risk(host)
+        if risk and not self.insecure:
+            raise AccessError(f"{risk}, or listen on 127.0.0.1; --insecure goes on without")
         if self.token_file:
             read_token(self.token_file)
         if self.cert and self.key:
             _check_files(self.cert, self.key, self.client_ca)
+
+    def risk(self, host: str) -> str:
+        """Return what others could do on an address, and the remedy; empty where they could do nothing."""
+        if is_loopback(host):
+            return ""
+        if not (self.token_file or self.client_ca):
+            return (
+                f"on {host} without a token, everyone who reaches the ports could read reports, fetch models and push "
+                "reports; give --token-file, --tls-cert and --tls-key"
+            )
+        if not self.cert:
+            return f"on {host} without TLS, everyone on the way could read the token; give --tls-cert and --tls-key"
+        return ""
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """Return the credentials of a port; None for plain text.
@@ -89,12 +104,14 @@ class Pass:
         token_file: file with the token on its only line.
         cert: the caller's certificate chain, PEM, where the observer requires one.
         key: private key of the caller's certificate, PEM.
+        insecure: whether the token may go to another machine in plain text.
     """
 
     ca: Path | None = None
     token_file: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    insecure: bool = False
 
     def channel(self, address: str, options: tuple[tuple[str, Any], ...]) -> grpc.Channel:
         """Open a channel to an observer; nothing is sent yet.
@@ -113,12 +130,28 @@ class Pass:
     def _with_token(self, address: str, channel: grpc.Channel) -> grpc.Channel:
         if not self.token_file:
             return channel
-        if not self.ca and not is_loopback(address.rpartition(":")[0].strip("[]")):
+        if not (self.ca or self.insecure or is_loopback(address.rpartition(":")[0].strip("[]"))):
             raise AccessError(
                 f"the token for {address} would go out in plain text; name the authority of the observer's "
-                "certificate too"
+                "certificate too, or set insecure where nobody is on the way"
             )
         return grpc.intercept_channel(channel, _TokenBearer(read_token(self.token_file)))
+
+
+def make_token(path: Path) -> bool:
+    """Make a token in a file that is not there yet, readable by its owner alone; return whether it was made.
+
+    Raises:
+        AccessError: the file cannot be made.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{secrets.token_hex(32)}\n")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise AccessError(f"{path} cannot be made: {error.strerror}") from error
+    return True
 
 
 def read_token(path: Path) -> str:
@@ -152,7 +185,7 @@ class _TokenCheck(aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no 
         """Return the handler of the service, or one that only refuses."""
         shown = dict(handler_call_details.invocation_metadata).get(_HEADER, "")
         # `compare_digest` takes the same time wherever the two differ, so that a token cannot be found byte by byte.
-        if handler_call_details.method.startswith(_OPEN) or hmac.compare_digest(shown.encode(), self._expected):
+        if handler_call_details.method == _OPEN or hmac.compare_digest(shown.encode(), self._expected):
             return await continuation(handler_call_details)
         # A unary handler also ends streaming calls: it aborts before the first reply.
         # Two texts, so that a caller who sent no token does not look for a mistake in the file.

@@ -6,16 +6,30 @@ needs no lock.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hmac import compare_digest
 from itertools import count, takewhile
 
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.report import RoundReport
+from fedbasin.server.observe.connections import count_connections
+
+_MOST_WATCHERS = 512
 
 
 class ConflictError(ValueError):
     """A second, different report for a round that is already known."""
+
+
+class HolderError(ValueError):
+    """A report of a run that another caller reports on."""
+
+
+class FullError(RuntimeError):
+    """A run or a watcher beyond the limits."""
 
 
 class ClosedError(RuntimeError):
@@ -24,17 +38,24 @@ class ClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a history; the oldest round of the run that has been silent for longest goes first.
+    """Bounds of a history.
+
+    No flood of reports displaces the runs of others: a run makes room for a new one only once it has been silent for a
+    while, and the largest run pays for the bytes of all.
 
     Attributes:
-        runs: largest number of runs.
+        runs: largest number of runs; beyond it, the one that has been silent for longest goes.
         rounds: largest number of rounds of one run; beyond it, the run loses its oldest.
-        wire_bytes: largest number of bytes of all reports.
+        wire_bytes: largest number of bytes of all reports; beyond it, the largest run loses its oldest round.
+        silent_seconds: time without a report after which a run may go.
+        watchers: largest number of watches at once; the page and scrapers have as many connections for themselves.
     """
 
-    runs: int = 100
+    runs: int = 1000
     rounds: int = 2000
     wire_bytes: int = 256 * 2**20
+    silent_seconds: float = 600.0
+    watchers: int = field(default_factory=lambda: min(_MOST_WATCHERS, count_connections() // 2))
 
 
 @dataclass(frozen=True)
@@ -46,30 +67,43 @@ class Entry:
         round: number of the round.
         run: the run as this report describes it; `rounds_done` is 0 where the round failed.
         wire: the serialised report. Reports are kept so because as objects they take many times the memory.
+        brief: the round in brief, as JSON: every reader of events is sent it.
     """
 
     number: int
     round: int
     run: RunSummary
     wire: bytes
+    brief: str = ""
 
     @property
     def report(self) -> RoundReport:
         """The report, parsed anew each time."""
         return RoundReport.from_bytes(self.wire)
 
+    @property
+    def size(self) -> int:
+        """The bytes that the entry counts for."""
+        return len(self.wire) + len(self.brief)
 
-@dataclass(frozen=True)
+
+@dataclass
 class RecordedRun:
     """The reports of one run.
 
     Attributes:
         start: number of the run's first report in the log.
+        holder: SHA-256 of the key that came with the first report.
         entries: the run's reports by round, in order of arrival.
+        heard: time of the last report, by the monotonic clock.
+        size: bytes of all entries.
     """
 
     start: int
+    holder: bytes
     entries: dict[int, Entry] = field(default_factory=dict)
+    heard: float = 0.0
+    size: int = 0
 
     @property
     def newest(self) -> Entry:
@@ -96,38 +130,77 @@ class History:
         self._runs: dict[str, RecordedRun] = {}  # the longest silent first
         self._numbers = count()
         self._changed = asyncio.Condition()
-        self._wire_bytes = 0
+        self._size = 0
+        self._watchers = 0
         self._closed = False
 
-    def has(self, report: RoundReport) -> bool:
-        """Return whether an equal report is in the log.
+    def has(self, run_id: str, server_round: int, wire: bytes, holder: bytes) -> bool:
+        """Return whether a report is in the log; False where it may be added.
+
+        Args:
+            run_id: id of the run.
+            server_round: number of the round.
+            wire: the serialised report.
+            holder: SHA-256 of the key that came with it.
 
         Raises:
             ConflictError: the log has another report for that round.
+            HolderError: the run is reported on by the holder of another key.
+            FullError: there are as many runs as there may be, and all have reported lately.
         """
-        run = self._runs.get(report.run_id)
-        entry = run.entries.get(report.round) if run else None
+        run = self._runs.get(run_id)
+        if run is None:
+            self._check_room(run_id)
+            return False
+        if not compare_digest(run.holder, holder):
+            raise HolderError(
+                f"run_id '{run_id}' is reported on with another key; only the process that sent its first report, or "
+                "one that goes on in the folder of the run, may send more; give every run an id of its own"
+            )
+        entry = run.entries.get(server_round)
         # By bytes: two reports with a NaN metric would never be equal.
-        if entry and entry.wire != report.to_bytes():
+        if entry and entry.wire != wire:
             raise ConflictError(
-                f"run_id '{report.run_id}' has another report for round {report.round} already, and the "
+                f"run_id '{run_id}' has another report for round {server_round} already, and the "
                 "first one counts; give every run an id of its own"
             )
         return entry is not None
 
-    def add(self, report: RoundReport) -> None:
-        """Append a report that is new; `notify` then wakes the watchers."""
+    def add(self, report: RoundReport, wire: bytes, holder: bytes, brief: str = "") -> list[tuple[str, int]]:
+        """Append a report that is new; `notify` then wakes the watchers.
+
+        Returns:
+            Run and round of the reports that were forgotten for it.
+        """
         number = next(self._numbers)
         # Taken out and put back at the end, so that the runs stay ordered by their last report.
-        run = self._runs.pop(report.run_id, None) or RecordedRun(number)
+        run = self._runs.pop(report.run_id, None) or RecordedRun(number, holder)
         self._runs[report.run_id] = run
-        entry = Entry(number, report.round, _summarise(report), report.to_bytes())
+        entry = Entry(number, report.round, _summarise(report), wire, brief)
         run.entries[report.round] = entry
-        self._wire_bytes += len(entry.wire)
-        if len(run.entries) > self._limits.rounds:
-            self._forget(report.run_id)
-        while self._wire_bytes > self._limits.wire_bytes or len(self._runs) > self._limits.runs:
-            self._forget(next(iter(self._runs)))
+        run.heard = time.monotonic()
+        run.size += entry.size
+        self._size += entry.size
+        return list(self._make_room(report.run_id))
+
+    def _check_room(self, run_id: str) -> None:
+        oldest = next(iter(self._runs.values()), None)
+        if oldest is None or len(self._runs) < self._limits.runs:
+            return
+        if time.monotonic() - oldest.heard < self._limits.silent_seconds:
+            raise FullError(
+                f"no room for run_id '{run_id}': {len(self._runs)} runs have reported within "
+                f"{self._limits.silent_seconds:g} s, which is as many as this observer keeps; try again later"
+            )
+
+    def _make_room(self, newest: str) -> Iterator[tuple[str, int]]:
+        """Forget what is beyond the limits, and yield run and round of each report."""
+        if len(self._runs[newest].entries) > self._limits.rounds:
+            yield self._forget(newest)
+        while len(self._runs) > self._limits.runs:
+            yield self._forget(next(iter(self._runs)))
+        while self._size > self._limits.wire_bytes:
+            yield self._forget(max(self._runs, key=lambda run_id: self._runs[run_id].size))
 
     async def notify(self) -> None:
         """Wake the watchers."""
@@ -144,7 +217,7 @@ class History:
         return [run.summary() for run in sorted(self._runs.values(), key=lambda run: run.start)]
 
     def entries(self, run_id: str, from_round: int = 0) -> list[Entry]:
-        """Return the reports of a run; an empty id means the newest run, if there is any.
+        """Return the reports of a run in order of arrival; an empty id means the newest run, if there is any.
 
         Raises:
             KeyError: there is no run of that name.
@@ -175,6 +248,21 @@ class History:
             if newest.run.finished or newest.run.problem:
                 return
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count as a watcher for as long as the context is open.
+
+        Raises:
+            FullError: there are as many watchers as there may be.
+        """
+        if self._watchers >= self._limits.watchers:
+            raise FullError(f"this observer has {self._watchers} readers, as many as it may have; try again later")
+        self._watchers += 1
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+
     async def _wait_for_more(self, run_id: str, seen: int) -> list[Entry]:
         async with self._changed:
             await self._changed.wait_for(lambda: self._closed or bool(self._entries_after(run_id, seen)))
@@ -189,12 +277,14 @@ class History:
     def _newest_run(self) -> RecordedRun | None:
         return max(self._runs.values(), key=lambda run: run.start, default=None)
 
-    def _forget(self, run_id: str) -> None:
-        entries = self._runs[run_id].entries
-        entry = entries.pop(next(iter(entries)))
-        self._wire_bytes -= len(entry.wire)
-        if not entries:
+    def _forget(self, run_id: str) -> tuple[str, int]:
+        run = self._runs[run_id]
+        entry = run.entries.pop(next(iter(run.entries)))
+        run.size -= entry.size
+        self._size -= entry.size
+        if not run.entries:
             del self._runs[run_id]
+        return run_id, entry.round
 
 
 def _summarise(report: RoundReport) -> RunSummary:

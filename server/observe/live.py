@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedbasin.proto.report import ACCEPTED, RoundReport
 from fedbasin.server.observe.rounds_table import rounds_table
+from fedbasin.server.printable import printable
 from fedbasin.server.report.charts.text import arrow, number
 from fedbasin.server.report.summary import RoundSummary, summarise
 from fedbasin.strategies.round.outcomes import Outcome
@@ -56,7 +57,7 @@ def screen(reports: Sequence[RoundReport], rounds: Sequence[RoundSummary], lines
         *_refusals(rounds),
     ]
     if newest.problem:
-        parts.append(Text(f"The run ended early: {newest.problem}", style="red"))
+        parts.append(Text(f"The run ended early: {printable(newest.problem)}", style="red"))
     return Group(*parts)
 
 
@@ -79,8 +80,8 @@ def _count_fitting(rounds: Sequence[RoundSummary], lines: int) -> int:
 def _head(newest: RoundSummary) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
-        Text(newest.run_id, style="bold"),
-        newest.recipe,
+        Text(printable(newest.run_id), style="bold"),
+        Text(printable(newest.recipe)),
         f"round {newest.number} of {newest.rounds}",
         ProgressBar(total=max(newest.rounds, 1), completed=newest.number, width=24),
         newest.state,
@@ -116,7 +117,7 @@ def _refusals(rounds: Sequence[RoundSummary]) -> list[RenderableType]:
     """Return a line for each kind of refusal: the number of replies, and advice."""
     total = sum((r.outcomes for r in rounds), Counter[str]())
     return [
-        Text(f"{replies} {kind}: {Outcome[kind].value if kind in Outcome.__members__ else ''}")
+        Text(f"{replies} {printable(kind)}: {Outcome[kind].value if kind in Outcome.__members__ else ''}")
         for kind, replies in total.most_common()
         if kind != ACCEPTED
     ]

@@ -2,23 +2,30 @@
 
 A ServerApp ends with its run, and a metrics endpoint inside it would too. This process stays, behind the service
 `Observer` of fedbasin.proto, the standard gRPC services for health and reflection, a page for people and one for
-Prometheus. Without a guard it has no login: whoever reaches its ports can read and push.
+Prometheus. One loop serves all of them, so whatever takes long is done on a thread.
 """
 
 import asyncio
+import hashlib
+import json
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
+from anyio import CapacityLimiter, to_thread
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from fedbasin.proto.observer_service import (
+    RUN_KEY,
     SERVICE,
     CallError,
     ModelChunk,
@@ -28,14 +35,16 @@ from fedbasin.proto.observer_service import (
 )
 from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.access import Guard
-from fedbasin.server.observe.history import ClosedError, ConflictError, History
-from fedbasin.server.observe.published_models import NoModelError, PublishedModels
+from fedbasin.server.observe.connections import count_connections
+from fedbasin.server.observe.history import ClosedError, ConflictError, FullError, History, HolderError, Limits
+from fedbasin.server.observe.published_models import BusyError, NoModelError, PublishedModels
 from fedbasin.server.observe.push import LARGEST_REPORT_BYTES
 from fedbasin.server.observe.store import Store
 from fedbasin.server.observe.telemetry import Telemetry
 from fedbasin.server.page.app import application
 from fedbasin.server.page.listen import listen
 from fedbasin.server.page.page_access import page_guards
+from fedbasin.server.report.summary import summarise, summary_to_json
 
 _STANDARD_SERVICES = (health.SERVICE_NAME, reflection.SERVICE_NAME)
 _OPTIONS = (
@@ -43,8 +52,19 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", LARGEST_REPORT_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 60_000),  # finds watchers whose machine is gone
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
+    ("grpc.max_concurrent_streams", 128),
 )
+_OTHER_CALLS = 64  # calls at once beside watches
 _GRACE_SECONDS = 0.5  # for pushes under way, and for watchers to learn that the observer stops
+_SWITCH_SECONDS = 0.001  # Python's own 5 ms for each turn of a busy thread would add up in a scrape
+_REPLY_BYTES = 4 * 2**20  # of reports in one reply
+_SMALL_BYTES = 2**18
+_LONGEST_WORD = 200
+_LAST_ROUND = 10**9
+_SHORTEST_KEY = 16
+_NAMED = 20  # runs in an error
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,8 @@ class ObserverSettings:
         store: folder for the reports; None keeps them in memory only.
         models: folder with run folders, whose global models may be downloaded; None publishes none.
         guard: proof that both ports require of their callers.
+        allowed_hosts: names under which browsers and scrapers may reach the page, beside those of this machine.
+        limits: bounds of what is kept and of who reads it.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +88,8 @@ class ObserverSettings:
     store: Path | None = None
     models: Path | None = None
     guard: Guard = field(default_factory=Guard)
+    allowed_hosts: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -80,46 +104,68 @@ class Addresses:
 class Observer(ObserverService):
     """The service: pushes go to the store, the history and the metrics, in this order, once each."""
 
-    def __init__(self, telemetry: Telemetry, store: Store | None, models: PublishedModels) -> None:
-        self.history = History()
+    def __init__(self, telemetry: Telemetry, store: Store | None, models: PublishedModels, limits: Limits) -> None:
+        self.history = History(limits)
         self._telemetry = telemetry
         self._store = store
         self._models = models
-        for report in store.load() if store else ():
-            if not find_fault(report) and not self.history.has(report):
-                self._remember(report)
+        self._taking: set[asyncio.Task[None]] = set()
+        self._in_turn = asyncio.Lock()
+        # Large reports are read on a thread of their own, so that the small ones of other runs do not wait for them.
+        self._small, self._large = CapacityLimiter(1), CapacityLimiter(1)
 
-    async def push_round(self, report: RoundReport) -> None:
-        if fault := find_fault(report):
-            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, fault)
-        try:
-            if not self.history.has(report):
-                # The store comes first: what it cannot keep is refused, and may be pushed again.
-                if self._store:
-                    self._store.append(report)
-                self._remember(report)
-                await self.history.notify()
-        except ConflictError as error:
-            raise CallError(grpc.StatusCode.ALREADY_EXISTS, str(error)) from error
-        except OSError as error:
-            text = f"the store cannot be written: {error}"
-            raise CallError(grpc.StatusCode.INTERNAL, text) from error
+    def load(self) -> None:
+        """Take the reports that are in the store."""
+        if self._store is None:
+            return
+        forgotten = []
+        for stored in self._store.load():
+            report = stored.report
+            if not find_fault(report):
+                forgotten += self.history.add(report, report.to_bytes(), stored.holder, _brief(report))
+                self._telemetry.observe(report)
+        self._store.forget(forgotten)
+
+    async def push_round(self, wire: bytes, run_key: str) -> None:
+        if len(run_key) < _SHORTEST_KEY:
+            raise CallError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"a report needs the key of its run: metadata `{RUN_KEY}` with a secret of at least {_SHORTEST_KEY} "
+                "characters, the same for all rounds of the run",
+            )
+        holder = hashlib.sha256(run_key.encode()).digest()
+        # A task of its own: a caller that gives up must not stop halfway between the store and the metrics.
+        task = asyncio.create_task(self._take(wire, holder))
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)
+        await asyncio.shield(task)
+
+    async def finish(self) -> None:
+        """Wait for the pushes that are under way."""
+        await asyncio.gather(*self._taking, return_exceptions=True)
 
     def list_runs(self) -> Iterable[RunSummary]:
         return self.history.runs()
 
     def get_rounds(self, run_id: str, from_round: int) -> Iterable[bytes]:
         try:
-            return [entry.wire for entry in self.history.entries(run_id, from_round)]
+            entries = sorted(self.history.entries(run_id, from_round), key=lambda entry: entry.round)
         except KeyError as error:
-            names = ", ".join(run.run_id for run in self.history.runs()) or "none"
+            names = ", ".join(run.run_id for run in self.history.runs()[-_NAMED:]) or "none"
             text = f"no run '{run_id}' here; there are: {names}"
             raise CallError(grpc.StatusCode.NOT_FOUND, text) from error
+        sizes = accumulate(len(entry.wire) for entry in entries)
+        fitting = sum(size <= _REPLY_BYTES for size in sizes)
+        # One in any case, or a reader would never get beyond a large one.
+        return [entry.wire for entry in entries[: max(fitting, 1)]]
 
     async def watch_rounds(self, run_id: str, from_round: int) -> AsyncIterator[bytes]:
         try:
-            async for entry in self.history.watch(run_id, from_round):
-                yield entry.wire
+            with self.history.watching():
+                async for entry in self.history.watch(run_id, from_round):
+                    yield entry.wire
+        except FullError as error:
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except ClosedError as error:
             text = "the observer is stopping"
             raise CallError(grpc.StatusCode.UNAVAILABLE, text) from error
@@ -130,21 +176,77 @@ class Observer(ObserverService):
                 yield chunk
         except NoModelError as error:
             raise CallError(grpc.StatusCode.NOT_FOUND, str(error)) from error
+        except BusyError as error:
+            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except OSError as error:
             text = f"the model cannot be read: {error}"
             raise CallError(grpc.StatusCode.INTERNAL, text) from error
 
-    def _remember(self, report: RoundReport) -> None:
-        self.history.add(report)
-        self._telemetry.observe(report)
+    async def _take(self, wire: bytes, holder: bytes) -> None:
+        limiter = self._small if len(wire) <= _SMALL_BYTES else self._large
+        arrived = await to_thread.run_sync(_read, wire, limiter=limiter)
+        report = arrived.report
+        try:
+            async with self._in_turn:
+                if self.history.has(report.run_id, report.round, arrived.wire, holder):
+                    return
+                # The store comes first: what it cannot keep is refused, and may be pushed again.
+                if self._store:
+                    await asyncio.to_thread(self._store.append, report.run_id, report.round, holder, arrived.wire)
+                forgotten = self.history.add(report, arrived.wire, holder, arrived.brief)
+                if self._store and forgotten:
+                    await asyncio.to_thread(self._store.forget, forgotten)
+                await to_thread.run_sync(self._telemetry.observe, report, limiter=limiter)
+        except (ConflictError, FullError, HolderError) as error:
+            raise CallError(_CODES[type(error)], str(error)) from error
+        except OSError as error:
+            text = f"the store cannot be written: {error}"
+            raise CallError(grpc.StatusCode.INTERNAL, text) from error
+        await self.history.notify()
+
+
+_CODES = {
+    ConflictError: grpc.StatusCode.ALREADY_EXISTS,
+    FullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    HolderError: grpc.StatusCode.PERMISSION_DENIED,
+}
+
+
+class _Arrived(NamedTuple):
+    """A report as the log keeps it: read, in its one serialised form, and in brief."""
+
+    report: RoundReport
+    wire: bytes
+    brief: str
+
+
+def _read(data: bytes) -> _Arrived:
+    """Read what was pushed.
+
+    Raises:
+        ReportError: it is not a report of this version.
+        CallError: it is a report that cannot be taken.
+    """
+    wire = RoundReport.normalise(data)
+    report = RoundReport.from_bytes(wire)
+    if fault := find_fault(report):
+        raise CallError(grpc.StatusCode.INVALID_ARGUMENT, fault)
+    return _Arrived(report, wire, _brief(report))
+
+
+def _brief(report: RoundReport) -> str:
+    return json.dumps(summary_to_json(summarise(report)), allow_nan=False)
 
 
 def find_fault(report: RoundReport) -> str:
     """Return why a report cannot be taken; empty where it can."""
     if not report.run_id:
         return "run_id is empty; give the run a name"
-    if not report.round:
-        return "round is 0; rounds count from 1"
+    for name in ("run_id", "recipe"):
+        if len(getattr(report, name)) > _LONGEST_WORD:
+            return f"{name} has more than {_LONGEST_WORD} characters; give a shorter one"
+    if not 0 < report.round <= _LAST_ROUND:
+        return f"round is {report.round}; rounds count from 1, and {_LAST_ROUND} is the last"
     return ""
 
 
@@ -159,6 +261,7 @@ async def observe(settings: ObserverSettings, announce: Callable[[Addresses], No
         OSError: a port is taken, or the store cannot be opened.
         AccessError: the guard names files that cannot be used, or is not one.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     stop = asyncio.Event()
     # On the loop, so that a signal cannot interrupt a write to the store.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -180,7 +283,8 @@ async def serving(settings: ObserverSettings) -> AsyncIterator[Addresses]:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     with _open_store(settings.store) as store:
-        observer = Observer(Telemetry(registry), store, PublishedModels(settings.models))
+        observer = Observer(Telemetry(registry), store, PublishedModels(settings.models), settings.limits)
+        await asyncio.to_thread(observer.load)
         # The gRPC port opens last: an observer whose page cannot listen must not have taken a report.
         async with (
             _serve_http(settings, observer.history, registry) as page,
@@ -200,7 +304,7 @@ def _open_store(folder: Path | None) -> Iterator[Store | None]:
 
 @asynccontextmanager
 async def _serve_http(settings: ObserverSettings, history: History, registry: CollectorRegistry) -> AsyncIterator[str]:
-    app = application(history, registry, page_guards(settings.guard, settings.host))
+    app = application(history, registry, page_guards(settings.guard, settings.host, settings.allowed_hosts))
     async with listen(app, settings.host, settings.metrics_port, settings.guard) as port:
         scheme = "https" if settings.guard.cert else "http"
         yield f"{scheme}://{_join_address(settings.host, port)}"
@@ -208,7 +312,11 @@ async def _serve_http(settings: ObserverSettings, history: History, registry: Co
 
 @asynccontextmanager
 async def _serve_grpc(settings: ObserverSettings, observer: Observer) -> AsyncIterator[str]:
-    server = aio.server(options=_OPTIONS, interceptors=settings.guard.interceptors())
+    server = aio.server(
+        options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", count_connections())),
+        interceptors=settings.guard.interceptors(),
+        maximum_concurrent_rpcs=settings.limits.watchers + _OTHER_CALLS,
+    )
     add_observer_service(observer, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -224,6 +332,7 @@ async def _serve_grpc(settings: ObserverSettings, observer: Observer) -> AsyncIt
         await checks.enter_graceful_shutdown()
         await observer.history.close()
         await server.stop(_GRACE_SECONDS)
+        await observer.finish()
 
 
 def _bind(server: aio.Server, settings: ObserverSettings) -> int:

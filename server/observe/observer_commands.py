@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedbasin.server.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,7 +28,16 @@ app = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line, for programs.")]
 
 TokenFile = Annotated[
-    Path | None, typer.Option(help="File with the token of the observer, which every call then carries.")
+    Path | None,
+    typer.Option(
+        envvar="FEDBASIN_TOKEN_FILE", help="File with the token of the observer, which every call then carries."
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", envvar="FEDBASIN_INSECURE", help="Send the token to another machine without TLS, in plain text."
+    ),
 ]
 Ca = Annotated[Path | None, typer.Option(help="PEM file of the authority of the observer's certificate; turns on TLS.")]
 
@@ -34,7 +45,7 @@ Ca = Annotated[Path | None, typer.Option(help="PEM file of the authority of the 
 @app.command()
 def observe(
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Without --token-file, everyone who reaches it can read and push.")
+        str, typer.Option(help="Address to listen on. One that other machines reach requires --token-file and TLS.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC service; 0 picks a free one.")] = 9470,
     metrics_port: Annotated[
@@ -57,7 +68,24 @@ def observe(
         Path | None,
         typer.Option(help="PEM file of authorities; callers then need a certificate that one of them signed."),
     ] = None,
-    token_file: TokenFile = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the token that every call must carry. Made with a new one if there is no such file."
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which browsers and scrapers may reach the page, beside localhost; repeatable."),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Listen beyond this machine without a token, or without TLS: whoever reaches the ports can then read "
+            "and push, or whoever is on the way can read the token.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Collect the round reports of all runs, until Ctrl-C or SIGTERM.
@@ -72,16 +100,20 @@ def observe(
     import asyncio
 
     from fedbasin.server.observe import observer
-    from fedbasin.server.observe.access import AccessError, Guard
+    from fedbasin.server.observe.access import AccessError, Guard, make_token
 
     def announce(addresses: "Addresses") -> None:
         lines = asdict(addresses)
         text = json.dumps(lines) if as_json else "\n".join(f"{k:9} {v}" for k, v in lines.items())
         typer.echo(text)
 
-    guard = Guard(tls_cert, tls_key, client_ca, token_file)
-    settings = observer.ObserverSettings(host, port, metrics_port, store, models, guard)
+    guard = Guard(tls_cert, tls_key, client_ca, token_file, insecure)
+    settings = observer.ObserverSettings(host, port, metrics_port, store, models, guard, tuple(allowed_host or ()))
+    if insecure and (risk := guard.risk(host)):
+        typer.echo(f"fedbasin: {risk}", err=True)
     try:
+        if token_file and make_token(token_file):
+            typer.echo(f"fedbasin: made a token in {token_file}", err=True)
         asyncio.run(observer.observe(settings, announce))
     except AccessError as error:
         raise failure(str(error)) from error
@@ -99,6 +131,7 @@ def rounds(
     run: RunId = "",
     ca: Ca = None,
     token_file: TokenFile = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Show the rounds of a run: replies, bytes, loss barrier before → after alignment, metrics of the new model.
@@ -112,7 +145,7 @@ def rounds(
 
     from fedbasin.server.observe.rounds_table import rounds_table
 
-    with _connect(address, ca, token_file) as observer:
+    with _connect(address, ca, token_file, insecure) as observer:
         reports = observer.get_rounds(run, timeout=30)
     if as_json:
         typer.echo("".join(f"{report.to_json()}\n" for report in reports), nl=False)
@@ -126,6 +159,7 @@ def watch(
     run: RunId = "",
     ca: Ca = None,
     token_file: TokenFile = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Watch a run: the rounds so far and then each as it ends, until the last round of the run.
@@ -142,7 +176,7 @@ def watch(
 
     console = Console()
     try:
-        with _connect(address, ca, token_file) as observer:
+        with _connect(address, ca, token_file, insecure) as observer:
             # Without a timeout: there may be days between two rounds.
             reports: Iterable[RoundReport] = observer.watch_rounds(run)
             if console.is_terminal and not as_json:
@@ -167,6 +201,7 @@ def download(
     ),
     ca: Ca = None,
     token_file: TokenFile = None,
+    insecure: Insecure = False,
 ) -> None:
     """Fetch the newest global model of a run from an observer that was started with --models.
 
@@ -177,14 +212,14 @@ def download(
     from fedbasin.server.observe.download import download as fetch
 
     try:
-        server_round = fetch(address, run, output, credentials=Pass(ca, token_file))
+        server_round = fetch(address, run, output, credentials=Pass(ca, token_file, insecure=insecure))
     except (AccessError, DownloadError, OSError) as error:
         raise failure(str(error)) from error
     typer.echo(f"{output}: round {server_round}")
 
 
 @contextmanager
-def _connect(address: str, ca: Path | None, token_file: Path | None) -> "Iterator[RemoteObserver]":
+def _connect(address: str, ca: Path | None, token_file: Path | None, insecure: bool) -> "Iterator[RemoteObserver]":
     """Connect to an observer, and turn every error of a call into one line."""
     import grpc
 
@@ -194,7 +229,7 @@ def _connect(address: str, ca: Path | None, token_file: Path | None) -> "Iterato
     from fedbasin.server.observe.push import connect
 
     try:
-        with connect(address, Pass(ca, token_file)) as channel:
+        with connect(address, Pass(ca, token_file, insecure=insecure)) as channel:
             yield RemoteObserver(channel)
     except (AccessError, ReportError) as error:
         raise failure(str(error)) from error
@@ -202,7 +237,7 @@ def _connect(address: str, ca: Path | None, token_file: Path | None) -> "Iterato
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise failure(f"{error.details()}; see --token-file") from error
         if error.code() == grpc.StatusCode.NOT_FOUND:
-            raise typer.BadParameter(error.details(), param_hint="--run") from error
+            raise typer.BadParameter(printable(error.details()), param_hint="--run") from error
         raise failure(
             f"no observer answers at {address} ({error.code().name}); start one with `fedbasin observe`, "
             "or give the address of yours: HOST:PORT"
@@ -224,5 +259,6 @@ def _print_lines(console: "Console", reports: "Iterable[RoundReport]", as_json: 
 
 def failure(message: str) -> typer.Exit:
     """Print a message for a failed command, and return the exit with status 1."""
-    typer.echo(f"fedbasin: {message}", err=True)
+    # Some of it comes from observers, runs and files.
+    typer.echo(f"fedbasin: {printable(message)}", err=True)
     return typer.Exit(1)

@@ -4,36 +4,46 @@ A run keeps the model of its last finished round only, and replaces the file in 
 complete, so a download that a new round overtakes ends with the model that it began with.
 """
 
-import asyncio
 import hashlib
 import json
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+from anyio import CapacityLimiter, to_thread
 
 from fedbasin.proto.observer_service import ModelChunk
 
 # The name that fedbasin.server.run.checkpoint uses; importing it would bring torch.
 FILE = "global.safetensors"
 _CHUNK_BYTES = 2**20
-_LONGEST_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+_LONGEST_HEADER_BYTES = 16 * 2**20  # some 100 000 tensors
+_MOST_DOWNLOADS = 16
 
 
 class NoModelError(LookupError):
     """A run or a round without a model; the message says which models there are."""
 
 
-@dataclass(frozen=True)
+class BusyError(RuntimeError):
+    """A download beyond those that there may be at once."""
+
+
+@dataclass
 class PublishedModels:
     """The global models of the runs in a folder.
+
+    Files are opened and read on threads of their own: a slow disk holds up nothing but downloads.
 
     Attributes:
         folder: folder of the run folders; None publishes nothing.
     """
 
     folder: Path | None = None
+    _threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
+    _downloads: int = 0
 
     async def read_chunks(self, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
         """Yield the model of a run in pieces, with the digest of the whole file in the last.
@@ -44,25 +54,36 @@ class PublishedModels:
 
         Raises:
             NoModelError: there is no such model.
+            BusyError: as many downloads as there may be are under way.
             OSError: the disk fails.
         """
-        with self._open(run_id) as file:
-            model_round = _read_round(file, run_id)
-            if server_round not in (0, model_round):
-                raise NoModelError(
-                    f"run '{run_id}' keeps the model of round {model_round} and not of round {server_round}; "
-                    "ask for round 0 to get whichever is kept"
-                )
-            total, digest, offset = os.fstat(file.fileno()).st_size, hashlib.sha256(), 0
-            while offset < total:
-                # On a thread: a slow disk would hold up every push on the loop.
-                data = await asyncio.to_thread(_read_piece, file, digest)
-                if not data:
-                    raise OSError(f"the model of run '{run_id}' ends early, at byte {offset} of {total}")
-                end = offset + len(data)
-                sha256 = digest.digest() if end >= total else b""
-                yield ModelChunk(offset, data, total, model_round, sha256)
-                offset = end
+        if self._downloads >= _MOST_DOWNLOADS:
+            raise BusyError(f"{self._downloads} downloads are under way, as many as there may be; try again later")
+        self._downloads += 1
+        try:
+            file = await to_thread.run_sync(self._open, run_id, limiter=self._threads)
+            with file:
+                async for chunk in self._read(file, run_id, server_round):
+                    yield chunk
+        finally:
+            self._downloads -= 1
+
+    async def _read(self, file: BinaryIO, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
+        model_round = await to_thread.run_sync(_read_round, file, run_id, limiter=self._threads)
+        if server_round not in (0, model_round):
+            raise NoModelError(
+                f"run '{run_id}' keeps the model of round {model_round} and not of round {server_round}; "
+                "ask for round 0 to get whichever is kept"
+            )
+        total, digest, offset = os.fstat(file.fileno()).st_size, hashlib.sha256(), 0
+        while offset < total:
+            data = await to_thread.run_sync(_read_piece, file, digest, limiter=self._threads)
+            if not data:
+                raise OSError(f"the model of run '{run_id}' ends early, at byte {offset} of {total}")
+            end = offset + len(data)
+            sha256 = digest.digest() if end >= total else b""
+            yield ModelChunk(offset, data, total, model_round, sha256)
+            offset = end
 
     def _open(self, run_id: str) -> BinaryIO:
         """Open the model of a run.

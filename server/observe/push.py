@@ -6,11 +6,11 @@ from typing import Any
 
 import grpc
 
-from fedbasin.proto.observer_service import SERVICE, RemoteObserver
+from fedbasin.proto.observer_service import PROCESS_KEY, SERVICE, RemoteObserver
 from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.access import AccessError, Pass
 
-LARGEST_REPORT_BYTES = 64 * 2**20  # some 50 000 clients; gRPC's own limit is 4 MiB
+LARGEST_REPORT_BYTES = 16 * 2**20  # some 12 000 clients whose models have 40 spaces; gRPC's own limit is 4 MiB
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
 _log = logging.getLogger("flwr.fedbasin")
@@ -57,11 +57,13 @@ class ObserverClient:
     Attributes:
         address: `host:port` of `fedbasin observe`.
         credentials: certificates and token for the observer.
+        run_key: secret of the run, without which nobody else can report on it; by default this process is its holder.
     """
 
-    def __init__(self, address: str, credentials: Pass | None = None) -> None:
+    def __init__(self, address: str, credentials: Pass | None = None, run_key: str = PROCESS_KEY) -> None:
         self.address = address
         self.credentials = credentials
+        self.run_key = run_key
         self._channel: grpc.Channel | None = None
         self._pending: tuple[RoundReport, grpc.CallFuture[Any]] | None = None
 
@@ -84,7 +86,7 @@ class ObserverClient:
         except AccessError as error:
             _warn(report, self.address, str(error))
             return False
-        call = RemoteObserver(self._channel).start_push(report, timeout_seconds)
+        call = RemoteObserver(self._channel).start_push(report, timeout_seconds, self.run_key)
         self._pending = report, call
         return True
 

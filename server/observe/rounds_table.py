@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rich.table import Table
+from rich.text import Text
 
 from fedbasin.proto.report import ACCEPTED, PathSums, RoundReport
 from fedbasin.server.observe.gauges import barrier_height
+from fedbasin.server.printable import printable
 from fedbasin.server.report.charts.text import size
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
@@ -20,7 +22,8 @@ def rounds_table(reports: Iterable[RoundReport], *, heading: bool = True) -> Tab
     for name, width in _COLUMNS.items():
         table.add_column(name, width=width, overflow="fold")
     for report in reports:
-        table.add_row(*_cells(report))
+        # As `Text`, or a name such as "[/x]" would be read as markup.
+        table.add_row(*map(Text, _cells(report)))
     return table
 
 
@@ -33,12 +36,12 @@ def _cells(report: RoundReport) -> tuple[str, ...]:
         _count_updates(Counter(client.outcome for client in clients)),
         size(sum(client.bytes_up for client in clients)),
         _barriers(report.path or PathSums(), report.fused_path or PathSums()),
-        "\n".join(f"{name} {value:.4g}" for name, value in sorted(report.metrics.items())),
+        "\n".join(f"{printable(name)} {value:.4g}" for name, value in sorted(report.metrics.items())),
     )
 
 
 def _count_updates(outcomes: Counter[str]) -> str:
-    refused = [f"{number} {name}" for name, number in outcomes.items() if name != ACCEPTED]
+    refused = [f"{number} {printable(name)}" for name, number in outcomes.items() if name != ACCEPTED]
     return "\n".join([f"{outcomes[ACCEPTED]}/{outcomes.total()}", *refused])
 
 

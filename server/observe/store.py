@@ -1,26 +1,40 @@
-"""Round reports on disk, one line of JSON each, so that an observer that restarts has its history.
+"""Round reports on disk, in a SQLite database, so that an observer that restarts has its history.
 
-A process that dies while it writes leaves a line without an end. Opening the store cuts it off; every line
-before it is whole.
+The database holds what the history holds: a round that the history forgets is deleted, and its place is used again.
 """
 
-import errno
-import fcntl
 import logging
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from fedbasin.proto.report import ReportError, RoundReport
 
-FILE = "rounds.jsonl"
+FILE = "rounds.sqlite"
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class StoredReport:
+    """A report on disk.
+
+    Attributes:
+        report: the report.
+        holder: SHA-256 of the key of its run.
+    """
+
+    report: RoundReport
+    holder: bytes
+
+
 class Store:
-    """A file that only grows, open for this process alone.
+    """A database of reports, open for this process alone.
+
+    It may be used from several threads, one at a time.
 
     Raises:
         OSError: the folder cannot be made or written, or another observer has it open.
@@ -29,15 +43,25 @@ class Store:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        # Unbuffered: what was acknowledged has left this process.
-        self._file: BinaryIO = self.path.open("a+b", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise BlockingIOError(
-                error.errno, "another observer writes here; give each a folder of its own", str(folder)
-            ) from None
+            self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._open()
+        except sqlite3.Error as error:
+            remedy = "another observer writes here" if "locked" in str(error) else "it cannot be used as a store"
+            raise OSError(f"{self.path}: {error}; {remedy}, so give this one a folder of its own") from error
+
+    def _open(self) -> None:
+        # Exclusive, so that a second observer fails here and not in the middle of a run.
+        for statement in (
+            "PRAGMA locking_mode = EXCLUSIVE",
+            "PRAGMA journal_mode = WAL",
+            "PRAGMA synchronous = NORMAL",  # what was acknowledged survives the process, not a loss of power
+            "BEGIN IMMEDIATE",
+            "CREATE TABLE IF NOT EXISTS reports"
+            " (run TEXT, round INTEGER, holder BLOB, report BLOB, PRIMARY KEY (run, round))",
+            "COMMIT",
+        ):
+            self._database.execute(statement)
 
     def __enter__(self) -> Self:
         return self
@@ -45,35 +69,40 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._database.close()
 
-    def load(self) -> Iterator[RoundReport]:
-        """Read the report of every whole line.
+    def load(self) -> Iterator[StoredReport]:
+        """Read the reports in the order in which they came.
 
-        A line that is not a report of this version is skipped with a warning; half a line is cut off.
+        One that is not a report of this version is skipped with a warning, and stays.
         """
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                _log.warning("%s:%d: half a line, cut off", self.path, number)
-                self._file.truncate(whole)
-                return
-            whole += len(line)
+        rows = self._database.execute("SELECT run, round, holder, report FROM reports ORDER BY rowid")
+        for run, number, holder, wire in rows:
             try:
-                yield RoundReport.from_json(line)
+                yield StoredReport(RoundReport.from_bytes(wire), holder)
             except ReportError as error:
-                _log.warning("%s:%d: skipped: %s", self.path, number, error)
+                _log.warning("%s: run %r, round %d: skipped: %s", self.path, run, number, error)
 
-    def append(self, report: RoundReport) -> None:
-        """Write a report.
+    def append(self, run: str, number: int, holder: bytes, wire: bytes) -> None:
+        """Write a serialised report.
 
         Raises:
-            OSError: the disk is full or gone; nothing of the report stays in the file.
+            OSError: the disk is full or gone; nothing of the report stays.
         """
-        line = report.to_json().encode() + b"\n"
-        end = self._file.seek(0, 2)
-        # A raw write may be short without an error; the rest of the line would make the file unreadable.
-        if self._file.write(line) != len(line):
-            self._file.truncate(end)
-            raise OSError(errno.ENOSPC, "no room for a round report", str(self.path))
+        try:
+            # The same run and round are there only where the history skipped them as of another version.
+            row = (run, number, holder, wire)
+            self._database.execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)", row)
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: {error}") from error
+
+    def forget(self, rounds: Iterable[tuple[str, int]]) -> None:
+        """Delete reports by run and round.
+
+        Raises:
+            OSError: the disk is gone.
+        """
+        try:
+            self._database.executemany("DELETE FROM reports WHERE run = ? AND round = ?", rounds)
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: {error}") from error

@@ -16,10 +16,12 @@ from fedbasin.proto.report import RoundReport, StageReport
 from fedbasin.server.observe import metric_catalogue as catalogue
 from fedbasin.server.observe.gauges import probe_cost, round_gauges
 from fedbasin.server.observe.metric_catalogue import Metric
+from fedbasin.server.printable import printable
 from fedbasin.strategies.round.outcomes import Outcome
 
 _OTHER = "other"
 _LONGEST_RUN_ID = 100  # OpenMetrics allows an exemplar 128 characters, names included
+_LONGEST_LABEL = 100
 
 
 class Vocabulary:
@@ -31,7 +33,8 @@ class Vocabulary:
         self._words = set(words)
 
     def admit(self, word: str) -> str:
-        """Return the word while there is room for it, and "other" afterwards."""
+        """Return the word, made printable, while there is room for it, and "other" afterwards."""
+        word = printable(word, _LONGEST_LABEL)
         if len(self._words) < self._most:
             self._words.add(word)
         return word if word in self._words else _OTHER
@@ -55,8 +58,9 @@ class Telemetry:
             )
             for metric in catalogue.HISTOGRAMS
         }
-        self._recipes = Vocabulary(32, catalogue.RECIPES)
-        self._stages = Vocabulary(32, catalogue.STAGES)
+        # Each recipe has some hundred series: a handful beside the known ones.
+        self._recipes = Vocabulary(len(catalogue.RECIPES) + 4, catalogue.RECIPES)
+        self._stages = Vocabulary(len(catalogue.STAGES) + 4, catalogue.STAGES)
         self._names = Vocabulary(64)
         # Full from the start: outcomes are a closed list, and any other word counts as "other".
         self._outcomes = Vocabulary(len(Outcome), (outcome.name for outcome in Outcome))
@@ -66,7 +70,7 @@ class Telemetry:
 
     def observe(self, report: RoundReport) -> None:
         """Count a round; to be called once for each."""
-        exemplar = {"run": report.run_id[:_LONGEST_RUN_ID], "round": str(report.round)}
+        exemplar = {"run": printable(report.run_id)[:_LONGEST_RUN_ID], "round": str(report.round)}
         source = _Source(self._recipes.admit(report.recipe), exemplar)
         self._create_counters(source.recipe)
         self._create_histograms(source.recipe)
@@ -131,8 +135,9 @@ class Telemetry:
         received = sum(client.bytes_up for client in stage.clients)
         self._count(catalogue.RECEIVED, source, received)
         self._count(catalogue.SENT, source, sum(client.bytes_down for client in stage.clients))
+        histogram = self._histograms[catalogue.CLIENT_SECONDS].labels(source.recipe, name)
         for client in stage.accepted:
-            self._time(catalogue.CLIENT_SECONDS, source, client.seconds, name)
+            histogram.observe(client.seconds, source.exemplar)
 
     def _count(self, metric: Metric, source: "_Source", amount: float, *labels: str) -> None:
         self._counters[metric].labels(source.recipe, *labels).inc(amount, source.exemplar)

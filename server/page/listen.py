@@ -6,13 +6,17 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from fedbasin.server.observe.access import Guard
+from fedbasin.server.observe.connections import count_connections
+from fedbasin.server.page.bounded_http import BoundedHttp
 
 _GRACE_SECONDS = 1
+_STALLED_MS = 60_000  # for a reader that takes nothing of what it was sent
 
 
 class _Server(uvicorn.Server):
@@ -47,11 +51,14 @@ async def listen(app: ASGIApp, host: str, port: int, guard: Guard) -> AsyncItera
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(f"cannot listen on {address} for Prometheus and the page: {reason}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)
+    return listener
 
 
 def _config(app: ASGIApp, guard: Guard) -> uvicorn.Config:
@@ -59,6 +66,7 @@ def _config(app: ASGIApp, guard: Guard) -> uvicorn.Config:
     # No logs: the output of `fedbasin observe --json` is the addresses, which programs read.
     return uvicorn.Config(
         app,
+        http=partial(BoundedHttp, most=count_connections()),  # type: ignore[arg-type] # a class there
         log_config=None,
         access_log=False,
         lifespan="off",

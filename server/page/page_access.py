@@ -6,32 +6,34 @@
 import base64
 import binascii
 import hmac
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedbasin.server.observe.access import Guard, is_loopback, read_token
+from fedbasin.server.observe.access import Guard, read_token
 
 _OPEN = "/metrics"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def page_guards(guard: Guard, host: str) -> list[Middleware]:
+def page_guards(guard: Guard, host: str, allowed_hosts: Iterable[str] = ()) -> list[Middleware]:
     """Return the middleware that checks a request before the page sees it.
 
     Args:
         guard: proof that the observer requires of its callers.
         host: address on which it listens.
+        allowed_hosts: names under which it may be reached, beside those of this machine and the address.
 
     Raises:
         AccessError: the token cannot be read, or can be guessed.
     """
-    names = [Middleware(LocalNames)] if is_loopback(host) else []
+    names = Middleware(AllowedHosts, names=_LOCAL | {host, *allowed_hosts})
     if guard.token_file is None:
-        return names
-    return [*names, Middleware(TokenCheck, token=read_token(guard.token_file))]
+        return [names]
+    return [names, Middleware(TokenCheck, token=read_token(guard.token_file))]
 
 
 class TokenCheck:
@@ -53,24 +55,26 @@ class TokenCheck:
         await app(scope, receive, send)
 
 
-class LocalNames:
-    """A middleware that refuses host names that lead to this machine but are not its own.
+class AllowedHosts:
+    """A middleware that refuses host names that lead to this machine but are not known to be its own.
 
-    An observer on loopback has no login. Without this, any site could let its own name point to 127.0.0.1 and read
-    the reports through a visitor's browser (DNS rebinding).
+    Without it, any site could let its own name point to this machine and read the reports through a visitor's browser
+    (DNS rebinding), which has no token to show on loopback, and shows the one that it has stored elsewhere.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    # Starlette's TrustedHostMiddleware takes the address [::1] for the name "[".
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
         self._app = app
+        self._names = frozenset(name.lower() for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Comparing host and origin would not help: with a rebound name they are equal.
         host = Headers(scope=scope).get("host", "")
         app: ASGIApp = self._app
-        if _strip_port(host) not in _LOCAL:
+        if _strip_port(host).lower() not in self._names:
             app = PlainTextResponse(
-                f"'{host}' is not a name of this machine; use 127.0.0.1, or let the observer listen on another address "
-                "with --host\n",
+                f"'{host}' is not a name of this observer; use 127.0.0.1 on its machine, or start it with "
+                "--allowed-host and the name\n",
                 421,
             )
         await app(scope, receive, send)

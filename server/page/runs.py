@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 
 from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.history import Entry, History
@@ -40,6 +40,7 @@ class RunReader:
         self._history = history
         # Summaries by run and number of the entry; the run that was shown longest ago comes first.
         self._summaries: dict[str, Mapping[int, RoundSummary]] = {}
+        self._thread = CapacityLimiter(1)
 
     async def read_run(self, run_id: str) -> ReportedRun:
         """Return a run; an empty id means the newest.
@@ -52,7 +53,7 @@ class RunReader:
             raise KeyError(run_id)
         cached = self._summaries.pop(run_id, {})
         # On a thread: parsing and summarising a long run would hold up the pushes on the loop.
-        summaries = await run_in_threadpool(_summarise, entries, cached)
+        summaries = await to_thread.run_sync(_summarise, entries, cached, limiter=self._thread)
         self._summaries[run_id] = summaries
         while len(self._summaries) > _CACHED_RUNS:
             del self._summaries[next(iter(self._summaries))]

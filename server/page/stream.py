@@ -4,30 +4,32 @@ Each event carries its round's number as id, so that a browser that reconnects g
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.history import ClosedError, Entry, History
-from fedbasin.server.report.summary import summarise, summary_to_json
 
 SILENCE_SECONDS = 15.0  # proxies close a connection that is silent for longer
 
 
 async def stream_events(history: History, run_id: str, from_round: int) -> AsyncGenerator[str, None]:
-    """Yield the events of one reader; `event: end` says that nothing more will come."""
-    yield ": connected\n\n"  # or the browser would wait for the headers as long as for a round
-    try:
-        async with (
-            aclosing(history.watch(run_id, from_round)) as entries,
-            aclosing(_with_silence(entries)) as entries_or_silence,
-        ):
-            async for entry in entries_or_silence:
-                yield _event(entry.report) if entry else ": still here\n\n"
-    except ClosedError:
-        return  # the observer stops: the reader's browser tries again
-    yield "event: end\ndata: {}\n\n"
+    """Yield the events of one reader; `event: end` says that nothing more will come.
+
+    Raises:
+        FullError: there are as many readers as there may be; nothing has been yielded yet.
+    """
+    with history.watching():
+        yield ": connected\n\n"  # or the browser would wait for the headers as long as for a round
+        try:
+            async with (
+                aclosing(history.watch(run_id, from_round)) as entries,
+                aclosing(_with_silence(entries)) as entries_or_silence,
+            ):
+                async for entry in entries_or_silence:
+                    yield _event(entry) if entry else ": still here\n\n"
+        except ClosedError:
+            return  # the observer stops: the reader's browser tries again
+        yield "event: end\ndata: {}\n\n"
 
 
 async def _with_silence(entries: AsyncIterator[Entry]) -> AsyncGenerator[Entry | None, None]:
@@ -47,6 +49,5 @@ async def _with_silence(entries: AsyncIterator[Entry]) -> AsyncGenerator[Entry |
         await asyncio.wait({pending})
 
 
-def _event(report: RoundReport) -> str:
-    data = json.dumps(summary_to_json(summarise(report)), allow_nan=False)
-    return f"id: {report.round}\nevent: round\ndata: {data}\n\n"
+def _event(entry: Entry) -> str:
+    return f"id: {entry.round}\nevent: round\ndata: {entry.brief}\n\n"

@@ -11,6 +11,13 @@ from fedbasin.server.report.document import draw_sections, render_document, them
 from fedbasin.server.report.progress_section import draw_overview
 from fedbasin.server.report.reported_run import ReportedRun
 
+_ROUND_DIGITS = 10
+_SHOWN = 20  # characters of a bad value
+
+
+class RoundError(ValueError):
+    """Text that is not the number of a round; the message says where it was given."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -28,9 +35,27 @@ class Choice:
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Self:
-        """Read the choice from an address; a round that is not a number counts as none."""
+        """Read the choice from an address.
+
+        Raises:
+            RoundError: the round is not a number.
+        """
         number = query.get("round", "")
-        return cls(query.get("run", ""), query.get("with", ""), int(number) if number.isdecimal() else None)
+        return cls(query.get("run", ""), query.get("with", ""), read_round(number, "round") if number else None)
+
+
+def read_round(text: str, name: str) -> int:
+    """Return the number of a round in an address or a header.
+
+    Raises:
+        RoundError: the text is not a number, or one that no round has.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= _ROUND_DIGITS):
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        raise RoundError(
+            f"{name} is '{shown}', which is not the number of a round; give one of 1 to {_ROUND_DIGITS} digits"
+        )
+    return int(text)
 
 
 def render_page(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: Choice) -> str:

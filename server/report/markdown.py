@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fedbasin.proto.report import PathSums, RoundReport
+from fedbasin.server.printable import printable
 from fedbasin.server.report.basin_section import CHARTS
 from fedbasin.server.report.charts.text import arrow, duration, number, size
 from fedbasin.server.report.replies_section import count_outcomes
@@ -29,7 +30,7 @@ def render_markdown(run: ReportedRun) -> str:
 def escape_cell(text: object) -> str:
     """Escape text so that it stays text in a cell of a table."""
     # Words of clients and apps come through here: a pipe or a newline would break the table.
-    one_line = " ".join(str(text).split())
+    one_line = printable(" ".join(str(text).split()))
     return "".join(f"\\{letter}" if letter in r"\`*_[]<>|#" else letter for letter in one_line)
 
 

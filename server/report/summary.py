@@ -163,7 +163,7 @@ def summary_to_json(summary: RoundSummary) -> dict[str, object]:
         "accuracy_barrier": _finite_values(vars(summary.accuracy_barrier)),
         "measures": _finite_values(summary.measures),
         "probing": {
-            "client_seconds": cost.client_seconds,
+            "client_seconds": _finite_or_null(cost.client_seconds),
             "server_seconds": _finite_or_null(cost.server_seconds),
             "bytes": cost.client_bytes + cost.server_bytes,
         },

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord
 
 from fedbasin.proto.report import Incident, IncidentKind, PathSums, RoundReport, StageReport
 from fedbasin.server.exchange.quorum import grouped_reasons
+from fedbasin.server.printable import printable
 from fedbasin.server.run.settings import Settings
 
 _MEGABYTE = 1e6
@@ -75,7 +76,7 @@ def round_lines(report: RoundReport, previous: RoundReport | None) -> Iterator[s
 
 def _metrics(now: Mapping[str, float], earlier: Mapping[str, float]) -> str:
     return ", ".join(
-        f"{name} {value:.4g}" + (f" ({value - earlier[name]:+.2g})" if name in earlier else "")
+        f"{printable(name)} {value:.4g}" + (f" ({value - earlier[name]:+.2g})" if name in earlier else "")
         for name, value in now.items()
         if isinstance(value, int | float)
     )

@@ -33,7 +33,15 @@ from fedbasin.server.run.log_lines import incident_line, round_lines, start_line
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
-from fedbasin.server.run.run_folder import RunFolder, RunRecord, app_of, check_writable, open_run_folder, run_id_of
+from fedbasin.server.run.run_folder import (
+    RunFolder,
+    RunRecord,
+    app_of,
+    check_writable,
+    open_run_folder,
+    read_run_key,
+    run_id_of,
+)
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.server.run.stop_signal import stop_signal
@@ -94,7 +102,6 @@ class RunLoop:
         self._probe_set = probe_set
         self._reporter = Reporter(self._run_id, rounds, self._settings.recipe)
         _check_observer(self._settings)
-        self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
         # Losses of the last good model, by name.
         self._losses: dict[str, float] = {}
@@ -130,6 +137,8 @@ class RunLoop:
             self._resume(checkpoint.load(self._folder))
         check_writable(self._folder)
         settings = self._settings
+        run_key = read_run_key(self._folder) if settings.observer else ""
+        self._observer = ObserverClient(settings.observer, settings.observer_pass, run_key)
         self._probe = ProbeRun(self._probe_set, settings.probe_clients, settings.probe_points, self._folder)
         self._probe.check(self._model, self._composition.align)
         # Its model is set at the end: the initial one would stay in memory for the whole run.

@@ -1,13 +1,16 @@
 """The folder of a run: found or made before the first message, and held by one process at a time.
 
-    runs/<run>/run.json    the app, its configuration, the number of rounds, and whether they are done
-    runs/<run>/.lock       held while a process writes into the folder
+    runs/<run>/run.json        the app, its configuration, the number of rounds, and whether they are done
+    runs/<run>/.lock           held while a process writes into the folder
+    runs/<run>/observer-key    the secret by which an observer knows the run
 
 A run whose process died goes on where it stopped as soon as the same app is started again with the same folder: its
 record says that rounds are missing, and its lock is free.
 """
 
 import json
+import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -205,3 +208,21 @@ def check_writable(folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> SettingsError:
     return SettingsError(f"folder = '{folder}': {error.strerror or error}; choose a folder that this process can write")
+
+
+def read_run_key(folder: Path) -> str:
+    """Return the secret by which an observer knows this run; it is made where the folder has none.
+
+    It lies in the folder, so that a run that goes on there after a crash is still the same to the observer.
+
+    Raises:
+        SettingsError: the file cannot be read or made.
+    """
+    file = folder / "observer-key"
+    try:
+        if not file.exists():
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as made:
+                made.write(secrets.token_hex(32))
+        return file.read_text()
+    except OSError as error:
+        raise SettingsError(f"folder = '{folder}': the observer's key of the run: {error}") from error

@@ -230,6 +230,7 @@ class Settings(BaseModel):
     observer_token_file: str = Field("", description="file with the observer's token")
     observer_cert: str = Field("", description="file with this run's own certificate, where the observer asks for one")
     observer_key: str = Field("", description="file with the key of that certificate")
+    observer_insecure: bool = Field(False, description="send the token to the observer without TLS, in plain text")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -378,7 +379,8 @@ class Settings(BaseModel):
     def observer_pass(self) -> Pass:
         """The credentials that the run shows its observer."""
         files = (self.observer_ca, self.observer_token_file, self.observer_cert, self.observer_key)
-        return Pass(*(Path(file) if file else None for file in files))
+        ca, token_file, cert, key = (Path(file) if file else None for file in files)
+        return Pass(ca, token_file, cert, key, self.observer_insecure)
 
     @property
     def composed(self) -> Recipe:

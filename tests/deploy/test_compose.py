@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 
 from fedbasin.deploy.processes import SCRIPTS, strip_colour
 from fedbasin.server.run.settings import read_settings
@@ -120,16 +121,31 @@ def test_everyone_finds_the_superlink_where_it_listens():
 
 
 def test_runs_report_to_the_observer_where_it_listens():
-    given = tomllib.loads(option("cli", "--run-config"))["fedbasin"]
-    settings = read_settings({f"fedbasin.{key}": value for key, value in given.items()})
+    given = parse_config_args([option("cli", "--run-config")])
+    settings = read_settings(given)
     assert settings.observer == f"observer:{option('observer', '--port')}"
-    assert given.keys() <= DIGITS["config"]["fedbasin"].keys()
+    assert {key.removeprefix("fedbasin.") for key in given} <= DIGITS["config"]["fedbasin"].keys()
+
+
+def test_the_observer_has_a_token_which_runs_and_the_command_line_find_where_it_is_made():
+    given = read_settings(parse_config_args([option("cli", "--run-config")]))
+    assert given.observer_token_file == option("observer", "--token-file")
+    assert given.observer_insecure
+    assert "--insecure" in command("observer")
+    (folder,) = [v for v in SERVICES["observer"]["volumes"] if v.startswith("access:")]
+    for service in ("superexec", "cli"):
+        assert f"{folder}:ro" in SERVICES[service]["volumes"]
+    assert folder.endswith(f"/{Path(given.observer_token_file).parent}")
+    environment = SERVICES["cli"]["environment"]
+    assert environment["FEDBASIN_TOKEN_FILE"] == f"{folder.partition(':')[2]}/{Path(given.observer_token_file).name}"
+    assert environment["FEDBASIN_INSECURE"] == "1"
 
 
 def test_prometheus_scrapes_the_observer_where_it_shows_its_metrics():
     jobs = {job["job_name"]: job for job in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]}
     (static,) = jobs["fedbasin"]["static_configs"]
     assert static["targets"] == [f"observer:{option('observer', '--metrics-port')}"]
+    assert option("observer", "--allowed-host") == "observer"
 
 
 def test_prometheus_is_given_every_rule_file_that_it_reads():
@@ -159,7 +175,7 @@ def test_a_run_in_containers_reaches_prometheus():
     with composed(port) as compose:
         health = compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
         assert sorted(health) == sorted(f"{s} healthy" for s in SERVICES if s != "cli")
-        config = 'fedbasin.observer="observer:9470" epochs=2 num-server-rounds=2'
+        config = f"{option('cli', '--run-config')} epochs=2 num-server-rounds=2"
         log = compose("run", "--rm", "-T", "cli", *command("cli")[:5], "--run-config", config)
         for count in ("rounds_total{recipe='regmean'} == 2", "runs_finished_total{recipe='regmean'} == 1"):
             wait_until(lambda count=count: asked(port, f"fedbasin_{count}"), log)

@@ -3,9 +3,11 @@
 import asyncio
 import math
 import socket
+import sqlite3
 import threading
 import urllib.request
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 
 import grpc
 import pytest
@@ -13,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
-from fedbasin.proto.observer_service import SERVICE, RemoteObserver
+from fedbasin.proto.observer_service import RUN_KEY, SERVICE, RemoteObserver
 from fedbasin.proto.report import SCHEMA_VERSION, ClientReport, StageReport
 from fedbasin.server.observe.history import History, Limits
 from fedbasin.server.observe.push import ObserverClient, connect
@@ -96,7 +98,8 @@ def test_a_time_that_no_dataclass_can_hold_is_refused_and_the_message_names_the_
     bad = report(1).to_message()
     bad.finished.seconds = 2**60
     with connect(shared[0].observer) as channel:
-        code, details = refused(ObserverStub(channel).PushRound, bad)
+        push_round = partial(ObserverStub(channel).PushRound, metadata=((RUN_KEY, "k" * 16),))
+        code, details = refused(push_round, bad)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert details.startswith("finished")
 
@@ -293,7 +296,8 @@ def test_a_restarted_observer_has_its_history_and_its_counters(tmp_path):
         stub.push_round(report(2, evaluate_metrics={"loss": math.nan}))  # known: pushed again after a lost reply
         stub.push_round(report(3))
         assert scrape(addresses)["fedbasin_rounds_total"] == 3
-    assert len((tmp_path / FILE).read_text().splitlines()) == 3
+    with served(store=tmp_path) as (_, stub):
+        assert rounds_of(stub) == [1, 2, 3]
 
 
 def test_a_line_is_dialled_once_and_outlives_an_observer_that_restarts(tmp_path, monkeypatch):
@@ -315,71 +319,101 @@ def test_a_line_is_dialled_once_and_outlives_an_observer_that_restarts(tmp_path,
     client.close()
 
 
-def test_a_half_written_last_line_is_survived(tmp_path):
+def test_a_report_that_is_none_of_this_version_is_skipped_by_name(tmp_path, caplog):
     with served(store=tmp_path) as (_, stub):
-        for number in (1, 2):
+        for number in (1, 2, 3):
             stub.push_round(report(number))
-    file = tmp_path / FILE
-    file.write_bytes(file.read_bytes()[:-20])
+    old = report(1, schema_version=SCHEMA_VERSION - 1).to_bytes()
+    with closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        database.execute("UPDATE reports SET report = ? WHERE round = 1", (old,))
+        database.execute("UPDATE reports SET report = ? WHERE round = 2", (b"\xff\xff",))
     with served(store=tmp_path) as (_, stub):
-        assert rounds_of(stub) == [1]
-        stub.push_round(report(3))
+        assert rounds_of(stub) == [3]
+        stub.push_round(report(1))  # a run that goes on may send it again
+    for number in (1, 2):
+        assert f"run 'run', round {number}: skipped" in caplog.text
     with served(store=tmp_path) as (_, stub):
         assert rounds_of(stub) == [1, 3]
 
 
-def test_a_line_that_is_no_report_is_skipped_by_name(tmp_path, caplog):
-    good = b'{"schema_version": 2, "run_id": "run", "round": 1, "from_the_future": 1}\n'
-    old = good.replace(b'"schema_version": 2, "run_id": "run"', b'"schema_version": 1, "run_id": "old"')
-    (tmp_path / FILE).write_bytes(b'{"round": "\xff"}\n' + b"not json\n" + old + good)
-    with served(store=tmp_path) as (_, stub):
-        assert rounds_of(stub) == [1]
-        assert [run.run_id for run in stub.list_runs()] == ["run"]
-    for number in (1, 2, 3):
-        assert f"{FILE}:{number}" in caplog.text
+def test_a_store_that_is_no_database_is_refused_by_name(tmp_path):
+    (tmp_path / FILE).write_bytes(b"not a database" * 1000)
+    with pytest.raises(OSError, match=FILE), observer(store=tmp_path):
+        pass
 
 
 def test_two_observers_do_not_share_a_store(tmp_path):
-    with observer(store=tmp_path), pytest.raises(BlockingIOError, match="another observer"), observer(store=tmp_path):
+    with observer(store=tmp_path), pytest.raises(OSError, match="another observer"), observer(store=tmp_path):
         pass
+
+
+def add(history, told):
+    return history.add(told, told.to_bytes(), b"holder")
 
 
 def test_the_history_is_bounded_by_runs_and_by_rounds():
     history = History(Limits(runs=2, rounds=3))
     for run in ("a", "b"):
         for number in range(1, 6):
-            history.add(report(number, run))
-    history.add(report(6, "a"))
-    history.add(report(1, "c"))  # b has been silent for longest
+            add(history, report(number, run))
+    assert add(history, report(6, "a")) == [("a", 3)]
+    assert add(history, report(1, "c")) == [("b", 3), ("b", 4), ("b", 5)]  # b has been silent for longest
     assert [run.run_id for run in history.runs()] == ["a", "c"]
     assert numbers(history.entries("a")) == [4, 5, 6]
 
 
-def test_the_history_is_bounded_by_bytes():
+def test_the_history_is_bounded_by_bytes_and_the_largest_run_pays():
     size = len(report(1, "a").to_bytes())
     history = History(Limits(wire_bytes=4 * size))
+    add(history, report(1, "b"))
     for number in (1, 2, 3):
-        history.add(report(number, "a"))
-    for number in (1, 2):
-        history.add(report(number, "b"))
-    assert numbers(history.entries("a")) == [2, 3]
-    history.add(report(3, "b"))
-    history.add(report(4, "b"))
-    assert [run.run_id for run in history.runs()] == ["b"]
-    history.add(report(5, "b"))
-    assert numbers(history.entries("b")) == [2, 3, 4, 5]
+        add(history, report(number, "a"))
+    for number in (4, 5):
+        add(history, report(number, "a"))
+    assert numbers(history.entries("a")) == [3, 4, 5]
+    assert numbers(history.entries("b")) == [1]
+    add(history, report(2, "b"))
+    assert numbers(history.entries("a")) == [4, 5]
+    assert numbers(history.entries("b")) == [1, 2]
+
+
+def test_runs_that_have_reported_lately_make_no_room_for_others():
+    with served(limits=Limits(runs=2)) as (_, stub):
+        for run in ("a", "b"):
+            stub.push_round(report(1, run))
+        code, details = refused(stub.push_round, report(1, "c"))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "'c'" in details
+        stub.push_round(report(2, "a"))
+        assert [run.run_id for run in stub.list_runs()] == ["a", "b"]
+
+
+def test_runs_that_are_silent_make_room_for_others():
+    with served(limits=Limits(runs=2, silent_seconds=0)) as (_, stub):
+        for run in ("a", "b", "c"):
+            stub.push_round(report(1, run))
+        assert [run.run_id for run in stub.list_runs()] == ["b", "c"]
+
+
+def test_the_store_is_bounded_as_the_history_is(tmp_path):
+    limits = Limits(rounds=2)
+    with served(store=tmp_path, limits=limits) as (_, stub):
+        for number in range(1, 6):
+            stub.push_round(report(number))
+    with served(store=tmp_path) as (_, stub):
+        assert rounds_of(stub) == [4, 5]
 
 
 def test_a_watcher_that_falls_behind_the_bound_goes_on_with_what_is_left():
     async def story():
         history = History(Limits(rounds=2))
-        history.add(report(1))
+        add(history, report(1))
         seen = []
         async for one in history.watch("run"):
             seen.append(one.round)
             if one.round == 1:
                 for number in range(2, 6):
-                    history.add(report(number, last=number == 5))
+                    add(history, report(number, last=number == 5))
         return seen
 
     assert asyncio.run(story()) == [1, 4, 5]
@@ -388,13 +422,13 @@ def test_a_watcher_that_falls_behind_the_bound_goes_on_with_what_is_left():
 def test_a_watcher_of_a_forgotten_run_hears_of_it_again_when_it_speaks():
     async def story():
         history = History(Limits(runs=1))
-        history.add(report(1, "a"))
+        add(history, report(1, "a"))
         seen = []
         async for one in history.watch("a"):
             seen.append(one.round)
             if one.round == 1:
-                history.add(report(1, "b"))
-                history.add(report(2, "a", last=True))
+                add(history, report(1, "b"))
+                add(history, report(2, "a", last=True))
         return seen
 
     assert asyncio.run(story()) == [1, 2]

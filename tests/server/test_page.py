@@ -89,9 +89,19 @@ def test_the_address_chooses_run_comparison_and_round(client):
     assert "Clients of round 3" in page
 
 
-@pytest.mark.parametrize("query", [{"round": "x"}, {"round": "-1"}, {"round": "99999"}])
-def test_a_round_that_is_none_shows_the_newest(client, query):
-    assert "Round 6: loss" in client.get("/", params=query).text
+def test_a_round_that_the_run_does_not_have_shows_the_newest(client):
+    assert "Round 6: loss" in client.get("/", params={"round": "99999"}).text
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "²", "٣", "9" * 5000, " 1", "1e3"])
+@pytest.mark.parametrize(("path", "name"), [("/", "round"), ("/api/runs/plain/rounds", "from"),
+                                            ("/api/runs/plain/events", "from"), ("/api/events", "from")])  # fmt: skip
+def test_a_round_that_is_no_number_is_refused_by_name(client, path, name, text):
+    answer = client.get(path, params={name: text})
+    assert answer.status_code == 400
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert answer.text.startswith(f"{name} is '{text[:20]}")
+    assert len(answer.text) < 200
 
 
 @pytest.mark.parametrize("path", ["/?run=nonsense", "/spaces?run=nonsense", "/api/runs/nonsense/rounds",
@@ -164,7 +174,8 @@ def test_a_silent_stream_says_that_it_is_there(monkeypatch):
 
     async def story():
         history = History()
-        history.add(run_of(rounds=1, of=2)[0])
+        (told,) = run_of(rounds=1, of=2)
+        history.add(told, told.to_bytes(), b"", "{}")
         coming = stream.stream_events(history, "", 0)
         heard = [await anext(coming) for _ in range(4)]
         await coming.aclose()

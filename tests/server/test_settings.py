@@ -65,6 +65,7 @@ WRONG = [
     ("observer-token-file", 1, "string"),
     ("observer-cert", 1, "string"),
     ("observer-key", 1, "string"),
+    ("observer-insecure", "perhaps", "boolean"),
     ("colour", "red", "there is no such setting; known are align, arrayrecord-key, attempts"),
     ("barrier_points", 3, "there is no such setting; known are"),
 ]

@@ -108,7 +108,11 @@ function follow() {
     : "api/events";
   source = new EventSource(address);
   source.addEventListener("open", () => say("live", "live"));
-  source.addEventListener("error", () => say("lost", "connection lost, trying again"));
+  source.addEventListener("error", () => {
+    if (source.readyState !== EventSource.CLOSED) return say("lost", "connection lost, trying again");
+    source = undefined; // refused, as where there are too many readers: the timer below goes on
+    say("waiting", "not live: looking every ten seconds");
+  });
   source.addEventListener("round", ({ data }) => {
     const round = JSON.parse(data);
     say("live", `live: round ${round.round} of ${round.rounds}`);

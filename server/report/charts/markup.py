@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import TypeAlias
 
+from fedbasin.server.printable import printable
+
 Attribute: TypeAlias = str | float | bool | None
 
 _VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})
@@ -29,9 +31,12 @@ def tag(name: str, /, *content: object, **attributes: Attribute) -> Html:
 
 
 def join(parts: Iterable[object]) -> Html:
-    """Return the parts one after the other, with other text than `Html` escaped."""
+    """Return the parts one after the other, with other text than `Html` escaped.
+
+    Control characters are written as escapes here, and not in attributes, whose values browsers send back.
+    """
     # The exact type: a subclass of Html made elsewhere would not have been escaped here.
-    return Html("".join(part if type(part) is Html else escape(str(part)) for part in parts))
+    return Html("".join(part if type(part) is Html else escape(printable(str(part))) for part in parts))
 
 
 def trusted(text: str) -> Html:
