@@ -1,0 +1,1 @@
+"""Merging rules: functions of one tensor of each model, `(anchor, tensors, weights, **parameters) -> tensor`."""
