@@ -7,12 +7,12 @@ Source: Arcee AI 2025, documentation of mergekit's method `arcee_fusion`. There 
 million entries come from a random sample; here they are exact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.tensors.pieces import map_rows, order_statistics, row_blocks
+from fedbasin.strategies.tensors.pieces import map_rows, order_statistics, working_dtype
 
 # Probabilities are raised by this, so that their logarithms are finite.
 _FLOOR = 1e-8
@@ -22,11 +22,9 @@ def arcee_fusion(anchor: Tensor, tensors: Sequence[Tensor], _weights: Sequence[f
     """Return the anchor with the most important entries of the other tensor."""
     pair = (anchor, *tensors)
 
-    def importances() -> Iterator[Tensor]:
-        return (_importance(block).reshape(-1) for _, block in row_blocks(pair))
-
+    importance = map_rows(_importance, [tensor.to(working_dtype(anchor)) for tensor in pair])
     quartiles = [int(q * (anchor.numel() - 1)) for q in (0.25, 0.5, 0.75)]
-    first, median, third = order_statistics(importances, quartiles)
+    first, median, third = order_statistics(lambda rows: rows[0], (importance,), quartiles)
     threshold = median + 1.5 * (third - first)
     return map_rows(lambda block: torch.where(_importance(block) >= threshold, block[1], block[0]), pair)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors, magnitudes
+from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors, magnitude
 from fedbasin.strategies.tensors.pieces import order_statistics
 
 
@@ -35,15 +35,13 @@ def breadcrumbs(
         normalize: divide by the weights.
         scale: factor of the sum (lambda).
     """
-    bounds = torch.tensor(
-        [_bounds(anchor, tensor, *parts) for tensor, *parts in zip(tensors, density, gamma, strict=True)],
-        dtype=torch.float32,
-    )
+    bounds = [_bounds(anchor, tensor, *parts) for tensor, *parts in zip(tensors, density, gamma, strict=True)]
 
     def trim(deltas: Tensor) -> Tensor:
-        lowest, highest = bounds.T[:, :, None]
-        sizes = deltas.abs().float()
-        return deltas * ((sizes >= lowest) & (sizes <= highest))
+        for delta, (low, high) in zip(deltas, bounds, strict=True):
+            sizes = delta.abs()
+            delta.masked_fill_((sizes < low) | (sizes > high), 0.0)
+        return deltas
 
     return add_task_vectors(anchor, tensors, weights, trim, consensus=consensus, normalize=normalize, scale=scale)
 
@@ -57,5 +55,5 @@ def _bounds(anchor: Tensor, tensor: Tensor, density: float, gamma: float) -> tup
     if not kept:
         return torch.inf, 0.0
     lowest = max(0, count - kept - int(gamma * count))
-    low, high = order_statistics(magnitudes(anchor, tensor), [lowest, lowest + kept - 1])
+    low, high = order_statistics(magnitude, (anchor, tensor), [lowest, lowest + kept - 1])
     return low, high

@@ -3,12 +3,12 @@
 sum_k w_k d_k        over all models, or over those whose w_k d_k has the sign of the sum
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.tensors.pieces import map_pieces, stacked_pieces
+from fedbasin.strategies.tensors.pieces import map_pieces
 
 Prune = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,8 @@ def add_task_vectors(
         anchor: the tensor that the models were fine-tuned from.
         tensors: the models' tensors.
         weights: factor of each task vector; a negative one subtracts it.
-        prune: takes a piece of all task vectors, `[models, elements]`, and returns it with entries set to zero.
+        prune: takes a piece of all task vectors, `[models, elements]`, which it may overwrite, and returns it with
+            entries set to zero.
         consensus: keep of each entry only the parts with the sign of the sum.
         normalize: divide by the sum of the absolute weights of the parts that are kept.
         scale: factor of the sum.
@@ -37,26 +38,28 @@ def add_task_vectors(
     factors = torch.tensor(weights, dtype=torch.float64)
 
     def kernel(rows: Tensor) -> Tensor:
-        column = factors.to(rows)[:, None]
-        return rows[0] + scale * _sum(prune(rows[1:] - rows[0]), column, consensus=consensus, normalize=normalize)
+        deltas = prune(rows[1:].sub_(rows[0]))
+        return _sum(deltas, factors.to(rows), consensus=consensus, normalize=normalize).mul_(scale).add_(rows[0])
 
     return map_pieces(kernel, (anchor, *tensors))
 
 
 def _sum(deltas: Tensor, weights: Tensor, *, consensus: bool, normalize: bool) -> Tensor:
-    parts = deltas * weights
+    sizes = weights.abs()
     if not consensus:
-        divisor = weights.abs().sum() if normalize else torch.ones(())
-        return parts.sum(dim=0) / (divisor or 1.0)
+        total = weights @ deltas
+        return total / sizes.sum() if normalize and sizes.any() else total
+    parts = deltas * weights[:, None]
+    positive, negative = parts.clamp(min=0).sum(dim=0), parts.clamp(max=0).sum(dim=0)
     # A sum of zero counts as positive, as in the paper's code.
-    agreed = torch.where(parts.sum(dim=0) >= 0, parts > 0, parts < 0)
-    total = (parts * agreed).sum(dim=0)
+    is_positive = positive >= -negative
+    total = torch.where(is_positive, positive, negative)
     if not normalize:
         return total
-    divisor = (weights.abs() * agreed).sum(dim=0)
-    return total / torch.where(divisor == 0, 1.0, divisor)
+    divisor = torch.where(is_positive, sizes @ (parts > 0).to(parts), sizes @ (parts < 0).to(parts))
+    return total.div_(divisor.masked_fill_(divisor == 0, 1.0))
 
 
-def magnitudes(anchor: Tensor, tensor: Tensor) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that yields the absolute entries of a task vector, piece by piece."""
-    return lambda: ((rows[1] - rows[0]).abs_() for rows in stacked_pieces((anchor, tensor)))
+def magnitude(rows: Tensor) -> Tensor:
+    """Return the absolute entries of a task vector from a piece of anchor and model."""
+    return (rows[1] - rows[0]).abs_()

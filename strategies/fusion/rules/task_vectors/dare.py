@@ -46,7 +46,8 @@ def dare(
         for delta, part, mask in zip(deltas, density, masks, strict=True):
             if part < 1:
                 draws = torch.from_numpy(mask.random(len(delta), dtype=np.float32))
-                delta.mul_(draws < part)
+                # The comparison writes 0 and 1 in place of the draws, which is faster than a mask.
+                delta.mul_(draws.lt_(part))
                 if rescale and part > 0:
                     delta.div_(part)
         return deltas

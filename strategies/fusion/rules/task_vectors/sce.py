@@ -24,7 +24,7 @@ def sce(anchor: Tensor, tensors: Sequence[Tensor], _weights: Sequence[float], *,
     floor = _smallest_variance(anchor, tensors, select_topk)
 
     def select(deltas: Tensor) -> Tensor:
-        return deltas if floor == 0 else deltas * (deltas.var(dim=0, correction=0).float() >= floor)
+        return deltas if floor == 0 else deltas * (deltas.var(dim=0, correction=0) >= floor)
 
     sizes = torch.zeros(len(tensors), dtype=torch.float64)
     for deltas in _deltas(anchor, tensors):
@@ -52,12 +52,12 @@ def _smallest_variance(anchor: Tensor, tensors: Sequence[Tensor], part: float) -
     if part >= 1:
         return 0.0
 
-    def variances() -> Iterator[Tensor]:
-        return (deltas.var(dim=0, correction=0) for deltas in _deltas(anchor, tensors))
+    def variance(rows: Tensor) -> Tensor:
+        return (rows[1:] - rows[0]).var(dim=0, correction=0)
 
-    varying = sum(int(values.count_nonzero()) for values in variances())
+    varying = sum(int(variance(rows).count_nonzero()) for rows in stacked_pieces((anchor, *tensors)))
     kept = int(varying * part)
     if not kept:
         return torch.inf
-    (floor,) = order_statistics(variances, [anchor.numel() - kept])
+    (floor,) = order_statistics(variance, (anchor, *tensors), [anchor.numel() - kept])
     return floor

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors, magnitudes
+from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors, magnitude
 from fedbasin.strategies.tensors.pieces import order_statistics
 
 
@@ -35,7 +35,10 @@ def ties(
     floors = [smallest_kept(anchor, tensor, part) for tensor, part in zip(tensors, density, strict=True)]
 
     def trim(deltas: Tensor) -> Tensor:
-        return deltas * (deltas.abs().float() >= torch.tensor(floors)[:, None])
+        for delta, floor in zip(deltas, floors, strict=True):
+            if floor > 0:
+                delta.masked_fill_(delta.abs() < floor, 0.0)
+        return deltas
 
     return add_task_vectors(anchor, tensors, weights, trim, consensus=True, normalize=normalize, scale=scale)
 
@@ -47,5 +50,5 @@ def smallest_kept(anchor: Tensor, tensor: Tensor, density: float) -> float:
         return 0.0
     if density <= 0:
         return torch.inf
-    (floor,) = order_statistics(magnitudes(anchor, tensor), [count - max(1, int(density * count))])
+    (floor,) = order_statistics(magnitude, (anchor, tensor), [count - max(1, int(density * count))])
     return floor
