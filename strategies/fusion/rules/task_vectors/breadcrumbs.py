@@ -40,7 +40,7 @@ def breadcrumbs(
     def trim(deltas: Tensor) -> Tensor:
         for delta, (low, high) in zip(deltas, bounds, strict=True):
             sizes = delta.abs()
-            delta.masked_fill_((sizes < low) | (sizes > high), 0.0)
+            delta.mul_(sizes.ge(low).logical_and_(sizes <= high))
         return deltas
 
     return add_task_vectors(anchor, tensors, weights, trim, consensus=consensus, normalize=normalize, scale=scale)

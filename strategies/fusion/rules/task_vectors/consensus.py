@@ -49,15 +49,16 @@ def _sum(deltas: Tensor, weights: Tensor, *, consensus: bool, normalize: bool) -
     if not consensus:
         total = weights @ deltas
         return total / sizes.sum() if normalize and sizes.any() else total
-    parts = deltas * weights[:, None]
-    positive, negative = parts.clamp(min=0).sum(dim=0), parts.clamp(max=0).sum(dim=0)
+    # Masks are numbers and are multiplied: torch selects by booleans entry by entry, ten times as slowly.
+    parts = deltas.mul_(weights[:, None])
     # A sum of zero counts as positive, as in the paper's code.
-    is_positive = positive >= -negative
-    total = torch.where(is_positive, positive, negative)
+    is_positive = torch.ge(parts.sum(dim=0), 0).to(parts)
+    agreed = (parts.sign() * (2 * is_positive - 1)).clamp_(min=0)
+    total = parts.mul_(agreed).sum(dim=0)
     if not normalize:
         return total
-    divisor = torch.where(is_positive, sizes @ (parts > 0).to(parts), sizes @ (parts < 0).to(parts))
-    return total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+    divisor = sizes @ agreed
+    return total.div_(divisor.add_(torch.eq(divisor, 0).to(divisor)))
 
 
 def magnitude(rows: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def ties(
     def trim(deltas: Tensor) -> Tensor:
         for delta, floor in zip(deltas, floors, strict=True):
             if floor > 0:
-                delta.masked_fill_(delta.abs() < floor, 0.0)
+                delta.mul_(delta.abs().ge_(floor))
         return deltas
 
     return add_task_vectors(anchor, tensors, weights, trim, consensus=True, normalize=normalize, scale=scale)
