@@ -26,7 +26,7 @@ from fedbasin.strategies.tensors.state import State
 _MOST_ROUNDS = 10
 
 # A round that brings no model closer by more than this is the last.
-_LEAST_GAIN = 1e-6
+_LEAST_GAIN = 1e-4
 
 Match = Callable[[State, State], MatchResult]
 

@@ -13,7 +13,7 @@ from fedbasin.server.files.align_file import require_equal_symmetries
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensors
-from fedbasin.server.files.merge.plan import PlannedTensor, layer_total, plan_merge
+from fedbasin.server.files.merge.plan import PlannedTensor, layer_sources, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, open_model
@@ -229,14 +229,25 @@ def _write_config(merge: PreparedMerge, folder: Path) -> None:
     if not config:
         return
     if merge.recipe.slices:
-        layers = layer_total(merge.plan)
-        config |= {key: layers for key in _LAYERS if key in config}
+        config |= _layer_config(merge, config)
     if merge.tokens is not None:
         config["vocab_size"] = merge.tokens.size
     if dtype := merge.recipe.out_dtype or merge.recipe.dtype:
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
     if config != merge.reference.config:
         (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _layer_config(merge: PreparedMerge, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config that depend on the layers, for the layers of the result."""
+    sources = layer_sources(merge.plan)
+    old = next((config[key] for key in _LAYERS if key in config), None)
+    changed: dict[str, Any] = {key: len(sources) for key in _LAYERS if key in config}
+    for key, value in config.items():
+        # Such as the kind of attention in each layer.
+        if isinstance(value, list) and len(value) == old:
+            changed[key] = [merge.models[source.model].config[key][source.layer] for source in sources]
+    return changed
 
 
 def _in_order(plan: Sequence[PlannedTensor], files: Sequence[PlannedFile]) -> list[PlannedTensor]:

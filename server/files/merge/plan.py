@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,13 @@ class Origin:
 
     model: Path
     name: str
+
+
+class LayerOrigin(NamedTuple):
+    """A layer of a model."""
+
+    model: Path
+    layer: int
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,14 @@ def plan_merge(recipe: MergeRecipe, shapes: Shapes) -> list[PlannedTensor]:
     return [_plan_tensor(recipe, row, shapes) for row in rows]
 
 
-def layer_total(plan: Sequence[PlannedTensor]) -> int | None:
-    """Return the number of layers of the result; None if it has none, or more than one stack."""
-    counts = layer_counts(tensor.name for tensor in plan)
-    return next(iter(counts.values())) if len(counts) == 1 else None
+def layer_sources(plan: Sequence[PlannedTensor]) -> list[LayerOrigin]:
+    """Return the layer that each layer of the result takes after: that of its first model, in the order of layers."""
+    origins: dict[int, LayerOrigin] = {}
+    for tensor in plan:
+        parts, source = layer_of(tensor.name), layer_of(tensor.sources[0].name)
+        if parts is not None and source is not None:
+            origins.setdefault(parts.layer, LayerOrigin(tensor.sources[0].model, source.layer))
+    return [origins[layer] for layer in sorted(origins)]
 
 
 def _anchor_of(recipe: MergeRecipe, part: Slice) -> Path | None:

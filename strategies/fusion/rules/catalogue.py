@@ -53,7 +53,7 @@ class Rule:
         per_model: parameters of a tensor in each model, with their defaults.
         weighted: True if the rule reads weights.
         random: True if it draws random numbers, and takes a seed for each model.
-        ignored: names that mergekit has for its own memory, and that change no result.
+        ignored: names that mergekit has for its own arithmetic and memory, and that change no result here.
     """
 
     name: str
@@ -115,7 +115,7 @@ RULES: Mapping[str, Rule] = {
         Rule("model_stock", model_stock, least=2, shared={"filter_wise": False}, weighted=False),
         Rule("slerp", slerp, most=1, shared={"t": None}, weighted=False),
         Rule("nuslerp", nuslerp, "optional", 2, 2, shared={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
-        Rule("multislerp", multislerp, "optional", shared={"normalize_weights": True}),
+        Rule("multislerp", multislerp, "optional", shared={"normalize_weights": True}, ignored=frozenset({"eps"})),
         Rule("karcher", karcher, "none", shared={"max_iter": 10, "tol": 1e-5}),
         Rule("nearswap", nearswap, most=1, shared={"t": None}, weighted=False),
         Rule("arcee_fusion", arcee_fusion, most=1, weighted=False),
