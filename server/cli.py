@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from fedbasin.server.extras import ExtrasGroup
-from fedbasin.server.files import commands
+from fedbasin.server.files import commands, merge_command
 from fedbasin.server.observe import observer_commands
 from fedbasin.server.observe.observer_commands import Json, failure
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(observer_commands.app)
 app.add_typer(commands.app)
+app.add_typer(merge_command.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -70,7 +70,7 @@ def inspect(
 
     Exits with 0, and with 2 if the model cannot be read or its symmetry is unknown.
     """
-    with _exit_on_failure():
+    with exit_on_failure():
         from fedbasin.server.files import inspection
         from fedbasin.server.files.reading import open_model
         from fedbasin.server.files.stored_symmetry import choose_spaces, symmetry_of
@@ -82,7 +82,7 @@ def inspect(
     if notation:
         typer.echo(str(part), nl=False)
     else:
-        _print([result], inspection.render_inspection(result), as_json=as_json)
+        print_results([result], inspection.render_inspection(result), as_json=as_json)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def align(
     Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C, which
     leaves nothing behind.
     """
-    with _exit_on_failure():
+    with exit_on_failure():
         import torch
 
         from fedbasin.server.files import align_file, transform_file, writing
@@ -146,7 +146,7 @@ def align(
         _write(stored, output, align_file.apply_transform(match.transform, stored))
         if transform is not None:
             transform_file.save(match.transform, transform)
-    _print([match.report], align_file.render_alignment(match.report), as_json=as_json)
+    print_results([match.report], align_file.render_alignment(match.report), as_json=as_json)
 
 
 @app.command()
@@ -161,7 +161,7 @@ def apply(
 
     Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C.
     """
-    with _exit_on_failure():
+    with exit_on_failure():
         from fedbasin.server.files import align_file, transform_file, writing
         from fedbasin.server.files.reading import open_model
 
@@ -201,7 +201,7 @@ def check(
 
     Exits with 0, with 1 if an element changed the function, and with 2 if the model cannot be built.
     """
-    with _exit_on_failure():
+    with exit_on_failure():
         from fedbasin.server.files import building, checking
         from fedbasin.server.files.reading import ModelError, open_model
         from fedbasin.server.files.stored_symmetry import choose_spaces, symmetry_of
@@ -216,13 +216,13 @@ def check(
         whole = symmetry_of(stored, symmetry, config, state, rotate_residual=rotate_residual)
         part = choose_spaces(whole, spaces or (), first, last)
         verdicts = checking.check_kinds(runnable, part, trials=trials, seed=seed)
-    _print(verdicts, checking.render_verdicts(verdicts), as_json=as_json)
+    print_results(verdicts, checking.render_verdicts(verdicts), as_json=as_json)
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)
 
 
 @contextmanager
-def _exit_on_failure() -> Iterator[None]:
+def exit_on_failure() -> Iterator[None]:
     """Turn an expected failure into one line on stderr and an exit code."""
     try:
         from fedbasin.server.files.reading import ModelError
@@ -238,7 +238,7 @@ def _exit_on_failure() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _print(results: Sequence[Any], table: "Group", *, as_json: bool) -> None:
+def print_results(results: Sequence[Any], table: "Group", *, as_json: bool) -> None:
     """Print results, which are dataclasses, as JSON lines or as a table."""
     from rich.console import Console
 
@@ -248,7 +248,7 @@ def _print(results: Sequence[Any], table: "Group", *, as_json: bool) -> None:
         Console(highlight=False, markup=False).print(table)
 
 
-def _progress(*columns: "ProgressColumn") -> "Progress":
+def progress_bar(*columns: "ProgressColumn") -> "Progress":
     """Return a progress bar on stderr that is shown only in a terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -264,7 +264,7 @@ def _matching_progress() -> "Iterator[Callable[[str], None]]":
 
     # Without a percentage, because the number of sweeps is not known in advance.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with _progress(*columns) as progress:
+    with progress_bar(*columns) as progress:
         task = progress.add_task("matching", total=None)
         yield lambda name: progress.update(task, description=f"matching {name}")
 
@@ -272,7 +272,7 @@ def _matching_progress() -> "Iterator[Callable[[str], None]]":
 def _write(model: "StoredModel", output: Path, state: "Mapping[str, Tensor]") -> None:
     from fedbasin.server.files import writing
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("writing", total=sum(t.nbytes for t in model.values()))
         writing.write(model, output, state, lambda size: progress.advance(task, size))
     for name in writing.skipped_weights(model):

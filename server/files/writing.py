@@ -36,17 +36,22 @@ def write(model: StoredModel, target: Path, state: Mapping[str, Tensor], on_writ
         ModelError: the target cannot be written, or a tensor would change its shape or dtype.
     """
     try:
-        with _replacing(target) as part:
+        with replacing(target) as part:
             if not model.is_folder:
                 _write_file(model.path, part, state, on_write)
                 return
-            shutil.copytree(model.path, part, ignore=_weights_and_hidden)
+            copy_other_files(model, part)
             for shard in model.shards:
                 _write_file(shard, part / shard.name, state, on_write)
             if SINGLE not in {shard.name for shard in model.shards}:
                 shutil.copyfile(model.path / INDEX, part / INDEX)
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+
+
+def copy_other_files(model: StoredModel, folder: Path) -> None:
+    """Make a folder with everything that is in a model's folder but weights, such as configs and the tokenizer."""
+    shutil.copytree(model.path, folder, ignore=_weights_and_hidden)
 
 
 def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
@@ -110,7 +115,7 @@ def skipped_weights(model: StoredModel) -> list[str]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """Yield a path beside the target that replaces it on success, and is removed on failure."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")

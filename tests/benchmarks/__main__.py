@@ -14,6 +14,7 @@ from tests.benchmarks import (
     bench_matching,
     bench_matching_memory,
     bench_memory,
+    bench_merge,
     bench_observer,
     bench_one_round,
     bench_own_features,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "own_features": bench_own_features.measure,
     "stages": bench_stages.measure,
     "lora": bench_lora.measure,
+    "merge": bench_merge.measure,
     "page": bench_page.measure,
 }
 

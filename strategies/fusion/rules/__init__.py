@@ -1,1 +1,1 @@
-"""Rules by which models become one, tensor by tensor."""
+"""Merging rules: functions of one tensor of each model, `(anchor, tensors, weights, **parameters) -> tensor`."""

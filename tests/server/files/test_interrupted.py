@@ -95,3 +95,52 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:  # Linux's way to say that the other end is closed
         return b""
+
+
+# As HELD, but a merge writes from several threads, which end what they have begun.
+SLOW = """
+import itertools, time
+from fedbasin.server import cli
+from fedbasin.server.files.merge.layout import TensorWriter
+
+write, written = TensorWriter.write, itertools.count()
+
+def slow(self, name, tensor):
+    if next(written) == 3:
+        print("held", flush=True)
+    time.sleep(0.2)
+    write(self, name, tensor)
+
+TensorWriter.write = slow
+cli.main()
+"""
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> list[str]:
+    """Return the arguments that merge two models of many tensors."""
+    for name in "ab":
+        save_file({f"t{number}": torch.zeros(2**21) for number in range(12)}, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "abo"]
+    return ["merge", *paths[:2], "--rule", "linear", "-o", paths[2]]
+
+
+def test_ctrl_c_in_a_merge_leaves_nothing_behind(merge: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW, *merge]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+            assert list(tmp_path.glob(".*.part"))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(LONG) == 130
+            assert process.stderr.read() == b""
+        finally:
+            process.kill()
+    assert left(tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_disk_that_is_full_in_a_merge_leaves_nothing_behind(merge: list[str], tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, *merge], capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 2
+    assert "o.safetensors: cannot be written: File too large; nothing was left behind" in done.stderr
+    assert left(tmp_path) == ["a.safetensors", "b.safetensors"]

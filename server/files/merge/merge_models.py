@@ -1,0 +1,256 @@
+"""A merge from recipe to files: models are opened, refused or planned by their headers, aligned, merged and written."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedbasin.proto.report import AlignmentReport
+from fedbasin.server.files.align_file import require_equal_symmetries
+from fedbasin.server.files.merge.alignment import align_states
+from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
+from fedbasin.server.files.merge.merging import check_copies, merge_tensors
+from fedbasin.server.files.merge.plan import PlannedTensor, layer_sources, plan_merge
+from fedbasin.server.files.merge.recipe import MergeRecipe
+from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
+from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, open_model
+from fedbasin.server.files.stored_symmetry import symmetry_of
+from fedbasin.server.files.writing import copy_other_files, replacing
+from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
+from fedbasin.strategies.symmetry.folding import FoldError
+from fedbasin.strategies.tensors.parallel import is_finite, one_core
+from fedbasin.strategies.tensors.state import State
+
+# Keys of a config that hold the number of layers, by family.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        rule: name of the rule.
+        models: paths of the models, the base model first.
+        output: path of the result.
+        tensors: number of its tensors.
+        parameters: number of their entries.
+        bytes: their size.
+        seconds: time of reading, merging and writing.
+        vocabulary: number of rows of its tables, if they were merged by token.
+        alignments: reports of the searches, in their order.
+    """
+
+    rule: str
+    models: tuple[str, ...]
+    output: str
+    tensors: int
+    parameters: int
+    bytes: int
+    seconds: float
+    vocabulary: int | None
+    alignments: tuple[AlignmentReport, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMerge:
+    """A merge that is known to be possible.
+
+    Attributes:
+        recipe: the recipe.
+        models: the opened models, the base model or the first one first.
+        states: their tensors, by token where a vocabulary was chosen.
+        tokens: the vocabulary of the result, if it is not that of all models.
+        plan: the tensors of the result.
+    """
+
+    recipe: MergeRecipe
+    models: Mapping[Path, StoredModel]
+    states: Mapping[Path, State]
+    tokens: TokenPlan | None
+    plan: Sequence[PlannedTensor]
+
+    @property
+    def reference(self) -> StoredModel:
+        """The model whose config and other files the result has."""
+        first = next(iter(self.models.values()))
+        return first if self.tokens is None else self.models[self.tokens.model]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the result's tensors."""
+        return sum(tensor.nbytes for tensor in self.plan)
+
+
+def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
+    """Open the models and plan the merge, from headers, configs and tokenizers alone.
+
+    Raises:
+        ModelError: names what makes the merge impossible, and the remedy.
+    """
+    models = {path: open_model(path) for path in recipe.paths()}
+    shapes = {path: model.shapes() for path, model in models.items()}
+    sizes = {path: size for path, model in models.items() if (size := _vocabulary_size(model, shapes[path]))}
+    tokens = plan_tokens(list(models), recipe.vocabulary, sizes)
+    if recipe.align != "off":
+        _check_alignment(recipe, models)
+    if tokens is None:
+        return PreparedMerge(recipe, models, models, None, plan_merge(recipe, shapes))
+    tables = frozenset(
+        name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
+    )
+    by_token = {path: TokenState(path, models, tokens, tables) for path in models}
+    planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
+    return PreparedMerge(recipe, models, by_token, tokens, plan_merge(recipe, planned))
+
+
+def write_merge(
+    merge: PreparedMerge, target: Path, shard: int, on_write: Callable[[int], None], on_match: Callable[[str], None]
+) -> MergeReport:
+    """Align, merge and write; the target appears when it is complete.
+
+    Args:
+        merge: the merge.
+        target: folder, or file where the first model is one; what is there is replaced.
+        shard: largest number of bytes in one file of a folder.
+        on_write: called with the size in bytes of each tensor that was written.
+        on_match: called with the name of each tensor that a search reads.
+
+    Raises:
+        ModelError: a tensor cannot be read or merged, or the target cannot be written.
+    """
+    start = time.perf_counter()
+    check_copies(merge.plan, merge.states)
+    states, alignments = _align(merge, on_match)
+    files = plan_files(merge.plan, _metadata(merge), shard if merge.reference.is_folder else None)
+    try:
+        with replacing(target) as part:
+            if merge.reference.is_folder:
+                copy_other_files(merge.reference, part)
+                _write_config(merge, part)
+                write_index(files, merge.nbytes, part)
+                if merge.tokens is not None:
+                    write_tokenizer(merge.tokens, part)
+            paths = [part / file.name for file in files] if merge.reference.is_folder else [part]
+            with TensorWriter(files, paths) as writer:
+                merge_tensors(_in_order(merge.plan, files), states, writer, on_write)
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+    return MergeReport(
+        merge.recipe.merge_method,
+        tuple(map(str, merge.models)),
+        str(target),
+        len(merge.plan),
+        sum(_numel(tensor) for tensor in merge.plan),
+        merge.nbytes,
+        time.perf_counter() - start,
+        None if merge.tokens is None else merge.tokens.size,
+        tuple(alignments),
+    )
+
+
+def refuse_full_disk(merge: PreparedMerge, target: Path) -> None:
+    """Refuse a target on a disk without room for it, before anything is computed.
+
+    Raises:
+        ModelError: says how many bytes are free.
+    """
+    free = shutil.disk_usage(target.parent).free
+    if free < merge.nbytes:
+        raise ModelError(f"{target}: needs {merge.nbytes} bytes, but {free} are free there; make room")
+
+
+def _numel(tensor: PlannedTensor) -> int:
+    return tensor.nbytes // tensor.dtype.itemsize
+
+
+def _vocabulary_size(model: StoredModel, shapes: State) -> int | None:
+    size = model.config.get("vocab_size")
+    has_table = isinstance(size, int) and any(is_table(name, shapes[name].shape, size) for name in shapes)
+    return size if has_table else None
+
+
+def _token_shapes(shapes: State, tables: frozenset[str], tokens: TokenPlan) -> State:
+    return {
+        name: tensor.new_empty((tokens.size, *tensor.shape[1:])) if name in tables else tensor
+        for name, tensor in shapes.items()
+    }
+
+
+def _check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> None:
+    """Refuse models that cannot be aligned: without a symmetry, or of two architectures."""
+    first, *others = models.values()
+    symmetry = symmetry_of(first)
+    for model in others:
+        require_equal_symmetries(first, model, symmetry, symmetry_of(model))
+    if len(models) < 2:
+        raise ModelError(f"align: {recipe.align} needs a second model; leave align out")
+
+
+def _align(merge: PreparedMerge, on_match: Callable[[str], None]) -> tuple[Mapping[Path, State], list[AlignmentReport]]:
+    if merge.recipe.align == "off":
+        return merge.states, []
+    symmetry = symmetry_of(next(iter(merge.models.values())))
+    folded = []
+    for path, state in merge.states.items():
+        _refuse_not_finite(path, state)
+        try:
+            folded.append(fold_state(symmetry, state))
+        except FoldError as error:
+            raise ModelError(f"{path}: {error}") from error
+
+    def match(anchor: State, model: State) -> MatchResult:
+        on_match(f"model {len(merge.models)}")
+        return find_by_weights(symmetry, anchor, model)
+
+    aligned = align_states(symmetry, folded, merge.recipe.align, match)
+    return dict(zip(merge.states, aligned.states, strict=True)), aligned.reports
+
+
+def _refuse_not_finite(path: Path, state: State) -> None:
+    with one_core():
+        for name in state:
+            if not is_finite(state[name]):
+                raise ModelError(
+                    f"{path}: {name!r} has entries that are infinite or not a number; leave this model out"
+                )
+
+
+def _metadata(merge: PreparedMerge) -> Mapping[str, str]:
+    # A notation names the layers of the model that it was written for.
+    return merge.reference.metadata if merge.recipe.models else {}
+
+
+def _write_config(merge: PreparedMerge, folder: Path) -> None:
+    config: dict[str, Any] = dict(merge.reference.config)
+    if not config:
+        return
+    if merge.recipe.slices:
+        config |= _layer_config(merge, config)
+    if merge.tokens is not None:
+        config["vocab_size"] = merge.tokens.size
+    if dtype := merge.recipe.out_dtype or merge.recipe.dtype:
+        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    if config != merge.reference.config:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _layer_config(merge: PreparedMerge, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config that depend on the layers, for the layers of the result."""
+    sources = layer_sources(merge.plan)
+    old = next((config[key] for key in _LAYERS if key in config), None)
+    changed: dict[str, Any] = {key: len(sources) for key in _LAYERS if key in config}
+    for key, value in config.items():
+        # Such as the kind of attention in each layer.
+        if isinstance(value, list) and len(value) == old:
+            changed[key] = [merge.models[source.model].config[key][source.layer] for source in sources]
+    return changed
+
+
+def _in_order(plan: Sequence[PlannedTensor], files: Sequence[PlannedFile]) -> list[PlannedTensor]:
+    """Return the tensors in the order of their places, so that files are written from the front."""
+    tensors = {tensor.name: tensor for tensor in plan}
+    return [tensors[name] for file in files for name in file.places]

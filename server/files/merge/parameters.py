@@ -1,0 +1,112 @@
+"""Values of a rule's parameters at one tensor: by model and slice, by a filter on its name, by a gradient over layers.
+
+    weight: 0.5          weight: [0, 1]          weight: [{filter: mlp, value: [0, 1]}, {value: 0.3}]
+
+A gradient is interpolated linearly from the first layer to the last; tensors outside the layers have its first value.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedbasin.server.files.merge.recipe import Parameters
+from fedbasin.server.files.reading import ModelError
+from fedbasin.strategies.fusion.rules.catalogue import ARGUMENTS, Rule, Scalar
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a merge.
+
+    Attributes:
+        name: its name in the result.
+        depth: position of its layer, 0 for the first to 1 for the last.
+    """
+
+    name: str
+    depth: float
+
+
+def rule_arguments(
+    rule: Rule, place: Place, shared: Sequence[Parameters], by_model: Sequence[tuple[str, Parameters]]
+) -> tuple[list[float], dict[str, Any]]:
+    """Return the weights of the models and the keyword arguments of the rule at one tensor.
+
+    Args:
+        rule: the rule.
+        place: the tensor.
+        shared: parameters of the slice and of the recipe; the first that has a value counts.
+        by_model: for each model its own name of the tensor and its parameters, which count before the shared ones.
+
+    Raises:
+        ModelError: a parameter has no value, or one of another type.
+    """
+    arguments: dict[str, Any] = {}
+    for name, default in rule.shared.items():
+        arguments[ARGUMENTS.get(name, name)] = _value(name, default, place, shared)
+
+    def listed(name: str, default: Scalar | None) -> list[Any]:
+        return [
+            _value(name, default, Place(own_name, place.depth), (own_parameters, *shared))
+            for own_name, own_parameters in by_model
+        ]
+
+    arguments |= {name: listed(name, default) for name, default in rule.per_model.items()}
+    return listed("weight", 1.0) if rule.weighted else [1.0] * len(by_model), arguments
+
+
+def _value(name: str, default: Scalar | None, place: Place, scopes: Iterable[Parameters]) -> Scalar:
+    for scope in scopes:
+        if name in scope and (value := _evaluate(scope[name], place, name)) is not None:
+            return _typed(name, value, default)
+    if default is None:
+        raise ModelError(f"parameters: {name} has no value for {place.name!r}; give one without a filter")
+    return default
+
+
+def _evaluate(setting: Any, place: Place, name: str) -> Any:
+    """Return the value of a setting at a tensor; None if no filter fits."""
+    conditions = [setting] if isinstance(setting, Mapping) else setting
+    if not isinstance(conditions, list):
+        return conditions
+    if not conditions:
+        raise ModelError(f"parameters: {name} is an empty list; give at least one value")
+    if all(isinstance(condition, Mapping) for condition in conditions):
+        return _evaluate_filters(conditions, place, name)
+    values = [_number(name, value) for value in conditions]
+    position = place.depth * (len(values) - 1)
+    before = min(int(position), len(values) - 1)
+    after = min(before + 1, len(values) - 1)
+    return values[before] + (position - before) * (values[after] - values[before])
+
+
+def _evaluate_filters(conditions: Sequence[Mapping[str, Any]], place: Place, name: str) -> Any:
+    for condition in conditions:
+        if unknown := sorted(map(str, condition.keys() - {"filter", "value"})):
+            raise ModelError(f"parameters: {name} has the key {unknown[0]!r}; a filter has filter and value")
+        if "value" not in condition:
+            raise ModelError(f"parameters: {name} has a filter without a value; give one")
+    for condition in conditions:
+        pattern = condition.get("filter")
+        if pattern in (None, "*") or str(pattern) in place.name:
+            return _evaluate(condition["value"], place, name)
+    return None
+
+
+def _typed(name: str, value: Any, default: Scalar | None) -> Scalar:
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ModelError(f"parameters: {name} is {value!r}; it must be true or false")
+        return value
+    number = _number(name, value)
+    return int(number) if isinstance(default, int) else number
+
+
+def _number(name: str, value: Any) -> float:
+    # YAML reads 1e-5 as a word, because it has no point.
+    if not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise ModelError(f"parameters: {name} is {value!r}; it must be a number")

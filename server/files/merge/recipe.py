@@ -1,0 +1,149 @@
+"""Recipes of merges: YAML files with mergekit's keys and two of our own, or options of the command.
+
+merge_method: ties          base_model: BASE          models: [{model: A, parameters: {weight: 0.5}}, ...]
+slices: [{sources: [{model: A, layer_range: [0, 8]}]}]          parameters, dtype, out_dtype, tokenizer_source
+align: star | chain | tree | universe          seed: 0
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedbasin.server.files.reading import ModelError
+from fedbasin.strategies.fusion.rules.catalogue import RULES, Rule
+
+Align = Literal["off", "star", "chain", "tree", "universe"]
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+Parameters = dict[str, Any]
+
+# Keys of mergekit that choose how it computes, not what.
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+# Older files of mergekit nest a path as it was once represented.
+_Path = Annotated[Path, BeforeValidator(lambda value: value["model"]["path"] if isinstance(value, dict) else value)]
+
+
+class Source(BaseModel):
+    """One model, or some of its layers, with its own parameters."""
+
+    model_config = _STRICT
+    model: _Path
+    layer_range: tuple[int, int] | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class Slice(BaseModel):
+    """A run of layers of the result, merged from equally many layers of each source."""
+
+    model_config = _STRICT
+    sources: tuple[Source, ...] = Field(min_length=1)
+    base_model: _Path | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class TokenizerChoice(BaseModel):
+    """The tokenizer of the result."""
+
+    model_config = _STRICT
+    source: str = "union"
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+
+
+class MergeRecipe(BaseModel):
+    """A merge: a rule, its models, and its parameters by model, slice and tensor."""
+
+    model_config = _STRICT
+    merge_method: str
+    models: tuple[Source, ...] | None = Field(default=None, min_length=1)
+    slices: tuple[Slice, ...] | None = Field(default=None, min_length=1)
+    base_model: _Path | None = None
+    parameters: Parameters = Field(default_factory=dict)
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    tokenizer_source: str | None = None
+    tokenizer: TokenizerChoice | None = None
+    align: Align = "off"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def check_keys(self) -> "MergeRecipe":
+        """Refuse a recipe without a known rule, or with two answers to one question."""
+        if self.merge_method not in RULES:
+            raise ValueError(f"merge_method: {self.merge_method!r} is unknown; there are {', '.join(RULES)}")
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("models, slices: give one of the two")
+        if self.tokenizer and self.tokenizer_source:
+            raise ValueError("tokenizer, tokenizer_source: give one of the two")
+        if self.slices and self.align != "off":
+            raise ValueError("align: only whole models can be aligned; leave slices or align out")
+        self._check_parameters()
+        return self
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the catalogue."""
+        return RULES[self.merge_method]
+
+    @property
+    def parts(self) -> tuple[Slice, ...]:
+        """The slices; one for a recipe of whole models."""
+        return self.slices or (Slice(sources=self.models or ()),)
+
+    @property
+    def vocabulary(self) -> TokenizerChoice | None:
+        """The choice of a tokenizer, if the recipe makes one."""
+        return TokenizerChoice(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+
+    def paths(self) -> list[Path]:
+        """Return the paths of all models, the anchor first, each once."""
+        bases = (self.base_model, *(part.base_model for part in self.parts))
+        sources = (source.model for part in self.parts for source in part.sources)
+        return list(dict.fromkeys(path for path in (*bases, *sources) if path is not None))
+
+    def _check_parameters(self) -> None:
+        sources = [source.parameters for part in self.parts for source in part.sources]
+        for parameters in (self.parameters, *(part.parameters for part in self.parts), *sources):
+            if unknown := sorted(parameters.keys() - self.rule.parameters):
+                known = ", ".join(sorted(self.rule.parameters)) or "none"
+                raise ValueError(f"parameters: {self.merge_method} has no parameter {unknown[0]!r}; it has {known}")
+
+
+def read_recipe(path: Path) -> MergeRecipe:
+    """Read a recipe from a YAML file; paths of models are relative to the working directory.
+
+    Raises:
+        ModelError: the file is not YAML, or a key is unknown, missing or has a wrong value.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ModelError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds no keys; a recipe has merge_method, and models or slices")
+    return make_recipe(content, str(path))
+
+
+def make_recipe(content: dict[str, Any], name: str) -> MergeRecipe:
+    """Make a recipe from its keys; `name` stands in the message of an error.
+
+    Raises:
+        ModelError: a key is unknown, missing or has a wrong value.
+    """
+    try:
+        return MergeRecipe.model_validate(content)
+    except ValidationError as error:
+        raise ModelError(f"{name}: {'; '.join(_describe(error.errors()))}") from error
+
+
+def _describe(errors: Iterable[Any]) -> list[str]:
+    """Return each fault with the key where it is."""
+    words = {"extra_forbidden": "is unknown here; leave it out", "missing": "is missing; give it"}
+    lines = []
+    for error in errors:
+        place = ".".join(map(str, error["loc"]))
+        text = words.get(error["type"], error["msg"].removeprefix("Value error, "))
+        lines.append(f"{place}: {text}" if place and error["type"] not in words else f"{place} {text}".strip())
+    return lines

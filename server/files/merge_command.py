@@ -1,0 +1,132 @@
+"""The command `fedbasin merge`, with the exit codes of the other commands on model files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedbasin.server.files.commands import Force, Json, Output, Threads, exit_on_failure, print_results, progress_bar
+
+if TYPE_CHECKING:
+    from fedbasin.server.files.merge.merge_models import MergeReport, PreparedMerge
+    from fedbasin.server.files.merge.recipe import MergeRecipe
+
+app = typer.Typer()
+
+
+@app.command()
+def merge(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE.yaml | MODEL...", help="A recipe; or, with --rule, the models.")
+    ],
+    output: Output,
+    rule: Annotated[str | None, typer.Option(help="Merging rule, as merge_method in a recipe.")] = None,
+    anchor: Annotated[
+        Path | None, typer.Option(help="The model that the others were fine-tuned from, as base_model.")
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Weight of each MODEL, in their order.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Parameter of the rule.")
+    ] = None,
+    align: Annotated[
+        str | None, typer.Option(metavar="ORDER", help="Align first: star, chain, tree or universe.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
+    shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models of one architecture into one, tensor by tensor.
+
+    A recipe has mergekit's keys; docs/how-to/merging.md lists them and the rules. Options that a recipe has as keys
+    are refused beside one, apart from --align and --dtype, which replace its keys.
+
+    Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C, which
+    leaves nothing behind.
+    """
+    with exit_on_failure():
+        import torch
+
+        from fedbasin.server.files import writing
+        from fedbasin.server.files.merge.merge_models import prepare_merge, refuse_full_disk
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        keys = {"align": align, "dtype": dtype}
+        recipe = _recipe(inputs, rule, anchor, weight or [], parameter or [], keys)
+        merge = prepare_merge(recipe)
+        for source in (*merge.models, *(inputs if rule is None else ())):
+            writing.refuse_overlap(source, output)
+        writing.refuse_target(merge.reference, output, force=force)
+        refuse_full_disk(merge, output)
+        report = _write(merge, output, int(shard_size * 1e9))
+    print_results([report], _render(report), as_json=as_json)
+
+
+def _recipe(
+    inputs: list[Path],
+    rule: str | None,
+    anchor: Path | None,
+    weights: list[float],
+    parameters: list[str],
+    keys: dict[str, str | None],
+) -> "MergeRecipe":
+    from fedbasin.server.files.merge.recipe import make_recipe, read_recipe
+    from fedbasin.server.files.reading import ModelError
+
+    given = {key: value for key, value in keys.items() if value is not None}
+    if rule is None:
+        if anchor or weights or parameters or len(inputs) > 1:
+            raise ModelError("--rule: is missing; without it the only argument is a recipe, which has all else as keys")
+        recipe = read_recipe(inputs[0])
+        # Without the keys that it leaves out, which `slices` and `models` exclude in turn.
+        return make_recipe(recipe.model_dump(exclude_unset=True) | given, str(inputs[0])) if given else recipe
+    if weights and len(weights) != len(inputs):
+        raise ModelError(f"--weight: was given {len(weights)} times for {len(inputs)} models; give one for each")
+    models: list[dict[str, Any]] = [{"model": path} for path in inputs]
+    for model, weight in zip(models, weights, strict=False):
+        model["parameters"] = {"weight": weight}
+    content = {"merge_method": rule, "models": models, "parameters": dict(map(_parameter, parameters)), **given}
+    return make_recipe(content | ({"base_model": anchor} if anchor else {}), "fedbasin merge")
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    import yaml
+
+    from fedbasin.server.files.reading import ModelError
+
+    name, equals, value = text.partition("=")
+    if not equals or not value:
+        raise ModelError(f"--parameter: {text!r} has no value; write NAME=VALUE")
+    return name, yaml.safe_load(value)
+
+
+def _write(merge: "PreparedMerge", output: Path, shard: int) -> "MergeReport":
+    from fedbasin.server.files.merge.merge_models import write_merge
+
+    with progress_bar() as progress:
+        task = progress.add_task("merging", total=merge.nbytes)
+        return write_merge(
+            merge,
+            output,
+            shard,
+            lambda size: progress.update(task, advance=size, description="merging"),
+            lambda name: progress.update(task, description=f"matching {name}"),
+        )
+
+
+def _render(report: "MergeReport") -> Any:
+    from rich.console import Group
+
+    from fedbasin.server.report.charts.text import size
+
+    lines = [
+        f"{report.rule} of {len(report.models)} models: {report.parameters:,} parameters in {report.tensors} tensors, "
+        f"{size(report.bytes)} in {report.seconds:.1f} s"
+    ]
+    for number, alignment in enumerate(report.alignments, 1):
+        lines.append(f"search {number}: distance {alignment.distance_before:.6g} → {alignment.distance_after:.6g}")
+    if report.vocabulary is not None:
+        lines.append(f"merged by token, {report.vocabulary} tokens")
+    return Group(*lines)
