@@ -83,7 +83,7 @@ class Composition:
             settings.bounds,
         )
 
-    def sample(self, online: Collection[int], number: int, fraction: float, minimum: int) -> list[int]:
+    def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
         """Return the nodes that a round asks: the same ones for the same round, also after a resume.
 
         Args:

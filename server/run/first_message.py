@@ -33,8 +33,12 @@ class Check:
         self._model = model
         self.request = replace(needs, stage=CHECK, kind="evaluate")
 
-    def accept(self, node: int, update: Update) -> None:
-        """Take any reply: nothing is summed."""
+    def check(self, update: Update) -> tuple[Update, None]:
+        """Take any reply."""
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:
+        """Sum nothing."""
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)

@@ -237,7 +237,7 @@ class RunLoop:
             (client,) = attempt.report().clients
             if client.is_accepted:
                 return
-            self._state.note(attempt.report())
+            self._state.note(attempt.report(), self._done + 1)
             self._state.exclude_from_evaluation(attempt.report())
         if prevents_training(client.outcome, client.detail):
             raise QuorumLostError(attempt.report(), attempt.needed, len(nodes))
@@ -406,7 +406,7 @@ class RunLoop:
         late = self._collect(attempt)
         while attempt.accepted < attempt.needed and (tries := tries - 1):
             self._state.note(attempt.report(), number)
-            online = self._state.online(self._grid, 1)
+            online = self._state.online(self._grid, number, 1)
             # A stage that builds on what its clients have kept can ask nobody else.
             attempt.ask_again(online, late, others=plan.nodes is None)
             late = self._collect(attempt)
@@ -429,7 +429,6 @@ class RunLoop:
         """Ask and add what comes; return the nodes that have not answered, by the id of the message."""
         replies = self._stream(attempt.messages, attempt)
         attempt.add_all(replies)
-        self._state.note(attempt.report())
         return replies.unanswered
 
     def _stream(self, messages: list[Message], attempt: StageAttempt | None) -> NodeReplies:

@@ -249,13 +249,13 @@ class RunState:
 
     def sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
         """Wait for nodes and return the sampled ones."""
-        admitted = self.strikes.admitted(self.online(grid, minimum), server_round, minimum)
-        return self.composition.sample(admitted, server_round, fraction, minimum)
+        online = self.online(grid, server_round, minimum)
+        return self.composition.sample(online, server_round, fraction, minimum)
 
     def _ask_again(self, attempt: StageAttempt, grid: Grid, server_round: int) -> Iterable[Message]:
         """Ask whoever is online now for what a stage still lacks."""
         self.trained = None
-        online = self.online(grid, self.settings.min_train_nodes)
+        online = self.online(grid, server_round, self.settings.min_train_nodes)
         late = {key: message.node_id for key, message in self.unanswered.items()}
         attempt.ask_again(self.composition.shuffled(online, server_round), late)
         return attempt.messages
@@ -264,10 +264,11 @@ class RunState:
         """Keep the messages of a training stage that nobody has answered yet."""
         self.unanswered = remember(waiting, self.unanswered, attempt.request, self.settings.late_rounds)
 
-    def online(self, grid: Grid, minimum: int) -> list[int]:
-        """Wait for nodes and return those that are online."""
+    def online(self, grid: Grid, server_round: int, minimum: int) -> list[int]:
+        """Wait for nodes and return those that are online and not in quarantine."""
         settings = self.settings
-        return await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
+        nodes = await_nodes(grid, max(settings.min_available_nodes, minimum), settings.wait_timeout_seconds)
+        return self.strikes.admitted(nodes, server_round, minimum)
 
     def round_context(self, server_round: int, config: ConfigRecord) -> RoundContext:
         settings = self.settings

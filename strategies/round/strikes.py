@@ -1,6 +1,6 @@
 """Strikes: a client whose replies are refused for what is in them is not asked for some rounds."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedbasin.proto.report import StageReport
@@ -54,7 +54,7 @@ class Strikes:
         """Return the clients that are in quarantine in a round, with the last round of it."""
         return {node: until for node, until in self.until.items() if number <= until}
 
-    def admitted(self, nodes: Iterable[int], number: int, fewest: int) -> Collection[int]:
+    def admitted(self, nodes: Iterable[int], number: int, fewest: int) -> list[int]:
         """Return the nodes that may be asked in a round; all of them where too few would be left."""
         nodes = list(nodes)
         free = [node for node in nodes if node not in self.quarantined(number)]
