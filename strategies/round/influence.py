@@ -15,7 +15,7 @@ Honest clients differ by the size and the labels of their data; the multiples ar
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TypeVar
@@ -40,7 +40,9 @@ _FEWEST_DIRECTIONS = 5
 _MOST_EXAMPLES = 5.0
 _LARGE_NORM, _LARGEST_NORM = 2.5, 6.0
 _LARGEST_TENSOR = 10.0
-_LARGE_STATISTIC, _LARGEST_STATISTIC = 5.0, 50.0
+# Statistics are cut back above so many median deviations from the median, and above the second multiple anyway; what is
+# the same for all honest clients, as the mean of a Fisher diagonal for each example, has no deviation.
+_DEVIATIONS, _LARGE_STATISTIC, _LARGEST_STATISTIC = 10.0, (1.1, 5.0), 50.0
 
 # Cosines with the median client's direction. Where that direction means little to half of the clients, nobody is judged
 # by it; a little below zero, because a cosine of sampled entries has an error of about .015.
@@ -191,8 +193,8 @@ class _Cohort:
         usual = _medians(measure.norms for measure in measures)
         self.norms = {name: max(norm, shares.get(name, 0.0)) for name, norm in usual.items()}
         per_example = [self.per_example(measure, measure.statistics) for measure in measures]
-        self.statistics = _medians(per_example)
-        self.moments = _medians(self.per_example(measure, measure.moments) for measure in measures)
+        self.statistics = _usual(per_example)
+        self.moments = _usual([self.per_example(measure, measure.moments) for measure in measures])
 
     def per_example(self, measure: Measure, values: Mapping[Block, float]) -> dict[Block, float]:
         """Return values of a client for each example that counts."""
@@ -206,6 +208,17 @@ def _medians(clients: Iterable[Mapping[Key, float]]) -> dict[Key, float]:
         for key, value in client.items():
             values.setdefault(key, []).append(value)
     return {key: median(entries) for key, entries in values.items()}
+
+
+def _usual(clients: Sequence[Mapping[Block, float]]) -> dict[Block, tuple[float, float]]:
+    """Return the median of each layer's values, and the multiple of it above which a value is cut back."""
+    medians = _medians(clients)
+    deviations = _medians({block: abs(v - medians[block]) for block, v in client.items()} for client in clients)
+    least, most = _LARGE_STATISTIC
+    return {
+        block: (usual, min(max(1 + _DEVIATIONS * deviations[block] / usual, least), most) if usual else most)
+        for block, usual in medians.items()
+    }
 
 
 def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> Verdict:
@@ -249,11 +262,11 @@ def _statistic_factors(measure: Measure, cohort: _Cohort) -> dict[Block, float]:
         ("norm of the cross-moment", measure.moments, cohort.moments),
     ):
         for block, value in cohort.per_example(measure, values).items():
-            usual = medians[block]
+            usual, large = medians[block]
             if usual and not value <= _LARGEST_STATISTIC * usual:
                 name = "+".join(block)
                 detail = f"the {what} of {name} is {value:.3g} for each example, the median is {usual:.3g}"
                 raise Refusal(Outcome.out_of_line, detail)
-            if usual and value > _LARGE_STATISTIC * usual:
-                factors[block] = min(factors.get(block, 1.0), _LARGE_STATISTIC * usual / value)
+            if usual and value > large * usual:
+                factors[block] = min(factors.get(block, 1.0), large * usual / value)
     return factors

@@ -152,6 +152,16 @@ def statistic(change, block=LAYER):
     return statistics(changed)
 
 
+def all_pieces(factor):
+    """The same reply with every statistic multiplied."""
+
+    def scaled(reply):
+        grown = (replace(s, pieces=tuple(factor * piece for piece in s.pieces)) for s in reply.statistics)
+        return replace(reply, statistics=tuple(grown))
+
+    return typed(scaled)
+
+
 def gram(change):
     """The same of a Gram matrix, which travels as a triangle."""
 
@@ -386,6 +396,30 @@ CASES = {
     "a negative Fisher": Case(
         O.not_positive, statistic(torch.neg, ("3.bias",)), "fisher", "3.bias"
     ),
+    "names of a wrapped module": Case(
+        O.missing_tensor,
+        tensors(lambda s: [s.update({f"module.{name}": s.pop(name)}) for name in list(s)]),
+        detail=r"0\.bias.*in place of them it has module\.0\.bias.*without 'module\.'",
+    ),
+    "one huge weight": Case(O.out_of_line, entry("3.weight", 1e30), detail="norm of its update"),
+    "the largest weight": Case(O.out_of_line, entry("0.bias", 3.4e38), detail="norm of its update"),
+    "one tensor far away": Case(O.out_of_line, entry("3.bias", 3.0), detail=r"update of 3\.bias|norm of its update"),
+    "a model times -10": Case(
+        O.out_of_line, tensors(lambda s: [s.update({n: s[n] * -10}) for n in s if n.endswith(("weight", "bias"))])
+    ),
+    "a negative variance": Case(O.not_positive, entry("1.running_var", -1.0), detail="running_var has the variance -1"),
+    "a variance beyond all inputs": Case(O.out_of_line, entry("1.running_var", 3e38), detail="no finite inputs"),
+    "a large variance": Case(O.out_of_line, entry("1.running_var", 1e9), detail="running_var"),
+    "a Gram of a million times the inputs": Case(
+        O.out_of_line, all_pieces(1e6), "regmean", "mean diagonal of the statistic"
+    ),
+    "a Fisher of a million times": Case(O.out_of_line, all_pieces(1e6), "fisher", "mean diagonal"),
+    "a Kronecker factor of a million times": Case(O.out_of_line, all_pieces(1e6), "kfac", "mean diagonal"),
+    "the client's own refusal": Case(
+        O.non_finite, fields(outcome="non_finite", detail="0.weight of its own"), detail="0.weight of its own"
+    ),
+    "a refusal that accepts": Case(O.malformed, fields(outcome="accepted"), detail="'accepted'"),
+    "a refusal of no name": Case(O.malformed, fields(outcome="x" * 99), detail="xxx"),
     "too many bytes": Case(O.too_large, tensors(lambda s: s.update(x=torch.ones(9999))), max_bytes=9999),
 }  # fmt: skip
 
@@ -395,7 +429,15 @@ def test_the_table_covers_every_outcome():
     # A factor is frozen in models with adapters, which this one has not: `test_fuse_adapters`.
     # So many clients as are too many for Kronecker factors are in `test_checks`.
     # What an app's own aggregate_train leaves out is below.
-    elsewhere = {Outcome.not_symmetric, Outcome.frozen_changed, Outcome.too_many, Outcome.left_out}
+    # Where handling fails, and where a sum overflows, is in `test_guard`.
+    elsewhere = {
+        Outcome.not_symmetric,
+        Outcome.frozen_changed,
+        Outcome.too_many,
+        Outcome.left_out,
+        Outcome.not_handled,
+        Outcome.overflow,
+    }
     assert {case.outcome for case in CASES.values()} == set(Outcome) - elsewhere
 
 
