@@ -20,6 +20,7 @@ from tests.benchmarks import (
     bench_own_starts,
     bench_page,
     bench_rebasin,
+    bench_robust,
     bench_stages,
     bench_telemetry,
     bench_tensors,
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "stages": bench_stages.measure,
     "lora": bench_lora.measure,
     "page": bench_page.measure,
+    "robust": bench_robust.measure,
 }
 
 
