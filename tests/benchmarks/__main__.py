@@ -21,6 +21,7 @@ from tests.benchmarks import (
     bench_own_starts,
     bench_page,
     bench_rebasin,
+    bench_robust,
     bench_stages,
     bench_telemetry,
     bench_tensors,
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "lora": bench_lora.measure,
     "merge": bench_merge.measure,
     "page": bench_page.measure,
+    "robust": bench_robust.measure,
 }
 
 

@@ -1,6 +1,6 @@
 """Flower's own robust strategies and ours on the same messages, and where they differ.
 
-- Krum's tie: of equal scores Flower takes the first to arrive, we the smaller update.
+- Krum's tie: of equal scores Flower takes the one that its sort puts first, we the smaller update.
 - Flower's distances are over all arrays, ours over floating tensors: a counter is no place in space.
 - Flower's median of integers is a float64 array; ours is an integer of some client.
 - Flower's median and trimmed mean work in the arrays' dtype, ours in double.
@@ -79,12 +79,12 @@ def test_the_same_messages_give_the_same_model(name, seed, hostile, more, power,
 
 
 @pytest.mark.parametrize("places", [(0, 1, 2, 10, 11, 12), (12, 11, 10, 2, 1, 0)], ids=["near first", "far first"])
-def test_of_two_equal_scores_the_smaller_update_is_taken_and_flower_takes_the_first(places):
+def test_of_two_equal_scores_the_smaller_update_is_taken_whatever_the_order(places):
     # The inner ones of each group have three neighbours at squared distances of 1, 4 and 64.
     states = [{"scale": torch.tensor(float(place))} for place in places]
     ours, theirs = exchange("krum", 6, 1, states, [10] * 6, anchor={"scale": torch.tensor(0.0)})
     assert float(ours["scale"]) == 2
-    assert float(theirs["scale"]) == places[2]
+    assert float(theirs["scale"]) in (2, 10)
 
 
 def test_a_counter_is_no_place_in_space_and_stays_an_integer():

@@ -88,7 +88,7 @@ def make_app(recipe: str) -> ClientApp:
     return app
 
 
-def final_arrays(recipe, optimizer, tmp_path, start):
+def final_arrays(recipe, optimizer, tmp_path, start, robust=""):
     federation = Federation(make_app(recipe), {}, clients=3)
     model = make_model(recipe)
     strategy = FedBasin(
@@ -96,6 +96,8 @@ def final_arrays(recipe, optimizer, tmp_path, start):
         model=model,
         example=None if RECIPES[recipe].lora else torch.zeros(2, 6),
         server_optimizer=optimizer,
+        robust=robust,
+        min_train_nodes=3,
         folder=tmp_path,
         poll_seconds=0.01,
     )
@@ -108,12 +110,16 @@ CASES = [
     *(("fedavg", optimizer) for optimizer in SERVER_OPTIMIZERS),
     *(("regmean", optimizer) for optimizer in ("momentum", "yogi")),
 ]
+ROBUST = [("fedavg", "median"), ("regmean", "geometric-median"), ("lora-rotated", "norm-clipping"), ("lorm", "median")]
 
 
-@pytest.mark.parametrize(("recipe", "optimizer"), CASES)
-def test_flowers_loop_and_ours_end_in_the_same_bits(recipe, optimizer, tmp_path):
-    ours = final_arrays(recipe, optimizer, tmp_path / "a", FedBasin.start)
-    flowers = final_arrays(recipe, optimizer, tmp_path / "b", Strategy.start)
+@pytest.mark.parametrize(
+    ("recipe", "optimizer", "robust"),
+    [*((*case, "") for case in CASES), *((recipe, "", robust) for recipe, robust in ROBUST)],
+)
+def test_flowers_loop_and_ours_end_in_the_same_bits(recipe, optimizer, robust, tmp_path):
+    ours = final_arrays(recipe, optimizer, tmp_path / "a", FedBasin.start, robust)
+    flowers = final_arrays(recipe, optimizer, tmp_path / "b", Strategy.start, robust)
     initial = ArrayRecord(make_model(recipe).state_dict())
     assert {n: a.data for n, a in ours.items()} == {n: a.data for n, a in flowers.items()}
     assert {n: a.data for n, a in ours.items()} != {n: a.data for n, a in initial.items()}

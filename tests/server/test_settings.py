@@ -23,6 +23,9 @@ WRONG = [
     ("ridge", math.inf, "finite"),
     ("ridge", "much", "number"),
     ("shrink", 1.5, "less than or equal to 1"),
+    ("robust", "mode", "choose one of median, geometric-median"),
+    ("robust", 1, "string"),
+    ("hostile-clients", -1, "greater than or equal to 0"),
     ("align", "both", "'auto', 'client', 'server' or 'off'"),
     ("align", True, "'auto', 'client', 'server' or 'off'"),
     ("matcher", "best", "'weights', 'sinkhorn', 'activations' or 'learned'"),
@@ -112,6 +115,31 @@ def test_every_key_has_a_wrong_value_in_the_table():
         ({"fused_points": 3, "fraction_evaluate": 0.0}, {}, "nobody evaluates.*set a fraction"),
         ({"ridge": 0.5}, {}, "ridge = 0.5 with recipe = 'fedavg'.*set ridge = 0, or.* fisher, .*lorm"),
         ({"bootstrap": "best", "start": "own"}, {}, r"'best' needs a score; pass score_fn="),
+        ({"robust": "krum"}, {}, "robust = 'krum' needs the number.*set hostile-clients = 1"),
+        ({"hostile_clients": 2}, {}, "without a robust rule: set robust to one of trimmed-mean, krum"),
+        ({"robust": "median", "hostile_clients": 2}, {}, "told no number; set hostile-clients = 0, or.*bulyan"),
+        ({"robust": "median"}, {}, "min-train-nodes = 2 .* needs 3 clients.*set min-train-nodes = 3"),
+        (
+            {"robust": "bulyan", "hostile_clients": 2, "min_train_nodes": 10},
+            {},
+            "min-train-nodes = 10 .* needs 11 clients.*set min-train-nodes = 11, or.*fewer hostile-clients",
+        ),
+        (
+            {"robust": "median", "recipe": "lora", "min_train_nodes": 3},
+            {},
+            "with recipe = 'lora': .* choose the recipe lora-rotated",
+        ),
+        ({"robust": "median", "sum": "fast", "min_train_nodes": 3}, {}, "sum = 'fast' .* set sum = 'reproducible'"),
+        (
+            {"robust": "median", "start": "own", "min_train_nodes": 3},
+            {},
+            "bootstrap = 'first' .* set bootstrap = 'medoid'",
+        ),
+        (
+            {"robust": "median", "start": "own", "align": "client", "merge": "tree", "min_train_nodes": 3},
+            {},
+            "merge = 'tree' .* set merge = 'star'",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(config, arguments, message):

@@ -3,6 +3,7 @@
 Writes docs/records/hostile-clients.md.
 """
 
+import logging
 import platform
 from itertools import product
 
@@ -30,6 +31,7 @@ RULES = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     console = Console(highlight=False)
     tables = []
     for recipe in RECIPES:
