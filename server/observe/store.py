@@ -5,16 +5,18 @@ before it is whole.
 """
 
 import errno
-import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from filelock import FileLock, Timeout
+
 from fedbasin.proto.report import ReportError, RoundReport
 
 FILE = "rounds.jsonl"
+LOCK = ".lock"
 
 _log = logging.getLogger(__name__)
 
@@ -29,15 +31,15 @@ class Store:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
+        self._lock = FileLock(folder / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, "another observer writes here; give each a folder of its own", str(folder)
+            ) from None
         # Unbuffered: what was acknowledged has left this process.
         self._file: BinaryIO = self.path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise BlockingIOError(
-                error.errno, "another observer writes here; give each a folder of its own", str(folder)
-            ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +48,7 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
+        self._lock.release()
 
     def load(self) -> Iterator[RoundReport]:
         """Read the report of every whole line.

@@ -227,6 +227,7 @@ class RunLoop:
     def _reported_round(self, number: int, previous: RoundReport | None) -> RoundReport:
         """Run one round; the observer also hears of one that fails."""
         _LOG.info("[ROUND %d/%d]", number, self._rounds)
+        self._state.functions.round = number
         try:
             report = self._round(number)
         except BaseException as error:  # Flower ends apps with one that is no Exception
@@ -253,6 +254,7 @@ class RunLoop:
         )
         checkpoint.save(self._folder, saved)
         self._push(report)
+        self._state.functions.raise_failure()
         return report
 
     def _push(self, report: RoundReport) -> None:
@@ -426,13 +428,11 @@ class RunLoop:
     def _evaluate_on_server(self, number: int) -> dict[str, float]:
         if self._evaluate_fn is None:
             return {}
-        metrics = self._evaluate_fn(number, self._arrays)
-        if metrics is None:
+        metrics = self._state.functions.metrics("evaluate_fn", self._evaluate_fn, number, self._arrays)
+        if not number:
+            self._state.functions.raise_failure()
+        if not metrics:
             return {}
-        if not isinstance(metrics, MetricRecord):
-            raise SettingsError(
-                f"evaluate_fn returned a {type(metrics).__name__} in round {number}; return a MetricRecord or None"
-            )
         self._result.evaluate_metrics_serverapp[number] = metrics
         return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
 

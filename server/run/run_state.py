@@ -14,6 +14,7 @@ from fedbasin.proto.report import ClientReport, StageReport
 from fedbasin.server.exchange.late_replies import Unanswered, remember
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
+from fedbasin.server.run.app_functions import AppFunctions
 from fedbasin.server.run.composition import Composition, ScoreFn, compose
 from fedbasin.server.run.guard import NonFiniteModelError, check_finite
 from fedbasin.server.run.log_lines import stage_line
@@ -64,6 +65,7 @@ class RunState:
         evaluated: the result of the last evaluation.
         refusals: reports of the clients that the last stage refused, by node id.
         training: the training stage that has asked and lacks a quorum; None where the next one asks from the start.
+        functions: the calls of the app's own functions.
         without_evaluate: nodes whose app has no function that evaluates.
         unanswered: messages of training stages whose replies may still come, by their ids.
     """
@@ -80,6 +82,7 @@ class RunState:
     evaluated: StageResult | None = None
     refusals: dict[int, ClientReport] = field(default_factory=dict)
     training: StageAttempt | None = None
+    functions: AppFunctions = field(default_factory=AppFunctions)
     without_evaluate: set[int] = field(default_factory=set)
     unanswered: dict[str, Unanswered] = field(default_factory=dict)
 
@@ -131,7 +134,8 @@ class RunState:
         if attempt.accepted < attempt.needed:
             self.trained, self.training = StageResult({}, report), attempt
             return None, None
-        anchor, result = attempt.request.anchor, attempt.finish(self.parts.train_metrics_fn)
+        metrics_fn = self._guarded("train_metrics_aggr_fn", self.parts.train_metrics_fn)
+        anchor, result = attempt.request.anchor, attempt.finish(metrics_fn)
         # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
         self.trained = replace(result, model={})
         del attempt
@@ -182,7 +186,7 @@ class RunState:
         self.evaluated = StageResult({}, attempt.report())
         if not attempt.accepted:
             return None
-        self.evaluated = attempt.finish(self.parts.evaluate_metrics_fn)
+        self.evaluated = attempt.finish(self._guarded("evaluate_metrics_aggr_fn", self.parts.evaluate_metrics_fn))
         return MetricRecord(dict(self.evaluated.metrics))
 
     def is_single_stage(self, server_round: int) -> bool:
@@ -309,4 +313,13 @@ class RunState:
     def _measure_client(self, node: int, parameters: State) -> Mapping[str, float]:
         if self.probe is not None:
             self.probe.keep(node, parameters)
-        return {} if self.parts.client_metrics_fn is None else self.parts.client_metrics_fn(node, parameters)
+        function = self.parts.client_metrics_fn
+        if function is None or not self.in_start:
+            return {} if function is None else function(node, parameters)
+        return self.functions.numbers("client_metrics_fn", function, node, parameters)
+
+    def _guarded(self, name: str, function: MetricsFn | None) -> MetricsFn | None:
+        """Return a function of the app whose failure is raised once the round is saved; Flower's loop saves nothing."""
+        if function is None or not self.in_start:
+            return function
+        return partial(self.functions.metrics, name, function)
