@@ -190,7 +190,11 @@ class RunLoop:
             self._limits, timeout_seconds=min(self._limits.timeout_seconds, PATIENCE_SECONDS), quorum=1.0, attempts=1
         )
         needs = self._composition.needs(self._done + 1, self._state.recipe)
-        nodes = self._state.sample(self._grid, self._done + 1, 1.0, 1)[:2]
+        # Two of those that will evaluate the round's model in any case.
+        settings = self._settings
+        nodes = self._state.sample(self._grid, self._done + 1, settings.fraction_evaluate, settings.min_evaluate_nodes)[
+            :2
+        ]
         for node in nodes:
             attempt = StageAttempt(
                 partial(Check, self._model, needs),
