@@ -14,6 +14,7 @@ config as JSON.
 """
 
 import base64
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -112,22 +113,27 @@ def read_header(content: RecordDict, header: _Header, bound: HeaderBound | None 
         header.ParseFromString(base64.b64decode(text, validate=True))
     except (DecodeError, ValueError) as error:
         raise WireError(f"the header does not parse: {error}") from error
-    if bound and (entries := _entries(header)) > bound.entries:
-        raise HeaderSizeError(f"a header of {entries} entries where {bound.entries} are allowed")
+    if bound and (entries := _entries(header, bound.entries)) > bound.entries:
+        raise HeaderSizeError(f"a header of {entries} entries or more where {bound.entries} are allowed")
     if header.schema_version != SCHEMA_VERSION:
         raise SchemaVersionError(f"schema version {header.schema_version}, and this is version {SCHEMA_VERSION}")
     return header
 
 
-def _entries(message: ProtobufMessage) -> int:
-    """Return the number of messages within a message, at every depth."""
+def _entries(message: ProtobufMessage, most: int) -> int:
+    """Return the number of messages within a message, at every depth; counting ends above a number."""
+    # By length first: each entry that is looked at becomes an object that is larger than it was on the wire.
     nested = [
-        entry
+        value if field.is_repeated else (value,)
         for field, value in message.ListFields()
         if field.message_type and not field.message_type.GetOptions().map_entry
-        for entry in (value if field.is_repeated else (value,))
     ]
-    return len(nested) + sum(map(_entries, nested))
+    count = sum(map(len, nested))
+    for entry in chain.from_iterable(nested if count <= most else ()):
+        count += _entries(entry, most)
+        if count > most:
+            break
+    return count
 
 
 def _header_of(content: RecordDict) -> str | None:

@@ -223,7 +223,11 @@ class RunLoop:
             self._limits, timeout_seconds=min(self._limits.timeout_seconds, PATIENCE_SECONDS), quorum=1.0, attempts=1
         )
         needs = self._composition.needs(self._done + 1, self._state.recipe)
-        nodes = self._state.sample(self._grid, self._done + 1, 1.0, 1)[:2]
+        # Two of those that will evaluate the round's model in any case.
+        settings = self._settings
+        nodes = self._state.sample(self._grid, self._done + 1, settings.fraction_evaluate, settings.min_evaluate_nodes)[
+            :2
+        ]
         for node in nodes:
             attempt = StageAttempt(
                 partial(Check, self._model, needs),
@@ -260,6 +264,7 @@ class RunLoop:
     def _reported_round(self, number: int, previous: RoundReport | None) -> RoundReport:
         """Run one round; the observer also hears of one that fails."""
         _LOG.info("[ROUND %d/%d]", number, self._rounds)
+        self._state.functions.round = number
         try:
             report = self._round(number)
         except BaseException as error:  # Flower ends apps with one that is no Exception
@@ -287,6 +292,7 @@ class RunLoop:
         )
         checkpoint.save(self._folder, saved, self._settings.checkpoints)
         self._push(report)
+        self._state.functions.raise_failure()
         return report
 
     def _push(self, report: RoundReport) -> None:
@@ -496,13 +502,11 @@ class RunLoop:
     def _evaluate_on_server(self, number: int) -> dict[str, float]:
         if self._evaluate_fn is None:
             return {}
-        metrics = self._evaluate_fn(number, self._arrays)
-        if metrics is None:
+        metrics = self._state.functions.metrics("evaluate_fn", self._evaluate_fn, number, self._arrays)
+        if not number:
+            self._state.functions.raise_failure()
+        if not metrics:
             return {}
-        if not isinstance(metrics, MetricRecord):
-            raise SettingsError(
-                f"evaluate_fn returned a {type(metrics).__name__} in round {number}; return a MetricRecord or None"
-            )
         self._result.evaluate_metrics_serverapp[number] = metrics
         return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
 

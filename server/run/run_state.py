@@ -15,6 +15,7 @@ from fedbasin.server.exchange.late_replies import Unanswered, remember
 from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
+from fedbasin.server.run.app_functions import AppFunctions
 from fedbasin.server.run.composition import Composition, ScoreFn, compose
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.model_arrays import arrays_of, state_of
@@ -66,6 +67,7 @@ class RunState:
         evaluated: the result of the last evaluation.
         refusals: reports of the clients that the last stage refused, by node id.
         training: the training stage that has asked and lacks a quorum; None where the next one asks from the start.
+        functions: the calls of the app's own functions.
         without_evaluate: nodes whose app has no function that evaluates.
         unanswered: messages of training stages whose replies may still come, by their ids.
         strikes: the clients that were refused again and again.
@@ -84,6 +86,7 @@ class RunState:
     evaluated: StageResult | None = None
     refusals: dict[int, ClientReport] = field(default_factory=dict)
     training: StageAttempt | None = None
+    functions: AppFunctions = field(default_factory=AppFunctions)
     without_evaluate: set[int] = field(default_factory=set)
     unanswered: dict[str, Unanswered] = field(default_factory=dict)
     strikes: Strikes = field(init=False)
@@ -140,7 +143,7 @@ class RunState:
             return None, None
         anchor = attempt.request.anchor
         try:
-            result = attempt.finish(self.parts.train_metrics_fn)
+            result = attempt.finish(self._guarded("train_metrics_aggr_fn", self.parts.train_metrics_fn))
             model: State = result.model
             # The model is returned as arrays, and the sums are done with: held on to, each would be one more model.
             self.trained = replace(result, model={})
@@ -192,7 +195,7 @@ class RunState:
         self.evaluated = StageResult({}, attempt.report())
         if not attempt.accepted:
             return None
-        self.evaluated = attempt.finish(self.parts.evaluate_metrics_fn)
+        self.evaluated = attempt.finish(self._guarded("evaluate_metrics_aggr_fn", self.parts.evaluate_metrics_fn))
         return MetricRecord(dict(self.evaluated.metrics))
 
     def is_single_stage(self, server_round: int) -> bool:
@@ -323,4 +326,13 @@ class RunState:
     def _measure_client(self, node: int, parameters: State) -> Mapping[str, float]:
         if self.probe is not None:
             self.probe.keep(node, parameters)
-        return {} if self.parts.client_metrics_fn is None else self.parts.client_metrics_fn(node, parameters)
+        function = self.parts.client_metrics_fn
+        if function is None or not self.in_start:
+            return {} if function is None else function(node, parameters)
+        return self.functions.numbers("client_metrics_fn", function, node, parameters)
+
+    def _guarded(self, name: str, function: MetricsFn | None) -> MetricsFn | None:
+        """Return a function of the app whose failure is raised once the round is saved; Flower's loop saves nothing."""
+        if function is None or not self.in_start:
+            return function
+        return partial(self.functions.metrics, name, function)

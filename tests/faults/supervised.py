@@ -55,7 +55,12 @@ class Supervised:
             self._commands[f"supernode-{index}"] = (
                 "flower-supernode",
                 *("--insecure", "--superlink", address, "--port", str(node_port)),
-                *("--node-config", f"partition-id={index}"),
+                *("--node-config", f"partition-id={index}", "--isolation", "process"),
+            )
+            # Flower's SuperNode does not miss a SuperExec that it started itself; a supervisor does.
+            self._commands[f"superexec-{index}"] = (
+                "flower-superexec",
+                *("--insecure", "--runtime-api-address", f"127.0.0.1:{node_port}"),
             )
         self._alive = {}
         self.kills: list[str] = []

@@ -267,7 +267,7 @@ def spread_net(context):
     return model
 
 
-class StoppedError(RuntimeError):
+class StoppedError(BaseException):
     pass
 
 

@@ -430,6 +430,7 @@ def test_the_table_covers_every_outcome():
     # So many clients as are too many for Kronecker factors are in `test_checks`.
     # What an app's own aggregate_train leaves out is below.
     # Where handling fails, and where a sum overflows, is in `test_guard`.
+    # What comes after its round is in `test_retries`, an app without a function that evaluates in `test_dry_run`.
     elsewhere = {
         Outcome.not_symmetric,
         Outcome.frozen_changed,
@@ -437,6 +438,8 @@ def test_the_table_covers_every_outcome():
         Outcome.left_out,
         Outcome.not_handled,
         Outcome.overflow,
+        Outcome.late,
+        Outcome.no_evaluate,
     }
     assert {case.outcome for case in CASES.values()} == set(Outcome) - elsewhere
 

@@ -1,0 +1,125 @@
+"""Kills at random moments, from a seed: the same app started again ends in the bits of a run that nobody disturbed."""
+
+import random
+import sys
+import threading
+
+import pytest
+import torch
+
+from fedbasin.server.run import checkpoint
+from fedbasin.server.run.run_folder import RECORD
+from tests import running, tiny
+from tests.faults.supervised import KINDS, Killer, supervised
+from tests.faults.test_clients import APP
+
+ROUNDS = 2
+ROOMS = ("/server/run/", "/server/exchange/", "/strategies/round/")
+SETTINGS = {
+    "fedavgm": {"recipe": "fedavgm"},
+    "regmean": {"recipe": "regmean", "start": "own"},
+    "head": {"recipe": "head"},
+}
+
+
+class KilledError(BaseException):
+    """The process is gone."""
+
+
+class Lines:
+    """Counts the lines of the loop that are executed, and ends the process before one of them."""
+
+    def __init__(self, last=None):
+        self.count, self._last = 0, last
+
+    def __enter__(self):
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self._before)
+
+    def _enter(self, frame, event, argument):
+        return self._line if any(room in frame.f_code.co_filename for room in ROOMS) else None
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            self.count += 1
+            if self.count == self._last:
+                sys.settrace(None)
+                raise KilledError
+        return self._line
+
+
+def start(federation, folder, settings):
+    return running.run(
+        federation, tiny.net(), ROUNDS, align="client", folder=str(folder), symmetry=tiny.symmetry(), **settings
+    )
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_kills(folder, settings, seed, kills):
+    """Kill a run at random lines, several times where it is started again, and compare it with an undisturbed one."""
+    with Lines() as lines:
+        undisturbed = start(tiny.federation(2), folder / "undisturbed", settings)
+    draw, federation, run, done = random.Random(seed), tiny.federation(2), None, 0
+    while run is None:
+        last = draw.randrange(1, lines.count) if done < kills else None
+        with Lines(last):
+            try:
+                run = start(federation, folder / "killed", settings)
+            except KilledError:
+                done += 1
+    assert same(run.state_dict, undisturbed.state_dict)
+    assert [report.round for report in run.reports] == list(range(1, ROUNDS + 1))
+    assert same(checkpoint.load(run.folder).model, undisturbed.state_dict)
+    return done
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_server_that_is_killed_at_any_line_of_its_loop_ends_as_if_undisturbed(tmp_path, settings):
+    assert check_kills(tmp_path, settings, seed=0, kills=2) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_eighty_kills_of_the_loop(tmp_path, settings):
+    # A kill may be drawn behind the end of what is left; so more are drawn than are needed.
+    assert sum(check_kills(tmp_path / str(seed), settings, seed, 3) for seed in range(1, 14)) >= 27
+
+
+@pytest.mark.deployed
+@pytest.mark.slow
+def test_real_processes_that_are_killed_end_in_the_same_model_before_their_deadline(tmp_path):
+    rounds, kills = 10, 22
+    runs = tmp_path / "runs"
+
+    def finished():
+        return [r.parent for r in runs.glob(f"*/{RECORD}") if '"finished": true' in r.read_text()]
+
+    with supervised(tmp_path / "deployment", 2) as deployment:
+        killer = Killer(deployment, seed=1, most=kills, seconds=(10, 25))
+        killer.start()
+        config = {
+            "num-server-rounds": rounds,
+            "fedbasin.folder": str(runs),
+            "fedbasin.observer": deployment.observer,
+            "fedbasin.quorum": 1.0,
+            "fedbasin.attempts": 20,
+            "fedbasin.round-timeout-seconds": 240.0,
+        }
+        deployment.run(APP, config, finished, timeout_seconds=2400)
+        killer.stopped.set()
+        killer.join()
+    # Folders of runs that died before their first round was saved lie beside it.
+    (folder,) = finished()
+    assert [report.round for report in checkpoint.read_reports(folder)] == list(range(1, rounds + 1))
+    # Both clients add their number, 1 and 2, in every round.
+    assert torch.equal(checkpoint.load(folder).model["weight"], torch.full((2, 2), 1.5 * rounds))
+    assert len(deployment.kills) >= 10
+    assert set(deployment.kills) <= set(KINDS)
+    assert threading.active_count() < 50
