@@ -32,12 +32,15 @@ def merge(
         str | None, typer.Option(metavar="ORDER", help="Align first: star, chain, tree or universe.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Merge models of one architecture into one, tensor by tensor.
+
+    BASE+ADAPTER is a model with a low-rank adapter of the peft library; adapters alone are merged into an adapter.
 
     A recipe has mergekit's keys; docs/how-to/merging.md lists them and the rules. Options that a recipe has as keys
     are refused beside one, apart from --align and --dtype, which replace its keys.
@@ -49,14 +52,24 @@ def merge(
         import torch
 
         from fedbasin.server.files import writing
+        from fedbasin.server.files.adapters.adapter_folder import is_adapter
         from fedbasin.server.files.merge.merge_models import prepare_merge, refuse_full_disk
+        from fedbasin.server.files.reading import ModelError
 
         if threads is not None:
             torch.set_num_threads(threads)
-        keys = {"align": align, "dtype": dtype}
+        keys = {"align": align, "dtype": dtype, "rank": rank}
         recipe = _recipe(inputs, rule, anchor, weight or [], parameter or [], keys)
+        if all(is_adapter(path) for path in recipe.paths()):
+            _merge_adapters(recipe, output, force=force)
+            return
+        if recipe.rank is not None:
+            raise ModelError("rank: belongs to adapters; leave it out")
         merge = prepare_merge(recipe)
-        for source in (*merge.models, *(inputs if rule is None else ())):
+        for source in (
+            *(Path(part) for path in merge.models for part in str(path).split("+")),
+            *inputs[: rule is None],
+        ):
             writing.refuse_overlap(source, output)
         writing.refuse_target(merge.reference, output, force=force)
         refuse_full_disk(merge, output)
@@ -70,7 +83,7 @@ def _recipe(
     anchor: Path | None,
     weights: list[float],
     parameters: list[str],
-    keys: dict[str, str | None],
+    keys: dict[str, str | int | None],
 ) -> "MergeRecipe":
     from fedbasin.server.files.merge.recipe import make_recipe, read_recipe
     from fedbasin.server.files.reading import ModelError
@@ -114,6 +127,20 @@ def _write(merge: "PreparedMerge", output: Path, shard: int) -> "MergeReport":
             lambda size: progress.update(task, advance=size, description="merging"),
             lambda name: progress.update(task, description=f"matching {name}"),
         )
+
+
+def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool) -> None:
+    from fedbasin.server.files import writing
+    from fedbasin.server.files.adapters.adapter_folder import ADAPTER_CONFIG
+    from fedbasin.server.files.adapters.merged_adapters import merge_adapter_folders
+    from fedbasin.server.files.reading import ModelError
+
+    for source in recipe.paths():
+        writing.refuse_overlap(source, output)
+    writing.refuse_existing(output, force=force)
+    if output.exists() and not (output / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{output}: holds no adapter, which --force does not replace; give another name")
+    merge_adapter_folders(recipe, output)
 
 
 def _render(report: "MergeReport") -> Any:

@@ -3,12 +3,14 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedbasin.proto.report import AlignmentReport
+from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter
+from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
 from fedbasin.server.files.align_file import require_equal_symmetries
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
@@ -91,18 +93,19 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     Raises:
         ModelError: names what makes the merge impossible, and the remedy.
     """
-    models = {path: open_model(path) for path in recipe.paths()}
+    models, adapters = _open(recipe.paths())
+    whole: dict[Path, State] = {**models, **{path: AppliedAdapter(models[path], adapters[path]) for path in adapters}}
     shapes = {path: model.shapes() for path, model in models.items()}
     sizes = {path: size for path, model in models.items() if (size := _vocabulary_size(model, shapes[path]))}
     tokens = plan_tokens(list(models), recipe.vocabulary, sizes)
     if recipe.align != "off":
         _check_alignment(recipe, models)
     if tokens is None:
-        return PreparedMerge(recipe, models, models, None, plan_merge(recipe, shapes))
+        return PreparedMerge(recipe, models, whole, None, plan_merge(recipe, shapes))
     tables = frozenset(
         name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
     )
-    by_token = {path: TokenState(path, models, tokens, tables) for path in models}
+    by_token = {path: TokenState(path, whole, tokens, tables) for path in models}
     planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
     return PreparedMerge(recipe, models, by_token, tokens, plan_merge(recipe, planned))
 
@@ -161,6 +164,20 @@ def refuse_full_disk(merge: PreparedMerge, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < merge.nbytes:
         raise ModelError(f"{target}: needs {merge.nbytes} bytes, but {free} are free there; make room")
+
+
+def _open(paths: Iterable[Path]) -> tuple[dict[Path, StoredModel], dict[Path, StoredAdapter]]:
+    """Open models; a path BASE+ADAPTER is a base model and the adapter that is applied to it."""
+    models, adapters = {}, {}
+    for path in paths:
+        base, plus, adapter = str(path).partition("+")
+        if is_adapter(path):
+            raise ModelError(f"{path}: is an adapter; write BASE+ADAPTER, or merge adapters alone")
+        if plus and not path.exists():
+            models[path], adapters[path] = open_model(Path(base)), open_adapter(Path(adapter))
+        else:
+            models[path] = open_model(path)
+    return models, adapters
 
 
 def _numel(tensor: PlannedTensor) -> int:

@@ -1,4 +1,4 @@
-"""Recipes of merges: YAML files with mergekit's keys and two of our own, or options of the command.
+"""Recipes of merges: YAML files with mergekit's keys and three of our own, or options of the command.
 
 merge_method: ties          base_model: BASE          models: [{model: A, parameters: {weight: 0.5}}, ...]
 slices: [{sources: [{model: A, layer_range: [0, 8]}]}]          parameters, dtype, out_dtype, tokenizer_source
@@ -67,6 +67,7 @@ class MergeRecipe(BaseModel):
     tokenizer: TokenizerChoice | None = None
     align: Align = "off"
     seed: int = 0
+    rank: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def check_keys(self) -> "MergeRecipe":

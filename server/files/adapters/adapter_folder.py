@@ -1,0 +1,202 @@
+"""An adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, read so that the scale is in the factors.
+
+    W + s B A        s = alpha / r, or alpha / sqrt(r) with use_rslora; of each module by rank_pattern, alpha_pattern
+
+    LoRA       x.lora_A.weight [r, in]   x.lora_B.weight [out, r]   x.lora_B.bias (lora_bias)
+    embedding  x.lora_embedding_A [r, words]   x.lora_embedding_B [width, r]
+    DoRA       x.lora_magnitude_vector: m (W + s B A) / |W + s B A|, norms of each output
+    AdaLoRA    x.lora_A, x.lora_B, x.lora_E [r, 1]: A is E A, s = alpha / (r + 1e-5)
+    loralib    x.lora_A, x.lora_B
+
+Hu et al. 2022, arXiv 2106.09685; Kalajdzievski 2023 (rsLoRA), arXiv 2312.03732; Liu et al. 2024 (DoRA), arXiv
+2402.09353; Zhang et al. 2023 (AdaLoRA), arXiv 2303.10512. `peft` need not be installed.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedbasin.server.files.reading import ModelError, few, read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_MODEL = "adapter_model.safetensors"
+
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\."
+    r"(?:lora_(?P<embedding>embedding_)?(?P<part>[ABE])(?P<bias>\.bias|\.weight)?|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
+)
+_PREFIX = re.compile(r"^base_model\.model\.")
+
+# Added to the rank of an AdaLoRA adapter by `peft`.
+_ADALORA = 1e-5
+
+# Settings under which an adapter is more than a low-rank product, with the value that says that they are off.
+_UNKNOWN = {
+    "target_parameters": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+}
+
+# Initialisations that take a part of the base's weights away.
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterModule:
+    """The adapter of one layer, with its scale in the factor B.
+
+    Attributes:
+        down: A, `[r, in, ...]`.
+        up: B times the scale, `[out, r, ...]`.
+        is_embedding: True if the layer's weight is `[in, out]`, as that of an embedding.
+        bias: change of the layer's bias, if there is one.
+        magnitude: norm of each output's weights, of a DoRA adapter.
+    """
+
+    down: Tensor
+    up: Tensor
+    is_embedding: bool = False
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return len(self.down)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAdapter:
+    """An adapter in a folder.
+
+    Attributes:
+        path: the folder.
+        config: content of its configuration.
+        modules: the adapters of its layers, by the names of the layers.
+        others: tensors that replace those of the base, by the base's names.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    modules: Mapping[str, AdapterModule]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def is_adapter(path: Path) -> bool:
+    """Return True if a folder holds an adapter."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def open_adapter(path: Path) -> StoredAdapter:
+    """Read an adapter.
+
+    Raises:
+        ModelError: it cannot be read, is of a kind that has no low-rank product, or contradicts its configuration.
+    """
+    config = read_json(path / ADAPTER_CONFIG)
+    _refuse_unknown(path, config)
+    try:
+        tensors = load_file(path / ADAPTER_MODEL)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path / ADAPTER_MODEL}: cannot be read: {error}; save the adapter as safetensors") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            others[_PREFIX.sub("", name).replace(".base_layer.", ".")] = tensor
+            continue
+        part = "magnitude" if match["magnitude"] else match["part"] + ("bias" if match["bias"] == ".bias" else "")
+        module = parts.setdefault(match["module"], {})
+        module[part] = tensor
+        if match["embedding"]:
+            module["embedding"] = tensor
+    if not parts:
+        raise ModelError(f"{path / ADAPTER_MODEL}: has no tensor named lora_A; it is no low-rank adapter")
+    modules = {name: _make_module(path, name, module, config) for name, module in parts.items()}
+    return StoredAdapter(path, config, modules, others)
+
+
+def _refuse_unknown(path: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "ADALORA"):
+        raise ModelError(f"{path / ADAPTER_CONFIG}: peft_type is {kind!r}; adapters of LORA and ADALORA can be merged")
+    for key, off in _UNKNOWN.items():
+        if config.get(key) not in (None, off, [], {}):
+            raise ModelError(f"{path / ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not a low-rank product")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(_RESIDUAL):
+        raise ModelError(
+            f"{path / ADAPTER_CONFIG}: init_lora_weights {start!r} changes the base model; save the adapter with "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
+def _make_module(path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> AdapterModule:
+    if missing := [part for part in "AB" if part not in parts]:
+        raise ModelError(f"{path / ADAPTER_MODEL}: {name!r} has no lora_{missing[0]}; save both factors")
+    down, up = parts["A"], parts["B"]
+    if down.shape[0] != up.shape[1]:
+        raise ModelError(
+            f"{path / ADAPTER_MODEL}: {name!r} has the ranks {down.shape[0]} and {up.shape[1]} in A and B; save it again"
+        )
+    scale = _scale(path, name, len(down), config)
+    # In double, so that the product changes by no more than one rounding.
+    module = AdapterModule(down.double(), scale * up.double(), "embedding" in parts)
+    if "E" in parts:
+        module = replace(module, down=parts["E"].double() * module.down)
+    if "Bbias" in parts:
+        module = replace(module, bias=scale * parts["Bbias"].double())
+    return replace(module, magnitude=parts["magnitude"].double()) if "magnitude" in parts else module
+
+
+def _scale(path: Path, name: str, rank: int, config: Mapping[str, Any]) -> float:
+    alpha = _of_module(name, config.get("alpha_pattern"), config.get("lora_alpha"))
+    if not isinstance(alpha, int | float):
+        raise ModelError(
+            f"{path / ADAPTER_CONFIG}: lora_alpha is {alpha!r}, so the scale of {name!r} is unknown; give it"
+        )
+    if config["peft_type"] == "ADALORA":
+        # The rank of the configuration counts also where a layer has less.
+        return (alpha if alpha > 0 else config["init_r"]) / (config["init_r"] + _ADALORA)
+    expected = _of_module(name, config.get("rank_pattern"), config.get("r"))
+    if expected != rank:
+        raise ModelError(
+            f"{path / ADAPTER_CONFIG}: gives {name!r} the rank {expected}, but its factors have {rank}; the scale would "
+            "be wrong: use the configuration that was saved with them"
+        )
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _of_module(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """Return the value of the first pattern that is the end of a module's name, as `peft` chooses it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def describe_difference(first: StoredAdapter, other: StoredAdapter) -> str | None:
+    """Return why two adapters cannot be merged; None if they can."""
+    if missing := sorted(first.modules.keys() ^ other.modules.keys()):
+        return f"only one of them adapts {few(missing)}"
+    if missing := sorted(first.others.keys() ^ other.others.keys()):
+        return f"only one of them has {few(missing)}"
+    for name, module in first.modules.items():
+        peer = other.modules[name]
+        shapes = [(m.down.shape[1:], m.up.shape[:1], m.is_embedding) for m in (module, peer)]
+        if shapes[0] != shapes[1]:
+            return f"{name!r} is {tuple(module.up.shape)} {tuple(module.down.shape)} and {tuple(peer.up.shape)} {tuple(peer.down.shape)}"
+        for part in ("magnitude", "bias"):
+            if (getattr(module, part) is None) != (getattr(peer, part) is None):
+                return f"only one of them has a {part} at {name!r}; a DoRA and another adapter have no mean"
+    return None

@@ -1,0 +1,86 @@
+"""A base model with an adapter, whose tensors are computed when they are read."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fedbasin.server.files.adapters.adapter_folder import AdapterModule, StoredAdapter
+from fedbasin.server.files.reading import ModelError, StoredModel, few
+
+
+class AppliedAdapter(Mapping[str, Tensor]):
+    """The state of a base model with an adapter in its weights, in the base's dtypes.
+
+    Raises:
+        ModelError: the base has no such layer, or its weight has another shape.
+    """
+
+    def __init__(self, base: StoredModel, adapter: StoredAdapter) -> None:
+        self._base, self._adapter = base, adapter
+        self._prefix = _prefix(base, adapter)
+        shapes = base.shapes()
+        for name, module in adapter.modules.items():
+            _check_shape(adapter, name, module, shapes[f"{name.removeprefix(self._prefix)}.weight"])
+            if module.bias is not None and f"{name.removeprefix(self._prefix)}.bias" not in base:
+                raise ModelError(f"{adapter.path}: has a bias for {name!r}, which {base.path} has not; leave it out")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._base[name]
+        layer, _, part = f"{self._prefix}{name}".rpartition(".")
+        replacement = self._adapter.others.get(self._prefix + name, self._adapter.others.get(name))
+        if replacement is not None:
+            return replacement.to(tensor.dtype)
+        module = self._adapter.modules.get(layer)
+        if module is None or part not in ("weight", "bias"):
+            return tensor
+        if part == "bias":
+            return tensor if module.bias is None else (tensor.double() + module.bias).to(tensor.dtype)
+        return _apply(tensor, module, self._adapter).to(tensor.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def _prefix(base: StoredModel, adapter: StoredAdapter) -> str:
+    """Return what the adapter's names have in front of the base's.
+
+    Files of GPT-2 and others leave out the name of the inner model, such as `transformer.`.
+    """
+    names = list(adapter.modules)
+    prefixes = ["", f"{names[0].partition('.')[0]}."]
+    for prefix in prefixes:
+        if all(name.startswith(prefix) and f"{name.removeprefix(prefix)}.weight" in base for name in names):
+            return prefix
+    missing = [name for name in names if f"{name}.weight" not in base]
+    raise ModelError(
+        f"{adapter.path}: adapts {few(missing)}, which {base.path} does not have; give the base that it was trained on"
+    )
+
+
+def is_transposed(module: AdapterModule, adapter: StoredAdapter) -> bool:
+    """Return True if the layer's weight is `[in, out]`."""
+    return module.is_embedding or bool(adapter.config.get("fan_in_fan_out"))
+
+
+def _check_shape(adapter: StoredAdapter, name: str, module: AdapterModule, weight: Tensor) -> None:
+    shape = (module.up.shape[0], *module.down.shape[1:])
+    if tuple(weight.shape) != (shape[::-1] if is_transposed(module, adapter) else shape):
+        raise ModelError(
+            f"{adapter.path}: is for a weight {shape} at {name!r}, which is {tuple(weight.shape)} in the base; give the "
+            "base that it was trained on"
+        )
+
+
+def _apply(weight: Tensor, module: AdapterModule, adapter: StoredAdapter) -> Tensor:
+    transposed = is_transposed(module, adapter)
+    matrix = (weight.T if transposed else weight).double()
+    changed = matrix + (module.up.flatten(1) @ module.down.flatten(1)).reshape(matrix.shape)
+    if module.magnitude is not None:
+        norms = torch.linalg.vector_norm(changed.flatten(1), dim=1)
+        ratio = module.magnitude.reshape(-1) / norms
+        changed = changed * ratio.reshape(-1, *[1] * (changed.dim() - 1))
+    return changed.T if transposed else changed
