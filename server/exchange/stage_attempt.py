@@ -317,22 +317,26 @@ class StageAttempt:
                 return
 
     def _judge(self) -> dict[int, Verdict]:
-        """Return the verdicts on the candidates, without those that are refused."""
-        measures = {node: self._candidates[node].measure for node in self._cohort if node in self._candidates}
-        if not self.limits.bounds:
-            return {node: Verdict(measure.examples) for node, measure in measures.items()}
-        fuses = self.stage.request.stage == Fuse.stage and self.stage.request.start is Start.shared
-        verdicts = judge(measures, self._anchor, shared_start=fuses)
-        for node, verdict in verdicts.items():
-            if verdict.refusal is not None:
-                self._refuse(node, verdict.refusal)
-        passing = [node for node in verdicts if node in self._candidates]
-        if fuses:
-            updates = {node: partial(self._cohort.__getitem__, node) for node in passing}
-            for node, cosine in opponents(updates, {n: measures[n] for n in passing}, self._anchor).items():
-                detail = f"its update has a cosine of {cosine:.2f} with the direction of the median client"
-                self._refuse(node, Refusal(Outcome.out_of_line, detail))
-        return {node: verdicts[node] for node in passing if node in self._candidates}
+        """Return the verdicts on the candidates; who is refused has no say in what is ordinary among the others."""
+        while True:
+            measures = {node: self._candidates[node].measure for node in self._cohort if node in self._candidates}
+            if not self.limits.bounds:
+                return {node: Verdict(measure.examples) for node, measure in measures.items()}
+            verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
+            refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
+            if not refusals and self._compares_updates:
+                updates = {node: partial(self._cohort.__getitem__, node) for node in measures}
+                refusals = opponents(updates, measures, self._anchor)
+            if not refusals:
+                return verdicts
+            for node, refusal in refusals.items():
+                self._refuse(node, refusal)
+
+    @property
+    def _compares_updates(self) -> bool:
+        """Whether the clients have trained from one model, so that their updates can be held against one another."""
+        request = self.stage.request
+        return request.stage == Fuse.stage and request.start is Start.shared
 
     def _refuse(self, node: int, refusal: Refusal) -> None:
         """Turn a candidate down, whose report was that of an accepted client so far."""
