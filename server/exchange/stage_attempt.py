@@ -291,12 +291,7 @@ class StageAttempt:
         # Before anything is kept: a report that cannot be made leaves no trace.
         report = self._describe(node_reply, received, aligned)
         self._candidates[node] = _Candidate(
-            measure(update, self._anchor),
-            received.reply.metrics,
-            content,
-            path or PathSums(),
-            variance,
-            aligned is not None,
+            report, measure(update, self._anchor), received.reply.metrics, content, path or PathSums(), variance
         )
         self._cohort.keep(node, update)
         return report
@@ -362,17 +357,17 @@ class StageAttempt:
 
     def _complete_report(self, node: int, update: Update, verdict: Verdict) -> None:
         """Add to a client's report what is known once its update is in the sum."""
-        place = next(i for i, c in enumerate(self._clients) if c.node_id == node and c.is_accepted)
-        report = self._clients[place]
+        report = self._candidates[node].report
         notes = [report.detail, *verdict.notes]
         report = replace(report, examples=update.examples, detail="; ".join(note for note in notes if note))
         if self._client_metrics_fn is not None:
             metrics = self._client_metrics_fn(node, update.parameters)
             report = replace(report, metrics={**report.metrics, **metrics})
         # Where the server aligns, the parameters of the reply are not those that went into the sum.
-        if self._sums.directions is not None and not self._candidates[node].aligned:
+        if self._sums.directions is not None and (self.request.aligns or report.alignment is None):
             norm, cosine = self._sums.directions.add(update.parameters)
             report = replace(report, update_norm=norm, update_cosine=cosine)
+        place = next(i for i, c in enumerate(self._clients) if c.node_id == node and c.is_accepted)
         self._clients[place] = report
 
     def _describe(self, node_reply: NodeReply, received: Received, aligned: AlignmentReport | None) -> ClientReport:
@@ -399,20 +394,20 @@ class _Candidate:
     """A client whose update has passed the checks and waits for its verdict.
 
     Attributes:
+        report: its report before the verdict.
         measure: the sizes of its update.
         metrics: what its app returned.
         content: the app's own records.
         path: its sums along the requested path.
         variance: its variance ratios.
-        aligned: whether the server has aligned it.
     """
 
+    report: ClientReport
     measure: Measure
     metrics: Metrics
     content: RecordDict
     path: PathSums
     variance: Mapping[str, float]
-    aligned: bool
 
 
 @dataclass(eq=False)
