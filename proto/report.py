@@ -303,7 +303,6 @@ class IncidentKind(Enum):
     rolled_back = (
         "the round's model is not used; look for the clients that the report names, and lower the learning rate"
     )
-    not_finite = "the sum of finite replies overflowed; the stage was summed again without the clients that are named"
     loss_rose = "the new global model is worse than the one before; lower the learning rate, or let clients train less"
     client_loss = "one client's loss is out of line; look at its data, and lower its learning rate"
     update_norm = "one client's update is out of line and was cut back; look at its data, and lower its learning rate"

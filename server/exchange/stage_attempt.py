@@ -347,13 +347,7 @@ class StageAttempt:
         # Before anything is kept: a report that cannot be made leaves no trace.
         report = self._describe(node_reply, received, aligned)
         self._candidates[node] = _Candidate(
-            report,
-            measure(update, self._anchor),
-            received.reply.metrics,
-            content,
-            path or PathSums(),
-            variance,
-            aligned is not None,
+            report, measure(update, self._anchor), received.reply.metrics, content, path or PathSums(), variance
         )
         self._cohort.keep(node, update)
         return report
@@ -374,22 +368,26 @@ class StageAttempt:
                 return
 
     def _judge(self) -> dict[int, Verdict]:
-        """Return the verdicts on the candidates, without those that are refused."""
-        measures = {node: self._candidates[node].measure for node in self._cohort if node in self._candidates}
-        if not self.limits.bounds:
-            return {node: Verdict(measure.examples) for node, measure in measures.items()}
-        fuses = self.stage.request.stage == Fuse.stage and self.stage.request.start is Start.shared
-        verdicts = judge(measures, self._anchor, shared_start=fuses)
-        for node, verdict in verdicts.items():
-            if verdict.refusal is not None:
-                self._refuse(node, verdict.refusal)
-        passing = [node for node in verdicts if node in self._candidates]
-        if fuses:
-            updates = {node: partial(self._cohort.__getitem__, node) for node in passing}
-            for node, cosine in opponents(updates, {n: measures[n] for n in passing}, self._anchor).items():
-                detail = f"its update has a cosine of {cosine:.2f} with the direction of the median client"
-                self._refuse(node, Refusal(Outcome.out_of_line, detail))
-        return {node: verdicts[node] for node in passing if node in self._candidates}
+        """Return the verdicts on the candidates; who is refused has no say in what is ordinary among the others."""
+        while True:
+            measures = {node: self._candidates[node].measure for node in self._cohort if node in self._candidates}
+            if not self.limits.bounds:
+                return {node: Verdict(measure.examples) for node, measure in measures.items()}
+            verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
+            refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
+            if not refusals and self._compares_updates:
+                updates = {node: partial(self._cohort.__getitem__, node) for node in measures}
+                refusals = opponents(updates, measures, self._anchor)
+            if not refusals:
+                return verdicts
+            for node, refusal in refusals.items():
+                self._refuse(node, refusal)
+
+    @property
+    def _compares_updates(self) -> bool:
+        """Whether the clients have trained from one model, so that their updates can be held against one another."""
+        request = self.stage.request
+        return request.stage == Fuse.stage and request.start is Start.shared
 
     def _refuse(self, node: int, refusal: Refusal) -> None:
         """Turn a candidate down, whose report was that of an accepted client so far."""
@@ -417,7 +415,7 @@ class StageAttempt:
             metrics = self._client_metrics_fn(node, update.parameters)
             report = replace(report, metrics={**report.metrics, **metrics})
         # Where the server aligns, the parameters of the reply are not those that went into the sum.
-        if self._sums.directions is not None and not self._candidates[node].aligned:
+        if self._sums.directions is not None and (self.request.aligns or report.alignment is None):
             norm, cosine = self._sums.directions.add(update.parameters)
             report = replace(report, update_norm=norm, update_cosine=cosine)
         self._clients[node] = report
@@ -465,13 +463,12 @@ class _Candidate:
     """A client whose update has passed the checks and waits for its verdict.
 
     Attributes:
-        report: what is reported of it before its verdict.
+        report: its report before the verdict.
         measure: the sizes of its update.
         metrics: what its app returned.
         content: the app's own records.
         path: its sums along the requested path.
         variance: its variance ratios.
-        aligned: whether the server has aligned it.
     """
 
     report: ClientReport
@@ -480,7 +477,6 @@ class _Candidate:
     content: RecordDict
     path: PathSums
     variance: Mapping[str, float]
-    aligned: bool
 
 
 @dataclass(eq=False)

@@ -74,7 +74,8 @@ PROBE_BYTES = Metric(
     "Bytes of diagnostics: in the clients' replies; of the models that the server kept on disk.",
     ("recipe", "side"),
 )
-COUNTERS = (ROUNDS, RUNS_FINISHED, RUNS_FAILED, UPDATES, RECEIVED, SENT, PROBE_SECONDS, PROBE_BYTES)
+INCIDENTS = Metric("incidents_total", "What the guard of the rounds has seen, by kind.", ("recipe", "kind"))
+COUNTERS = (ROUNDS, RUNS_FINISHED, RUNS_FAILED, UPDATES, RECEIVED, SENT, PROBE_SECONDS, PROBE_BYTES, INCIDENTS)
 
 ROUND_SECONDS = Metric("round_duration_seconds", "Seconds from the start of a round to its end.", buckets=_WORK_BUCKETS)
 STAGE_SECONDS = Metric(

@@ -12,7 +12,7 @@ from importlib import metadata
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from fedbasin.proto.report import RoundReport, StageReport
+from fedbasin.proto.report import IncidentKind, RoundReport, StageReport
 from fedbasin.server.observe import metric_catalogue as catalogue
 from fedbasin.server.observe.gauges import probe_cost, round_gauges
 from fedbasin.server.observe.metric_catalogue import Metric
@@ -64,6 +64,7 @@ class Telemetry:
         self._names = Vocabulary(64)
         # Full from the start: outcomes are a closed list, and any other word counts as "other".
         self._outcomes = Vocabulary(len(Outcome), (outcome.name for outcome in Outcome))
+        self._kinds = Vocabulary(len(IncidentKind), IncidentKind.__members__)
         self._set(catalogue.BUILD, 1, metadata.version("fedbasin"))
         for recipe in catalogue.RECIPES:
             self._create_counters(recipe)
@@ -76,6 +77,8 @@ class Telemetry:
         self._create_histograms(source.recipe)
         self._observe_progress(source, report)
         self._observe_probe_cost(source, report)
+        for incident in report.incidents:
+            self._count(catalogue.INCIDENTS, source, 1, self._kinds.admit(incident.kind))
         for stage in report.stages:
             self._observe_clients(source, self._stages.admit(stage.stage), stage)
         if not report.problem:
@@ -91,6 +94,8 @@ class Telemetry:
             self._counters[catalogue.PROBE_BYTES].labels(recipe, side)
         for outcome in Outcome.__members__:
             self._counters[catalogue.UPDATES].labels(recipe, outcome)
+        for kind in IncidentKind.__members__:
+            self._counters[catalogue.INCIDENTS].labels(recipe, kind)
 
     def _create_histograms(self, recipe: str) -> None:
         """Create the histograms of a recipe that reports; those of all recipes would fill every scrape."""

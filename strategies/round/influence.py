@@ -154,8 +154,8 @@ def judge(measures: Mapping[int, Measure], anchor: State, *, shared_start: bool)
 
 def opponents(
     updates: Mapping[int, Callable[[], Update]], measures: Mapping[int, Measure], anchor: State
-) -> dict[int, float]:
-    """Return the clients whose updates point against the direction of the median client, with their cosines.
+) -> dict[int, Refusal]:
+    """Return the refusals of the clients whose updates point against the direction of the median client.
 
     The entries that are compared follow from the sizes of all updates, so that no client knows them when it replies.
 
@@ -177,7 +177,10 @@ def opponents(
     cosines = dict(zip(updates, (moves @ direction / lengths.clamp_min(1e-300)).tolist(), strict=True))
     if median(cosines.values()) < _AGREEMENT:
         return {}
-    return {node: cosine for node, cosine in cosines.items() if cosine < _AGAINST}
+    what = "its update has a cosine of {:.2f} with the direction of the median client"
+    return {
+        node: Refusal(Outcome.out_of_line, what.format(cosine)) for node, cosine in cosines.items() if cosine < _AGAINST
+    }
 
 
 class _Cohort:

@@ -122,7 +122,10 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
     Raises:
         TypeError: the model returned neither a tensor nor an object with an attribute `logits`.
     """
-    values, inputs = dict(state or {}), batch.inputs
+    inputs = batch.inputs
+    # A model in bfloat16, which NumPy lacks, travels in float32 and runs in its own format.
+    tensors = dict(chain(model.named_parameters(), model.named_buffers())) if state else {}
+    values = {name: t.to(tensors[name].dtype) if name in tensors else t for name, t in (state or {}).items()}
     # functional_call leaves the model's own tensors untouched, also if the forward pass raises.
     if isinstance(inputs, Tensor):
         output = functional_call(model, values, (inputs,))

@@ -15,6 +15,7 @@ from fedbasin.proto.header import STATISTICS, read_header
 from fedbasin.proto.report import IncidentKind
 from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.run.checkpoint import MODEL, load
+from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.recipes import RECIPES
 from tests import running, tiny
 from tests.federation import Federation
@@ -449,3 +450,35 @@ def test_an_evaluation_that_fails_does_not_take_the_loss_of_training(tmp_path):
     result = start(tmp_path, tamper, rounds=3, fraction_evaluate=1.0)
     assert [report.metrics.get("loss") for report in result.reports] == [0.25, None, 0.25]
     assert all("train_loss" in report.metrics for report in result.reports)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recipe", ["fedavg", "auto"])
+def test_a_model_in_bfloat16_travels_in_float32(recipe, packed, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16()
+
+    def wide(state):
+        return {name: tensor.float() for name, tensor in state.items()}
+
+    def data():
+        inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        return [(inputs.bfloat16(), torch.arange(6) % 3)]
+
+    app = ClientApp(mods=[basin(model=make, data=data)])
+
+    @app.train()
+    def train(message, context):
+        model = make()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        model[0].bias.data += 0.125
+        content = {"arrays": ArrayRecord(wide(model.state_dict())), "metrics": MetricRecord({"num-examples": 6})}
+        return Message(RecordDict(content), reply_to=message)
+
+    settings = {"folder": str(tmp_path), "recipe": recipe, "packed": packed, "fraction_evaluate": 0.0}
+    federation = tiny.federation(3, app=app, **settings)
+    strategy = FedBasin(model=make(), context=federation.server_context(), align="off")
+    result = strategy.start(federation.grid(), ArrayRecord(wide(make().state_dict())), 1)
+    assert {client.outcome for stage in result.reports[0].stages for client in stage.clients} == {"accepted"}
+    assert is_finite(result.state_dict)
