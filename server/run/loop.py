@@ -39,6 +39,7 @@ from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.server.run.stop_signal import stop_signal
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
+from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.round import RoundResult, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State
@@ -209,6 +210,8 @@ class RunLoop:
             if client.is_accepted:
                 return
             self._state.note(attempt.report())
+            if client.outcome == Outcome.timeout.name:
+                return  # nothing is known, and the training does not wait longer for it
             self._state.exclude_from_evaluation(attempt.report())
         if prevents_training(client.outcome, client.detail):
             raise QuorumLostError(attempt.report(), attempt.needed, len(nodes))
