@@ -95,8 +95,8 @@ class RunLoop:
         _check_observer(self._settings)
         self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
+        dry_run(self._composition, self._state.state(arrays), arrays)
         self._take(arrays)
-        dry_run(self._composition, self._model, self._arrays)
 
     def run(
         self, train_config: ConfigRecord, evaluate_config: ConfigRecord, evaluate_fn: EvaluateFn | None
