@@ -15,7 +15,7 @@ from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.tensors.state import State
 
 # Whoever takes longer evaluates much; the run begins without the answer.
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 60.0
 
 
 class Check:

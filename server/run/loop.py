@@ -49,6 +49,7 @@ from fedbasin.strategies.round.divergence import client_incidents, global_losses
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.finite import NonFiniteModelError
 from fedbasin.strategies.round.fuse import Fuse
+from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.round import RoundResult, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State
@@ -106,8 +107,8 @@ class RunLoop:
         # Losses of the last good model, by name.
         self._losses: dict[str, float] = {}
         self._incidents: list[Incident] = []
+        dry_run(self._composition, self._state.state(arrays), arrays)
         self._take(arrays)
-        dry_run(self._composition, self._model, self._arrays)
 
     def run(
         self, train_config: ConfigRecord, evaluate_config: ConfigRecord, evaluate_fn: EvaluateFn | None
@@ -242,6 +243,8 @@ class RunLoop:
             if client.is_accepted:
                 return
             self._state.note(attempt.report(), self._done + 1)
+            if client.outcome == Outcome.timeout.name:
+                return  # nothing is known, and the training does not wait longer for it
             self._state.exclude_from_evaluation(attempt.report())
         if prevents_training(client.outcome, client.detail):
             raise QuorumLostError(attempt.report(), attempt.needed, len(nodes))

@@ -80,6 +80,9 @@ class Supervised:
 
     def _keep(self) -> None:
         while not self._ending.wait(0.5):
+            for name, process in self._alive.items():
+                if name.startswith("supernode") and _hangs(process.log):
+                    process.kill()
             self._restart()
 
     def kill(self, kind: str) -> bool:
@@ -131,6 +134,15 @@ class Supervised:
         self._ending.set()
         self._keeper.join()
         self.processes.end()
+
+
+def _hangs(log: Path) -> bool:
+    """Return whether a SuperNode waits for the arrays of a ClientApp that died while it handed its reply over.
+
+    Flower's SuperNode then waits for ever, and stays online (flwr 1.42, `yield_object_contents`).
+    """
+    lines = log.read_text(errors="replace").rstrip().splitlines() or [""]
+    return "Sending:" in lines[-1] and time.time() - log.stat().st_mtime > 60
 
 
 @contextmanager

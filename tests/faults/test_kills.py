@@ -62,34 +62,42 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def check_kills(folder, settings, seed, kills):
-    """Kill a run at random lines, several times where it is started again, and compare it with an undisturbed one."""
+@pytest.fixture(scope="module", params=SETTINGS)
+def undisturbed(request, tmp_path_factory):
+    """The settings of a recipe, the model of a run that nobody disturbs, and the number of its lines."""
+    settings = SETTINGS[request.param]
     with Lines() as lines:
-        undisturbed = start(tiny.federation(2), folder / "undisturbed", settings)
-    draw, federation, run, done = random.Random(seed), tiny.federation(2), None, 0
+        run = start(tiny.federation(2), tmp_path_factory.mktemp("undisturbed"), settings)
+    return settings, run.state_dict, lines.count
+
+
+def kill(folder, undisturbed, seed, most):
+    """Kill a run at random lines, several times where it is started again, and compare it; return the kills."""
+    settings, expected, lines = undisturbed
+    draw, federation, run, kills = random.Random(seed), tiny.federation(2), None, 0
     while run is None:
-        last = draw.randrange(1, lines.count) if done < kills else None
-        with Lines(last):
+        with Lines(draw.randrange(1, lines) if kills < most else None):
             try:
-                run = start(federation, folder / "killed", settings)
+                run = start(federation, folder, settings)
             except KilledError:
-                done += 1
-    assert same(run.state_dict, undisturbed.state_dict)
+                kills += 1
+    assert same(run.state_dict, expected)
     assert [report.round for report in run.reports] == list(range(1, ROUNDS + 1))
-    assert same(checkpoint.load(run.folder).model, undisturbed.state_dict)
-    return done
+    assert same(checkpoint.load(run.folder).model, expected)
+    return kills
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_server_that_is_killed_at_any_line_of_its_loop_ends_as_if_undisturbed(tmp_path, settings):
-    assert check_kills(tmp_path, settings, seed=0, kills=2) > 0
+def test_a_server_that_is_killed_at_any_line_of_its_loop_ends_as_if_undisturbed(tmp_path, undisturbed):
+    assert kill(tmp_path, undisturbed, seed=0, most=2) > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_eighty_kills_of_the_loop(tmp_path, settings):
-    # A kill may be drawn behind the end of what is left; so more are drawn than are needed.
-    assert sum(check_kills(tmp_path / str(seed), settings, seed, 3) for seed in range(1, 14)) >= 27
+def test_thirty_kills_of_the_loop(tmp_path, undisturbed):
+    kills = seed = 0
+    # Where a line is drawn that the rest of a run does not reach, the run completes.
+    while kills < 30:
+        seed += 1
+        kills += kill(tmp_path / str(seed), undisturbed, seed, most=5)
 
 
 @pytest.mark.deployed
