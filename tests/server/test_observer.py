@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
 from fedbasin.proto.observer_service import RUN_KEY, SERVICE, RemoteObserver
 from fedbasin.proto.report import SCHEMA_VERSION, ClientReport, StageReport
+from fedbasin.server.observe.arrival import digest
 from fedbasin.server.observe.history import History, Limits
 from fedbasin.server.observe.push import ObserverClient, connect
 from fedbasin.server.observe.store import FILE
@@ -348,7 +349,7 @@ def test_two_observers_do_not_share_a_store(tmp_path):
 
 
 def add(history, told):
-    return history.add(told, told.to_bytes(), b"holder")
+    return history.add(digest(told, told.to_bytes()), b"holder")
 
 
 def test_the_history_is_bounded_by_runs_and_by_rounds():
