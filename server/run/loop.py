@@ -26,7 +26,7 @@ from fedbasin.server.observe.access import AccessError
 from fedbasin.server.observe.push import ObserverClient, connect
 from fedbasin.server.run import checkpoint
 from fedbasin.server.run.checkpoint import Checkpoint
-from fedbasin.server.run.log_lines import round_lines, start_lines
+from fedbasin.server.run.log_lines import end_lines, round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
@@ -114,14 +114,11 @@ class RunLoop:
                 self._run_rounds()
         finally:
             self._state.in_start, self._state.probe, self._state.stream = False, None, None
-        _LOG.info(
-            "Finished %d rounds in %.1f s. Model and reports are in %s; next: fedbasin report %s",
-            self._rounds,
-            time.perf_counter() - started,
-            self._folder,
-            self._folder,
-        )
-        return self._complete_result()
+        result = self._complete_result()
+        seconds = time.perf_counter() - started
+        for line in end_lines(result.reports, seconds, self._folder, self._settings.observer):
+            _LOG.info("%s", line)
+        return result
 
     def _take(self, arrays: ArrayRecord) -> None:
         """Take a new global model: as arrays, as a state that shares their bytes, and its digest."""

@@ -364,7 +364,8 @@ def test_the_history_is_bounded_by_runs_and_by_rounds():
 
 
 def test_the_history_is_bounded_by_bytes_and_the_largest_run_pays():
-    size = len(report(1, "a").to_bytes())
+    arrival = digest(report(1, "a"), report(1, "a").to_bytes())
+    size = len(arrival.wire) + len(arrival.brief)
     history = History(Limits(wire_bytes=4 * size))
     add(history, report(1, "b"))
     for number in (1, 2, 3):
