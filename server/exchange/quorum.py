@@ -51,5 +51,5 @@ def _reason(outcome: str, detail: str, clients: list[ClientReport]) -> str:
     rest = f" and {len(clients) - _SHOWN} more" if len(clients) > _SHOWN else ""
     nodes = f"node {named}" if len(clients) == 1 else f"nodes {named}{rest}"
     advice = Outcome[outcome].value if outcome in Outcome.__members__ else ""
-    reason = f"{nodes}: {outcome}, {printable(detail)}"
+    reason = f"{nodes}: {printable(outcome)}, {printable(detail)}"
     return f"{reason}; {advice}" if advice else reason

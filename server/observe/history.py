@@ -15,6 +15,7 @@ from itertools import count, takewhile
 
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.report import RoundReport
+from fedbasin.server.observe.arrival import Arrival
 from fedbasin.server.observe.connections import count_connections
 
 _MOST_WATCHERS = 512
@@ -134,13 +135,11 @@ class History:
         self._watchers = 0
         self._closed = False
 
-    def has(self, run_id: str, server_round: int, wire: bytes, holder: bytes) -> bool:
+    def has(self, arrival: Arrival, holder: bytes) -> bool:
         """Return whether a report is in the log; False where it may be added.
 
         Args:
-            run_id: id of the run.
-            server_round: number of the round.
-            wire: the serialised report.
+            arrival: the report.
             holder: SHA-256 of the key that came with it.
 
         Raises:
@@ -148,6 +147,7 @@ class History:
             HolderError: the run is reported on by the holder of another key.
             FullError: there are as many runs as there may be, and all have reported lately.
         """
+        run_id = arrival.run.run_id
         run = self._runs.get(run_id)
         if run is None:
             self._check_room(run_id)
@@ -157,16 +157,16 @@ class History:
                 f"run_id '{run_id}' is reported on with another key; only the process that sent its first report, or "
                 "one that goes on in the folder of the run, may send more; give every run an id of its own"
             )
-        entry = run.entries.get(server_round)
+        entry = run.entries.get(arrival.round)
         # By bytes: two reports with a NaN metric would never be equal.
-        if entry and entry.wire != wire:
+        if entry and entry.wire != arrival.wire:
             raise ConflictError(
-                f"run_id '{run_id}' has another report for round {server_round} already, and the "
+                f"run_id '{run_id}' has another report for round {arrival.round} already, and the "
                 "first one counts; give every run an id of its own"
             )
         return entry is not None
 
-    def add(self, report: RoundReport, wire: bytes, holder: bytes, brief: str = "") -> list[tuple[str, int]]:
+    def add(self, arrival: Arrival, holder: bytes) -> list[tuple[str, int]]:
         """Append a report that is new; `notify` then wakes the watchers.
 
         Returns:
@@ -174,14 +174,15 @@ class History:
         """
         number = next(self._numbers)
         # Taken out and put back at the end, so that the runs stay ordered by their last report.
-        run = self._runs.pop(report.run_id, None) or RecordedRun(number, holder)
-        self._runs[report.run_id] = run
-        entry = Entry(number, report.round, _summarise(report), wire, brief)
-        run.entries[report.round] = entry
+        run_id = arrival.run.run_id
+        run = self._runs.pop(run_id, None) or RecordedRun(number, holder)
+        self._runs[run_id] = run
+        entry = Entry(number, arrival.round, arrival.run, arrival.wire, arrival.brief)
+        run.entries[arrival.round] = entry
         run.heard = time.monotonic()
         run.size += entry.size
         self._size += entry.size
-        return list(self._make_room(report.run_id))
+        return list(self._make_room(run_id))
 
     def _check_room(self, run_id: str) -> None:
         oldest = next(iter(self._runs.values()), None)
@@ -285,9 +286,3 @@ class History:
         if not run.entries:
             del self._runs[run_id]
         return run_id, entry.round
-
-
-def _summarise(report: RoundReport) -> RunSummary:
-    return RunSummary(
-        report.run_id, report.recipe, 0 if report.problem else report.round, report.rounds, report.last, report.problem
-    )

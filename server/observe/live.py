@@ -72,8 +72,8 @@ def sparkline(values: Sequence[float]) -> str:
 
 def _count_fitting(rounds: Sequence[RoundSummary], lines: int) -> int:
     """Return the number of last rounds that fit, at least 1."""
-    # A row of the table has a line for each metric, and one for each outcome.
-    heights = (max(len(r.metrics), len(r.outcomes), 2) for r in reversed(rounds))
+    # A row of the table has a line for each metric, and one for each kind of refusal.
+    heights = (max(len(r.metrics) + len(r.outcomes.keys() - {ACCEPTED}), 2) for r in reversed(rounds))
     return max(1, sum(total <= lines for total in accumulate(heights)))
 
 

@@ -7,7 +7,6 @@ Prometheus. One loop serves all of them, so whatever takes long is done on a thr
 
 import asyncio
 import hashlib
-import json
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -15,10 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import grpc
-from anyio import CapacityLimiter, to_thread
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -33,8 +30,8 @@ from fedbasin.proto.observer_service import (
     RunSummary,
     add_observer_service,
 )
-from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.access import Guard
+from fedbasin.server.observe.arrival import Arrival, ArrivalReader, ReaderError, digest
 from fedbasin.server.observe.connections import count_connections
 from fedbasin.server.observe.history import ClosedError, ConflictError, FullError, History, HolderError, Limits
 from fedbasin.server.observe.published_models import BusyError, NoModelError, PublishedModels
@@ -44,7 +41,6 @@ from fedbasin.server.observe.telemetry import Telemetry
 from fedbasin.server.page.app import application
 from fedbasin.server.page.listen import listen
 from fedbasin.server.page.page_access import page_guards
-from fedbasin.server.report.summary import summarise, summary_to_json
 
 _STANDARD_SERVICES = (health.SERVICE_NAME, reflection.SERVICE_NAME)
 _OPTIONS = (
@@ -58,9 +54,8 @@ _OPTIONS = (
 )
 _OTHER_CALLS = 64  # calls at once beside watches
 _GRACE_SECONDS = 0.5  # for pushes under way, and for watchers to learn that the observer stops
-_SWITCH_SECONDS = 0.001  # Python's own 5 ms for each turn of a busy thread would add up in a scrape
+_SWITCH_SECONDS = 0.0001  # each send of the loop waits so long for a busy thread; Python's 5 ms add up over readers
 _REPLY_BYTES = 4 * 2**20  # of reports in one reply
-_SMALL_BYTES = 2**18
 _LONGEST_WORD = 200
 _LAST_ROUND = 10**9
 _SHORTEST_KEY = 16
@@ -111,8 +106,7 @@ class Observer(ObserverService):
         self._models = models
         self._taking: set[asyncio.Task[None]] = set()
         self._in_turn = asyncio.Lock()
-        # Large reports are read on a thread of their own, so that the small ones of other runs do not wait for them.
-        self._small, self._large = CapacityLimiter(1), CapacityLimiter(1)
+        self._reader = ArrivalReader()
 
     def load(self) -> None:
         """Take the reports that are in the store."""
@@ -120,10 +114,10 @@ class Observer(ObserverService):
             return
         forgotten = []
         for stored in self._store.load():
-            report = stored.report
-            if not find_fault(report):
-                forgotten += self.history.add(report, report.to_bytes(), stored.holder, _brief(report))
-                self._telemetry.observe(report)
+            arrival = digest(stored.report, stored.report.to_bytes())
+            if not find_fault(arrival):
+                forgotten += self.history.add(arrival, stored.holder)
+                self._telemetry.add(arrival.tally)
         self._store.forget(forgotten)
 
     async def push_round(self, wire: bytes, run_key: str) -> None:
@@ -143,6 +137,7 @@ class Observer(ObserverService):
     async def finish(self) -> None:
         """Wait for the pushes that are under way."""
         await asyncio.gather(*self._taking, return_exceptions=True)
+        await asyncio.to_thread(self._reader.close)
 
     def list_runs(self) -> Iterable[RunSummary]:
         return self.history.runs()
@@ -183,21 +178,21 @@ class Observer(ObserverService):
             raise CallError(grpc.StatusCode.INTERNAL, text) from error
 
     async def _take(self, wire: bytes, holder: bytes) -> None:
-        limiter = self._small if len(wire) <= _SMALL_BYTES else self._large
-        arrived = await to_thread.run_sync(_read, wire, limiter=limiter)
-        report = arrived.report
         try:
+            arrival = await self._reader.read(wire)
+            if fault := find_fault(arrival):
+                raise CallError(grpc.StatusCode.INVALID_ARGUMENT, fault)
             async with self._in_turn:
-                if self.history.has(report.run_id, report.round, arrived.wire, holder):
+                if self.history.has(arrival, holder):
                     return
                 # The store comes first: what it cannot keep is refused, and may be pushed again.
                 if self._store:
-                    await asyncio.to_thread(self._store.append, report.run_id, report.round, holder, arrived.wire)
-                forgotten = self.history.add(report, arrived.wire, holder, arrived.brief)
+                    await asyncio.to_thread(self._store.append, arrival, holder)
+                forgotten = self.history.add(arrival, holder)
                 if self._store and forgotten:
                     await asyncio.to_thread(self._store.forget, forgotten)
-                await to_thread.run_sync(self._telemetry.observe, report, limiter=limiter)
-        except (ConflictError, FullError, HolderError) as error:
+                await asyncio.to_thread(self._telemetry.add, arrival.tally)
+        except (ConflictError, FullError, HolderError, ReaderError) as error:
             raise CallError(_CODES[type(error)], str(error)) from error
         except OSError as error:
             text = f"the store cannot be written: {error}"
@@ -209,44 +204,19 @@ _CODES = {
     ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     FullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     HolderError: grpc.StatusCode.PERMISSION_DENIED,
+    ReaderError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 
-class _Arrived(NamedTuple):
-    """A report as the log keeps it: read, in its one serialised form, and in brief."""
-
-    report: RoundReport
-    wire: bytes
-    brief: str
-
-
-def _read(data: bytes) -> _Arrived:
-    """Read what was pushed.
-
-    Raises:
-        ReportError: it is not a report of this version.
-        CallError: it is a report that cannot be taken.
-    """
-    wire = RoundReport.normalise(data)
-    report = RoundReport.from_bytes(wire)
-    if fault := find_fault(report):
-        raise CallError(grpc.StatusCode.INVALID_ARGUMENT, fault)
-    return _Arrived(report, wire, _brief(report))
-
-
-def _brief(report: RoundReport) -> str:
-    return json.dumps(summary_to_json(summarise(report)), allow_nan=False)
-
-
-def find_fault(report: RoundReport) -> str:
+def find_fault(arrival: Arrival) -> str:
     """Return why a report cannot be taken; empty where it can."""
-    if not report.run_id:
+    if not arrival.run.run_id:
         return "run_id is empty; give the run a name"
-    for name in ("run_id", "recipe"):
-        if len(getattr(report, name)) > _LONGEST_WORD:
+    for name, word in (("run_id", arrival.run.run_id), ("recipe", arrival.run.recipe)):
+        if len(word) > _LONGEST_WORD:
             return f"{name} has more than {_LONGEST_WORD} characters; give a shorter one"
-    if not 0 < report.round <= _LAST_ROUND:
-        return f"round is {report.round}; rounds count from 1, and {_LAST_ROUND} is the last"
+    if not 0 < arrival.round <= _LAST_ROUND:
+        return f"round is {arrival.round}; rounds count from 1, and {_LAST_ROUND} is the last"
     return ""
 
 

@@ -1,7 +1,7 @@
 """A table of rounds for the terminal, one row each."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -12,8 +12,9 @@ from fedbasin.server.printable import printable
 from fedbasin.server.report.charts.text import size
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 
-# Widths are fixed, so that rows printed one at a time stay under their headings.
-_COLUMNS = {"round": 7, "ended": 8, "seconds": 7, "updates": 15, "received": 8, "barrier": 15, "model": None}
+# Widths are fixed, so that rows printed one at a time stay under their headings. In a terminal of 80 columns the last
+# column has 23, enough for the longest outcome with the number of its replies.
+_COLUMNS = {"round": 7, "ended": 8, "seconds": 7, "updates": 7, "received": 8, "barrier": 14, "model, refusals": None}
 
 
 def rounds_table(reports: Iterable[RoundReport], *, heading: bool = True) -> Table:
@@ -33,16 +34,19 @@ def _cells(report: RoundReport) -> tuple[str, ...]:
         f"{report.round}/{report.rounds}",
         f"{report.finished.astimezone():%H:%M:%S}",
         f"{report.seconds:.1f}",
-        _count_updates(Counter(client.outcome for client in clients)),
+        f"{sum(client.is_accepted for client in clients)}/{len(clients)}",
         size(sum(client.bytes_up for client in clients)),
         _barriers(report.path or PathSums(), report.fused_path or PathSums()),
-        "\n".join(f"{printable(name)} {value:.4g}" for name, value in sorted(report.metrics.items())),
+        "\n".join([*_metrics(report.metrics), *_refusals(Counter(client.outcome for client in clients))]),
     )
 
 
-def _count_updates(outcomes: Counter[str]) -> str:
-    refused = [f"{number} {printable(name)}" for name, number in outcomes.items() if name != ACCEPTED]
-    return "\n".join([f"{outcomes[ACCEPTED]}/{outcomes.total()}", *refused])
+def _metrics(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{printable(name)} {value:.4g}" for name, value in sorted(metrics.items())]
+
+
+def _refusals(outcomes: Counter[str]) -> list[str]:
+    return [f"{number} {printable(name)}" for name, number in outcomes.items() if name != ACCEPTED]
 
 
 def _barriers(path: PathSums, fused_path: PathSums) -> str:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from fedbasin.proto.report import ReportError, RoundReport
+from fedbasin.server.observe.arrival import Arrival
 
 FILE = "rounds.sqlite"
 
@@ -83,15 +84,15 @@ class Store:
             except ReportError as error:
                 _log.warning("%s: run %r, round %d: skipped: %s", self.path, run, number, error)
 
-    def append(self, run: str, number: int, holder: bytes, wire: bytes) -> None:
-        """Write a serialised report.
+    def append(self, arrival: Arrival, holder: bytes) -> None:
+        """Write a report.
 
         Raises:
             OSError: the disk is full or gone; nothing of the report stays.
         """
         try:
             # The same run and round are there only where the history skipped them as of another version.
-            row = (run, number, holder, wire)
+            row = (arrival.run.run_id, arrival.round, holder, arrival.wire)
             self._database.execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             raise OSError(f"{self.path}: {error}") from error

@@ -33,8 +33,7 @@ class BoundedHttp(H11Protocol):
         super().connection_made(transport)
         self._timer = self.loop.call_later(HEADER_SECONDS, self._check_idle)
         if len(self.connections) > self._most:
-            idle = [peer for peer in self.connections if isinstance(peer, BoundedHttp) and not peer.is_busy]
-            min(idle, key=lambda peer: peer._idle_since, default=self).transport.abort()
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer:
@@ -44,6 +43,15 @@ class BoundedHttp(H11Protocol):
     def on_response_complete(self) -> None:
         self._idle_since = self.loop.time()
         super().on_response_complete()
+
+    def _make_room(self) -> None:
+        # Those that are closing leave `connections` only when the loop comes round.
+        still_open = [
+            peer for peer in self.connections if isinstance(peer, BoundedHttp) and not peer.transport.is_closing()
+        ]
+        if len(still_open) > self._most:
+            idle = [peer for peer in still_open if not peer.is_busy]
+            min(idle, key=lambda peer: peer._idle_since, default=self).transport.abort()
 
     def _check_idle(self) -> None:
         # What was answered and not read yet is the kernel's to time out.

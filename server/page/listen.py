@@ -61,6 +61,11 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _count_accepted() -> int:
+    """Return how many connections asyncio may accept in one turn; those that are too many are closed in the next."""
+    return max(1, min(128, count_connections() // 2))
+
+
 def _config(app: ASGIApp, guard: Guard) -> uvicorn.Config:
     """Return a configuration that logs nothing, and requires in TLS what the gRPC port requires."""
     # No logs: the output of `fedbasin observe --json` is the addresses, which programs read.
@@ -71,6 +76,7 @@ def _config(app: ASGIApp, guard: Guard) -> uvicorn.Config:
         access_log=False,
         lifespan="off",
         ws="none",
+        backlog=_count_accepted(),
         server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ssl_certfile=guard.cert,

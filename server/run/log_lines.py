@@ -1,7 +1,7 @@
 """Lines of the log of a run, in the terms of Flower's users."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import ArrayRecord
@@ -74,6 +74,40 @@ def round_lines(report: RoundReport, previous: RoundReport | None) -> Iterator[s
     yield f"round finished in {report.seconds:.1f} s{barrier}"
 
 
+def end_lines(reports: Sequence[RoundReport], seconds: float, folder: Path, observer: str) -> Iterator[str]:
+    """Give the lines at the end of a run: its result, its refusals, its folder, and where it can be seen.
+
+    Args:
+        reports: reports of all rounds.
+        seconds: duration of the run.
+        folder: folder of the run.
+        observer: `host:port` of the observer; empty for none.
+    """
+    if not reports:
+        yield f"Finished without a round; folder {folder}"
+        return
+    newest = reports[-1]
+    result = _metrics(newest.server_metrics or newest.evaluate_metrics or newest.train_metrics, {})
+    yield f"Finished {newest.rounds} rounds in {seconds:.1f} s: {result or 'no metric was measured'}"
+    measured = [report for report in reports if _heights(report.path)]
+    if measured:
+        yield f"\t├──> Barrier as trained -> aligned: {_heights(measured[-1].path)}, in round {measured[-1].round}"
+    else:
+        yield "\t├──> Barrier: not measured; set barrier-points to measure it"
+    yield f"\t├──> Refused replies: {_refused(reports)}"
+    yield f"\t├──> Model: {folder / 'global.safetensors'}, to be read by safetensors.torch.load_file"
+    seen = f", or the observer's page, or fedbasin watch {observer} --run {newest.run_id}" if observer else ""
+    yield f"\t└──> See it: fedbasin report {folder}{seen}"
+
+
+def _refused(reports: Sequence[RoundReport]) -> str:
+    clients = [client for report in reports for stage in report.stages for client in stage.clients]
+    refused = [client for client in clients if not client.is_accepted]
+    kinds = Counter(client.outcome for client in refused).most_common()
+    listed = ", ".join(f"{number} {printable(outcome)}" for outcome, number in kinds)
+    return f"{len(refused)} of {len(clients)}" + (f" ({listed}), by node in the report" if listed else "")
+
+
 def _metrics(now: Mapping[str, float], earlier: Mapping[str, float]) -> str:
     return ", ".join(
         f"{printable(name)} {value:.4g}" + (f" ({value - earlier[name]:+.2g})" if name in earlier else "")
@@ -83,10 +117,16 @@ def _metrics(now: Mapping[str, float], earlier: Mapping[str, float]) -> str:
 
 
 def _barrier(path: PathSums | None) -> str:
+    heights = _heights(path)
+    return f", barrier {heights}" if heights else ""
+
+
+def _heights(path: PathSums | None) -> str:
+    """Return the barrier as trained and as aligned; empty where it was not measured."""
     if path is None or not path.examples or not path.loss_before:
         return ""
     trained, aligned = (_height(path.points, loss) for loss in (path.loss_before, path.loss_after))
-    return f", barrier {trained / path.examples:.3g} -> {aligned / path.examples:.3g}"
+    return f"{trained / path.examples:.3g} -> {aligned / path.examples:.3g}"
 
 
 def _height(points: tuple[float, ...], loss: tuple[float, ...]) -> float:

@@ -29,7 +29,7 @@ from fedbasin.server.run import checkpoint
 from fedbasin.server.run.checkpoint import Checkpoint
 from fedbasin.server.run.dry_run import dry_run, model_signature
 from fedbasin.server.run.first_message import PATIENCE_SECONDS, Check, prevents_training
-from fedbasin.server.run.log_lines import incident_line, round_lines, start_lines
+from fedbasin.server.run.log_lines import end_lines, incident_line, round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
@@ -119,9 +119,14 @@ class RunLoop:
         record = self._record(train_config)
         with stop_signal(), open_run_folder(self._settings, self._run_id, record) as folder:
             self._open(folder)
+            started = time.perf_counter()
             self._run_all()
             folder.write(finished=True)
-            return self._complete_result()
+            result = self._complete_result()
+            seconds = time.perf_counter() - started
+            for line in end_lines(result.reports, seconds, self._folder, self._settings.observer):
+                _LOG.info("%s", line)
+            return result
 
     def _record(self, train_config: ConfigRecord) -> RunRecord:
         """Return this run as its folder is to know it."""
@@ -148,7 +153,6 @@ class RunLoop:
 
     def _run_all(self) -> None:
         """Run every round that is not done yet."""
-        started = time.perf_counter()
         for line in start_lines(self._settings, self._arrays, self._rounds, self._folder):
             _LOG.info("%s", line)
         self._state.in_start, self._state.probe = True, self._probe
@@ -157,13 +161,6 @@ class RunLoop:
                 self._run_rounds()
         finally:
             self._state.in_start, self._state.probe, self._state.stream = False, None, None
-        _LOG.info(
-            "Finished %d rounds in %.1f s. Model and reports are in %s; next: fedbasin report %s",
-            self._rounds,
-            time.perf_counter() - started,
-            self._folder,
-            self._folder,
-        )
 
     def _take(self, arrays: ArrayRecord) -> None:
         """Take a new global model: as arrays, as a state that shares their bytes, and its digest."""

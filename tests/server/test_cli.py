@@ -177,7 +177,7 @@ def test_the_table_tells_a_round_in_a_row(address, command):
     done = fedbasin(*command, address)
     assert done.returncode == 0
     heading, first, *_ = done.stdout.splitlines()
-    assert heading.split() == ["round", "ended", "seconds", "updates", "received", "barrier", "model"]
+    assert heading.split() == ["round", "ended", "seconds", "updates", "received", "barrier", "model,", "refusals"]
     assert " ".join(first.split()) == "1/2 12:04:05 3.2 1/2 3 MB 2 → 0.25 accuracy 0.875"
     for word in ("2/2", "1 non_finite"):
         assert word in done.stdout

@@ -13,8 +13,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from fedbasin.proto.report import ACCEPTED, ClientReport
 from fedbasin.server.observe.live import screen, sparkline
+from fedbasin.server.observe.rounds_table import rounds_table
 from fedbasin.server.report.summary import summarise
+from fedbasin.strategies.round.outcomes import Outcome
 from tests.observing import observer, push
 from tests.server.reports import run_of
 from tests.waiting import LONG
@@ -111,7 +114,7 @@ def test_the_screen_has_as_many_rounds_as_fit_and_says_what_to_do_about_refusals
     console = Console(file=io.StringIO(), width=100)
     console.print(screen(reports, [summarise(report) for report in reports], lines=10))
     drawn = console.file.getvalue()
-    assert [number for number in range(1, 31) if f"\n{number}/30" in drawn] == [26, 27, 28, 29, 30]
+    assert [number for number in range(1, 31) if f"\n{number}/30" in drawn] == [27, 28, 29, 30]
     assert "raise round-timeout-seconds" in drawn
 
 
@@ -123,6 +126,19 @@ def test_the_screen_says_what_stands_beside_the_barrier():
     newest = summarise(reports[-1]).measures
     assert f"update cosine {newest['update_cosine.fused']:.3g}" in drawn
     assert f"new {newest['fused_barrier_loss']:.3g}" in drawn
+
+
+def test_in_a_terminal_of_80_columns_no_word_is_broken():
+    (report,) = run_of(rounds=1)
+    (stage, *_) = report.stages
+    clients = tuple(ClientReport(node, outcome.name) for node, outcome in enumerate(Outcome) for _ in range(12))
+    metrics = {"train_accuracy": 0.123456, "evaluate_accuracy": 0.123456}
+    report = replace(report, stages=(replace(stage, clients=clients),), evaluate_metrics=metrics)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(rounds_table([report]))
+    words = set(console.file.getvalue().split())
+    assert {outcome.name for outcome in Outcome if outcome.name != ACCEPTED} | metrics.keys() <= words
+    assert {"round", "ended", "seconds", "updates", "received", "barrier"} <= words
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedbasin.proto.fedbasin_pb2_grpc import ObserverStub
 from fedbasin.proto.observer_service import RUN_KEY, SERVICE, RemoteObserver
 from fedbasin.proto.report import SCHEMA_VERSION, ClientReport, StageReport
+from fedbasin.server.observe.arrival import digest
 from fedbasin.server.observe.history import History, Limits
 from fedbasin.server.observe.push import ObserverClient, connect
 from fedbasin.server.observe.store import FILE
@@ -348,7 +349,7 @@ def test_two_observers_do_not_share_a_store(tmp_path):
 
 
 def add(history, told):
-    return history.add(told, told.to_bytes(), b"holder")
+    return history.add(digest(told, told.to_bytes()), b"holder")
 
 
 def test_the_history_is_bounded_by_runs_and_by_rounds():
@@ -363,7 +364,8 @@ def test_the_history_is_bounded_by_runs_and_by_rounds():
 
 
 def test_the_history_is_bounded_by_bytes_and_the_largest_run_pays():
-    size = len(report(1, "a").to_bytes())
+    arrival = digest(report(1, "a"), report(1, "a").to_bytes())
+    size = len(arrival.wire) + len(arrival.brief)
     history = History(Limits(wire_bytes=4 * size))
     add(history, report(1, "b"))
     for number in (1, 2, 3):

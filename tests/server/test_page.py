@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from fedbasin.server.observe.access import Guard
+from fedbasin.server.observe.arrival import digest
 from fedbasin.server.observe.history import History
 from fedbasin.server.page import stream
 from tests.needing import needed
@@ -175,7 +176,7 @@ def test_a_silent_stream_says_that_it_is_there(monkeypatch):
     async def story():
         history = History()
         (told,) = run_of(rounds=1, of=2)
-        history.add(told, told.to_bytes(), b"", "{}")
+        history.add(digest(told, told.to_bytes()), b"")
         coming = stream.stream_events(history, "", 0)
         heard = [await anext(coming) for _ in range(4)]
         await coming.aclose()
