@@ -15,6 +15,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, to_scales
 from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketch_encodings
 from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
 from fedbasin.strategies.fusion.update import Update
@@ -60,6 +61,7 @@ class Fuse:
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {statistic.value}")
         check_update(update, self._anchor, expected)
         check_alike(update, self._accumulator.blocks)
+        update = _rescale(update, self._anchor)
         check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
         if self.request.layer_graph:
             check_layer_graph(update.layer_graph, self._anchor)
@@ -69,6 +71,18 @@ class Fuse:
     def finish(self) -> dict[str, Tensor]:
         weighting = self._recipe.weighting
         return self._accumulator.finalize(self._anchor, weighting.ridge if weighting else None)
+
+
+def _rescale(update: Update, anchor: State) -> Update:
+    """Return the update with adapters in the anchor's scales: clients without the mod reply in their own.
+
+    Raises:
+        Refusal: a scale is not positive.
+    """
+    for name, scale in scales_of(update.parameters).items():
+        if not scale > 0:
+            raise Refusal(Outcome.not_positive, name)
+    return replace(update, parameters=to_scales(update.parameters, scales_of(anchor)))
 
 
 class AlignedFuse:
