@@ -9,6 +9,7 @@ import re
 
 from torch import Tensor, nn
 
+from fedbasin.strategies.fusion.lora.adapter_scales import SCALE
 from fedbasin.strategies.tensors.state import State
 
 # The groups are the part of a name that is saved; the rest of the match is left out.
@@ -16,14 +17,16 @@ _SAVED = re.compile(r"(lora_magnitude_vector)\.[^.]+\.weight|(lora_[A-Za-z_]+)\.
 
 
 def model_names(model: nn.Module, state: State) -> dict[str, str]:
-    """Return the model's own name for each tensor of a state.
+    """Return the model's own name for each tensor of a state, scales of adapters apart.
 
     Raises:
         ValueError: the model has no such tensor.
     """
     tensors = model.state_dict()
     saved = {_SAVED.sub(lambda match: match[1] or match[2] or "", name): name for name in tensors}
-    names = {name: name if name in tensors else saved.get(name, "") for name in state}
+    # A scale is an attribute of the model's layers, and no tensor.
+    weights = (name for name in state if not name.endswith(SCALE))
+    names = {name: name if name in tensors else saved.get(name, "") for name in weights}
     if unknown := [name for name, own_name in names.items() if not own_name]:
         raise ValueError(
             f"the model has no tensor {unknown[0]!r}; give fedbasin.client.basin the model whose state travels, "
@@ -44,4 +47,4 @@ def complete_state(model: nn.Module, state: State) -> dict[str, Tensor]:
     if not any(".lora_" in name for name in state):
         return dict(state)
     names = model_names(model, state)
-    return {**model.state_dict(), **{names[name]: tensor for name, tensor in state.items()}}
+    return {**model.state_dict(), **{own_name: state[name] for name, own_name in names.items()}}

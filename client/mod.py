@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from torch import nn
+from torch import Tensor, nn
 
 from fedbasin.client.client_state import (
     forget,
@@ -36,6 +36,7 @@ from fedbasin.proto import plain
 from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_header
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import CHECK, Request, Start
+from fedbasin.strategies.fusion.lora.adapter_scales import read_scales, scales_of, set_scales, to_scales
 from fedbasin.strategies.round.outcomes import Refusal
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State
@@ -107,6 +108,8 @@ def _train(
     # Held here because `_train_once` replaces the content of the message by the app's.
     content, started = message.content, time.perf_counter()
     app = _train_once(request, message, context, call_next, model)
+    # From here on the model runs factors of the anchor's scale.
+    set_scales(model, scales_of(request.anchor))
     if isinstance(app, Message):
         return app
     seconds, metrics = time.perf_counter() - started, {**app.metrics, request.weight_key: app.examples}
@@ -136,12 +139,15 @@ def _train_once(
         forget(context)
     if earlier is not None:
         return earlier
-    start = _initial_state(request, model) if request.start is Start.own else None
+    scales = read_scales(model, scales_of(request.anchor))
+    start = _initial_state(request, model) | scales if request.start is Start.own else None
+    if scales and start is None:
+        start = to_scales(request.anchor, scales, _trained_factor(request))
     message.content = _app_content(request, message.content, start)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
-    app = _read_app_reply(request, reply.content)
+    app = _read_app_reply(request, reply.content, scales)
     if request.keep:
         keep_trained(context, request, app)
     return app
@@ -156,19 +162,28 @@ def _evaluate(
     data: Data | None,
 ) -> Message:
     """Let the app evaluate; add the path from the fused model to the one that the client sent, if that was kept."""
-    message.content = _app_content(request, message.content)
+    scales = scales_of(request.anchor)
+    model = make_model(context) if scales else None
+    start = None if model is None else to_scales(request.anchor, read_scales(model, scales))
+    message.content = _app_content(request, message.content, start)
     reply = call_next(message, context)
     if request.path_points and not reply.has_error():
         sent = sent_reply(context, request)
         if sent is not None and sent.parameters is not None:
-            fused = measure_fused(request, sent.parameters, make_model(context), data)
+            model = model or make_model(context)
+            set_scales(model, scales)
+            fused = measure_fused(request, sent.parameters, model, data)
             reply.content[HEADER] = fused.to_content(request)[HEADER]
     if not request.keep:
         forget(context)
     return reply
 
 
-def _initial_state(request: Request, model: nn.Module) -> State:
+def _trained_factor(request: Request) -> Literal["down", "up"]:
+    return "down" if request.frozen_factor == "lora_B" else "up"
+
+
+def _initial_state(request: Request, model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own weights; where adapters travel alone, its own adapters under the anchor's names."""
     state = model.state_dict()
     names = model_names(model, request.anchor)
@@ -195,8 +210,13 @@ def _app_content(request: Request, content: RecordDict, start: State | None = No
     return RecordDict({request.arrays_key: arrays, **app_records})
 
 
-def _read_app_reply(request: Request, content: RecordDict) -> Reply:
-    """Read the app's own reply to a request for training.
+def _read_app_reply(request: Request, content: RecordDict, scales: State) -> Reply:
+    """Read the app's own reply to a request for training, with adapters in the anchor's scales.
+
+    Args:
+        request: the request.
+        content: the content of the app's reply.
+        scales: the client's own scales of adapters, which the app need not send.
 
     Raises:
         AppReplyError: the reply does not hold one model and one record of metrics.
@@ -210,8 +230,9 @@ def _read_app_reply(request: Request, content: RecordDict) -> Reply:
             f"{request.weight_key!r}"
         )
     reply = Reply.from_message(content, request)
+    parameters = to_scales({**scales, **(reply.parameters or {})}, scales_of(request.anchor), _trained_factor(request))
     (record,) = metrics.values()
-    return replace(reply, examples=read_weight(request, record))
+    return replace(reply, parameters=parameters, examples=read_weight(request, record))
 
 
 def _refused(request: Request, refusal: Refusal) -> Reply:

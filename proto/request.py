@@ -199,6 +199,7 @@ class Request:
             moving=moving,
             identity_bounds={entry.key: _vector(entry.value) for entry in header.identity_bounds},
             packed=packed,
+            frozen_factor=_frozen_factor(content),
         )
 
     @property
@@ -214,6 +215,11 @@ class Request:
         """Return a state of the app's arrays under the model's names."""
         names = {array: name for name, array in self.array_names.items()}
         return {names.get(array, array): tensor for array, tensor in state.items()}
+
+
+def _frozen_factor(content: RecordDict) -> str:
+    """Return the frozen factor that the app is told in its config."""
+    return next((str(config[FROZEN_KEY]) for config in content.config_records.values() if FROZEN_KEY in config), "")
 
 
 def _vector(data: bytes) -> Tensor:

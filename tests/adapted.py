@@ -39,14 +39,21 @@ def _config() -> BertConfig:
     )
 
 
-def model(rank: int = RANK, seed: int = 0) -> PeftModel:
-    """A tiny BERT with adapters on queries, values and the embedding, and a head that is trained whole."""
+def model(rank: int = RANK, seed: int = 0, **scaling: object) -> PeftModel:
+    """A tiny BERT with adapters on queries, values and the embedding, and a head that is trained whole.
+
+    Args:
+        rank: of the adapters.
+        seed: of their first factors.
+        scaling: settings of the adapters' scale, in place of an alpha in proportion to the rank.
+    """
     base = BertForSequenceClassification(_config())
     base.load_state_dict(_base())
     torch.manual_seed(seed)
     targets = ["query", "value", "word_embeddings"]
     # alpha in proportion to the rank: clients of several ranks then scale their products alike.
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=["classifier"])
+    settings = {"lora_alpha": 2 * rank, **scaling}
+    config = LoraConfig(r=rank, target_modules=targets, modules_to_save=["classifier"], **settings)
     return get_peft_model(base, config)
 
 
@@ -61,12 +68,13 @@ def examples(node: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"input_ids": words}, words[:, 0] % CLASSES
 
 
-def make_app(rank=lambda node: RANK, ignores_frozen=()) -> ClientApp:
+def make_app(rank=lambda node: RANK, ignores_frozen=(), scaling=lambda node: {}) -> ClientApp:
     """The app; `app.sent` has every client's last state, by node.
 
     Args:
         rank: of each client's adapters.
         ignores_frozen: nodes that train also what a round freezes.
+        scaling: settings of each client's scale.
     """
 
     def node_of(context: Context) -> int:
@@ -75,7 +83,9 @@ def make_app(rank=lambda node: RANK, ignores_frozen=()) -> ClientApp:
     app = ClientApp(
         mods=[
             basin(
-                model=lambda context: model(rank(node_of(context)), seed=7 + node_of(context)),
+                model=lambda context: model(
+                    rank(node_of(context)), seed=7 + node_of(context), **scaling(node_of(context))
+                ),
                 data=lambda context: [examples(node_of(context))],
             )
         ]
@@ -87,7 +97,7 @@ def make_app(rank=lambda node: RANK, ignores_frozen=()) -> ClientApp:
         node = node_of(context)
         config = message.content["config"]
         app.configs.append(dict(config))
-        net = model(rank(node))
+        net = model(rank(node), **scaling(node))
         load(net, narrow(message.content["arrays"].to_torch_state_dict(), rank(node)))
         frozen = str(config.get("frozen-factor", ""))
         if frozen and node not in ignores_frozen:

@@ -125,7 +125,7 @@ def _write(merge: "PreparedMerge", output: Path, shard: int) -> "MergeReport":
             output,
             shard,
             lambda size: progress.update(task, advance=size, description="merging"),
-            lambda name: progress.update(task, description=f"matching {name}"),
+            lambda search: progress.update(task, description=f"matching, {search}"),
         )
 
 

@@ -16,6 +16,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, to_scales
 from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketch_encodings
 from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
 from fedbasin.strategies.fusion.update import Update
@@ -67,6 +68,7 @@ class Fuse:
             statistic = self._recipe.statistic
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {statistic.value}")
         check_update(update, self._anchor, self._blocks)
+        update = _rescale(update, self._anchor)
         check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
         if self.request.layer_graph:
             check_layer_graph(update.layer_graph, self._anchor)
@@ -84,6 +86,18 @@ class Fuse:
         return self._accumulator.finalize(self._anchor, weighting.ridge if weighting else None)
 
 
+def _rescale(update: Update, anchor: State) -> Update:
+    """Return the update with adapters in the anchor's scales: clients without the mod reply in their own.
+
+    Raises:
+        Refusal: a scale is not positive.
+    """
+    for name, scale in scales_of(update.parameters).items():
+        if not scale > 0:
+            raise Refusal(Outcome.not_positive, name)
+    return replace(update, parameters=to_scales(update.parameters, scales_of(anchor)))
+
+
 class AlignedFuse:
     """A fusing stage in which the server aligns, one reply at a time, for clients that cannot align themselves."""
 
@@ -97,7 +111,7 @@ class AlignedFuse:
 
     def check(self, update: Update) -> tuple[Update, AlignmentReport]:
         # Checked before it is aligned: an assignment over NaN has no answer.
-        self._fuse.check(update)
+        update, _ = self._fuse.check(update)
         try:
             alignment = self._match(self._symmetry, self._anchor, update.parameters, self._bounds)
         except (ValueError, ArithmeticError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from tests.benchmarks import (
     bench_matching_memory,
     bench_memory,
     bench_merge,
+    bench_merge_rules,
     bench_observer,
     bench_observer_siege,
     bench_one_round,
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "stages": bench_stages.measure,
     "lora": bench_lora.measure,
     "merge": bench_merge.measure,
+    "merge-rules": bench_merge_rules.measure,
     "page": bench_page.measure,
     "robust": bench_robust.measure,
 }

@@ -73,9 +73,9 @@ def align_states(symmetry: Symmetry, states: Sequence[State], order: Align, matc
         match: finds the transform that takes its second state closest to its first.
     """
     search = _Search(symmetry, states, match)
-    {"off": lambda: None, "star": search.star, "chain": search.chain, "tree": search.tree, "universe": search.universe}[
-        order
-    ]()
+    orders = {"star": search.star, "chain": search.chain, "tree": search.tree, "universe": search.universe}
+    if order != "off":
+        orders[order]()
     return Aligned([search.state(number) for number in range(len(states))], search.reports)
 
 

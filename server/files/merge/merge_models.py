@@ -1,5 +1,6 @@
 """A merge from recipe to files: models are opened, refused or planned by their headers, aligned, merged and written."""
 
+import itertools
 import json
 import shutil
 import time
@@ -120,7 +121,7 @@ def write_merge(
         target: folder, or file where the first model is one; what is there is replaced.
         shard: largest number of bytes in one file of a folder.
         on_write: called with the size in bytes of each tensor that was written.
-        on_match: called with the name of each tensor that a search reads.
+        on_match: called with the number of each search when it begins.
 
     Raises:
         ModelError: a tensor cannot be read or merged, or the target cannot be written.
@@ -219,8 +220,10 @@ def _align(merge: PreparedMerge, on_match: Callable[[str], None]) -> tuple[Mappi
         except FoldError as error:
             raise ModelError(f"{path}: {error}") from error
 
+    numbers = itertools.count(1)
+
     def match(anchor: State, model: State) -> MatchResult:
-        on_match(f"model {len(merge.models)}")
+        on_match(f"search {next(numbers)}")
         return find_by_weights(symmetry, anchor, model)
 
     aligned = align_states(symmetry, folded, merge.recipe.align, match)

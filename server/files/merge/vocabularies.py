@@ -28,8 +28,8 @@ OLD_FORMATS = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "to
 Vocabulary = Mapping[str, int]
 
 _TABLE = re.compile(
-    r"(embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder|output)\.(weight|bias)"
-    r"|(.*\.)?(predictions|lm_head)\.bias"
+    r"(.*\.)?((embed_tokens|wte|word_embeddings|shared|embed_in|embed_out|lm_head|decoder|output)\.(weight|bias)"
+    r"|predictions\.bias)"
 )
 
 
@@ -110,7 +110,7 @@ def plan_tokens(paths: Sequence[Path], choice: TokenizerChoice | None, sizes: Ma
 
 def is_table(name: str, shape: Sequence[int], size: int) -> bool:
     """Return True if a tensor has a row for each of a model's `size` tokens."""
-    return bool(shape) and shape[0] == size and _TABLE.fullmatch(name.rpartition("model.")[2]) is not None
+    return bool(shape) and shape[0] == size and _TABLE.fullmatch(name) is not None
 
 
 class TokenState(Mapping[str, Tensor]):

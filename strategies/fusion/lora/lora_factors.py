@@ -3,8 +3,9 @@
     W + s B A        A [rank, in], B [out, rank]
 
 Hu et al. 2022, arXiv 2106.09685. Names are those of the `peft` library, in its models (`...lora_A.NAME.weight`) and in
-its files (`...lora_A.weight`); the library need not be installed. The scale s = alpha / rank is not part of a state:
-clients with different ranks need the same s, and so an alpha in proportion to the rank.
+its files (`...lora_A.weight`); the library need not be installed. The scale s travels where a state has it
+(`adapter_scales`); in a run whose first state has none, all clients need the same s, and so an alpha in proportion to the
+rank.
 """
 
 import re
@@ -57,7 +58,7 @@ def find_adapters(state: State) -> list[Adapter]:
     Raises:
         AdapterError: there are none, a factor lacks its partner, or their shapes do not multiply.
     """
-    adapters = _pairs(state)
+    adapters = adapter_pairs(state)
     if not adapters:
         raise AdapterError(
             "the state has no tensor named lora_A; pass the state of a model with adapters, or choose the recipe fedavg"
@@ -72,7 +73,7 @@ def widen(state: State, anchor: State) -> dict[str, Tensor]:
 
     Tensors whose shapes differ in another axis are left unchanged; the server refuses them by name.
     """
-    pairs = [a for a in _pairs(state) if {a.down, a.up} <= anchor.keys() & state.keys()]
+    pairs = [a for a in adapter_pairs(state) if {a.down, a.up} <= anchor.keys() & state.keys()]
     down = {a.down: _pad(state[a.down], anchor[a.down], 0) for a in pairs}
     up = {a.up: _pad(state[a.up], anchor[a.up], 1) for a in pairs}
     return {**state, **down, **up}
@@ -142,7 +143,8 @@ def as_module(state: State) -> nn.Module:
     return root
 
 
-def _pairs(state: State) -> list[Adapter]:
+def adapter_pairs(state: State) -> list[Adapter]:
+    """Return the names of the factors in a state, without looking at them."""
     return [
         Adapter(down, re.sub(r"\.lora_(embedding_)?A", r".lora_\1B", down)) for down in state if _DOWN.fullmatch(down)
     ]
