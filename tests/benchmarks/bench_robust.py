@@ -15,7 +15,7 @@ from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAcc
 from fedbasin.strategies.fusion.update import Update
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, peak_resident_bytes
 
-LAYERS, WIDTH = 12, 1024
+LAYERS, WIDTH = 4, 1024
 COUNTS = (11, 33)
 GROWTH = 0.25
 
@@ -49,7 +49,7 @@ def measure(say: Say) -> Figure:
 def _updates(clients: int) -> Iterator[Update]:
     for client in range(clients):
         draw = torch.Generator().manual_seed(client)
-        yield Update({f"{n}": torch.randn(WIDTH, WIDTH, generator=draw) for n in range(LAYERS)}, 100.0)
+        yield Update({f"{n}": torch.rand(WIDTH, WIDTH, generator=draw) for n in range(LAYERS)}, 100.0)
 
 
 def _run(name: str, clients: int) -> tuple[float, float, int]:

@@ -1,10 +1,11 @@
-"""`python -m tests.benchmarks.hostile`: accuracy with hostile clients, by recipe, robust rule and attack.
+"""`python -m tests.benchmarks.hostile [RECIPE ...]`: accuracy with hostile clients, by recipe, robust rule and attack.
 
-Writes docs/records/hostile-clients.md.
+Writes docs/records/hostile-clients.md, the sections of these recipes or all of them.
 """
 
 import logging
 import platform
+import sys
 from itertools import product
 
 import torch
@@ -29,32 +30,38 @@ RULES = {
 }
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     console = Console(highlight=False)
-    tables = []
-    for recipe in RECIPES:
-        rows = {}
+    for recipe in names or RECIPES:
+        rows: dict[str, dict[str, float | None]] = {}
         for rule, attack in product(RULES, ATTACKS):
             settings = {"robust": rule, **RULES[rule]} if rule else {}
             value = accuracy(recipe, ATTACKS[attack], **settings)
             rows.setdefault(rule or "none", {})[attack] = value
             console.print(f"[dim]{recipe}, {rule or 'none'}, {attack}: {_cell(value)}[/dim]", soft_wrap=True)
-        tables.append(f"## `{recipe}`\n\n{_table(rows)}")
         # At once: an interrupted run keeps what it has measured.
-        RECORD.write_text("\n\n".join([_head(), *tables]) + "\n")
+        _write(recipe, _table(rows))
     console.print(f"written to {RECORD}", soft_wrap=True)
+
+
+def _write(recipe: str, table: str) -> None:
+    """Replace the section of a recipe in the record; the others stay as they were measured."""
+    _, *parts = RECORD.read_text().split("\n## ") if RECORD.is_file() else [""]
+    sections = dict(part.rstrip().split("\n\n", 1) for part in parts) | {f"`{recipe}`": table}
+    present = [f"`{name}`" for name in RECIPES if f"`{name}`" in sections]
+    RECORD.write_text("\n\n".join([_head(), *(f"## {name}\n\n{sections[name]}" for name in present)]) + "\n")
 
 
 def _head() -> str:
     return f"""# Hostile clients
 
-Written by `python -m tests.benchmarks.hostile`, with torch {torch.__version__} on {platform.machine()}.
+Written by `python -m tests.benchmarks.hostile`, with `PYTHONPATH=.`, torch {torch.__version__} and {platform.machine()}.
 
-Accuracy on the test examples of scikit-learn's digits after {ROUNDS} rounds. {CLIENTS} clients hold Dirichlet({DIRICHLET}) parts of the training
-examples and train a perceptron 64-{WIDTH}-{WIDTH}-10 for five epochs; {len(HOSTILE)} of them are hostile in every round. Rows are values of
-the setting `robust`, columns are attacks, one seed. `trimmed-mean`, `krum` and `multi-krum` are told of two hostile
+Accuracy on the test examples of scikit-learn's digits after {ROUNDS} rounds. {CLIENTS} clients hold Dirichlet({DIRICHLET}) parts of
+the training examples and train a perceptron 64-{WIDTH}-{WIDTH}-10 for five epochs; {len(HOSTILE)} of them are hostile in every
+round. Rows are values of the setting `robust`, columns are attacks, one seed. `trimmed-mean`, `krum` and `multi-krum` are told of two hostile
 clients; `bulyan`, for which ten clients are too few for that, of one. A dash marks a run that failed. Which rule to
 choose is told in [hostile clients](../how-to/hostile-clients.md)."""
 
@@ -71,4 +78,4 @@ def _cell(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

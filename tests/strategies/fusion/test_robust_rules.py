@@ -227,6 +227,19 @@ def test_centred_clipping_follows_its_recursion(seed):
     torch.testing.assert_close(flat(fuse("centred-clipping", anchor, contributions)), centre)
 
 
+@pytest.mark.parametrize("name", ["krum", "multi-krum", "geometric-median", "norm-clipping", "median"])
+@pytest.mark.parametrize("kind", ["fisher", "gram", "kronecker"])
+@quickly
+@given(seed=seeds, exponents=st.lists(st.integers(-40, 40), min_size=CLIENTS, max_size=CLIENTS))
+def test_a_client_gains_nothing_by_the_scale_of_its_statistics(name, kind, seed, exponents):
+    anchor, contributions = updates(seed, kind)
+    scaled = [
+        replace(u, precisions={b: p.scaled(2.0**e) for b, p in u.precisions.items()})
+        for u, e in zip(contributions, exponents, strict=True)
+    ]
+    assert_equal(fuse(name, anchor, scaled), fuse(name, anchor, contributions), 1e-6)
+
+
 @quickly
 @given(seed=seeds)
 def test_with_one_gram_matrix_in_all_clients_a_layer_is_a_mean_of_some_of_their_weights(seed):

@@ -3,12 +3,14 @@
 It has the interface of `Accumulator`. A model's tensors are fused by the rule. Statistics are fused layer by layer as
 combinations of the clients' pairs of a precision and the residual that belongs to it,
 
-    Lambda = sum_k c_k Lambda_k / n_k        Lambda . (theta - theta_0) = sum_k c_k Lambda_k . (theta_k - theta_0) / n_k
+    Lambda = sum_k c_k Lambda_k / s_k        Lambda . (theta - theta_0) = sum_k c_k Lambda_k . (theta_k - theta_0) / s_k
 
 with one coefficient c_k for a client in a layer: positive semi-definite matrices stay so, and clients with equal
-weights give those weights. A rule that combines whole models combines pairs as well. In place of a rule that decides
-entry by entry, which would make a matrix of parts of many, the geometric median takes over: the median of the
-clients' means. Pairs are compared with both parts scaled to their median norm.
+weights give those weights. s_k is the mean of Lambda_k's diagonal. A layer's solution does not depend on the scale of
+its statistics: a client with tiny ones would be near to all others, and alone it would still decide everything. A rule
+that combines whole models combines pairs as well. In place of a rule that decides entry by entry, which would make a
+matrix of parts of many, the geometric median takes over: the median of the clients' means. Pairs are compared with
+both parts scaled to their median norm.
 
 Running variances are fused as any other tensor. Pooled with the spread of the clients' means they would not be
 bounded, because a mean enters with its square.
@@ -65,6 +67,7 @@ class RobustAccumulator:
         self._spool = Spool(file)
         self._examples: list[float] = []
         self._updates: list[dict[_Key, Place]] = []
+        self._scales: list[dict[Block, float]] = []
         self._first: dict[Block, tuple[Precision, Tensor]] = {}
 
     @property
@@ -88,8 +91,10 @@ class RobustAccumulator:
         places: dict[_Key, Place] = {
             name: self._spool.write(tensor) for name, tensor in update.parameters.items() if name in self._anchor
         }
+        scales: dict[Block, float] = {}
         for blocks in common(update.precisions):
             precision = _comparable(update.precisions[blocks[0]])
+            scales |= dict.fromkeys(blocks, precision.isotropic(1.0).weight)
             parts = [self._spool.write(part) for part in _parts(precision)]
             for block in blocks:
                 residual = _residual(update, block, self._anchor)
@@ -98,6 +103,7 @@ class RobustAccumulator:
                 # Copied where it is kept, because it may be a view of the reply, which must be freed.
                 self._first.setdefault(block, (precision.scaled(1.0), residual.clone()))
         self._updates.append(places)
+        self._scales.append(scales)
         self._examples.append(update.examples)
 
     def total(self) -> Accumulator:
@@ -182,20 +188,21 @@ class RobustAccumulator:
         return list(groups.values())
 
     def _factors(self, blocks: Sequence[Block]) -> dict[int, float]:
-        """Return the factors on clients' statistics of blocks that share a precision; clients without one are left out.
-
-        The statistics are sums over examples and are compared as means, so that a claimed number of examples moves
-        nothing by itself.
-        """
+        """Return the factors on clients' statistics of blocks that share a precision; clients without one are left out."""
         examples = torch.tensor(self._examples, dtype=torch.float64)
         weights = capped(examples)
+        scales = torch.tensor([client[blocks[0]] for client in self._scales], dtype=torch.float64)
+        # Of a layer that no example has reached, which has nothing to scale.
+        scales = torch.where(scales > 0, scales, 1.0)
         parts = _parts(self._first[blocks[0]][0])
         # The inner product of Kronecker products is the product of their factors' inner products.
         precisions = reduce(mul, (self._products((blocks[0], number)) for number in range(len(parts))))
         residuals = reduce(add, (self._products(block) for block in blocks))
-        pairs = _scaled(precisions / examples / examples[:, None]) + _scaled(residuals / examples / examples[:, None])
+        pairs = reduce(add, (_scaled(each / scales / scales[:, None]) for each in (precisions, residuals)))
         rule = self._rule if isinstance(self._rule, CombinationRule) else GeometricMedian()
-        factors = weights.sum() * _coefficients(rule, pairs, weights) / examples
+        # A closed-form head reads the number of examples, so the typical scale of as many is restored.
+        typical = weights.sum() * (scales / examples).median()
+        factors = typical * _coefficients(rule, pairs, weights) / scales
         return {number: factor for number, factor in enumerate(factors.tolist()) if factor}
 
     def _precision(self, client: int, block: Block) -> Precision:

@@ -1,0 +1,66 @@
+"""A run on a disk of its own that becomes full, and goes on after it has been made larger; prints what happened.
+
+Started by test_disk.py in a mount namespace of its own, where it may mount.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context, RecordDict
+
+from fedbasin.server.run import checkpoint
+from fedbasin.server.strategy import FedBasin
+from tests.faults.seeded_grid import SeededGrid
+
+ROUNDS = 6
+
+
+def start(folder: Path, robust: str, resume: Path | None = None) -> dict[str, torch.Tensor]:
+    strategy = FedBasin(
+        context=Context(1, 1, {}, RecordDict(), {}),
+        robust=robust,
+        align="off",
+        fraction_evaluate=0.0,
+        min_train_nodes=5,
+        folder=folder,
+        resume=str(resume or ""),
+        server_optimizer="momentum",
+    )
+    return strategy.start(SeededGrid(5), ArrayRecord({"weight": torch.zeros(100, 100)}), ROUNDS).state_dict
+
+
+def fill(folder: Path, keep: int) -> Path:
+    """Fill the disk up to some bytes."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"0" * 4096)
+        except OSError:
+            file.truncate(max(0, file.tell() - keep))
+    return ballast
+
+
+def main(disk: Path, robust: str, keep: int) -> None:
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
+    undisturbed = start(disk.with_name("undisturbed"), robust)
+    ballast = fill(disk, keep)
+    error = None
+    try:
+        start(disk, robust)
+    except Exception as problem:  # noqa: BLE001 - whatever ends the run is what the test judges
+        error = f"{type(problem).__name__}: {problem}"
+    ballast.unlink()
+    folders = [path.parent for path in disk.rglob("rounds.jsonl")]
+    done = checkpoint.load(folders[0]).server_round if folders else 0
+    model = start(disk, robust, folders[0] if done else None)
+    equal = all(torch.equal(undisturbed[name], tensor) for name, tensor in model.items())
+    print(json.dumps({"error": error, "done": done, "equal": equal}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
