@@ -40,9 +40,11 @@ _FEWEST_DIRECTIONS = 5
 _MOST_EXAMPLES = 5.0
 _LARGE_NORM, _LARGEST_NORM = 2.5, 6.0
 _LARGEST_TENSOR = 10.0
-# Statistics are cut back above so many median deviations from the median, and above the second multiple anyway; what is
-# the same for all honest clients, as the mean of a Fisher diagonal for each example, has no deviation.
-_DEVIATIONS, _LARGE_STATISTIC, _LARGEST_STATISTIC = 10.0, (1.1, 5.0), 50.0
+# Multiples of the median above which statistics and cross-moments are cut back, or left out. Residuals differ much more
+# than inputs, so a cross-moment is never left out. What is the same for all honest clients to the third digit, as the mean
+# of a Fisher diagonal for each example, is cut back much earlier.
+_LARGE_STATISTIC, _LARGEST_STATISTIC = 5.0, 50.0
+_ALIKE, _LARGE_ALIKE = 1e-3, 1.1
 
 # Cosines with the median client's direction. Where that direction means little to half of the clients, nobody is judged
 # by it; a little below zero, because a cosine of sampled entries has an error of about .015.
@@ -197,7 +199,8 @@ class _Cohort:
         self.norms = {name: max(norm, shares.get(name, 0.0)) for name, norm in usual.items()}
         per_example = [self.per_example(measure, measure.statistics) for measure in measures]
         self.statistics = _usual(per_example)
-        self.moments = _usual([self.per_example(measure, measure.moments) for measure in measures])
+        moments = _medians(self.per_example(measure, measure.moments) for measure in measures)
+        self.moments = {block: (usual, _LARGE_STATISTIC) for block, usual in moments.items()}
 
     def per_example(self, measure: Measure, values: Mapping[Block, float]) -> dict[Block, float]:
         """Return values of a client for each example that counts."""
@@ -217,9 +220,8 @@ def _usual(clients: Sequence[Mapping[Block, float]]) -> dict[Block, tuple[float,
     """Return the median of each layer's values, and the multiple of it above which a value is cut back."""
     medians = _medians(clients)
     deviations = _medians({block: abs(v - medians[block]) for block, v in client.items()} for client in clients)
-    least, most = _LARGE_STATISTIC
     return {
-        block: (usual, min(max(1 + _DEVIATIONS * deviations[block] / usual, least), most) if usual else most)
+        block: (usual, _LARGE_ALIKE if deviations[block] < _ALIKE * usual else _LARGE_STATISTIC)
         for block, usual in medians.items()
     }
 
@@ -259,17 +261,15 @@ def _update_factor(measure: Measure, cohort: _Cohort) -> float:
 
 def _statistic_factors(measure: Measure, cohort: _Cohort) -> dict[Block, float]:
     """Return the factors on a client's statistics; raises a Refusal for statistics that are far out of line."""
+    for block, value in cohort.per_example(measure, measure.statistics).items():
+        usual, _ = cohort.statistics[block]
+        if usual and not value <= _LARGEST_STATISTIC * usual:
+            what = f"the mean diagonal of the statistic of {'+'.join(block)} is {value:.3g} for each example"
+            raise Refusal(Outcome.out_of_line, f"{what}, the median is {usual:.3g}")
     factors: dict[Block, float] = {}
-    for what, values, medians in (
-        ("mean diagonal of the statistic", measure.statistics, cohort.statistics),
-        ("norm of the cross-moment", measure.moments, cohort.moments),
-    ):
+    for values, medians in ((measure.statistics, cohort.statistics), (measure.moments, cohort.moments)):
         for block, value in cohort.per_example(measure, values).items():
             usual, large = medians[block]
-            if usual and not value <= _LARGEST_STATISTIC * usual:
-                name = "+".join(block)
-                detail = f"the {what} of {name} is {value:.3g} for each example, the median is {usual:.3g}"
-                raise Refusal(Outcome.out_of_line, detail)
             if usual and value > large * usual:
                 factors[block] = min(factors.get(block, 1.0), large * usual / value)
     return factors
