@@ -85,7 +85,10 @@ def run_id_of(context: Context | None, grid: Grid) -> str:
 
 def app_of(grid: Grid) -> str:
     """Return the publisher and name of the app; empty where Flower gives none."""
-    return str(getattr(getattr(grid, "run", None), "fab_id", None) or "")
+    try:
+        return str(grid.run.fab_id or "")
+    except (AttributeError, NotImplementedError):
+        return ""
 
 
 @contextmanager
