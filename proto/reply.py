@@ -186,7 +186,7 @@ def _bound(request: Request) -> HeaderBound:
     """
     tensors = {*request.anchor, *request.moving}
     names = sum(map(len, tensors)) + len(request.symmetry)
-    sizes = 2**14 + 1024 * len(tensors) + 64 * request.path_points
+    sizes = 2**12 + 1024 * len(tensors) + 64 * request.path_points
     return HeaderBound(sizes + 32 * names, 64 + 16 * len(tensors) + request.symmetry.count("\n"))
 
 

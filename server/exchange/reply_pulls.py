@@ -105,6 +105,7 @@ class _ByteLimit:
         self._client = client
         self._max_bytes = max_bytes
         self._left = max_bytes + _SLACK_BYTES
+        self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def intercept(self, context: "ProtobufRequestContext", call_next: "ProtobufCall") -> httpx.Response:
@@ -120,6 +121,8 @@ class _ByteLimit:
 
     def _count(self, object_id: str, size: int) -> None:
         with self._lock:  # Flower pulls several objects at once
-            self._left -= size
+            # By object: a request that failed, or came before the object was there, is repeated.
+            self._left -= size - self._sizes.get(object_id, 0)
+            self._sizes[object_id] = size
             if self._left < 0:
                 raise ObjectPullError(object_id, f"{TOO_LARGE} max-update-bytes = {self._max_bytes}; not transferred")

@@ -94,7 +94,10 @@ def open_spool(folder: Path) -> BinaryIO:
 
 def app_of(grid: Grid) -> str:
     """Return the publisher and name of the app; empty where Flower gives none."""
-    return str(getattr(getattr(grid, "run", None), "fab_id", None) or "")
+    try:
+        return str(grid.run.fab_id or "")
+    except (AttributeError, NotImplementedError):
+        return ""
 
 
 @contextmanager

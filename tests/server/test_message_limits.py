@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -164,23 +165,35 @@ class Call:
     """A call of Flower's client, as its interceptors see it."""
 
     rpc_method = "/flwr.proto.Runtime/PullObject"
-
-    class message:  # noqa: N801 - an attribute
-        object_id = "an object"
-
     request = httpx.Request("POST", "http://superlink/v1/runtime/pull-object")
 
+    def __init__(self, object_id):
+        self.message = PullObjectRequest(object_id=object_id)
 
-def test_a_transfer_ends_before_the_object_that_exceeds_the_limit():
+
+@pytest.fixture
+def transfer():
+    """A limit of a million bytes on objects of 400 000, and the bodies of the responses."""
     bodies = []
 
     def answer(request):
         bodies.append(Read(400_000))
         return httpx.Response(200, headers={"content-length": "400000"}, stream=bodies[-1])
 
-    limit = _ByteLimit(httpx.Client(transport=httpx.MockTransport(answer)), 1_000_000)
-    for _ in range(3):
-        assert len(limit.intercept(Call(), None).content) == 400_000
+    return _ByteLimit(httpx.Client(transport=httpx.MockTransport(answer)), 1_000_000), bodies
+
+
+def test_a_transfer_ends_before_the_object_that_exceeds_the_limit(transfer):
+    limit, bodies = transfer
+    for name in "abc":
+        assert len(limit.intercept(Call(name), None).content) == 400_000
     with pytest.raises(ObjectPullError, match=TOO_LARGE):
-        limit.intercept(Call(), None)
+        limit.intercept(Call("d"), None)
     assert [body.sent for body in bodies] == [400_000] * 3 + [0]
+
+
+def test_an_object_that_is_requested_again_counts_once(transfer):
+    limit, bodies = transfer
+    for _ in range(9):
+        limit.intercept(Call("a"), None)
+    assert len(bodies) == 9

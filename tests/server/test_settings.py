@@ -54,6 +54,7 @@ WRONG = [
     ("quorum", 0, "greater than 0"),
     ("quorum", math.nan, "finite"),
     ("grace-seconds", -1, "greater than or equal to 0"),
+    ("late-rounds", -1, "greater than or equal to 0"),
     ("attempts", 0, "greater than or equal to 1"),
     ("round-timeout-seconds", 0, "greater than 0"),
     ("wait-timeout-seconds", -3, "greater than 0"),
