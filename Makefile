@@ -74,8 +74,8 @@ lock: ## write constraints.txt: the newest versions of today that `make test` is
 bench: .venv/ready ## measure against peers in the same run; writes docs/records/benchmarks.md
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks
 
-faults: .venv/ready ## kill servers, clients and the demo in the middle of a round
-	$(BIN)/pytest -m 'slow and deployed' tests/faults
+faults: .venv/ready ## kill, fill the disk, cut the network, a thousand rounds: minutes
+	$(BIN)/pytest -m slow tests/faults tests/server/test_robust_runs.py
 
 e2e: .venv/ready ## the compose file on a real Docker engine
 	FEDBASIN_E2E=1 $(BIN)/pytest tests/deploy/test_compose.py
