@@ -77,8 +77,8 @@ lock: ## write constraints.txt: the newest versions of today that `make test` is
 bench: .venv/ready ## measure against peers in the same run; writes docs/records/benchmarks.md
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks
 
-faults: .venv/ready ## kill servers, clients, their processes and the demo at random moments
-	$(BIN)/pytest -m slow tests/faults
+faults: .venv/ready ## kill every kind of process, fill the disk, cut the network, a thousand rounds
+	$(BIN)/pytest -m slow tests/faults tests/server/test_robust_runs.py
 
 fuzz: .venv/ready ## a hundred thousand mutated replies in all recipes; TRIES= and SEED= choose others
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(or $(TRIES),100000) $(or $(SEED),0)

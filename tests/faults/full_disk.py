@@ -6,12 +6,14 @@ Started by test_disk.py in a mount namespace of its own, where it may mount.
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 
 from fedbasin.server.run import checkpoint
+from fedbasin.server.run.checkpoint import CheckpointError
 from fedbasin.server.strategy import FedBasin
 from tests.faults.seeded_grid import SeededGrid
 
@@ -55,11 +57,19 @@ def main(disk: Path, robust: str, keep: int) -> None:
     except Exception as problem:  # noqa: BLE001 - whatever ends the run is what the test judges
         error = f"{type(problem).__name__}: {problem}"
     ballast.unlink()
-    folders = [path.parent for path in disk.rglob("rounds.jsonl")]
-    done = checkpoint.load(folders[0]).server_round if folders else 0
-    model = start(disk, robust, folders[0] if done else None)
+    saved = last_checkpoint(disk)
+    model = start(disk, robust, saved)
     equal = all(torch.equal(undisturbed[name], tensor) for name, tensor in model.items())
-    print(json.dumps({"error": error, "done": done, "equal": equal}))
+    print(json.dumps({"error": error, "resumed": saved is not None, "equal": equal}))
+
+
+def last_checkpoint(disk: Path) -> Path | None:
+    """Return the folder of a run that can be resumed; None where the disk was full before the first checkpoint."""
+    for path in disk.rglob("rounds.jsonl"):
+        with suppress(CheckpointError):
+            checkpoint.load(path.parent)
+            return path.parent
+    return None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ def test_a_run_completes_with_delay_loss_and_a_cut_link(tmp_path):
     config = {
         "num-server-rounds": ROUNDS,
         "fedbasin.min-available-nodes": NODES,
-        "fedbasin.min-train-nodes": NODES,
         "fedbasin.quorum": 1.0,
         # For the SuperLink a node whose link is cut goes offline, and the messages to it are lost.
         "fedbasin.attempts": 10,

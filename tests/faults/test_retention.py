@@ -24,14 +24,16 @@ class WatchedGrid(PulledGrid):
         return reply
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_reply_is_let_go_before_the_next_is_pulled_without_the_garbage_collector(tmp_path, packed):
+@pytest.mark.parametrize(("packed", "robust"), [(True, ""), (False, ""), (True, "median"), (False, "median")])
+def test_a_reply_is_let_go_before_the_next_is_pulled_without_the_garbage_collector(tmp_path, packed, robust):
     grid = WatchedGrid(nodes=5)
     config = {
         "fedbasin.align": "off",
         "fedbasin.fraction-evaluate": 0.0,
         "fedbasin.folder": str(tmp_path),
         "fedbasin.packed": packed,
+        "fedbasin.robust": robust,
+        "fedbasin.min-train-nodes": 5,
     }
     strategy = FedBasin(context=Context(1, 1, {}, RecordDict(), config))
     gc.disable()

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from rich.console import Console
 
-from tests.benchmarks.figures import PAGE
+from tests.benchmarks.figures import PAGE, wrap
 from tests.benchmarks.hostile.federation import ATTACKS, CLIENTS, DIRICHLET, HOSTILE, ROUNDS, WIDTH, accuracy
 
 RECORD = PAGE.with_name("hostile-clients.md")
@@ -55,15 +55,15 @@ def _write(recipe: str, table: str) -> None:
 
 
 def _head() -> str:
-    return f"""# Hostile clients
-
-Written by `python -m tests.benchmarks.hostile`, with `PYTHONPATH=.`, torch {torch.__version__} and {platform.machine()}.
-
-Accuracy on the test examples of scikit-learn's digits after {ROUNDS} rounds. {CLIENTS} clients hold Dirichlet({DIRICHLET}) parts of
-the training examples and train a perceptron 64-{WIDTH}-{WIDTH}-10 for five epochs; {len(HOSTILE)} of them are hostile in every
-round. Rows are values of the setting `robust`, columns are attacks, one seed. `trimmed-mean`, `krum` and `multi-krum` are told of two hostile
-clients; `bulyan`, for which ten clients are too few for that, of one. A dash marks a run that failed. Which rule to
-choose is told in [hostile clients](../how-to/hostile-clients.md)."""
+    written = f"""Written by `python -m tests.benchmarks.hostile` with `PYTHONPATH=.`, torch {torch.__version__} on
+{platform.machine()}; with names of recipes, for these alone."""
+    setting = f"""Accuracy on the test examples of scikit-learn's digits after {ROUNDS} rounds. {CLIENTS} clients hold
+Dirichlet({DIRICHLET}) parts of the training examples and train a perceptron 64-{WIDTH}-{WIDTH}-10 for five epochs;
+{len(HOSTILE)} of them are hostile in every round. Rows are values of the setting `robust`, columns are attacks, one
+seed. `trimmed-mean`, `krum` and `multi-krum` are told of two hostile clients; `bulyan`, for which ten clients are too
+few for that, of one. A dash marks a run that failed. Which rule to choose is told in
+[hostile clients](../how-to/hostile-clients.md)."""
+    return "\n\n".join(["# Hostile clients", *map(wrap, (written, setting))])
 
 
 def _table(rows: dict[str, dict[str, float | None]]) -> str:
