@@ -98,4 +98,4 @@ def _start_process() -> ProcessPoolExecutor:
 
 def _give_way() -> None:
     if hasattr(os, "nice"):
-        os.nice(10)
+        os.nice(5)
