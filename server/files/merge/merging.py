@@ -20,7 +20,7 @@ from fedbasin.strategies.tensors.state import State
 States = Mapping[Path, State]
 
 # Bytes of tensors that are in memory at one time, unless a single one needs more.
-_MEMORY = 2**30
+_MEMORY = 3 * 2**28
 
 # Names of counters, in which models that were trained for different times differ.
 _COUNTER = "num_batches_tracked"
