@@ -320,6 +320,8 @@ class StageAttempt:
             return self._check(reply)
         except Refusal as refusal:
             problem = refusal
+        except OSError:  # the server's own disk
+            raise
         except Exception as error:  # noqa: BLE001 - whatever one client's reply brings about is that client's outcome
             _LOG.debug("node %d: %s", reply.node_id, error, exc_info=True)
             problem = Refusal(Outcome.not_handled, f"{type(error).__name__}: {error}")
@@ -361,6 +363,8 @@ class StageAttempt:
                 self._add(node, verdict)
             except Refusal as refusal:
                 self._refuse(node, refusal)
+            except OSError:
+                raise
             except Exception as error:  # noqa: BLE001 - as above; the sum may hold a part of the update
                 self._refuse(node, Refusal(Outcome.not_handled, f"{type(error).__name__}: {error}"))
                 self._begin_sum()
