@@ -18,7 +18,9 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.client.capture.layer_calls import layer_by_layer
-from fedbasin.client.statistics.model_labels import EXACT_LABELS, label_scores
+from fedbasin.strategies.tasks.guess import task_of_batch
+from fedbasin.strategies.tasks.likelihoods import widen
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, Inputs, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 
@@ -29,27 +31,28 @@ MOST_GRADIENTS = 256
 
 
 def diagonal_fisher(
-    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, exact_labels: int = EXACT_LABELS
+    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, task: Task | None = None
 ) -> dict[str, Tensor]:
-    """Return the diagonal Fisher information of a classifier's trainable parameters, summed over examples.
+    """Return the diagonal Fisher information of a model's trainable parameters, summed over examples.
 
     The gradient of each example is squared alone; squaring a batch's mean gradient instead would mix signs and shrink
-    the result with the batch. Only inputs are used: labels are the model's own. Where few labels are possible, each
-    counts with its probability. Where many are, one is drawn, which costs a single gradient and is right on average; a
-    model of tokens draws one at every place.
+    the result with the batch. Targets are the model's own, by the likelihood of the task. Where few gradients give all
+    of the expectation, each counts. Where many would be needed, a target is drawn at every place, which costs a single
+    gradient and is right on average.
 
     Args:
         model: the model, which runs in evaluation mode, so that examples do not meet in BatchNorm, and is left as it
             was.
         batches: the client's data, read once.
-        generator: generator that draws labels, on the model's device.
-        exact_labels: places times classes up to which every label is evaluated; 0 always draws.
+        generator: generator that draws targets, on the model's device.
+        task: the task, which also says up to how many gradients the expectation is exact; None takes the one that the
+            first batch shows.
 
     Returns:
         the diagonal by parameter name, in the parameter's shape and dtype, or float32 where that is longer.
 
     Raises:
-        ValueError: there is no data, or the model does not return logits of classes for its targets.
+        ValueError: there is no data, the targets do not fit the outputs, or the likelihood is not known.
     """
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     # Squared gradients of confident examples are small, and many of them are added.
@@ -59,16 +62,17 @@ def diagonal_fisher(
     with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read_batches(batches, model):
             with torch.no_grad():
-                logits = forward(model, batch)
-            scores = label_scores(logits, batch, generator, exact_labels)
+                outputs = forward(model, batch)
+            task = task or task_of_batch(outputs, batch)
+            scores = task.label_scores(outputs, batch, generator)
             for few, some in _parts(batch, scores, gradients):
-                for name, square in _sum_squares(model, parameters, few, some).items():
+                for name, square in _sum_squares(model, task, parameters, few, some).items():
                     sums[name] += square
-    return {n: s.to(_at_least_float32(parameters[n]).dtype) for n, s in sums.items()}
+    return {n: s.to(widen(parameters[n]).dtype) for n, s in sums.items()}
 
 
 def _parts(
-    batch: Batch, scores: Float[Tensor, "batch labels numbers"], gradients: int
+    batch: Batch, scores: Float[Tensor, "batch scores numbers"], gradients: int
 ) -> Iterator[tuple[Batch, Float[Tensor, "few some numbers"]]]:
     """Split a batch and its label scores into parts of few gradients."""
     most = max(1, min(gradients, MOST_GRADIENTS))
@@ -81,10 +85,10 @@ def _parts(
 
 
 def _sum_squares(
-    model: nn.Module, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
+    model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
 ) -> dict[str, Tensor]:
-    """Return the squared gradients of every example and label, summed over both."""
-    squares = partial(_squares, model, parameters)
+    """Return the squared gradients of every example and score, summed over both."""
+    squares = partial(_squares, model, task, parameters)
     try:
         return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
     except RuntimeError as error:
@@ -101,19 +105,20 @@ def _sum_squares(
 
 
 def _squares(
-    model: nn.Module, parameters: State, inputs: Inputs, target: Tensor, scores: Float[Tensor, "some numbers"]
+    model: nn.Module,
+    task: Task,
+    parameters: State,
+    inputs: Inputs,
+    target: Tensor,
+    scores: Float[Tensor, "some numbers"],
 ) -> dict[str, Tensor]:
-    """Return the squared gradients of one example, summed over its labels."""
+    """Return the squared gradients of one example, summed over its scores."""
     example = Batch(inputs, target).map(lambda tensor: tensor.unsqueeze(0))
 
-    def weighted_logits(values: State, score: Tensor) -> Tensor:
-        return _at_least_float32(forward(model, example, values)[0]).flatten() @ score
+    def weighted_outputs(values: State, score: Tensor) -> Tensor:
+        return task.arrange(forward(model, example, values)) @ score
 
     # The forward pass does not depend on the score, so it runs once for all of them.
-    gradients = vmap(grad(weighted_logits), in_dims=(None, 0))(parameters, scores)
-    return {name: _at_least_float32(gradient).square().sum(0) for name, gradient in gradients.items()}
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
+    gradients = vmap(grad(weighted_outputs), in_dims=(None, 0))(parameters, scores)
     # Squares of half-precision numbers would underflow.
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return {name: widen(gradient).square().sum(0) for name, gradient in gradients.items()}

@@ -89,6 +89,7 @@ class RunLoop:
         _check_observer(self._settings)
         self._observer = ObserverClient(self._settings.observer, self._settings.observer_pass)
         self._done = 0
+        self._left_out = ""
         self._take(arrays)
         if resumed:
             self._resume(checkpoint.load(self._folder))
@@ -245,7 +246,17 @@ class RunLoop:
             return
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
+        self._say_left_out(outcome.left_out)
         self._hand_over(number, outcome.gain)
+
+    def _say_left_out(self, left_out: str) -> None:
+        if left_out and left_out != self._left_out:
+            _LOG.warning(
+                "recipe %s: the clients' model has no %s; the rest of the recipe is used",
+                self._state.recipe.name,
+                left_out.removeprefix("a "),
+            )
+        self._left_out = left_out
 
     def _hand_over(self, number: int, gain: float | None) -> None:
         """Change to the recipe that takes over, once fitting no longer pays."""

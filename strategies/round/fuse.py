@@ -1,5 +1,6 @@
 """Training, alignment and fusion: FedAvg, Fisher and RegMean are this stage with different statistics."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
@@ -49,7 +50,7 @@ class Fuse:
         self._blocks = () if recipe.statistic is Statistic.none else blocks
         products = isinstance(recipe.fusion, LoraProducts)
         self._accumulator = (ProductAccumulator if products else Accumulator).zero(anchor, dtype)
-        self.layer_graph: LayerGraph | None = None
+        self._layer_graphs: Counter[LayerGraph] = Counter()
 
     def accept(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         expected = self._blocks
@@ -63,8 +64,13 @@ class Fuse:
         check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
         if self.request.layer_graph:
             check_layer_graph(update.layer_graph, self._anchor)
-            self.layer_graph = self.layer_graph or update.layer_graph
+            self._layer_graphs.update(filter(None, [update.layer_graph]))
         self._accumulator.add(update)
+
+    @property
+    def layer_graph(self) -> LayerGraph | None:
+        """The layer graph that most clients have; None where none was requested."""
+        return max(self._layer_graphs, key=self._layer_graphs.__getitem__, default=None)
 
     def finish(self) -> dict[str, Tensor]:
         weighting = self._recipe.weighting
