@@ -6,9 +6,11 @@ Source: Matena and Raffel 2022, arXiv 2111.09832. It is a sum over examples, so 
 is the sum of theirs. It belongs to the present weights: collect it after aligning.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 
 import torch
@@ -18,6 +20,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.client.capture.layer_calls import layer_by_layer
+from fedbasin.client.statistics.layer_squares import LayerSquares
 from fedbasin.strategies.tasks.guess import task_of_batch
 from fedbasin.strategies.tasks.likelihoods import widen
 from fedbasin.strategies.tasks.task import Task
@@ -54,21 +57,42 @@ def diagonal_fisher(
     Raises:
         ValueError: there is no data, the targets do not fit the outputs, or the likelihood is not known.
     """
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # Squared gradients of confident examples are small, and many of them are added.
-    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
-    gradients = GRADIENT_ELEMENTS // max(1, sum(p.numel() for p in parameters.values()))
+    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in trained.items()}
+    layers: LayerSquares | None = None
     # Fused attention kernels have no rule for vmap, which would run them example by example.
-    with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        # Recurrent layers have none either; they do run so.
+        warnings.filterwarnings(
+            "ignore", "There is a performance drop because we have not yet implemented the batching"
+        )
         for batch in read_batches(batches, model):
-            with torch.no_grad():
-                outputs = forward(model, batch)
-            task = task or task_of_batch(outputs, batch)
-            scores = task.label_scores(outputs, batch, generator)
-            for few, some in _parts(batch, scores, gradients):
-                for name, square in _sum_squares(model, task, parameters, few, some).items():
-                    sums[name] += square
-    return {n: s.to(widen(parameters[n]).dtype) for n, s in sums.items()}
+            if layers is None:
+                layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
+            task = task or _guess(model, batch)
+            scores, squares = layers.squares(task, batch, generator)
+            others = {n: p.detach() for n, p in trained.items() if n not in layers.names}
+            for name, square in chain(squares.items(), _other_squares(model, task, others, batch, scores)):
+                sums[name] += square
+    return {n: s.to(widen(trained[n]).dtype) for n, s in sums.items()}
+
+
+def _guess(model: nn.Module, batch: Batch) -> Task:
+    with torch.no_grad():
+        return task_of_batch(forward(model, batch), batch)
+
+
+def _other_squares(
+    model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "batch scores numbers"]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield squared gradients of parameters that belong to no layer, such as embeddings and norms."""
+    if not parameters:
+        return
+    gradients = GRADIENT_ELEMENTS // sum(p.numel() for p in parameters.values())
+    with torch.no_grad():
+        for few, some in _parts(batch, scores, gradients):
+            yield from _sum_squares(model, task, parameters, few, some).items()
 
 
 def _parts(

@@ -154,7 +154,7 @@ def test_on_the_first_layer_a_fit_is_regmean(made, target):
     """Its inputs are the same under every model."""
     model, data = made
     own, fused = state(model), other(state(model))
-    first, *_ = read_layer_graph(model, data).levels[0]
+    first, *_ = read_layer_graph(model, data, TASKS["tokens"]).levels[0]
     # What stands below the first layer, embeddings and norms, is fused before.
     fused |= {n: t for n, t in own.items() if "embed" in n and n not in first}
     expected = grams(model, data)[first]
@@ -395,7 +395,7 @@ class TestOrder:
     )  # fmt: skip
     def test_layers_that_read_the_same_tensor_stand_together(self, name, level):
         model, inputs = MODELS[name].model(), next(iter(MODELS[name].inputs.values()))
-        found = read_layer_graph(model, [(inputs, labels(2))])
+        found = read_layer_graph(model, [(inputs, labels(2))], TASKS["tokens"])
         named = [tuple(block[0].split(".")[-2] for block in group) for group in found.levels]
         assert named.count(level) == 2
         if name == "llama":
