@@ -6,7 +6,6 @@ Source: Matena and Raffel 2022, arXiv 2111.09832. It is a sum over examples, so 
 is the sum of theirs. It belongs to the present weights: collect it after aligning.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -62,11 +61,7 @@ def diagonal_fisher(
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in trained.items()}
     layers: LayerSquares | None = None
     # Fused attention kernels have no rule for vmap, which would run them example by example.
-    with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        # Recurrent layers have none either; they do run so.
-        warnings.filterwarnings(
-            "ignore", "There is a performance drop because we have not yet implemented the batching"
-        )
+    with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read_batches(batches, model):
             if layers is None:
                 layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
@@ -112,19 +107,30 @@ def _sum_squares(
     model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
 ) -> dict[str, Tensor]:
     """Return the squared gradients of every example and score, summed over both."""
-    squares = partial(_squares, model, task, parameters)
-    try:
-        return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
-    except RuntimeError as error:
-        # A model that decides by its inputs, as models of `transformers` by the attention mask, runs example by example.
-        if "data-dependent control flow" not in str(error):
-            raise
-    sums: dict[str, Tensor] = {}
+    # PyTorch has no rule to run recurrent layers for many examples at once, and would run them far more slowly.
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        squares = partial(_squares, model, task, parameters)
+        try:
+            return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
+        except RuntimeError as error:
+            # As does a model that decides by its inputs, such as one of `transformers` by the attention mask.
+            if "data-dependent control flow" not in str(error):
+                raise
+    return _sum_squares_in_turn(model, task, parameters, batch, scores)
+
+
+def _sum_squares_in_turn(
+    model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
+) -> dict[str, Tensor]:
+    """Return the same as `_sum_squares`, example by example."""
+    sums = {name: torch.zeros_like(widen(tensor)) for name, tensor in parameters.items()}
     for row, some in enumerate(scores):
         # The scores are zero where the mask is false, so the mask itself is not needed.
-        example = replace(batch, mask=None).map(itemgetter(row))
-        for name, square in squares(example.inputs, example.targets, some).items():
-            sums[name] = sums[name] + square if name in sums else square
+        example = replace(batch, mask=None).map(itemgetter(slice(row, row + 1)))
+        gradients = grad(partial(_weighted_outputs, model, task, example))
+        for score in some:
+            for name, gradient in gradients(parameters, score).items():
+                sums[name] += widen(gradient).square()
     return sums
 
 
@@ -139,10 +145,11 @@ def _squares(
     """Return the squared gradients of one example, summed over its scores."""
     example = Batch(inputs, target).map(lambda tensor: tensor.unsqueeze(0))
 
-    def weighted_outputs(values: State, score: Tensor) -> Tensor:
-        return task.arrange(forward(model, example, values)) @ score
-
     # The forward pass does not depend on the score, so it runs once for all of them.
-    gradients = vmap(grad(weighted_outputs), in_dims=(None, 0))(parameters, scores)
+    gradients = vmap(grad(partial(_weighted_outputs, model, task, example)), in_dims=(None, 0))(parameters, scores)
     # Squares of half-precision numbers would underflow.
     return {name: widen(gradient).square().sum(0) for name, gradient in gradients.items()}
+
+
+def _weighted_outputs(model: nn.Module, task: Task, example: Batch, parameters: State, score: Tensor) -> Tensor:
+    return task.arrange(forward(model, example, parameters)) @ score

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tests.benchmarks import (
     bench_finish,
+    bench_fisher,
     bench_fold,
     bench_identity_bounds,
     bench_layers,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "own_features": bench_own_features.measure,
     "stages": bench_stages.measure,
     "lora": bench_lora.measure,
+    "fisher": bench_fisher.measure,
     "page": bench_page.measure,
 }
 
