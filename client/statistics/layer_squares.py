@@ -7,7 +7,8 @@ One backward pass serves a whole batch, because examples do not meet. Goodfellow
 computations", arXiv 1510.01799.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from operator import itemgetter
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls
+from fedbasin.client.capture.recurrent_steps import RecurrentSteps, recurrent_layers
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import TRANSPOSED, tensor_names
 from fedbasin.strategies.tasks.likelihoods import widen
@@ -47,7 +49,7 @@ class LayerSquares:
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, elements: int) -> "LayerSquares":
-        """Find the layers that are called once, with rows of which it is known whose they are.
+        """Find the layers of whose rows it is known whose they are.
 
         The rows of an example that runs alone show where its rows are among those of two.
 
@@ -58,13 +60,11 @@ class LayerSquares:
         """
         layers = [
             layer
-            for layer in gram_layers(model)
+            for layer in (*gram_layers(model), *recurrent_layers(model))
             if layer.groups == 1 and all(model.get_parameter(n).requires_grad for n in tensor_names(layer.block))
         ]
         last = min(2, len(batch.targets)) - 1
-        two, alone = (
-            _single_calls(model, layers, batch.map(itemgetter(torch.tensor(rows)))) for rows in ([0, last], [last])
-        )
+        two, alone = (_calls(model, layers, batch.map(itemgetter(torch.tensor(rows)))) for rows in ([0, last], [last]))
         orders = {layer: _order(two[layer], alone[layer]) for layer in layers if layer in two and layer in alone}
         return cls(model, {layer: order for layer, order in orders.items() if order is not None}, elements)
 
@@ -90,7 +90,7 @@ class LayerSquares:
             # The model continues with a copy: later operations may write over the output.
             return call.output.clone()
 
-        with torch.enable_grad(), LayerCalls(self.model, list(self.orders), observe):
+        with torch.enable_grad(), LayerCalls(self.model, list(self.orders), observe), RecurrentSteps():
             outputs = forward(self.model, batch)
         scores = task.label_scores(outputs, batch, generator)
         sums: dict[str, Tensor] = {}
@@ -101,52 +101,60 @@ class LayerSquares:
             gradients = torch.autograd.grad(
                 numbers, [call.output for call in calls], score.flatten(), retain_graph=True, allow_unused=True
             )
+            used: defaultdict[Layer, list[tuple[LayerCall, Tensor]]] = defaultdict(list)
             for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is not None:
-                    for name, square in self._of_call(call, gradient, len(scores)).items():
-                        sums[name] = sums[name] + square if name in sums else square
+                    used[call.layer].append((call, gradient))
+            for layer, pairs in used.items():
+                for name, square in self._of_layer(layer, pairs, len(scores)).items():
+                    sums[name] = sums[name] + square if name in sums else square
         return scores, sums
 
     @torch.no_grad()
-    def _of_call(self, call: LayerCall, gradient: Tensor, examples: int) -> dict[str, Tensor]:
-        layer = call.layer
-        order = self.orders[layer]
-        weight = torch.zeros(layer.outputs, layer.inputs - len(layer.block) + 1, device=gradient.device)
-        weight = weight.to(widen(gradient).dtype)
+    def _of_layer(self, layer: Layer, calls: Sequence[tuple[LayerCall, Tensor]], examples: int) -> dict[str, Tensor]:
+        """Return the squared gradients of a layer's tensors; an example's gradient is the sum over all calls."""
+        order, gradients = self.orders[layer], [gradient for _, gradient in calls]
+        shape = layer.outputs, layer.inputs - len(layer.block) + 1
+        weight = torch.zeros(shape, device=gradients[0].device, dtype=widen(gradients[0]).dtype)
         bias = torch.zeros_like(weight[:, 0])
-        most = examples if call.output.numel() == examples * layer.outputs else max(1, self.elements // weight.numel())
+        has_one_row = sum(gradient.numel() for gradient in gradients) == examples * layer.outputs
+        most = examples if has_one_row else max(1, self.elements // weight.numel())
         for start in range(0, examples, most):
-            rows = slice(start, start + most)
-            x, g = _rows(call, order, examples, rows), _outputs(call, gradient, order, examples, rows)
-            weight += g.square()[:, 0].T @ x.square()[:, 0] if x.shape[1] == 1 else (g.mT @ x).square().sum(0)
+            part = slice(start, start + most)
+            x = torch.cat([_rows(call, order, examples, part) for call, _ in calls], 1)
+            g = torch.cat([_outputs(call, gradient, order, examples, part) for call, gradient in calls], 1)
+            weight += g.square()[:, 0].T @ x.square()[:, 0] if has_one_row else (g.mT @ x).square().sum(0)
             bias += g.sum(1).square().sum(0)
         parameter = self.model.get_parameter(tensor_names(layer.block)[0])
         whole = weight.T if layer.block[0].endswith(TRANSPOSED) else weight
         return dict(zip(tensor_names(layer.block), (whole.reshape(parameter.shape), bias), strict=False))
 
 
-def _single_calls(model: nn.Module, layers: list[Layer], batch: Batch) -> dict[Layer, LayerCall]:
-    """Return the calls of the layers that are called once."""
-    calls: list[LayerCall] = []
+def _calls(model: nn.Module, layers: list[Layer], batch: Batch) -> dict[Layer, list[LayerCall]]:
+    """Return the calls of every layer."""
+    calls: defaultdict[Layer, list[LayerCall]] = defaultdict(list)
 
     def observe(call: LayerCall) -> None:
-        calls.append(call.copy())
+        calls[call.layer].append(call.copy())
 
-    with torch.no_grad(), LayerCalls(model, layers, observe):
+    with torch.no_grad(), LayerCalls(model, layers, observe), RecurrentSteps():
         forward(model, batch)
-    layers_called = [call.layer for call in calls]
-    return {call.layer: call for call in calls if layers_called.count(call.layer) == 1}
+    return calls
 
 
-def _order(two: LayerCall, alone: LayerCall) -> Order | None:
+def _order(two: Sequence[LayerCall], alone: Sequence[LayerCall]) -> Order | None:
     """Return the order in which a layer reads the rows of two examples; None where it is none that is known."""
-    for order in Order:
+    return next((order for order in Order if len(two) == len(alone) and all(map(_fits(order), two, alone))), None)
+
+
+def _fits(order: Order) -> Callable[[LayerCall, LayerCall], bool]:
+    def fits(two: LayerCall, alone: LayerCall) -> bool:
         if two.inputs.numel() != 2 * alone.inputs.numel() or (two.kernel and order is not Order.example_first):
-            continue
-        first, only = _rows(two, order, 2, slice(1, 2)), _rows(alone, order, 1, slice(0, 1))
-        if first.shape == only.shape and torch.allclose(first, only, rtol=1e-3, atol=1e-5):
-            return order
-    return None
+            return False
+        second, only = _rows(two, order, 2, slice(1, 2)), _rows(alone, order, 1, slice(0, 1))
+        return second.shape == only.shape and torch.allclose(second, only, rtol=1e-3, atol=1e-5)
+
+    return fits
 
 
 def _rows(call: LayerCall, order: Order, examples: int, part: slice) -> Float[Tensor, "part rows in"]:
