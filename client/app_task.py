@@ -55,7 +55,7 @@ class AppTask:
             # A batch that does not fit, or a likelihood that is not known, shall not show after training.
             if request.statistic in _FISHER:
                 task.label_scores(outputs, batch)
-            task.score(outputs, batch)
+            task.score(outputs.detach(), batch)
             if self.known is None:
                 origin = "as given" if self.given else f"by outputs {list(outputs.shape)} and their targets"
                 _LOG.info("task: %s, %s; the loss is in %s", task.name, origin, task.likelihood.unit)

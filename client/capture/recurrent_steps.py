@@ -75,7 +75,10 @@ def _unroll(
             products = linear(steps, w, b).unbind(0)
             found = []
             for product in reversed(products) if direction else products:
-                state = cell(product, linear(state[0], v, c), state)
+                reaction = linear(state[0], v, c)
+                # Nothing within a cell is observed, and showing it would take longer than computing it.
+                with torch._C.DisableTorchFunction():
+                    state = cell(product, reaction, state)
                 found.append(state[0])
             outputs.append(torch.stack(found[::-1] if direction else found))
             ends.append(state)
@@ -84,9 +87,10 @@ def _unroll(
 
 
 def _lstm(a: Tensor, r: Tensor, states: States) -> States:
-    entry, forget, value, exit_ = (a + r).chunk(4, -1)
-    memory = forget.sigmoid() * states[1] + entry.sigmoid() * value.tanh()
-    return exit_.sigmoid() * memory.tanh(), memory
+    gates = a + r
+    entry, forget, _, exit_ = gates.sigmoid().chunk(4, -1)
+    memory = torch.addcmul(forget * states[1], entry, gates.chunk(4, -1)[2].tanh())
+    return exit_ * memory.tanh(), memory
 
 
 def _gru(a: Tensor, r: Tensor, states: States) -> States:

@@ -84,11 +84,12 @@ class LayerSquares:
             generator: generator that draws targets.
         """
         calls: list[LayerCall] = []
+        steps = set(recurrent_layers(self.model))
 
-        def observe(call: LayerCall) -> Tensor:
+        def observe(call: LayerCall) -> Tensor | None:
             calls.append(call)
-            # The model continues with a copy: later operations may write over the output.
-            return call.output.clone()
+            # The model continues with a copy: later operations may write over the output, but for a recurrent step.
+            return None if call.layer in steps else call.output.clone()
 
         with torch.enable_grad(), LayerCalls(self.model, list(self.orders), observe), RecurrentSteps():
             outputs = forward(self.model, batch)

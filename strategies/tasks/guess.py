@@ -16,6 +16,8 @@ from fedbasin.strategies.tasks.likelihoods import IGNORED, TaskError
 from fedbasin.strategies.tasks.task import TASKS, Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 
+_VIEWS = ("Alias", "Permute", "Reshape", "Select", "Slice", "Squeeze", "Transpose", "Unsqueeze", "UnsafeView", "View")
+
 
 def guess_task(model: nn.Module, batches: Batches) -> Task:
     """Return the task of a model by its first batch.
@@ -37,7 +39,8 @@ def first_outputs(model: nn.Module, batches: Batches) -> tuple[Tensor, Batch]:
     Raises:
         ValueError: there is no data.
     """
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng([]):
+    # Gradients tell which operation the outputs come from.
+    with evaluating(model), torch.enable_grad(), torch.random.fork_rng([]):
         (batch,) = islice(read_batches(batches, model), 1)
         return forward(model, batch), batch
 
@@ -96,8 +99,8 @@ def _of_numbers(outputs: Tensor, targets: Tensor) -> str:
         return "regression"
     if len(values) < 2:
         return "all targets of the first batch are the same"
-    if bool(((outputs >= 0) & (outputs <= 1)).all()):
-        return "the outputs lie between 0 and 1, as behind a sigmoid, and labels need logits"
+    if _is_sigmoid(outputs):
+        return "the model ends in a sigmoid, and labels need logits"
     if sizes[0] and bool((targets.sum(-1) == 1).all()):
         return "every example has exactly one label, as with classes"
     return "multi-label"
@@ -106,6 +109,14 @@ def _of_numbers(outputs: Tensor, targets: Tensor) -> str:
 def _are_probabilities(outputs: Tensor) -> bool:
     sums = outputs.sum(-1)
     return bool((outputs >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+
+
+def _is_sigmoid(outputs: Tensor) -> bool:
+    """Return True if the outputs come from a sigmoid, as far as they know where they come from."""
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(_VIEWS):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("Sigmoid")
 
 
 def _are_inputs(batch: Batch) -> bool:

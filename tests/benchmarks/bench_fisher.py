@@ -11,7 +11,7 @@ from fedbasin.client.statistics.fisher import diagonal_fisher
 from tests.benchmarks.figures import Figure, Goal, Say
 
 CLASSES = (2, 10, 26, 100)
-BATCHES, EXAMPLES, REPETITIONS, MOST = 10, 32, 3, 4.0
+BATCHES, EXAMPLES, REPETITIONS, MOST = 20, 32, 3, 4.0
 NETWORKS: dict[str, tuple[tuple[int, ...], Callable[[int], nn.Module]]] = {
     "MLP 784-200": ((784,), lambda classes: nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, classes))),
     "MLP 16-64-64": (
@@ -58,7 +58,7 @@ def measure(say: Say) -> Figure:
             say(f"fisher: {name}, {classes} classes")
             epoch, fisher = _seconds(make(classes), shape, classes)
             ratios[f"{name}, {classes}"] = fisher / epoch
-            rows.append((name, classes, f"{1000 * epoch:.1f}", f"{1000 * fisher:.1f}", f"{fisher / epoch:.1f}"))
+            rows.append((name, str(classes), f"{1000 * epoch:.1f}", f"{1000 * fisher:.1f}", f"{fisher / epoch:.1f}"))
     goal = Goal(
         f"at most {MOST:g} epochs at any number of classes",
         f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f}, the most for {max(ratios, key=lambda n: ratios[n])}",
