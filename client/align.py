@@ -17,6 +17,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.state import State
 
 # Share of the client in the merge for which learned matching optimises, where the server does not know the weights.
@@ -52,7 +53,9 @@ class FreshBatches:
         return iter(self.data())
 
 
-def align(request: Request, trained: State, examples: float, model: nn.Module, data: Data | None) -> AlignedModel:
+def align(
+    request: Request, trained: State, examples: float, model: nn.Module, data: Data | None, task: Task | None = None
+) -> AlignedModel:
     """Align a client's model to the anchor of a request.
 
     Args:
@@ -61,6 +64,7 @@ def align(request: Request, trained: State, examples: float, model: nn.Module, d
         examples: weight of the client's model in a merge.
         model: module that runs the states; its tensors are replaced.
         data: gives the client's own batches, anew at every call.
+        task: the task, whose loss learned matching lowers; None takes the one that the first batch shows.
 
     Raises:
         MissingDataError: the matcher needs data and there is none.
@@ -69,7 +73,7 @@ def align(request: Request, trained: State, examples: float, model: nn.Module, d
         return AlignedModel(trained)
     symmetry = parse(request.symmetry)
     started = time.perf_counter()
-    alignment = _match(request, symmetry, trained, examples, model, data)
+    alignment = _match(request, symmetry, trained, examples, model, data, task)
     report = replace(alignment.report, seconds=time.perf_counter() - started)
     state = alignment.state
     # Learned matching has optimised the loss at this very point, so a translation would move away from it.
@@ -79,7 +83,13 @@ def align(request: Request, trained: State, examples: float, model: nn.Module, d
 
 
 def _match(
-    request: Request, symmetry: Symmetry, trained: State, examples: float, model: nn.Module, data: Data | None
+    request: Request,
+    symmetry: Symmetry,
+    trained: State,
+    examples: float,
+    model: nn.Module,
+    data: Data | None,
+    task: Task | None,
 ) -> Alignment:
     # Identity bounds are distances between weights, so only the matchers by weights use them.
     match Matcher[request.matcher]:
@@ -91,7 +101,7 @@ def _match(
             batches = FreshBatches(required(data, "learned matching"))
             weights = examples, request.merged_examples
             share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
-            return match_learned(symmetry, model, request.anchor, trained, batches, share)
+            return match_learned(symmetry, model, request.anchor, trained, batches, share, task=task)
         case Matcher.sinkhorn:
             return match_sinkhorn(symmetry, request.anchor, trained, request.identity_bounds)
         case Matcher.weights:

@@ -23,6 +23,7 @@ from fedbasin.strategies.diagnostics.endpoint_proof import EndpointError, Endpoi
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.diagnostics.singular_vectors import affordable, matrices, spectral_alignment
 from fedbasin.strategies.diagnostics.variance_ratios import variance_ratios
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.state import State, floating
 
 # Multiplications that comparing singular vectors may take: about a tenth of a second on one core for all models.
@@ -49,7 +50,12 @@ class Measurement:
 
 
 def measure(
-    request: Request, trained: State, aligned: AlignedModel, model: nn.Module, data: Data | None
+    request: Request,
+    trained: State,
+    aligned: AlignedModel,
+    model: nn.Module,
+    data: Data | None,
+    task: Task | None = None,
 ) -> Measurement:
     """Measure a client's model before and after alignment, as far as the request asks for it.
 
@@ -59,6 +65,7 @@ def measure(
         aligned: the client's model after alignment.
         model: module that runs the states; its tensors are replaced.
         data: gives the client's own batches, anew at every call.
+        task: the task; None takes the one that the first batch shows.
 
     Raises:
         MissingDataError: a path is requested and there is no data.
@@ -67,7 +74,7 @@ def measure(
     path, error = None, None
     if request.path_points:
         batches = required(data, "the barrier to the anchor")
-        to_trained, to_aligned = _paths(request, trained, aligned.state, model, batches)
+        to_trained, to_aligned = _paths(request, trained, aligned.state, model, batches, task)
         path = path_sums(to_aligned, to_trained)
         error = _endpoint_error(to_trained, to_aligned, trained) if request.aligns else None
     vectors = None
@@ -84,7 +91,9 @@ def measure(
     )
 
 
-def measure_fused(request: Request, sent: State, model: nn.Module, data: Data | None) -> Reply:
+def measure_fused(
+    request: Request, sent: State, model: nn.Module, data: Data | None, task: Task | None = None
+) -> Reply:
     """Evaluate the path from the fused model to the model that this client sent, as a reply to an evaluation.
 
     The reply also compares the variances of the two models' preactivations, which shows a fused model whose features
@@ -95,6 +104,7 @@ def measure_fused(request: Request, sent: State, model: nn.Module, data: Data | 
         sent: tensors that the client sent in the same round.
         model: module that runs the states; it is left as it was.
         data: gives the client's own batches, anew at every call.
+        task: the task; None takes the one that the first batch shows.
 
     Raises:
         MissingDataError: there is no data.
@@ -104,7 +114,7 @@ def measure_fused(request: Request, sent: State, model: nn.Module, data: Data | 
     # Tensors that the client did not send are the anchor's in both ends, so they do not contribute to the path.
     fused = complete_state(model, request.anchor)
     client = complete_state(model, {**request.anchor, **sent})
-    path = path_sums(path_losses(model, fused, client, batches(), request.path_points))
+    path = path_sums(path_losses(model, fused, client, batches(), request.path_points, task))
     return Reply(
         request.round,
         request.stage,
@@ -133,14 +143,16 @@ def path_sums(path: Path, to_trained: Path | None = None) -> PathSums:
     )
 
 
-def _paths(request: Request, trained: State, aligned: State, model: nn.Module, batches: Data) -> tuple[Path, Path]:
+def _paths(
+    request: Request, trained: State, aligned: State, model: nn.Module, batches: Data, task: Task | None
+) -> tuple[Path, Path]:
     """Return the path to the client's model as trained, and the path to it as aligned."""
     points, start = request.path_points, complete_state(model, request.anchor)
-    to_trained = path_losses(model, start, complete_state(model, trained), batches(), points)
+    to_trained = path_losses(model, start, complete_state(model, trained), batches(), points, task)
     # Every path costs a pass over the data for each point.
     if aligned is trained:
         return to_trained, to_trained
-    return to_trained, path_losses(model, start, complete_state(model, aligned), batches(), points)
+    return to_trained, path_losses(model, start, complete_state(model, aligned), batches(), points, task)
 
 
 def _endpoint_error(to_trained: Path, to_aligned: Path, trained: State) -> EndpointError:

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from fedbasin.client.app_task import AppTask
 from fedbasin.client.client_state import (
     forget,
     keep_fused,
@@ -38,6 +39,7 @@ from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import CHECK, Request, Start
 from fedbasin.strategies.fusion.lora.adapter_scales import read_scales, scales_of, set_scales, to_scales
 from fedbasin.strategies.round.outcomes import Refusal
+from fedbasin.strategies.tasks.task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State
 
@@ -53,6 +55,7 @@ def basin(
     model: Factory[nn.Module],
     data: Factory[Batches] | Batches | None = None,
     held_out: Factory[Batches] | Batches | None = None,
+    task: Task | str | None = None,
 ) -> Mod:
     """Return the mod that makes an app a client of fedbasin.
 
@@ -68,12 +71,17 @@ def basin(
         held_out: batches that the client does not train on, as a tenth of its examples, by which the recipe `auto`
             compares models. None compares by the training data, on which a model that has memorised it looks better
             than it is.
+        task: what outputs and targets mean: `classification`, `tokens`, `pixels`, `language-modelling`, `multi-label`,
+            `regression`, or `Task.of_loss(loss, draw)`. None takes what the first batch shows, and refuses before
+            training what it leaves open.
 
     Raises:
         TypeError: an argument is in none of these forms.
+        ValueError: there is no task of this name.
     """
     make_model = model_factory(model)
     make_data = None if data is None else data_factory(data)
+    app_task = AppTask(None if task is None else task_of(task))
     make_held_out = make_data if held_out is None else data_factory(held_out, "held_out")
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
@@ -81,11 +89,12 @@ def basin(
             return call_next(message, context)
         request = read_request(message.content, context.node_id)
         batches = make_data and partial(make_data, context)
+        known = app_task.resolve(request, make_model, context, batches)
         if request.refit is not None:
             keep_fused(context, request, message.content)
             probed = make_held_out and partial(make_held_out, context)
             try:
-                reply = refit_reply(request, request.refit, context, make_model(context), batches, probed)
+                reply = refit_reply(request, request.refit, context, make_model(context), batches, probed, known)
             except Refusal as refusal:
                 reply = _refused(request, refusal)
             # Measured running statistics are only part of a model, which the app's array names do not cover.
@@ -96,14 +105,20 @@ def basin(
             reply = Reply(request.round, request.stage, request.anchor_digest)
             return Message(content=reply.to_content(request), reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
-            return _evaluate(request, message, context, call_next, make_model, batches)
-        return _train(request, message, context, call_next, make_model(context), batches)
+            return _evaluate(request, message, context, call_next, make_model, batches, known)
+        return _train(request, message, context, call_next, make_model(context), batches, known)
 
     return mod
 
 
 def _train(
-    request: Request, message: Message, context: Context, call_next: Next, model: nn.Module, data: Data | None
+    request: Request,
+    message: Message,
+    context: Context,
+    call_next: Next,
+    model: nn.Module,
+    data: Data | None,
+    task: Task | None,
 ) -> Message:
     # Held here because `_train_once` replaces the content of the message by the app's.
     content, started = message.content, time.perf_counter()
@@ -114,7 +129,7 @@ def _train(
         return app
     seconds, metrics = time.perf_counter() - started, {**app.metrics, request.weight_key: app.examples}
     try:
-        reply = build_reply(request, app.parameters or {}, metrics, model, data, train_seconds=seconds)
+        reply = build_reply(request, app.parameters or {}, metrics, model, data, task, train_seconds=seconds)
     except Refusal as refusal:
         return Message(content=_refused(request, refusal).to_content(request), reply_to=message)
     reply_content = reply.to_content(request, packed=request.packed)
@@ -160,6 +175,7 @@ def _evaluate(
     call_next: Next,
     make_model: Callable[[Context], nn.Module],
     data: Data | None,
+    task: Task | None,
 ) -> Message:
     """Let the app evaluate; add the path from the fused model to the one that the client sent, if that was kept."""
     scales = scales_of(request.anchor)
@@ -172,7 +188,7 @@ def _evaluate(
         if sent is not None and sent.parameters is not None:
             model = model or make_model(context)
             set_scales(model, scales)
-            fused = measure_fused(request, sent.parameters, model, data)
+            fused = measure_fused(request, sent.parameters, model, data, task)
             reply.content[HEADER] = fused.to_content(request)[HEADER]
     if not request.keep:
         forget(context)

@@ -7,13 +7,14 @@ from torch import nn
 
 from fedbasin.client.align import align
 from fedbasin.client.measure import measure
-from fedbasin.client.refit.regression import read_layer_graph
+from fedbasin.client.refit.used_layers import read_layer_graph
 from fedbasin.client.request_reader import Data, required
 from fedbasin.client.statistics.collect import collect
 from fedbasin.proto.reply import Metrics, Reply
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.lora.lora_factors import widen
 from fedbasin.strategies.round.checks import check_model
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.state import State
 
 
@@ -27,6 +28,7 @@ def build_reply(
     metrics: Metrics,
     model: nn.Module,
     data: Data | None = None,
+    task: Task | None = None,
     *,
     train_seconds: float = 0.0,
 ) -> Reply:
@@ -41,6 +43,7 @@ def build_reply(
         metrics: metrics of the app, with the client's weight under `request.weight_key`.
         model: module that runs the states; its tensors are replaced.
         data: gives the client's own batches, anew at every call.
+        task: the task; None takes the one that the first batch shows.
         train_seconds: duration of the training, for the round's report.
 
     Raises:
@@ -55,8 +58,8 @@ def build_reply(
     check_model(wide, request.anchor)
     if request.aligns:
         trained = wide
-    aligned = align(request, trained, examples, model, data)
-    measurement = measure(request, trained, aligned, model, data)
+    aligned = align(request, trained, examples, model, data, task)
+    measurement = measure(request, trained, aligned, model, data, task)
     alignment = aligned.report and replace(
         aligned.report, endpoint_error=measurement.endpoint_error, singular_vectors=measurement.singular_vectors
     )
@@ -74,7 +77,7 @@ def build_reply(
         examples=examples,
     )
     if not reply.function_changed:
-        statistics = collect(request, aligned.state, examples, model, data)
+        statistics = collect(request, aligned.state, examples, model, data, task)
         # A client may train adapters of a lower rank; the rows of zeros that widen them change no product.
         state = widen(aligned.state, request.anchor)
         parameters = {name: state[name] for name in request.anchor}
@@ -82,7 +85,7 @@ def build_reply(
     # The graph does not depend on the weights, so it is sent even where the model is not.
     if request.layer_graph:
         batches = required(data, "the layer graph")()
-        reply = replace(reply, layer_graph=read_layer_graph(model, batches))
+        reply = replace(reply, layer_graph=read_layer_graph(model, batches, task))
     return reply
 
 

@@ -147,6 +147,9 @@ class LayerGraph(_message.Message):
     LEVELS_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     NORMS_FIELD_NUMBER: _builtins.int
+    HEAD_TARGET_FIELD_NUMBER: _builtins.int
+    head_target: _builtins.str
+    """name of a fedbasin.strategies.recipes.Target; empty for labels"""
     @_builtins.property
     def levels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Level]: ...
     @_builtins.property
@@ -159,10 +162,11 @@ class LayerGraph(_message.Message):
         levels: _abc.Iterable[Global___Level] | None = ...,
         head: Global___Block | None = ...,
         norms: _abc.Iterable[Global___BatchNorm] | None = ...,
+        head_target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "head", b"head", "levels", b"levels", "norms", b"norms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "head", b"head", "head_target", b"head_target", "levels", b"levels", "norms", b"norms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__head: _TypeAlias = _typing.Literal["head"]  # noqa: Y015
     _WhichOneofArgType__head: _TypeAlias = _typing.Literal["_head", b"_head"]  # noqa: Y015

@@ -36,10 +36,12 @@ class LayerGraph:
 
     Attributes:
         levels: layers that read the same tensor stand together, as queries, keys and values do.
-        head: the layer whose output is the output of the model; None where no layer's is.
+        head: the last layer, which can be fitted to the targets of the task; None where there is none.
         norms: the BatchNorm layers of the model.
+        head_target: name of the target that the head is fitted to; empty for labels.
     """
 
     levels: tuple[tuple[Block, ...], ...]
     head: Block | None = None
     norms: tuple[BatchNorm, ...] = ()
+    head_target: str = ""

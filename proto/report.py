@@ -153,6 +153,9 @@ class PathSums:
             return other if not self.points else self
 
         def add(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
+            # What one client has not counted is not known of both.
+            if not (a and b):
+                return ()
             return tuple(x + y for x, y in zip(a, b, strict=True))
 
         return PathSums(
@@ -281,8 +284,8 @@ class ServerProbe:
         accepted: number of accepted clients.
         pairs: paths between any two of the models.
         fused: paths from the fused model to each.
-        ensemble_loss: loss of the models' mean probability.
-        ensemble_accuracy: accuracy of the models' mean probability.
+        ensemble_loss: loss of the models' mean probability; NaN where the task has no probabilities.
+        ensemble_accuracy: accuracy of the models' mean probability; NaN where the task has no probabilities.
         seconds: duration of the measurement.
         spooled_bytes: bytes written to disk.
     """

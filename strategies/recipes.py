@@ -31,7 +31,8 @@ class Target(Enum):
 
     features = "what the client's own model computes there"
     weights = "what the client's own weights make of the same inputs (RegMean++)"
-    labels = "the labels: a closed-form head"
+    labels = "the classes: a closed-form head of discriminants"
+    values = "the targets themselves, numbers or labels of their own: a closed-form head by least squares"
 
 
 @dataclass(frozen=True)

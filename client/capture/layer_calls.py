@@ -99,6 +99,14 @@ class LayerCall:
                 grouped = part.double().unflatten(1, (self.layer.groups, -1))
                 yield grouped.permute(1, 0, 3, 4, 2).flatten(1, 3)
 
+    def patches(self) -> Float[Tensor, "batch in height width"]:
+        """Return what a convolution's weight multiplies at each position, in the shape of its output."""
+        if self.kernel is None or self.layer.groups > 1:
+            raise ValueError(f"{self.layer.block[0]} is no convolution of one group, so it has no patches")
+        padded = F.pad(self.inputs, self.kernel.margins)
+        patches = F.unfold(padded, self.kernel.size, self.kernel.dilation, 0, self.kernel.stride)
+        return patches.unflatten(-1, self.output.shape[-2:])
+
     def _parts(self, values: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         if self.kernel is None:
             most = max(1, ROW_ELEMENTS // self.layer.inputs)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from fedbasin.client.capture.batchnorm_statistics import measuring
 from fedbasin.client.client_state import fused_pieces, round_start, sent_reply
 from fedbasin.client.measure import path_sums
-from fedbasin.client.refit.regression import regress
+from fedbasin.client.refit.head_sums import head_equations
+from fedbasin.client.refit.regression import NormalEquations, load, regress, select_layers
 from fedbasin.client.request_reader import Data, required
 from fedbasin.client.statistics.collect import gram_statistics
 from fedbasin.client.statistics.finite import check_statistic
 from fedbasin.client.statistics.gram_accumulators import finish_shared
 from fedbasin.proto.encoding import Encoding
+from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.reply import LayerStatistic, Reply
 from fedbasin.proto.report import PathSums
 from fedbasin.proto.request import Refit, Request
@@ -25,11 +27,20 @@ from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.fusion.compression.formats import encode_cross_moment
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.path_ends import path_ends
+from fedbasin.strategies.tasks.guess import guess_task
+from fedbasin.strategies.tasks.likelihoods import TaskError
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.state import State, tied
 
 
 def refit_reply(
-    request: Request, refit: Refit, context: Context, model: nn.Module, data: Data | None, held_out: Data | None = None
+    request: Request,
+    refit: Refit,
+    context: Context,
+    model: nn.Module,
+    data: Data | None,
+    held_out: Data | None = None,
+    task: Task | None = None,
 ) -> Reply:
     """Build the reply to a refit: sums over the client's own examples, and the loss along a path.
 
@@ -40,6 +51,7 @@ def refit_reply(
         model: module that runs the states; its tensors are replaced.
         data: gives the client's own batches, anew at every call.
         held_out: gives the batches on which models are compared.
+        task: the task; None takes the one that the first batch shows.
 
     Raises:
         MissingDataError: there is no data.
@@ -53,12 +65,12 @@ def refit_reply(
     measured: State | None = None
     statistics: tuple[LayerStatistic, ...] = ()
     if refit.blocks:
-        statistics, measured = _fit(request, refit, sent.parameters, fused, model, batches)
+        statistics, measured = _fit(request, refit, sent.parameters, fused, model, batches, task)
     path: PathSums | None = None
     if request.path_points and refit.path is not None:
         ends = path_ends(refit.path, round_start(context), _merge(pieces[:1], model), fused)
         probed = required(held_out, "a path")()
-        path = path_sums(path_losses(model, *ends, probed, request.path_points))
+        path = path_sums(path_losses(model, *ends, probed, request.path_points, task))
     return Reply(
         request.round,
         request.stage,
@@ -71,12 +83,12 @@ def refit_reply(
 
 
 def _fit(
-    request: Request, refit: Refit, own: State, fused: State, model: nn.Module, batches: Data
+    request: Request, refit: Refit, own: State, fused: State, model: nn.Module, batches: Data, task: Task | None
 ) -> tuple[tuple[LayerStatistic, ...], dict[str, Tensor]]:
     """Return the layers' statistics, and the running statistics that the fused model has on the client's data."""
     encodings = request.encodings
     with measuring(model, refit.norms) as norms:
-        sums = regress(model, own, fused, refit.blocks, Target[refit.target], batches(), encodings)
+        sums = _equations(refit, own, fused, model, batches, task, encodings)
     accumulators = {block: s.inputs for block, s in sums.items()}
     grams = finish_shared(accumulators, lambda total: total.dominating_pieces())
     moments = {
@@ -91,6 +103,29 @@ def _fit(
         )
     }
     return gram_statistics(grams, moments), measured
+
+
+def _equations(
+    refit: Refit,
+    own: State,
+    fused: State,
+    model: nn.Module,
+    batches: Data,
+    task: Task | None,
+    encodings: Mapping[Block, Encoding],
+) -> dict[Block, NormalEquations]:
+    target = Target[refit.target]
+    if target in (Target.features, Target.weights):
+        return regress(model, own, fused, refit.blocks, target, batches(), encodings)
+    load(model, {**own, **fused})
+    task = task or guess_task(model, batches())
+    if task.head != target.name:
+        raise TaskError(
+            f"the server fits the head to {target.name}, and this client's task {task.name!r} gives {task.head or 'none'}; "
+            "pass the same task to basin(task=...) on every client"
+        )
+    (layer,) = select_layers(model, refit.blocks)
+    return {layer.block: head_equations(model, fused, layer, task, batches(), encodings.get(layer.block))}
 
 
 def _merge(pieces: Sequence[State], model: nn.Module) -> dict[str, Tensor]:

@@ -7,33 +7,29 @@ A client sends `X~ X~^T` and `(Z - W X~) X~^T`, where W is the layer as it is be
 without labels, gradients or single rows. It sends the cross-moment of the residual and not `Z X~^T`, because an inexact
 `X~ X~^T` then changes the length of one step only, not the point at which steps end. RegMean is the special case in
 which the fused inputs are the client's own. Where an output is added to a residual stream or normalised, the layer is
-fitted to the sum or the normalised image (`invertible_path`). With a one at each example's class in place of Z the sums
-are those of each class, for which the last layer has a closed form.
+fitted to the sum or the normalised image (`invertible_path`).
 
 Source: RegMean, Jin et al. 2023, arXiv 2212.09849; RegMean++, Nguyen et al. 2025, arXiv 2508.03121 (targets
-`W_k X~_k`); closed-form heads, Fani et al. 2024 (Fed3R), arXiv 2402.01989, and Zhuang et al. 2024 (AFL),
-arXiv 2405.16240.
+`W_k X~_k`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, zip_longest
-from typing import TypeAlias, TypeVar
+from itertools import zip_longest
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from fedbasin.client.capture.batchnorm_statistics import find_norms
 from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.client.refit.invertible_path import InvertiblePath, InvertiblePaths
 from fedbasin.client.statistics.gram_accumulators import GramAccumulator
 from fedbasin.client.statistics.shared_inputs import InputNumbers, SharedAccumulators
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import Block, LayerGraph
+from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import Target
@@ -68,32 +64,12 @@ class NormalEquations:
         return self.inputs.gram
 
 
-def read_layer_graph(model: nn.Module, batches: Batches) -> LayerGraph:
-    """Return the layers of a model in the order of use on one batch, and its BatchNorm layers.
-
-    Raises:
-        ValueError: there is no data.
-    """
-    calls: list[LayerCall] = []
-    with evaluating(model), layer_by_layer(), torch.no_grad():
-        batch = next(read_batches(batches, model))
-        with LayerCalls(model, gram_layers(model), calls.append):
-            logits = forward(model, batch)
-    # Reversed, so that a layer that is called twice keeps its first call.
-    first_calls = {call.layer.block: call for call in reversed(calls)}
-    ordered = sorted(first_calls, key=[call.layer.block for call in calls].index)
-    # The calls hold their inputs, so no two tensors have one address.
-    levels = groupby(ordered, key=lambda block: id(first_calls[block].inputs))
-    head = calls[-1].layer.block if calls and calls[-1].output is logits else None
-    return LayerGraph(tuple(tuple(level) for _, level in levels), head, find_norms(model))
-
-
 def regress(
     model: nn.Module,
     own: State,
     fused: State,
     blocks: Sequence[Block],
-    target: Target,
+    target: Literal[Target.features, Target.weights],
     batches: Batches,
     encodings: Mapping[Block, Encoding] | None = None,
 ) -> dict[Block, NormalEquations]:
@@ -113,22 +89,23 @@ def regress(
         encodings: encodings in which the sums will be sent; a sketch is made while reading.
 
     Raises:
-        ValueError: there is no data, a block is not a layer of the model, or labels do not fit the output.
+        ValueError: there is no data, or a block is not a layer of the model.
         FlowError: the two models do not call the layers in the same order.
     """
-    layers = _select(model, blocks)
-    bases = {block: _base(block, fused, target) for block in blocks}
-    _load(model, {**fused, **{name: own[name] for block in blocks for name in tensor_names(block)}})
+    layers = select_layers(model, blocks)
+    # The layer as it was fused, whose output is subtracted from the goals.
+    bases = {block: join(block, fused).double() for block in blocks}
+    load(model, {**fused, **{name: own[name] for block in blocks for name in tensor_names(block)}})
     teacher = None
     if target is Target.features:
         # A copy, because both models run on every batch, and the data is read once.
         teacher = deepcopy(model).eval()
-        _load(teacher, own)
+        load(teacher, own)
     accumulators = SharedAccumulators(model, layers, encodings or {})
     moments = {layer.block: _zero_moment(model, layer) for layer in layers}
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read_batches(batches, model):
-            for call, number, goal in _goals(model, teacher, layers, target, batch):
+            for call, number, goal in _goals(model, teacher, layers, batch):
                 block = call.layer.block
                 accumulator = accumulators.accumulator_for(block, number)
                 _add(accumulator, moments[block], call, goal, bases[block], batch.mask)
@@ -139,7 +116,7 @@ def regress(
 
 
 def _goals(
-    model: nn.Module, teacher: nn.Module | None, layers: Sequence[Layer], target: Target, batch: Batch
+    model: nn.Module, teacher: nn.Module | None, layers: Sequence[Layer], batch: Batch
 ) -> Iterator[tuple[LayerCall, int, Tensor]]:
     """Run one batch and yield each call of the fitted layers, the number of its inputs, and the goal of its output."""
     numbers: list[int] = []
@@ -148,22 +125,20 @@ def _goals(
     if teacher:
         _check_flow([use for use, _ in leads], [_use(call) for call, _ in calls])
     for index, (call, path) in enumerate(calls):
-        if target is Target.labels:
-            goal = _classes(batch, call)
         # Without a teacher the layer's own weights, which the model holds, give the goal.
-        else:
-            goal = path.invert(leads[index][1].value) if teacher else call.output
+        goal = path.invert(leads[index][1].value) if teacher else call.output
         yield call, numbers[index], goal
 
 
-def _load(model: nn.Module, state: State) -> None:
+def load(model: nn.Module, state: State) -> None:
     """Replace the tensors of a model; a tensor with several names follows the first of them."""
     tensors = {**model.state_dict(), **state}
     names = tied(model.state_dict())
     model.load_state_dict({name: tensors[first_name] for name, first_name in names.items()})
 
 
-def _select(model: nn.Module, blocks: Sequence[Block]) -> list[Layer]:
+def select_layers(model: nn.Module, blocks: Sequence[Block]) -> list[Layer]:
+    """Return the layers of some blocks; raises a ValueError if the model has no such layer."""
     layers = {layer.block: layer for layer in gram_layers(model)}
     if unknown := [block for block in blocks if block not in layers]:
         raise ValueError(
@@ -228,32 +203,6 @@ def _check_flow(own: Sequence[Use], fused: Sequence[Use]) -> None:
 
 def _use(call: LayerCall) -> Use:
     return call.layer, call.output.shape
-
-
-def _classes(batch: Batch, call: LayerCall) -> Tensor:
-    """Return a one at each example's class, so that the cross-moment sums the inputs of each class."""
-    labels, output = batch.targets, call.output
-    if labels.shape != output.shape[:-1] or labels.is_floating_point():
-        raise ValueError(
-            f"targets {labels.dtype} {list(labels.shape)} for logits {list(output.shape)}; a closed-form head "
-            "needs one class index for each row of logits"
-        )
-    if batch.mask is not None and batch.mask.shape == labels.shape:
-        # Padding often has a label that is not a class.
-        labels = labels.where(batch.mask, 0)
-    classes = output.shape[-1]
-    if bool(((labels < 0) | (labels >= classes)).any()):
-        raise ValueError(
-            f"targets from {int(labels.min())} to {int(labels.max())} for {classes} logits; a closed-form head needs "
-            f"class indices from 0 to {classes - 1}, and rows without one left out by the batch's mask"
-        )
-    return one_hot(labels, classes)
-
-
-def _base(block: Block, fused: State, target: Target) -> Tensor:
-    """Return the layer whose output is subtracted from the goals: as it was fused, or zero for a head."""
-    base = join(block, fused).double()
-    return torch.zeros_like(base) if target is Target.labels else base
 
 
 def _add(

@@ -17,11 +17,12 @@ from fedbasin.proto.reply import LayerStatistic
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.compression.formats import Pieces, encode
 from fedbasin.strategies.fusion.weighting import Statistic
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.state import State
 
 
 def collect(
-    request: Request, aligned: State, examples: float, model: nn.Module, data: Data | None
+    request: Request, aligned: State, examples: float, model: nn.Module, data: Data | None, task: Task | None = None
 ) -> tuple[LayerStatistic, ...]:
     """Collect the statistics that a request asks for, on the client's aligned model.
 
@@ -31,6 +32,7 @@ def collect(
         examples: weight of the client's model.
         model: module that runs the state; its tensors are replaced.
         data: gives the client's own batches, anew at every call.
+        task: the task; None takes the one that the first batch shows.
 
     Raises:
         MissingDataError: statistics are requested and there is no data.
@@ -47,12 +49,12 @@ def collect(
     # The same request again draws the same labels, so that it has the same reply.
     generator = torch.Generator(device).manual_seed(request.seed)
     if kind is Statistic.fisher:
-        fisher = diagonal_fisher(model, batches(), generator)
+        fisher = diagonal_fisher(model, batches(), generator, task)
         return tuple(
             LayerStatistic((name,), kind.name, (_normalise(check_statistic((name,), diagonal), examples).float(),))
             for name, diagonal in fisher.items()
         )
-    factors = kronecker_factors(model, batches(), generator)
+    factors = kronecker_factors(model, batches(), generator, task)
     return tuple(
         LayerStatistic(
             block, kind.name, tuple(_triangle(check_statistic(block, side)) for side in (pair.inputs, pair.outputs))

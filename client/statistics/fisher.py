@@ -9,6 +9,7 @@ is the sum of theirs. It belongs to the present weights: collect it after aligni
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 
 import torch
@@ -18,7 +19,10 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.client.capture.layer_calls import layer_by_layer
-from fedbasin.client.statistics.model_labels import EXACT_LABELS, label_scores
+from fedbasin.client.statistics.layer_squares import LayerSquares
+from fedbasin.strategies.tasks.guess import task_of_batch
+from fedbasin.strategies.tasks.likelihoods import widen
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, Inputs, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 
@@ -29,46 +33,65 @@ MOST_GRADIENTS = 256
 
 
 def diagonal_fisher(
-    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, exact_labels: int = EXACT_LABELS
+    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, task: Task | None = None
 ) -> dict[str, Tensor]:
-    """Return the diagonal Fisher information of a classifier's trainable parameters, summed over examples.
+    """Return the diagonal Fisher information of a model's trainable parameters, summed over examples.
 
     The gradient of each example is squared alone; squaring a batch's mean gradient instead would mix signs and shrink
-    the result with the batch. Only inputs are used: labels are the model's own. Where few labels are possible, each
-    counts with its probability. Where many are, one is drawn, which costs a single gradient and is right on average; a
-    model of tokens draws one at every place.
+    the result with the batch. Targets are the model's own, by the likelihood of the task. Where few gradients give all
+    of the expectation, each counts. Where many would be needed, a target is drawn at every place, which costs a single
+    gradient and is right on average.
 
     Args:
         model: the model, which runs in evaluation mode, so that examples do not meet in BatchNorm, and is left as it
             was.
         batches: the client's data, read once.
-        generator: generator that draws labels, on the model's device.
-        exact_labels: places times classes up to which every label is evaluated; 0 always draws.
+        generator: generator that draws targets, on the model's device.
+        task: the task, which also says up to how many gradients the expectation is exact; None takes the one that the
+            first batch shows.
 
     Returns:
         the diagonal by parameter name, in the parameter's shape and dtype, or float32 where that is longer.
 
     Raises:
-        ValueError: there is no data, or the model does not return logits of classes for its targets.
+        ValueError: there is no data, the targets do not fit the outputs, or the likelihood is not known.
     """
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # Squared gradients of confident examples are small, and many of them are added.
-    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
-    gradients = GRADIENT_ELEMENTS // max(1, sum(p.numel() for p in parameters.values()))
+    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in trained.items()}
+    layers: LayerSquares | None = None
     # Fused attention kernels have no rule for vmap, which would run them example by example.
     with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read_batches(batches, model):
-            with torch.no_grad():
-                logits = forward(model, batch)
-            scores = label_scores(logits, batch, generator, exact_labels)
-            for few, some in _parts(batch, scores, gradients):
-                for name, square in _sum_squares(model, parameters, few, some).items():
-                    sums[name] += square
-    return {n: s.to(_at_least_float32(parameters[n]).dtype) for n, s in sums.items()}
+            if layers is None:
+                layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
+            task = task or _guess(model, batch)
+            scores, squares = layers.squares(task, batch, generator)
+            others = {n: p.detach() for n, p in trained.items() if n not in layers.names}
+            for name, square in chain(squares.items(), _other_squares(model, task, others, batch, scores)):
+                sums[name] += square
+    return {n: s.to(widen(trained[n]).dtype) for n, s in sums.items()}
+
+
+def _guess(model: nn.Module, batch: Batch) -> Task:
+    with torch.no_grad():
+        return task_of_batch(forward(model, batch), batch)
+
+
+def _other_squares(
+    model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "batch scores numbers"]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield squared gradients of parameters that belong to no layer, such as embeddings and norms."""
+    if not parameters:
+        return
+    gradients = GRADIENT_ELEMENTS // sum(p.numel() for p in parameters.values())
+    with torch.no_grad():
+        for few, some in _parts(batch, scores, gradients):
+            yield from _sum_squares(model, task, parameters, few, some).items()
 
 
 def _parts(
-    batch: Batch, scores: Float[Tensor, "batch labels numbers"], gradients: int
+    batch: Batch, scores: Float[Tensor, "batch scores numbers"], gradients: int
 ) -> Iterator[tuple[Batch, Float[Tensor, "few some numbers"]]]:
     """Split a batch and its label scores into parts of few gradients."""
     most = max(1, min(gradients, MOST_GRADIENTS))
@@ -81,39 +104,52 @@ def _parts(
 
 
 def _sum_squares(
-    model: nn.Module, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
+    model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
 ) -> dict[str, Tensor]:
-    """Return the squared gradients of every example and label, summed over both."""
-    squares = partial(_squares, model, parameters)
-    try:
-        return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
-    except RuntimeError as error:
-        # A model that decides by its inputs, as models of `transformers` by the attention mask, runs example by example.
-        if "data-dependent control flow" not in str(error):
-            raise
-    sums: dict[str, Tensor] = {}
+    """Return the squared gradients of every example and score, summed over both."""
+    # PyTorch has no rule to run recurrent layers for many examples at once, and would run them far more slowly.
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        squares = partial(_squares, model, task, parameters)
+        try:
+            return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
+        except RuntimeError as error:
+            # As does a model that decides by its inputs, such as one of `transformers` by the attention mask.
+            if "data-dependent control flow" not in str(error):
+                raise
+    return _sum_squares_in_turn(model, task, parameters, batch, scores)
+
+
+def _sum_squares_in_turn(
+    model: nn.Module, task: Task, parameters: State, batch: Batch, scores: Float[Tensor, "few some numbers"]
+) -> dict[str, Tensor]:
+    """Return the same as `_sum_squares`, example by example."""
+    sums = {name: torch.zeros_like(widen(tensor)) for name, tensor in parameters.items()}
     for row, some in enumerate(scores):
         # The scores are zero where the mask is false, so the mask itself is not needed.
-        example = replace(batch, mask=None).map(itemgetter(row))
-        for name, square in squares(example.inputs, example.targets, some).items():
-            sums[name] = sums[name] + square if name in sums else square
+        example = replace(batch, mask=None).map(itemgetter(slice(row, row + 1)))
+        gradients = grad(partial(_weighted_outputs, model, task, example))
+        for score in some:
+            for name, gradient in gradients(parameters, score).items():
+                sums[name] += widen(gradient).square()
     return sums
 
 
 def _squares(
-    model: nn.Module, parameters: State, inputs: Inputs, target: Tensor, scores: Float[Tensor, "some numbers"]
+    model: nn.Module,
+    task: Task,
+    parameters: State,
+    inputs: Inputs,
+    target: Tensor,
+    scores: Float[Tensor, "some numbers"],
 ) -> dict[str, Tensor]:
-    """Return the squared gradients of one example, summed over its labels."""
+    """Return the squared gradients of one example, summed over its scores."""
     example = Batch(inputs, target).map(lambda tensor: tensor.unsqueeze(0))
 
-    def weighted_logits(values: State, score: Tensor) -> Tensor:
-        return _at_least_float32(forward(model, example, values)[0]).flatten() @ score
-
     # The forward pass does not depend on the score, so it runs once for all of them.
-    gradients = vmap(grad(weighted_logits), in_dims=(None, 0))(parameters, scores)
-    return {name: _at_least_float32(gradient).square().sum(0) for name, gradient in gradients.items()}
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
+    gradients = vmap(grad(partial(_weighted_outputs, model, task, example)), in_dims=(None, 0))(parameters, scores)
     # Squares of half-precision numbers would underflow.
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return {name: widen(gradient).square().sum(0) for name, gradient in gradients.items()}
+
+
+def _weighted_outputs(model: nn.Module, task: Task, example: Batch, parameters: State, score: Tensor) -> Tensor:
+    return task.arrange(forward(model, example, parameters)) @ score

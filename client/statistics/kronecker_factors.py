@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
-from fedbasin.client.statistics.model_labels import EXACT_LABELS, label_scores
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer, kronecker_layers
+from fedbasin.strategies.tasks.guess import task_of_batch
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
 
 # Share of the identity in B. See docs/explanation/fisher.md.
@@ -75,22 +76,23 @@ class KroneckerFactors:
 
 
 def kronecker_factors(
-    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, exact_labels: int = EXACT_LABELS
+    model: nn.Module, batches: Batches, generator: torch.Generator | None = None, task: Task | None = None
 ) -> dict[Block, KroneckerFactors]:
     """Return the Kronecker factors of every linear map and every two-dimensional convolution that is trained.
 
-    Rows are summed as for Gram matrices. Labels are the model's own, as for the diagonal Fisher information. Grouped
+    Rows are summed as for Gram matrices. Targets are the model's own, as for the diagonal Fisher information. Grouped
     convolutions are left out, and so are layers too wide for a square of their inputs or outputs.
 
     Args:
         model: the model, which runs in evaluation mode and is left as it was, without gradients.
         batches: the client's data, read once.
-        generator: generator that draws labels, on the model's device.
-        exact_labels: places times classes up to which every label is evaluated; 0 always draws.
+        generator: generator that draws targets, on the model's device.
+        task: the task, which also says up to how many gradients the expectation is exact; None takes the one that the
+            first batch shows.
 
     Raises:
-        ValueError: there is no data, the model does not return logits of classes for its targets, or a mask does not
-            fit a layer's input.
+        ValueError: there is no data, the targets do not fit the outputs, the likelihood is not known, or a mask does
+            not fit a layer's input.
     """
     layers = kronecker_layers(model)
     factors = {
@@ -100,9 +102,10 @@ def kronecker_factors(
         for batch in read_batches(batches, model):
             calls: list[LayerCall] = []
             with LayerCalls(model, layers, partial(_observe, factors, calls, batch.mask)):
-                logits = forward(model, batch)
-            for score in label_scores(logits, batch, generator, exact_labels).unbind(1):
-                _add_gradients(factors, calls, logits, score, batch.mask)
+                outputs = forward(model, batch)
+            task = task or task_of_batch(outputs, batch)
+            for score in task.label_scores(outputs, batch, generator).unbind(1):
+                _add_gradients(factors, calls, task.arrange(outputs), score, batch.mask)
     return factors
 
 
@@ -119,20 +122,19 @@ def _observe(
 def _add_gradients(
     factors: Mapping[Block, KroneckerFactors],
     calls: list[LayerCall],
-    logits: Tensor,
-    score: Float[Tensor, "batch numbers"],
+    numbers: Float[Tensor, " numbers"],
+    score: Float[Tensor, "batch example_numbers"],
     mask: Tensor | None,
 ) -> None:
-    """Add the gradients of one label of every example in a batch.
+    """Add the gradients of one score of every example in a batch.
 
     One backward pass serves the whole batch: examples do not meet, so the gradient of each row is its own example's.
     """
     if not calls:
         return
-    weights = score.view_as(logits).to(logits.dtype)
     outputs = [call.output for call in calls]
-    # The graph is retained for the next label; a layer that does not reach the logits has no gradient.
-    gradients = torch.autograd.grad(logits, outputs, weights, retain_graph=True, allow_unused=True)
+    # The graph is retained for the next score; a layer that does not reach the outputs has no gradient.
+    gradients = torch.autograd.grad(numbers, outputs, score.flatten(), retain_graph=True, allow_unused=True)
     for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None:
             factors[call.layer.block].add_gradients(call, gradient, mask)

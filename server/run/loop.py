@@ -107,6 +107,7 @@ class RunLoop:
         # Losses of the last good model, by name.
         self._losses: dict[str, float] = {}
         self._incidents: list[Incident] = []
+        self._left_out = ""
         dry_run(self._composition, self._state.state(arrays), arrays)
         self._take(arrays)
 
@@ -378,7 +379,17 @@ class RunLoop:
             return
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
+        self._say_left_out(outcome.left_out)
         self._hand_over(number, outcome.gain)
+
+    def _say_left_out(self, left_out: str) -> None:
+        if left_out and left_out != self._left_out:
+            _LOG.warning(
+                "recipe %s: the clients' model has no %s; the rest of the recipe is used",
+                self._state.recipe.name,
+                left_out.removeprefix("a "),
+            )
+        self._left_out = left_out
 
     def _hand_over(self, number: int, gain: float | None) -> None:
         """Change to the recipe that takes over, once fitting no longer pays."""

@@ -5,6 +5,7 @@ nothing of them stays. The choice of clients does not depend on their speed: the
 """
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from fedbasin.strategies.diagnostics.evaluation import evaluate, predict
 from fedbasin.strategies.diagnostics.model_pairs import from_fused, pairwise
 from fedbasin.strategies.diagnostics.probe_sampling import draw
 from fedbasin.strategies.round.fuse import Align
+from fedbasin.strategies.tasks.task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State, floating
 
@@ -38,15 +40,20 @@ class ProbeSet:
     Attributes:
         model: gives the architecture; it is left as it was.
         batches: `(inputs, targets)` or with a padding mask, as a client's data; read once for every model.
+        task: the task or its name, as for `basin`; None takes the one that the first batch shows.
 
     Raises:
         TypeError: the batches can be read only once.
+        ValueError: there is no task of this name.
     """
 
     model: nn.Module
     batches: Batches
+    task: Task | str | None = None
 
     def __post_init__(self) -> None:
+        if self.task is not None:
+            task_of(self.task)
         if isinstance(self.batches, Iterator):
             raise TypeError("a probe set is read once for every model; pass a list or a DataLoader")
 
@@ -124,8 +131,8 @@ def measure_probe(probe_set: ProbeSet, fused: State, clients: Mapping[str, State
     Raises:
         ValueError: a model's loss is not finite, or the data is not the same each time.
     """
-    model, batches = probe_set.model, probe_set.batches
-    score = partial(evaluate, model, batches=batches)
+    model, batches, task = probe_set.model, probe_set.batches, probe_set.task
+    score = partial(evaluate, model, batches=batches, task=task)
     probe = ServerProbe(
         nodes=tuple(map(int, clients)),
         pairs=tuple(
@@ -135,7 +142,9 @@ def measure_probe(probe_set: ProbeSet, fused: State, clients: Mapping[str, State
     )
     if not clients:
         return probe
-    predictions = [predict(model, clients[name], batches) for name in clients]
+    predictions = [part for name in clients if (part := predict(model, clients[name], batches, task)) is not None]
+    if not predictions:
+        return replace(probe, ensemble_loss=math.nan, ensemble_accuracy=math.nan)
     ensemble = reduce(add, (Ensemble.of(probabilities) for probabilities, _ in predictions))
     targets = predictions[0][1]
     return replace(probe, ensemble_loss=ensemble.loss(targets), ensemble_accuracy=ensemble.accuracy(targets))
@@ -172,7 +181,7 @@ class ProbeRun:
                 "a probe set with align = 'server': clients' models are kept as they are sent, and these are not aligned "
                 "yet; set align = 'client', or pass no probe_set"
             )
-        evaluate(self.probe_set.model, model, self.probe_set.batches)
+        evaluate(self.probe_set.model, model, self.probe_set.batches, self.probe_set.task)
 
     def begin(self, model: State, server_round: int) -> None:
         """Begin a round from a global model."""

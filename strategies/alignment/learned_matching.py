@@ -20,15 +20,16 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedbasin.proto.report import SpaceReport
 from fedbasin.strategies.alignment.weight_matching import Alignment, distances, match_weights
-from fedbasin.strategies.diagnostics.evaluation import bind, select_labelled
+from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
+from fedbasin.strategies.tasks.guess import guess_task
+from fedbasin.strategies.tasks.task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -64,6 +65,7 @@ def match_learned(
     batches: Batches,
     place: float = 0.5,
     search: Search | None = None,
+    task: Task | None = None,
 ) -> Alignment:
     """Align `client` to `anchor` by weights, then by the loss near one point of the path between them.
 
@@ -79,6 +81,7 @@ def match_learned(
         batches: the client's data; the search reads it from its beginning as often as it needs.
         place: the client's weight, 0 to 1, where the two models will be merged.
         search: settings of the search; None for the defaults.
+        task: the task; None takes the one that the first batch shows.
 
     Raises:
         ValueError: there is no data, a state does not fit the model, or the loss is not finite.
@@ -88,14 +91,15 @@ def match_learned(
     if isinstance(batches, Iterator):
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")
     start, search = match_weights(symmetry, anchor, client), search or Search()
-    task = _Task(symmetry, model, symmetry.fold(anchor), start.state, place, search.smoothing)
-    learned = _learn_transform(task, batches, search)
+    task = task or guess_task(model, batches)
+    problem = _Problem(symmetry, model, symmetry.fold(anchor), start.state, place, search.smoothing, task)
+    learned = _learn_transform(problem, batches, search)
     if learned is None:
         return start
     transform = learned.after(start.transform)
     state = {**start.state, **learned.act(start.state)}
     spaces = tuple(_update_report(space, transform.elements[space.space]) for space in start.report.spaces)
-    distance = math.hypot(*distances(symmetry, task.anchor, state).values())
+    distance = math.hypot(*distances(symmetry, problem.anchor, state).values())
     report = replace(start.report, spaces=spaces, distance_after=distance)
     return Alignment(state, transform, report)
 
@@ -111,37 +115,38 @@ def _update_report(space: SpaceReport, element: Element) -> SpaceReport:
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class _Problem:
     symmetry: Symmetry
     model: nn.Module
     anchor: State
     client: State
     place: float
     smoothing: float
+    task: Task
 
     def loss(self, transform: Transform, batch: Batch, t: float) -> Tensor:
         merged = interpolate(self.anchor, transform.act(self.client), t)
         # Running statistics follow the transform, but no gradient flows through them: they are not trained.
         for name in merged.keys() & {name for name, _ in self.model.named_buffers()}:
             merged[name] = merged[name].detach()
-        logits, targets = select_labelled(forward(self.model, batch, bind(self.model, merged)), batch)
-        return cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        outputs = forward(self.model, batch, bind(self.model, merged))
+        return self.task.losses(outputs, batch, self.smoothing).mean()
 
 
-def _learn_transform(task: _Task, batches: Batches, search: Search) -> Transform | None:
+def _learn_transform(problem: _Problem, batches: Batches, search: Search) -> Transform | None:
     """Return the transform at the end of the search, or None if its loss is not below that of the start."""
-    latents = {space.name: _initial_latent(space) for space in task.symmetry.spaces if _learnable(space)}
-    with evaluating(task.model), torch.enable_grad():
-        _descend(task, latents, batches, search)
-    start = Transform(task.symmetry, {})
-    end = Transform(task.symmetry, {name: latent.nearest() for name, latent in latents.items()})
-    with evaluating(task.model), torch.no_grad():
-        compared = list(islice(read_batches(batches, task.model), _COMPARED))
-        gains = [task.loss(start, b, task.place) - task.loss(end, b, task.place) for b in compared]
+    latents = {space.name: _initial_latent(space) for space in problem.symmetry.spaces if _learnable(space)}
+    with evaluating(problem.model), torch.enable_grad():
+        _descend(problem, latents, batches, search)
+    start = Transform(problem.symmetry, {})
+    end = Transform(problem.symmetry, {name: latent.nearest() for name, latent in latents.items()})
+    with evaluating(problem.model), torch.no_grad():
+        compared = list(islice(read_batches(batches, problem.model), _COMPARED))
+        gains = [problem.loss(start, b, problem.place) - problem.loss(end, b, problem.place) for b in compared]
     return end if torch.stack(gains).sum() > 0 else None
 
 
-def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, search: Search) -> None:
+def _descend(problem: _Problem, latents: "dict[str, _Latent]", batches: Batches, search: Search) -> None:
     parameters = [role for latent in latents.values() for role in latent.roles]
     if not (parameters and search.steps):
         return
@@ -149,12 +154,12 @@ def _descend(task: _Task, latents: "dict[str, _Latent]", batches: Batches, searc
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, search.steps)
     # A separate generator, so that the app's random numbers stay the same.
     generator = torch.Generator().manual_seed(search.seed)
-    data = _repeat(batches, task.model)
+    data = _repeat(batches, problem.model)
     for _ in range(search.steps):
         # Drawn anew at every step: at one fixed point the search would lower the loss there alone.
-        t = task.place + search.spread * (2 * float(torch.rand((), generator=generator)) - 1)
+        t = problem.place + search.spread * (2 * float(torch.rand((), generator=generator)) - 1)
         moving = {name: latent.element() for name, latent in latents.items()}
-        loss = task.loss(Transform(task.symmetry, moving), next(data), min(max(t, 0.0), 1.0))
+        loss = problem.loss(Transform(problem.symmetry, moving), next(data), min(max(t, 0.0), 1.0))
         if not loss.isfinite():
             raise ValueError(f"the loss is {loss.item()} at t = {t:.2f}; learn at a smaller rate")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -33,8 +33,8 @@ class Path:
 
     Attributes:
         points: values of t, increasing from 0 to 1.
-        loss: sum of the loss at each point, nats.
-        correct: number of examples classified correctly at each point.
+        loss: sum of the loss at each point, nats where the task has classes.
+        correct: number of examples that are right at each point; empty where the task has no right and wrong.
         examples: number of examples.
 
     Raises:
@@ -48,7 +48,8 @@ class Path:
 
     def __post_init__(self) -> None:
         _check("loss", self.points, self.loss)
-        _check("correct", self.points, self.correct)
+        if self.correct:
+            _check("correct", self.points, self.correct)
         if not 0 <= self.examples < math.inf:
             raise ValueError(f"a path over {self.examples} examples; count the examples evaluated")
         if not all(0 <= correct <= self.examples for correct in self.correct):
@@ -75,7 +76,7 @@ class Path:
             raise ValueError(
                 f"the data held {examples} examples at the points of one path; evaluate every point on the same data"
             )
-        return cls(tuple(points), loss, correct, examples[0])
+        return cls(tuple(points), loss, () if math.isnan(correct[0]) else correct, examples[0])
 
     def __add__(self, other: "Path") -> "Path":
         if self.points != other.points:
@@ -94,7 +95,7 @@ class Path:
 
     @property
     def accuracy(self) -> tuple[float, ...]:
-        """Fraction classified correctly at each point."""
+        """Fraction that is right at each point; empty where the task has no right and wrong."""
         return self._mean(self.correct)
 
     def _mean(self, sums: Curve) -> tuple[float, ...]:
@@ -112,16 +113,16 @@ class Barriers:
         above_mean: `mean_barrier` of the mean loss, nats.
         midpoint: `midpoint_gap` of the mean loss, nats; None where the middle was not evaluated.
         area: `area` of the mean loss, nats.
-        accuracy: `accuracy_barrier`, a fraction.
+        accuracy: `accuracy_barrier`, a fraction; None where the task has no right and wrong.
         midpoint_accuracy: `midpoint_gap` of the accuracy, the gain of the mean model on the mean of both accuracies;
-            None where the middle was not evaluated.
+            None where the middle was not evaluated, or nothing is right or wrong.
     """
 
     linear: float
     above_mean: float
     midpoint: float | None
     area: float
-    accuracy: float
+    accuracy: float | None
     midpoint_accuracy: float | None
 
 
@@ -133,8 +134,8 @@ def barriers(path: Path) -> Barriers:
         above_mean=mean_barrier(points, losses),
         midpoint=_middle(points, losses),
         area=area(points, losses),
-        accuracy=accuracy_barrier(points, accuracy),
-        midpoint_accuracy=_middle(points, accuracy),
+        accuracy=accuracy_barrier(points, accuracy) if accuracy else None,
+        midpoint_accuracy=_middle(points, accuracy) if accuracy else None,
     )
 
 

@@ -1,89 +1,82 @@
 """Evaluation of a model on some data with the tensors of a state in place of its own.
 
-    L = sum over examples of the cross entropy        p(y | x) of every example
+    L = sum over examples of the loss of the task        p(y | x) of every example
 
 The model gives the architecture: it runs in evaluation mode and is left as it was.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from fedbasin.strategies.tasks.guess import task_of_batch
+from fedbasin.strategies.tasks.task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 
-IGNORED = -100  # the target that PyTorch's cross entropy leaves out
-
 
 class Score(NamedTuple):
-    """Sums over examples: cross entropy in nats, number classified correctly, number of examples."""
+    """Sums over examples: loss, number of correct ones (NaN where the task has none), number of examples."""
 
     loss: float
     correct: float
     examples: float
 
 
-def evaluate(model: nn.Module, state: State, batches: Batches) -> Score:
+def evaluate(model: nn.Module, state: State, batches: Batches, task: Task | str | None = None) -> Score:
     """Evaluate the model on some data with the tensors of `state` in place of its own.
 
     The model runs in evaluation mode and is left as it was. In sequence labelling every token is an example if the mask
     keeps it and its target is not -100.
 
+    Args:
+        model: gives the architecture.
+        state: tensors of the model.
+        batches: the data, read once.
+        task: the task or its name; None takes the one that the first batch shows.
+
     Raises:
-        ValueError: there is no data, the state does not fit the model, or the targets do not fit the logits.
+        ValueError: there is no data, the state does not fit the model, the targets do not fit the outputs, or the task
+            is not plain.
     """
-    bound = bind(model, state)
-    with evaluating(model), torch.no_grad():
-        sums = [_score_batch(forward(model, batch, bound), batch) for batch in read_batches(batches, model)]
+    sums = [known.score(outputs, batch) for known, outputs, batch in _outputs(model, state, batches, task)]
     # Added on the device and transferred once: reading every batch's loss would wait for the device each time.
     return Score(*torch.stack(sums).sum(0).tolist())
 
 
 def predict(
-    model: nn.Module, state: State, batches: Batches
-) -> tuple[Float[Tensor, "examples classes"], Int[Tensor, " examples"]]:
-    """Return the class probabilities and the targets of all examples that `evaluate` counts.
+    model: nn.Module, state: State, batches: Batches, task: Task | str | None = None
+) -> tuple[Float[Tensor, "rows classes"], Int[Tensor, " rows"]] | None:
+    """Return the probabilities of the classes and the targets, a row for every place that `evaluate` counts.
+
+    A label is a row of two classes. A task without classes and labels has no probabilities: None.
 
     Raises:
-        ValueError: there is no data, the state does not fit the model, or the targets do not fit the logits.
+        ValueError: there is no data, the state does not fit the model, the targets do not fit the outputs, or the task
+            is not plain.
     """
-    bound = bind(model, state)
-    with evaluating(model), torch.no_grad():
-        parts = [select_labelled(forward(model, batch, bound), batch) for batch in read_batches(batches, model)]
-    logits, targets = zip(*parts, strict=True)
-    return torch.cat(logits).softmax(-1), torch.cat(targets)
+    parts = [known.probabilities(outputs, batch) for known, outputs, batch in _outputs(model, state, batches, task)]
+    rows = [part for part in parts if part is not None]
+    if not rows:
+        return None
+    probabilities, targets = zip(*rows, strict=True)
+    return torch.cat(probabilities), torch.cat(targets)
 
 
-def _score_batch(logits: Tensor, batch: Batch) -> Float[Tensor, " 3"]:
-    """Return loss, correct and examples of one batch, in float64 and on the batch's device."""
-    predictions, targets = select_labelled(logits, batch)
-    losses = cross_entropy(predictions, targets, reduction="none").double()
-    hits = (predictions.argmax(-1) == targets).double()
-    return torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
-
-
-def select_labelled(logits: Tensor, batch: Batch) -> tuple[Float[Tensor, "examples classes"], Int[Tensor, " examples"]]:
-    """Select the logits that have a target, and their targets.
-
-    Raises:
-        ValueError: the targets do not fit the logits.
-    """
-    targets, mask = batch.targets, batch.mask
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"logits {list(logits.shape)} for targets {list(targets.shape)}; "
-            "give class indices of the logits' shape without its last axis"
-        )
-    selection = targets != IGNORED
-    # With one target for a whole sequence the mask speaks of the inputs.
-    if mask is not None and targets.ndim > 1:
-        selection &= mask
-    # In half precision the rounding of one example's loss is larger than a barrier's resolution.
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits[selection].to(wide), targets[selection]
+@torch.no_grad()
+def _outputs(
+    model: nn.Module, state: State, batches: Batches, task: Task | str | None
+) -> Iterator[tuple[Task, Tensor, Batch]]:
+    """Yield the task, the outputs and the batch for each batch."""
+    bound, known = bind(model, state), None if task is None else task_of(task)
+    with evaluating(model):
+        for batch in read_batches(batches, model):
+            outputs = forward(model, batch, bound)
+            known = known or task_of_batch(outputs, batch)
+            yield known, outputs, batch
 
 
 def bind(model: nn.Module, state: State) -> dict[str, Tensor]:

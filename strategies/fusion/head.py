@@ -29,10 +29,12 @@ from torch import Tensor
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.precisions import Gram, Precision, Scalar
+from fedbasin.strategies.tasks.likelihoods import MARGIN
 
-MARGIN = 5.0
 # Least number of examples of a class, its added example included: inexact sums can make counts negative.
 _LEAST = 0.5
+# Relative error of sums that travel in inexact forms.
+_ROUNDING = 1e-2
 # Strengths that are compared, half a decade apart, relative to the mean diagonal of G.
 _STRENGTHS = tuple(10 ** (half / 2) for half in range(-8, 5))
 
@@ -63,12 +65,27 @@ def closed_form(
         ridge: regulariser towards zero.
     """
     gram = precision.matrix if len(block) > 1 and isinstance(precision, Gram) else None
+    scale = 1.0 if gram is None else _scale(gram, sums)
+    if gram is not None:
+        precision, gram, sums = Gram(gram / scale**2), gram / scale**2, sums / scale
     prior = precision.isotropic(_strength(ridge, gram, sums))
     if not prior.weight:
         return torch.zeros_like(sums)  # no example reaches the head
     if gram is None:
         return (precision + prior).solve(_labelled(sums))
-    return discriminants(gram, sums, prior)
+    return discriminants(gram, sums, prior) / scale
+
+
+def _scale(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes inputs"]) -> float:
+    """Return the factor between a head's own output and the model's, as of a temperature.
+
+    Clients send rows as they reach the output of the model, so that the bias's input is this factor and no longer one,
+    and every row belongs to one class.
+    """
+    squares, factors = float(gram[-1, -1]), float(sums[:, -1].sum())
+    # Inexact sums differ a little from those of ones.
+    is_one = factors <= 0 or squares <= 0 or abs(squares / factors - 1) < _ROUNDING
+    return 1.0 if is_one else squares / factors
 
 
 def _labelled(sums: Float[Tensor, "classes inputs"]) -> Float[Tensor, "classes inputs"]:

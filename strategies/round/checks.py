@@ -15,6 +15,7 @@ from fedbasin.strategies.fusion.compression.formats import Piece
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
 from fedbasin.strategies.fusion.update import Update, join, tensor_names, weight_of
+from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State, floating
@@ -122,6 +123,8 @@ def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
     strange = [block for block in named if not _is_layer(block, model)]
     if strange or len(set(named)) < len(named):
         raise Refusal(Outcome.malformed, f"the layer graph names {strange or 'some twice'}")
+    if layer_graph.head_target not in ("", Target.values.name):
+        raise Refusal(Outcome.malformed, f"the layer graph fits its head to {layer_graph.head_target!r}")
     if not named or (layer_graph.head and layer_graph.head not in named):
         raise Refusal(Outcome.malformed, f"the layer graph lacks {layer_graph.head or 'them all'}")
     for norm in layer_graph.norms:

@@ -1,5 +1,6 @@
 """Training, alignment and fusion: FedAvg, Fisher and RegMean are this stage with different statistics."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
@@ -61,7 +62,7 @@ class Fuse:
         products = isinstance(recipe.fusion, LoraProducts)
         summing = partial((ProductAccumulator if products else Accumulator).zero, dtype=dtype)
         self._accumulator = (accumulate or summing)(anchor)
-        self.layer_graph: LayerGraph | None = None
+        self._layer_graphs: Counter[LayerGraph] = Counter()
 
     def check(self, update: Update) -> tuple[Update, None]:
         if self._blocks is None and not update.precisions:
@@ -78,8 +79,13 @@ class Fuse:
         if self._blocks is None and self._accumulator.clients:
             check_blocks(update.precisions, self._accumulator.blocks, self._anchor)
         check_alike(update, self._accumulator.blocks)
-        self.layer_graph = self.layer_graph or update.layer_graph
+        self._layer_graphs.update(filter(None, [update.layer_graph]))
         self._accumulator.add(update)
+
+    @property
+    def layer_graph(self) -> LayerGraph | None:
+        """The layer graph that most clients have; None where none was requested."""
+        return max(self._layer_graphs, key=self._layer_graphs.__getitem__, default=None)
 
     def finish(self) -> dict[str, Tensor]:
         weighting = self._recipe.weighting

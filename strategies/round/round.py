@@ -21,7 +21,7 @@ from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Recipe, Target
 from fedbasin.strategies.round.accumulate import Accumulate
@@ -33,10 +33,6 @@ from fedbasin.strategies.tensors.state import State, interpolate
 Grouping = Literal["layer", "block"]
 
 
-class NoLayerError(ValueError):
-    """A model without the layers that a recipe fits."""
-
-
 @dataclass(frozen=True, eq=False)
 class RoundResult:
     """The end of a round.
@@ -44,10 +40,12 @@ class RoundResult:
     Attributes:
         model: the round's model, before the server optimizer.
         gain: the share of the fused model's loss that fitting took away; None where clients did not probe it.
+        left_out: what of the recipe the model has no layers for; empty where all of it was done.
     """
 
     model: dict[str, Tensor]
     gain: float | None = None
+    left_out: str = ""
 
 
 Round: TypeAlias = Generator[StagePlan, StageResult, RoundResult]
@@ -89,9 +87,6 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         recipe: what clients send and how it is fused.
         stages: the stages of this run.
         nodes: the clients that the round has sampled.
-
-    Raises:
-        NoLayerError: the model has no layer that the recipe could fit.
     """
     anchor: State = model
     if stages.bootstrap is not None:
@@ -103,7 +98,8 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         return RoundResult(fused.model if merged is None else merged)
     if recipe.refit is None:
         return RoundResult(fused.model)
-    return (yield from _refit(anchor, fused, recipe.name, recipe.refit, stages))
+    outcome = yield from _refit(anchor, fused, recipe.refit, stages)
+    return replace(outcome, left_out=left_out(recipe.refit, fused.layer_graph))
 
 
 def _bootstrap(
@@ -118,9 +114,12 @@ def _bootstrap(
     return (yield StagePlan(make, model, nodes[-1:] if one_by_one else nodes)).model
 
 
-def _refit(anchor: State, fused: StageResult, name: str, refit: LayerRefit | HeadRefit, stages: RoundStages) -> Round:
+def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, stages: RoundStages) -> Round:
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
-    requests = plan_refits(name, refit, fused.layer_graph, stages.grouping)
+    requests = plan_refits(refit, fused.layer_graph, stages.grouping)
+    if not requests:
+        # Nothing fitted takes nothing away, so a recipe that hands over does.
+        return RoundResult(fused.model, 0.0 if refit.probe else None)
     blocks = [block for request in requests for block in request.blocks]
     encodings = stages.encode(blocks) if stages.encode and blocks else None
     model, result = fused.model, fused
@@ -185,34 +184,34 @@ def best_ahead(path: Path | None, otherwise: float) -> float:
     return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
-def plan_refits(
-    recipe: str, refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, grouping: Grouping
-) -> list[Refit]:
-    """Return the layers that a recipe fits, stage by stage.
+def left_out(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None) -> str:
+    """Return what a model has no layers for; empty where all of a recipe's fit can be done."""
+    if refit.head and (layer_graph is None or layer_graph.head is None):
+        return "a last layer that can be fitted to the targets of the task"
+    return "" if layer_graph and layer_graph.levels else "linear layers or convolutions"
+
+
+def plan_refits(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, grouping: Grouping) -> list[Refit]:
+    """Return the layers that a recipe fits, stage by stage; none where the model has no such layers.
 
     Args:
-        recipe: name of the recipe.
         refit: what the recipe fits.
         layer_graph: the layers of the clients' model.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
-
-    Raises:
-        NoLayerError: the model has no layer that the recipe could fit.
     """
-    if layer_graph is None or not layer_graph.levels or (refit.head and layer_graph.head is None):
-        layers = "a last linear layer" if refit.head else "linear layers"
-        raise NoLayerError(
-            f"recipe {recipe!r} fits {layers}, and the clients' model has none; choose the recipe fedavg, or regmean"
-        )
+    if layer_graph is None or not layer_graph.levels:
+        return []
     stages: list[tuple[tuple[Block, ...], Target]] = []
     if isinstance(refit, LayerRefit):
-        left_out = {layer_graph.head} if refit.head else set()
-        body = (tuple(b for b in level if b not in left_out) for level in layer_graph.levels)
+        apart = {layer_graph.head} if refit.head else set()
+        body = (tuple(b for b in level if b not in apart) for level in layer_graph.levels)
         levels = [level for level in body if level]
         groups = levels if grouping == "layer" else _by_block(levels)
         stages = [(group, refit.target) for group in groups]
     if refit.head and layer_graph.head is not None:
-        stages.append(((layer_graph.head,), Target.labels))
+        stages.append(((layer_graph.head,), Target[layer_graph.head_target or Target.labels.name]))
+    if not stages:
+        return []
     requests = [Refit(blocks, target.name, index) for index, (blocks, target) in enumerate(stages)]
     # The output of the layers below is settled when the last layer is fitted.
     return [*requests[:-1], replace(requests[-1], norms=layer_graph.norms)]
@@ -252,6 +251,13 @@ def _refit_stage(
     encodings: Mapping[Block, Encoding] | None,
     accumulate: Accumulate,
 ) -> Stage:
-    if isinstance(refit, LayerRefit) and request.target != Target.labels.name:
-        return RefitLayers(model, request, refit.ridge, refit.fraction, encodings=encodings, accumulate=accumulate)
-    return RefitHead(model, request, refit.head or Evidence(), encodings=encodings, accumulate=accumulate)
+    ridge = refit.head or Evidence()
+    if request.target == Target.labels.name:
+        return RefitHead(model, request, ridge, encodings=encodings, accumulate=accumulate)
+    if request.target == Target.values.name:
+        # The evidence needs the energy of the targets, which only labels tell.
+        strength = ridge.strength if isinstance(ridge, Ridge) else ridge.otherwise
+        return RefitLayers(model, request, strength, encodings=encodings, accumulate=accumulate)
+    if not isinstance(refit, LayerRefit):
+        raise TypeError(f"a fit of the head alone has no layers with the target {request.target}")
+    return RefitLayers(model, request, refit.ridge, refit.fraction, encodings=encodings, accumulate=accumulate)

@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
         inputs: tensor, or tensors by the model's argument names.
-        targets: class indices.
+        targets: targets of the task, such as class indices, labels of 0 and 1, or numbers.
         mask: boolean `[batch, tokens]`, true for tokens that count in sums and false for padding. It is not passed to
             the model, which finds its own mask among the inputs if it needs one.
     """
@@ -45,7 +45,7 @@ class Batch:
                 f"inputs of a batch are a {type(self.inputs).__name__}; yield a tensor or a mapping of tensors"
             )
         if not isinstance(self.targets, Tensor):
-            raise TypeError(f"targets of a batch are a {type(self.targets).__name__}; yield a tensor of class indices")
+            raise TypeError(f"targets of a batch are a {type(self.targets).__name__}; yield a tensor")
         if self.mask is not None and (self.mask.dtype != torch.bool or self.mask.ndim != 2):
             raise ValueError(
                 f"mask of a batch is {self.mask.dtype} {list(self.mask.shape)}; "
@@ -112,7 +112,7 @@ def _from_mapping(item: Mapping[str, Any]) -> Batch:
 
 
 def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tensor:
-    """Return the logits of a batch, `[..., classes]`.
+    """Return the outputs of a model on a batch; of several outputs the first, because the others are auxiliary.
 
     Args:
         model: model to run.
@@ -120,7 +120,7 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
         state: tensors to use in place of the model's; None uses the model's.
 
     Raises:
-        TypeError: the model returned neither a tensor nor an object with an attribute `logits`.
+        TypeError: the model returned neither a tensor nor one among several outputs.
     """
     inputs = batch.inputs
     # A model in bfloat16, which NumPy lacks, travels in float32 and runs in its own format.
@@ -131,13 +131,21 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
         output = functional_call(model, values, (inputs,))
     else:
         output = functional_call(model, values, (), dict(inputs))
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+    first = _first_output(output)
+    if not isinstance(first, Tensor):
         raise TypeError(
-            f"{type(model).__name__} returned a {type(output).__name__}; "
-            "return the logits, or an object with an attribute `logits`"
+            f"{type(model).__name__} returned a {type(output).__name__}; return a tensor, an object with an attribute "
+            "`logits`, a tuple with the tensor first, or a mapping with the tensor as `logits` or `out`"
         )
-    return logits
+    return first
+
+
+def _first_output(output: Any) -> Any:
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, Mapping):
+        return output.get("logits", output.get("out"))
+    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tests.benchmarks import (
     bench_finish,
+    bench_fisher,
     bench_fold,
     bench_identity_bounds,
     bench_layers,
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "lora": bench_lora.measure,
     "merge": bench_merge.measure,
     "merge-rules": bench_merge_rules.measure,
+    "fisher": bench_fisher.measure,
     "page": bench_page.measure,
     "robust": bench_robust.measure,
 }

@@ -1,5 +1,7 @@
 """The diagonal Fisher information against loops, closed forms and what drawing must give on average."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,12 +9,17 @@ from torch.nn.functional import one_hot
 
 import fedbasin.client.statistics.fisher as fisher_module
 from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.tasks.task import TASKS
 
 W = torch.float64
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+DRAWN = replace(TASKS["classification"], exact_scores=0)
+EXACT_TOKENS = replace(TASKS["tokens"], exact_scores=32)
 
 
 def labels(count):
@@ -97,20 +104,20 @@ class TestDiagonalFisher:
         exact = diagonal_fisher(model, [(x, labels(4))])["weight"]
         many = [(x.repeat(5000, 1), labels(20000))]
         generator = torch.Generator().manual_seed(0)
-        drawn = diagonal_fisher(model, many, generator, 0)["weight"] / 5000
+        drawn = diagonal_fisher(model, many, generator, DRAWN)["weight"] / 5000
         torch.testing.assert_close(drawn, exact, rtol=0.05, atol=0.0)
 
     def test_drawn_labels_follow_the_generator(self):
         model, data = nn.Linear(3, 3), [(normal(9, 3), labels(9))]
         once, again, other = (
-            diagonal_fisher(model, data, torch.Generator().manual_seed(seed), 0)["bias"] for seed in (1, 1, 2)
+            diagonal_fisher(model, data, torch.Generator().manual_seed(seed), DRAWN)["bias"] for seed in (1, 1, 2)
         )
         assert torch.equal(once, again)
         assert not torch.equal(once, other)
 
     def test_a_drawn_label_gives_its_own_squared_gradient(self):
         model, x = nn.Linear(3, 3).to(W), normal(1, 3, dtype=W)
-        found = diagonal_fisher(model, [(x, labels(1))], exact_labels=0)["bias"]
+        found = diagonal_fisher(model, [(x, labels(1))], task=DRAWN)["bias"]
         p = model(x).softmax(-1).detach()
         candidates = (one_hot(torch.arange(3), 3) - p) ** 2
         assert any(torch.allclose(found, candidate) for candidate in candidates)
@@ -157,7 +164,7 @@ class TestDiagonalFisher:
         assert all(module.training for module in model.modules())
 
     def test_what_is_no_classifier_is_refused(self):
-        with pytest.raises(ValueError, match=r"logits \[2, 5, 3\] for targets \[2\]"):
+        with pytest.raises(ValueError, match=r"outputs \[2, 5, 3\] and targets .*\[2\]"):
             diagonal_fisher(nn.Linear(4, 3), [(normal(2, 5, 4), labels(2))])
         with pytest.raises(ValueError, match="no examples"):
             diagonal_fisher(nn.Linear(4, 3), [])
@@ -191,47 +198,34 @@ class TestModelsOfTokens:
 
     def test_every_label_of_every_token_is_counted_where_there_are_few(self):
         model = Tagger().to(W)
-        found = diagonal_fisher(model, [(self.x, self.targets)])
+        found = diagonal_fisher(model, [(self.x, self.targets)], task=EXACT_TOKENS)
         expected = slow_token_fisher(model, self.x, self.targets >= 0)
         for name, fisher in found.items():
             torch.testing.assert_close(fisher, expected[name], rtol=1e-10, atol=1e-14)
 
     def test_padding_is_left_out(self):
         model, keep = Tagger().to(W), torch.arange(4) < torch.tensor([[4], [2], [3]])
-        found = diagonal_fisher(model, [(self.x, self.targets.abs(), keep)])
+        found = diagonal_fisher(model, [(self.x, self.targets.clamp(min=0), keep)], task=EXACT_TOKENS)
         expected = slow_token_fisher(model, self.x, keep)
         for name, fisher in found.items():
             torch.testing.assert_close(fisher, expected[name], rtol=1e-10, atol=1e-14)
 
     def test_labels_drawn_at_all_tokens_together_are_right_on_average(self):
         model = Tagger().to(W)
-        exact = diagonal_fisher(model, [(self.x, self.targets)])["head.weight"]
+        exact = diagonal_fisher(model, [(self.x, self.targets)], task=EXACT_TOKENS)["head.weight"]
         many = [(self.x.repeat(4000, 1, 1), self.targets.repeat(4000, 1))]
         generator = torch.Generator().manual_seed(0)
-        drawn = diagonal_fisher(model, many, generator, 0)["head.weight"] / 4000
+        drawn = diagonal_fisher(model, many, generator, replace(EXACT_TOKENS, exact_scores=0))["head.weight"] / 4000
         torch.testing.assert_close(drawn, exact, rtol=0.1, atol=0.0)
-
-    def test_a_vocabulary_is_drawn_from_once_for_each_example(self, monkeypatch):
-        counts, scores_of = [], fisher_module.label_scores
-
-        def counted(*given):
-            scores = scores_of(*given)
-            counts.append(scores.shape[1])
-            return scores
-
-        monkeypatch.setattr(fisher_module, "label_scores", counted)
-        diagonal_fisher(Tagger(50).to(W), [(self.x, self.targets)])
-        diagonal_fisher(Tagger(8).to(W), [(self.x, self.targets)])
-        assert counts == [1, 32]
 
 
 @pytest.mark.parametrize(
     ("model", "x", "targets", "problem"),
     [
-        (nn.Linear(4, 1), normal(2, 4), labels(2), "with a single class there is no choice"),
-        (Tagger(), normal(2, 5, 4), labels(10).view(2, 5)[:, :4], r"logits \[2, 5, 3\] for targets"),
+        (nn.Linear(4, 1), normal(2, 4), labels(2), r"outputs \[2, 1\]"),
+        (Tagger(), normal(2, 5, 4), labels(10).view(2, 5)[:, :4], r"outputs \[2, 5, 3\]"),
     ],
 )
 def test_what_has_no_fisher_information_is_refused_with_what_to_do(model, x, targets, problem):
-    with pytest.raises(ValueError, match=f"{problem}.*(return|choose)"):
+    with pytest.raises(ValueError, match=f"{problem}.*pass basin"):
         diagonal_fisher(model, [(x, targets)])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.refit.regression import FlowError, read_layer_graph, regress
+from fedbasin.client.refit.regression import FlowError, regress
+from fedbasin.client.refit.used_layers import read_layer_graph
 from fedbasin.client.statistics.gram import grams
 from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.server.files.double_precision import Doubled
@@ -17,6 +18,7 @@ from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join
 from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.tasks.task import TASKS
 from tests.strategies.symmetry.tiny_transformers import MODELS
 
 W = torch.float64
@@ -152,7 +154,7 @@ def test_on_the_first_layer_a_fit_is_regmean(made, target):
     """Its inputs are the same under every model."""
     model, data = made
     own, fused = state(model), other(state(model))
-    first, *_ = read_layer_graph(model, data).levels[0]
+    first, *_ = read_layer_graph(model, data, TASKS["tokens"]).levels[0]
     # What stands below the first layer, embeddings and norms, is fused before.
     fused |= {n: t for n, t in own.items() if "embed" in n and n not in first}
     expected = grams(model, data)[first]
@@ -227,12 +229,12 @@ def test_a_normalised_convolution_is_fitted_to_the_clients_normalised_images():
 
 
 @settings(deadline=None, max_examples=15)
-@given(cuts=st.sets(st.integers(1, 19), max_size=4), target=st.sampled_from(Target))
+@given(cuts=st.sets(st.integers(1, 19), max_size=4), target=st.sampled_from(OF_ITSELF))
 def test_the_split_over_batches_does_not_show(cuts, target):
     torch.manual_seed(0)
     model, x, y = mlp().to(W), normal(20, 4), labels(20)
     own, fused = state(model), other(state(model))
-    blocks = blocks_of(model)[-1:] if target is Target.labels else blocks_of(model)
+    blocks = blocks_of(model)
     whole = regress(model, own, fused, blocks, target, [(x, y)])
     parts = [part.tolist() for part in torch.arange(20).tensor_split(sorted(cuts))]
     split = regress(model, own, fused, blocks, target, [(x[p], y[p]) for p in parts])
@@ -244,18 +246,6 @@ def test_the_split_over_batches_does_not_show(cuts, target):
 HEAD = ("4.weight", "4.bias")
 
 
-def test_labels_give_the_sums_of_each_class():
-    torch.manual_seed(0)
-    model, x, y = mlp().to(W), normal(60, 4), labels(60)
-    own, fused = state(model), other(state(model))
-    sums = regress(model, own, fused, [HEAD], Target.labels, [(x, y)])[HEAD]
-    model.load_state_dict(fused)
-    rows = F.pad(model[:4](x).detach(), (0, 1), value=1.0)
-    expected = torch.stack([rows[y == label].sum(0) for label in range(3)])
-    torch.testing.assert_close(sums.moment, expected)
-    torch.testing.assert_close(sums.gram, rows.T @ rows)
-
-
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
@@ -265,7 +255,7 @@ class Tagger(nn.Module):
         return self.head(F.relu(self.body(x)))
 
 
-@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("target", OF_ITSELF)
 def test_padding_is_left_out(target):
     torch.manual_seed(0)
     model, x = Tagger().to(W), normal(3, 5, 4)
@@ -345,22 +335,6 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name():
         regress(model, own, own, [("8.weight", "8.bias")], Target.features, [])
 
 
-WRONG = {
-    "of every token": (labels(30).view(10, 3), "targets torch.int64"),
-    "soft": (normal(10), "targets torch.float64"),
-    "beyond the classes": (labels(10, 4), "targets from 0 to 3 for 3 logits"),
-    "below them": (labels(10) - 1, "targets from -1 to 1 for 3 logits"),
-}
-
-
-@pytest.mark.parametrize(("targets", "message"), WRONG.values(), ids=WRONG)
-def test_labels_that_are_none_are_refused(targets, message):
-    model = mlp().to(W)
-    own = state(model)
-    with pytest.raises(ValueError, match=message):
-        regress(model, own, own, [HEAD], Target.labels, [(normal(10, 4), targets)])
-
-
 class Wandering(nn.Module):
     """Takes its own weights' word for where to go."""
 
@@ -421,7 +395,7 @@ class TestOrder:
     )  # fmt: skip
     def test_layers_that_read_the_same_tensor_stand_together(self, name, level):
         model, inputs = MODELS[name].model(), next(iter(MODELS[name].inputs.values()))
-        found = read_layer_graph(model, [(inputs, labels(2))])
+        found = read_layer_graph(model, [(inputs, labels(2))], TASKS["tokens"])
         named = [tuple(block[0].split(".")[-2] for block in group) for group in found.levels]
         assert named.count(level) == 2
         if name == "llama":
@@ -442,7 +416,8 @@ class TestOrder:
 
     @pytest.mark.parametrize("last", [nn.Tanh(), nn.Softmax(-1), nn.LayerNorm(3)])
     def test_a_model_that_does_something_to_its_logits_has_no_head(self, last):
-        found = read_layer_graph(nn.Sequential(nn.Linear(4, 3), last), [(torch.zeros(2, 4), labels(2))])
+        model, data = nn.Sequential(nn.Linear(4, 3), last), [(torch.zeros(2, 4), labels(2))]
+        found = read_layer_graph(model, data, TASKS["classification"])
         assert found == LayerGraph(((("0.weight", "0.bias"),),), None)
 
     def test_a_model_without_such_layers_has_an_empty_order(self):

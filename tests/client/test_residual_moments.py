@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.refit.regression import regress
+from fedbasin.client.refit.head_sums import head_equations
+from fedbasin.client.refit.regression import regress, select_layers
 from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import closed_form
@@ -14,6 +15,7 @@ from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.refit import RefitHead, RefitLayers
+from fedbasin.strategies.tasks.task import TASKS
 from tests.accepting import accept
 
 W = torch.float64
@@ -26,10 +28,10 @@ def net(seed):
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(W)
 
 
-def data(client):
+def data(client, target=None):
     draw = torch.Generator().manual_seed(client)
     inputs = torch.randn(30 + client, 4, generator=draw, dtype=W) + 2.0
-    return inputs, inputs[:, :3].argmax(1)
+    return inputs, inputs[:, :3].square() if target is Target.values else inputs[:, :3].argmax(1)
 
 
 def inputs_of_last(model, client):
@@ -40,9 +42,19 @@ def inputs_of_last(model, client):
 def wanted(target, own, model, client):
     if target is Target.labels:
         return nn.functional.one_hot(data(client)[1], 3).to(W)
+    if target is Target.values:
+        return data(client, target)[1]
     if target is Target.weights:
         return own[2](model[:2](data(client)[0]))
     return own(data(client)[0])
+
+
+def sums_of(model, own, fused, target, batches):
+    if target in (Target.features, Target.weights):
+        return regress(deepcopy(model), own.state_dict(), fused, [BLOCK], target, batches)[BLOCK]
+    (layer,) = select_layers(model, [BLOCK])
+    task = TASKS["classification" if target is Target.labels else "regression"]
+    return head_equations(model, fused, layer, task, batches)
 
 
 def fitted(target):
@@ -52,8 +64,8 @@ def fitted(target):
     is_head = target is Target.labels
     stage = RefitHead(fused, refit, Ridge(RIDGE, "anchor")) if is_head else RefitLayers(fused, refit, RIDGE)
     for client, own in enumerate(owns):
-        batches = [data(client)]
-        sums = regress(deepcopy(model), own.state_dict(), fused, [BLOCK], target, batches)[BLOCK]
+        batches = [data(client, target)]
+        sums = sums_of(model, own, fused, target, batches)
         accept(stage, client, Update({}, 1.0, {BLOCK: Gram(sums.gram)}, {BLOCK: sums.moment}))
     return model, owns, stage.finish()
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedbasin.client.refit.regression import read_layer_graph, regress
+from fedbasin.client.refit.regression import regress
+from fedbasin.client.refit.used_layers import read_layer_graph
 from fedbasin.client.statistics.gram import grams
 from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.accumulator import Ridge, fuse

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import nll_loss
 
-from fedbasin.strategies.diagnostics.evaluation import IGNORED, evaluate, predict
+from fedbasin.strategies.diagnostics.evaluation import evaluate, predict
+from fedbasin.strategies.tasks.likelihoods import IGNORED
 from tests import tiny
 
 

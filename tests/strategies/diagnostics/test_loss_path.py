@@ -189,7 +189,7 @@ def test_data_that_cannot_be_walked_along_the_path_is_refused():
     with pytest.raises(ValueError, match="at least the two ends"):
         path_losses(model, state, state, [examples(0)], 1)
     with pytest.raises(ValueError, match="class indices"):
-        evaluate(model, state, [(examples(0)[0], torch.zeros(40, 3))])
+        evaluate(model, state, [(examples(0)[0], torch.zeros(40, 3))], "classification")
 
 
 def test_data_that_changes_between_readings_is_refused():

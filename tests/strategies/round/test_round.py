@@ -16,7 +16,7 @@ from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
-from fedbasin.strategies.round.round import NoLayerError, RoundStages, best_ahead, plan_refits, relative_gain, run_round
+from fedbasin.strategies.round.round import RoundStages, best_ahead, plan_refits, relative_gain, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
@@ -70,7 +70,7 @@ class Driven:
                 nodes = NODES[: 10 - len(self.plans)]
                 plan = steps.send(result_of(state, nodes, self.layer_graph, self.path))
         except StopIteration as end:
-            self.result, self.gain = end.value.model, end.value.gain
+            self.result, self.gain, self.left_out = end.value.model, end.value.gain, end.value.left_out
 
     @property
     def stages(self):
@@ -281,24 +281,35 @@ class TestProbePath:
 
 @pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
 @pytest.mark.parametrize("recipe", ["features", "head", "auto"])
-def test_a_model_without_layers_that_fit_is_refused_by_the_recipes_name(recipe, layer_graph):
-    with pytest.raises(NoLayerError, match=f"recipe {recipe!r} fits .* choose the recipe fedavg"):
-        Driven(RECIPES[recipe], layer_graph=layer_graph)
+def test_a_model_without_layers_that_fit_is_fused_and_said_to_have_none(recipe, layer_graph):
+    driven = Driven(RECIPES[recipe], layer_graph=layer_graph)
+    assert len(driven.plans) == 1
+    assert driven.left_out
+    # Nothing was taken away, so a recipe that hands over does.
+    assert driven.gain == (0.0 if recipe == "auto" else None)
 
 
-def test_a_recipe_of_a_head_needs_a_model_that_has_one():
+def test_a_model_without_a_head_is_fitted_in_all_other_layers():
     headless = replace(ORDER, head=None)
-    with pytest.raises(NoLayerError, match="a last linear layer"):
-        Driven(RECIPES["features-head"], layer_graph=headless)
-    assert len(Driven(RECIPES["features"], layer_graph=headless).plans) == 7
+    driven = Driven(RECIPES["features-head"], layer_graph=headless)
+    assert "last layer" in driven.left_out
+    assert len(driven.plans) == 7
+    assert not Driven(RECIPES["features"], layer_graph=headless).left_out
+
+
+@pytest.mark.parametrize(("target", "kind"), [("", RefitHead), ("values", RefitLayers)])
+def test_the_head_is_fitted_as_the_clients_task_has_it(target, kind):
+    stage = Driven(RECIPES["head"], layer_graph=replace(ORDER, head_target=target)).stages[-1]
+    assert isinstance(stage, kind)
+    assert stage.request.refit.target == (target or "labels")
 
 
 def test_the_last_fit_measures_running_statistics_too():
     norms = (BatchNorm("norm", 1e-5),)
     graph = replace(ORDER, norms=norms)
-    refits = plan_refits("features", RECIPES["features"].refit, graph, "layer")
+    refits = plan_refits(RECIPES["features"].refit, graph, "layer")
     assert [refit.norms for refit in refits] == [*5 * [()], norms]
-    (head,) = plan_refits("head", RECIPES["head"].refit, graph, "layer")
+    (head,) = plan_refits(RECIPES["head"].refit, graph, "layer")
     assert head.norms == norms
 
 
