@@ -10,7 +10,7 @@ from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import Align
 from fedbasin.strategies.symmetry.check import prove
 from fedbasin.strategies.symmetry.coverage import coverage
-from fedbasin.strategies.symmetry.discover.tracing import discover
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.models.families import FAMILIES, family
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
@@ -82,7 +82,7 @@ def _derived(
     if not inputs:
         return None, ()
     discovery = discover(model, *inputs)
-    return discovery.symmetry, discovery.stopped
+    return discovery.symmetry, tuple(map(str, discovery.stops))
 
 
 def _without(settings: Settings, model: nn.Module | None) -> tuple[Align, None]:

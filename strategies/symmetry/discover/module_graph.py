@@ -208,6 +208,6 @@ def _keep(walk: Walk, name: str) -> None:
         below = tensor == name or tensor.startswith(f"{name}.")
         if below and tensor in walk.table.aliases:
             if tensor != name:
-                walk.table.stopped[f"{walk.table.operation} fixes its own parameters"] = None
+                walk.table.stopped[walk.table.operation, tensor] = None
             for axis in range(parameter.dim()):
                 walk.table.bind(tensor, axis, walk.fixed)

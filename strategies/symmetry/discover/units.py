@@ -51,14 +51,14 @@ class UnitTable:
     Attributes:
         aliases: for every tensor that can be followed all names that share its memory.
         operation: the operation that is being followed, or "" where no reason for fixing is recorded.
-        stopped: the reasons why units are fixed, in the order of their discovery; the values are not used.
+        stopped: operations and the names of the units they fixed, in the order of their discovery.
     """
 
     aliases: dict[str, tuple[str, ...]]
     units: list[Units] = field(default_factory=list)
     bound: dict[tuple[str, int], Units] = field(default_factory=dict)
     operation: str = ""
-    stopped: dict[str, None] = field(default_factory=dict)
+    stopped: dict[tuple[str, str], None] = field(default_factory=dict)
 
     def new(self, name: str, width: int) -> Units:
         """Add units that are not united with any others."""
@@ -75,7 +75,7 @@ class UnitTable:
         """Keep units in their places, and record the operation that requires it."""
         root = units.root()
         if not root.fixed and self.operation:
-            self.stopped[f"{self.operation} fixes the units of {root.name!r}"] = None
+            self.stopped[self.operation, root.name] = None
         root.fixed = True
 
     def move_runs(self, units: Units, runs: int) -> None:

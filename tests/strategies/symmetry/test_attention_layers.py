@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.discover.module_graph import follow_modules
-from fedbasin.strategies.symmetry.discover.tracing import trace
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.symmetry.test_groups import drawn
@@ -131,7 +131,7 @@ def made(case: str) -> tuple[nn.Module, Symmetry, Tensor]:
     make, example = CASES[case]
     torch.manual_seed(0)
     model = make()
-    return model, trace(model, example), example
+    return model, discover(model, example).symmetry, example
 
 
 @every_case
@@ -185,7 +185,7 @@ class Shown(Attention):
 
 def test_heads_that_are_shown_stay() -> None:
     model, example = Shown(), torch.zeros(5, 2, 9)
-    symmetry = trace(model, example)
+    symmetry = discover(model, example).symmetry
     assert not [space for space in symmetry.spaces if "heads" in space.name]
     assert not symmetry.shifts
     assert check(model, symmetry, example).passed
@@ -200,7 +200,7 @@ class Reading(Attention):
 
 def test_a_projection_that_is_read_beside_stays() -> None:
     model, example = Reading(), torch.zeros(5, 2, 9)
-    symmetry = trace(model, example)
+    symmetry = discover(model, example).symmetry
     assert check(model, symmetry, example).passed
     assert not [space for space in symmetry.spaces if "heads" in space.name]
 
@@ -216,7 +216,7 @@ class Masked(Images):
 
 def test_a_mask_of_features_keeps_their_places() -> None:
     model = Masked()
-    symmetry = trace(model, IMAGES)
+    symmetry = discover(model, IMAGES).symmetry
     assert check(model, symmetry, IMAGES).passed
     assert not [space for space in symmetry.spaces if space.name in ("patches", "token")]
 
@@ -240,13 +240,13 @@ def test_a_layer_that_was_changed_is_left_alone() -> None:
             layer.linear1.register_forward_hook(lambda *_: None)
         symmetry = follow_modules(model, IMAGES).symmetry()
         assert not [space for space in symmetry.spaces if "encoder" in str(space)]
-        assert check(model, trace(model, IMAGES), IMAGES).passed
+        assert check(model, discover(model, IMAGES).symmetry, IMAGES).passed
 
 
 def test_projections_that_are_shared_with_another_layer_stay() -> None:
     model = Sequences()
     model.both.decoder.layers[0].self_attn.in_proj_weight = model.both.decoder.layers[1].self_attn.in_proj_weight
-    assert not trace(model, TOKENS).spaces
+    assert not discover(model, TOKENS).symmetry.spaces
 
 
 WRONG = {
