@@ -23,7 +23,7 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
     required = {name for name, a in arguments.items() if a.default is a.empty and a.kind is not a.VAR_KEYWORD}
     main = {str(module.main_input_name), *required}
     generator = torch.Generator().manual_seed(0)
-    inputs = {}
+    inputs: dict[str, Tensor] = {}
     if "input_ids" in arguments and (main & {"input_ids", "inputs"} or _is_text(config)):
         inputs |= _tokens(module, config, set(arguments), generator)
     if "pixel_values" in arguments and ("pixel_values" in main or _has_two_towers(config)):
@@ -54,10 +54,11 @@ def _text(config: Any, generator: torch.Generator) -> Tensor:
     return torch.randint(first, text.vocab_size, (_BATCH, _TOKENS), generator=generator)
 
 
-def _tokens(
-    module: nn.Module, config: Any, arguments: set[str], generator: torch.Generator
-) -> dict[str, Tensor]:
+def _tokens(module: nn.Module, config: Any, arguments: set[str], generator: torch.Generator) -> dict[str, Tensor]:
     tokens = _text(config, generator)
+    if config.is_encoder_decoder and config.eos_token_id is not None:
+        # Classifiers of sequences read the state at the end of the text.
+        tokens[:, -1] = config.eos_token_id
     if type(module).__name__.endswith("ForMultipleChoice"):
         tokens = torch.stack([tokens, tokens.flip(1)], dim=1)
     inputs = {"input_ids": tokens}
@@ -82,8 +83,7 @@ def _spectrum(config: Any, generator: torch.Generator) -> Tensor:
     if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         shape: tuple[int, ...] = (config.num_mel_bins, 2 * config.max_source_positions)
     else:
-        width = getattr(config, "feature_projection_input_dim", None) or getattr(config, "num_mel_bins", 80)
-        shape = (32, width)
+        shape = (32, int(getattr(config, "feature_projection_input_dim", 0) or getattr(config, "num_mel_bins", 80)))
     return torch.randn(_BATCH, *shape, generator=generator)
 
 

@@ -20,8 +20,9 @@ def library() -> Any:
     # Imported here, because it is an optional dependency and takes seconds.
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return transformers
 
 
@@ -42,7 +43,7 @@ def architecture_of(folder: Path, config: Mapping[str, Any], *, bare: bool = Fal
     path = folder / CONFIG if folder.is_dir() else folder
     names = config.get("architectures") or [None]
     name = names[0] if isinstance(names, list) else names
-    kind = getattr(hf, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(hf, name, None) if isinstance(name, str) else None
     is_model = isinstance(kind, type) and issubclass(kind, hf.PreTrainedModel) and hasattr(kind, "config_class")
     if name is not None and not is_model:
         raise ModelError(
@@ -59,28 +60,16 @@ def architecture_of(folder: Path, config: Mapping[str, Any], *, bare: bool = Fal
         raise ModelError(f"{path}: cannot be read as the config of {name or 'a model'}: {error}") from error
 
 
-def load(
-    architecture: Any, config: Any, state: State, *, where: object, dtype: torch.dtype, other_sizes: bool = False
+def _load(
+    architecture: Any, config: Any, state: State, *, where: object, other_sizes: bool
 ) -> tuple[nn.Module, set[str]]:
-    """Return the architecture with a state loaded by the library's rules, and the names of tensors that it lacked.
-
-    Args:
-        architecture: class of the model.
-        config: the library's config.
-        state: tensors by the names of a file.
-        where: what the tensors are from, for errors.
-        dtype: dtype of the module's parameters.
-        other_sizes: take tensors of another size for missing, instead of refusing them.
-
-    Raises:
-        ModelError: the library cannot load the tensors.
-    """
+    """Return a module in float64 with a state loaded by the library's rules, and the names that the state lacked."""
     try:
         module, info = architecture.from_pretrained(
             None,
             config=config,
             state_dict=dict(state),
-            dtype=dtype,
+            dtype=torch.float64,
             output_loading_info=True,
             ignore_mismatched_sizes=other_sizes,
         )
@@ -92,8 +81,10 @@ def load(
 
 def layout_in(
     architecture: Any, config: Any, state: State, *, where: object, other_sizes: bool = False
-) -> TensorLayout:
-    """Return where the tensors of an architecture are stored in a file.
+) -> tuple[nn.Module, TensorLayout]:
+    """Return a module of an architecture, and where its tensors are stored in a file.
+
+    The values of the module are numbers that mean nothing.
 
     Args:
         architecture: class of the model.
@@ -105,11 +96,11 @@ def layout_in(
     Raises:
         ModelError: the library cannot load the tensors, or loads none of them.
     """
+    modules: list[nn.Module] = []
 
     def load_numbers(numbers: State) -> tuple[State, set[str]]:
-        module, lacking = load(
-            architecture, config, numbers, where=where, dtype=torch.float64, other_sizes=other_sizes
-        )
+        module, lacking = _load(architecture, config, numbers, where=where, other_sizes=other_sizes)
+        modules.append(module)
         return module.state_dict(), lacking
 
     layout = find_layout(state, load_numbers)
@@ -118,4 +109,4 @@ def layout_in(
             f"{where}: none of its tensors is loaded by {architecture.__name__} ({few(layout.unread)}); use the config "
             "that was saved with these weights"
         )
-    return layout
+    return modules[0], layout

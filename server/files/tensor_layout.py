@@ -6,7 +6,7 @@ module's tensor is a strided view of one stored tensor as a rule; an order that 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -66,12 +66,14 @@ class TensorLayout:
         unread: stored tensors that the module does not load; they stay as they are.
         missing: the module's tensors, or parts of them, that are not stored, so that no element may move them.
         whole: for each stored tensor that is one tensor of the module, under another name perhaps, that name.
+        copies: for each stored tensor that is a copy of another, because the module ties the two, that other one.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
     unread: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def readers(self) -> dict[str, list[tuple[str, Piece]]]:
@@ -114,6 +116,22 @@ def find_layout(stored: State, load: Callable[[State], tuple[State, set[str]]]) 
     return TensorLayout(pieces, unread, tuple(sorted(missing)), _whole(pieces, stored))
 
 
+def with_copies(layout: TensorLayout, stored: State) -> TensorLayout:
+    """Return a layout in which copies of tied tensors move with the tensors that the module reads.
+
+    Args:
+        layout: the layout, in which the copies are not read.
+        stored: the stored tensors; the values of possible copies are compared.
+    """
+    copies = {}
+    for name in layout.unread:
+        pieces = layout.pieces.get(name, ())
+        # The module has a tensor of this name, whose values come from another stored tensor.
+        if len(pieces) == 1 and torch.equal(stored[name], stored[pieces[0].stored]):
+            copies[name] = pieces[0].stored
+    return replace(layout, unread=tuple(name for name in layout.unread if name not in copies), copies=copies)
+
+
 def identity_layout(state: State) -> TensorLayout:
     """Return the layout of a module whose tensors are stored as they are, under their names."""
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
@@ -136,7 +154,9 @@ class ModuleState(Mapping[str, Tensor]):
         dtype = parts[0].dtype
         for part in parts:
             dtype = torch.promote_types(dtype, part.dtype)
-        result = torch.empty([max(p.block[d][1] for p in pieces) for d in range(parts[0].dim())], dtype=dtype, device=parts[0].device)
+        result = torch.empty(
+            [max(p.block[d][1] for p in pieces) for d in range(parts[0].dim())], dtype=dtype, device=parts[0].device
+        )
         for piece, part in zip(pieces, parts, strict=True):
             piece.view(result).copy_(part)
         return result
@@ -162,6 +182,8 @@ class StoredState(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         readers = self._layout.readers.get(name)
+        if name in self._layout.copies:
+            return self[self._layout.copies[name]]
         if readers is None:
             return self._stored[name]
         if name in self._layout.whole:
@@ -258,7 +280,9 @@ def _whole(pieces: Mapping[str, tuple[Piece, ...]], stored: State) -> dict[str, 
     result: dict[str, str] = {}
     for name, (piece, *others) in pieces.items():
         expected = _whole_piece(piece.stored, stored[piece.stored])
-        steps = [a == b or end == 1 for a, b, (_, end) in zip(piece.strides, expected.strides, piece.block, strict=False)]
+        steps = [
+            a == b or end == 1 for a, b, (_, end) in zip(piece.strides, expected.strides, piece.block, strict=False)
+        ]
         is_whole = not others and piece.order is None and piece.block == expected.block and all(steps)
         if is_whole and piece.offset == 0:
             result.setdefault(piece.stored, name)

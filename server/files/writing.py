@@ -17,10 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedbasin.server.files.reading import INDEX, SINGLE, ModelError, StoredModel
-
-# Endings of files in a model's folder that may hold its old weights.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
+from fedbasin.server.files.reading import INDEX, SINGLE, WEIGHTS, ModelError, StoredModel
 
 
 def write(model: StoredModel, target: Path, state: Mapping[str, Tensor], on_write: Callable[[int], None]) -> None:
@@ -41,6 +38,8 @@ def write(model: StoredModel, target: Path, state: Mapping[str, Tensor], on_writ
                 _write_file(model.path, part, state, on_write)
                 return
             shutil.copytree(model.path, part, ignore=_weights_and_hidden)
+            for reader in model.readers:
+                shutil.copyfile(reader, part / reader.relative_to(model.path))
             for shard in model.shards:
                 _write_file(shard, part / shard.name, state, on_write)
             if SINGLE not in {shard.name for shard in model.shards}:
@@ -105,7 +104,7 @@ def skipped_weights(model: StoredModel) -> list[str]:
     return sorted(
         str(path.relative_to(model.path))
         for path in model.path.rglob("*")
-        if path.suffix in _WEIGHTS and path not in model.shards
+        if path.suffix in WEIGHTS and path not in (*model.shards, *model.readers)
     )
 
 
@@ -134,7 +133,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 def _weights_and_hidden(_folder: str, names: list[str]) -> list[str]:
     # Hidden folders hold version control and caches.
-    endings = (*_WEIGHTS, ".index.json")
+    endings = (*WEIGHTS, ".index.json")
     return [name for name in names if name.endswith(endings) or name.startswith(".")]
 
 

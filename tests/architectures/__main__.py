@@ -22,7 +22,9 @@ def main(kind: str, names: list[str], *, as_json: bool) -> int:
         print(table(verdicts))
     full = sum(verdict.coverage >= 0.95 for verdict in verdicts)
     broken = [verdict.model for verdict in verdicts if verdict.is_broken]
-    print(f"\n{len(verdicts)} models, {full} with a coverage of .95 or more, broken: {broken or 'none'}", file=sys.stderr)
+    print(
+        f"\n{len(verdicts)} models, {full} with a coverage of .95 or more, broken: {broken or 'none'}", file=sys.stderr
+    )
     return len(broken)
 
 

@@ -77,9 +77,7 @@ def graphs() -> list[Tensor]:
 
 def linear(inner: Callable[[Tensor], Tensor], width: int = 16, read: int | None = None) -> Callable[[], nn.Module]:
     """Two linear layers with a function between them."""
-    return lambda: Net(
-        lambda m, x: m.b(inner(m.a(x))), a=nn.Linear(8, width), b=nn.Linear(read or width, 3)
-    )
+    return lambda: Net(lambda m, x: m.b(inner(m.a(x))), a=nn.Linear(8, width), b=nn.Linear(read or width, 3))
 
 
 def normed(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -338,9 +336,7 @@ MODULES: dict[str, Case] = {
     "group norm of one group": Case(normed(lambda: nn.GroupNorm(1, 16)), images),
     "instance norm": Case(normed(lambda: nn.InstanceNorm2d(16, affine=True)), images),
     "local response norm": Case(normed(lambda: nn.LocalResponseNorm(3)), images, 0),
-    "layer norm": Case(
-        lambda: nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)), rows
-    ),
+    "layer norm": Case(lambda: nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)), rows),
     "rms norm": Case(lambda: nn.Sequential(nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 3)), rows),
     # Parametrised weights.
     "weight norm": Case(hooked(parametrizations.weight_norm), rows),
@@ -375,7 +371,9 @@ MODULES: dict[str, Case] = {
         lambda: Net(_shuffle, a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 16, 3, groups=4), o=nn.Linear(16, 3)), images
     ),
     "transposed convolution": Case(
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 2, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 2, 1)
+        ),
         images,
     ),
     "pixel shuffle": Case(
@@ -494,13 +492,13 @@ MODULES: dict[str, Case] = {
         sequences,
     ),
     # Shared and tied weights, several inputs, graphs.
-    "tied embedding": Case(lambda: Net(_tied, e=nn.Embedding(30, 16), a=nn.Linear(16, 24), b=nn.Linear(24, 16)), tokens),
+    "tied embedding": Case(
+        lambda: Net(_tied, e=nn.Embedding(30, 16), a=nn.Linear(16, 24), b=nn.Linear(24, 16)), tokens
+    ),
     "shared layers": Case(
         lambda: Net(_shared, i=nn.Linear(8, 16), a=nn.Linear(16, 24), b=nn.Linear(24, 16), o=nn.Linear(16, 3)), rows
     ),
-    "embedding bag": Case(
-        lambda: Net(lambda m, x: m.o(m.e(x)), e=nn.EmbeddingBag(30, 16), o=nn.Linear(16, 3)), tokens
-    ),
+    "embedding bag": Case(lambda: Net(lambda m, x: m.o(m.e(x)), e=nn.EmbeddingBag(30, 16), o=nn.Linear(16, 3)), tokens),
     "positions": Case(lambda: Net(_positions, e=nn.Embedding(30, 16), p=vector(9, 16), o=nn.Linear(16, 3)), tokens),
     "siamese difference": Case(siamese(lambda a, b: (a - b).abs()), pairs),
     "siamese concatenation": Case(siamese(lambda a, b: torch.cat([a, b], 1), 24), pairs),
@@ -560,7 +558,8 @@ MODULES: dict[str, Case] = {
         lambda: Net(_spline, w1=vector(12, 8, 5), w2=vector(3, 12, 5), grid=torch.linspace(-2, 2, 5)), rows
     ),
     "matrix by hand": Case(
-        lambda: Net(lambda m, x: F.relu(x @ m.w1 + m.b1) @ m.w2, w1=vector(8, 16), b1=vector(16), w2=vector(16, 3)), rows
+        lambda: Net(lambda m, x: F.relu(x @ m.w1 + m.b1) @ m.w2, w1=vector(8, 16), b1=vector(16), w2=vector(16, 3)),
+        rows,
     ),
     "uneven split": Case(lambda: Net(_split, a=nn.Linear(8, 16), o=nn.Linear(12, 3)), rows, 0),
     "stacked": Case(
