@@ -131,7 +131,7 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     state = _perturb(model, generator)
     random_inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in inputs)
-    transform = _random_transform(symmetry, generator)
+    transform = random_transform(symmetry, generator)
     translation = random_translation(symmetry.shifts, state, generator)
 
     def move(original: State) -> State:
@@ -144,7 +144,7 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -
     )
 
 
-def _random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transform:
+def random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transform:
     """Draw a transform without identity elements, which would prove nothing about their spaces."""
     elements = {}
     for space in symmetry.spaces:

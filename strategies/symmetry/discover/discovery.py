@@ -1,22 +1,29 @@
-"""Discover the symmetry of a model from its forward pass.
+"""Discover the symmetry of a model: what one execution shows, proven by others.
 
-Two traces are used. torch.fx knows modules, so it also follows the attention layers of torch. Where it fails, or
-where an operation without a rule leaves parameters in no space, torch.export is tried, which knows only operators but
-resolves decisions by shape or type. Families of published transformers, with rotary positions for example, are in
-`models/`; any other symmetry can be written in the notation.
+The model runs once in each mode while its features are followed. What it shows is a proposal: which cells may move,
+and which of them depend on which. For every kind of bundle the groups are then tried from the largest down, and the
+largest that execution leaves unchanged is kept. Bundles that are alike, such as the heads of all layers, are tried
+together; where a proof fails they are tried one by one.
 """
 
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.coverage import Coverage, coverage
-from fedbasin.strategies.symmetry.discover.exported_graph import follow_exported
-from fedbasin.strategies.symmetry.discover.module_graph import UntraceableError, follow_modules
-from fedbasin.strategies.symmetry.discover.units import UnitTable
+from fedbasin.strategies.symmetry.discover.bundles import Bundle, Cell, Kind, bundles
+from fedbasin.strategies.symmetry.discover.follow import follow
+from fedbasin.strategies.symmetry.discover.proof import Prover, double_copy
+from fedbasin.strategies.symmetry.discover.units import leaves
+from fedbasin.strategies.symmetry.discover.walk import Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
-from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError
+from fedbasin.strategies.tensors.state import State
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
@@ -58,54 +65,168 @@ class Discovery:
 def discover(
     model: nn.Module,
     *example: Example | None,
-    cache: MutableMapping[str, str] | None = None,  # noqa: ARG001 - part of the interface that is built next
-    progress: Progress | None = None,  # noqa: ARG001
+    cache: MutableMapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Discovery:
-    """Trace a model in training and evaluation mode, and return its symmetry with the reasons why units are fixed.
-
-    The result of torch.fx is preferred unless that of torch.export covers a larger fraction of the parameters. The
-    latter is valid for inputs whose shapes differ from those of the example only in the length of the batch.
+    """Return the symmetry of a model, proven by execution, with what keeps the rest of the model in place.
 
     Args:
-        model: a module that torch.fx or torch.export can trace; it is not changed.
+        model: any module that runs on the example; it is not changed.
         example: arguments of its forward method, or one mapping of them by name, in a batch of at least two.
         cache: notations of symmetries that were discovered before, by the digest of the model.
         progress: called while the work goes on.
 
     Raises:
-        SymmetryError: neither can trace the model, it does not run on the example, or hooks run with it.
+        SymmetryError: the model does not run on the example, or decides by data.
     """
-    inputs = positional_inputs(model, *example)
-    # torch.fx first: it knows attention layers, whose heads torch.export leaves in place.
-    try:
-        table = follow_modules(model, *inputs)
-    except UntraceableError as error:
-        return _discovery(model, _follow_exported_instead(model, inputs, error))
-    traced = _discovery(model, table)
-    fraction = traced.coverage.fraction
-    # Without a stop the rest of the parameters is fixed by nature, and an export takes seconds.
-    if not traced.stops or fraction == 1:
-        return traced
-    try:
-        exported = _discovery(model, follow_exported(model, *inputs))
-    except SymmetryError:
-        return traced
-    return exported if exported.coverage.fraction > fraction else traced
+    tell = progress or (lambda what, fraction: None)
+    inputs = tuple(
+        tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for tensor in positional_inputs(model, *example)
+    )
+    tell("copy the model", 0.0)
+    twin = double_copy(model)
+    names = aliases(twin)
+    tell("follow the model", 0.05)
+    identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
+    record = follow(twin, inputs, identities)
+    search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
+    symmetry = search.run()
+    state = dict(model.named_parameters())
+    return Discovery(symmetry, coverage(symmetry, state), tuple(_stops(record, search)))
 
 
-def _follow_exported_instead(
-    model: nn.Module, inputs: tuple[Tensor | None, ...], failure: UntraceableError
-) -> UnitTable:
-    try:
-        return follow_exported(model, *inputs)
-    except SymmetryError as error:
-        raise SymmetryError(
-            f"{failure}; {error}; keep the forward pass free of decisions that depend on data, or write "
-            "the symmetry as text and read it with `parse`"
-        ) from failure
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return all names of each tensor of the state, by the first of them.
+
+    Tensors that overlap without being equal are left out: no axis of one is an axis of the other.
+    """
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(_memory(tensor), []).append(name)
+    return {
+        group[0]: tuple(group)
+        for memory, group in names.items()
+        if not any(_overlap(memory, rival) for rival in names if rival != memory)
+    }
 
 
-def _discovery(model: nn.Module, table: UnitTable) -> Discovery:
-    symmetry = table.symmetry()
-    stops = tuple(Stop(part, operation) for operation, part in table.stopped)
-    return Discovery(symmetry, coverage(symmetry, dict(model.named_parameters())), stops)
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    start = int(tensor.storage_offset())
+    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = tensor.untyped_storage().data_ptr() or id(tensor)
+    return storage, start, start + steps + 1, tuple(tensor.shape), tensor.stride()
+
+
+def _overlap(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]  # type: ignore[operator]
+
+
+@dataclass(eq=False)
+class _Search:
+    """The search for the largest group of each bundle.
+
+    Attributes:
+        prover: the model.
+        bundles: what may move.
+        record: what following the model showed.
+        tell: told of progress.
+        kinds: the kinds of groups that are proven so far.
+        broken: bundles that do not keep the function.
+    """
+
+    prover: Prover
+    bundles: list[Bundle]
+    record: Record
+    tell: Progress
+    kinds: dict[Cell, Kind] = field(default_factory=dict)
+    broken: list[Bundle] = field(default_factory=list)
+
+    def run(self) -> Symmetry:
+        """Return the symmetry with the largest groups that were proven."""
+        self.tell("prove what may move", 0.1)
+        self._drop_broken(self.bundles)
+        classes = self._classes()
+        for number, members in enumerate(classes):
+            self.tell(f"enlarge {members[0].name}", 0.2 + 0.7 * number / max(len(classes), 1))
+            self._enlarge(members)
+        self.tell("prove the whole", 0.9)
+        self._settle()
+        return self._symmetry(self.bundles)
+
+    def _symmetry(self, members: Iterable[Bundle], kinds: Mapping[Cell, Kind] | None = None) -> Symmetry:
+        chosen = self.kinds if kinds is None else kinds
+        counts: Counter[str] = Counter()
+        spaces: list[Space] = []
+        for bundle in members:
+            if bundle in self.broken:
+                continue
+            counts[bundle.name] += 1
+            number = counts[bundle.name]
+            spaces.append(bundle.space(bundle.name if number == 1 else f"{bundle.name}.{number}", chosen))
+        return Symmetry(tuple(spaces))
+
+    def _keeps(self, members: Sequence[Bundle], kinds: Mapping[Cell, Kind] | None = None) -> bool:
+        return self.prover.keeps(self._symmetry(members, kinds))
+
+    def _drop_broken(self, members: Sequence[Bundle]) -> None:
+        """Find the bundles that do not keep the function, by bisection."""
+        if not members or self._keeps(members):
+            return
+        if len(members) == 1:
+            self.broken.append(members[0])
+            return
+        middle = len(members) // 2
+        self._drop_broken(members[:middle])
+        self._drop_broken(members[middle:])
+
+    def _classes(self) -> list[list[Bundle]]:
+        """Return the bundles by their form, which is alike for corresponding parts of all layers."""
+        classes: dict[str, list[Bundle]] = defaultdict(list)
+        for bundle in self.bundles:
+            if bundle not in self.broken:
+                classes[_form(bundle)].append(bundle)
+        return list(classes.values())
+
+    def _enlarge(self, members: list[Bundle]) -> None:
+        """Choose the largest kind of each leaf for bundles of one form."""
+        for number in range(len(members[0].leaves())):
+            cells = [bundle.leaves()[number] for bundle in members]
+            for place in range(len(cells[0].kinds()) - 1):
+                proposed = {**self.kinds, **{cell: cell.kinds()[place] for cell in cells}}
+                if self._keeps(members, proposed):
+                    self.kinds = proposed
+                    break
+
+    def _settle(self) -> None:
+        """Prove everything together, with other elements and in training mode too."""
+        for training in (False, True) if self.record.trains else (False,):
+            if self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
+                continue
+            for bundle in self.bundles:
+                if bundle in self.broken or self.prover.keeps(self._symmetry([bundle]), (1, 2), training=training):
+                    continue
+                for cell in bundle.leaves():
+                    self.kinds.pop(cell, None)
+                if not self.prover.keeps(self._symmetry([bundle]), (1, 2), training=training):
+                    self.broken.append(bundle)
+            if not self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
+                self.broken = list(self.bundles)
+
+
+def _form(bundle: Bundle) -> str:
+    space = bundle.space("space", {})
+    kinds = [cell.kinds() for cell in bundle.leaves()]
+    return re.sub(r"\d+", "#", " ".join(axis.tensor for axis in space.axes)) + f"{space.group} {kinds}"
+
+
+def _stops(record: Record, search: _Search) -> Iterable[Stop]:
+    stops: dict[Stop, None] = {}
+    for value in record.parameters.values():
+        for axis in value.axes:
+            for leaf in leaves(axis):
+                if leaf.fixed and leaf.reason[0]:
+                    stops[Stop(leaf.name, leaf.reason[0], leaf.reason[1])] = None
+    for bundle in search.broken:
+        stops[Stop(bundle.name, "a proof by execution", "")] = None
+    return stops

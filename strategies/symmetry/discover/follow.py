@@ -1,0 +1,99 @@
+"""Run a copy of a model once in each mode and follow its features."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedbasin.strategies.symmetry.discover import elementwise, indexing, layout, products
+from fedbasin.strategies.symmetry.discover.units import leaves
+from fedbasin.strategies.symmetry.discover.walk import Record, Value, Walk
+from fedbasin.strategies.symmetry.double_precision import double_by_default
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
+from fedbasin.strategies.tensors.batches import in_mode
+
+_RULES = {**elementwise.RULES, **layout.RULES, **products.RULES, **indexing.RULES}
+
+
+def follow(model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[int, str]) -> Record:
+    """Follow a model in evaluation and in training mode.
+
+    Args:
+        model: a copy of the model in float64, whose buffers may change.
+        inputs: arguments of its forward method.
+        names: the first name of every tensor of its state, by the identity of the tensor.
+
+    Raises:
+        SymmetryError: the model does not run on the inputs, or decides by data.
+    """
+    record = Record(unread=set(names.values()))
+    _run(model, inputs, names, record, training=False)
+    try:
+        _run(model, inputs, names, record, training=True)
+    except SymmetryError:
+        # A batch of one, for example, has no statistics to train by; what evaluation needs is known.
+        record.trains = False
+    return record
+
+
+def _run(
+    model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[int, str], record: Record, *, training: bool
+) -> None:
+    walk = Walk(model, record, dict(names), _RULES)
+    with in_mode(model, training=training), decomposed(), walk:
+        try:
+            output = model(*inputs)
+        except SymmetryError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
+            shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in inputs)
+            raise SymmetryError(
+                f"{type(model).__name__} does not run on example inputs of shape {shapes}: "
+                f"{str(error).partition(chr(10))[0]}"
+            ) from error
+    walk.operation = ""
+    for answer in answers(output):
+        value = walk.value(answer)
+        if value is not None:
+            for axis in value.axes:
+                walk.fix(axis, ("", ""))
+            walk.even(value.axes, value.charge)
+
+
+@contextmanager
+def decomposed() -> Iterator[None]:
+    """Let torch compute attention by products, without gradients, and create double tensors."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), double_by_default():
+        torch.manual_seed(0)
+        yield
+
+
+def answers(output: object) -> list[Tensor]:
+    """Return the floating tensors that a model returns to its user.
+
+    Of a mapping these are the entries that hold logits, embeddings of a projection, scores or a loss, if there are
+    any: hidden states, caches and attention weights belong to the parametrisation. All other entries count where a
+    model returns nothing else.
+    """
+    if isinstance(output, Mapping):
+        results = [value for name, value in output.items() if _is_answer(str(name))]
+        states = [value for name, value in output.items() if str(name).startswith(("last_hidden", "pooler"))]
+        return list(_floating(results)) or list(_floating(states)) or list(_floating(output.values()))
+    return list(_floating([output]))
+
+
+def _is_answer(name: str) -> bool:
+    return name.endswith(("logits", "_embeds", "loss", "reconstruction")) or name.startswith(("logits", "loss"))
+
+
+def _floating(values: object) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        if (values.is_floating_point() or values.is_complex()) and values.numel():
+            yield values
+    elif isinstance(values, Mapping):
+        yield from _floating(list(values.values()))
+    elif isinstance(values, list | tuple | type({}.values())):
+        for value in values:
+            yield from _floating(value)

@@ -1,0 +1,171 @@
+"""Proof by execution, on one copy of a model in float64 whose parameters are shaken.
+
+Discovery tries many groups, so the copy, its outputs and its memory are kept between trials: a trial writes the
+tensors that change into the copy, runs it, and writes the old tensors back.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, random_transform
+from fedbasin.strategies.symmetry.discover.follow import answers, decomposed
+from fedbasin.strategies.symmetry.double_precision import TrueDouble
+from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
+from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.tensors.batches import in_mode
+
+# Noise on the parameters, as a fraction of the root mean square of a tensor.
+_NOISE = 0.3
+
+# Entries beyond this are masks, not numbers of the model.
+_MASKED = 1e30
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in float64 whose parameters are shaken, all of them to a size that has an effect.
+
+    Raises:
+        SymmetryError: the model cannot be copied.
+    """
+    try:
+        twin = copy.deepcopy(model).double()
+    except Exception as error:  # a model may hold anything
+        raise SymmetryError(f"{type(model).__name__} cannot be copied: {error}") from error
+    for module in twin.modules():
+        # Grouped products of experts exist for narrow types alone, and sort tokens by data.
+        if hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation("batched_mm")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.is_floating_point() and parameter.numel():
+                _shake(parameter, generator)
+        for buffer in twin.buffers():
+            if buffer.is_floating_point() and buffer.numel() and not bool(buffer.isinf().any()):
+                # A buffer may be a variance, which must stay positive.
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+                buffer.copy_(torch.where(buffer == 0, _NOISE * noise.abs(), buffer * torch.exp(_NOISE * noise)))
+    return twin
+
+
+def _shake(parameter: Tensor, generator: torch.Generator) -> None:
+    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    size = float(parameter.square().mean().sqrt())
+    # Small scales, such as those of fresh branches, are lifted: what has no effect would hide what it multiplies.
+    inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+    least = 1.0 if parameter.dim() <= 1 or inputs == 1 else inputs**-0.5
+    parameter.add_(noise * max(_NOISE * size, least if size < least / 3 else 0.0))
+
+
+@dataclass(eq=False)
+class Prover:
+    """A model on which symmetries are tried.
+
+    Attributes:
+        model: a copy of the model in float64, in evaluation mode.
+        inputs: arguments of its forward method.
+        names: the names of each tensor of its state, by the first of them.
+    """
+
+    model: nn.Module
+    inputs: tuple[Tensor | None, ...]
+    names: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        tensors = self.model.state_dict(keep_vars=True)
+        self._tensors: dict[str, Tensor] = {name: tensors[name].detach() for name in self.names}
+        self._answers: dict[tuple[int, bool], list[Tensor]] = {}
+        self.trials = 0
+
+    def keeps(self, symmetry: Symmetry, seeds: Sequence[int] = (0,), *, training: bool = False) -> bool:
+        """Return whether random elements of a symmetry keep the function of the model."""
+        return all(self.error(symmetry, seed, training=training) < DOUBLE_TOLERANCE for seed in seeds)
+
+    def error(self, symmetry: Symmetry, seed: int, *, training: bool = False) -> float:
+        """Return the relative change of the outputs under one random element."""
+        self.trials += 1
+        expected = self._expected(seed, training=training)
+        generator = torch.Generator().manual_seed(seed + 1)
+        state = {alias: tensor for name, tensor in self._tensors.items() for alias in self.names[name]}
+        changed = random_transform(symmetry, generator).act(state)
+        changed = random_translation(symmetry.shifts, changed, generator).act(changed)
+        before = {
+            name: tensor.clone()
+            for name, tensor in self._tensors.items()
+            if changed[self.names[name][-1]] is not tensor
+        }
+        try:
+            for name in before:
+                self._tensors[name].copy_(changed[name])
+            actual = self._run(seed, training=training)
+        except (RuntimeError, IndexError, ValueError):
+            return float("inf")
+        finally:
+            for name, tensor in before.items():
+                self._tensors[name].copy_(tensor)
+        return _distance(expected, actual)
+
+    def _expected(self, seed: int, *, training: bool) -> list[Tensor]:
+        key = (seed, training)
+        if key not in self._answers:
+            self._answers[key] = self._run(seed, training=training)
+        return self._answers[key]
+
+    def _run(self, seed: int, *, training: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in self.inputs)
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if training else []
+        with in_mode(self.model, training=training), decomposed(), _WithoutDropout():
+            results = [tensor.clone() for tensor in answers(self.model(*inputs))]
+        for buffer, saved in zip(self.model.buffers(), buffers, strict=False):
+            buffer.copy_(saved)
+        if not results:
+            raise SymmetryError(
+                f"{type(self.model).__name__} returned no floating tensor, so its function cannot be compared; wrap it "
+                "so that it returns its logits"
+            )
+        return results
+
+
+class _WithoutDropout(TrueDouble):
+    """A mode in which dropout keeps every entry, so that two runs in training mode can be compared."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and draw ones in place of masks."""
+        name = func._schema.name
+        if name == "aten::native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return out.fill_(1) if name == "aten::bernoulli_" else out
+
+
+Trial = Callable[[Symmetry], bool]
+
+
+def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+
+def _distance(expected: list[Tensor], actual: list[Tensor]) -> float:
+    if len(expected) != len(actual) or any(a.shape != b.shape for a, b in zip(expected, actual, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(expected, actual, strict=True):
+        numbers = (a.abs() < _MASKED) | a.isnan()
+        if not torch.equal(numbers, (b.abs() < _MASKED) | b.isnan()):
+            return float("inf")
+        if not numbers.any():
+            continue
+        scale = float(a[numbers].abs().max())
+        change = float((a - b)[numbers].abs().max())
+        ratio = change / scale if scale > 0 else change
+        if not ratio <= worst:
+            worst = ratio
+    return worst
