@@ -71,6 +71,8 @@ def _load(
             state_dict=dict(state),
             dtype=torch.float64,
             output_loading_info=True,
+            # The product of all experts at once has no float64.
+            experts_implementation="eager",
             ignore_mismatched_sizes=other_sizes,
         )
     except _FAULTS as error:

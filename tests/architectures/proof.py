@@ -49,8 +49,8 @@ class Verdict:
 
     @property
     def is_broken(self) -> bool:
-        """True if an element changed the function; a refusal breaks nothing."""
-        return not self.error < BROKEN and self.coverage > 0
+        """True if an element changed the function, or discovery ended without a clear refusal."""
+        return (not self.error < BROKEN and self.coverage > 0) or self.reason.startswith("raised")
 
     def row(self) -> str:
         """The verdict as a row of a Markdown table."""
@@ -79,6 +79,9 @@ def examine(
             discovery = discover(module, *arguments)
     except SymmetryError as error:
         return Verdict(name, 0, {}, float("nan"), time.perf_counter() - start, f"refused: {error}")
+    except Exception as error:  # noqa: BLE001 - one fault must not hide the verdicts on other models
+        reason = f"raised {type(error).__name__}: {error}"
+        return Verdict(name, 0, {}, float("nan"), time.perf_counter() - start, reason)
     seconds = time.perf_counter() - start
     fraction, kinds = measure_coverage(module, discovery.symmetry)
     error = largest_change(module, discovery.symmetry, [example, *others], answers)
