@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.strategies.symmetry.discover import elementwise, indexing, layout, products
-from fedbasin.strategies.symmetry.discover.units import leaves
-from fedbasin.strategies.symmetry.discover.walk import Record, Value, Walk
-from fedbasin.strategies.symmetry.double_precision import double_by_default
+from fedbasin.strategies.symmetry.discover.walk import Record, Walk
+from fedbasin.strategies.symmetry.float64_execution import double_by_default
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from fedbasin.strategies.tensors.batches import in_mode
 
@@ -57,8 +56,10 @@ def _run(
     for answer in answers(output):
         value = walk.value(answer)
         if value is not None:
-            for axis in value.axes:
+            for axis in [*value.axes, *(axis for axis, _ in value.unused)]:
                 walk.fix(axis, ("", ""))
+            if value.square:
+                walk.bend(value.axes)
             walk.even(value.axes, value.charge)
 
 

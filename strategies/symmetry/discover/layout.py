@@ -94,9 +94,11 @@ def selected(walk: Walk, call: Call) -> Value | None:
         return None
     axes = list(value.axes)
     axis = axes.pop(call.args[1] % len(axes))
+    result = walk.new(axes, value.charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
     if not value.uniform:
-        walk.fix(axis)
-    return moved(walk, call, axes)
+        # Models read one entry for its shape alone, too.
+        result.unused.append((axis, (walk.operation, walk.source())))
+    return result
 
 
 def sliced(walk: Walk, call: Call) -> Value | None:
@@ -111,11 +113,11 @@ def sliced(walk: Walk, call: Call) -> Value | None:
     start, stop_at, step = slice(start, stop_at, step).indices(total)
     axes = list(value.axes)
     if stop_at <= start:
-        return stop(walk, call)[0]
+        return None
     if step == 1:
         before, axes[dim] = piece(walk, axes[dim], start, min(stop_at, total) - start)
         return part_of(walk, value, axes, dim, before)
-    elif total % step == 0 and stop_at > total - step + start % step:
+    if total % step == 0 and stop_at > total - step + start % step:
         outer, inner = walk.uniter.split(axes[dim], (total // step, step))
         walk.fix(inner)
         axes[dim] = outer

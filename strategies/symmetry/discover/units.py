@@ -129,17 +129,18 @@ class Uniter:
 
     def unite(self, left: Axis, right: Axis) -> None:
         """Unite two axes of equal length entry by entry."""
-        a, b = factors(left), factors(right)
+        a, b = [units.root() for units in left], [units.root() for units in right]
         while a and b:
-            x, y = a[0].root(), b[0].root()
-            if x is y or x.size == y.size:
-                self._unite_units(x, y)
-                a, b = factors(a[1:]), factors(b[1:])
+            if a[0].size == b[0].size:
+                self._unite_units(a.pop(0).root(), b.pop(0).root())
                 continue
-            big, small = (a, b) if x.size > y.size else (b, a)
-            if not self._take_outer(big[0].root(), small[0].size):
-                break
-            a, b = factors(a), factors(b)
+            big, small = (a, b) if a[0].size > b[0].size else (b, a)
+            if big[0].root().kind != "product" and not self._take_outer(big[0].root(), small[0].size):
+                if small[0].root().kind != "product":
+                    break
+                small[:1] = [part.root() for part in small[0].root().parts]
+                continue
+            big[:1] = [part.root() for part in big[0].root().parts]
         if a or b:
             self.fix([*a, *b])
 
@@ -228,23 +229,27 @@ class Uniter:
 
     def split(self, axis: Axis, lengths: Sequence[int]) -> list[list[Units]]:
         """Return the axes of the given lengths into which a reshape divides one axis."""
-        remaining, result = factors(axis), []
+        remaining = [units.root() for units in axis]
+        result: list[list[Units]] = []
         for size in lengths:
             taken: list[Units] = []
             while length(taken) < size:
-                missing = size // length(taken) if size % length(taken) == 0 else 0
-                head = remaining[0].root()
-                if head.size <= missing or (missing and self._take_outer(head, missing)):
-                    remaining = factors(remaining)
+                missing, rest = divmod(size, length(taken))
+                if not rest and self._expose(remaining, missing):
                     taken.append(remaining.pop(0))
                     continue
                 self.fix(axis)
                 return [fixed(n) for n in lengths]
-            if length(taken) != size:
-                self.fix(axis)
-                return [fixed(n) for n in lengths]
             result.append(taken)
         return result
+
+    def _expose(self, axis: list[Units], size: int) -> bool:
+        """Refine an axis until its first units have a size that divides the given one; return whether that works."""
+        while size % axis[0].size:
+            if axis[0].kind != "product" and (axis[0].size % size or not self._take_outer(axis[0], size)):
+                return False
+            axis[:1] = [part.root() for part in axis[0].parts]
+        return True
 
 
 def terms(units: Units) -> list[list[Units]]:
