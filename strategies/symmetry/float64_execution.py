@@ -39,3 +39,10 @@ def double_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def true_double() -> Iterator[None]:
+    """Run everything in float64."""
+    with double_by_default(), TrueDouble():
+        yield

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, random_transform
-from fedbasin.strategies.symmetry.discover.follow import answers, decomposed
+from fedbasin.strategies.symmetry.discover.follow import decomposed
 from fedbasin.strategies.symmetry.float64_execution import TrueDouble
+from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import random as random_translation
 from fedbasin.strategies.tensors.batches import in_mode
