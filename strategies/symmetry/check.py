@@ -6,7 +6,8 @@ If the symmetry folds norms, g acts on the folded parameters, whose function mus
 to the parameters first: equal units, such as the scales of a fresh normalisation layer, would hide a missing axis.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
+from fedbasin.strategies.symmetry.float64_execution import true_double
+from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
@@ -156,6 +159,14 @@ def random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transfor
 def _error(
     model: nn.Module, move: Callable[[State], State], state: State, inputs: Arguments, dtype: torch.dtype
 ) -> float:
+    # Published models compute parts in float32, which would hide every smaller error.
+    with true_double() if dtype == torch.float64 else nullcontext():
+        return _relative_change(model, move, state, inputs, dtype)
+
+
+def _relative_change(
+    model: nn.Module, move: Callable[[State], State], state: State, inputs: Arguments, dtype: torch.dtype
+) -> float:
     original = {name: _cast(tensor, dtype) for name, tensor in state.items()}
     arguments = tuple(None if tensor is None else _cast(tensor, dtype) for tensor in inputs)
     expected = _outputs(model, original, arguments)
@@ -186,25 +197,13 @@ def _outputs(model: nn.Module, state: State, inputs: Arguments) -> list[Tensor]:
             "pass an example as its forward method takes it, and make tensors that it creates follow the dtype of its "
             "input"
         ) from error
-    outputs = list(_tensors(output))
+    outputs = answers(output)
     if not outputs:
         raise SymmetryError(
             f"{kind} returned no floating tensor, so its function cannot be compared; "
             "wrap it so that it returns its logits"
         )
     return outputs
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from fedbasin.strategies.symmetry.discover.places import Place, UnwritableError, places
 from fedbasin.strategies.symmetry.discover.signs import Charge, solutions
 from fedbasin.strategies.symmetry.discover.units import Units, leaves
-from fedbasin.strategies.symmetry.discover.walk import Record, Value
+from fedbasin.strategies.symmetry.discover.walk import STATISTICS, Record, Value
 from fedbasin.strategies.symmetry.groups.block_groups import Inner, PairSigns, Rotary
 from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
 from fedbasin.strategies.symmetry.symmetry import Axis, Space
-from fedbasin.strategies.tensors.state import MEASURED
 
 Kind = tuple[str, int]
 """A kind of group for a leaf, such as ("R", 4): its letter, and its stride or 0."""
@@ -76,7 +75,7 @@ def bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundl
 
 
 def _bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundle]":
-    everything = _with_outer_cells(list(places(record.parameters)), record.parameters)
+    everything = _with_outer_cells(list(places(record.parameters)), _batched(record))
     depends = _dependencies(everything)
     cells: dict[Units, Cell] = {units: Cell(units) for units in depends}
     roots = []
@@ -102,13 +101,18 @@ def _bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bund
     return found
 
 
+def _batched(record: Record) -> dict[str, Value]:
+    """Return the parameters that are multiplied matrix by matrix."""
+    return {name: value for name, value in record.parameters.items() if value.charge in record.batched}
+
+
 def _with_outer_cells(everything: list[Place], parameters: Mapping[str, Value]) -> list[Place]:
     """Return the places with the cells of batched dimensions in front of those inside them."""
     inside = _companions(everything, parameters)
     result, claimed = [], set()
     for place in everything:
         outer = inside.get((place.tensor, place.dim))
-        if outer is None or place.cells[:1] and place.cells[0].is_fixed:
+        if outer is None or (place.cells[:1] and place.cells[0].is_fixed):
             result.append(place)
             continue
         dim, units = outer
@@ -235,7 +239,7 @@ class Bundle:
         """Return the space with the given kinds of groups; other cells have their smallest."""
         group, roles = self._group(self.root, kinds)
         axes = [
-            Axis(alias, place.dim, place.part, role, not alias.endswith(MEASURED), place.period, place.outer)
+            Axis(alias, place.dim, place.part, role, not alias.endswith(STATISTICS), place.period, place.outer)
             for place, role in roles
             for alias in self.aliases[place.tensor]
         ]

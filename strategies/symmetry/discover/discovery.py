@@ -6,13 +6,11 @@ largest that execution leaves unchanged is kept. Bundles that are alike, such as
 together; where a proof fails they are tried one by one.
 """
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.coverage import Coverage, coverage
@@ -22,8 +20,7 @@ from fedbasin.strategies.symmetry.discover.proof import Prover, double_copy
 from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
-from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError
-from fedbasin.strategies.tensors.state import State
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
@@ -200,7 +197,8 @@ class _Search:
 
     def _settle(self) -> None:
         """Prove everything together, with other elements and in training mode too."""
-        for training in (False, True) if self.record.trains else (False,):
+        modes = (False, True) if self.record.trains and self.prover.repeats(training=True) else (False,)
+        for training in modes:
             if self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
                 continue
             for bundle in self.bundles:

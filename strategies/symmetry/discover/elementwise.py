@@ -159,6 +159,25 @@ def clamped(walk: Walk, call: Call) -> Value | None:
     return odd(walk, call) if symmetric else curved(walk, call)
 
 
+def gated(walk: Walk, call: Call) -> Value | None:
+    """Follow a gated linear unit: the first half of an axis times the sigmoid of the second."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    dim = call.arg(1, -1) % len(value.axes)
+    size = call.shape[dim]
+    linear, gate = walk.uniter.cut(value.axes[dim], (size, size))
+    walk.uniter.unite(linear, gate)
+    walk.bend([linear])
+    axes = [*value.axes[:dim], linear, *value.axes[dim + 1 :]]
+    charge, gates = walk.signs.new(), walk.signs.new()
+    walk.signs.add_part(linear, [], value.charge, charge)
+    walk.signs.add_part(gate, linear, value.charge, gates)
+    walk.even([gate], gates)
+    walk.even((axis for place, axis in enumerate(axes) if place != dim), charge)
+    return walk.new(axes, charge)
+
+
 def noisy(walk: Walk, call: Call) -> Any:
     """Follow dropout, whose mask is drawn for every entry."""
     value = walk.value(call.args[0])
@@ -302,6 +321,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("topk", "sort", "argsort"), ranked),
     **dict.fromkeys(("bernoulli", "normal", "uniform", "rand_like", "randn_like"), drawn),
     "copy": copied,
+    "glu": gated,
     "native_dropout": noisy,
     "pow": powered,
     "square": squared,

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.strategies.symmetry.discover import elementwise, indexing, layout, products
-from fedbasin.strategies.symmetry.discover.units import leaves
-from fedbasin.strategies.symmetry.discover.walk import Record, Value, Walk
-from fedbasin.strategies.symmetry.double_precision import double_by_default
+from fedbasin.strategies.symmetry.discover.walk import Record, Walk
+from fedbasin.strategies.symmetry.float64_execution import double_by_default
+from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from fedbasin.strategies.tensors.batches import in_mode
 
@@ -57,43 +57,21 @@ def _run(
     for answer in answers(output):
         value = walk.value(answer)
         if value is not None:
-            for axis in value.axes:
+            for axis in [*value.axes, *(axis for axis, _ in value.unused)]:
                 walk.fix(axis, ("", ""))
+            if value.square:
+                walk.bend(value.axes)
             walk.even(value.axes, value.charge)
 
 
 @contextmanager
 def decomposed() -> Iterator[None]:
     """Let torch compute attention by products, without gradients, and create double tensors."""
+    fast = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), double_by_default():
         torch.manual_seed(0)
-        yield
-
-
-def answers(output: object) -> list[Tensor]:
-    """Return the floating tensors that a model returns to its user.
-
-    Of a mapping these are the entries that hold logits, embeddings of a projection, scores or a loss, if there are
-    any: hidden states, caches and attention weights belong to the parametrisation. All other entries count where a
-    model returns nothing else.
-    """
-    if isinstance(output, Mapping):
-        results = [value for name, value in output.items() if _is_answer(str(name))]
-        states = [value for name, value in output.items() if str(name).startswith(("last_hidden", "pooler"))]
-        return list(_floating(results)) or list(_floating(states)) or list(_floating(output.values()))
-    return list(_floating([output]))
-
-
-def _is_answer(name: str) -> bool:
-    return name.endswith(("logits", "_embeds", "loss", "reconstruction")) or name.startswith(("logits", "loss"))
-
-
-def _floating(values: object) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        if (values.is_floating_point() or values.is_complex()) and values.numel():
-            yield values
-    elif isinstance(values, Mapping):
-        yield from _floating(list(values.values()))
-    elif isinstance(values, list | tuple | type({}.values())):
-        for value in values:
-            yield from _floating(value)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)

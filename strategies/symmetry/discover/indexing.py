@@ -10,7 +10,7 @@ from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, 
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 
 
-def _read(walk: Walk, axis: list[Units], places: Tensor) -> None:
+def _read(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor) -> None:
     """Note that entries of an axis are chosen by places; their numbers must mean the same afterwards."""
     value = walk.value(places)
     numbered = None if value is None else value.indexes
@@ -19,6 +19,7 @@ def _read(walk: Walk, axis: list[Units], places: Tensor) -> None:
         for leaf in numbered.leaves():
             # Each entry is read by itself, so what is inside may depend on it.
             leaf.outer = True
+        walk.record.batched.add(walk.charge(tensor))
         return
     # A table that is read by tokens or positions keeps its rows by nature.
     walk.fix(axis, ("", "") if value is None else None)
@@ -29,7 +30,7 @@ def _read(walk: Walk, axis: list[Units], places: Tensor) -> None:
 def embedded(walk: Walk, call: Call) -> Value:
     weight, places = call.args[:2]
     rows, columns = walk.axes(weight)
-    _read(walk, rows, places)
+    _read(walk, weight, rows, places)
     charge = walk.charge(weight)
     return walk.new([*(list(a) for a in _axes(walk, places)), columns], charge)
 
@@ -43,7 +44,7 @@ def chosen(walk: Walk, call: Call) -> Value | None:
     tensor, dim, places = call.args[:3]
     axes = list(walk.axes(tensor))
     dim %= len(axes)
-    _read(walk, axes[dim], places)
+    _read(walk, tensor, axes[dim], places)
     axes[dim] = list(walk.axes(places)[0]) if places.dim() else []
     value = walk.value(tensor)
     return None if value is None else walk.new(axes, value.charge)
@@ -58,7 +59,7 @@ def indexed(walk: Walk, call: Call) -> Any:
     places += [None] * (len(axes) - len(places))
     dims = [dim for dim, place in enumerate(places) if place is not None]
     for dim in dims:
-        _read(walk, axes[dim], places[dim])
+        _read(walk, tensor, axes[dim], places[dim])
     count = call.out.dim() - (len(axes) - len(dims))
     present = [places[dim] for dim in dims]
     shape = torch.broadcast_shapes(*(p.shape for p in present)) if count == max(p.dim() for p in present) else ()
@@ -93,7 +94,7 @@ def gathered(walk: Walk, call: Call) -> Value:
     tensor, dim, places = call.args[:3]
     axes = list(walk.axes(tensor))
     dim %= max(len(axes), 1)
-    _read(walk, axes[dim], places)
+    _read(walk, tensor, axes[dim], places)
     result = list(walk.axes(places))
     for number, axis in enumerate(axes):
         if number == dim:
@@ -115,7 +116,7 @@ def scattered(walk: Walk, call: Call) -> Value:
     source = call.arg(3)
     axes = list(walk.axes(tensor))
     dim %= max(len(axes), 1)
-    _read(walk, axes[dim], places)
+    _read(walk, tensor, axes[dim], places)
     for other in (places, source) if isinstance(source, Tensor) else (places,):
         for number, axis in enumerate(walk.axes(other)):
             if number == dim or other.dim() != len(axes):
@@ -152,7 +153,7 @@ def index_written(walk: Walk, call: Call) -> Any:
         return stop(walk, call)
     dims = [dim for dim, place in enumerate(places) if place is not None]
     for dim in dims:
-        _read(walk, axes[dim], places[dim])
+        _read(walk, tensor, axes[dim], places[dim])
     trailing = [axis for dim, axis in enumerate(axes) if dim > dims[-1]]
     own = walk.axes(source)
     for number in range(1, min(len(trailing), len(own)) + 1):
@@ -175,7 +176,7 @@ def index_added(walk: Walk, call: Call) -> Any:
     tensor, dim, places, source = call.args[:4]
     axes, own = list(walk.axes(tensor)), walk.axes(source)
     dim %= len(axes)
-    _read(walk, axes[dim], places)
+    _read(walk, tensor, axes[dim], places)
     for number, (axis, rival) in enumerate(zip(axes, own, strict=True)):
         if number != dim:
             walk.uniter.unite(axis, rival)

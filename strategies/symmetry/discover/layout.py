@@ -92,11 +92,37 @@ def selected(walk: Walk, call: Call) -> Value | None:
     value = walk.value(call.args[0])
     if value is None:
         return None
+    dim = call.args[1] % len(value.axes)
+    pieces = places_along(walk, value, dim)
+    if pieces is not None:
+        return pieces[call.args[2] % len(pieces)]
     axes = list(value.axes)
-    axis = axes.pop(call.args[1] % len(axes))
+    axis = axes.pop(dim)
+    result = walk.new(axes, value.charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
     if not value.uniform:
-        walk.fix(axis)
-    return moved(walk, call, axes)
+        # Models read one entry for its shape alone, too.
+        result.unused.append((axis, (walk.operation, walk.source())))
+    return result
+
+
+def places_along(walk: Walk, value: Value, dim: int) -> list[Value] | None:
+    """Return the slices of a stack along an axis, or None if the axis is not that of a stack."""
+    pieces = None if value.uniform else walk.uniter.unstack(value.axes, dim)
+    if pieces is None:
+        return None
+    others = [axis for place, axis in enumerate(value.axes) if place != dim]
+    result: list[Value] = []
+    before: list[list[Units]] = [[] for _ in others]
+    for axes in pieces:
+        charge = walk.signs.new()
+        for axis, stacked, ahead in zip(axes, others, before, strict=True):
+            if axis == [units.root() for units in stacked]:
+                walk.signs.add([axis], charge, value.charge)
+            else:
+                walk.signs.add_part(axis, ahead, value.charge, charge)
+        before = [[*ahead, *axis] for ahead, axis in zip(before, axes, strict=True)]
+        result.append(walk.new(axes, charge))
+    return result
 
 
 def sliced(walk: Walk, call: Call) -> Value | None:
@@ -111,11 +137,11 @@ def sliced(walk: Walk, call: Call) -> Value | None:
     start, stop_at, step = slice(start, stop_at, step).indices(total)
     axes = list(value.axes)
     if stop_at <= start:
-        return stop(walk, call)[0]
+        return None
     if step == 1:
         before, axes[dim] = piece(walk, axes[dim], start, min(stop_at, total) - start)
         return part_of(walk, value, axes, dim, before)
-    elif total % step == 0 and stop_at > total - step + start % step:
+    if total % step == 0 and stop_at > total - step + start % step:
         outer, inner = walk.uniter.split(axes[dim], (total // step, step))
         walk.fix(inner)
         axes[dim] = outer
@@ -163,8 +189,12 @@ def unbound(walk: Walk, call: Call) -> list[Value] | None:
     value = walk.value(call.args[0])
     if value is None:
         return None
+    dim = call.arg(1, 0) % len(value.axes)
+    pieces = places_along(walk, value, dim)
+    if pieces is not None:
+        return pieces
     axes = list(value.axes)
-    axis = axes.pop(call.arg(1, 0) % len(axes))
+    axis = axes.pop(dim)
     if not value.uniform:
         walk.fix(axis)
     return [walk.new(axes, value.charge, uniform=value.uniform) for _ in call.out]

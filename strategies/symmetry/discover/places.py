@@ -5,10 +5,10 @@ entries of a head under rotary positions. The cells of a place are nested: heads
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedbasin.strategies.symmetry.discover.units import Axis as UnitAxis
-from fedbasin.strategies.symmetry.discover.units import Units, factors, length
+from fedbasin.strategies.symmetry.discover.units import Units, length
 from fedbasin.strategies.symmetry.discover.walk import Value
 
 # An axis whose fixed outer units are more than these is not written as so many parts.
@@ -52,10 +52,24 @@ def places(parameters: Mapping[str, Value]) -> Iterator[Place]:
     Raises:
         UnwritableError: a place cannot be written.
     """
+    nodes: dict[tuple[Units, int], Units] = {}
     for name, value in parameters.items():
         for dim, axis in enumerate(value.axes):
-            if axis:
-                yield from _Tensor(name, dim, length(axis)).parts(axis)
+            for place in _Tensor(name, dim, length(axis)).parts(axis) if axis else ():
+                # Nodes of fixed entries that begin with the same leaf are one node, seen through different operators.
+                cells = (
+                    nodes.setdefault((next(c.leaves()), c.size), c) if c.is_fixed else c for c in place.cells
+                )
+                yield replace(place, cells=tuple(cells))
+
+
+def _cells(axis: UnitAxis) -> list[Units]:
+    """Return the units along an axis with all products multiplied out that are not fixed as a whole."""
+    result: list[Units] = []
+    for units in axis:
+        root = units.root()
+        result += _cells(root.parts) if root.kind == "product" and not root.is_fixed else [root]
+    return result
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class _Tensor:
     ) -> Iterator[Place]:
         """Yield the places of an axis, which may be a part of that of the tensor."""
         stop = self.length if stop is None else stop
-        cells = factors(axis)
+        cells = _cells(axis)
         number = next((n for n, cell in enumerate(cells) if self._divides(cells, n)), None)
         if number is None:
             whole = start == 0 and stop == (period or self.length)

@@ -20,6 +20,8 @@ def contract(walk: Walk, left: Tensor, right: Tensor) -> Value:
         for leaf in leaves(outer):
             leaf.outer = True
     charge, first, second = walk.signs.new(), walk.charge(left), walk.charge(right)
+    if batch:
+        walk.record.batched |= {first, second}
     walk.signs.add([a[-1]], first, second)
     walk.signs.add(a[:batch], charge, first, second)
     rows, columns = a[batch:-1], b[batch + 1 :] if right.dim() > 1 else []
@@ -195,10 +197,24 @@ def batch_normed(walk: Walk, call: Call) -> Any:
     return [result, *(walk.new([list(axes[1])] * (call.out[n].dim())) for n in range(1, outs))]
 
 
+def weight_normed(walk: Walk, call: Call) -> Any:
+    """Follow a weight normalisation: matrices of norm 1 along all axes but one, times a gain along that."""
+    direction, gain = call.args[:2]
+    dim = call.arg(2, 0) % direction.dim()
+    axes = list(walk.axes(direction))
+    walk.uniter.unite(axes[dim], walk.axes(gain)[dim])
+    walk.bend([axes[dim]])
+    charge = walk.signs.new()
+    walk.signs.add([axes[dim]], charge, walk.charge(direction), walk.charge(gain))
+    walk.signs.add(axes[:dim] + axes[dim + 1 :], charge, walk.charge(direction))
+    return [walk.new(axes, charge), walk.new([[] if n != dim else axes[dim] for n in range(len(axes))])]
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm", "mv"), product),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), added_product),
-    "dot": dotted,
+    **dict.fromkeys(("dot", "vdot"), dotted),
+    "_weight_norm_interface": weight_normed,
     "convolution": convolved,
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_normed),
     "native_group_norm": group_normed,

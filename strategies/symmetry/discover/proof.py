@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, random_transform
-from fedbasin.strategies.symmetry.discover.follow import answers, decomposed
-from fedbasin.strategies.symmetry.double_precision import TrueDouble
+from fedbasin.strategies.symmetry.discover.follow import decomposed
+from fedbasin.strategies.symmetry.float64_execution import TrueDouble
+from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import random as random_translation
 from fedbasin.strategies.tensors.batches import in_mode
@@ -33,7 +34,9 @@ def double_copy(model: nn.Module) -> nn.Module:
         SymmetryError: the model cannot be copied.
     """
     try:
-        twin = copy.deepcopy(model).double()
+        # Weights that a hook computes are no leaves, which deepcopy refuses; the hook computes them again.
+        computed = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+        twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf}).double()
     except Exception as error:  # a model may hold anything
         raise SymmetryError(f"{type(model).__name__} cannot be copied: {error}") from error
     for module in twin.modules():
@@ -85,6 +88,13 @@ class Prover:
     def keeps(self, symmetry: Symmetry, seeds: Sequence[int] = (0,), *, training: bool = False) -> bool:
         """Return whether random elements of a symmetry keep the function of the model."""
         return all(self.error(symmetry, seed, training=training) < DOUBLE_TOLERANCE for seed in seeds)
+
+    def repeats(self, *, training: bool) -> bool:
+        """Return whether two runs are equal, as they are unless the model draws numbers that torch does not know."""
+        try:
+            return self.error(Symmetry(()), 0, training=training) == 0
+        except Exception:  # noqa: BLE001 - the model's own code may raise anything
+            return False
 
     def error(self, symmetry: Symmetry, seed: int, *, training: bool = False) -> float:
         """Return the relative change of the outputs under one random element."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from fedbasin.strategies.symmetry.discover.units import Axis, Units, leaves
 
-
 Charge = tuple[int, int]
 """The charge of a value on some units: its number, and which of several equal units along an axis is meant."""
 

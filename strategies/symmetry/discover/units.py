@@ -6,6 +6,9 @@ projection. Sums and products of values unite the units of their axes, which ref
 Units that must keep their places are *fixed*, and *bent* units are scaled or curved one by one, so that they may be
 permuted but not rotated.
 
+A reshape may also stack query, key and value along an axis of their own. The axis inside is then a *family*: one set of
+units for each place along that axis, until an operator takes the places apart or treats them alike.
+
 An *axis* is a list of units, outermost first, whose sizes multiply to the length of the axis.
 """
 
@@ -33,6 +36,9 @@ class Units:
         kind: how the parts make up the units, if they are refined.
         parts: the parts of refined units.
         parent: the units with which these were united, or None.
+        united: True if other units were united with these.
+        whole: the product of which these are the outer factor, if they came from one.
+        index: for a family the units that number its members.
         number: order of creation.
     """
 
@@ -43,9 +49,12 @@ class Units:
     averaged: bool = False
     reason: tuple[str, str] = ("", "")
     outer: bool = False
-    kind: Literal["", "product", "sum"] = ""
+    kind: Literal["", "product", "sum", "family"] = ""
     parts: "tuple[Units, ...]" = ()
     parent: "Units | None" = None
+    united: bool = False
+    whole: "Units | None" = None
+    index: "Units | None" = None
     number: int = field(default_factory=lambda: next(_numbers))
 
     def root(self) -> "Units":
@@ -65,7 +74,17 @@ class Units:
 
     def part(self, size: int) -> "Units":
         """Return new units with all that is known of these, to become a part of them."""
-        return replace(self, size=size, kind="", parts=(), parent=None)
+        return replace(self, size=size, kind="", parts=(), parent=None, united=False, whole=None)
+
+    def copy(self) -> "Units":
+        """Return new units of the same structure."""
+        return replace(self, parts=tuple(part.copy() for part in self.parts))
+
+    @property
+    def is_untouched(self) -> bool:
+        """True if nothing is known of the units but their structure."""
+        known = self.fixed or self.bent or self.averaged or self.outer or self.united or self.parent is not None
+        return not known and all(part.is_untouched for part in self.parts)
 
     @property
     def is_fixed(self) -> bool:
@@ -129,21 +148,27 @@ class Uniter:
 
     def unite(self, left: Axis, right: Axis) -> None:
         """Unite two axes of equal length entry by entry."""
-        a, b = factors(left), factors(right)
+        a, b = [units.root() for units in left], [units.root() for units in right]
         while a and b:
-            x, y = a[0].root(), b[0].root()
-            if x is y or x.size == y.size:
-                self._unite_units(x, y)
-                a, b = factors(a[1:]), factors(b[1:])
+            if a[0].size == b[0].size:
+                self._unite_units(a.pop(0).root(), b.pop(0).root())
                 continue
-            big, small = (a, b) if x.size > y.size else (b, a)
-            if not self._take_outer(big[0].root(), small[0].size):
+            big, small = (a, b) if a[0].size > b[0].size else (b, a)
+            if not (self._refine(big, small[0].size) or self._refine(small, 0)):
                 break
-            a, b = factors(a), factors(b)
         if a or b:
             self.fix([*a, *b])
 
+    def _refine(self, axis: list[Units], size: int) -> bool:
+        """Replace the first units of an axis by their factors, of which the first has the given size if it can."""
+        units = axis[0].root()
+        parts = list(units.parts) if units.kind == "product" else self._take_outer(units, size) if size else None
+        if parts:
+            axis[:1] = [part.root() for part in parts]
+        return parts is not None
+
     def _unite_units(self, x: Units, y: Units) -> None:
+        x, y = self._collapse(x), self._collapse(y)
         if x is y:
             return
         x, y = sorted((x, y), key=lambda units: units.number)
@@ -159,7 +184,7 @@ class Uniter:
         if root.fixed and not root.kind and not child.fixed:
             self.fix([child], root.reason)
         root.name, root.number = x.name or y.name, x.number
-        root.outer = root.outer or child.outer
+        root.outer, root.united = root.outer or child.outer, True
         for leaf in root.leaves():
             leaf.bent = leaf.bent or (child.bent and not child.kind)
             leaf.averaged = leaf.averaged or (child.averaged and not child.kind)
@@ -178,22 +203,48 @@ class Uniter:
         for left, right in zip(lefts, rights, strict=True):
             self.unite(left, right)
 
-    def _take_outer(self, units: Units, size: int) -> bool:
-        """Refine units to a product whose first factor has the given size; return whether that was possible."""
+    def _take_outer(self, units: Units, size: int) -> list[Units] | None:
+        """Refine units to a product whose first factor has the given size, if that is possible."""
         if units.size % size:
-            return False
+            return None
+        if units.kind == "family":
+            members = [self._factors_of(part.root(), size) for part in units.parts]
+            return None if None in members else [_family(units, parts) for parts in zip(*members, strict=True)]  # type: ignore[arg-type]
         if not units.kind:
             units.kind, units.parts = "product", (units.part(size), units.part(units.size // size))
-            return True
-        # A concatenation of equal parts is a product of their number and one part, if the parts correspond.
-        sizes = {part.size for part in units.parts}
-        if len(sizes) > 1 or len(units.parts) != size:
-            return False
-        first, *rest = units.parts
-        for part in rest:
-            self.unite([first], [part])
-        units.kind, units.parts = "product", (Units(size, fixed=True), first)
-        return True
+            units.parts[0].whole = units
+            return list(units.parts)
+        # A concatenation of equal parts is a stack of them.
+        if units.kind == "sum" and len(units.parts) == size and len({part.size for part in units.parts}) == 1:
+            index = Units(size, fixed=True)
+            return [index, Units(units.size // size, kind="family", parts=units.parts, index=index)]
+        return None
+
+    def _factors_of(self, units: Units, size: int) -> list[Units] | None:
+        if units.kind == "product" and units.parts[0].size == size:
+            return list(units.parts)
+        return self._take_outer(units, size)
+
+    def _collapse(self, units: Units) -> Units:
+        """Unite the members of a family, which are treated alike, and return what stands for them."""
+        if units.kind == "family":
+            first, *rest = units.parts
+            units.kind, units.parts, units.parent = "", (), first
+            for part in rest:
+                self.unite([first], [part])
+        return units.root()
+
+    def unstack(self, axes: Sequence[Axis], dim: int) -> list[list[list[Units]]] | None:
+        """Return the other axes for each place along an axis of a stack, or None if the axis is none."""
+        if len(axes[dim]) != 1:
+            return None
+        index = axes[dim][0].root()
+        if index.whole is not None:
+            _stack(index.whole.root(), index)
+        others = [[u.root() for u in axis] for place, axis in enumerate(axes) if place != dim]
+        if not any(units.kind == "family" and units.index is index for axis in others for units in axis):
+            return None
+        return [[[_member(units, index, n) for units in axis] for axis in others] for n in range(index.size)]
 
     def cut(self, axis: Axis, sizes: Sequence[int]) -> list[list[Units]]:
         """Cut an axis into consecutive pieces."""
@@ -212,6 +263,11 @@ class Uniter:
             units.parts = tuple(map(units.part, sizes))
             units.kind = "sum"
             return [[part] for part in units.parts]
+        if units.kind == "family":
+            cuts = [self.cut([part], sizes) for part in units.parts]
+            return [
+                [_family(units, parts) for parts in zip(*pieces, strict=True)] for pieces in zip(*cuts, strict=True)
+            ]
         pieces: list[list[Units]] = []
         remaining = [[part.root()] for part in units.parts]
         for size in sizes:
@@ -228,23 +284,51 @@ class Uniter:
 
     def split(self, axis: Axis, lengths: Sequence[int]) -> list[list[Units]]:
         """Return the axes of the given lengths into which a reshape divides one axis."""
-        remaining, result = factors(axis), []
+        remaining = [units.root() for units in axis]
+        result: list[list[Units]] = []
         for size in lengths:
             taken: list[Units] = []
             while length(taken) < size:
-                missing = size // length(taken) if size % length(taken) == 0 else 0
-                head = remaining[0].root()
-                if head.size <= missing or (missing and self._take_outer(head, missing)):
-                    remaining = factors(remaining)
+                missing, rest = divmod(size, length(taken))
+                if not rest and self._expose(remaining, missing):
                     taken.append(remaining.pop(0))
                     continue
                 self.fix(axis)
                 return [fixed(n) for n in lengths]
-            if length(taken) != size:
-                self.fix(axis)
-                return [fixed(n) for n in lengths]
             result.append(taken)
         return result
+
+    def _expose(self, axis: list[Units], size: int) -> bool:
+        """Refine an axis until its first units have a size that divides the given one; return whether that works."""
+        while size % axis[0].size:
+            if not self._refine(axis, 0 if axis[0].size % size else size):
+                return False
+        return True
+
+
+def _family(like: Units, parts: Sequence[Units]) -> Units:
+    return Units(parts[0].size, like.name, kind="family", parts=tuple(parts), index=like.index)
+
+
+def _member(units: Units, index: Units, number: int) -> Units:
+    return units.parts[number].root() if units.kind == "family" and units.index is index else units
+
+
+def _stack(whole: Units, index: Units) -> None:
+    """Make the product of an index and units inside it a concatenation, if nothing treated its parts alike so far."""
+    if whole.kind != "product" or len(whole.parts) != 2 or whole.parts[0] is not index or not index.is_untouched:
+        return
+    inner = whole.parts[1]
+    if inner.is_untouched:
+        whole.kind, whole.parts = "sum", tuple(inner.copy() for _ in range(index.size))
+        index.fixed = True
+        _become_family(inner, whole.parts, index)
+
+
+def _become_family(units: Units, members: Sequence[Units], index: Units) -> None:
+    for number, part in enumerate(units.parts):
+        _become_family(part, [member.parts[number] for member in members], index)
+    units.kind, units.parts, units.index = "family", tuple(members), index
 
 
 def terms(units: Units) -> list[list[Units]]:

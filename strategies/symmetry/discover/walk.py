@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.discover.signs import Signs
 from fedbasin.strategies.symmetry.discover.units import Axis, Uniter, Units, fixed, fresh, leaves
-from fedbasin.strategies.symmetry.double_precision import TrueDouble
-from fedbasin.strategies.symmetry.symmetry import SymmetryError
+from fedbasin.strategies.symmetry.float64_execution import TrueDouble
 from fedbasin.strategies.tensors.state import MEASURED
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -26,6 +25,9 @@ _HERE = str(Path(__file__).parent.parent)
 # Operators that create tensors of equal entries.
 _ZEROS = ("empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "zeros", "zeros_like")
 _CREATIONS = (*_ZEROS, "full", "full_like", "new_full", "new_ones", "ones", "ones_like")
+
+# Buffers that are measured while a model trains, and therefore move with the units that they describe.
+STATISTICS = (*MEASURED, "._u", "._v", "weight_u", "weight_v")
 
 # Operators whose result on equal entries depends on the places of the entries.
 _ORDERED = ("argsort", "cumprod", "cumsum", "nonzero", "sort", "topk", "tril", "triu", "constant_pad_nd")
@@ -47,6 +49,7 @@ class Value:
         uniform: "zero" or "equal" if all entries are the same, "noise" if they are drawn at random.
         indexes: the units that the entries number, if they are indices.
         square: True if the entries are squares, which may be summed over rotated units.
+        unused: units that are fixed as soon as an operator reads the value, with the reason.
     """
 
     axes: list[list[Units]]
@@ -54,6 +57,7 @@ class Value:
     uniform: Literal["", "zero", "equal", "noise"] = ""
     indexes: Units | None = None
     square: bool = False
+    unused: list[tuple[list[Units], tuple[str, str]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,7 @@ class Record:
         signs: the equations between signs.
         parameters: values of the tensors that the model read, by the first of their names.
         unread: names of the tensors that it did not read.
+        batched: numbers of values that are multiplied matrix by matrix, or read entry by entry.
         decides: True if the model chose operations by numbers that depend on parameters.
         trains: True if the model was followed in training mode too.
     """
@@ -98,6 +103,7 @@ class Record:
     signs: Signs = field(default_factory=Signs)
     parameters: dict[str, Value] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
+    batched: set[int] = field(default_factory=set)
     decides: bool = False
     trains: bool = True
 
@@ -128,6 +134,9 @@ class Walk(TrueDouble):
             return out
         tensors = list(tensors_in((args, call.kwargs)))
         operands = [value for tensor in tensors if (value := self.value(tensor)) is not None]
+        for value in operands:
+            for axis, reason in value.unused:
+                self.fix(axis, reason)
         if all(value.uniform for value in operands):
             self._follow_constants(call, tensors, operands, in_place=func._schema.is_mutable)
             return out
@@ -150,7 +159,7 @@ class Walk(TrueDouble):
         self.record.unread.discard(name)
         value = self.record.parameters.get(name)
         if value is None:
-            if not (isinstance(tensor, nn.Parameter) or name.endswith(MEASURED)) or not tensor.is_floating_point():
+            if not (isinstance(tensor, nn.Parameter) or name.endswith(STATISTICS)) or not tensor.is_floating_point():
                 return None
             layer = name.rpartition(".")[0] or name
             value = Value([fresh(n, layer) for n in tensor.shape], self.signs.new())

@@ -20,7 +20,7 @@ _DOUBLES = {
 class TrueDouble(TorchDispatchMode):
     """A mode in which every operator that would return a narrower floating type returns float64."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator with the dtypes among its arguments replaced."""
         kwargs = {name: _doubled(value) for name, value in (kwargs or {}).items()}
         return func(*map(_doubled, args), **kwargs)
@@ -39,3 +39,10 @@ def double_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def true_double() -> Iterator[None]:
+    """Run everything in float64."""
+    with double_by_default(), TrueDouble():
+        yield
