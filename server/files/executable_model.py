@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.server.files.double_precision import Doubled
 from fedbasin.server.files.library_inputs import example_inputs
 from fedbasin.server.files.library_model import architecture_of, layout_in
 from fedbasin.server.files.reading import ModelError, StoredModel
 from fedbasin.server.files.tensor_layout import ModuleState, TensorLayout, find_layout, with_copies
-from fedbasin.strategies.symmetry.answers import answers
 from fedbasin.strategies.symmetry.example_inputs import Example
+from fedbasin.strategies.symmetry.float64_execution import true_double
+from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.tensors.state import State
 
 
@@ -118,29 +118,20 @@ def _execute(model: ExecutableModel, state: State) -> list[Tensor]:
     module = model.module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **module.state_dict(), **state}
     arguments, named = _arguments(model.example)
-    with torch.no_grad(), torch.random.fork_rng(), Doubled():
+    with torch.no_grad(), torch.random.fork_rng(), true_double():
         torch.manual_seed(0)
         doubled = {name: _double(tensor).clone() for name, tensor in tensors.items()}
         try:
             output = functional_call(module, doubled, arguments, named, tie_weights=False)
         except Exception as error:  # the model's own code may raise anything
             raise ModelError(f"{model.kind} does not run on an example: {error}; give --no-prove to go on") from error
-    return list(_floating(answers(module, output)))
+    return answers(output)
 
 
 def _arguments(example: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     if isinstance(example, Mapping):
         return (), {name: _double(tensor) for name, tensor in example.items()}
     return tuple(_double(tensor) for tensor in ((example,) if isinstance(example, Tensor) else example)), {}
-
-
-def _floating(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.numel():
-            yield value
-    elif isinstance(value, Mapping | Sequence) and not isinstance(value, str):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _floating(item)
 
 
 def _double(tensor: Tensor) -> Tensor:

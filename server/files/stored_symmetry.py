@@ -210,9 +210,7 @@ def _notation(model: StoredModel, source: Source) -> Symmetry | None:
     """Return the symmetry that was written by hand, if there is one."""
     if source.notation is not None and source.config is not None:
         raise ModelError("--symmetry and --config both define the symmetry; give one")
-    is_written = source.notation is not None or (
-        source.config is None and source.module is None and METADATA in model.metadata
-    )
+    is_written = source.notation is not None or (source.config is None and METADATA in model.metadata)
     if source.rotate_residual and is_written:
         raise ModelError(
             f"{model.path}: --rotate-residual needs the config of a known family, but the symmetry is in the "
