@@ -6,6 +6,7 @@ beside its name.
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -162,7 +163,7 @@ _NOT_RUN = {
 }
 
 # The types that are examined, with every architecture that the library has for them.
-MODEL_TYPES = ["afmoe", "aimv2_text_model", "albert", "altclip", "apertus", "arcee", "audio-spectrogram-transformer", "bailing_hybrid", "bart", "beit", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "bitnet", "blenderbot", "blenderbot-small", "blip", "blip_vision_model", "bloom", "camembert", "chinese_clip", "clip", "clip_text_model", "clip_vision_model", "codegen", "cohere", "cohere2", "cohere2_moe", "convbert", "convnext", "convnextv2", "cpmant", "ctrl", "data2vec-text", "deberta", "deberta-v2", "deepseek_v2", "deepseek_v3", "deepseek_v4", "deit", "diffllama", "dinov2", "dinov2_with_registers", "dinov3_vit", "distilbert", "dpr", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "esm", "eurobert", "exaone4", "exaone_moe", "falcon", "falcon_mamba", "flaubert", "flex_olmo", "fnet", "funnel", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hubert", "hunyuan_v1_dense", "hunyuan_v1_moe", "ibert", "imagegpt", "jamba", "jetmoe", "jina_embeddings_v3", "kimi_linear", "layoutlm", "led", "lfm2", "lfm3", "llama", "llama4_text", "longformer", "longt5", "m2m_100", "mamba", "mamba2", "marian", "markuplm", "mbart", "megatron-bert", "metaclip_2", "minimax", "minimax_m2", "ministral", "ministral3", "mistral", "mistral4", "mixtral", "mlcd", "mobilebert", "mobilenet_v1", "mobilenet_v2", "mobilevit", "modernbert", "modernbert-decoder", "mpnet", "mpt", "mra", "mt5", "mvp", "nanochat", "nemotron", "nemotron_h", "nllb-moe", "nomic_bert", "nystromformer", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "opt", "pegasus", "pegasus_x", "persimmon", "phi", "phi3", "phimoe", "pixtral", "plbart", "pop2piano", "prophetnet", "qwen2", "qwen2_audio_encoder", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "regnet", "rembert", "resnet", "roberta", "roberta-prelayernorm", "roformer", "rwkv", "seed_oss", "segformer", "sew", "sew-d", "siglip", "siglip_text_model", "siglip_vision_model", "smollm3", "solar_open", "splinter", "squeezebert", "stablelm", "starcoder2", "swiftformer", "swin", "swinv2", "switch_transformers", "t5", "tapas", "timesformer", "trocr", "umt5", "unispeech-sat", "vaultgemma", "vit", "vit_mae", "vit_msn", "vitdet", "vivit", "wav2vec2", "wavlm", "whisper", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xlstm", "yolos", "yoso", "zamba2"]
+MODEL_TYPES = (Path(__file__).parent / "model_types.txt").read_text().split()
 
 
 def tiny_config(model_type: str) -> Any:

@@ -8,7 +8,7 @@ symmetry makes of them.
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedbasin.strategies.symmetry.coverage import kind_of
-from fedbasin.strategies.symmetry.discover.discovery import Discovery, discover
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import random
 
@@ -83,20 +83,34 @@ def examine(
         reason = f"raised {type(error).__name__}: {error}"
         return Verdict(name, 0, {}, float("nan"), time.perf_counter() - start, reason)
     seconds = time.perf_counter() - start
-    fraction, kinds = measure_coverage(module, discovery.symmetry)
+    unread = unread_parameters(module, example, answers)
+    fraction, kinds = measure_coverage(module, discovery.symmetry, unread)
     error = largest_change(module, discovery.symmetry, [example, *others], answers)
-    return Verdict(name, fraction, kinds, error, seconds, _reason(discovery))
+    reasons = [*map(str, discovery.stops[:2]), *([f"{len(unread)} parameters are not read"] if unread else [])]
+    return Verdict(name, fraction, kinds, error, seconds, "; ".join(reasons))
 
 
-def _reason(discovery: Discovery) -> str:
-    return "; ".join(map(str, discovery.stops[:2]))
+def unread_parameters(module: nn.Module, example: Inputs, answers: Callable[[Any], Any]) -> set[str]:
+    """Return the names of parameters on which no answer depends: those to which no gradient comes."""
+    twin = copy.deepcopy(module).double().eval()
+    sum(tensor.sum() for tensor in _execute(twin, example, answers, gradients=True) if tensor.requires_grad).backward()
+    read = {id(parameter) for parameter in twin.parameters() if parameter.grad is not None}
+    return {name for name, tensor in twin.named_parameters(remove_duplicate=False) if id(tensor) not in read}
 
 
-def measure_coverage(module: nn.Module, symmetry: Symmetry) -> tuple[float, dict[str, float]]:
-    """Return the share of the parameters that a symmetry moves, and the share for each kind of group."""
+def measure_coverage(
+    module: nn.Module, symmetry: Symmetry, unread: Collection[str] = ()
+) -> tuple[float, dict[str, float]]:
+    """Return the share of the parameters that a symmetry moves, and the share for each kind of group.
+
+    Args:
+        module: the model.
+        symmetry: its symmetry.
+        unread: names of parameters that do not count, because the model does not read them.
+    """
     masks: dict[int, Tensor] = {}
     by_kind: dict[str, dict[int, Tensor]] = {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters = {n: p for n, p in module.named_parameters(remove_duplicate=False) if n not in unread}
     for space in symmetry.spaces:
         for axis in space.axes:
             if (parameter := parameters.get(axis.tensor)) is None:
@@ -104,7 +118,7 @@ def measure_coverage(module: nn.Module, symmetry: Symmetry) -> tuple[float, dict
             for group in (masks, by_kind.setdefault(kind_of(space.group), {})):
                 mask = group.setdefault(id(parameter), torch.zeros(parameter.shape, dtype=torch.bool))
                 axis.view(mask).fill_(True)
-    total = max(sum(parameter.numel() for parameter in module.parameters()), 1)
+    total = max(sum({id(parameter): parameter.numel() for parameter in parameters.values()}.values()), 1)
 
     def share(group: dict[int, Tensor]) -> float:
         return sum(int(mask.sum()) for mask in group.values()) / total
@@ -172,11 +186,13 @@ def _try(module: nn.Module, example: Inputs, answers: Callable[[Any], Any]) -> l
         return None
 
 
-def _execute(module: nn.Module, example: Inputs, answers: Callable[[Any], Any]) -> list[Tensor]:
+def _execute(
+    module: nn.Module, example: Inputs, answers: Callable[[Any], Any], *, gradients: bool = False
+) -> list[Tensor]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), torch.random.fork_rng(), _Exact(), warnings.catch_warnings(action="ignore"):
+        with torch.set_grad_enabled(gradients), torch.random.fork_rng(), _Exact(), warnings.catch_warnings(action="ignore"):
             torch.manual_seed(0)
             if isinstance(example, Mapping):
                 output = module(**{name: _double(x) for name, x in example.items()})
