@@ -9,7 +9,7 @@ together; where a proof fails they are tried one by one.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
+from fedbasin.strategies.symmetry.translation import Shift, ShiftError
+from fedbasin.strategies.tensors.state import State
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
@@ -130,6 +132,7 @@ class _Search:
         tell: told of progress.
         kinds: the kinds of groups that are proven so far.
         broken: bundles that do not keep the function.
+        shifts: biases that are proven to be free.
     """
 
     prover: Prover
@@ -138,6 +141,7 @@ class _Search:
     tell: Progress
     kinds: dict[Cell, Kind] = field(default_factory=dict)
     broken: list[Bundle] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
 
     def run(self) -> Symmetry:
         """Return the symmetry with the largest groups that were proven."""
@@ -147,6 +151,7 @@ class _Search:
         for number, members in enumerate(classes):
             self.tell(f"enlarge {members[0].name}", 0.2 + 0.7 * number / max(len(classes), 1))
             self._enlarge(members)
+            self._add_shifts(members)
         self.tell("prove the whole", 0.9)
         self._settle()
         return self._symmetry(self.bundles)
@@ -160,11 +165,12 @@ class _Search:
                 continue
             counts[bundle.name] += 1
             number = counts[bundle.name]
-            spaces.append(bundle.space(bundle.name if number == 1 else f"{bundle.name}.{number}", chosen))
-        return Symmetry(tuple(spaces))
+            name = bundle.name if number == 1 else f"{bundle.name}.{number}"
+            spaces.append(bundle.space(name, chosen, self.shifts))
+        return Symmetry(tuple(spaces), shifts=tuple(self.shifts))
 
     def _keeps(self, members: Sequence[Bundle], kinds: Mapping[Cell, Kind] | None = None) -> bool:
-        return self.prover.keeps(self._symmetry(members, kinds))
+        return self.prover.keeps(replace(self._symmetry(members, kinds), shifts=()))
 
     def _drop_broken(self, members: Sequence[Bundle]) -> None:
         """Find the bundles that do not keep the function, by bisection."""
@@ -195,21 +201,43 @@ class _Search:
                     self.kinds = proposed
                     break
 
+    def _add_shifts(self, members: list[Bundle]) -> None:
+        """Find the biases of attention to which any vector may be added."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.prover.model.state_dict().items()}
+        for shifts in zip(*(bundle.shifts(shapes) for bundle in members), strict=False):
+            fits = all(_fits(shift, self.prover.model.state_dict()) for shift in shifts)
+            if fits and self.prover.keeps(Symmetry((), shifts=shifts)):
+                self.shifts += shifts
+
     def _settle(self) -> None:
         """Prove everything together, with other elements and in training mode too."""
-        modes = (False, True) if self.record.trains and self.prover.repeats(training=True) else (False,)
-        for training in modes:
-            if self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
+        trains = self.record.trains_apart and self.prover.repeats(training=True)
+        for training in (False, True) if trains else (False,):
+            if not self._settled(self.bundles, training=training):
+                self._restrict(training=training)
+
+    def _restrict(self, *, training: bool) -> None:
+        """Reduce what fails in the last proof, first to its smallest group and then to nothing."""
+        self.shifts = []
+        for bundle in self.bundles:
+            if bundle in self.broken or self._settled([bundle], training=training):
                 continue
-            for bundle in self.bundles:
-                if bundle in self.broken or self.prover.keeps(self._symmetry([bundle]), (1, 2), training=training):
-                    continue
-                for cell in bundle.leaves():
-                    self.kinds.pop(cell, None)
-                if not self.prover.keeps(self._symmetry([bundle]), (1, 2), training=training):
-                    self.broken.append(bundle)
-            if not self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
-                self.broken = list(self.bundles)
+            self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
+            if not self._settled([bundle], training=training):
+                self.broken.append(bundle)
+        if not self._settled(self.bundles, training=training):
+            self.broken = list(self.bundles)
+
+    def _settled(self, members: Sequence[Bundle], *, training: bool) -> bool:
+        return self.prover.keeps(self._symmetry(members), (1,), training=training)
+
+
+def _fits(shift: Shift, state: State) -> bool:
+    try:
+        shift.check(state)
+    except ShiftError:
+        return False
+    return True
 
 
 def _form(bundle: Bundle) -> str:

@@ -92,7 +92,7 @@ class Prover:
     def repeats(self, *, training: bool) -> bool:
         """Return whether two runs are equal, as they are unless the model draws numbers that torch does not know."""
         try:
-            return self.error(Symmetry(()), 0, training=training) == 0
+            return self.error(Symmetry(()), 1, training=training) == 0
         except Exception:  # noqa: BLE001 - the model's own code may raise anything
             return False
 
