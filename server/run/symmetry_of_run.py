@@ -56,12 +56,14 @@ def symmetry_of_run(
     except SubsetError as error:
         raise SettingsError(str(error)) from error
     align: Align = "client" if settings.align == "auto" else settings.align
-    fraction = coverage(symmetry, state).fraction
+    covered = coverage(symmetry, state)
+    kinds = ", ".join(f"{kind} {100 * fraction:.0f} %" for kind, fraction in covered.by_kind.items())
     proof = "proven by execution" if model is not None and inputs else "not proven: no example="
     _LOG.info(
-        "symmetry: %d spaces cover %.0f %% of the parameters, %s; aligned by the %s%s",
+        "symmetry: %d spaces cover %.0f %% of the parameters (%s), %s; aligned by the %s%s",
         len(symmetry.spaces),
-        100 * fraction,
+        100 * covered.fraction,
+        kinds,
         proof,
         align,
         f"; kept in place by {'; '.join(stopped[:3])}" if stopped else "",
@@ -75,14 +77,16 @@ def _derived(
     """Return the symmetry of a model, and the operations that kept units in place; None where it is not known."""
     if model is None:
         return None, ()
+    if inputs:
+        discovery = discover(model, *inputs, progress=_log_progress)
+        return discovery.symmetry, tuple(map(str, discovery.stops))
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type in FAMILIES:
-        return family(str(model_type), config, state), ()
-    if not inputs:
-        return None, ()
-    discovery = discover(model, *inputs)
-    return discovery.symmetry, tuple(map(str, discovery.stops))
+    return (family(str(model_type), config, state) if model_type in FAMILIES else None), ()
+
+
+def _log_progress(what: str, fraction: float) -> None:
+    _LOG.debug("symmetry: %s (%.0f %%)", what, 100 * fraction)
 
 
 def _without(settings: Settings, model: nn.Module | None) -> tuple[Align, None]:

@@ -236,6 +236,10 @@ class Bundle:
         """Return the cells whose kind of group is to be chosen."""
         return [cell for cell in self.root.all() if len(cell.kinds()) > 1]
 
+    def places(self) -> list[Place]:
+        """Return every place of the bundle."""
+        return [place for cell in self.root.all() for place in cell.ends]
+
     def shifts(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Shift]:
         """Return the biases inside heads to which any vector might be added, as attention allows it."""
         return [shift for cell in self.root.all()[1:] for shift in _shifts(cell, shapes)]

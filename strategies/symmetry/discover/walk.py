@@ -177,6 +177,10 @@ class Walk(TrueDouble):
             self.record.parameters[name] = value
         return value
 
+    def known(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor, of which nothing varies if it is a constant."""
+        return self.value(tensor) or self.new(self.axes(tensor))
+
     def axes(self, tensor: Tensor) -> list[list[Units]]:
         """Return the units along each axis of a tensor; those of constants and inputs keep their places."""
         value = self.value(tensor)
