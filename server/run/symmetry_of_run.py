@@ -59,7 +59,7 @@ def symmetry_of_run(
         raise SettingsError(str(error)) from error
     align: Align = "client" if settings.align == "auto" else settings.align
     covered = coverage(symmetry, state)
-    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in covered.by_kind.items())
+    kinds = ", ".join(f"{kind} {100 * fraction:.0f} %" for kind, fraction in covered.by_kind.items())
     proof = "proven by execution" if model is not None and inputs else "not proven: no example="
     _LOG.info(
         "symmetry: %d spaces cover %.0f %% of the parameters (%s), %s; aligned by the %s%s",
@@ -77,8 +77,12 @@ def _derived(model: nn.Module | None, inputs: tuple[Example, ...]) -> tuple[Symm
     """Return the symmetry of a model, and the operations that kept units in place; None where it is not known."""
     if model is None or not inputs:
         return None, ()
-    discovery = discover(model, *inputs, cache=SymmetryCache())
+    discovery = discover(model, *inputs, cache=SymmetryCache(), progress=_log_progress)
     return discovery.symmetry, tuple(map(str, discovery.stops))
+
+
+def _log_progress(what: str, fraction: float) -> None:
+    _LOG.debug("symmetry: %s (%.0f %%)", what, 100 * fraction)
 
 
 def _inputs(model: nn.Module | None, example: Example | None) -> tuple[Example, ...]:

@@ -20,6 +20,9 @@ _DOUBLES = {
 class TrueDouble(TorchDispatchMode):
     """A mode in which every operator that would return a narrower floating type returns float64."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator with the dtypes among its arguments replaced."""
         kwargs = {name: _doubled(value) for name, value in (kwargs or {}).items()}

@@ -192,7 +192,12 @@ def _execute(
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.set_grad_enabled(gradients), torch.random.fork_rng(), _Exact(), warnings.catch_warnings(action="ignore"):
+        with (
+            torch.set_grad_enabled(gradients),
+            torch.random.fork_rng(),
+            _Exact(),
+            warnings.catch_warnings(action="ignore"),
+        ):
             torch.manual_seed(0)
             if isinstance(example, Mapping):
                 output = module(**{name: _double(x) for name, x in example.items()})

@@ -19,9 +19,25 @@ SAMPLE = {
     **{"albert": "AlbertForMaskedLM", "clip": "CLIPModel", "yolos": "YolosForObjectDetection"},
 }
 PLAIN_SAMPLE = {
-    *("activation relu", "gated by chunks", "batch norm", "weight norm", "channel shuffle", "unet", "dense connections"),
+    *(
+        "activation relu",
+        "gated by chunks",
+        "batch norm",
+        "weight norm",
+        "channel shuffle",
+        "unet",
+        "dense connections",
+    ),
     *("lstm", "gru cell", "attention interleaved", "attention with shared keys", "attention with relative positions"),
-    *("siamese concatenation", "graph attention", "experts", "rolled", "weighted by place", "index buffer", "decision by data"),
+    *(
+        "siamese concatenation",
+        "graph attention",
+        "experts",
+        "rolled",
+        "weighted by place",
+        "index buffer",
+        "decision by data",
+    ),
 }
 
 
@@ -54,7 +70,9 @@ def test_there_are_enough_types_of_transformers() -> None:
     assert set(MODEL_TYPES) >= SAMPLE.keys()
 
 
-@pytest.mark.parametrize("name", [name if name in PLAIN_SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in MODULES])
+@pytest.mark.parametrize(
+    "name", [name if name in PLAIN_SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_plain_module_keeps_its_function(name: str) -> None:
     require(examine_module(name), MODULES[name].least)

@@ -32,9 +32,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "maxvit_t": {"input_size": (64, 64)},
 }
 
-MODELS = {
-    kind: (Path(__file__).parent / f"{kind}_models.txt").read_text().split() for kind in ("torchvision", "timm")
-}
+MODELS = {kind: (Path(__file__).parent / f"{kind}_models.txt").read_text().split() for kind in ("torchvision", "timm")}
 
 
 def is_installed(kind: str) -> bool:

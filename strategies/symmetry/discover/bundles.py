@@ -6,7 +6,7 @@ bundle, and with a kind of group for each of its leaves it is a space: `R(8,4)*O
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedbasin.strategies.symmetry.discover.places import Place, UnwritableError, places
@@ -18,6 +18,7 @@ from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
 from fedbasin.strategies.symmetry.symmetry import Axis, Space
+from fedbasin.strategies.symmetry.translation import Output, Shift
 
 Kind = tuple[str, int]
 """A kind of group for a leaf, such as ("R", 4): its letter, and its stride or 0."""
@@ -235,11 +236,25 @@ class Bundle:
         """Return the cells whose kind of group is to be chosen."""
         return [cell for cell in self.root.all() if len(cell.kinds()) > 1]
 
-    def space(self, name: str, kinds: Mapping[Cell, Kind]) -> Space:
-        """Return the space with the given kinds of groups; other cells have their smallest."""
+    def places(self) -> list[Place]:
+        """Return every place of the bundle."""
+        return [place for cell in self.root.all() for place in cell.ends]
+
+    def shifts(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Shift]:
+        """Return the biases inside heads to which any vector might be added, as attention allows it."""
+        return [shift for cell in self.root.all()[1:] for shift in _shifts(cell, shapes)]
+
+    def space(self, name: str, kinds: Mapping[Cell, Kind], silent: Iterable[Shift] = ()) -> Space:
+        """Return the space with the given kinds of groups; other cells have their smallest.
+
+        Args:
+            name: name of the space.
+            kinds: kinds of groups by their cells.
+            silent: shifts; a bias that moves freely does not count in matching.
+        """
         group, roles = self._group(self.root, kinds)
         axes = [
-            Axis(alias, place.dim, place.part, role, not alias.endswith(STATISTICS), place.period, place.outer)
+            Axis(alias, place.dim, place.part, role, _counts(alias, place, silent), place.period, place.outer)
             for place, role in roles
             for alias in self.aliases[place.tensor]
         ]
@@ -279,6 +294,32 @@ class Bundle:
             roles += [(place, _width(inners)) for place in still]
             inners.append(Permutation(1))
         return Wreath(tuple(inners), cell.units.size), roles
+
+
+def _counts(alias: str, place: Place, silent: Iterable[Shift]) -> bool:
+    return not alias.endswith(STATISTICS) and not any(
+        alias == shift.bias and place.part == shift.part and shift.output is None for shift in silent
+    )
+
+
+def _shifts(cell: Cell, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Shift]:
+    """Yield the shifts of the biases that write the entries of heads: of values if a projection reads the entries."""
+    writers = {_layer(place.tensor) for place in cell.ends if len(shapes[place.tensor]) == 1}
+    outputs = [
+        Output(place.tensor, place.dim, f"{_layer(place.tensor)}.bias")
+        for place in cell.ends
+        if _layer(place.tensor) not in writers and len(shapes[place.tensor]) == 2 and place.part is None
+    ]
+    for place in cell.ends:
+        if len(shapes[place.tensor]) == 1 and place.tensor.endswith("bias"):
+            if not outputs:
+                yield Shift(place.tensor, place.part, place.period)
+            elif outputs[0].bias in shapes:
+                yield Shift(place.tensor, place.part, place.period, outputs[0])
+
+
+def _layer(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
 
 
 def _share(

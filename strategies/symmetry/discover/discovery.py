@@ -9,18 +9,21 @@ together; where a proof fails they are tried one by one.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.coverage import Coverage, coverage
 from fedbasin.strategies.symmetry.discover.bundles import Bundle, Cell, Kind, bundles
+from fedbasin.strategies.symmetry.discover.digest import digest
 from fedbasin.strategies.symmetry.discover.follow import follow
 from fedbasin.strategies.symmetry.discover.proof import Prover, double_copy
 from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
-from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.translation import Shift, ShiftError
+from fedbasin.strategies.tensors.state import State
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
@@ -76,10 +79,37 @@ def discover(
     Raises:
         SymmetryError: the model does not run on the example, or decides by data.
     """
-    tell = progress or (lambda what, fraction: None)
+    inputs = positional_inputs(model, *example)
+    key = digest(model, inputs) if cache is not None else ""
+    text = None if cache is None else cache.get(key)
+    if text is None:
+        text = _notation(*_discovered(model, inputs, progress or _ignore))
+        if cache is not None:
+            cache[key] = text
+    symmetry = parse(text)
+    stops = (line.removeprefix(_STOP).split("|") for line in text.splitlines() if line.startswith(_STOP))
+    return Discovery(
+        symmetry, coverage(symmetry, dict(model.named_parameters())), tuple(Stop(*words) for words in stops)
+    )
+
+
+_STOP = "# stop "
+
+
+def _notation(symmetry: Symmetry, stops: Iterable[Stop]) -> str:
+    """Return a symmetry and what stopped it as one text, which `parse` reads too."""
+    return str(symmetry) + "".join(f"{_STOP}{stop.part}|{stop.operation}|{stop.source}\n" for stop in stops)
+
+
+def _ignore(what: str, fraction: float) -> None:
+    """Take note of no progress."""
+
+
+def _discovered(
+    model: nn.Module, example: tuple[Tensor | None, ...], tell: Progress
+) -> tuple[Symmetry, Iterable[Stop]]:
     inputs = tuple(
-        tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
-        for tensor in positional_inputs(model, *example)
+        tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in example
     )
     tell("copy the model", 0.0)
     twin = double_copy(model)
@@ -87,10 +117,14 @@ def discover(
     tell("follow the model", 0.05)
     identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
     record = follow(twin, inputs, identities)
+    if record.decides and (idle := record.unread & {name for name, _ in twin.named_parameters()}):
+        raise SymmetryError(
+            f"{type(model).__name__} chooses by data what it runs, and {min(idle)!r} was not among it; give an example "
+            "in which every part is used"
+        )
     search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
     symmetry = search.run()
-    state = dict(model.named_parameters())
-    return Discovery(symmetry, coverage(symmetry, state), tuple(_stops(record, search)))
+    return symmetry, _stops(record, search)
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -130,6 +164,8 @@ class _Search:
         tell: told of progress.
         kinds: the kinds of groups that are proven so far.
         broken: bundles that do not keep the function.
+        shifts: biases that are proven to be free.
+        unproven: bundles without an effect on the outputs.
     """
 
     prover: Prover
@@ -138,15 +174,22 @@ class _Search:
     tell: Progress
     kinds: dict[Cell, Kind] = field(default_factory=dict)
     broken: list[Bundle] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
+    unproven: list[Bundle] = field(default_factory=list)
 
     def run(self) -> Symmetry:
         """Return the symmetry with the largest groups that were proven."""
         self.tell("prove what may move", 0.1)
+        reached = self.prover.reached()
+        # What has no effect on the outputs cannot be proven by them.
+        self.unproven = [b for b in self.bundles if not any(place.tensor in reached for place in b.places())]
+        self.bundles = [bundle for bundle in self.bundles if bundle not in self.unproven]
         self._drop_broken(self.bundles)
         classes = self._classes()
         for number, members in enumerate(classes):
             self.tell(f"enlarge {members[0].name}", 0.2 + 0.7 * number / max(len(classes), 1))
             self._enlarge(members)
+            self._add_shifts(members)
         self.tell("prove the whole", 0.9)
         self._settle()
         return self._symmetry(self.bundles)
@@ -160,11 +203,12 @@ class _Search:
                 continue
             counts[bundle.name] += 1
             number = counts[bundle.name]
-            spaces.append(bundle.space(bundle.name if number == 1 else f"{bundle.name}.{number}", chosen))
-        return Symmetry(tuple(spaces))
+            name = bundle.name if number == 1 else f"{bundle.name}.{number}"
+            spaces.append(bundle.space(name, chosen, self.shifts))
+        return Symmetry(tuple(spaces), shifts=tuple(self.shifts))
 
     def _keeps(self, members: Sequence[Bundle], kinds: Mapping[Cell, Kind] | None = None) -> bool:
-        return self.prover.keeps(self._symmetry(members, kinds))
+        return self.prover.keeps(replace(self._symmetry(members, kinds), shifts=()))
 
     def _drop_broken(self, members: Sequence[Bundle]) -> None:
         """Find the bundles that do not keep the function, by bisection."""
@@ -195,21 +239,44 @@ class _Search:
                     self.kinds = proposed
                     break
 
+    def _add_shifts(self, members: list[Bundle]) -> None:
+        """Find the biases of attention to which any vector may be added."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.prover.model.state_dict().items()}
+        for shifts in zip(*(bundle.shifts(shapes) for bundle in members), strict=False):
+            fits = all(_fits(shift, self.prover.model.state_dict()) for shift in shifts)
+            if fits and self.prover.keeps(Symmetry((), shifts=shifts)):
+                self.shifts += shifts
+
     def _settle(self) -> None:
         """Prove everything together, with other elements and in training mode too."""
-        modes = (False, True) if self.record.trains and self.prover.repeats(training=True) else (False,)
-        for training in modes:
-            if self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
+        self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,)))
+        enlarged = self.prover.enlarged()
+        if enlarged is not None:
+            self._settle_by(lambda symmetry: enlarged.keeps(symmetry, (1,)))
+        if self.record.trains_apart and self.prover.repeats(training=True):
+            self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,), training=True))
+
+    def _settle_by(self, keeps: Callable[[Symmetry], bool]) -> None:
+        """Reduce what fails in a last proof, first to its smallest group and then to nothing."""
+        if keeps(self._symmetry(self.bundles)):
+            return
+        self.shifts = []
+        for bundle in self.bundles:
+            if bundle in self.broken or keeps(self._symmetry([bundle])):
                 continue
-            for bundle in self.bundles:
-                if bundle in self.broken or self.prover.keeps(self._symmetry([bundle]), (1, 2), training=training):
-                    continue
-                for cell in bundle.leaves():
-                    self.kinds.pop(cell, None)
-                if not self.prover.keeps(self._symmetry([bundle]), (1, 2), training=training):
-                    self.broken.append(bundle)
-            if not self.prover.keeps(self._symmetry(self.bundles), (1, 2), training=training):
-                self.broken = list(self.bundles)
+            self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
+            if not keeps(self._symmetry([bundle])):
+                self.broken.append(bundle)
+        if not keeps(self._symmetry(self.bundles)):
+            self.broken = list(self.bundles)
+
+
+def _fits(shift: Shift, state: State) -> bool:
+    try:
+        shift.check(state)
+    except ShiftError:
+        return False
+    return True
 
 
 def _form(bundle: Bundle) -> str:
@@ -227,4 +294,8 @@ def _stops(record: Record, search: _Search) -> Iterable[Stop]:
                     stops[Stop(leaf.name, leaf.reason[0], leaf.reason[1])] = None
     for bundle in search.broken:
         stops[Stop(bundle.name, "a proof by execution", "")] = None
+    for bundle in search.unproven:
+        stops[Stop(bundle.name, "having no effect on the outputs", "")] = None
+    for name in sorted(record.unread):
+        stops[Stop(name, "not being read by the forward pass", "")] = None
     return stops

@@ -88,8 +88,7 @@ def multiplied(walk: Walk, call: Call) -> Value:
 
 def squared(walk: Walk, call: Call) -> Value:
     """Follow a square, whose sum a rotation keeps."""
-    value = walk.value(call.args[0])
-    assert value is not None  # the only operand
+    value = walk.known(call.args[0])
     charge = walk.signs.new()
     walk.even(value.axes, charge)
     return walk.new(value.axes, charge, square=True)
@@ -180,8 +179,7 @@ def gated(walk: Walk, call: Call) -> Value | None:
 
 def noisy(walk: Walk, call: Call) -> Any:
     """Follow dropout, whose mask is drawn for every entry."""
-    value = walk.value(call.args[0])
-    assert value is not None
+    value = walk.known(call.args[0])
     walk.bend(value.axes)
     return [value, walk.new(value.axes, uniform="noise")]
 
@@ -193,8 +191,7 @@ def drawn(walk: Walk, call: Call) -> Value:
 
 def soft_maximum(walk: Walk, call: Call) -> Value:
     """Follow a softmax, which sums over one axis and is the same for every order of its entries."""
-    value = walk.value(call.args[0])
-    assert value is not None
+    value = walk.known(call.args[0])
     walk.even(value.axes, value.charge)
     walk.bend(value.axes)
     charge = walk.signs.new()

@@ -34,7 +34,7 @@ def follow(model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[i
         _run(model, inputs, names, record, training=True)
     except SymmetryError:
         # A batch of one, for example, has no statistics to train by; what evaluation needs is known.
-        record.trains = False
+        record.operators.pop(True, None)
     return record
 
 
@@ -53,6 +53,7 @@ def _run(
                 f"{type(model).__name__} does not run on example inputs of shape {shapes}: "
                 f"{str(error).partition(chr(10))[0]}"
             ) from error
+    record.operators[training] = walk.operators
     walk.operation = ""
     for answer in answers(output):
         value = walk.value(answer)

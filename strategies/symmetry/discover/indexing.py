@@ -28,15 +28,12 @@ def _read(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor) -> None
 
 
 def embedded(walk: Walk, call: Call) -> Value:
+    """Follow a table that is read by tokens."""
     weight, places = call.args[:2]
     rows, columns = walk.axes(weight)
     _read(walk, weight, rows, places)
     charge = walk.charge(weight)
-    return walk.new([*(list(a) for a in _axes(walk, places)), columns], charge)
-
-
-def _axes(walk: Walk, places: Tensor) -> list[list[Units]]:
-    return walk.axes(places)
+    return walk.new([*walk.axes(places), columns], charge)
 
 
 def chosen(walk: Walk, call: Call) -> Value | None:
@@ -91,6 +88,7 @@ def indexed(walk: Walk, call: Call) -> Any:
 
 
 def gathered(walk: Walk, call: Call) -> Value:
+    """Follow a choice of entries along an axis, a place for each entry of the result."""
     tensor, dim, places = call.args[:3]
     axes = list(walk.axes(tensor))
     dim %= max(len(axes), 1)
@@ -190,7 +188,7 @@ def decided(walk: Walk, call: Call) -> Any:
     """Follow a number that leaves the model's tensors, by which it may decide."""
     tensor = call.args[0]
     value = walk.value(tensor)
-    if value is not None and not value.uniform:
+    if value is not None and not value.uniform and value not in walk.record.parameters.values():
         if tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
             raise SymmetryError(
                 f"the model decides by data, at {walk.source()}: the value of a {tensor.dtype} that depends on "

@@ -63,12 +63,14 @@ def permuted(walk: Walk, call: Call) -> Value | None:
 
 
 def unsqueezed(walk: Walk, call: Call) -> Value | None:
+    """Follow an axis of length 1 that is added."""
     axes = list(walk.axes(call.args[0]))
     axes.insert(call.args[1] % (len(axes) + 1), [])
     return moved(walk, call, axes)
 
 
 def squeezed(walk: Walk, call: Call) -> Value | None:
+    """Follow axes of length 1 that are left out."""
     tensor, axes = call.args[0], walk.axes(call.args[0])
     dims = call.arg(1, list(range(len(axes))))
     dims = [dims] if isinstance(dims, int) else dims
@@ -77,18 +79,21 @@ def squeezed(walk: Walk, call: Call) -> Value | None:
 
 
 def expanded(walk: Walk, call: Call) -> Value | None:
+    """Follow axes along which entries are repeated; what is repeated may change places."""
     tensor, shape = call.args[0], call.shape
-    axes = [[]] * (len(shape) - tensor.dim()) + walk.axes(tensor)
+    axes: list[list[Units]] = [[]] * (len(shape) - tensor.dim()) + walk.axes(tensor)
     return moved(walk, call, [a if length(a) == n else fresh(n) for a, n in zip(axes, shape, strict=True)])
 
 
 def repeated(walk: Walk, call: Call) -> Value | None:
+    """Follow a tensor that is laid out several times along its axes."""
     tensor, counts = call.args[:2]
-    axes = [[]] * (len(counts) - tensor.dim()) + walk.axes(tensor)
+    axes: list[list[Units]] = [[]] * (len(counts) - tensor.dim()) + walk.axes(tensor)
     return moved(walk, call, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
 
 
 def selected(walk: Walk, call: Call) -> Value | None:
+    """Follow one slice along an axis."""
     value = walk.value(call.args[0])
     if value is None:
         return None

@@ -57,9 +57,7 @@ def places(parameters: Mapping[str, Value]) -> Iterator[Place]:
         for dim, axis in enumerate(value.axes):
             for place in _Tensor(name, dim, length(axis)).parts(axis) if axis else ():
                 # Nodes of fixed entries that begin with the same leaf are one node, seen through different operators.
-                cells = (
-                    nodes.setdefault((next(c.leaves()), c.size), c) if c.is_fixed else c for c in place.cells
-                )
+                cells = (nodes.setdefault((next(c.leaves()), c.size), c) if c.is_fixed else c for c in place.cells)
                 yield replace(place, cells=tuple(cells))
 
 
@@ -92,8 +90,8 @@ class _Tensor:
         number = next((n for n, cell in enumerate(cells) if self._divides(cells, n)), None)
         if number is None:
             whole = start == 0 and stop == (period or self.length)
-            part = None if whole else (start, stop)
-            yield Place(self.name, self.dim, tuple(cells), part, None if whole else period, before=preceding)
+            stretch = None if whole else (start, stop)
+            yield Place(self.name, self.dim, tuple(cells), stretch, None if whole else period, before=preceding)
             return
         before, cell, after = cells[:number], cells[number], cells[number + 1 :]
         run = length(after)

@@ -45,6 +45,7 @@ def product(walk: Walk, call: Call) -> Value:
 
 
 def dotted(walk: Walk, call: Call) -> Value:
+    """Follow a product of two vectors."""
     left, right = call.args[:2]
     a, b = walk.axes(left), walk.axes(right)
     _unite_summed(walk, left, right, a[0], b[0])

@@ -41,8 +41,9 @@ def double_copy(model: nn.Module) -> nn.Module:
         raise SymmetryError(f"{type(model).__name__} cannot be copied: {error}") from error
     for module in twin.modules():
         # Grouped products of experts exist for narrow types alone, and sort tokens by data.
-        if hasattr(module, "set_experts_implementation"):
-            module.set_experts_implementation("batched_mm")
+        choose: Any = getattr(module, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -62,6 +63,9 @@ def _shake(parameter: Tensor, generator: torch.Generator) -> None:
     # Small scales, such as those of fresh branches, are lifted: what has no effect would hide what it multiplies.
     inputs = parameter[0].numel() if parameter.dim() > 1 else 1
     least = 1.0 if parameter.dim() <= 1 or inputs == 1 else inputs**-0.5
+    if parameter.dim() <= 1:
+        # Scales and biases below 0 would silence units, of which the outputs then tell nothing.
+        noise = noise.abs()
     parameter.add_(noise * max(_NOISE * size, least if size < least / 3 else 0.0))
 
 
@@ -92,9 +96,47 @@ class Prover:
     def repeats(self, *, training: bool) -> bool:
         """Return whether two runs are equal, as they are unless the model draws numbers that torch does not know."""
         try:
-            return self.error(Symmetry(()), 0, training=training) == 0
+            return self.error(Symmetry(()), 1, training=training) == 0
         except Exception:  # noqa: BLE001 - the model's own code may raise anything
             return False
+
+    def reached(self) -> set[str]:
+        """Return the first names of the tensors that change an output, as far as gradients show it."""
+        parameters = {
+            name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if name in self.names
+        }
+        generator = torch.Generator().manual_seed(0)
+        inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in self.inputs)
+        try:
+            with in_mode(self.model, training=False), decomposed(), TrueDouble(), torch.enable_grad():
+                results = [tensor for tensor in answers(self.model(*inputs)) if tensor.requires_grad]
+                total = torch.stack([_sensitive(tensor) for tensor in results]).sum()
+                learnt = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+                gradients = torch.autograd.grad(total, list(learnt.values()), allow_unused=True)
+        except Exception:  # noqa: BLE001 - the model's own code may raise anything, or have no gradients
+            return set(parameters)
+        return {
+            name
+            for name, gradient in zip(learnt, gradients, strict=True)
+            if gradient is not None and bool(gradient.any())
+        }
+
+    def enlarged(self) -> "Prover | None":
+        """Return a prover on a batch twice as long, if all inputs have a batch of one length."""
+        tensors = [tensor for tensor in self.inputs if tensor is not None]
+        if not all(tensor.dim() and len(tensor) == len(tensors[0]) for tensor in tensors):
+            return None
+        doubled = tuple(None if tensor is None else torch.cat([tensor, tensor.flip(0)]) for tensor in self.inputs)
+        prover = Prover(self.model, doubled, self.names)
+        return prover if prover.runs() else None
+
+    def runs(self) -> bool:
+        """Return whether the model runs on the inputs."""
+        try:
+            self._expected(1, training=False)
+        except Exception:  # noqa: BLE001 - the model's own code may raise anything
+            return False
+        return True
 
     def error(self, symmetry: Symmetry, seed: int, *, training: bool = False) -> float:
         """Return the relative change of the outputs under one random element."""
@@ -155,6 +197,11 @@ class _WithoutDropout(TrueDouble):
 
 
 Trial = Callable[[Symmetry], bool]
+
+
+def _sensitive(tensor: Tensor) -> Tensor:
+    """Return a number that depends on every entry of an output but masks."""
+    return torch.where(tensor.abs() < _MASKED, tensor, 0).cos().sum()
 
 
 def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -90,7 +90,7 @@ class _System:
             self._assign(user, (self.pivots[user] - {pivot}) ^ expression)
         self._assign(pivot, expression)
 
-    def _assign(self, pivot: int, expression: set[Charge]) -> None:
+    def _assign(self, pivot: Charge, expression: set[Charge]) -> None:
         for unknown in self.pivots.get(pivot, set()) - expression:
             self.users[unknown].discard(pivot)
         self.pivots[pivot] = expression

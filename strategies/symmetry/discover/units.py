@@ -209,7 +209,7 @@ class Uniter:
             return None
         if units.kind == "family":
             members = [self._factors_of(part.root(), size) for part in units.parts]
-            return None if None in members else [_family(units, parts) for parts in zip(*members, strict=True)]  # type: ignore[arg-type]
+            return None if None in members else [_family(units, parts) for parts in zip(*members, strict=True)]
         if not units.kind:
             units.kind, units.parts = "product", (units.part(size), units.part(units.size // size))
             units.parts[0].whole = units

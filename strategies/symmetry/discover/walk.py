@@ -32,6 +32,9 @@ STATISTICS = (*MEASURED, "._u", "._v", "weight_u", "weight_v")
 # Operators whose result on equal entries depends on the places of the entries.
 _ORDERED = ("argsort", "cumprod", "cumsum", "nonzero", "sort", "topk", "tril", "triu", "constant_pad_nd")
 
+# Operators by which dropout draws and applies its mask.
+_DROPOUT = {"bernoulli_", "div_", "empty_like", "mul", "native_dropout"}
+
 # Operators after which squares are squares, or sums of squares.
 _KEEPS_SQUARES = {
     *("_to_copy", "_unsafe_view", "alias", "clone", "detach", "expand", "mean", "mul_scalar", "permute", "slice"),
@@ -97,7 +100,7 @@ class Record:
         unread: names of the tensors that it did not read.
         batched: numbers of values that are multiplied matrix by matrix, or read entry by entry.
         decides: True if the model chose operations by numbers that depend on parameters.
-        trains: True if the model was followed in training mode too.
+        operators: names of the operators that ran in training mode, by True, and in evaluation, by False.
     """
 
     signs: Signs = field(default_factory=Signs)
@@ -105,7 +108,13 @@ class Record:
     unread: set[str] = field(default_factory=set)
     batched: set[int] = field(default_factory=set)
     decides: bool = False
-    trains: bool = True
+    operators: dict[bool, set[str]] = field(default_factory=dict)
+
+    @property
+    def trains_apart(self) -> bool:
+        """True if training runs other operators than evaluation, besides dropout."""
+        training = self.operators.get(True, set())
+        return "native_batch_norm" in training or bool(training - self.operators[False] - _DROPOUT)
 
 
 class Walk(TrueDouble):
@@ -118,6 +127,7 @@ class Walk(TrueDouble):
         self.names = names
         self.rules = rules
         self.operation = ""
+        self.operators: set[str] = set()
         self.uniter = Uniter(self.fix)
         self._values: dict[int, Value] = {}
         self._keep: list[Tensor] = []
@@ -128,6 +138,7 @@ class Walk(TrueDouble):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name.removeprefix("aten::")
         self.operation = name
+        self.operators.add(name)
         call = Call(name.removesuffix("_"), args, kwargs or {}, out)
         if call.name in _CREATIONS:
             self._create(call)
@@ -165,6 +176,10 @@ class Walk(TrueDouble):
             value = Value([fresh(n, layer) for n in tensor.shape], self.signs.new())
             self.record.parameters[name] = value
         return value
+
+    def known(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor, of which nothing varies if it is a constant."""
+        return self.value(tensor) or self.new(self.axes(tensor))
 
     def axes(self, tensor: Tensor) -> list[list[Units]]:
         """Return the units along each axis of a tensor; those of constants and inputs keep their places."""

@@ -33,7 +33,10 @@ def roberta(head: str) -> tuple[type, Any]:
 
 
 def pooler(prefix: str) -> State:
-    return {f"{prefix}.pooler.dense.weight": torch.randn(WIDTH, WIDTH), f"{prefix}.pooler.dense.bias": torch.randn(WIDTH)}
+    return {
+        f"{prefix}.pooler.dense.weight": torch.randn(WIDTH, WIDTH),
+        f"{prefix}.pooler.dense.bias": torch.randn(WIDTH),
+    }
 
 
 def without(state: State, *words: str) -> State:
@@ -104,7 +107,11 @@ LAYOUTS: dict[str, tuple[tuple[type, Any], Callable[[State], State], str]] = {
         lambda state: without(state, "lm_head"),
         "GPT2Model",
     ),
-    "angles of an old version": ((hf.LlamaForCausalLM, hf.LlamaConfig(**ROTARY)), plus(**OLD_ANGLES), "LlamaForCausalLM"),
+    "angles of an old version": (
+        (hf.LlamaForCausalLM, hf.LlamaConfig(**ROTARY)),
+        plus(**OLD_ANGLES),
+        "LlamaForCausalLM",
+    ),
     "an embedding of texts without a prefix": (
         (hf.Qwen3ForCausalLM, hf.Qwen3Config(**ROTARY, head_dim=6, tie_word_embeddings=True)),
         bare("model."),

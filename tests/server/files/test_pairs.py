@@ -87,13 +87,17 @@ def test_a_base_is_aligned_to_a_fine_tuned_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["model", "anchor"])
 def test_what_one_side_stores_and_the_other_derives_is_no_obstacle(side: str, tmp_path: Path) -> None:
-    folders = {name: llama(tmp_path / name, seed, tie_word_embeddings=True) for seed, name in enumerate(("model", "anchor"))}
+    folders = {
+        name: llama(tmp_path / name, seed, tie_word_embeddings=True) for seed, name in enumerate(("model", "anchor"))
+    }
     table = load_file(folders[side] / "model.safetensors")["model.embed_tokens.weight"].clone()
     change(folders[side], lm_head__weight=table, model__position_ids=torch.arange(16)[None])
     report = align(folders["model"], folders["anchor"], "LlamaForCausalLM")
     assert report["apart"] == []
     state = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(state.get("lm_head.weight", state["model.embed_tokens.weight"]), state["model.embed_tokens.weight"])
+    assert torch.equal(
+        state.get("lm_head.weight", state["model.embed_tokens.weight"]), state["model.embed_tokens.weight"]
+    )
 
 
 def test_a_vocabulary_that_grew_is_compared_on_its_common_rows(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ State = dict[str, Tensor]
 def rules(draw: st.DrawFn) -> tuple[State, list[str]]:
     """Draw stored tensors, and the rule by which each becomes a tensor of a module."""
     sizes = [draw(st.integers(1, 4)) for _ in range(3)]
-    kinds = draw(st.lists(st.sampled_from(["name", "transpose", "stack", "concatenate", "chunk", "interleave"]), min_size=1))
+    kinds = draw(
+        st.lists(st.sampled_from(["name", "transpose", "stack", "concatenate", "chunk", "interleave"]), min_size=1)
+    )
     state = {}
     for number, kind in enumerate(kinds):
         shape = (2 * sizes[0], 2 * sizes[1]) if kind in ("chunk", "interleave") else (sizes[0], sizes[1])
@@ -76,7 +78,8 @@ def test_a_copy_of_a_tied_tensor_moves_with_it() -> None:
     table = torch.randn(4, 2)
     stored = {"table": table, "head": table.clone(), "other": table + 1}
     layout = find_layout(
-        stored, lambda numbers: ({"table": numbers["table"], "head": numbers["table"], "other": numbers["table"]}, set())
+        stored,
+        lambda numbers: ({"table": numbers["table"], "head": numbers["table"], "other": numbers["table"]}, set()),
     )
     layout = with_copies(layout, stored)
     assert layout.copies == {"head": "table"}
