@@ -112,8 +112,9 @@ def _discovered(
         tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in example
     )
     tell("copy the model", 0.0)
+    # Of the model itself: tensors of a copy in another type no longer overlap.
+    names = aliases(model)
     twin = double_copy(model)
-    names = aliases(twin)
     tell("follow the model", 0.05)
     identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
     record = follow(twin, inputs, identities)
