@@ -17,6 +17,8 @@ from torch.func import functional_call
 
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
 from fedbasin.strategies.symmetry.float64_execution import true_double
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.groups.groups import Group
 from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
@@ -152,8 +154,14 @@ def random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transfor
     elements = {}
     for space in symmetry.spaces:
         draws = (space.group.random(generator) for _ in range(_DRAWS))
-        elements[space.name] = next((e for e in draws if not e.is_identity), space.group.identity())
+        elements[space.name] = next((e for e in draws if _moves(space.group, e)), space.group.identity())
     return Transform(symmetry, elements)
+
+
+def _moves(group: Group, element: Element) -> bool:
+    """Return whether an element changes something, and the order of the blocks if the group may."""
+    reorders = group.permutes_blocks and group.count > 1
+    return not element.is_in_place if reorders else not element.is_identity
 
 
 def _error(

@@ -17,7 +17,7 @@ from fedbasin.strategies.symmetry.coverage import Coverage, coverage
 from fedbasin.strategies.symmetry.discover.bundles import Bundle, Cell, Kind, bundles
 from fedbasin.strategies.symmetry.discover.digest import digest
 from fedbasin.strategies.symmetry.discover.follow import follow
-from fedbasin.strategies.symmetry.discover.proof import Prover, double_copy
+from fedbasin.strategies.symmetry.discover.proof import Prover, double_twin
 from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
@@ -112,19 +112,20 @@ def _discovered(
         tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in example
     )
     tell("copy the model", 0.0)
-    twin = double_copy(model)
-    names = aliases(twin)
-    tell("follow the model", 0.05)
-    identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
-    record = follow(twin, inputs, identities)
-    if record.decides and (idle := record.unread & {name for name, _ in twin.named_parameters()}):
-        raise SymmetryError(
-            f"{type(model).__name__} chooses by data what it runs, and {min(idle)!r} was not among it; give an example "
-            "in which every part is used"
-        )
-    search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
-    symmetry = search.run()
-    return symmetry, _stops(record, search)
+    # Of the model itself: tensors of a copy in another type no longer overlap.
+    names = aliases(model)
+    with double_twin(model) as twin:
+        tell("follow the model", 0.05)
+        identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
+        record = follow(twin, inputs, identities)
+        if record.decides and (idle := record.unread & {name for name, _ in twin.named_parameters()}):
+            raise SymmetryError(
+                f"{type(model).__name__} chooses by data what it runs, and {min(idle)!r} was not among it; give an example "
+                "in which every part is used"
+            )
+        search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
+        symmetry = search.run()
+        return symmetry, list(_stops(record, search))
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

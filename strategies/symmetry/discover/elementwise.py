@@ -299,7 +299,22 @@ _CURVED = (
     *("elu", "eq", "exp", "exp2", "expm1", "floor", "floor_divide", "fmod", "ge", "gelu", "gt", "hardsigmoid"),
     *("hardswish", "isfinite", "isinf", "isnan", "le", "leaky_relu", "log", "log10", "log1p", "log2", "log_sigmoid"),
     *("log_sigmoid_forward", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum"),
-    *("mish", "nan_to_num", "ne", "reciprocal", "relu", "relu6", "remainder", "round", "rsqrt", "sigmoid", "sign"),
+    *(
+        "mish",
+        "nan_to_num",
+        "ne",
+        "_prelu_kernel",
+        "prelu",
+        "selu",
+        "reciprocal",
+        "relu",
+        "relu6",
+        "remainder",
+        "round",
+        "rsqrt",
+        "sigmoid",
+        "sign",
+    ),
     *("silu", "softplus", "softshrink", "hardshrink", "special_expm1", "sqrt", "threshold", "trunc", "xlogy"),
 )
 

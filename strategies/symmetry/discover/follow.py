@@ -42,6 +42,7 @@ def _run(
     model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[int, str], record: Record, *, training: bool
 ) -> None:
     walk = Walk(model, record, dict(names), _RULES)
+    walk.drive(tensor for tensor in inputs if tensor is not None and tensor.is_floating_point())
     with in_mode(model, training=training), decomposed(), walk:
         try:
             output = model(*inputs)

@@ -188,11 +188,12 @@ def decided(walk: Walk, call: Call) -> Any:
     """Follow a number that leaves the model's tensors, by which it may decide."""
     tensor = call.args[0]
     value = walk.value(tensor)
-    if value is not None and not value.uniform and value not in walk.record.parameters.values():
+    depends = value is not None and not value.uniform and value not in walk.record.parameters.values()
+    if depends or id(tensor) in walk.driven:
         if tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
             raise SymmetryError(
-                f"the model decides by data, at {walk.source()}: the value of a {tensor.dtype} that depends on "
-                "parameters leaves the forward pass, and with other data it may take another path"
+                f"the model decides by data, at {walk.source()}: a {tensor.dtype} that depends on parameters or inputs "
+                "leaves the forward pass, and with other data the model may take another path"
             )
         walk.record.decides = True
     return stop(walk, call)

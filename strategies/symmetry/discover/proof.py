@@ -5,8 +5,10 @@ tensors that change into the copy, runs it, and writes the old tensors back.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,12 +29,34 @@ _NOISE = 0.3
 _MASKED = 1e30
 
 
-def double_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in float64 whose parameters are shaken, all of them to a size that has an effect.
+@contextmanager
+def double_twin(model: nn.Module) -> Iterator[nn.Module]:
+    """Give a model in float64 whose parameters are shaken, all of them to a size that has an effect.
+
+    It is a copy, or the model itself if its forward method was replaced by a function: a copy would run on the tensors
+    of the model. In that case the model has its own tensors again afterwards.
 
     Raises:
         SymmetryError: the model cannot be copied.
     """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
+        saved = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data.clone()
+            _shake_all(model)
+            yield model
+        finally:
+            for tensor, data in zip(tensors, saved, strict=True):
+                tensor.data = data
+        return
+    twin = _copy(model)
+    _shake_all(twin)
+    yield twin
+
+
+def _copy(model: nn.Module) -> nn.Module:
     try:
         # Weights that a hook computes are no leaves, which deepcopy refuses; the hook computes them again.
         computed = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
@@ -44,6 +68,10 @@ def double_copy(model: nn.Module) -> nn.Module:
         choose: Any = getattr(module, "set_experts_implementation", None)
         if choose is not None:
             choose("batched_mm")
+    return twin
+
+
+def _shake_all(twin: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -54,7 +82,6 @@ def double_copy(model: nn.Module) -> nn.Module:
                 # A buffer may be a variance, which must stay positive.
                 noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
                 buffer.copy_(torch.where(buffer == 0, _NOISE * noise.abs(), buffer * torch.exp(_NOISE * noise)))
-    return twin
 
 
 def _shake(parameter: Tensor, generator: torch.Generator) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedbasin.strategies.symmetry.discover.signs import Signs
 from fedbasin.strategies.symmetry.discover.units import Axis, Uniter, Units, fixed, fresh, leaves
 from fedbasin.strategies.symmetry.float64_execution import TrueDouble
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from fedbasin.strategies.tensors.state import MEASURED
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -31,6 +32,9 @@ STATISTICS = (*MEASURED, "._u", "._v", "weight_u", "weight_v")
 
 # Operators whose result on equal entries depends on the places of the entries.
 _ORDERED = ("argsort", "cumprod", "cumsum", "nonzero", "sort", "topk", "tril", "triu", "constant_pad_nd")
+
+# Operators whose result leaves the tensors.
+_DECISIONS = ("_local_scalar_dense", "equal", "is_nonzero")
 
 # Operators by which dropout draws and applies its mask.
 _DROPOUT = {"bernoulli_", "div_", "empty_like", "mul", "native_dropout"}
@@ -129,6 +133,7 @@ class Walk(TrueDouble):
         self.operation = ""
         self.operators: set[str] = set()
         self.uniter = Uniter(self.fix)
+        self.driven: set[int] = set()
         self._values: dict[int, Value] = {}
         self._keep: list[Tensor] = []
         self._tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
@@ -144,16 +149,20 @@ class Walk(TrueDouble):
             self._create(call)
             return out
         tensors = list(tensors_in((args, call.kwargs)))
+        if any(id(tensor) in self.driven for tensor in tensors):
+            self.drive(tensors_in((out,)))
         operands = [value for tensor in tensors if (value := self.value(tensor)) is not None]
         for value in operands:
             for axis, reason in value.unused:
                 self.fix(axis, reason)
+        if not operands and call.name in _DECISIONS:
+            self._follow(call)
         if all(value.uniform for value in operands):
             self._follow_constants(call, tensors, operands, in_place=func._schema.is_mutable)
             return out
         if call.name not in _KEEPS_SQUARES:
             self._bend_squares(operands)
-        self._annotate(call, self.rules.get(call.name, stop)(self, call), in_place=func._schema.is_mutable)
+        self._annotate(call, self._follow(call), in_place=func._schema.is_mutable)
         return out
 
     # Values
@@ -195,16 +204,31 @@ class Walk(TrueDouble):
         """Return a new value."""
         return Value(axes, self.signs.new() if charge is None else charge, **known)
 
+    def drive(self, tensors: Iterable[Tensor | None]) -> None:
+        """Note that tensors depend on numbers among the inputs, by which a model must not decide."""
+        for tensor in tensors:
+            if tensor is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                self.driven.add(id(tensor))
+                self._keep.append(tensor)
+
     def _create(self, call: Call) -> None:
         kind: Any = "zero" if call.name in _ZEROS else "equal"
         like = self.value(call.args[0]) if call.args else None
         axes = [fresh(n) for n in call.shape] if like is None or not call.name.endswith("_like") else like.axes
         self._store(call.out, self.new(axes, uniform=kind))
 
+    def _follow(self, call: Call) -> Any:
+        try:
+            return self.rules.get(call.name, stop)(self, call)
+        except SymmetryError:
+            raise
+        except Exception:  # noqa: BLE001 - an overload that a rule does not know has other arguments
+            return stop(self, call)
+
     def _follow_constants(self, call: Call, tensors: list[Tensor], operands: list[Value], *, in_place: bool) -> None:
         """Follow an operator on tensors of equal entries and on constants."""
         if operands and len(operands) == len(tensors) and call.name in self.rules and call.name not in _ORDERED:
-            result = self.rules[call.name](self, call)
+            result = self._follow(call)
             kinds = {value.uniform for value in operands}
             kind: Any = "noise" if "noise" in kinds else "zero" if kinds == {"zero"} else "equal"
             for value in result if isinstance(result, list) else [result]:

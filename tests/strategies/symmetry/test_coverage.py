@@ -7,7 +7,7 @@ from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.groups.group_notation import parse_group
 from fedbasin.strategies.symmetry.symmetry import parse
 from tests.strategies.symmetry.families import ConvNet, mlp
-from tests.strategies.symmetry.test_attention_layers import IMAGES, Images
+from tests.strategies.symmetry.test_discovery_of_attention import IMAGES, Images
 
 
 def test_all_but_the_labels_of_a_perceptron_is_covered() -> None:
