@@ -1,26 +1,30 @@
 """The tensors that a model returns to its user, which a symmetry must not change."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
+
+# Parts of the parametrisation: caches, attention weights and what one part of a model passes to the next.
+_INTERNAL = re.compile(r"^(encoder|decoder)_|^past_|^cache|attentions?$|(^|_)hidden_states$|^mems$|^state$")
+_STATES = re.compile(r"hidden_states?$|pooler_output$|^extract_features$")
+_HEADS = re.compile(r"logits|_embeds$|^loss|loss$|reconstruction$|^pred_|^predicted_")
 
 
 def answers(output: object) -> list[Tensor]:
     """Return the floating tensors of an output that a symmetry must keep.
 
-    Of a mapping these are logits, embeddings of a projection and losses, if there are any: hidden states, caches and
-    attention weights belong to the parametrisation. A model that returns hidden states alone is bound by the last of
-    them, and any other model by all that it returns.
+    Of a mapping these are all tensors, and sequences of tensors, but caches, attention weights and what an encoder
+    passes on; a nested mapping is the output of a part. The last hidden states belong to the parametrisation where the
+    model has a head, which logits, embeddings of a projection, predictions and losses tell.
     """
     if not isinstance(output, Mapping):
         return list(_floating(output))
-    answered = [value for name, value in output.items() if _is_answer(str(name))]
-    states = [value for name, value in output.items() if str(name).startswith(("last_hidden_state", "pooler_output"))]
-    return list(_floating(answered)) or list(_floating(states)) or list(_floating(output))
-
-
-def _is_answer(name: str) -> bool:
-    return name.endswith(("logits", "_embeds", "loss", "reconstruction")) or name.startswith(("logits", "loss"))
+    values = {str(name): value for name, value in output.items() if not isinstance(value, Mapping)}
+    values = {name: value for name, value in values.items() if not _INTERNAL.search(name)}
+    if any(_HEADS.search(name) and value is not None for name, value in values.items()):
+        values = {name: value for name, value in values.items() if not _STATES.search(name)}
+    return list(_floating(values)) or list(_floating(output))
 
 
 def _floating(output: object) -> Iterator[Tensor]:
