@@ -43,7 +43,8 @@ def _is_text(config: Any) -> bool:
 
 def _has_two_towers(config: Any) -> bool:
     """Return whether the model compares texts with images; models that read images as tokens run on text alone."""
-    return hasattr(config, "vision_config") and hasattr(config, "text_config") and hasattr(config, "projection_dim")
+    reads_images_as_tokens = any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
+    return hasattr(config, "vision_config") and hasattr(config, "text_config") and not reads_images_as_tokens
 
 
 def _text(config: Any, generator: torch.Generator) -> Tensor:

@@ -152,6 +152,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gpt_bigcode": {"n_inner": None},
     "xlnet": {"d_inner": 48},
+    "yolos": {"image_size": [32, 32]},
     "mobilevit": {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 16]},
     "audio-spectrogram-transformer": {"max_length": 32, "num_mel_bins": 16},
 }
@@ -159,7 +160,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 # Architectures that need more than an example of their inputs: separator tokens, masks of patches, further backbones.
 _NOT_RUN = {
     *("BeitForSemanticSegmentation", "LongformerForQuestionAnswering", "LongformerForMultipleChoice"),
-    *("SplinterForPreTraining", "BlipForQuestionAnswering", "PLBartPreTrainedModel"),
+    *("SplinterForPreTraining", "DPRReader", "BlipForQuestionAnswering", "PLBartPreTrainedModel"),
 }
 
 # The types that are examined, with every architecture that the library has for them.

@@ -11,12 +11,23 @@ from tests.architectures.vision_models import MODELS, examine_vision_model, is_i
 # One of each kind: fused and grouped attention, experts, state spaces, latent attention, windows, cross attention,
 # convolutions, tied and shared layers.
 SAMPLE = {
-    "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertForPreTraining",
-    "t5": "T5ForConditionalGeneration", "vit": "ViTForImageClassification", "phi3": "Phi3ForCausalLM",
-    "falcon": "FalconForCausalLM", "bloom": "BloomForCausalLM", "mixtral": "MixtralForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM", "mamba": "MambaForCausalLM", "swin": "SwinForImageClassification",
-    "convnext": "ConvNextForImageClassification", "whisper": "WhisperForConditionalGeneration",
-    "albert": "AlbertForMaskedLM", "clip": "CLIPModel", "yolos": "YolosForObjectDetection",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "bert": "BertForPreTraining",
+    "t5": "T5ForConditionalGeneration",
+    "vit": "ViTForImageClassification",
+    "phi3": "Phi3ForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "bloom": "BloomForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "swin": "SwinForImageClassification",
+    "convnext": "ConvNextForImageClassification",
+    "whisper": "WhisperForConditionalGeneration",
+    "albert": "AlbertForMaskedLM",
+    "clip": "CLIPModel",
+    "yolos": "YolosForObjectDetection",
 }
 PLAIN_SAMPLE = {
     *(
