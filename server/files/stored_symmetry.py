@@ -289,13 +289,14 @@ def _rotating(model: StoredModel, executable: ExecutableModel) -> Symmetry:
     config: Any = executable.config
     if config is None:
         raise ModelError(f"{model.path}: --rotate-residual needs the config of a known family, and not --module")
+    symmetry = rotating_residual_family(config.model_type, config, executable.module.state_dict())
     # Checked here too, because a file may hold two copies of a tied table, of which a fold would change one.
     if config.tie_word_embeddings:
         raise ModelError(
             f"{model.path}: --rotate-residual folds the last norm into the head, which this config ties to the token "
             "table; untie them (tie_word_embeddings = False), or leave the option out"
         )
-    return rotating_residual_family(config.model_type, config, executable.module.state_dict())
+    return symmetry
 
 
 def _storable(symmetry: Symmetry, layout: TensorLayout) -> tuple[Symmetry, tuple[str, ...]]:

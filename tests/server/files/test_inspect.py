@@ -330,4 +330,4 @@ def test_a_residual_stream_that_cannot_rotate_is_refused(llama: Path, tmp_path: 
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     said = refusal("inspect", llama, "--rotate-residual")
-    assert "which this config ties to the token table" in said
+    assert "tie_word_embeddings = False" in said
