@@ -84,7 +84,8 @@ def shared_tensors(anchor: StoredModel, model: SymmetricModel, symmetry: Symmetr
     tokens = _tokens(anchor, model.stored)
     rows: dict[str, Rows | None] = {}
     for name in states[1]:
-        if name in states[0]:
+        # A tied tensor counts once.
+        if name in states[0] and name not in model.layout.twins:
             moved = {axis.dim for space in model.symmetry.spaces for axis in space.axes if axis.tensor == name}
             _add_rows(rows, name, states[0][name].shape, states[1][name].shape, moved, tokens)
     part = _on_shared(symmetry, rows.keys())
@@ -93,7 +94,7 @@ def shared_tensors(anchor: StoredModel, model: SymmetricModel, symmetry: Symmetr
             f"{model.stored.path} and {anchor.path} share no tensors that can be aligned; align models of one "
             "architecture and size"
         )
-    apart = tuple(name for name in states[1] if name not in rows)
+    apart = tuple(name for name in states[1] if name not in rows and name not in model.layout.twins)
     return SharedTensors(part, _RowsState(states[0], rows, "anchor"), _RowsState(states[1], rows, "model"), apart)
 
 

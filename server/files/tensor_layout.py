@@ -84,6 +84,13 @@ class TensorLayout:
                 result.setdefault(piece.stored, []).append((name, piece))
         return result
 
+    @cached_property
+    def twins(self) -> frozenset[str]:
+        """The module's tensors that hold the stored entries of another one before them, because the two are tied."""
+        first: dict[object, str] = {}
+        keys = {n: tuple((p.stored, p.block, p.offset, p.strides) for p in parts) for n, parts in self.pieces.items()}
+        return frozenset(name for name, key in keys.items() if first.setdefault(key, name) != name)
+
 
 def find_layout(stored: State, load: Callable[[State], tuple[State, set[str]]]) -> TensorLayout:
     """Return where the entries of a module's tensors are stored.
