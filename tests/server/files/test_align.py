@@ -35,7 +35,7 @@ def test_each_space_says_how_it_went(tmp_path: Path) -> None:
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[0] == ["space", "moved", "gain", "certified"]
     assert {row[0].rpartition(".")[2] for row in rows[1:6]} == {"word_embeddings", "query", "dense"}
-    assert "distance to the anchor 27.1916 → " in done.stdout
+    assert "distance to the anchor 28." in done.stdout
     assert "proven by execution: outputs change by " in done.stdout
     assert done.stderr == ""
 
