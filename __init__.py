@@ -2,7 +2,7 @@
 
     from fedbasin import FedBasin                                   # in the ServerApp, in place of Flower's FedAvg
     from fedbasin import basin                                      # in the ClientApp: ClientApp(mods=[basin(model=Net)])
-    from fedbasin import trace, align, Update, fuse, barrier        # on models at hand
+    from fedbasin import align, discover, Update, fuse, barrier        # on models at hand
 
 Names are imported when they are first used, so that a client does not load what only a server needs.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedbasin.strategies.fusion.update import Update as Update
     from fedbasin.strategies.recipes import RECIPES as RECIPES
     from fedbasin.strategies.symmetry.check import check as check
-    from fedbasin.strategies.symmetry.discover.tracing import trace as trace
+    from fedbasin.strategies.symmetry.discover.discovery import discover as discover
     from fedbasin.strategies.symmetry.models.families import family as family
     from fedbasin.strategies.symmetry.symmetry import Symmetry as Symmetry
     from fedbasin.strategies.symmetry.symmetry import parse as parse
@@ -47,10 +47,10 @@ _HOMES = {
     "barrier": "strategies.diagnostics.loss_path",
     "basin": "client.mod",
     "check": "strategies.symmetry.check",
+    "discover": "strategies.symmetry.discover.discovery",
     "family": "strategies.symmetry.models.families",
     "fuse": "strategies.fusion.accumulator",
     "parse": "strategies.symmetry.symmetry",
-    "trace": "strategies.symmetry.discover.tracing",
 }
 
 __version__ = _version("fedbasin")

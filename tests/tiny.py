@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedbasin.client import basin
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests.federation import Federation
 
 CLASSES = 3
@@ -21,7 +21,7 @@ def net(seed=0):
 
 
 def symmetry():
-    return trace(net(), torch.zeros(2, PIXELS))
+    return discover(net(), torch.zeros(2, PIXELS)).symmetry
 
 
 def own_net(context):

@@ -1,52 +1,74 @@
-"""Alignment of one stored model to another, and the application of a saved transform."""
+"""Alignment of one stored model to another, and the application of a saved transform, proven before it is written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Group
 from rich.table import Column, Table
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
+from fedbasin.server.files.executable_model import change_of_function
 from fedbasin.server.files.reading import ModelError, StoredModel, few
+from fedbasin.server.files.shared_tensors import shared_tensors
+from fedbasin.server.files.stored_symmetry import SymmetricModel
+from fedbasin.server.files.tensor_layout import ModuleState, StoredState
 from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.transformed_state import TransformedState
-from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
+from fedbasin.strategies.alignment.weight_matching import find_by_weights, fold_state
 from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
 
-# Keys of a config that record how its file was written: models of one architecture may differ in them.
-_PROVENANCE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+# Far above rounding in float64, far below the effect of a tensor that is left behind.
+_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class FileAlignment:
+    """The transform that takes a model into the basin of an anchor.
+
+    Attributes:
+        transform: the transform, in the names of the model's symmetry.
+        report: how far each space moved, and what it gained.
+        apart: names of tensors that the anchor does not share.
+    """
+
+    transform: Transform
+    report: AlignmentReport
+    apart: tuple[str, ...]
 
 
 def align(
-    anchor: StoredModel, model: StoredModel, symmetry: Symmetry, on_read: Callable[[str], None], *, certify: bool
-) -> MatchResult:
-    """Find the transform that takes `model` into the basin of `anchor`.
+    anchor: StoredModel, model: SymmetricModel, symmetry: Symmetry, on_read: Callable[[str], None], *, certify: bool
+) -> FileAlignment:
+    """Find the transform that takes `model` into the basin of `anchor`, on the tensors that both have.
 
     Args:
         anchor: the model that stays as it is.
         model: the model that the transform is for.
-        symmetry: the symmetry of both models.
+        symmetry: the part of its symmetry that is aligned.
         on_read: called with the name of each tensor of `model` that the search reads.
         certify: prove first at which spaces the identity is optimal; costs memory.
 
     Raises:
-        ModelError: an entry is infinite or not a number, or a norm cannot be folded.
+        ModelError: the models share nothing, an entry is infinite or not a number, or a norm cannot be folded.
     """
-    states: list[State] = []
-    for stored, state in ((anchor, anchor), (model, _WatchedState(model, on_read))):
+    for stored in (anchor, model.stored):
         _refuse_not_finite(stored)
-        try:
-            states.append(fold_state(symmetry, state))
-        except FoldError as error:
-            raise ModelError(f"{stored.path}: {error}") from error
-    anchor_state, model_state = states
-    bounds = identity_bounds(symmetry, anchor_state) if certify else None
-    return find_by_weights(symmetry, anchor_state, model_state, bounds)
+    shared = shared_tensors(anchor, model, symmetry)
+    states = [
+        _folded(stored, shared.symmetry, state)
+        for stored, state in ((anchor, shared.anchor), (model.stored, _WatchedState(shared.model, on_read)))
+    ]
+    bounds = identity_bounds(shared.symmetry, states[0]) if certify else None
+    match = find_by_weights(shared.symmetry, states[0], states[1], bounds)
+    spaces = tuple(space for space in symmetry.spaces if space.name in match.transform.elements)
+    transform = Transform(replace(symmetry, spaces=spaces), match.transform.elements)
+    return FileAlignment(transform, match.report, shared.apart)
 
 
 class _WatchedState(Mapping[str, Tensor]):
@@ -67,68 +89,66 @@ class _WatchedState(Mapping[str, Tensor]):
         return len(self._state)
 
 
-def require_equal_shapes(anchor: StoredModel, model: StoredModel) -> None:
-    """Refuse two models that do not have the same tensors.
+class _DoubleState(Mapping[str, Tensor]):
+    """A state in double precision, converted tensor by tensor."""
 
-    Raises:
-        ModelError: names the tensors that differ in name or shape.
-    """
-    for holder, lacking in ((anchor, model), (model, anchor)):
-        if missing := [name for name in holder if name not in lacking.files]:
-            raise ModelError(
-                f"{lacking.path} has no tensor {few(missing)}, but {holder.path} has; align only models of one "
-                "architecture that were saved in the same way"
-            )
-    shapes = model.shapes()
-    differ = [
-        f"{name} {tuple(shapes[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in anchor.shapes().items()
-        if shapes[name].shape != tensor.shape
-    ]
-    if differ:
-        raise ModelError(
-            f"{model.path} has other shapes than {anchor.path}: {few(differ)}; align only models of one architecture"
-        )
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._state[name]
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
-def require_equal_symmetries(
-    anchor: StoredModel, model: StoredModel, anchor_symmetry: Symmetry, model_symmetry: Symmetry
-) -> None:
-    """Refuse two models whose configs give different symmetries.
-
-    Raises:
-        ModelError: names the keys in which the configs differ.
-    """
-    if anchor_symmetry == model_symmetry:
-        return
-    keys = (anchor.config.keys() | model.config.keys()) - _PROVENANCE
-    differ = sorted(key for key in keys if anchor.config.get(key) != model.config.get(key))
-    # Equal configs may still differ in tensors, such as a head that one file leaves out.
-    where = f"configs differ in {few(differ)}" if differ else "files hold different tensors"
-    raise ModelError(
-        f"{model.path} and {anchor.path} are of two architectures: their {where}; align only models of one architecture"
-    )
-
-
-def apply_transform(transform: Transform, model: StoredModel) -> State:
-    """Return the state of a stored model in which each tensor is transformed when it is read.
+def apply_transform(transform: Transform, model: SymmetricModel) -> State:
+    """Return the stored tensors of a model, each of which is transformed when it is read.
 
     Raises:
         ModelError: the transform was made for another model.
     """
-    symmetry = transform.symmetry
     try:
-        symmetry.check(model.shapes())
-        state = fold_state(symmetry, model)
-    except (SymmetryError, FoldError) as error:
-        raise ModelError(f"{model.path}: {error}") from error
-    # Without identity elements, tensors that stay are written byte for byte.
-    elements = {name: e for name, e in transform.elements.items() if not e.is_identity}
-    return TransformedState(symmetry, state, elements)
+        transform.symmetry.check({name: tensor.to("meta") for name, tensor in model.state.items()})
+    except SymmetryError as error:
+        raise ModelError(f"{model.stored.path}: {error}") from error
+    return _transformed(transform, model, model.stored)
 
 
-def render_alignment(report: AlignmentReport) -> Group:
-    """Return the report of an alignment as a table with a line on the distances below it."""
+def prove_if_possible(transform: Transform, model: SymmetricModel, *, wanted: bool) -> float | None:
+    """Execute a model with its stored tensors and with those that are to be written, in float64.
+
+    Args:
+        transform: the transform that is to be applied.
+        model: the model.
+        wanted: False proves nothing.
+
+    Returns:
+        The largest relative change of an output; None if nothing was proven, because it was not wanted, or because a
+        symmetry that was given by hand came without a module.
+
+    Raises:
+        ModelError: the function changes, or the model does not run on its example.
+    """
+    if not wanted or model.executable is None:
+        return None
+    double = _DoubleState(model.stored)
+    change = change_of_function(model.executable, double, _transformed(transform, model, double))
+    # Also where it is not a number.
+    if not change < _TOLERANCE:
+        raise ModelError(
+            f"{model.stored.path}: its outputs would change by {change:.1e} in float64, so nothing is written; "
+            "report this model, or choose other spaces with --spaces"
+        )
+    return change
+
+
+def render_alignment(report: AlignmentReport, lines: Sequence[str]) -> Group:
+    """Return the report of an alignment as a table, with the distances and further lines below it."""
     numbers = (Column(name, justify="right") for name in ("moved", "gain"))
     table = Table(Column("space", overflow="fold"), *numbers, "certified", box=None, pad_edge=False)
     for space in report.spaces:
@@ -136,7 +156,39 @@ def render_alignment(report: AlignmentReport) -> Group:
         table.add_row(space.space, number(space.moved), number(space.gain), certified)
     distances = f"{report.distance_before:.6g} → {report.distance_after:.6g}"
     sweeps = "1 sweep" if report.sweeps == 1 else f"{report.sweeps} sweeps"
-    return Group(table, "", f"distance to the anchor {distances} in {sweeps}")
+    return Group(table, "", f"distance to the anchor {distances} in {sweeps}", *lines)
+
+
+def describe_proof(change: float | None, model: SymmetricModel) -> str:
+    """Return a sentence on the proof of what was written."""
+    if change is not None:
+        return f"proven by execution: outputs change by {change:.1e} in float64"
+    reason = "--no-prove" if model.executable is not None else "the model cannot be executed; give --module"
+    return f"not proven by execution: {reason}"
+
+
+def describe_rest(model: SymmetricModel, apart: tuple[str, ...] = ()) -> list[str]:
+    """Return sentences on the tensors that stay, and on those that the anchor does not share."""
+    unread = model.layout.unread if model.executable is None or model.by_hand else model.executable.layout.unread
+    kind = model.executable.kind if model.executable else "the model"
+    return [
+        *([f"not read by {kind}, and as it was: {few(unread)}"] if unread else []),
+        *([f"not shared by the anchor: {few(apart)}"] if apart else []),
+    ]
+
+
+def _transformed(transform: Transform, model: SymmetricModel, stored: State) -> State:
+    state = _folded(model.stored, transform.symmetry, ModuleState(model.layout, stored))
+    # Without identity elements, tensors that stay are written byte for byte.
+    elements = {name: e for name, e in transform.elements.items() if not e.is_identity}
+    return StoredState(model.layout, stored, TransformedState(transform.symmetry, state, elements))
+
+
+def _folded(model: StoredModel, symmetry: Symmetry, state: State) -> State:
+    try:
+        return fold_state(symmetry, state)
+    except FoldError as error:
+        raise ModelError(f"{model.path}: {error}") from error
 
 
 def _refuse_not_finite(model: StoredModel) -> None:

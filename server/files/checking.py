@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from rich.console import Group
 from rich.table import Column, Table
 
-from fedbasin.server.files.building import RunnableModel
-from fedbasin.server.files.stored_symmetry import add_tied_axes
+from fedbasin.server.files.reading import ModelError
+from fedbasin.server.files.stored_symmetry import SymmetricModel, in_module_names
 from fedbasin.strategies.symmetry.check import CheckReport, check
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
-from fedbasin.strategies.tensors.state import tied
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,23 @@ class Verdict:
     passed: bool
 
 
-def check_kinds(model: RunnableModel, symmetry: Symmetry, *, trials: int, seed: int) -> list[Verdict]:
+def check_kinds(model: SymmetricModel, symmetry: Symmetry, *, trials: int, seed: int) -> list[Verdict]:
     """Check each kind of space, and all spaces together.
 
+    Args:
+        model: a model that can be executed.
+        symmetry: the part of its symmetry that is checked.
+        trials: number of random elements for each kind.
+        seed: seed of elements, inputs and parameters.
+
     Raises:
+        ModelError: the model cannot be executed.
         SymmetryError: a space does not fit the module, or the module does not run.
     """
-    whole = add_tied_axes(symmetry, tied(model.module.state_dict()))
+    executable = model.executable
+    if executable is None:
+        raise ModelError(f"{model.stored.path}: a file does not say which module it is for; give --module or --config")
+    whole = in_module_names(symmetry, executable.layout) if model.by_hand else symmetry
     kinds: dict[str, tuple[Space, ...]] = defaultdict(tuple)
     for space in whole.spaces:
         kinds[re.sub(r"\.?\d+", "", space.name) or space.name] += (space,)
@@ -49,7 +58,7 @@ def check_kinds(model: RunnableModel, symmetry: Symmetry, *, trials: int, seed: 
     verdicts = []
     for kind, spaces in kinds.items():
         part = replace(whole, spaces=spaces)
-        report = check(model.module, part, *model.inputs, trials=trials, seed=seed)
+        report = check(executable.module, part, executable.example, trials=trials, seed=seed)
         verdicts.append(_summarise(kind, len(spaces), report))
     return verdicts
 

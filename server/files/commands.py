@@ -29,12 +29,25 @@ Notation = Annotated[
     Path | None,
     typer.Option("--symmetry", help="File with the symmetry in the notation of docs/reference/notation.md."),
 ]
-Config = Annotated[Path | None, typer.Option(help="A config.json of a known family. Default: the one in the folder.")]
+Config = Annotated[
+    Path | None, typer.Option(help="A config.json that names the architecture. Default: the one in the folder.")
+]
+Module = Annotated[
+    str | None,
+    typer.Option(
+        "--module",
+        metavar="PACKAGE:FUNCTION",
+        help="Function that returns the torch module of the model and an example of its inputs.",
+    ),
+]
+NoProof = Annotated[
+    bool, typer.Option("--no-prove", help="Write without executing the model before and after; needs less memory.")
+]
 RotateResidual = Annotated[
     bool,
     typer.Option(
         "--rotate-residual",
-        help="Let the residual stream rotate, with its norms folded into the layers that read it; needs a config.",
+        help="Let the residual stream rotate, with its norms folded into the layers that read it; needs a config of a known family.",
     ),
 ]
 Spaces = Annotated[
@@ -56,6 +69,7 @@ def inspect(
     model: Model,
     symmetry: Notation = None,
     config: Config = None,
+    module: Module = None,
     rotate_residual: RotateResidual = False,
     spaces: Spaces = None,
     first: First = None,
@@ -65,24 +79,25 @@ def inspect(
 ) -> None:
     """Show a model's symmetry: its spaces, their groups and widths, and their share of the parameters.
 
-    The symmetry comes from --symmetry, --config, the metadata of the file or the config of the folder. Values are
-    not read.
+    The symmetry comes from --symmetry, --config, the metadata of the file or the config of the folder. A config names
+    an architecture, which is executed: spaces are what execution proves. What does not move is listed, with what keeps
+    it in its place.
 
     Exits with 0, and with 2 if the model cannot be read or its symmetry is unknown.
     """
     with exit_on_failure():
         from fedbasin.server.files import inspection
         from fedbasin.server.files.reading import open_model
-        from fedbasin.server.files.stored_symmetry import choose_spaces, symmetry_of
+        from fedbasin.server.files.stored_symmetry import Source, choose_spaces, in_stored_names, symmetric_model
 
-        stored = open_model(model)
-        whole = symmetry_of(stored, symmetry, config, rotate_residual=rotate_residual)
-        part = choose_spaces(whole, spaces or (), first, last)
-        result = inspection.inspect_model(stored, whole, part)
+        with _progress_of_discovery() as progress:
+            whole = symmetric_model(open_model(model), Source(symmetry, config, module, rotate_residual), progress)
+        part = choose_spaces(whole.symmetry, spaces or (), first, last)
+        result = inspection.inspect_model(whole, part)
     if notation:
-        typer.echo(str(part), nl=False)
+        typer.echo(str(in_stored_names(part, whole.layout) or part), nl=False)
     else:
-        print_results([result], inspection.render_inspection(result), as_json=as_json)
+        print_results([asdict(result)], inspection.render_inspection(result), as_json=as_json)
 
 
 @app.command()
@@ -92,10 +107,12 @@ def align(
     output: Output,
     symmetry: Notation = None,
     config: Config = None,
+    module: Module = None,
     rotate_residual: RotateResidual = False,
     spaces: Spaces = None,
     first: First = None,
     last: Last = None,
+    no_prove: NoProof = False,
     certify: Annotated[
         bool, typer.Option("--certify", help="Skip spaces that are proven to be optimal already; needs more memory.")
     ] = False,
@@ -109,44 +126,45 @@ def align(
     """Move a model into the basin of another without changing its function.
 
     Units and heads are permuted and rotated so that they come closest to the anchor's. The output has the layout, the
-    dtypes and the other files of MODEL.
+    dtypes and the other files of MODEL. The anchor is read as MODEL's architecture, and the two are compared on what
+    they share. Before anything is written the model is executed with its old and its new tensors.
 
     Prints for each space the distance that it moved (0 to 1), its gain in agreement and whether the identity was
     certified as optimal.
 
-    Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C, which
-    leaves nothing behind.
+    Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, or the function would change, and
+    with 130 on Ctrl-C, which leaves nothing behind.
     """
     with exit_on_failure():
         import torch
 
         from fedbasin.server.files import align_file, transform_file, writing
         from fedbasin.server.files.reading import open_model
-        from fedbasin.server.files.stored_symmetry import choose_spaces, symmetry_of
+        from fedbasin.server.files.stored_symmetry import Source, choose_spaces, symmetric_model
 
         if threads is not None:
             torch.set_num_threads(threads)
         stored, stored_anchor = open_model(model), open_model(anchor)
         # Every refusal comes before the search, which may take long.
-        for source in (model, anchor):
-            writing.refuse_overlap(source, output)
+        for path in (model, anchor):
+            writing.refuse_overlap(path, output)
         writing.refuse_target(stored, output, force=force)
         if transform is not None:
             for path in (model, anchor, output):
                 writing.refuse_overlap(path, transform)
             writing.refuse_existing(transform, force=force)
-        whole = symmetry_of(stored, symmetry, config, rotate_residual=rotate_residual)
-        align_file.require_equal_shapes(stored_anchor, stored)
-        if stored.config and stored_anchor.config and not (symmetry or config):
-            anchor_symmetry = symmetry_of(stored_anchor, rotate_residual=rotate_residual)
-            align_file.require_equal_symmetries(stored_anchor, stored, anchor_symmetry, whole)
-        part = choose_spaces(whole, spaces or (), first, last)
+        with _progress_of_discovery() as progress:
+            source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
+        part = choose_spaces(source.symmetry, spaces or (), first, last)
         with _matching_progress() as on_read:
-            match = align_file.align(stored_anchor, stored, part, on_read, certify=certify)
-        _write(stored, output, align_file.apply_transform(match.transform, stored))
+            alignment = align_file.align(stored_anchor, source, part, on_read, certify=certify)
+        change = align_file.prove_if_possible(alignment.transform, source, wanted=not no_prove)
+        _write(stored, output, align_file.apply_transform(alignment.transform, source))
         if transform is not None:
-            transform_file.save(match.transform, transform)
-    print_results([match.report], align_file.render_alignment(match.report), as_json=as_json)
+            transform_file.save(alignment.transform, source, transform)
+    lines = [*align_file.describe_rest(source, alignment.apart), align_file.describe_proof(change, source)]
+    record = {**asdict(alignment.report), "apart": alignment.apart, "change": change}
+    print_results([record], align_file.render_alignment(alignment.report, lines), as_json=as_json)
 
 
 @app.command()
@@ -155,23 +173,34 @@ def apply(
     model: Model,
     output: Output,
     inverse: Annotated[bool, typer.Option("--inverse", help="Undo the transform instead.")] = False,
+    config: Config = None,
+    module: Module = None,
+    no_prove: NoProof = False,
     force: Force = False,
 ) -> None:
     """Apply a saved transform to a model, such as one that was trained further.
+
+    Before anything is written the model is executed with its old and its new tensors.
 
     Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C.
     """
     with exit_on_failure():
         from fedbasin.server.files import align_file, transform_file, writing
         from fedbasin.server.files.reading import open_model
+        from fedbasin.server.files.stored_symmetry import Source
 
-        element, stored = transform_file.load(transform), open_model(model)
+        stored = open_model(model)
         for source in (model, transform):
             writing.refuse_overlap(source, output)
         writing.refuse_target(stored, output, force=force)
+        element, target = transform_file.load(transform, stored, Source(config=config, module=module))
         if inverse:
             element = element.inverse()
-        _write(stored, output, align_file.apply_transform(element, stored))
+        tensors = align_file.apply_transform(element, target)
+        change = align_file.prove_if_possible(element, target, wanted=not no_prove)
+        _write(stored, output, tensors)
+    for line in (*align_file.describe_rest(target), align_file.describe_proof(change, target)):
+        typer.echo(line)
 
 
 @app.command()
@@ -183,13 +212,7 @@ def check(
     spaces: Spaces = None,
     first: First = None,
     last: Last = None,
-    module: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PACKAGE:FUNCTION",
-            help="Function that returns the torch module of the model and an example of its inputs.",
-        ),
-    ] = None,
+    module: Module = None,
     trials: Annotated[int, typer.Option(min=1, help="Number of random elements for each kind of space.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of elements, inputs and parameters.")] = 0,
     as_json: Json = False,
@@ -202,21 +225,15 @@ def check(
     Exits with 0, with 1 if an element changed the function, and with 2 if the model cannot be built.
     """
     with exit_on_failure():
-        from fedbasin.server.files import building, checking
-        from fedbasin.server.files.reading import ModelError, open_model
-        from fedbasin.server.files.stored_symmetry import choose_spaces, symmetry_of
+        from fedbasin.server.files import checking
+        from fedbasin.server.files.reading import open_model
+        from fedbasin.server.files.stored_symmetry import Source, choose_spaces, symmetric_model
 
-        stored = open_model(model)
-        if module is None and not stored.is_folder:
-            raise ModelError(f"{model}: a file does not say which module it is for; give --module")
-        # Before the model is built, so that a symmetry that does not fit is refused at once.
-        symmetry_of(stored, symmetry, config, rotate_residual=rotate_residual)
-        runnable = building.build_from_folder(stored) if module is None else building.build_from_factory(stored, module)
-        state = runnable.module.state_dict()
-        whole = symmetry_of(stored, symmetry, config, state, rotate_residual=rotate_residual)
-        part = choose_spaces(whole, spaces or (), first, last)
-        verdicts = checking.check_kinds(runnable, part, trials=trials, seed=seed)
-    print_results(verdicts, checking.render_verdicts(verdicts), as_json=as_json)
+        with _progress_of_discovery() as progress:
+            source = symmetric_model(open_model(model), Source(symmetry, config, module, rotate_residual), progress)
+        part = choose_spaces(source.symmetry, spaces or (), first, last)
+        verdicts = checking.check_kinds(source, part, trials=trials, seed=seed)
+    print_results([asdict(verdict) for verdict in verdicts], checking.render_verdicts(verdicts), as_json=as_json)
     if not all(verdict.passed for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -238,12 +255,12 @@ def exit_on_failure() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def print_results(results: Sequence[Any], table: "Group", *, as_json: bool) -> None:
-    """Print results, which are dataclasses, as JSON lines or as a table."""
+def print_results(records: Sequence[dict[str, Any]], table: "Group", *, as_json: bool) -> None:
+    """Print records as JSON lines, or the table of them."""
     from rich.console import Console
 
     if as_json:
-        typer.echo("\n".join(json.dumps(asdict(result)) for result in results))
+        typer.echo("\n".join(json.dumps(record) for record in records))
     else:
         Console(highlight=False, markup=False).print(table)
 
@@ -255,6 +272,16 @@ def progress_bar(*columns: "ProgressColumn") -> "Progress":
 
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def _progress_of_discovery() -> "Iterator[Callable[[str, float], None]]":
+    """Show what discovery does; yields the function to call with it and the fraction that is done."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+
+    with progress_bar(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task("executing the model", total=1.0)
+        yield lambda what, done: progress.update(task, description=what, completed=done)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from torch import Tensor
 
-from fedbasin.server.files.reading import StoredModel
+from fedbasin.server.files.stored_symmetry import SymmetricModel, in_stored_names
 from fedbasin.server.report.charts.text import size
 from fedbasin.strategies.symmetry.coverage import coverage, touched_entries
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
@@ -42,6 +42,7 @@ class Inspection:
 
     Attributes:
         model: path of the file or folder.
+        architecture: class of the module that was executed, or None if the symmetry was given by hand.
         files: number of files with tensors.
         tensors: number of tensors.
         parameters: number of their entries.
@@ -49,11 +50,16 @@ class Inspection:
         dtypes: number of tensors of each dtype.
         tied: names that the files leave out, each with the name under which its tensor is stored.
         ties_embeddings: True if the config says that the head is the table of the input.
+        coverage: share of the entries that the whole symmetry moves, 0 to 1.
+        kinds: the same share for each kind of group.
         untouched: tensors that no space of the whole symmetry touches.
+        unread: stored tensors that the module does not load, and that stay as they are.
+        stops: one sentence for each part that does not move.
         spaces: the chosen spaces.
     """
 
     model: str
+    architecture: str | None
     files: int
     tensors: int
     parameters: int
@@ -61,31 +67,48 @@ class Inspection:
     dtypes: dict[str, int]
     tied: dict[str, str]
     ties_embeddings: bool
+    coverage: float
+    kinds: dict[str, float]
     untouched: tuple[str, ...]
+    unread: tuple[str, ...]
+    stops: tuple[str, ...]
     spaces: tuple[SpaceRow, ...]
 
 
-def inspect_model(model: StoredModel, whole: Symmetry, part: Symmetry) -> Inspection:
-    """Count the tensors and parameters of a model and of its spaces, without reading values.
+def inspect_model(model: SymmetricModel, part: Symmetry) -> Inspection:
+    """Count the tensors and parameters of a model and of its spaces.
 
     Args:
-        model: the stored model.
-        whole: its symmetry, which decides which tensors are untouched.
+        model: the stored model with its whole symmetry, which decides which tensors are untouched.
         part: the spaces to list.
     """
-    shapes = model.shapes()
+    stored = model.stored
+    shapes = stored.shapes()
     total = sum(tensor.numel() for tensor in shapes.values())
+    tensors = shapes
+    whole, part_in_files = (in_stored_names(symmetry, model.layout) for symmetry in (model.symmetry, part))
+    if whole is None or part_in_files is None:
+        # Tensors that are stored in pieces are counted as the module has them, and tied ones once.
+        once = {pieces[0].stored: name for name, pieces in reversed([*model.layout.pieces.items()])}
+        tensors = {name: model.state[name].to("meta") for name in once.values()}
+        whole, part_in_files = model.symmetry, part
+    measured = coverage(whole, tensors)
     return Inspection(
-        model=str(model.path),
-        files=len(model.shards),
+        model=str(stored.path),
+        architecture=model.executable.kind if model.executable else None,
+        files=len(stored.shards),
         tensors=len(shapes),
         parameters=total,
         bytes=sum(tensor.nbytes for tensor in shapes.values()),
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in shapes.values())),
-        tied=model.ties,
-        ties_embeddings=bool(model.config.get("tie_word_embeddings", False)),
-        untouched=coverage(whole, shapes).uncovered,
-        spaces=tuple(_count_space(space, shapes, total) for space in part.spaces),
+        tied=stored.ties,
+        ties_embeddings=bool(stored.config.get("tie_word_embeddings", False)),
+        coverage=measured.fraction,
+        kinds=dict(measured.by_kind),
+        untouched=measured.uncovered,
+        unread=model.executable.layout.unread if model.executable and not model.by_hand else (),
+        stops=model.stops,
+        spaces=tuple(_count_space(space, tensors, total) for space in part_in_files.spaces),
     )
 
 
@@ -116,7 +139,10 @@ def _summary_lines(inspection: Inspection) -> list[str]:
         f"{size(inspection.bytes)} in {files}",
         *([f"stored once: {_join(ties)}"] if ties else []),
         *([head] if inspection.ties_embeddings else []),
+        *(f"{kind} moves {share:.1%}" for kind, share in inspection.kinds.items()),
+        *([f"not read by {inspection.architecture}: {_join(inspection.unread)}"] if inspection.unread else []),
         f"touched by no space: {_join(inspection.untouched) or 'nothing'}",
+        *inspection.stops[:_MOST_NAMES],
     ]
 
 

@@ -22,6 +22,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+# Endings of files that may hold weights.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
+
 
 class ModelError(ValueError):
     """A model that cannot be read or written; the message names file and tensor, and what to do."""
@@ -74,6 +77,22 @@ class StoredModel(Mapping[str, Tensor]):
         return {
             name: stored for name, stored in self.metadata.items() if name not in self.files and stored in self.files
         }
+
+    @property
+    def readers(self) -> tuple[Path, ...]:
+        """Weights of further modules of the folder, which read this model's output, as in sentence-transformers.
+
+        Such a module is listed in modules.json, or has a config.json of its own.
+        """
+        if not self.is_folder:
+            return ()
+        listed = self.path / "modules.json"
+        entries = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+        folders = {
+            self.path / str(entry.get("path")) for entry in entries if isinstance(entry, dict) and entry.get("path")
+        }
+        folders |= {path.parent for path in self.path.glob(f"*/{CONFIG}")}
+        return tuple(sorted(path for folder in folders for path in folder.glob("*") if path.suffix in WEIGHTS))
 
     def shapes(self) -> dict[str, Tensor]:
         """Return tensors of the same names, shapes and dtypes that need no memory."""

@@ -1,22 +1,23 @@
-"""The symmetry of a stored model, and the choice of some of its spaces.
+"""The symmetry of a stored model: given by hand, or discovered by executing the architecture that its config names.
 
-The symmetry comes from the first source that exists: a file in the notation, a config that names a family, the
-`symmetry` in the metadata of the model's file, the config.json of its folder.
+The symmetry comes from the first source that exists: a file in the notation, a config, the `symmetry` in the metadata
+of the model's file, the config.json of its folder. One function derives it for every command.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedbasin.server.files.published_names import library_names
+from fedbasin.server.files.executable_model import ExecutableModel, from_factory, from_folder
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, read_json
-from fedbasin.strategies.symmetry.models.families import family
+from fedbasin.server.files.symmetry_cache import SymmetryCache
+from fedbasin.server.files.tensor_layout import ModuleState, StoredState, TensorLayout, identity_layout
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_family
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.tensors.state import State
@@ -28,40 +29,116 @@ METADATA = "symmetry"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def symmetry_of(
-    model: StoredModel,
-    notation: Path | None = None,
-    config: Path | None = None,
-    state: State | None = None,
-    *,
-    rotate_residual: bool = False,
-) -> Symmetry:
-    """Return the symmetry of a stored model, once it is known to fit the model's tensors.
+@dataclass(frozen=True)
+class Source:
+    """What the user says of a model's symmetry.
+
+    Attributes:
+        notation: a file in the notation.
+        config: a config.json that names the architecture.
+        module: a function `package.module:function` that returns the module and its example.
+        rotate_residual: let the residual stream rotate, which folds the norms into the layers that read it.
+    """
+
+    notation: Path | None = None
+    config: Path | None = None
+    module: str | None = None
+    rotate_residual: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetricModel:
+    """A stored model with its symmetry.
+
+    Attributes:
+        stored: the stored tensors.
+        symmetry: the symmetry, in the names of the module; in those of the files if it was given by hand.
+        layout: where the tensors that the symmetry names are stored.
+        executable: the module, if the model can be executed.
+        by_hand: True if the user wrote the symmetry.
+        source: what the user said of the symmetry.
+        stops: one sentence for each part that does not move.
+    """
+
+    stored: StoredModel
+    symmetry: Symmetry
+    layout: TensorLayout
+    executable: ExecutableModel | None
+    by_hand: bool
+    source: Source = Source()
+    stops: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> State:
+        """The tensors in the names of the symmetry."""
+        return ModuleState(self.layout, self.stored)
+
+    def to_stored(self, state: State, original: State | None = None) -> State:
+        """Return the stored tensors of a state in the names of the symmetry, with all that it does not read."""
+        return StoredState(self.layout, self.stored if original is None else original, state)
+
+
+def symmetric_model(
+    model: StoredModel, source: Source | None = None, progress: Callable[[str, float], None] | None = None
+) -> SymmetricModel:
+    """Return a stored model with its symmetry, once it is known to fit the model's tensors.
 
     Args:
         model: the stored model.
-        notation: a file in the notation.
-        config: a file that names a family.
-        state: state of the loaded model, if its names are needed and not those of the files.
-        rotate_residual: let the residual stream rotate, which folds the norms of the family into their readers.
+        source: what the user says of the symmetry.
+        progress: called while the symmetry is discovered.
 
     Raises:
         ModelError: no source gives a symmetry, or it does not fit the model's tensors.
     """
-    shapes = model.shapes() if state is None else state
+    source = source or Source()
     try:
-        symmetry = _read_symmetry(model, shapes, notation, config, rotate_residual=rotate_residual)
-        symmetry = _drop_tied_axes(symmetry, model.ties)
-        symmetry.check(shapes)
+        notation = _notation(model, source)
+        if notation is not None:
+            return _by_hand(model, notation, source)
+        return derived(model, _executable(model, source), source, progress)
     except SymmetryError as error:
         raise ModelError(f"{model.path}: {error}") from error
-    for space in symmetry.spaces:
-        for axis in space.axes:
-            if (dtype := shapes[axis.tensor].dtype) not in _DTYPES:
-                raise ModelError(
-                    f"{model.path}: {axis.tensor!r} of space {space.name!r} is {dtype}, which cannot be transformed; "
-                    "convert the model to bfloat16 or float32"
-                )
+
+
+def model_of_symmetry(
+    model: StoredModel, stored: Symmetry | None, module: Symmetry | None, source: Source
+) -> SymmetricModel:
+    """Return a stored model with a symmetry that is known, such as that of a saved transform.
+
+    Args:
+        model: the stored model.
+        stored: the symmetry in the names of files, if there is one.
+        module: the symmetry in the names of the module, if it is known.
+        source: what the user says of the architecture.
+
+    Raises:
+        ModelError: the symmetry does not fit the model's tensors.
+    """
+    can_build = source.module is not None or source.config is not None or "model_type" in model.config
+    try:
+        if module is not None and can_build:
+            executable = _executable(model, source)
+            symmetric = SymmetricModel(model, module, executable.layout, executable, by_hand=False, source=source)
+            module.check({name: tensor.to("meta") for name, tensor in symmetric.state.items()})
+            return symmetric
+        if stored is None:
+            raise ModelError(f"{model.path}: its architecture must be known; give --config {CONFIG} or --module")
+        return _by_hand(model, stored, source)
+    except SymmetryError as error:
+        raise ModelError(f"{model.path}: {error}") from error
+
+
+def symmetry_of(model: StoredModel, notation: Path | None = None, config: Path | None = None) -> Symmetry:
+    """Return the symmetry of a stored model in the names of its files.
+
+    Raises:
+        ModelError: no source gives a symmetry, it does not fit, or it acts on tensors that are stored in pieces.
+    """
+    symmetric = symmetric_model(model, Source(notation, config))
+    symmetry = in_stored_names(symmetric.symmetry, symmetric.layout)
+    if symmetry is None:
+        raise ModelError(f"{model.path}: its tensors are stored in pieces, in whose names no symmetry can be written")
     return symmetry
 
 
@@ -94,50 +171,54 @@ def choose_spaces(
     return replace(symmetry, spaces=spaces)
 
 
-def add_tied_axes(symmetry: Symmetry, tied: Mapping[str, str]) -> Symmetry:
-    """Return the symmetry with the axes of a tied tensor repeated for each of its names.
+def in_stored_names(symmetry: Symmetry, layout: TensorLayout) -> Symmetry | None:
+    """Return a symmetry of a module in the names of its files, or None if a tensor is stored in pieces.
 
-    Args:
-        symmetry: a symmetry with axes for some of the names.
-        tied: for each name the first name of its tensor.
+    Two names of one stored tensor become one axis.
     """
-    twins: dict[str, list[str]] = defaultdict(list)
-    for name, first_name in tied.items():
-        twins[first_name].append(name)
-    spaces = []
-    for space in symmetry.spaces:
-        axes = (
-            replace(axis, tensor=name)
-            for axis in space.axes
-            for name in twins.get(tied.get(axis.tensor, ""), [axis.tensor])
+    names = {name: pieces[0].stored for name, pieces in layout.pieces.items()}
+    touched = [axis.tensor for space in symmetry.spaces for axis in space.axes]
+    touched += [name for shift in symmetry.shifts for name in shift.tensors]
+    touched += [name for fold in symmetry.folds for name in (fold.weight, *(reader.tensor for reader in fold.readers))]
+    if not all(name in names and names[name] in layout.whole for name in touched):
+        return None
+    return _rename_tensors(symmetry, names)
+
+
+def in_module_names(symmetry: Symmetry, layout: TensorLayout) -> Symmetry:
+    """Return a symmetry of files in the names of the module that loads them.
+
+    The axes of a tensor that the module has under several names are repeated for each of them.
+    """
+    spaces = tuple(
+        replace(
+            space,
+            axes=tuple(
+                replace(axis, tensor=name) for axis in space.axes for name in _module_names(layout, axis.tensor)
+            ),
         )
-        spaces.append(replace(space, axes=tuple(dict.fromkeys(axes))))
-    return replace(symmetry, spaces=tuple(spaces))
+        for space in symmetry.spaces
+    )
+    return replace(_rename_tensors(symmetry, layout.whole), spaces=spaces)
 
 
-def _read_symmetry(
-    model: StoredModel, shapes: State, notation: Path | None, config: Path | None, *, rotate_residual: bool
-) -> Symmetry:
-    if notation is not None and config is not None:
+def _module_names(layout: TensorLayout, stored: str) -> Iterable[str]:
+    return dict.fromkeys(name for name, _ in layout.readers.get(stored, ())) if stored in layout.whole else (stored,)
+
+
+def _notation(model: StoredModel, source: Source) -> Symmetry | None:
+    """Return the symmetry that was written by hand, if there is one."""
+    if source.notation is not None and source.config is not None:
         raise ModelError("--symmetry and --config both define the symmetry; give one")
-    if rotate_residual and (notation is not None or (config is None and METADATA in model.metadata)):
+    is_written = source.notation is not None or (source.config is None and METADATA in model.metadata)
+    if source.rotate_residual and is_written:
         raise ModelError(
             f"{model.path}: --rotate-residual needs the config of a known family, but the symmetry is in the "
             "notation, which has its own folds; give --config instead, or leave the option out"
         )
-    if notation is not None:
-        return _parse_file(notation)
-    if config is not None:
-        return _family_symmetry(config, read_json(config), shapes, rotate_residual=rotate_residual)
-    if METADATA in model.metadata:
-        return parse(model.metadata[METADATA])
-    if model.config:
-        path = model.path / CONFIG
-        return _family_symmetry(path, model.config, shapes, rotate_residual=rotate_residual)
-    raise ModelError(
-        f"{model.path}: has no symmetry in its metadata and no {CONFIG}; give --symmetry FILE in the notation, or "
-        f"--config {CONFIG} of a known family"
-    )
+    if source.notation is not None:
+        return _parse_file(source.notation)
+    return parse(model.metadata[METADATA]) if is_written else None
 
 
 def _parse_file(notation: Path) -> Symmetry:
@@ -147,30 +228,122 @@ def _parse_file(notation: Path) -> Symmetry:
         raise ModelError(f"{notation}: cannot be read as a notation: {error}") from error
 
 
-def _family_symmetry(path: Path, config: Mapping[str, Any], shapes: State, *, rotate_residual: bool) -> Symmetry:
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path}: has no model_type; give the model's own config, or --symmetry FILE")
-    names = library_names(config, shapes)
-    state = {library: shapes[stored] for library, stored in names.items()}
-    make_symmetry = rotating_residual_family if rotate_residual else family
-    symmetry = make_symmetry(config["model_type"], config, state)
-    # Checked here too, because a file may hold two copies of a tied table, of which a fold would change one.
-    if rotate_residual and config.get("tie_word_embeddings"):
+def _by_hand(model: StoredModel, symmetry: Symmetry, source: Source) -> SymmetricModel:
+    shapes = model.shapes()
+    symmetry = _drop_tied_axes(symmetry, model.ties)
+    symmetry.check(shapes)
+    layout = identity_layout(shapes)
+    _refuse_narrow_dtypes(model, symmetry, layout)
+    is_built = source.module is not None or "architectures" in model.config
+    return SymmetricModel(
+        model, symmetry, layout, _executable(model, source) if is_built else None, by_hand=True, source=source
+    )
+
+
+def _executable(model: StoredModel, source: Source) -> ExecutableModel:
+    if source.module is not None:
+        return from_factory(model, source.module)
+    if source.config is None and not model.config:
         raise ModelError(
-            f"{path}: --rotate-residual folds the last norm into the head, which this config ties to the token "
-            "table; untie them, or leave the option out"
+            f"{model.path}: has no symmetry in its metadata and no {CONFIG}; give --symmetry FILE in the notation, "
+            f"--config {CONFIG} of its architecture, or --module"
         )
-    return _rename_tensors(symmetry, names)
+    where = source.config or model.path / CONFIG
+    config = model.config if source.config is None else read_json(source.config)
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{where}: has no model_type; give the model's own config, or --symmetry FILE")
+    return from_folder(model, config, where)
+
+
+def derived(
+    model: StoredModel,
+    executable: ExecutableModel,
+    source: Source,
+    progress: Callable[[str, float], None] | None = None,
+) -> SymmetricModel:
+    """Return a stored model with the symmetry that is discovered by executing it.
+
+    Args:
+        model: the stored model.
+        executable: its module.
+        source: what the user says of the symmetry.
+        progress: called while the symmetry is discovered.
+
+    Raises:
+        SymmetryError: the module does not run, or cannot be followed.
+        ModelError: the residual stream is to rotate and cannot, or a tensor has too narrow a dtype.
+    """
+    module, layout = executable.module, executable.layout
+    stops: tuple[str, ...] = ()
+    if source.rotate_residual:
+        symmetry = _rotating(model, executable)
+    else:
+        discovery = discover(module, executable.example, cache=SymmetryCache(), progress=progress)
+        symmetry, stops = discovery.symmetry, tuple(map(str, discovery.stops))
+    symmetry, kept = _storable(symmetry, layout)
+    _refuse_narrow_dtypes(model, symmetry, layout)
+    return SymmetricModel(model, symmetry, layout, executable, by_hand=False, source=source, stops=(*stops, *kept))
+
+
+def _rotating(model: StoredModel, executable: ExecutableModel) -> Symmetry:
+    config: Any = executable.config
+    if config is None:
+        raise ModelError(f"{model.path}: --rotate-residual needs the config of a known family, and not --module")
+    symmetry = rotating_residual_family(config.model_type, config, executable.module.state_dict())
+    # Checked here too, because a file may hold two copies of a tied table, of which a fold would change one.
+    if config.tie_word_embeddings:
+        raise ModelError(
+            f"{model.path}: --rotate-residual folds the last norm into the head, which this config ties to the token "
+            "table; untie them (tie_word_embeddings = False), or leave the option out"
+        )
+    return symmetry
+
+
+def _storable(symmetry: Symmetry, layout: TensorLayout) -> tuple[Symmetry, tuple[str, ...]]:
+    """Return the spaces whose tensors are all stored, and a sentence for each other one.
+
+    What a file lacks, such as a new head, is random in the module: nothing can move it.
+    """
+    lacking = {
+        space.name: name
+        for space in symmetry.spaces
+        for axis in space.axes
+        if (name := axis.tensor) not in layout.pieces
+    }
+    shifts = tuple(shift for shift in symmetry.shifts if all(name in layout.pieces for name in shift.tensors))
+    spaces = tuple(space for space in symmetry.spaces if space.name not in lacking)
+    return replace(symmetry, spaces=spaces, shifts=shifts), tuple(
+        f"the files lack {tensor!r}, which fixes the units of {space!r}" for space, tensor in lacking.items()
+    )
+
+
+def _refuse_narrow_dtypes(model: StoredModel, symmetry: Symmetry, layout: TensorLayout) -> None:
+    shapes = model.shapes()
+    for space in symmetry.spaces:
+        for axis in space.axes:
+            for piece in layout.pieces.get(axis.tensor, ()):
+                if (dtype := shapes[piece.stored].dtype) not in _DTYPES:
+                    raise ModelError(
+                        f"{model.path}: {piece.stored!r} of space {space.name!r} is {dtype}, which cannot be "
+                        "transformed; convert the model to bfloat16 or float32"
+                    )
 
 
 def _rename_tensors(symmetry: Symmetry, names: Mapping[str, str]) -> Symmetry:
     """Return a symmetry with other names for tensors and layers; two names of one tensor become one axis."""
-    layers = {library.removesuffix(".weight"): stored.removesuffix(".weight") for library, stored in names.items()}
+    layers = {old.removesuffix(".weight"): new.removesuffix(".weight") for old, new in names.items()}
     words = layers | dict(names)
-    # Renamed in the notation, because folds name layers as well as tensors.
-    renamed = parse(re.sub(r"[^\s\[\]()]+", lambda m: words.get(m[0], m[0]), str(symmetry)))
-    spaces = (replace(space, axes=tuple(dict.fromkeys(space.axes))) for space in renamed.spaces)
-    return replace(renamed, spaces=tuple(spaces))
+    # Renamed in the notation, because folds name layers as well as tensors; a space keeps its name.
+    spaces = tuple(
+        replace(
+            space,
+            axes=tuple(dict.fromkeys(replace(axis, tensor=names.get(axis.tensor, axis.tensor)) for axis in space.axes)),
+        )
+        for space in symmetry.spaces
+    )
+    rest = str(replace(symmetry, spaces=()))
+    renamed = parse(re.sub(r"[^\s\[\]()]+", lambda m: words.get(m[0], m[0]), rest))
+    return replace(renamed, spaces=spaces)
 
 
 def _drop_tied_axes(symmetry: Symmetry, ties: Mapping[str, str]) -> Symmetry:

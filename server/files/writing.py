@@ -17,10 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedbasin.server.files.reading import INDEX, SINGLE, ModelError, StoredModel
-
-# Endings of files in a model's folder that may hold its old weights.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
+from fedbasin.server.files.reading import INDEX, SINGLE, WEIGHTS, ModelError, StoredModel
 
 
 def write(model: StoredModel, target: Path, state: Mapping[str, Tensor], on_write: Callable[[int], None]) -> None:
@@ -52,6 +49,8 @@ def write(model: StoredModel, target: Path, state: Mapping[str, Tensor], on_writ
 def copy_other_files(model: StoredModel, folder: Path) -> None:
     """Make a folder with everything that is in a model's folder but weights, such as configs and the tokenizer."""
     shutil.copytree(model.path, folder, ignore=_weights_and_hidden)
+    for reader in model.readers:
+        shutil.copyfile(reader, folder / reader.relative_to(model.path))
 
 
 def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
@@ -110,7 +109,7 @@ def skipped_weights(model: StoredModel) -> list[str]:
     return sorted(
         str(path.relative_to(model.path))
         for path in model.path.rglob("*")
-        if path.suffix in _WEIGHTS and path not in model.shards
+        if path.suffix in WEIGHTS and path not in (*model.shards, *model.readers)
     )
 
 
@@ -139,7 +138,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def _weights_and_hidden(_folder: str, names: list[str]) -> list[str]:
     # Hidden folders hold version control and caches.
-    endings = (*_WEIGHTS, ".index.json")
+    endings = (*WEIGHTS, ".index.json")
     return [name for name in names if name.endswith(endings) or name.startswith(".")]
 
 

@@ -4,15 +4,16 @@ import logging
 
 from torch import nn
 
+from fedbasin.server.files.library_inputs import example_inputs
+from fedbasin.server.files.symmetry_cache import SymmetryCache
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.alignment.layer_subset import SubsetError, choose_layers
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import Align
 from fedbasin.strategies.symmetry.check import prove
 from fedbasin.strategies.symmetry.coverage import coverage
-from fedbasin.strategies.symmetry.discover.tracing import discover
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.example_inputs import Example
-from fedbasin.strategies.symmetry.models.families import FAMILIES, family
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
 
@@ -40,14 +41,15 @@ def symmetry_of_run(
     # Adapters have a symmetry of their own, and products of factors need none.
     if RECIPES[settings.recipe].lora is not None and symmetry is None:
         return "client" if settings.align == "auto" else settings.align, None
-    inputs = () if example is None else (example,)
+    inputs = _inputs(model, example)
     stopped: tuple[str, ...] = ()
+    given = symmetry
     if symmetry is None:
-        symmetry, stopped = _derived(model, inputs, state)
+        symmetry, stopped = _derived(model, inputs)
     if symmetry is None:
         return _without(settings, model)
     symmetry.check(state)
-    if model is not None and inputs:
+    if given is not None and model is not None and inputs:
         prove(model, symmetry, *inputs)
     if not symmetry.spaces:
         return _empty(settings, stopped)
@@ -56,12 +58,14 @@ def symmetry_of_run(
     except SubsetError as error:
         raise SettingsError(str(error)) from error
     align: Align = "client" if settings.align == "auto" else settings.align
-    fraction = coverage(symmetry, state).fraction
+    covered = coverage(symmetry, state)
+    kinds = ", ".join(f"{kind} {100 * fraction:.0f} %" for kind, fraction in covered.by_kind.items())
     proof = "proven by execution" if model is not None and inputs else "not proven: no example="
     _LOG.info(
-        "symmetry: %d spaces cover %.0f %% of the parameters, %s; aligned by the %s%s",
+        "symmetry: %d spaces cover %.0f %% of the parameters (%s), %s; aligned by the %s%s",
         len(symmetry.spaces),
-        100 * fraction,
+        100 * covered.fraction,
+        kinds,
         proof,
         align,
         f"; kept in place by {'; '.join(stopped[:3])}" if stopped else "",
@@ -69,20 +73,23 @@ def symmetry_of_run(
     return align, symmetry
 
 
-def _derived(
-    model: nn.Module | None, inputs: tuple[Example, ...], state: State
-) -> tuple[Symmetry | None, tuple[str, ...]]:
+def _derived(model: nn.Module | None, inputs: tuple[Example, ...]) -> tuple[Symmetry | None, tuple[str, ...]]:
     """Return the symmetry of a model, and the operations that kept units in place; None where it is not known."""
-    if model is None:
+    if model is None or not inputs:
         return None, ()
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type in FAMILIES:
-        return family(str(model_type), config, state), ()
-    if not inputs:
-        return None, ()
-    discovery = discover(model, *inputs)
-    return discovery.symmetry, discovery.stopped
+    discovery = discover(model, *inputs, cache=SymmetryCache(), progress=_log_progress)
+    return discovery.symmetry, tuple(map(str, discovery.stops))
+
+
+def _log_progress(what: str, fraction: float) -> None:
+    _LOG.debug("symmetry: %s (%.0f %%)", what, 100 * fraction)
+
+
+def _inputs(model: nn.Module | None, example: Example | None) -> tuple[Example, ...]:
+    """Return the example that was given, or one from the config of a model of the `transformers` library."""
+    if example is not None:
+        return (example,)
+    return (example_inputs(model),) if model is not None and hasattr(model, "main_input_name") else ()
 
 
 def _without(settings: Settings, model: nn.Module | None) -> tuple[Align, None]:

@@ -6,7 +6,8 @@ If the symmetry folds norms, g acts on the folded parameters, whose function mus
 to the parameters first: equal units, such as the scales of a fresh normalisation layer, would hide a missing axis.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
+from fedbasin.strategies.symmetry.float64_execution import true_double
+from fedbasin.strategies.symmetry.groups.element import Element
+from fedbasin.strategies.symmetry.groups.groups import Group
+from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
@@ -131,7 +136,7 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     state = _perturb(model, generator)
     random_inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in inputs)
-    transform = _random_transform(symmetry, generator)
+    transform = random_transform(symmetry, generator)
     translation = random_translation(symmetry.shifts, state, generator)
 
     def move(original: State) -> State:
@@ -144,16 +149,30 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -
     )
 
 
-def _random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transform:
+def random_transform(symmetry: Symmetry, generator: torch.Generator) -> Transform:
     """Draw a transform without identity elements, which would prove nothing about their spaces."""
     elements = {}
     for space in symmetry.spaces:
         draws = (space.group.random(generator) for _ in range(_DRAWS))
-        elements[space.name] = next((e for e in draws if not e.is_identity), space.group.identity())
+        elements[space.name] = next((e for e in draws if _moves(space.group, e)), space.group.identity())
     return Transform(symmetry, elements)
 
 
+def _moves(group: Group, element: Element) -> bool:
+    """Return whether an element changes something, and the order of the blocks if the group may."""
+    reorders = group.permutes_blocks and group.count > 1
+    return not element.is_in_place if reorders else not element.is_identity
+
+
 def _error(
+    model: nn.Module, move: Callable[[State], State], state: State, inputs: Arguments, dtype: torch.dtype
+) -> float:
+    # Published models compute parts in float32, which would hide every smaller error.
+    with true_double() if dtype == torch.float64 else nullcontext():
+        return _relative_change(model, move, state, inputs, dtype)
+
+
+def _relative_change(
     model: nn.Module, move: Callable[[State], State], state: State, inputs: Arguments, dtype: torch.dtype
 ) -> float:
     original = {name: _cast(tensor, dtype) for name, tensor in state.items()}
@@ -186,25 +205,13 @@ def _outputs(model: nn.Module, state: State, inputs: Arguments) -> list[Tensor]:
             "pass an example as its forward method takes it, and make tensors that it creates follow the dtype of its "
             "input"
         ) from error
-    outputs = list(_tensors(output))
+    outputs = answers(output)
     if not outputs:
         raise SymmetryError(
             f"{kind} returned no floating tensor, so its function cannot be compared; "
             "wrap it so that it returns its logits"
         )
     return outputs
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

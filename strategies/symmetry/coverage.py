@@ -21,22 +21,19 @@ class Coverage:
         by_kind: the same fraction for each kind of group, such as "S" or "O*O wr S". An entry that two kinds touch,
             such as a weight between two spaces, counts for both.
         uncovered: names of the floating tensors that no space touches.
-        stopped: the operations that fixed units, as `discover` reports them.
     """
 
     fraction: float
     by_kind: Mapping[str, float]
     uncovered: tuple[str, ...]
-    stopped: tuple[str, ...] = ()
 
 
-def coverage(symmetry: Symmetry, state: State, stopped: tuple[str, ...] = ()) -> Coverage:
+def coverage(symmetry: Symmetry, state: State) -> Coverage:
     """Measure the coverage of a symmetry; only names and shapes of the state are read.
 
     Args:
         symmetry: the symmetry of the model.
         state: all tensors of the model, or its parameters alone. A tensor counts under each of its names.
-        stopped: `Discovery.stopped` if the symmetry was traced.
     """
     # Counters and indices are no parameters.
     tensors = floating(state)
@@ -49,7 +46,6 @@ def coverage(symmetry: Symmetry, state: State, stopped: tuple[str, ...] = ()) ->
         fraction=sum(touched.values()) / total,
         by_kind={kind: sum(touched_entries(group, tensors).values()) / total for kind, group in axes.items()},
         uncovered=tuple(name for name in tensors if name not in touched),
-        stopped=stopped,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests.benchmarks.figures import Figure, Goal, Say, median_ratio
 
 INPUTS, WIDTH = 768, 3072
@@ -30,7 +30,7 @@ def measure(say: Say) -> Figure:
     model = nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.GELU(), nn.Linear(WIDTH, INPUTS))
     anchor = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     client = {n: t + NOISE * t.std() * torch.randn_like(t) for n, t in anchor.items()}
-    symmetry = trace(model, torch.zeros(1, INPUTS))
+    symmetry = discover(model, torch.zeros(1, INPUTS)).symmetry
     seconds: dict[str, list[float]] = {"bounds": [], "with": [], "without": []}
     for _ in range(REPETITIONS):
         bounds = _timed(seconds["bounds"], identity_bounds, symmetry, anchor)

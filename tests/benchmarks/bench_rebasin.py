@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import grid, linear_barrier
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.tensors.state import State, interpolate
 from tests.benchmarks.figures import Figure, Goal, Say
 
@@ -115,7 +115,7 @@ def trained(seed: int) -> dict[str, Tensor]:
 
 def aligned(anchor: State, client: State) -> dict[str, tuple[State, float]]:
     """The client as each method leaves it, and the seconds that it took."""
-    symmetry = trace(network(), torch.zeros(1, 64))
+    symmetry = discover(network(), torch.zeros(1, 64)).symmetry
     found: dict[str, tuple[State, float]] = {"unaligned": (client, 0.0)}
     for name, match in (("weights", match_weights), ("sinkhorn", match_sinkhorn)):
         started = time.perf_counter()

@@ -30,7 +30,7 @@ from fedbasin.server.run.reporter import Reporter
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.diagnostics.loss_path import path_losses
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests.benchmarks.bench_observer import observer_process
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.benchmarks.grid import PulledGrid
@@ -147,7 +147,7 @@ def server_seconds(settings: Mapping[str, object]) -> dict[str, float]:
         config = {"folder": folder, "observer": observer, "packed": True, **settings}
         run_config = {f"fedbasin.{key}": value for key, value in config.items()}
         context = Context(1, 1, {}, RecordDict(), run_config)
-        symmetry = trace(model, torch.zeros(1, WIDTHS[0]))
+        symmetry = discover(model, torch.zeros(1, WIDTHS[0])).symmetry
         strategy = FedBasin(symmetry=symmetry, model=model, context=context)
         start = ArrayRecord(model.state_dict())
         reports = strategy.start(ReportingGrid(CLIENTS), start, ROUNDS).reports

@@ -4,7 +4,7 @@ from torch import nn
 
 from fedbasin.client.capture.feature_correlations import correlations
 from fedbasin.strategies.alignment.activation_matching import match_activations
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
@@ -27,7 +27,7 @@ def mlp(seed=0):
 
 def test_correlations_are_the_covariance_of_both_models_features():
     anchor, own = mlp(0), mlp(1)
-    symmetry = trace(anchor, torch.zeros(1, 5, dtype=torch.float64))
+    symmetry = discover(anchor, torch.zeros(1, 5, dtype=torch.float64)).symmetry
     data = batches((50, 5), 50)
     (found,) = correlations(symmetry, mlp(2), anchor.state_dict(), own.state_dict(), data).values()
     a, k = (model[0](data[0][0]).detach() for model in (anchor, own))
@@ -37,7 +37,7 @@ def test_correlations_are_the_covariance_of_both_models_features():
 
 def test_how_data_falls_into_batches_plays_no_part():
     anchor, own = mlp(0), mlp(1)
-    symmetry = trace(anchor, torch.zeros(1, 5, dtype=torch.float64))
+    symmetry = discover(anchor, torch.zeros(1, 5, dtype=torch.float64)).symmetry
     states = anchor.state_dict(), own.state_dict()
     whole, split = (correlations(symmetry, mlp(), *states, batches((50, 5), size)) for size in (50, 7))
     torch.testing.assert_close(whole, split)
@@ -80,7 +80,7 @@ def test_the_model_is_left_as_it_was():
     model, own = mlp(0), mlp(1)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     model.train()
-    symmetry = trace(model, torch.zeros(1, 5, dtype=torch.float64))
+    symmetry = discover(model, torch.zeros(1, 5, dtype=torch.float64)).symmetry
     model.train()
     correlations(symmetry, model, mlp(2).state_dict(), own.state_dict(), batches((9, 5), 9))
     assert model.training
@@ -90,6 +90,6 @@ def test_the_model_is_left_as_it_was():
 
 def test_without_data_there_is_nothing_to_correlate():
     model = mlp()
-    symmetry = trace(model, torch.zeros(1, 5, dtype=torch.float64))
+    symmetry = discover(model, torch.zeros(1, 5, dtype=torch.float64)).symmetry
     with pytest.raises(ValueError, match="no examples"):
         correlations(symmetry, model, *[model.state_dict()] * 2, [])

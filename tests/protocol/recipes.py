@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord
 
 from fedbasin.strategies.fusion.lora.lora_factors import as_module
 from fedbasin.strategies.recipes import RECIPES
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests import running
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import Spec
@@ -47,7 +47,7 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
             federation,
             model if whole else as_module(state_of(model)),
             rounds,
-            symmetry=trace(model, experiment.task.train[0][:2]) if aligns else None,
+            symmetry=discover(model, experiment.task.train[0][:2]).symmetry if aligns else None,
             evaluate_fn=lambda number, arrays: _measure(experiment, number, arrays),
         )
 

@@ -16,11 +16,11 @@ from fedbasin.server.run.checkpoint import CheckpointError
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.symmetry import SymmetryError, parse
 from tests import running, tiny
 
-HIDDEN = trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.zeros(2, 4))
+HIDDEN = discover(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.zeros(2, 4)).symmetry
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter
 from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
-from fedbasin.server.files.align_file import require_equal_symmetries
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensors
@@ -29,6 +28,10 @@ from fedbasin.strategies.tensors.state import State
 
 # Keys of a config that hold the number of layers, by family.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+# Keys of a config that say where a model comes from, not what it is.
+_PROVENANCE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -203,9 +206,18 @@ def _check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) ->
     first, *others = models.values()
     symmetry = symmetry_of(first)
     for model in others:
-        require_equal_symmetries(first, model, symmetry, symmetry_of(model))
+        if symmetry_of(model) != symmetry:
+            raise ModelError(_two_architectures(first, model))
     if len(models) < 2:
         raise ModelError(f"align: {recipe.align} needs a second model; leave align out")
+
+
+def _two_architectures(first: StoredModel, model: StoredModel) -> str:
+    keys = (first.config.keys() | model.config.keys()) - _PROVENANCE
+    differ = sorted(key for key in keys if first.config.get(key) != model.config.get(key))
+    # Equal configs may still differ in tensors, such as a head that one file leaves out.
+    where = f"configs differ in {few(differ)}" if differ else "files hold different tensors"
+    return f"{model.path} and {first.path} are of two architectures: their {where}; align only models of one"
 
 
 def _align(merge: PreparedMerge, on_match: Callable[[str], None]) -> tuple[Mapping[Path, State], list[AlignmentReport]]:

@@ -1,192 +1,348 @@
-"""Feature spaces under construction: a union-find over the units that layers write.
+"""Units: the features along an axis of a value, as a tree that is refined while a model is followed.
 
-*Units* are a set of features whose order might be free. Every use of a parameter's axis *binds* the axis to units. Two
-bindings of one axis unite their units, and so do sums and products of features. Units whose operations cannot be
-followed are *fixed*: they keep their places, and so do all units that are ever united with them.
+A layer writes units whose structure is not known yet. A reshape into heads refines them to a *product* of two sets of
+units, the heads and the entries of a head; a split refines them to a *sum*, such as query, key and value of a fused
+projection. Sums and products of values unite the units of their axes, which refines both to their common structure.
+Units that must keep their places are *fixed*, and *bent* units are scaled or curved one by one, so that they may be
+permuted but not rotated.
+
+A reshape may also stack query, key and value along an axis of their own. The axis inside is then a *family*: one set of
+units for each place along that axis, until an operator takes the places apart or treats them alike.
+
+An *axis* is a list of units, outermost first, whose sizes multiply to the length of the axis.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from torch import Tensor, nn
-
-from fedbasin.strategies.symmetry.groups.groups import Group, Permutation, Wreath
-from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
-from fedbasin.strategies.symmetry.translation import Shift
-from fedbasin.strategies.tensors.state import MEASURED
+_numbers = itertools.count()
 
 
 @dataclass(eq=False)
 class Units:
-    """The units that one layer writes, until they are united with those of another layer.
+    """A set of features, until it is united with another.
 
     Attributes:
-        name: name of the module that writes them.
-        width: number of units.
-        groups: number of equal runs of units that a group normalisation keeps together, or 1.
-        fixed: True if the units must keep their places.
+        size: number of features.
+        name: name of the module or tensor that first writes them, or "".
+        fixed: True if they must keep their places.
+        bent: True if entries are scaled or curved one by one.
+        averaged: True if their mean is taken, which rotations must then keep.
+        reason: the operation that fixed them and its line in the model's source; empty for inputs and outputs.
+        outer: True if they number the matrices of a batched product, so that what is inside may depend on them.
+        kind: how the parts make up the units, if they are refined.
+        parts: the parts of refined units.
         parent: the units with which these were united, or None.
-        space: the space of units that are not permuted one by one, such as heads; such units unite with no others.
-        shifts: biases that are free while the units are.
+        united: True if other units were united with these.
+        whole: the product of which these are the outer factor, if they came from one.
+        index: for a family the units that number its members.
+        number: order of creation.
     """
 
-    name: str
-    width: int
-    groups: int = 1
+    size: int
+    name: str = ""
     fixed: bool = False
+    bent: bool = False
+    averaged: bool = False
+    reason: tuple[str, str] = ("", "")
+    outer: bool = False
+    kind: Literal["", "product", "sum", "family"] = ""
+    parts: "tuple[Units, ...]" = ()
     parent: "Units | None" = None
-    space: Space | None = None
-    shifts: tuple[Shift, ...] = ()
+    united: bool = False
+    whole: "Units | None" = None
+    index: "Units | None" = None
+    number: int = field(default_factory=lambda: next(_numbers))
 
     def root(self) -> "Units":
         """Return the units that stand for all that are united with these."""
-        return self if self.parent is None else self.parent.root()
-
-
-@dataclass
-class UnitTable:
-    """All units of a model in forward order, the parameter axes bound to them, and the operations that fix them.
-
-    Attributes:
-        aliases: for every tensor that can be followed all names that share its memory.
-        operation: the operation that is being followed, or "" where no reason for fixing is recorded.
-        stopped: the reasons why units are fixed, in the order of their discovery; the values are not used.
-    """
-
-    aliases: dict[str, tuple[str, ...]]
-    units: list[Units] = field(default_factory=list)
-    bound: dict[tuple[str, int], Units] = field(default_factory=dict)
-    operation: str = ""
-    stopped: dict[str, None] = field(default_factory=dict)
-
-    def new(self, name: str, width: int) -> Units:
-        """Add units that are not united with any others."""
-        self.units.append(Units(name, width))
-        return self.units[-1]
-
-    def occupied(self, space: Space, shifts: tuple[Shift, ...] = ()) -> Units:
-        """Add units on which a known space acts; bindings of other layers can only fix them."""
-        units = self.new(space.name, space.width())
-        units.space, units.shifts = space, shifts
+        units = self
+        while units.parent is not None:
+            units = units.parent
         return units
 
-    def fix(self, units: Units) -> None:
-        """Keep units in their places, and record the operation that requires it."""
-        root = units.root()
-        if not root.fixed and self.operation:
-            self.stopped[f"{self.operation} fixes the units of {root.name!r}"] = None
-        root.fixed = True
+    def leaves(self) -> Iterator["Units"]:
+        """Yield the finest parts, in order."""
+        root = self.root()
+        if not root.kind:
+            yield root
+        for part in root.parts:
+            yield from part.leaves()
 
-    def move_runs(self, units: Units, runs: int) -> None:
-        """Let only `runs` equal runs of units change places, each as a whole: the runs become the units."""
+    def part(self, size: int) -> "Units":
+        """Return new units with all that is known of these, to become a part of them."""
+        return replace(self, size=size, kind="", parts=(), parent=None, united=False, whole=None)
+
+    def copy(self) -> "Units":
+        """Return new units of the same structure."""
+        return replace(self, parts=tuple(part.copy() for part in self.parts))
+
+    @property
+    def is_untouched(self) -> bool:
+        """True if nothing is known of the units but their structure."""
+        known = self.fixed or self.bent or self.averaged or self.outer or self.united or self.parent is not None
+        return not known and all(part.is_untouched for part in self.parts)
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if every part keeps its place."""
+        return all(leaf.fixed for leaf in self.leaves())
+
+
+Axis = Sequence[Units]
+Fix = Callable[..., None]
+
+
+def fixed(length: int) -> list[Units]:
+    """Return an axis of units that keep their places."""
+    return [] if length == 1 else [Units(length, fixed=True)]
+
+
+def fresh(length: int, name: str = "") -> list[Units]:
+    """Return an axis of units of which nothing is known yet."""
+    return [] if length == 1 else [Units(length, name)]
+
+
+def leaves(axis: Axis) -> Iterator[Units]:
+    """Yield the finest units along an axis."""
+    for units in axis:
+        yield from units.leaves()
+
+
+def length(axis: Axis) -> int:
+    """Return the number of entries of an axis."""
+    return math.prod(units.size for units in axis)
+
+
+def factors(axis: Axis) -> list[Units]:
+    """Return the units along an axis with all products multiplied out."""
+    result: list[Units] = []
+    for units in axis:
         root = units.root()
-        if root.fixed or runs % root.width == 0:
+        result += factors(root.parts) if root.kind == "product" else [root]
+    return result
+
+
+def joined(axes: Sequence[Axis]) -> list[Units]:
+    """Return the axis of a concatenation."""
+    present = [axis for axis in axes if length(axis)]
+    if len(present) == 1:
+        return list(present[0])
+    return [Units(sum(map(length, present)), kind="sum", parts=tuple(_single(axis) for axis in present))]
+
+
+def _single(axis: Axis) -> Units:
+    if not axis:
+        return Units(1, fixed=True)
+    return axis[0] if len(axis) == 1 else Units(length(axis), kind="product", parts=tuple(axis))
+
+
+class Uniter:
+    """Refines and unites units; where structures do not fit each other, the units are fixed by `fix`."""
+
+    def __init__(self, fix: Fix) -> None:
+        self.fix = fix
+
+    def unite(self, left: Axis, right: Axis) -> None:
+        """Unite two axes of equal length entry by entry."""
+        a, b = [units.root() for units in left], [units.root() for units in right]
+        while a and b:
+            if a[0].size == b[0].size:
+                self._unite_units(a.pop(0).root(), b.pop(0).root())
+                continue
+            big, small = (a, b) if a[0].size > b[0].size else (b, a)
+            if not (self._refine(big, small[0].size) or self._refine(small, 0)):
+                break
+        if a or b:
+            self.fix([*a, *b])
+
+    def _refine(self, axis: list[Units], size: int) -> bool:
+        """Replace the first units of an axis by their factors, of which the first has the given size if it can."""
+        units = axis[0].root()
+        parts = list(units.parts) if units.kind == "product" else self._take_outer(units, size) if size else None
+        if parts:
+            axis[:1] = [part.root() for part in parts]
+        return parts is not None
+
+    def _unite_units(self, x: Units, y: Units) -> None:
+        x, y = self._collapse(x), self._collapse(y)
+        if x is y:
             return
-        if root.width % runs or (root.groups % runs and runs % root.groups):
-            self.fix(root)
-            return
-        # Groups within one run stay together by themselves.
-        root.groups = root.groups if runs % root.groups == 0 else 1
-        root.width = runs
-
-    def keep_groups(self, units: Units, groups: int) -> None:
-        """Keep `groups` equal runs of units together; two different divisions into runs fix the units."""
-        root = units.root()
-        if root.groups not in (1, groups) or root.width % groups:
-            self.fix(root)
-        root.groups = groups
-
-    def unite(self, left: Units, right: Units) -> Units:
-        """Unite two sets of units; if they do not correspond one to one, fix both."""
-        left, right = left.root(), right.root()
-        if left is right:
-            return left
-        if left.fixed or right.fixed:
-            # No reason is recorded: it was when the first of the two was fixed, or inputs and labels are fixed anyway.
-            left.fixed = right.fixed = True
-            return left
-        # Units that own several entries each, as groups of channels do, make the others move in runs too.
-        if not (left.space or right.space):
-            fine, coarse = sorted((left, right), key=lambda units: -units.width)
-            self.move_runs(fine, coarse.width)
-        if left.width != right.width or left.fixed or right.fixed or left.space or right.space:
-            self.fix(left)
-            self.fix(right)
-            return left
-        # The earlier units stay, so that spaces are in forward order and named after the first module that writes them.
-        root, child = sorted((left, right), key=self.units.index)
+        x, y = sorted((x, y), key=lambda units: units.number)
+        if x.kind and y.kind:
+            self._unite_parts(x, y)
+            x, y = x.root(), y.root()
+            if x is y:
+                return
+        # The refined one stays, under the name of the earlier one.
+        root, child = (y, x) if y.kind and not x.kind else (x, y)
+        if child.fixed and not child.kind:
+            self.fix([root], child.reason)
+        if root.fixed and not root.kind and not child.fixed:
+            self.fix([child], root.reason)
+        root.name, root.number = x.name or y.name, x.number
+        root.outer, root.united = root.outer or child.outer, True
+        for leaf in root.leaves():
+            leaf.bent = leaf.bent or (child.bent and not child.kind)
+            leaf.averaged = leaf.averaged or (child.averaged and not child.kind)
         child.parent = root
-        if child.groups > 1:
-            self.keep_groups(root, child.groups)
-        return root
 
-    def bind(self, tensor: str, axis: int, units: Units) -> None:
-        """Bind an axis of a parameter to units, under all names of the parameter."""
-        key = (self.aliases[tensor][0], axis)
-        current = self.bound.get(key, units)
-        if units.root().fixed:
-            # A second use of the parameter fixes what an earlier use left free.
-            self.fix(current)
-        self.bound[key] = self.unite(current, units)
+    def _unite_parts(self, x: Units, y: Units) -> None:
+        if x.kind == y.kind == "product":
+            self.unite(x.parts, y.parts)
+            return
+        if x.kind == y.kind and [part.size for part in x.parts] == [part.size for part in y.parts]:
+            for part, rival in zip(x.parts, y.parts, strict=True):
+                self._unite_units(part.root(), rival.root())
+            return
+        sizes = _common([list(map(length, terms(x))), list(map(length, terms(y)))])
+        lefts, rights = self.cut([x], sizes), self.cut([y], sizes)
+        for left, right in zip(lefts, rights, strict=True):
+            self.unite(left, right)
 
-    def symmetry(self) -> Symmetry:
-        """Return the spaces whose units are free, and the shifts that are free with them."""
-        shifts = (shift for units in self.units if not units.fixed for shift in units.shifts)
-        return Symmetry(tuple(self._spaces()), shifts=tuple(shifts))
+    def _take_outer(self, units: Units, size: int) -> list[Units] | None:
+        """Refine units to a product whose first factor has the given size, if that is possible."""
+        if units.size % size:
+            return None
+        if units.kind == "family":
+            members = [self._factors_of(part.root(), size) for part in units.parts]
+            return None if None in members else [_family(units, parts) for parts in zip(*members, strict=True)]
+        if not units.kind:
+            units.kind, units.parts = "product", (units.part(size), units.part(units.size // size))
+            units.parts[0].whole = units
+            return list(units.parts)
+        # A concatenation of equal parts is a stack of them.
+        if units.kind == "sum" and len(units.parts) == size and len({part.size for part in units.parts}) == 1:
+            index = Units(size, fixed=True)
+            return [index, Units(units.size // size, kind="family", parts=units.parts, index=index)]
+        return None
 
-    def _spaces(self) -> Iterable[Space]:
-        for units in self.units:
-            if units.space is not None and not units.fixed:
-                yield units.space
-            elif units.parent is None and not units.fixed and units.width > 1:
-                yield Space(units.name, _group(units), tuple(self._axes(units)))
+    def _factors_of(self, units: Units, size: int) -> list[Units] | None:
+        if units.kind == "product" and units.parts[0].size == size:
+            return list(units.parts)
+        return self._take_outer(units, size)
 
-    def _axes(self, units: Units) -> Iterable[Axis]:
-        for (tensor, axis), bound in self.bound.items():
-            if bound.root() is units:
-                for name in self.aliases[tensor]:
-                    yield Axis(name, axis, scored=not name.endswith(MEASURED))
+    def _collapse(self, units: Units) -> Units:
+        """Unite the members of a family, which are treated alike, and return what stands for them."""
+        if units.kind == "family":
+            first, *rest = units.parts
+            units.kind, units.parts, units.parent = "", (), first
+            for part in rest:
+                self.unite([first], [part])
+        return units.root()
+
+    def unstack(self, axes: Sequence[Axis], dim: int) -> list[list[list[Units]]] | None:
+        """Return the other axes for each place along an axis of a stack, or None if the axis is none."""
+        if len(axes[dim]) != 1:
+            return None
+        index = axes[dim][0].root()
+        if index.whole is not None:
+            _stack(index.whole.root(), index)
+        others = [[u.root() for u in axis] for place, axis in enumerate(axes) if place != dim]
+        if not any(units.kind == "family" and units.index is index for axis in others for units in axis):
+            return None
+        return [[[_member(units, index, n) for units in axis] for axis in others] for n in range(index.size)]
+
+    def cut(self, axis: Axis, sizes: Sequence[int]) -> list[list[Units]]:
+        """Cut an axis into consecutive pieces."""
+        if len(sizes) == 1:
+            return [list(axis)]
+        outermost, *rest = factors(axis)
+        run = length(rest)
+        if any(size % run for size in sizes):
+            self.fix(axis)
+            return [fixed(size) for size in sizes]
+        pieces = self._cut_units(outermost.root(), [size // run for size in sizes])
+        return [[*piece, *rest] for piece in pieces]
+
+    def _cut_units(self, units: Units, sizes: Sequence[int]) -> list[list[Units]]:
+        if not units.kind:
+            units.parts = tuple(map(units.part, sizes))
+            units.kind = "sum"
+            return [[part] for part in units.parts]
+        if units.kind == "family":
+            cuts = [self.cut([part], sizes) for part in units.parts]
+            return [
+                [_family(units, parts) for parts in zip(*pieces, strict=True)] for pieces in zip(*cuts, strict=True)
+            ]
+        pieces: list[list[Units]] = []
+        remaining = [[part.root()] for part in units.parts]
+        for size in sizes:
+            taken: list[list[Units]] = []
+            while sum(map(length, taken)) < size:
+                missing = size - sum(map(length, taken))
+                head = remaining.pop(0)
+                if length(head) > missing:
+                    head, tail = self.cut(head, (missing, length(head) - missing))
+                    remaining.insert(0, tail)
+                taken.append(head)
+            pieces.append(joined(taken) if taken else [])
+        return pieces
+
+    def split(self, axis: Axis, lengths: Sequence[int]) -> list[list[Units]]:
+        """Return the axes of the given lengths into which a reshape divides one axis."""
+        remaining = [units.root() for units in axis]
+        result: list[list[Units]] = []
+        for size in lengths:
+            taken: list[Units] = []
+            while length(taken) < size:
+                missing, rest = divmod(size, length(taken))
+                if not rest and self._expose(remaining, missing):
+                    taken.append(remaining.pop(0))
+                    continue
+                self.fix(axis)
+                return [fixed(n) for n in lengths]
+            result.append(taken)
+        return result
+
+    def _expose(self, axis: list[Units], size: int) -> bool:
+        """Refine an axis until its first units have a size that divides the given one; return whether that works."""
+        while size % axis[0].size:
+            if not self._refine(axis, 0 if axis[0].size % size else size):
+                return False
+        return True
 
 
-def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return for every saved tensor all names that share its memory.
-
-    Tensors that overlap without being equal are left out: no axis of one is an axis of the other, so nothing about them
-    can be followed.
-    """
-    names: dict[_Memory, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(_memory(tensor), []).append(name)
-    return {
-        name: tuple(group)
-        for memory, group in names.items()
-        if not any(_overlap(memory, rival) for rival in names if rival != memory)
-        for name in group
-    }
+def _family(like: Units, parts: Sequence[Units]) -> Units:
+    return Units(parts[0].size, like.name, kind="family", parts=tuple(parts), index=like.index)
 
 
-class _Memory(NamedTuple):
-    storage: int
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+def _member(units: Units, index: Units, number: int) -> Units:
+    return units.parts[number].root() if units.kind == "family" and units.index is index else units
 
 
-def _memory(tensor: Tensor) -> _Memory:
-    # Meta tensors have no address.
-    storage = tensor.untyped_storage().data_ptr() or id(tensor)
-    start, shape, stride = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
-    steps = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    return _Memory(storage, start, start + steps + 1, shape, stride)
+def _stack(whole: Units, index: Units) -> None:
+    """Make the product of an index and units inside it a concatenation, if nothing treated its parts alike so far."""
+    if whole.kind != "product" or len(whole.parts) != 2 or whole.parts[0] is not index or not index.is_untouched:
+        return
+    inner = whole.parts[1]
+    if inner.is_untouched:
+        whole.kind, whole.parts = "sum", tuple(inner.copy() for _ in range(index.size))
+        index.fixed = True
+        _become_family(inner, whole.parts, index)
 
 
-def _overlap(a: _Memory, b: _Memory) -> bool:
-    return a.storage == b.storage and a.start < b.stop and b.start < a.stop
+def _become_family(units: Units, members: Sequence[Units], index: Units) -> None:
+    for number, part in enumerate(units.parts):
+        _become_family(part, [member.parts[number] for member in members], index)
+    units.kind, units.parts, units.index = "family", tuple(members), index
 
 
-def _group(units: Units) -> Group:
-    if units.groups == 1:
-        return Permutation(units.width)
-    return Wreath((Permutation(units.width // units.groups),), units.groups)
+def terms(units: Units) -> list[list[Units]]:
+    """Return the finest concatenation of which units consist, each term as an axis."""
+    root = units.root()
+    if root.kind == "sum":
+        return [term for part in root.parts for term in terms(part)]
+    if root.kind == "product":
+        outermost, *rest = factors([root])
+        return [[*term, *rest] for term in terms(outermost)]
+    return [[root]]
+
+
+def _common(lists: list[list[int]]) -> list[int]:
+    """Return the sizes of the coarsest division that refines all the given ones."""
+    borders = sorted({border for sizes in lists for border in itertools.accumulate(sizes)})
+    return [stop - start for start, stop in itertools.pairwise([0, *borders])]

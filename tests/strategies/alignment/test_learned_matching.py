@@ -8,7 +8,7 @@ from torch.func import functional_call
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.evaluation import evaluate
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.tensors.state import State, interpolate
@@ -133,7 +133,7 @@ def test_every_group_can_be_learned(name: str) -> None:
     torch.manual_seed(0)
     model, anchor, client = make(), state_of(make()), state_of(make())
     targets = torch.zeros(model(example).shape[:-1], dtype=torch.long)
-    symmetry = trace(model, example)
+    symmetry = discover(model, example).symmetry
     inputs = example if not example.is_floating_point() else torch.randn(example.shape)
     found = match_learned(symmetry, model, anchor, client, [(inputs, targets)], search=Search(3))
     before, after = (outputs(model, state, inputs) for state in (client, found.state))

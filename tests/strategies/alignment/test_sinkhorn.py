@@ -6,7 +6,7 @@ from torch import nn
 
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn, sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.groups.assignment import assign
 
 
@@ -42,7 +42,7 @@ def test_deciding_softly_ends_no_further_from_the_anchor_than_space_after_space(
         return nn.Sequential(*layers)
 
     anchor, client = state(seed), state(100 + seed)
-    symmetry = trace(anchor, torch.zeros(1, 6))
+    symmetry = discover(anchor, torch.zeros(1, 6)).symmetry
     states = dict(anchor.state_dict()), dict(client.state_dict())
     soft, hard = match_sinkhorn(symmetry, *states), match_weights(symmetry, *states)
     assert soft.report.distance_after <= hard.report.distance_after

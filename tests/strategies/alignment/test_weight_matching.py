@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.symmetry.transform import Transform, random
@@ -33,7 +33,7 @@ def symmetry_of(name: str) -> tuple[Symmetry, nn.Module]:
     model = make()
     if isinstance(model, Transformer):
         return preln_transformer(model.state_dict(), heads=4), model
-    return trace(model, example), model
+    return discover(model, example).symmetry, model
 
 
 def family(name: str, seed: int = 0) -> tuple[Symmetry, State]:
@@ -90,7 +90,7 @@ def test_a_transform_planted_at_a_space_is_undone(name: str) -> None:
 def test_permutations_planted_everywhere_are_undone_to_the_bit() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 9))
-    symmetry, anchor = trace(model, torch.zeros(2, 32)), model.state_dict()
+    symmetry, anchor = discover(model, torch.zeros(2, 32)).symmetry, model.state_dict()
     for seed in range(5):
         client = random(symmetry, drawn(seed)).act(anchor)
         found = match_weights(symmetry, anchor, client)
@@ -191,7 +191,7 @@ def test_ties_among_units_of_great_length_go_to_the_identity() -> None:
 def test_clients_of_another_precision_are_aligned_and_keep_it(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 9))
-    symmetry, anchor = trace(model, torch.zeros(2, 32)), model.state_dict()
+    symmetry, anchor = discover(model, torch.zeros(2, 32)).symmetry, model.state_dict()
     there = {name: tensor.to(dtype) for name, tensor in anchor.items()}
     client = random(symmetry, drawn(3)).act(there)
     for reference in (anchor, there):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import CheckReport, check, prove
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from tests.strategies.symmetry.families import FAMILIES, ResNet, Transformer, mlp
@@ -18,7 +18,7 @@ def checked(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
     make, example = FAMILIES[name]
     torch.manual_seed(0)
     model = make()
-    return model, trace(model, example), example
+    return model, discover(model, example).symmetry, example
 
 
 def without(symmetry: Symmetry, space: int, axis: int) -> Symmetry:
@@ -102,7 +102,7 @@ def test_a_permutation_of_the_classes_fails() -> None:
 
 def test_residual_members_left_untied_fail() -> None:
     model = ResNet()
-    whole = str(trace(model, torch.zeros(2, 2, 6, 6)))
+    whole = str(discover(model, torch.zeros(2, 2, 6, 6)).symmetry)
     untied = whole.replace(" block1.conv2.weight[0]", "")
     report = check(model, parse(untied), torch.zeros(2, 2, 6, 6))
     assert report.guilty == ("stem",)

@@ -3,16 +3,16 @@ import torch
 from torch import nn
 
 from fedbasin.strategies.symmetry.coverage import coverage, kind_of, touched_entries
-from fedbasin.strategies.symmetry.discover.tracing import discover, trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.groups.group_notation import parse_group
 from fedbasin.strategies.symmetry.symmetry import parse
 from tests.strategies.symmetry.families import ConvNet, mlp
-from tests.strategies.symmetry.test_attention_layers import IMAGES, Images
+from tests.strategies.symmetry.test_discovery_of_attention import IMAGES, Images
 
 
 def test_all_but_the_labels_of_a_perceptron_is_covered() -> None:
     model = mlp()
-    report = coverage(trace(model, torch.zeros(3, 6)), model.state_dict())
+    report = coverage(discover(model, torch.zeros(3, 6)).symmetry, model.state_dict())
     total = sum(parameter.numel() for parameter in model.parameters())
     assert report.fraction == pytest.approx(1 - 3 / total)
     assert report.by_kind == {"S": report.fraction}
@@ -21,7 +21,7 @@ def test_all_but_the_labels_of_a_perceptron_is_covered() -> None:
 
 def test_counters_are_no_parameters() -> None:
     model = ConvNet()
-    report = coverage(trace(model, torch.zeros(2, 2, 6, 6)), model.state_dict())
+    report = coverage(discover(model, torch.zeros(2, 2, 6, 6)).symmetry, model.state_dict())
     assert report.uncovered == ("fc2.bias",)
 
 
@@ -29,7 +29,7 @@ def test_each_kind_of_group_has_its_fraction() -> None:
     model = Images()
     discovery = discover(model, IMAGES)
     state = model.state_dict()
-    report = coverage(discovery.symmetry, state, discovery.stopped)
+    report = coverage(discovery.symmetry, state)
     total = sum(tensor.numel() for tensor in state.values())
     heads = sum(
         tensor.numel() for name, tensor in state.items() if "self_attn" in name and not name.endswith("out_proj.bias")
@@ -42,9 +42,9 @@ def test_each_kind_of_group_has_its_fraction() -> None:
 def test_operations_that_stop_the_trace_are_reported() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.GLU(0), nn.Linear(5, 2))
     discovery = discover(model, torch.zeros(2, 4))
-    report = coverage(discovery.symmetry, model.state_dict(), discovery.stopped)
+    report = coverage(discovery.symmetry, model.state_dict())
     assert report.fraction == 0
-    assert report.stopped == ("GLU '1' fixes the units of '0'",)
+    assert [str(stop) for stop in discovery.stops] == ["GLU '1' fixes the units of '0'"]
     assert report.uncovered == tuple(model.state_dict())
 
 

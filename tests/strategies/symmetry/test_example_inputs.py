@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin import check, parse, trace
+from fedbasin import check, discover, parse
 from fedbasin.strategies.symmetry.example_inputs import positional_inputs
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 
@@ -49,7 +49,7 @@ def test_come_in_the_order_of_the_arguments(given, expected):
 )
 def test_of_every_kind_prove_and_trace(example):
     model = Sum()
-    assert [str(space.group) for space in trace(model, example).spaces] == ["S(6)"]
+    assert [str(space.group) for space in discover(model, example).symmetry.spaces] == ["S(6)"]
     symmetry = parse("body.0 S(6) body.0.weight[0] body.0.bias[0] body.2.weight[1]")
     assert check(model, symmetry, example).passed
 
@@ -67,6 +67,6 @@ def test_of_every_kind_prove_and_trace(example):
     ],
 )
 def test_that_do_not_fit_are_named(example, named):
-    for act in (lambda: trace(Sum(), example), lambda: check(Sum(), trace(Sum(), X), example)):
+    for act in (lambda: discover(Sum(), example).symmetry, lambda: check(Sum(), discover(Sum(), X).symmetry, example)):
         with pytest.raises(SymmetryError, match=named):
             act()

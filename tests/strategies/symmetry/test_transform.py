@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
@@ -22,7 +22,9 @@ def family(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
     model = make().double().eval()
     inputs = torch.randn(example.shape).double() if example.is_floating_point() else example
     symmetry = (
-        preln_transformer(model.state_dict(), heads=4) if isinstance(model, Transformer) else trace(model, inputs)
+        preln_transformer(model.state_dict(), heads=4)
+        if isinstance(model, Transformer)
+        else discover(model, inputs).symmetry
     )
     return model, symmetry, inputs
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.discover.module_graph import follow_modules
-from fedbasin.strategies.symmetry.discover.tracing import trace
-from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
+from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.symmetry.test_groups import drawn
 
@@ -131,7 +130,7 @@ def made(case: str) -> tuple[nn.Module, Symmetry, Tensor]:
     make, example = CASES[case]
     torch.manual_seed(0)
     model = make()
-    return model, trace(model, example), example
+    return model, discover(model, example).symmetry, example
 
 
 @every_case
@@ -146,7 +145,7 @@ def test_the_function_is_left_as_it_was(case: str) -> None:
 def test_heads_units_and_streams_are_found(case: str) -> None:
     model, symmetry, _ = made(case)
     heads = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    assert sum(" wr " in str(space.group) for space in symmetry.spaces) == len(heads)
+    assert sum(str(space.group).endswith(f"wr S({HEADS})") for space in symmetry.spaces) == len(heads)
     moved = {axis.tensor for space in symmetry.spaces for axis in space.axes}
     staying = set(model.state_dict()) - moved
     assert staying <= {"head.bias", "mask"}
@@ -164,15 +163,10 @@ def test_planted_elements_are_undone(case: str) -> None:
     }
     if case.startswith("attention"):
         # Spaces of a few features in a row are climbed to together, and may end at a local maximum.
-        symmetry = Symmetry(tuple(space for space in symmetry.spaces if "heads" in space.name))
+        symmetry = Symmetry(tuple(space for space in symmetry.spaces if str(space.group).endswith(f"wr S({HEADS})")))
     planted = random(symmetry, generator)
     found = match_weights(symmetry, anchor, planted.act(anchor))
     assert found.report.distance_after < 1e-4 * found.report.distance_before
-
-
-def test_a_lone_layer_is_refused_by_name() -> None:
-    with pytest.raises(SymmetryError, match="TransformerEncoderLayer cannot be traced"):
-        follow_modules(nn.TransformerEncoderLayer(WIDTH, HEADS, UNITS), torch.zeros(3, 2, WIDTH))
 
 
 class Shown(Attention):
@@ -185,8 +179,8 @@ class Shown(Attention):
 
 def test_heads_that_are_shown_stay() -> None:
     model, example = Shown(), torch.zeros(5, 2, 9)
-    symmetry = trace(model, example)
-    assert not [space for space in symmetry.spaces if "heads" in space.name]
+    symmetry = discover(model, example).symmetry
+    assert not [space for space in symmetry.spaces if str(space.group).endswith(f"wr S({HEADS})")]
     assert not symmetry.shifts
     assert check(model, symmetry, example).passed
 
@@ -200,9 +194,9 @@ class Reading(Attention):
 
 def test_a_projection_that_is_read_beside_stays() -> None:
     model, example = Reading(), torch.zeros(5, 2, 9)
-    symmetry = trace(model, example)
+    symmetry = discover(model, example).symmetry
     assert check(model, symmetry, example).passed
-    assert not [space for space in symmetry.spaces if "heads" in space.name]
+    assert not [space for space in symmetry.spaces if "O(4)" in str(space.group)]
 
 
 class Masked(Images):
@@ -216,7 +210,7 @@ class Masked(Images):
 
 def test_a_mask_of_features_keeps_their_places() -> None:
     model = Masked()
-    symmetry = trace(model, IMAGES)
+    symmetry = discover(model, IMAGES).symmetry
     assert check(model, symmetry, IMAGES).passed
     assert not [space for space in symmetry.spaces if space.name in ("patches", "token")]
 
@@ -229,7 +223,7 @@ class Own(nn.MultiheadAttention):
         return found.roll(1, -1), weights
 
 
-def test_a_layer_that_was_changed_is_left_alone() -> None:
+def test_a_layer_that_was_changed_is_followed_as_it_is() -> None:
     torch.manual_seed(0)
     for change in ("attention", "hook"):
         model = Images()
@@ -238,15 +232,13 @@ def test_a_layer_that_was_changed_is_left_alone() -> None:
             layer.self_attn = Own(WIDTH, HEADS, batch_first=True)
         else:
             layer.linear1.register_forward_hook(lambda *_: None)
-        symmetry = follow_modules(model, IMAGES).symmetry()
-        assert not [space for space in symmetry.spaces if "encoder" in str(space)]
-        assert check(model, trace(model, IMAGES), IMAGES).passed
+        assert check(model, discover(model, IMAGES).symmetry, IMAGES).passed
 
 
 def test_projections_that_are_shared_with_another_layer_stay() -> None:
     model = Sequences()
     model.both.decoder.layers[0].self_attn.in_proj_weight = model.both.decoder.layers[1].self_attn.in_proj_weight
-    assert not trace(model, TOKENS).spaces
+    assert check(model, discover(model, TOKENS).symmetry, TOKENS).passed
 
 
 WRONG = {

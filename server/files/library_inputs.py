@@ -1,0 +1,96 @@
+"""Example inputs of a model of the `transformers` library, from its config and the arguments of its forward method."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Length of the example text: short, because a proof runs the model many times.
+_TOKENS = 8
+# Two, because an axis of length one looks as if it were not there.
+_BATCH = 2
+
+
+def example_inputs(module: nn.Module) -> dict[str, Tensor]:
+    """Return random tokens, images or sound for a model, by the names of its arguments.
+
+    Args:
+        module: a model of the library.
+    """
+    arguments = inspect.signature(module.forward).parameters
+    config: Any = module.config
+    required = {name for name, a in arguments.items() if a.default is a.empty and a.kind is not a.VAR_KEYWORD}
+    main = {str(module.main_input_name), *required}
+    generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
+    if "input_ids" in arguments and (main & {"input_ids", "inputs"} or _is_text(config)):
+        inputs |= _tokens(module, config, set(arguments), generator)
+    if "pixel_values" in arguments and ("pixel_values" in main or _has_two_towers(config)):
+        inputs["pixel_values"] = _image(config, generator)
+    if "input_features" in arguments and "input_features" in main:
+        inputs["input_features"] = _spectrum(config, generator)
+    if "input_values" in arguments and "input_values" in main:
+        inputs["input_values"] = _sound(config, generator)
+    if config.is_encoder_decoder and "decoder_input_ids" in arguments:
+        inputs["decoder_input_ids"] = _text(config, generator)
+    return inputs
+
+
+def _is_text(config: Any) -> bool:
+    return getattr(config, "vocab_size", None) is not None or _has_two_towers(config)
+
+
+def _has_two_towers(config: Any) -> bool:
+    """Return whether the model compares texts with images; models that read images as tokens run on text alone."""
+    reads_images_as_tokens = any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
+    return hasattr(config, "vision_config") and hasattr(config, "text_config") and not reads_images_as_tokens
+
+
+def _text(config: Any, generator: torch.Generator) -> Tensor:
+    text = config.get_text_config()
+    special = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id"))
+    # Special tokens would mask a position, or end the text.
+    first = max((token + 1 for token in special if isinstance(token, int) and token < text.vocab_size // 2), default=0)
+    return torch.randint(first, text.vocab_size, (_BATCH, _TOKENS), generator=generator)
+
+
+def _tokens(module: nn.Module, config: Any, arguments: set[str], generator: torch.Generator) -> dict[str, Tensor]:
+    tokens = _text(config, generator)
+    if config.is_encoder_decoder and config.eos_token_id is not None:
+        # Classifiers of sequences read the state at the end of the text.
+        tokens[:, -1] = config.eos_token_id
+    if type(module).__name__.endswith("ForMultipleChoice"):
+        tokens = torch.stack([tokens, tokens.flip(1)], dim=1)
+    inputs = {"input_ids": tokens}
+    if "bbox" in arguments:
+        corners = torch.randint(0, 100, (*tokens.shape, 2), generator=generator)
+        inputs["bbox"] = torch.cat([corners, corners + 20], dim=-1)
+    return inputs
+
+
+def _image(config: Any, generator: torch.Generator) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or getattr(vision, "input_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape: tuple[int, ...] = (getattr(vision, "num_channels", 3), height, width)
+    frames = getattr(vision, "num_frames", None)
+    if frames is not None:
+        shape = (frames, *shape)
+    return torch.randn(_BATCH, *shape, generator=generator)
+
+
+def _spectrum(config: Any, generator: torch.Generator) -> Tensor:
+    if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
+        shape: tuple[int, ...] = (config.num_mel_bins, 2 * config.max_source_positions)
+    else:
+        shape = (32, int(getattr(config, "feature_projection_input_dim", 0) or getattr(config, "num_mel_bins", 80)))
+    return torch.randn(_BATCH, *shape, generator=generator)
+
+
+def _sound(config: Any, generator: torch.Generator) -> Tensor:
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        shape: tuple[int, ...] = (config.max_length, config.num_mel_bins)
+    else:
+        shape = (800,)
+    return torch.randn(_BATCH, *shape, generator=generator)

@@ -1,0 +1,114 @@
+"""Models of the `transformers` library: the architecture that a config names, and its own rules for loading tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedbasin.server.files.reading import CONFIG, ModelError, few
+from fedbasin.server.files.tensor_layout import TensorLayout, find_layout
+from fedbasin.strategies.tensors.state import State
+
+# What loading with a library may raise for a config or tensors that do not fit.
+_FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, IndexError)
+
+
+def library() -> Any:
+    """Return the `transformers` library, which speaks only of errors."""
+    # Imported here, because it is an optional dependency and takes seconds.
+    import transformers
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return transformers
+
+
+def architecture_of(folder: Path, config: Mapping[str, Any], *, bare: bool = False) -> tuple[Any, Any]:
+    """Return the class that the config of a folder names, and the library's own config for it.
+
+    Code that a folder contains is not run.
+
+    Args:
+        folder: the folder of the config, or the config's own path.
+        config: content of the config.
+        bare: choose the model without a head, as `AutoModel` does.
+
+    Raises:
+        ModelError: the library has no such architecture, or the config does not fit it.
+    """
+    hf = library()
+    path = folder / CONFIG if folder.is_dir() else folder
+    names = config.get("architectures") or [None]
+    name = names[0] if isinstance(names, list) else names
+    kind: Any = getattr(hf, name, None) if isinstance(name, str) else None
+    is_model = isinstance(kind, type) and issubclass(kind, hf.PreTrainedModel) and hasattr(kind, "config_class")
+    if name is not None and not is_model:
+        raise ModelError(
+            f"{path}: architectures says {name!r}, which transformers {hf.__version__} does not have; give --module"
+        )
+    try:
+        library_config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if is_model and isinstance(library_config, kind.config_class or ()) and not bare:
+            return kind, library_config
+        if is_model and not bare:
+            return kind, kind.config_class.from_pretrained(path, local_files_only=True)
+        return hf.MODEL_MAPPING[type(library_config)], library_config
+    except Exception as error:  # validators of configs raise classes of their own
+        raise ModelError(f"{path}: cannot be read as the config of {name or 'a model'}: {error}") from error
+
+
+def _load(
+    architecture: Any, config: Any, state: State, *, where: object, other_sizes: bool
+) -> tuple[nn.Module, set[str]]:
+    """Return a module in float64 with a state loaded by the library's rules, and the names that the state lacked."""
+    try:
+        module, info = architecture.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=torch.float64,
+            output_loading_info=True,
+            # The product of all experts at once has no float64.
+            experts_implementation="eager",
+            ignore_mismatched_sizes=other_sizes,
+        )
+    except _FAULTS as error:
+        raise ModelError(f"{where}: {architecture.__name__} does not load: {error}") from error
+    names = [*info["missing_keys"], *info["mismatched_keys"]]
+    return module.eval(), {name if isinstance(name, str) else name[0] for name in names}
+
+
+def layout_in(
+    architecture: Any, config: Any, state: State, *, where: object, other_sizes: bool = False
+) -> tuple[nn.Module, TensorLayout]:
+    """Return a module of an architecture, and where its tensors are stored in a file.
+
+    The values of the module are numbers that mean nothing.
+
+    Args:
+        architecture: class of the model.
+        config: the library's config.
+        state: the tensors of the file; only names, shapes and dtypes are read.
+        where: the file, for errors.
+        other_sizes: leave out tensors that have another size, instead of refusing them.
+
+    Raises:
+        ModelError: the library cannot load the tensors, or loads none of them.
+    """
+    modules: list[nn.Module] = []
+
+    def load_numbers(numbers: State) -> tuple[State, set[str]]:
+        module, lacking = _load(architecture, config, numbers, where=where, other_sizes=other_sizes)
+        modules.append(module)
+        return module.state_dict(), lacking
+
+    layout = find_layout(state, load_numbers)
+    if not layout.pieces:
+        raise ModelError(
+            f"{where}: none of its tensors is loaded by {architecture.__name__} ({few(layout.unread)}); use the config "
+            "that was saved with these weights"
+        )
+    return modules[0], layout

@@ -1,0 +1,79 @@
+"""Run a copy of a model once in each mode and follow its features."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedbasin.strategies.symmetry.discover import elementwise, indexing, layout, products
+from fedbasin.strategies.symmetry.discover.walk import Record, Walk
+from fedbasin.strategies.symmetry.float64_execution import double_by_default
+from fedbasin.strategies.symmetry.outputs import answers
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
+from fedbasin.strategies.tensors.batches import in_mode
+
+_RULES = {**elementwise.RULES, **layout.RULES, **products.RULES, **indexing.RULES}
+
+
+def follow(model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[int, str]) -> Record:
+    """Follow a model in evaluation and in training mode.
+
+    Args:
+        model: a copy of the model in float64, whose buffers may change.
+        inputs: arguments of its forward method.
+        names: the first name of every tensor of its state, by the identity of the tensor.
+
+    Raises:
+        SymmetryError: the model does not run on the inputs, or decides by data.
+    """
+    record = Record(unread=set(names.values()))
+    _run(model, inputs, names, record, training=False)
+    try:
+        _run(model, inputs, names, record, training=True)
+    except SymmetryError:
+        # A batch of one, for example, has no statistics to train by; what evaluation needs is known.
+        record.operators.pop(True, None)
+    return record
+
+
+def _run(
+    model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[int, str], record: Record, *, training: bool
+) -> None:
+    walk = Walk(model, record, dict(names), _RULES)
+    walk.drive(tensor for tensor in inputs if tensor is not None and tensor.is_floating_point())
+    with in_mode(model, training=training), decomposed(), walk:
+        try:
+            output = model(*inputs)
+        except SymmetryError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
+            shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in inputs)
+            raise SymmetryError(
+                f"{type(model).__name__} does not run on example inputs of shape {shapes}: "
+                f"{str(error).partition(chr(10))[0]}"
+            ) from error
+    record.operators[training] = walk.operators
+    walk.operation = ""
+    for answer in answers(output):
+        value = walk.value(answer)
+        if value is not None:
+            for axis in [*value.axes, *(axis for axis, _ in value.unused)]:
+                walk.fix(axis, ("", ""))
+            if value.square:
+                walk.bend(value.axes)
+            walk.even(value.axes, value.charge)
+
+
+@contextmanager
+def decomposed() -> Iterator[None]:
+    """Let torch compute attention by products, without gradients, and create double tensors."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), double_by_default():
+        torch.manual_seed(0)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)

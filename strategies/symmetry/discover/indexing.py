@@ -1,0 +1,218 @@
+"""Rules of operators that read or write entries by their indices, and of those whose result is a decision."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedbasin.strategies.symmetry.discover.units import Units, fixed, length
+from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, stop
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
+
+
+def _read(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor) -> None:
+    """Note that entries of an axis are chosen by places; their numbers must mean the same afterwards."""
+    value = walk.value(places)
+    numbered = None if value is None else value.indexes
+    if numbered is not None and length(axis) == numbered.size:
+        walk.uniter.unite(axis, [numbered])
+        for leaf in numbered.leaves():
+            # Each entry is read by itself, so what is inside may depend on it.
+            leaf.outer = True
+        walk.record.batched.add(walk.charge(tensor))
+        return
+    # A table that is read by tokens or positions keeps its rows by nature.
+    walk.fix(axis, ("", "") if value is None else None)
+    if numbered is not None:
+        walk.fix([numbered])
+
+
+def embedded(walk: Walk, call: Call) -> Value:
+    """Follow a table that is read by tokens."""
+    weight, places = call.args[:2]
+    rows, columns = walk.axes(weight)
+    _read(walk, weight, rows, places)
+    charge = walk.charge(weight)
+    return walk.new([*walk.axes(places), columns], charge)
+
+
+def chosen(walk: Walk, call: Call) -> Value | None:
+    """Follow `index_select`."""
+    tensor, dim, places = call.args[:3]
+    axes = list(walk.axes(tensor))
+    dim %= len(axes)
+    _read(walk, tensor, axes[dim], places)
+    axes[dim] = list(walk.axes(places)[0]) if places.dim() else []
+    value = walk.value(tensor)
+    return None if value is None else walk.new(axes, value.charge)
+
+
+def indexed(walk: Walk, call: Call) -> Any:
+    """Follow indexing by tensors."""
+    tensor, places = call.args[0], list(call.args[1])
+    if any(place is not None and place.dtype == torch.bool and place.dim() != 1 for place in places):
+        return stop(walk, call)
+    value, axes = walk.value(tensor), list(walk.axes(tensor))
+    places += [None] * (len(axes) - len(places))
+    dims = [dim for dim, place in enumerate(places) if place is not None]
+    for dim in dims:
+        _read(walk, tensor, axes[dim], places[dim])
+    count = call.out.dim() - (len(axes) - len(dims))
+    present = [places[dim] for dim in dims]
+    shape = torch.broadcast_shapes(*(p.shape for p in present)) if count == max(p.dim() for p in present) else ()
+    inserted: list[list[Units]] = [[] for _ in range(count)]
+    if any(place.dtype == torch.bool for place in present):
+        for place in present:
+            for axis in walk.axes(place):
+                walk.fix(axis)
+        shape = ()
+    if shape:
+        for place in present:
+            for number, axis in enumerate(walk.axes(place)):
+                target = count - place.dim() + number
+                if place.shape[number] > 1:
+                    if inserted[target]:
+                        walk.uniter.unite(inserted[target], axis)
+                    else:
+                        inserted[target] = axis
+    adjacent = dims == list(range(dims[0], dims[-1] + 1))
+    start = dims[0] if adjacent else 0
+    kept = [axis for dim, axis in enumerate(axes) if dim not in dims]
+    before = kept[:start] if adjacent else []
+    after = kept[start:] if adjacent else kept
+    if not shape:
+        inserted = [fixed(n) for n in call.shape[len(before) : len(before) + count]]
+    if value is None:
+        return walk.new([*before, *inserted, *after])
+    return walk.new([*before, *inserted, *after], value.charge, uniform=value.uniform)
+
+
+def gathered(walk: Walk, call: Call) -> Value:
+    """Follow a choice of entries along an axis, a place for each entry of the result."""
+    tensor, dim, places = call.args[:3]
+    axes = list(walk.axes(tensor))
+    dim %= max(len(axes), 1)
+    _read(walk, tensor, axes[dim], places)
+    result = list(walk.axes(places))
+    for number, axis in enumerate(axes):
+        if number == dim:
+            continue
+        if tensor.shape[number] == places.shape[number]:
+            walk.uniter.unite(axis, result[number])
+        else:
+            walk.fix(axis)
+            walk.fix(result[number])
+    value = walk.value(tensor)
+    if value is None:
+        return walk.new(result)
+    return walk.new(result, value.charge, uniform=value.uniform)
+
+
+def scattered(walk: Walk, call: Call) -> Value:
+    """Follow a write to places along an axis."""
+    tensor, dim, places = call.args[:3]
+    source = call.arg(3)
+    axes = list(walk.axes(tensor))
+    dim %= max(len(axes), 1)
+    _read(walk, tensor, axes[dim], places)
+    for other in (places, source) if isinstance(source, Tensor) else (places,):
+        for number, axis in enumerate(walk.axes(other)):
+            if number == dim or other.dim() != len(axes):
+                continue
+            if other.shape[number] == tensor.shape[number]:
+                walk.uniter.unite(axes[number], axis)
+            else:
+                walk.fix(axes[number])
+                walk.fix(axis)
+    charge = walk.signs.new()
+    if isinstance(source, Tensor):
+        own = [axis for number, axis in enumerate(walk.axes(source)) if number != dim]
+        walk.signs.add(own, charge, walk.charge(source))
+    else:
+        walk.even(axes, charge)
+    return _written(walk, tensor, axes, charge)
+
+
+def _written(walk: Walk, tensor: Tensor, axes: list[list[Units]], charge: int) -> Value:
+    value = walk.value(tensor)
+    if value is None:
+        walk.even(axes, charge)
+    elif value.uniform != "zero":
+        walk.signs.add(axes, charge, value.charge)
+    walk.bend(axes[:0])
+    return walk.new(axes, charge)
+
+
+def index_written(walk: Walk, call: Call) -> Any:
+    """Follow `index_put`, which writes the values along the axes that are not indexed."""
+    tensor, places, source = call.args[0], list(call.args[1]), call.args[2]
+    axes = list(walk.axes(tensor))
+    if any(place is not None and place.dtype == torch.bool and place.dim() > 1 for place in places):
+        return stop(walk, call)
+    dims = [dim for dim, place in enumerate(places) if place is not None]
+    for dim in dims:
+        _read(walk, tensor, axes[dim], places[dim])
+    trailing = [axis for dim, axis in enumerate(axes) if dim > dims[-1]]
+    own = walk.axes(source)
+    for number in range(1, min(len(trailing), len(own)) + 1):
+        if source.shape[-number] == tensor.shape[-number]:
+            walk.uniter.unite(trailing[-number], own[-number])
+        else:
+            walk.even([trailing[-number]], walk.charge(source))
+    for axis in own[: max(len(own) - len(trailing), 0)]:
+        for units in axis:
+            if any(units.root() in [u.root() for u in axes[dim]] for dim in dims):
+                continue
+            walk.fix([units])
+    charge = walk.signs.new()
+    walk.signs.add(own, charge, walk.charge(source))
+    return _written(walk, tensor, axes, charge)
+
+
+def index_added(walk: Walk, call: Call) -> Any:
+    """Follow `index_add` and `index_copy`."""
+    tensor, dim, places, source = call.args[:4]
+    axes, own = list(walk.axes(tensor)), walk.axes(source)
+    dim %= len(axes)
+    _read(walk, tensor, axes[dim], places)
+    for number, (axis, rival) in enumerate(zip(axes, own, strict=True)):
+        if number != dim:
+            walk.uniter.unite(axis, rival)
+    walk.fix(own[dim])
+    charge = walk.signs.new()
+    walk.signs.add([axis for number, axis in enumerate(own) if number != dim], charge, walk.charge(source))
+    return _written(walk, tensor, axes, charge)
+
+
+def decided(walk: Walk, call: Call) -> Any:
+    """Follow a number that leaves the model's tensors, by which it may decide."""
+    tensor = call.args[0]
+    value = walk.value(tensor)
+    depends = value is not None and not value.uniform and value not in walk.record.parameters.values()
+    if depends or id(tensor) in walk.driven:
+        if tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
+            raise SymmetryError(
+                f"the model decides by data, at {walk.source()}: a {tensor.dtype} that depends on parameters or inputs "
+                "leaves the forward pass, and with other data the model may take another path"
+            )
+        walk.record.decides = True
+    return stop(walk, call)
+
+
+def located(walk: Walk, call: Call) -> Any:
+    """Follow the places of entries that are not zero, whose number depends on data."""
+    walk.record.decides = True
+    return stop(walk, call)
+
+
+RULES: dict[str, Rule] = {
+    "embedding": embedded,
+    "index_select": chosen,
+    "index": indexed,
+    "gather": gathered,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scattered),
+    **dict.fromkeys(("index_put", "_index_put_impl"), index_written),
+    **dict.fromkeys(("index_add", "index_copy"), index_added),
+    **dict.fromkeys(("_local_scalar_dense", "equal", "is_nonzero"), decided),
+    **dict.fromkeys(("nonzero", "masked_select", "unique", "_unique2"), located),
+}

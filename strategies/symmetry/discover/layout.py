@@ -1,0 +1,385 @@
+"""Rules of operators that rearrange entries: views, cuts, concatenations and copies along axes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fedbasin.strategies.symmetry.discover.units import Units, fixed, fresh, joined, length
+from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, stop
+
+
+def moved(walk: Walk, call: Call, axes: list[list[Units]]) -> Value | None:
+    """Return the first operand's value with other axes."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    return walk.new(axes, value.charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
+
+
+def reshaped(walk: Walk, call: Call) -> Value | None:
+    """Follow a reshape, group by group of the axes that are merged and divided."""
+    axes, shape = walk.axes(call.args[0]), call.shape
+    if not math.prod(shape):
+        return stop(walk, call)[0]
+    return moved(walk, call, reshape(walk, axes, shape))
+
+
+def reshape(walk: Walk, axes: list[list[Units]], shape: Sequence[int]) -> list[list[Units]]:
+    """Return the axes after a reshape."""
+    result: list[list[Units]] = []
+    place = 0
+    queue = list(shape)
+    while place < len(axes) or queue:
+        merged: list[Units] = []
+        lengths: list[int] = []
+        # The shortest runs of old and new axes with equal numbers of entries.
+        while True:
+            if math.prod(lengths) <= length(merged) and queue and (not lengths or math.prod(lengths) < length(merged)):
+                lengths.append(queue.pop(0))
+            elif place < len(axes) and (length(merged) < math.prod(lengths) or not lengths):
+                merged += axes[place]
+                place += 1
+            else:
+                break
+            if lengths and math.prod(lengths) == length(merged):
+                break
+        result += walk.uniter.split(merged, lengths) if lengths else []
+    return result
+
+
+def permuted(walk: Walk, call: Call) -> Value | None:
+    """Follow an exchange of axes."""
+    axes = walk.axes(call.args[0])
+    count = len(axes)
+    if call.name == "permute":
+        return moved(walk, call, [axes[dim] for dim in call.args[1]])
+    first, second = (call.args[1] % count, call.args[2] % count) if call.name == "transpose" else (0, count - 1)
+    order = list(range(count))
+    if count > 1:
+        order[first], order[second] = order[second], order[first]
+    return moved(walk, call, [axes[dim] for dim in order])
+
+
+def unsqueezed(walk: Walk, call: Call) -> Value | None:
+    """Follow an axis of length 1 that is added."""
+    axes = list(walk.axes(call.args[0]))
+    axes.insert(call.args[1] % (len(axes) + 1), [])
+    return moved(walk, call, axes)
+
+
+def squeezed(walk: Walk, call: Call) -> Value | None:
+    """Follow axes of length 1 that are left out."""
+    tensor, axes = call.args[0], walk.axes(call.args[0])
+    dims = call.arg(1, list(range(len(axes))))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {dim % max(len(axes), 1) for dim in dims}
+    return moved(walk, call, [a for dim, a in enumerate(axes) if not (dim in gone and tensor.shape[dim] == 1)])
+
+
+def expanded(walk: Walk, call: Call) -> Value | None:
+    """Follow axes along which entries are repeated; what is repeated may change places."""
+    tensor, shape = call.args[0], call.shape
+    axes: list[list[Units]] = [[]] * (len(shape) - tensor.dim()) + walk.axes(tensor)
+    return moved(walk, call, [a if length(a) == n else fresh(n) for a, n in zip(axes, shape, strict=True)])
+
+
+def repeated(walk: Walk, call: Call) -> Value | None:
+    """Follow a tensor that is laid out several times along its axes."""
+    tensor, counts = call.args[:2]
+    axes: list[list[Units]] = [[]] * (len(counts) - tensor.dim()) + walk.axes(tensor)
+    return moved(walk, call, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
+
+
+def selected(walk: Walk, call: Call) -> Value | None:
+    """Follow one slice along an axis."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    dim = call.args[1] % len(value.axes)
+    pieces = places_along(walk, value, dim)
+    if pieces is not None:
+        return pieces[call.args[2] % len(pieces)]
+    axes = list(value.axes)
+    axis = axes.pop(dim)
+    result = walk.new(axes, value.charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
+    if not value.uniform:
+        # Models read one entry for its shape alone, too.
+        result.unused.append((axis, (walk.operation, walk.source())))
+    return result
+
+
+def places_along(walk: Walk, value: Value, dim: int) -> list[Value] | None:
+    """Return the slices of a stack along an axis, or None if the axis is not that of a stack."""
+    pieces = None if value.uniform else walk.uniter.unstack(value.axes, dim)
+    if pieces is None:
+        return None
+    others = [axis for place, axis in enumerate(value.axes) if place != dim]
+    result: list[Value] = []
+    before: list[list[Units]] = [[] for _ in others]
+    for axes in pieces:
+        charge = walk.signs.new()
+        for axis, stacked, ahead in zip(axes, others, before, strict=True):
+            if axis == [units.root() for units in stacked]:
+                walk.signs.add([axis], charge, value.charge)
+            else:
+                walk.signs.add_part(axis, ahead, value.charge, charge)
+        before = [[*ahead, *axis] for ahead, axis in zip(before, axes, strict=True)]
+        result.append(walk.new(axes, charge))
+    return result
+
+
+def sliced(walk: Walk, call: Call) -> Value | None:
+    """Follow a slice; one with a step keeps every entry with the same remainder."""
+    tensor = call.args[0]
+    value = walk.value(tensor)
+    if value is None:
+        return None
+    dim = call.arg(1, 0) % tensor.dim()
+    total = tensor.shape[dim]
+    start, stop_at, step = call.arg(2), call.arg(3), call.arg(4, 1)
+    start, stop_at, step = slice(start, stop_at, step).indices(total)
+    axes = list(value.axes)
+    if stop_at <= start:
+        return None
+    if step == 1:
+        before, axes[dim] = piece(walk, axes[dim], start, min(stop_at, total) - start)
+        return part_of(walk, value, axes, dim, before)
+    if total % step == 0 and stop_at > total - step + start % step:
+        outer, inner = walk.uniter.split(axes[dim], (total // step, step))
+        walk.fix(inner)
+        axes[dim] = outer
+    else:
+        walk.fix(axes[dim])
+        axes[dim] = fixed(call.shape[dim])
+    return moved(walk, call, axes)
+
+
+def piece(walk: Walk, axis: list[Units], start: int, size: int) -> tuple[list[Units], list[Units]]:
+    """Return the units before consecutive entries of an axis, and those of the entries."""
+    sizes = [start, size, length(axis) - start - size]
+    pieces = walk.uniter.cut(axis, [n for n in sizes if n])
+    return (pieces[0], pieces[1]) if start else ([], pieces[0])
+
+
+def part_of(walk: Walk, value: Value, axes: list[list[Units]], dim: int, before: list[Units]) -> Value:
+    """Return a part of a value, whose charges along an axis are those of the part."""
+    charge = value.charge
+    if before or length(axes[dim]) < length(value.axes[dim]):
+        charge = walk.signs.new()
+        walk.signs.add((axis for place, axis in enumerate(axes) if place != dim), charge, value.charge)
+        walk.signs.add_part(axes[dim], before, value.charge, charge)
+    return walk.new(axes, charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
+
+
+def divided(walk: Walk, call: Call) -> list[Value] | None:
+    """Follow a split into several tensors."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    dim = call.arg(2, call.kwargs.get("dim", 0)) % len(value.axes)
+    sizes = [out.shape[dim] for out in call.out]
+    pieces = walk.uniter.cut(value.axes[dim], sizes)
+    before: list[Units] = []
+    parts = []
+    for part in pieces:
+        parts.append(part_of(walk, value, [*value.axes[:dim], part, *value.axes[dim + 1 :]], dim, before))
+        before = [*before, *part]
+    return parts
+
+
+def unbound(walk: Walk, call: Call) -> list[Value] | None:
+    """Follow a split into the slices along an axis."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    dim = call.arg(1, 0) % len(value.axes)
+    pieces = places_along(walk, value, dim)
+    if pieces is not None:
+        return pieces
+    axes = list(value.axes)
+    axis = axes.pop(dim)
+    if not value.uniform:
+        walk.fix(axis)
+    return [walk.new(axes, value.charge, uniform=value.uniform) for _ in call.out]
+
+
+def concatenated(walk: Walk, call: Call) -> Value:
+    """Follow a concatenation along an axis, or a stack along a new one."""
+    tensors = [t for t in call.args[0] if t.numel()]
+    count = len(call.shape)
+    dim = call.arg(1, call.kwargs.get("dim", 0)) % count
+    values = [walk.value(t) for t in tensors]
+    stacks = call.name == "stack"
+    lists = [list(walk.axes(t)) for t in tensors]
+    if stacks:
+        for axes in lists:
+            axes.insert(dim, [])
+    result: list[list[Units]] = []
+    for place in range(count):
+        if place == dim:
+            result.append(fixed(len(lists)) if stacks else joined([axes[place] for axes in lists]))
+            continue
+        for value, axes in zip(values[1:], lists[1:], strict=True):
+            del value
+            walk.uniter.unite(lists[0][place], axes[place])
+        result.append(lists[0][place])
+    charge = walk.signs.new()
+    before: list[Units] = []
+    for axes, value in zip(lists, values, strict=True):
+        if value is not None and value.uniform != "zero":
+            walk.signs.add((axis for place, axis in enumerate(axes) if place != dim), charge, value.charge)
+            if not stacks:
+                walk.signs.add_part(axes[dim], before, charge, value.charge)
+        elif value is None:
+            walk.even((axis for place, axis in enumerate(result) if place != dim), charge)
+        if value is not None and value.indexes is not None:
+            walk.fix([value.indexes])
+        before = [*before, *axes[dim]]
+    uniform = "equal" if all(value is not None and value.uniform for value in values) else ""
+    return walk.new(result, charge, uniform=uniform)
+
+
+def padded(walk: Walk, call: Call) -> Value | None:
+    """Follow padding, which adds entries at the ends of axes."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    widths, axes = call.args[1], list(value.axes)
+    for number in range(len(widths) // 2):
+        dim = len(axes) - 1 - number
+        before, after = widths[2 * number : 2 * number + 2]
+        if min(before, after) < 0 or call.name != "constant_pad_nd":
+            if before or after:
+                walk.fix(axes[dim])
+                axes[dim] = fixed(call.shape[dim])
+        elif before or after:
+            axes[dim] = joined(
+                [
+                    fixed(before) if before != 1 else [Units(1, fixed=True)],
+                    axes[dim] or [Units(1, fixed=True)],
+                    fixed(after) if after != 1 else [Units(1, fixed=True)],
+                ][slice(0 if before else 1, 3 if after else 2)]
+            )
+    if call.arg(2, 0):
+        walk.even(value.axes, value.charge)
+        walk.bend(value.axes)
+    return moved(walk, call, axes)
+
+
+def rolled(walk: Walk, call: Call) -> Value | None:
+    """Follow an operator that depends on the order along some axes, and on nothing else."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    place = 2 if call.name == "roll" else 1
+    dims = call.arg(place, call.kwargs.get("dim", []))
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    chosen = {dim % len(value.axes) for dim in dims} if dims else set(range(len(value.axes)))
+    for dim in chosen:
+        walk.fix(value.axes[dim])
+    if call.name not in ("flip", "roll", "cumsum"):
+        walk.bend(value.axes)
+        walk.even(value.axes, value.charge)
+    axes = [fixed(n) if dim in chosen else value.axes[dim] for dim, n in enumerate(call.shape)]
+    result = moved(walk, call, axes)
+    return result if isinstance(call.out, Tensor) else None
+
+
+def triangular(walk: Walk, call: Call) -> Value | None:
+    """Follow an operator on matrices that depends on the order of rows and columns."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    for axis in value.axes[-2:]:
+        walk.fix(axis)
+    return moved(walk, call, value.axes)
+
+
+def windowed(dims: int) -> Rule:
+    """Return the rule of an operator on windows of the last `dims` axes, channel by channel."""
+
+    def rule(walk: Walk, call: Call) -> Any:
+        value = walk.value(call.args[0])
+        if value is None:
+            return None
+        for axis in value.axes[-dims:]:
+            walk.fix(axis)
+        averages = call.name.startswith(("adaptive_avg", "_adaptive_avg", "avg_pool", "upsample_bi", "upsample_n"))
+        if not averages and not call.name.startswith(("upsample", "pixel")):
+            walk.bend(value.axes)
+            walk.even(value.axes, value.charge)
+        shape = call.shape
+        axes = [*value.axes[:-dims], *map(fixed, shape[-dims:])]
+        return walk.new(axes, value.charge)
+
+    return rule
+
+
+def unfolded(walk: Walk, call: Call) -> Value | None:
+    """Follow windows along one axis, which become a new last axis."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    dim = call.args[1] % len(value.axes)
+    walk.fix(value.axes[dim])
+    axes = list(value.axes)
+    axes[dim] = fixed(call.shape[dim])
+    return moved(walk, call, [*axes, fixed(call.shape[-1])])
+
+
+def pixels_shuffled(walk: Walk, call: Call) -> Value | None:
+    """Follow the move of channels into space, or back."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    *before, channels, height, width = value.axes
+    walk.fix([*height, *width])
+    factor, shape = call.args[1], call.shape
+    if call.name == "pixel_shuffle":
+        kept, down, right = walk.uniter.split(channels, (shape[-3], factor, factor))
+        walk.fix([*down, *right])
+        return moved(walk, call, [*before, kept, fixed(shape[-2]), fixed(shape[-1])])
+    return moved(walk, call, [*before, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
+
+
+def complex_viewed(walk: Walk, call: Call) -> Value | None:
+    """Follow pairs of entries that become complex numbers, or back."""
+    value = walk.value(call.args[0])
+    if value is None:
+        return None
+    if call.name == "view_as_real":
+        return moved(walk, call, [*value.axes, fixed(2)])
+    walk.fix(value.axes[-1])
+    return moved(walk, call, value.axes[:-1])
+
+
+_POOLS = ("avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "max_pool", "adaptive_max_pool")
+_SUFFIXES = ("", "_with_indices")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), reshaped),
+    **dict.fromkeys(("permute", "transpose", "t"), permuted),
+    **{f"{pool}{n}d{suffix}": windowed(n) for pool in _POOLS for n in (1, 2, 3) for suffix in _SUFFIXES},
+    **{f"upsample_{kind}1d": windowed(1) for kind in ("nearest", "linear", "_nearest_exact")},
+    **{f"upsample_{kind}2d": windowed(2) for kind in ("nearest", "bilinear", "bicubic")},
+    **{f"_upsample_{kind}": windowed(2) for kind in ("bilinear2d_aa", "bicubic2d_aa", "nearest_exact2d")},
+    "unsqueeze": unsqueezed,
+    "squeeze": squeezed,
+    "expand": expanded,
+    "repeat": repeated,
+    "select": selected,
+    "slice": sliced,
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), divided),
+    "unbind": unbound,
+    **dict.fromkeys(("cat", "stack"), concatenated),
+    **dict.fromkeys(
+        ("constant_pad_nd", *(f"{k}_pad{n}d" for k in ("reflection", "replication") for n in (1, 2, 3))), padded
+    ),
+    **dict.fromkeys(("flip", "roll", "cumsum", "cumprod"), rolled),
+    **dict.fromkeys(("tril", "triu"), triangular),
+    "unfold": unfolded,
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), pixels_shuffled),
+    **dict.fromkeys(("view_as_complex", "view_as_real"), complex_viewed),
+}
