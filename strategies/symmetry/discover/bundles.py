@@ -145,7 +145,8 @@ def _with_single_keys(everything: list[Place], parameters: Mapping[str, Value]) 
                 key = keys.setdefault(heads, Units(1, heads.name, outer=True, number=heads.number))
                 keys.setdefault(entries, key)
     return [
-        replace(place, cells=(key, *place.cells)) if (key := _key_of(place, keys)) else place for place in everything
+        replace(place, cells=(around, *place.cells)) if (around := _key_of(place, keys)) else place
+        for place in everything
     ]
 
 
