@@ -1,5 +1,6 @@
 """The command `fedbasin merge`, with the exit codes of the other commands on model files."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +75,7 @@ def merge(
         writing.refuse_target(merge.reference, output, force=force)
         refuse_full_disk(merge, output)
         report = _write(merge, output, int(shard_size * 1e9))
-    print_results([report], _render(report), as_json=as_json)
+    print_results([asdict(report)], _render(report), as_json=as_json)
 
 
 def _recipe(

@@ -18,7 +18,7 @@ from fedbasin.server.files.merge.merging import check_copies, merge_tensors
 from fedbasin.server.files.merge.plan import PlannedTensor, layer_sources, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
-from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, open_model
+from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, open_model
 from fedbasin.server.files.stored_symmetry import symmetry_of
 from fedbasin.server.files.writing import copy_other_files, replacing
 from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state

@@ -77,6 +77,7 @@ def bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundl
 
 def _bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundle]":
     everything = _with_outer_cells(list(places(record.parameters)), _batched(record))
+    everything = _with_single_keys(everything, record.parameters)
     depends = _dependencies(everything)
     cells: dict[Units, Cell] = {units: Cell(units) for units in depends}
     roots = []
@@ -126,6 +127,33 @@ def _with_outer_cells(everything: list[Place], parameters: Mapping[str, Value]) 
     return [place for place in result if not ((place.tensor, place.dim) in claimed and place.outer is None)]
 
 
+def _with_single_keys(everything: list[Place], parameters: Mapping[str, Value]) -> list[Place]:
+    """Return the places with a cell of one key around heads that all share it.
+
+    Such a key has no axis of its own: its entries stand alone in the projection of keys, and inside the heads elsewhere.
+    """
+    alone = {
+        place.cells[0]
+        for place in everything
+        if len(place.cells) == 1 and sum(bool(axis) for axis in parameters[place.tensor].axes) > 1
+    }
+    keys: dict[Units, Units] = {}
+    for place in everything:
+        if len(place.cells) == 2 and place.cells[1] in alone and not place.cells[0].is_fixed:
+            heads, entries = place.cells
+            if entries.is_fixed or not entries.bent:
+                key = keys.setdefault(heads, Units(1, heads.name, outer=True, number=heads.number))
+                keys.setdefault(entries, key)
+    return [
+        replace(place, cells=(around, *place.cells)) if (around := _key_of(place, keys)) else place
+        for place in everything
+    ]
+
+
+def _key_of(place: Place, keys: Mapping[Units, Units]) -> Units | None:
+    return next((keys[cell] for cell in place.cells if cell in keys), None)
+
+
 def _companions(everything: list[Place], parameters: Mapping[str, Value]) -> dict[tuple[str, int], tuple[int, Units]]:
     """Return for each axis the dimension on which its units depend, with the units of that dimension.
 
@@ -163,7 +191,7 @@ def _dependencies(everything: Iterable[Place]) -> dict[Units, set[Units]]:
     scopes: dict[Units, set[Units]] = {}
     inner: list[tuple[Units, Units]] = []
     for place in everything:
-        cells = [units for units in place.cells if units.size > 1]
+        cells = [units for units in place.cells if units.size > 1 or units.outer]
         for number, units in enumerate(cells):
             if units.is_fixed and not number:
                 continue

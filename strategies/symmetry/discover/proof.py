@@ -42,6 +42,7 @@ def double_twin(model: nn.Module) -> Iterator[nn.Module]:
     tensors = [*model.parameters(), *model.buffers()]
     if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
         saved = [tensor.data for tensor in tensors]
+        experts = _choose_experts(model, "batched_mm")
         try:
             for tensor in tensors:
                 tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data.clone()
@@ -50,6 +51,8 @@ def double_twin(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for tensor, data in zip(tensors, saved, strict=True):
                 tensor.data = data
+            if experts is not None:
+                _choose_experts(model, experts)
         return
     twin = _copy(model)
     _shake_all(twin)
@@ -63,12 +66,22 @@ def _copy(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf}).double()
     except Exception as error:  # a model may hold anything
         raise SymmetryError(f"{type(model).__name__} cannot be copied: {error}") from error
-    for module in twin.modules():
-        # Grouped products of experts exist for narrow types alone, and sort tokens by data.
+    _choose_experts(twin, "batched_mm")
+    return twin
+
+
+def _choose_experts(model: nn.Module, name: str) -> str | None:
+    """Choose how a model of the transformers library multiplies its experts, and return how it did.
+
+    Grouped products exist for narrow types alone, and loops over experts visit those that the data choose.
+    """
+    before = None
+    for module in model.modules():
         choose: Any = getattr(module, "set_experts_implementation", None)
         if choose is not None:
-            choose("batched_mm")
-    return twin
+            before = before or getattr(module.config, "_experts_implementation", None)
+            choose(name)
+    return before
 
 
 def _shake_all(twin: nn.Module) -> None:

@@ -193,7 +193,10 @@ class Walk(TrueDouble):
     def axes(self, tensor: Tensor) -> list[list[Units]]:
         """Return the units along each axis of a tensor; those of constants and inputs keep their places."""
         value = self.value(tensor)
-        return [fixed(n) for n in tensor.shape] if value is None else value.axes
+        if value is not None:
+            return value.axes
+        # Along an axis that is expanded a constant is the same for all units.
+        return [fresh(n) if step == 0 else fixed(n) for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
 
     def charge(self, tensor: Tensor) -> int:
         """Return the number of a value in the equations of signs; constants have a number of their own."""

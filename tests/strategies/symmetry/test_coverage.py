@@ -1,6 +1,8 @@
+import re
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.coverage import coverage, kind_of, touched_entries
 from fedbasin.strategies.symmetry.discover.discovery import discover
@@ -39,13 +41,19 @@ def test_each_kind_of_group_has_its_fraction() -> None:
     assert report.fraction < 1 < sum(report.by_kind.values())
 
 
-def test_operations_that_stop_the_trace_are_reported() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.GLU(0), nn.Linear(5, 2))
+class RunningSum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+def test_what_does_not_move_is_named_with_its_operation_and_line() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), RunningSum(), nn.Linear(5, 2))
     discovery = discover(model, torch.zeros(2, 4))
-    report = coverage(discovery.symmetry, model.state_dict())
-    assert report.fraction == 0
-    assert [str(stop) for stop in discovery.stops] == ["GLU '1' fixes the units of '0'"]
-    assert report.uncovered == tuple(model.state_dict())
+    assert discovery.coverage.fraction == 0
+    (stop,) = discovery.stops
+    assert (stop.part, stop.operation) == ("0", "cumsum")
+    assert re.fullmatch(r"test_coverage\.py:\d+", stop.source)
+    assert discovery.coverage.uncovered == tuple(model.state_dict())
 
 
 def test_parts_of_two_axes_are_counted_once() -> None:
