@@ -29,7 +29,7 @@ from fedbasin.strategies.tensors.state import State
 
 
 class HeadRows(NamedTuple):
-    """What a head multiplies, and the values that it is fitted to, for every place that counts."""
+    """The inputs of a head, and the values that it is fitted to, for every place that counts."""
 
     inputs: Float[Tensor, "rows in"]
     goals: Float[Tensor, "rows out"]

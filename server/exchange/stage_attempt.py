@@ -389,7 +389,7 @@ class StageAttempt:
 
     @property
     def _compares_updates(self) -> bool:
-        """Whether the clients have trained from one model, so that their updates can be held against one another."""
+        """Return True if the clients have trained from one model, so that their updates can be compared."""
         request = self.stage.request
         return request.stage == Fuse.stage and request.start is Start.shared
 

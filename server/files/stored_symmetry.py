@@ -31,7 +31,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Source:
-    """What the user says of a model's symmetry.
+    """The user's statements on a model's symmetry.
 
     Attributes:
         notation: a file in the notation.

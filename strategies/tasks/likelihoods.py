@@ -177,7 +177,7 @@ class Categorical:
 
 
 class _WithoutClasses:
-    """What likelihoods share that know no right and wrong."""
+    """The common part of likelihoods that know no right and wrong."""
 
     def hits(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: ARG002 - nothing is right
         return None
@@ -187,7 +187,7 @@ class _WithoutClasses:
 
 
 class _Elementwise:
-    """What likelihoods share in which every output has a target of its own."""
+    """The common part of likelihoods in which every output has a target of its own."""
 
     def arrange(self, outputs: Tensor) -> Tensor:
         return outputs

@@ -36,7 +36,7 @@ _PROVENANCE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The report of a merge.
 
     Attributes:
         rule: name of the rule.

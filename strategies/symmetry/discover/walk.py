@@ -48,7 +48,7 @@ _KEEPS_SQUARES = {
 
 @dataclass(eq=False)
 class Value:
-    """What is known of a tensor that depends on parameters.
+    """Knowledge of a tensor that depends on parameters.
 
     Attributes:
         axes: the units along each axis.
@@ -96,7 +96,7 @@ class Call:
 
 @dataclass(eq=False)
 class Record:
-    """What is known of a model after it was followed.
+    """Knowledge of a model after it was followed.
 
     Attributes:
         signs: the equations between signs.
