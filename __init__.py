@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedbasin.strategies.symmetry.models.families import family as family
     from fedbasin.strategies.symmetry.symmetry import Symmetry as Symmetry
     from fedbasin.strategies.symmetry.symmetry import parse as parse
-    from fedbasin.strategies.tasks.task import Task as Task
+    from fedbasin.strategies.tasks.model_task import Task as Task
 
     # Type checkers re-export an import under its own name alone.
     align = match_weights
@@ -41,7 +41,7 @@ _HOMES = {
     "RunResult": "server.run.result",
     "SettingsError": "server.run.settings",
     "Symmetry": "strategies.symmetry.symmetry",
-    "Task": "strategies.tasks.task",
+    "Task": "strategies.tasks.model_task",
     "Update": "strategies.fusion.update",
     "align": "strategies.alignment.weight_matching:match_weights",
     "barrier": "strategies.diagnostics.loss_path",

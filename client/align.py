@@ -17,7 +17,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
 
 # Share of the client in the merge for which learned matching optimises, where the server does not know the weights.

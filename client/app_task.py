@@ -12,7 +12,7 @@ from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.tasks.guess import first_outputs, task_of_batch
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 
 # A child of Flower's logger, so that its handlers carry the lines.
 _LOG = logging.getLogger("flwr.fedbasin")

@@ -23,7 +23,7 @@ from fedbasin.strategies.diagnostics.endpoint_proof import EndpointError, Endpoi
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.diagnostics.singular_vectors import affordable, matrices, spectral_alignment
 from fedbasin.strategies.diagnostics.variance_ratios import variance_ratios
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State, floating
 
 # Multiplications that comparing singular vectors may take: about a tenth of a second on one core for all models.

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.fusion.rules.robust.catalogue import RobustRule
+from fedbasin.strategies.fusion.rules.robust.robust_rules import RobustRule
 from fedbasin.strategies.fusion.weighting import (
     FisherWeighting,
     GramWeighting,

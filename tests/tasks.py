@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.strategies.tasks.task import TASKS, Task
+from fedbasin.strategies.tasks.model_task import TASKS, Task
 from fedbasin.strategies.tensors.batches import Batch, forward
 
 WIDTH = 6

@@ -23,7 +23,7 @@ from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.tasks.likelihoods import TaskError
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 

@@ -29,7 +29,7 @@ from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.path_ends import path_ends
 from fedbasin.strategies.tasks.guess import guess_task
 from fedbasin.strategies.tasks.likelihoods import TaskError
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State, tied
 
 

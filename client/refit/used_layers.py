@@ -12,7 +12,7 @@ from fedbasin.client.refit.head_sums import head_layer
 from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.tasks.guess import task_of_batch
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
 
 

@@ -17,7 +17,7 @@ from fedbasin.proto.reply import LayerStatistic
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.compression.formats import Pieces, encode
 from fedbasin.strategies.fusion.weighting import Statistic
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
 
 

@@ -22,7 +22,7 @@ from fedbasin.client.capture.layer_calls import layer_by_layer
 from fedbasin.client.statistics.layer_squares import LayerSquares
 from fedbasin.strategies.tasks.guess import task_of_batch
 from fedbasin.strategies.tasks.likelihoods import widen
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, Inputs, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 

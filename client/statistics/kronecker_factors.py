@@ -19,7 +19,7 @@ from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.layers import Layer, kronecker_layers
 from fedbasin.strategies.tasks.guess import task_of_batch
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
 
 # Share of the identity in B. See docs/explanation/fisher.md.

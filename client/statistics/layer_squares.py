@@ -22,7 +22,7 @@ from fedbasin.client.capture.recurrent_steps import RecurrentSteps, recurrent_la
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import TRANSPOSED, tensor_names
 from fedbasin.strategies.tasks.likelihoods import widen
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch, forward
 
 

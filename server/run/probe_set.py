@@ -25,7 +25,7 @@ from fedbasin.strategies.diagnostics.evaluation import evaluate, predict
 from fedbasin.strategies.diagnostics.model_pairs import from_fused, pairwise
 from fedbasin.strategies.diagnostics.probe_sampling import draw
 from fedbasin.strategies.round.fuse import Align
-from fedbasin.strategies.tasks.task import Task, task_of
+from fedbasin.strategies.tasks.model_task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State, floating
 

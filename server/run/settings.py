@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedbasin.server.observe.access import Pass
-from fedbasin.strategies.fusion.rules.robust.catalogue import COUNTED, ROBUST_RULES, RobustRule, robust_rule
+from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, RobustRule, robust_rule
 from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.server_optimizers import SERVER_OPTIMIZERS
 

@@ -29,7 +29,7 @@ from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tasks.guess import guess_task
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State, interpolate
 

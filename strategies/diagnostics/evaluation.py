@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedbasin.strategies.tasks.guess import task_of_batch
-from fedbasin.strategies.tasks.task import Task, task_of
+from fedbasin.strategies.tasks.model_task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 

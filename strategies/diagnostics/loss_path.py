@@ -14,7 +14,7 @@ from torch import nn
 
 from fedbasin.strategies.diagnostics.barrier import Barriers, Path, barriers
 from fedbasin.strategies.diagnostics.evaluation import bind, evaluate
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State, interpolate
 

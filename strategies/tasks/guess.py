@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.tasks.likelihoods import IGNORED, TaskError
-from fedbasin.strategies.tasks.task import TASKS, Task
+from fedbasin.strategies.tasks.model_task import TASKS, Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 
 _VIEWS = ("Alias", "Permute", "Reshape", "Select", "Slice", "Squeeze", "Transpose", "Unsqueeze", "UnsafeView", "View")

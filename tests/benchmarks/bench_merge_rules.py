@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.fusion.rules.catalogue import ARGUMENTS, RULES, Rule
+from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, RULES, Rule
 from fedbasin.strategies.symmetry.discover.tracing import trace
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.bench_rebasin import split

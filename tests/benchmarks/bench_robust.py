@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from fedbasin.strategies.fusion.accumulator import Accumulator
-from fedbasin.strategies.fusion.rules.robust.catalogue import COUNTED, ROBUST_RULES, robust_rule
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
+from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, robust_rule
 from fedbasin.strategies.fusion.update import Update
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, peak_resident_bytes
 

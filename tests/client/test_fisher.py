@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 
 import fedbasin.client.statistics.fisher as fisher_module
 from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.strategies.tasks.task import TASKS
+from fedbasin.strategies.tasks.model_task import TASKS
 
 W = torch.float64
 

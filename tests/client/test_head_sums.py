@@ -17,7 +17,7 @@ from fedbasin.strategies.fusion.head import closed_form
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.tasks.guess import guess_task
 from fedbasin.strategies.tasks.likelihoods import MARGIN, TaskError
-from fedbasin.strategies.tasks.task import TASKS
+from fedbasin.strategies.tasks.model_task import TASKS
 
 W = torch.float64
 HEAD = ("head.weight", "head.bias")

@@ -9,7 +9,7 @@ from torch import nn
 from fedbasin.client.statistics.fisher import diagonal_fisher
 from fedbasin.client.statistics.gram import grams
 from fedbasin.client.statistics.kronecker_factors import kronecker_factors
-from fedbasin.strategies.tasks.task import TASKS
+from fedbasin.strategies.tasks.model_task import TASKS
 
 W = torch.float64
 DRAWN = replace(TASKS["classification"], exact_scores=0)

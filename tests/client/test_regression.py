@@ -18,7 +18,7 @@ from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.tasks.task import TASKS
+from fedbasin.strategies.tasks.model_task import TASKS
 from tests.strategies.symmetry.tiny_transformers import MODELS
 
 W = torch.float64

@@ -15,7 +15,7 @@ from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.refit import RefitHead, RefitLayers
-from fedbasin.strategies.tasks.task import TASKS
+from fedbasin.strategies.tasks.model_task import TASKS
 from tests.accepting import accept
 
 W = torch.float64

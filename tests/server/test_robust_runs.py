@@ -10,7 +10,7 @@ from fedbasin.proto.header import STATISTICS
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.run.settings import SettingsError, read_settings
 from fedbasin.server.strategy import FedBasin
-from fedbasin.strategies.fusion.rules.robust.catalogue import COUNTED, ROBUST_RULES, robust_rule
+from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, robust_rule
 from fedbasin.strategies.recipes import RECIPES, LoraProducts
 from tests import tiny
 from tests.running import run

@@ -10,7 +10,7 @@ from fedbasin.client import basin
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.strategies.recipes import RECIPES
-from fedbasin.strategies.tasks.task import Task
+from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.parallel import is_finite
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny

@@ -25,7 +25,7 @@ from fedbasin.server.files.adapters.adapter_folder import (
     describe_difference,
     open_adapter,
 )
-from fedbasin.server.files.merge.layers import depth_of, layer_counts
+from fedbasin.server.files.merge.layer_names import depth_of, layer_counts
 from fedbasin.server.files.merge.parameters import Place, rule_arguments
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.reading import ModelError

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedbasin.server.files.merge.recipe import Parameters
 from fedbasin.server.files.reading import ModelError
-from fedbasin.strategies.fusion.rules.catalogue import ARGUMENTS, Rule, Scalar
+from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, Rule, Scalar
 
 
 @dataclass(frozen=True)

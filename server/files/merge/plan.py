@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedbasin.server.files.merge.layers import depth_of, fraction, is_embedding, layer_counts, layer_of
+from fedbasin.server.files.merge.layer_names import depth_of, fraction, is_embedding, layer_counts, layer_of
 from fedbasin.server.files.merge.parameters import Place, rule_arguments
 from fedbasin.server.files.merge.recipe import MergeRecipe, Parameters, Slice, Source
 from fedbasin.server.files.reading import ModelError, few
-from fedbasin.strategies.fusion.rules.catalogue import Rule
+from fedbasin.strategies.fusion.rules.merging_rules import Rule
 from fedbasin.strategies.tensors.state import State
 
 Shapes = Mapping[Path, State]

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedbasin.server.files.reading import ModelError
-from fedbasin.strategies.fusion.rules.catalogue import RULES, Rule
+from fedbasin.strategies.fusion.rules.merging_rules import RULES, Rule
 
 Align = Literal["off", "star", "chain", "tree", "universe"]
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedbasin.server.files.merge.recipe import MergeRecipe
-from fedbasin.strategies.fusion.rules.catalogue import RULES
+from fedbasin.strategies.fusion.rules.merging_rules import RULES
 from tests.server.files.stored import fedbasin
 from tests.server.files.test_commands_page import words
 

@@ -15,9 +15,9 @@ from fedbasin.strategies.fusion.accumulator import fuse as mean
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Sketched
 from fedbasin.strategies.fusion.rules.robust import spool
-from fedbasin.strategies.fusion.rules.robust.catalogue import COUNTED, ROBUST_RULES, robust_rule
-from fedbasin.strategies.fusion.rules.robust.geometry import TooFewClientsError
+from fedbasin.strategies.fusion.rules.robust.client_distances import TooFewClientsError
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
+from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, robust_rule
 from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolError
 from fedbasin.strategies.fusion.update import Update
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbasin.strategies.tasks.guess import first_outputs, task_of_batch
 from fedbasin.strategies.tasks.likelihoods import TaskError
-from fedbasin.strategies.tasks.task import TASKS, task_of
+from fedbasin.strategies.tasks.model_task import TASKS, task_of
 from fedbasin.strategies.tensors.batches import Batch
 from tests.tasks import EXAMPLES, Auxiliary, rows
 

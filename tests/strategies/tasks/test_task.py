@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedbasin.strategies.diagnostics.loss_path import barrier
 from fedbasin.strategies.tasks.likelihoods import MARGIN, TaskError
-from fedbasin.strategies.tasks.task import TASKS, Task
+from fedbasin.strategies.tasks.model_task import TASKS, Task
 from fedbasin.strategies.tensors.batches import Batch
 from tests.tasks import EXAMPLES, draw_laplace, laplace
 

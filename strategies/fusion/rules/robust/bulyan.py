@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedbasin.strategies.fusion.rules.robust.geometry import Products
+from fedbasin.strategies.fusion.rules.robust.client_distances import Products
 from fedbasin.strategies.fusion.rules.robust.krum import order_by_krum
 from fedbasin.strategies.fusion.rules.robust.median import median
 

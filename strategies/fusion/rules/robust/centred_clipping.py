@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from fedbasin.strategies.fusion.rules.robust.geometry import Products, Weights, capped, distances_from
+from fedbasin.strategies.fusion.rules.robust.client_distances import Products, Weights, capped, distances_from
 from fedbasin.strategies.fusion.rules.robust.norm_clipping import clip_factors
 
 _PASSES = 10

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from fedbasin.strategies.fusion.rules.robust.geometry import Products, Weights, capped, distances_from
+from fedbasin.strategies.fusion.rules.robust.client_distances import Products, Weights, capped, distances_from
 
 # Least distance that is divided by, relative to the median norm of the updates.
 _SMOOTHING = 1e-6

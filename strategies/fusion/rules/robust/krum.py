@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.rules.robust.geometry import Products, Weights, pairwise_distances
+from fedbasin.strategies.fusion.rules.robust.client_distances import Products, Weights, pairwise_distances
 
 
 def order_by_krum(products: Products, hostile: int) -> Tensor:

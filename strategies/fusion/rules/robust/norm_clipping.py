@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedbasin.strategies.fusion.rules.robust.geometry import Products, Weights, capped
+from fedbasin.strategies.fusion.rules.robust.client_distances import Products, Weights, capped
 
 
 def clip_factors(distances: Weights) -> Weights:

@@ -29,10 +29,10 @@ from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.precisions import Gram, Precision, Sketched, common
 from fedbasin.strategies.fusion.rules.robust.bulyan import Bulyan
-from fedbasin.strategies.fusion.rules.robust.catalogue import CombinationRule, RobustRule
+from fedbasin.strategies.fusion.rules.robust.client_distances import Products, TooFewClientsError, Weights, capped
 from fedbasin.strategies.fusion.rules.robust.geometric_median import GeometricMedian
-from fedbasin.strategies.fusion.rules.robust.geometry import Products, TooFewClientsError, Weights, capped
 from fedbasin.strategies.fusion.rules.robust.median import middle
+from fedbasin.strategies.fusion.rules.robust.robust_rules import CombinationRule, RobustRule
 from fedbasin.strategies.fusion.rules.robust.spool import Place, Spool
 from fedbasin.strategies.fusion.update import Update, join, tensor_names
 from fedbasin.strategies.tensors.parallel import zeros

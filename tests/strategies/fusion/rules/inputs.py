@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.rules.catalogue import ARGUMENTS, RULES
+from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, RULES
 
 SHAPES = ((7, 5), (11,), (3, 2, 2), (1, 1), (600, 500))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.fusion.rules.catalogue import RULES
+from fedbasin.strategies.fusion.rules.merging_rules import RULES
 from tests.strategies.fusion.rules.inputs import SHAPES, fine_tuned, merge
 
 api = pytest.importorskip("mergekit.merge_methods.api", reason="compared only where mergekit 0.1.5 is installed")

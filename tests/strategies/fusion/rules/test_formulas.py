@@ -82,7 +82,7 @@ def test_random_pruning_keeps_the_expectation_and_the_density(name: str, shape: 
     anchor, (model,) = fine_tuned(shape, count=1)
     results = []
     for seed in range(400):
-        from fedbasin.strategies.fusion.rules.catalogue import RULES
+        from fedbasin.strategies.fusion.rules.merging_rules import RULES
 
         extra = {"epsilon": [0.2]} if name == "della_linear" else {}
         arguments = {"density": [0.4], "rescale": True, "normalize": False, "scale": 1.0, **extra}

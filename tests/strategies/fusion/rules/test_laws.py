@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.rules.catalogue import RULES
+from fedbasin.strategies.fusion.rules.merging_rules import RULES
 from tests.strategies.fusion.rules.inputs import SHAPES, fine_tuned, merge
 
 GIVEN = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.01}}
