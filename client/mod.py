@@ -38,7 +38,7 @@ from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_h
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import CHECK, Request, Start
 from fedbasin.strategies.fusion.lora.adapter_scales import read_scales, scales_of, set_scales, to_scales
-from fedbasin.strategies.round.outcomes import Refusal
+from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.tasks.model_task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State

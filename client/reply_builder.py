@@ -13,7 +13,7 @@ from fedbasin.client.statistics.collect import collect
 from fedbasin.proto.reply import Metrics, Reply
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.lora.lora_factors import widen
-from fedbasin.strategies.round.checks import check_model
+from fedbasin.strategies.judging.checks import check_model
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
 

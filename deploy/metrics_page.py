@@ -12,7 +12,7 @@ import yaml
 
 from fedbasin.server.observe import metric_catalogue as catalogue
 from fedbasin.server.observe.metric_catalogue import Metric
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 _ROOM = Path(__file__).resolve().parent
 RULES = _ROOM / "prometheus" / "rules.yml"

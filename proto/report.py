@@ -175,7 +175,7 @@ class ClientReport:
 
     Attributes:
         node_id: Flower's id of the node that was asked.
-        outcome: name of a `fedbasin.strategies.round.outcomes.Outcome`.
+        outcome: name of a `fedbasin.strategies.judging.outcomes.Outcome`.
         detail: what and where, in one line; empty for accepted replies.
         examples: weight of the client's update.
         bytes_up: bytes of the reply's arrays.

@@ -67,7 +67,7 @@ def test_the_page_of_settings_is_what_the_code_says() -> None:
 
 
 def test_the_page_of_outcomes_is_what_the_code_says() -> None:
-    from fedbasin.strategies.round.outcomes import Outcome
+    from fedbasin.strategies.judging.outcomes import Outcome
 
     rows = [f"| `{outcome.name}` | {outcome.value} |" for outcome in Outcome]
     assert table(REFERENCE / "outcomes.md", "| `") == rows

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.parallel import is_finite
 
 

@@ -7,7 +7,7 @@ from fedbasin.proto.report import PathSums
 from fedbasin.proto.request import Request
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.probe_sampling import draw
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.state import State
 
 

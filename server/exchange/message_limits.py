@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedbasin.proto.header import HEADER, records
 from fedbasin.proto.packing import nbytes
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 
 MOST_METRICS = 1000
 MOST_NUMBERS = 10_000

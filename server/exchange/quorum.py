@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from fedbasin.proto.report import ClientReport, StageReport
 from fedbasin.server.printable import printable
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 _SHOWN = 3  # nodes of a group that are named
 

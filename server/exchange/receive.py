@@ -13,8 +13,8 @@ from fedbasin.proto.request import Request, Start
 from fedbasin.server.exchange.message_limits import check_limits, shortened
 from fedbasin.server.exchange.reply_pulls import TOO_LARGE
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.decode_statistics import DecodedStatistics, decode_statistics
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 
 # Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed; the
 # others are the SuperLink's.

@@ -30,10 +30,10 @@ from fedbasin.server.exchange.update_directions import UpdateDirections
 from fedbasin.strategies.diagnostics.probe_sampling import bound
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.finite import changed, check_finite
+from fedbasin.strategies.judging.finite_model import changed, check_finite
+from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure, opponents
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
-from fedbasin.strategies.round.influence import Measure, Verdict, judge, measure, opponents
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.stage import Stage, StageResult
 from fedbasin.strategies.round.weighted_means import weighted_means
 from fedbasin.strategies.tensors.state import State

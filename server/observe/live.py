@@ -16,7 +16,7 @@ from fedbasin.server.observe.rounds_table import rounds_table
 from fedbasin.server.printable import printable
 from fedbasin.server.report.charts.text import arrow, number
 from fedbasin.server.report.summary import RoundSummary, summarise
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 40  # rounds of a sparkline

@@ -15,7 +15,7 @@ from fedbasin.server.observe import metric_catalogue as catalogue
 from fedbasin.server.observe.metric_catalogue import Metric
 from fedbasin.server.observe.tally import Tally, tally
 from fedbasin.server.printable import printable
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 _OTHER = "other"
 _LONGEST_RUN_ID = 100  # OpenMetrics allows an exemplar 128 characters, names included

@@ -12,7 +12,7 @@ from fedbasin.server.report.charts.markup import Html, join, tag
 from fedbasin.server.report.charts.text import duration, number, size
 from fedbasin.server.report.reported_run import ReportedRun
 from fedbasin.server.report.summary import RoundSummary
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 _CLIENTS = 200  # rows of the list of clients
 _STYLES = ("c1", "c2", "c3", "c4", "c5")

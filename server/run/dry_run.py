@@ -18,8 +18,8 @@ from fedbasin.server.run.settings import SettingsError
 from fedbasin.strategies.fusion.compression.budget import choose, spent
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.fusion.weighting import Statistic
-from fedbasin.strategies.round.checks import check_update
-from fedbasin.strategies.round.outcomes import Refusal
+from fedbasin.strategies.judging.checks import check_update
+from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.tensors.state import State
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.

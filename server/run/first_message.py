@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedbasin.proto.request import CHECK, Request
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.tensors.state import State
 
 # Whoever takes longer evaluates much; the run begins without the answer.

@@ -45,11 +45,11 @@ from fedbasin.server.run.run_folder import (
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.server.run.stop_signal import stop_signal
+from fedbasin.strategies.judging.finite_model import NonFiniteModelError
+from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise
 from fedbasin.strategies.round.evaluate import Evaluate
-from fedbasin.strategies.round.finite import NonFiniteModelError
 from fedbasin.strategies.round.fuse import Fuse
-from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.round import RoundResult, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State

@@ -22,12 +22,12 @@ from fedbasin.server.run.model_arrays import arrays_of, state_of
 from fedbasin.server.run.probe_set import ProbeRun
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.diagnostics.update_cosines import Vector
+from fedbasin.strategies.judging.finite_model import NonFiniteModelError, changed, check_finite
+from fedbasin.strategies.judging.outcomes import Outcome
+from fedbasin.strategies.judging.strikes import Strikes
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.evaluate import Evaluate
-from fedbasin.strategies.round.finite import NonFiniteModelError, changed, check_finite
-from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.stage import StageResult
-from fedbasin.strategies.round.strikes import Strikes
 from fedbasin.strategies.server_optimizers import OptimizerState
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.symmetry import Symmetry

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedbasin.proto.request import Request, Start
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.checks import check_update
+from fedbasin.strategies.judging.checks import check_update
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.checks import check_examples
+from fedbasin.strategies.judging.checks import check_examples
 from fedbasin.strategies.tensors.state import State
 
 

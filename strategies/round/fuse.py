@@ -22,9 +22,7 @@ from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapter
 from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.fusion.weighting import SketchedGramWeighting, Statistic
-from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
-from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.checks import (
+from fedbasin.strategies.judging.checks import (
     check_alike,
     check_blocks,
     check_frozen,
@@ -32,7 +30,9 @@ from fedbasin.strategies.round.checks import (
     check_model,
     check_update,
 )
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
+from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
+from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.stage import Stage
 from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
 from fedbasin.strategies.symmetry.symmetry import Symmetry

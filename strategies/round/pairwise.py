@@ -12,7 +12,7 @@ from torch import Tensor
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.pairwise_merging import LINKS, Link, Links, Merge, MergedModel
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.checks import check_update
+from fedbasin.strategies.judging.checks import check_update
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State, floating

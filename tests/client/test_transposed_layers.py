@@ -16,9 +16,9 @@ from fedbasin.strategies.fusion.accumulator import Ridge, fuse
 from fedbasin.strategies.fusion.layers import gram_layers, kronecker_layers
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join, split, tensor_names
+from fedbasin.strategies.judging.checks import check_update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.round.checks import check_update
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.refit import RefitLayers
 from fedbasin.strategies.symmetry.transform import random
 from tests.accepting import accept

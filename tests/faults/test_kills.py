@@ -13,7 +13,7 @@ from tests.faults.supervised import KINDS, Killer, supervised
 from tests.faults.test_clients import APP
 
 ROUNDS = 2
-ROOMS = ("/server/run/", "/server/exchange/", "/strategies/round/")
+ROOMS = ("/server/run/", "/server/exchange/", "/strategies/round/", "/strategies/judging/")
 SETTINGS = {
     "fedavgm": {"recipe": "fedavgm"},
     "regmean": {"recipe": "regmean", "start": "own"},

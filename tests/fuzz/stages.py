@@ -18,9 +18,9 @@ from fedbasin.server.exchange.cohort import Cohort
 from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply
+from fedbasin.strategies.judging.finite_model import changed, check_finite
+from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.recipes import RECIPES
-from fedbasin.strategies.round.finite import changed, check_finite
-from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.tensors.state import State
 from tests import running, tiny
 from tests.fuzz.mutations import mutate

@@ -4,7 +4,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedbasin.server.strategy import FedBasin
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 from tests import tiny
 from tests.server.fake_grid import FakeGrid
 

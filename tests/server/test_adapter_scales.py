@@ -7,9 +7,9 @@ from peft import get_peft_model_state_dict as saved
 from fedbasin.strategies.fusion.lora.adapter_scales import SCALE, read_scales, scales_of, to_scales, with_scales
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, as_module, find_adapters
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.round.outcomes import Refusal
 from tests import adapted, running
 from tests.server.test_lora import Run, close, products
 

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import (
 from torch import nn
 
 from fedbasin.client import basin
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.tensors.state import distance
 from tests import tiny
 from tests.server.flowers_loop import BAD, arrays_of, fed_basin, is_finite, nan_in_training, refused, start, state_of

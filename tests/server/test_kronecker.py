@@ -10,9 +10,9 @@ from fedbasin.server.run.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from tests import running, tiny
 from tests.accepting import accept
 

@@ -17,7 +17,7 @@ from fedbasin.proto.report import ACCEPTED, ClientReport
 from fedbasin.server.observe.live import screen, sparkline
 from fedbasin.server.observe.rounds_table import rounds_table
 from fedbasin.server.report.summary import summarise
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 from tests.observing import observer, push
 from tests.server.reports import run_of
 from tests.waiting import LONG

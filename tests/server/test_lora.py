@@ -13,9 +13,9 @@ from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.fusion.lora.lora_factors import find_adapters
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.round.outcomes import Refusal
 from tests import adapted, running, tiny
 from tests.accepting import accept
 from tests.server.fake_grid import FakeGrid

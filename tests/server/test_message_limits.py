@@ -19,7 +19,7 @@ from fedbasin.proto.request import Request
 from fedbasin.server.exchange.message_limits import LONGEST_NAME, MOST_METRICS, MOST_NUMBERS, check_limits
 from fedbasin.server.exchange.receive import receive
 from fedbasin.server.exchange.reply_pulls import TOO_LARGE, _ByteLimit
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from tests import running, tiny
 from tests.server.fake_grid import FakeGrid
 

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 
 from fedbasin.proto.report import ClientReport, RoundReport, StageReport
 from fedbasin.server.observe.telemetry import Telemetry
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 BAD = 101
 NODES = [100, BAD, 102]

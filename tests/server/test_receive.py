@@ -19,11 +19,11 @@ from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.layers import known_blocks
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from tests import tiny
 
 ANCHOR = tiny.net().state_dict()

@@ -10,8 +10,8 @@ from flwr.serverapp.strategy import Strategy
 from fedbasin.client import basin
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
+from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.recipes import RECIPES
-from fedbasin.strategies.round.outcomes import Outcome
 from tests import tiny
 from tests.server.flowers_loop import (
     BAD,

@@ -25,11 +25,11 @@ from fedbasin.proto.report import (
 )
 from fedbasin.server.observe import metric_catalogue as catalogue
 from fedbasin.server.observe.telemetry import Telemetry
+from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
-from fedbasin.strategies.round.outcomes import Outcome
 from fedbasin.strategies.round.pairwise import LinkModels
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
 from tests.needing import needed

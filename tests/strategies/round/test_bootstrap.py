@@ -7,8 +7,8 @@ import torch
 
 from fedbasin.proto.request import Start
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.round.bootstrap import Bootstrap
-from fedbasin.strategies.round.outcomes import Refusal
 from fedbasin.strategies.symmetry.transform import random
 from tests.accepting import accept
 from tests.strategies.round.two_layers import SYMMETRY, assert_same, perturb, state

@@ -15,8 +15,8 @@ from fedbasin.strategies.fusion.compression.formats import decode, encode, encod
 from fedbasin.strategies.fusion.compression.sketch import Sketch
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Sketched
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.decode_statistics import decode_statistics
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 
 BLOCK = ("fc.weight", "fc.bias")
 INPUTS, OUTPUTS = 6, 3

@@ -3,8 +3,8 @@
 import pytest
 
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.evaluate import Evaluate
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from tests.accepting import accept
 from tests.strategies.round.two_layers import assert_same, state
 

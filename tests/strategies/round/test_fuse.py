@@ -9,9 +9,9 @@ from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.fusion.accumulator import fuse
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import Fuse, fusing_stage
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.symmetry.transform import random
 from fedbasin.strategies.tensors.state import floating
 from tests.accepting import accept

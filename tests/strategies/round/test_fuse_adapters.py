@@ -12,9 +12,9 @@ from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError
 from fedbasin.strategies.fusion.precisions import Gram, Sketched
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
 from tests.accepting import accept
 

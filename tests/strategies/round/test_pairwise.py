@@ -7,7 +7,7 @@ from fedbasin.proto.report import ClientReport, StageReport
 from fedbasin.proto.request import Request, Start
 from fedbasin.strategies.alignment.pairwise_merging import Link, MergedModel
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.pairwise import LinkModels, merge_in_pairs
 from fedbasin.strategies.round.stage import StageResult
 from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer

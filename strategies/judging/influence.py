@@ -27,7 +27,7 @@ from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.diagnostics.update_cosines import Sample
 from fedbasin.strategies.fusion.precisions import common
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.parallel import distances
 from fedbasin.strategies.tensors.state import MEASURED, State, floating
 

@@ -15,8 +15,8 @@ from fedbasin.strategies.fusion.compression.formats import Piece
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
 from fedbasin.strategies.fusion.update import Update, join, tensor_names, weight_of
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State, floating
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedbasin.proto.report import StageReport
-from fedbasin.strategies.round.outcomes import Outcome
+from fedbasin.strategies.judging.outcomes import Outcome
 
 # Refusals for the numbers in a reply: not for a node that is away, a reply that is late, or an app of another version.
 _STRIKING = {

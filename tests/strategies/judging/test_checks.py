@@ -11,8 +11,8 @@ from fedbasin.strategies.fusion.accumulator import Ridge, fuse
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Scalar
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.round.checks import check_alike, check_examples, check_fit, check_update
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit, check_update
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 
 ANCHOR = {
     "w": torch.zeros(3, 4),

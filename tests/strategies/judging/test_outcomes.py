@@ -20,9 +20,9 @@ from fedbasin.server.exchange.stage_attempt import RoundContext, StageAttempt, S
 from fedbasin.server.exchange.streaming_grid import StageReplies, StreamingGrid
 from fedbasin.strategies.fusion.compression.formats import decode, encode
 from fedbasin.strategies.fusion.layers import known_blocks
+from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.round.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.refit import RefitLayers
 from tests import tiny
 from tests.proto.messages import header_record
