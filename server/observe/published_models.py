@@ -16,7 +16,7 @@ from anyio import CapacityLimiter, to_thread
 
 from fedbasin.proto.observer_service import ModelChunk
 
-# The name that fedbasin.server.run.checkpoint uses; importing it would bring torch.
+# The name that fedbasin.server.run.resumption.checkpoint uses; importing it would bring torch.
 FILE = "global.safetensors"
 _CHUNK_BYTES = 2**20
 _LONGEST_HEADER_BYTES = 16 * 2**20  # some 100 000 tensors

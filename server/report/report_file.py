@@ -9,7 +9,7 @@ from fedbasin.server.report.document import render_report
 from fedbasin.server.report.markdown import render_markdown
 from fedbasin.server.report.reported_run import ReportedRun
 from fedbasin.server.report.summary import summary_to_json
-from fedbasin.server.run.checkpoint import MODEL, REPORTS, read_reports
+from fedbasin.server.run.resumption.checkpoint import MODEL, REPORTS, read_reports
 
 
 class NoRunError(ValueError):

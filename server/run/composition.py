@@ -15,7 +15,7 @@ from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.request import Request, Start
 from fedbasin.server.exchange.stage_attempt import StageLimits
 from fedbasin.server.run.model_arrays import array_names, state_of
-from fedbasin.server.run.run_folder import open_spool
+from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
 from fedbasin.strategies.fusion.accumulator import Accumulator

@@ -25,15 +25,15 @@ from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
 from fedbasin.server.observe.access import AccessError
 from fedbasin.server.observe.push import ObserverClient, connect
-from fedbasin.server.run import checkpoint
-from fedbasin.server.run.checkpoint import Checkpoint
 from fedbasin.server.run.dry_run import dry_run, model_signature
 from fedbasin.server.run.first_message import PATIENCE_SECONDS, Check, prevents_training
 from fedbasin.server.run.log_lines import end_lines, incident_line, round_lines, start_lines
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
-from fedbasin.server.run.run_folder import (
+from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.checkpoint import Checkpoint
+from fedbasin.server.run.resumption.run_folder import (
     RunFolder,
     RunRecord,
     app_of,
@@ -42,9 +42,9 @@ from fedbasin.server.run.run_folder import (
     read_run_key,
     run_id_of,
 )
+from fedbasin.server.run.resumption.stop_signal import stop_signal
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
-from fedbasin.server.run.stop_signal import stop_signal
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError
 from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise

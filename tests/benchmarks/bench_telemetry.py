@@ -24,9 +24,9 @@ from fedbasin.server.exchange import stage_attempt
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.update_directions import UpdateDirections
 from fedbasin.server.observe.push import ObserverClient
-from fedbasin.server.run import checkpoint
 from fedbasin.server.run.loop import RunLoop
 from fedbasin.server.run.reporter import Reporter
+from fedbasin.server.run.resumption import checkpoint
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.diagnostics.loss_path import path_losses

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 
-from fedbasin.server.run import checkpoint
-from fedbasin.server.run.checkpoint import CheckpointError
+from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.checkpoint import CheckpointError
 from fedbasin.server.strategy import FedBasin
 from tests.faults.seeded_grid import SeededGrid
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedbasin.deploy.local import deployment
-from fedbasin.server.run import checkpoint
+from fedbasin.server.run.resumption import checkpoint
 from tests.waiting import LONG, wait_until
 
 pytestmark = pytest.mark.deployed

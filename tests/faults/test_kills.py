@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from fedbasin.server.run import checkpoint
-from fedbasin.server.run.run_folder import RECORD
+from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.run_folder import RECORD
 from tests import running, tiny
 from tests.faults.supervised import KINDS, Killer, supervised
 from tests.faults.test_clients import APP

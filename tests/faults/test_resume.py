@@ -6,7 +6,7 @@ import torch
 
 from fedbasin.deploy.demo import APP
 from fedbasin.deploy.local import deployment
-from fedbasin.server.run import checkpoint
+from fedbasin.server.run.resumption import checkpoint
 from tests.waiting import LONG
 
 pytestmark = [pytest.mark.deployed, pytest.mark.slow]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedbasin.proto.report import ClientReport, RoundReport, StageReport
-from fedbasin.server.run.checkpoint import (
+from fedbasin.server.run.resumption.checkpoint import (
     MODEL,
     REPORTS,
     Checkpoint,

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedbasin.client import basin
 from fedbasin.server.exchange.quorum import QuorumLostError
-from fedbasin.server.run import checkpoint
+from fedbasin.server.run.resumption import checkpoint
 from fedbasin.server.run.settings import SettingsError
 from tests import running, tiny
 

@@ -14,7 +14,7 @@ from fedbasin.proto import packing, plain
 from fedbasin.proto.header import STATISTICS, read_header
 from fedbasin.proto.report import IncidentKind
 from fedbasin.server.exchange.quorum import StageFailedError
-from fedbasin.server.run.checkpoint import MODEL, load
+from fedbasin.server.run.resumption.checkpoint import MODEL, load
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.recipes import RECIPES
 from tests import running, tiny

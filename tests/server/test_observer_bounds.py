@@ -29,7 +29,7 @@ from fedbasin.server.observe.history import Limits
 from fedbasin.server.observe.observer import Addresses
 from fedbasin.server.observe.push import LARGEST_REPORT_BYTES, ObserverClient, connect
 from fedbasin.server.page import bounded_http
-from fedbasin.server.run.run_folder import read_run_key
+from fedbasin.server.run.resumption.run_folder import read_run_key
 from tests.observing import observer, push, report, served
 from tests.server.reports import run_of
 from tests.waiting import LONG, wait_until

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from fedbasin.server.cli import app
 from fedbasin.server.observe.access import Guard, Pass
-from fedbasin.server.run.checkpoint import Checkpoint, save
+from fedbasin.server.run.resumption.checkpoint import Checkpoint, save
 from tests.observing import observer, push, report
 
 TOKEN = "a-token-of-the-tests"

@@ -16,8 +16,8 @@ from fedbasin.proto.observer_service import RemoteObserver
 from fedbasin.server.observe import published_models as models
 from fedbasin.server.observe.download import DownloadError, download
 from fedbasin.server.observe.published_models import NoModelError, PublishedModels
-from fedbasin.server.run import checkpoint
-from fedbasin.server.run.checkpoint import Checkpoint
+from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.checkpoint import Checkpoint
 from tests.observing import observer, push, report, served
 
 ROOT = Path(__file__).parent.parent.parent

@@ -28,7 +28,7 @@ from fedbasin.server.report.report_file import (
 )
 from fedbasin.server.report.reported_run import ReportedRun
 from fedbasin.server.report.space_measures import bin_rounds, measure_spaces
-from fedbasin.server.run.checkpoint import REPORTS, append_report
+from fedbasin.server.run.resumption.checkpoint import REPORTS, append_report
 from fedbasin.strategies.judging.outcomes import Outcome
 from tests.server.reports import SITES, run_of
 from tests.waiting import LONG

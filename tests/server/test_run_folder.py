@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 from flwr.app import MetricRecord
 
-from fedbasin.server.run import checkpoint
-from fedbasin.server.run.run_folder import LOCK, RECORD
+from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.run_folder import LOCK, RECORD
 from fedbasin.server.run.settings import SettingsError
 from tests import running, tiny
 

@@ -11,9 +11,9 @@ from torch import nn
 from fedbasin.client import basin
 from fedbasin.proto import packing
 from fedbasin.server.exchange.quorum import QuorumLostError
-from fedbasin.server.run import checkpoint
-from fedbasin.server.run.checkpoint import CheckpointError
 from fedbasin.server.run.log_lines import stage_line
+from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.checkpoint import CheckpointError
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.symmetry.discover.discovery import discover
