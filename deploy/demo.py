@@ -20,7 +20,7 @@ from fedbasin.deploy.local import Deployment, deployment
 from fedbasin.deploy.picture import draw_paths
 from fedbasin.deploy.processes import DeploymentError
 from fedbasin.proto.report import PathSums, RoundReport
-from fedbasin.server.observe.gauges import barrier_height
+from fedbasin.server.observe.metrics.gauges import barrier_height
 from fedbasin.server.run.resumption.checkpoint import read_reports
 from fedbasin.strategies.diagnostics.barrier import linear_barrier
 

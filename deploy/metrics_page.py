@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from fedbasin.server.observe import metric_catalogue as catalogue
-from fedbasin.server.observe.metric_catalogue import Metric
+from fedbasin.server.observe.metrics import metric_catalogue as catalogue
+from fedbasin.server.observe.metrics.metric_catalogue import Metric
 from fedbasin.strategies.judging.outcomes import Outcome
 
 _ROOM = Path(__file__).resolve().parent

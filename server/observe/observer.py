@@ -34,10 +34,10 @@ from fedbasin.server.observe.access import Guard
 from fedbasin.server.observe.arrival import Arrival, ArrivalReader, ReaderError, digest
 from fedbasin.server.observe.connections import count_connections
 from fedbasin.server.observe.history import ClosedError, ConflictError, FullError, History, HolderError, Limits
+from fedbasin.server.observe.metrics.telemetry import Telemetry
 from fedbasin.server.observe.published_models import BusyError, NoModelError, PublishedModels
 from fedbasin.server.observe.push import LARGEST_REPORT_BYTES
 from fedbasin.server.observe.store import Store
-from fedbasin.server.observe.telemetry import Telemetry
 from fedbasin.server.page.app import application
 from fedbasin.server.page.listen import listen
 from fedbasin.server.page.page_access import page_guards

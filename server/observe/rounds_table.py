@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbasin.proto.report import ACCEPTED, PathSums, RoundReport
-from fedbasin.server.observe.gauges import barrier_height
+from fedbasin.server.observe.metrics.gauges import barrier_height
 from fedbasin.server.printable import printable
 from fedbasin.server.report.charts.text import size
 from fedbasin.strategies.diagnostics.barrier import linear_barrier

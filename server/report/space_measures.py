@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 
 from fedbasin.proto.report import RoundReport, SpaceReport
-from fedbasin.server.observe.gauges import accepted_alignments
+from fedbasin.server.observe.metrics.gauges import accepted_alignments
 
 
 @dataclass(frozen=True)

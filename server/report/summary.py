@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import cached_property
 
 from fedbasin.proto.report import ACCEPTED, PathSums, RoundReport, StageReport
-from fedbasin.server.observe.gauges import ProbeCost, barrier_height, probe_cost, summary_gauges
+from fedbasin.server.observe.metrics.gauges import ProbeCost, barrier_height, probe_cost, summary_gauges
 from fedbasin.strategies.diagnostics.barrier import accuracy_barrier, linear_barrier
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fedbasin.deploy.metrics_page import PAGE, RULES, render_metrics_page
-from fedbasin.server.observe import metric_catalogue as catalogue
+from fedbasin.server.observe.metrics import metric_catalogue as catalogue
 from tests.needing import needed
 
 TESTS = RULES.with_name("rules_test.yml")

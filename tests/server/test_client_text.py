@@ -23,8 +23,8 @@ from fedbasin.proto.report import ClientReport, PathSums, RoundReport, StageRepo
 from fedbasin.server.cli import app
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.observe.live import screen
+from fedbasin.server.observe.metrics.telemetry import Telemetry
 from fedbasin.server.observe.rounds_table import rounds_table
-from fedbasin.server.observe.telemetry import Telemetry
 from fedbasin.server.page.view import Choice, render_page
 from fedbasin.server.printable import printable
 from fedbasin.server.report.document import render_report

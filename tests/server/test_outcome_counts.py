@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fedbasin.proto.report import ClientReport, RoundReport, StageReport
-from fedbasin.server.observe.telemetry import Telemetry
+from fedbasin.server.observe.metrics.telemetry import Telemetry
 from fedbasin.strategies.judging.outcomes import Outcome
 
 BAD = 101

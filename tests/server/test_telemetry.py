@@ -23,8 +23,8 @@ from fedbasin.proto.report import (
     StageReport,
     UpdateCosines,
 )
-from fedbasin.server.observe import metric_catalogue as catalogue
-from fedbasin.server.observe.telemetry import Telemetry
+from fedbasin.server.observe.metrics import metric_catalogue as catalogue
+from fedbasin.server.observe.metrics.telemetry import Telemetry
 from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.bootstrap import Bootstrap

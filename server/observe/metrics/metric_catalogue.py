@@ -1,6 +1,6 @@
 """Every metric that Prometheus can scrape of a federation: names, labels, units and meanings.
 
-`fedbasin.server.observe.telemetry` fills them, `docs/reference/metrics.md` lists them. Names follow Prometheus'
+`fedbasin.server.observe.metrics.telemetry` fills them, `docs/reference/metrics.md` lists them. Names follow Prometheus'
 conventions: base units, the unit in the name, `_total` for counters. No label holds a client or a run, whose number has
 no bound; the id of a run and the number of a round travel as exemplars instead.
 """

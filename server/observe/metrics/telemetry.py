@@ -11,9 +11,9 @@ from importlib import metadata
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from fedbasin.proto.report import IncidentKind, RoundReport
-from fedbasin.server.observe import metric_catalogue as catalogue
-from fedbasin.server.observe.metric_catalogue import Metric
-from fedbasin.server.observe.tally import Tally, tally
+from fedbasin.server.observe.metrics import metric_catalogue as catalogue
+from fedbasin.server.observe.metrics.metric_catalogue import Metric
+from fedbasin.server.observe.metrics.round_contribution import Tally, tally
 from fedbasin.server.printable import printable
 from fedbasin.strategies.judging.outcomes import Outcome
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedbasin.proto.report import RoundReport, StageReport
-from fedbasin.server.observe import metric_catalogue as catalogue
-from fedbasin.server.observe.gauges import Gauge, probe_cost, round_gauges
-from fedbasin.server.observe.metric_catalogue import Metric
+from fedbasin.server.observe.metrics import metric_catalogue as catalogue
+from fedbasin.server.observe.metrics.gauges import Gauge, probe_cost, round_gauges
+from fedbasin.server.observe.metrics.metric_catalogue import Metric
 
 Count: TypeAlias = tuple[Metric, float, tuple[str, ...]]
 Durations: TypeAlias = tuple[Metric, tuple[float, ...], tuple[str, ...]]

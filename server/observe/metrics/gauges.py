@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TypeAlias
 
 from fedbasin.proto.report import AlignmentReport, PathSums, ProbedPath, RoundReport, ServerProbe, UpdateCosines
-from fedbasin.server.observe import metric_catalogue as catalogue
+from fedbasin.server.observe.metrics import metric_catalogue as catalogue
 from fedbasin.strategies.diagnostics.barrier import (
     Curve,
     accuracy_barrier,
