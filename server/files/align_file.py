@@ -8,11 +8,11 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.executable_model import change_of_function
+from fedbasin.server.files.library.executable_model import change_of_function
+from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.files.shared_tensors import shared_tensors
 from fedbasin.server.files.stored_symmetry import SymmetricModel
-from fedbasin.server.files.tensor_layout import ModuleState, StoredState
 from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.transformed_state import TransformedState

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedbasin.server.files.executable_model import ExecutableModel, from_folder
-from fedbasin.server.files.library_model import layout_in
+from fedbasin.server.files.library.executable_model import ExecutableModel, from_folder
+from fedbasin.server.files.library.library_model import layout_in
+from fedbasin.server.files.library.tensor_layout import ModuleState
 from fedbasin.server.files.reading import ModelError, StoredModel, few, read_json
 from fedbasin.server.files.stored_symmetry import SymmetricModel, derived
-from fedbasin.server.files.tensor_layout import ModuleState
 from fedbasin.strategies.symmetry.symmetry import Axis, Symmetry
 from fedbasin.strategies.tensors.state import State
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fedbasin.server.files.executable_model import ExecutableModel, from_factory, from_folder
+from fedbasin.server.files.library.executable_model import ExecutableModel, from_factory, from_folder
+from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState, TensorLayout, identity_layout
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, read_json
 from fedbasin.server.files.symmetry_cache import SymmetryCache
-from fedbasin.server.files.tensor_layout import ModuleState, StoredState, TensorLayout, identity_layout
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_family
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError, parse

@@ -4,7 +4,7 @@ import logging
 
 from torch import nn
 
-from fedbasin.server.files.library_inputs import example_inputs
+from fedbasin.server.files.library.library_inputs import example_inputs
 from fedbasin.server.files.symmetry_cache import SymmetryCache
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.alignment.layer_subset import SubsetError, choose_layers

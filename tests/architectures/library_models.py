@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedbasin.server.files.library_inputs import example_inputs
+from fedbasin.server.files.library.library_inputs import example_inputs
 from tests.architectures.library_configs import tiny_config
 from tests.architectures.proof import Verdict, examine
 from tests.strategies.symmetry.tiny_transformers import hf

@@ -13,7 +13,7 @@ from fedbasin.client.refit.regression import FlowError, regress
 from fedbasin.client.refit.used_layers import read_layer_graph
 from fedbasin.client.statistics.gram import grams
 from fedbasin.proto.layer_graph import LayerGraph
-from fedbasin.server.files.double_precision import Doubled
+from fedbasin.server.files.library.double_precision import Doubled
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbasin.server.files.tensor_layout import ModuleState, StoredState, find_layout, identity_layout, with_copies
+from fedbasin.server.files.library.tensor_layout import (
+    ModuleState,
+    StoredState,
+    find_layout,
+    identity_layout,
+    with_copies,
+)
 
 State = dict[str, Tensor]
 

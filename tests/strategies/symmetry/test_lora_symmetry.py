@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-from fedbasin.server.files.double_precision import Doubled
+from fedbasin.server.files.library.double_precision import Doubled
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal

@@ -12,7 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers as hf
 
-from fedbasin.server.files.double_precision import Doubled
+from fedbasin.server.files.library.double_precision import Doubled
 from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 

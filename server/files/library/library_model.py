@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedbasin.server.files.library.tensor_layout import TensorLayout, find_layout
 from fedbasin.server.files.reading import CONFIG, ModelError, few
-from fedbasin.server.files.tensor_layout import TensorLayout, find_layout
 from fedbasin.strategies.tensors.state import State
 
 # What loading with a library may raise for a config or tensors that do not fit.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.server.files.library_inputs import example_inputs
-from fedbasin.server.files.library_model import architecture_of, layout_in
+from fedbasin.server.files.library.library_inputs import example_inputs
+from fedbasin.server.files.library.library_model import architecture_of, layout_in
+from fedbasin.server.files.library.tensor_layout import ModuleState, TensorLayout, find_layout, with_copies
 from fedbasin.server.files.reading import ModelError, StoredModel
-from fedbasin.server.files.tensor_layout import ModuleState, TensorLayout, find_layout, with_copies
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.float64_execution import true_double
 from fedbasin.strategies.symmetry.outputs import answers
