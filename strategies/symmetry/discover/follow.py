@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedbasin.strategies.symmetry.discover import elementwise, indexing, layout, products
+from fedbasin.strategies.symmetry.discover.operators import elementwise, indexing, products, rearrangement
 from fedbasin.strategies.symmetry.discover.walk import Record, Walk
 from fedbasin.strategies.symmetry.float64_execution import double_by_default
 from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from fedbasin.strategies.tensors.batches import in_mode
 
-_RULES = {**elementwise.RULES, **layout.RULES, **products.RULES, **indexing.RULES}
+_RULES = {**elementwise.RULES, **rearrangement.RULES, **products.RULES, **indexing.RULES}
 
 
 def follow(model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[int, str]) -> Record:

@@ -1,0 +1,1 @@
+"""Rules of operators: how the features of their operands become the features of their result."""
