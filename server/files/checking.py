@@ -14,7 +14,7 @@ from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SymmetryVerdict:
     """The change of a model's outputs under random elements of some spaces.
 
     Attributes:
@@ -34,7 +34,7 @@ class Verdict:
     passed: bool
 
 
-def check_kinds(model: SymmetricModel, symmetry: Symmetry, *, trials: int, seed: int) -> list[Verdict]:
+def check_kinds(model: SymmetricModel, symmetry: Symmetry, *, trials: int, seed: int) -> list[SymmetryVerdict]:
     """Check each kind of space, and all spaces together.
 
     Args:
@@ -63,8 +63,8 @@ def check_kinds(model: SymmetricModel, symmetry: Symmetry, *, trials: int, seed:
     return verdicts
 
 
-def _summarise(kind: str, spaces: int, report: CheckReport) -> Verdict:
-    return Verdict(
+def _summarise(kind: str, spaces: int, report: CheckReport) -> SymmetryVerdict:
+    return SymmetryVerdict(
         kind=kind,
         spaces=spaces,
         double_error=max(trial.double_error for trial in report.trials),
@@ -74,7 +74,7 @@ def _summarise(kind: str, spaces: int, report: CheckReport) -> Verdict:
     )
 
 
-def render_verdicts(verdicts: list[Verdict]) -> Group:
+def render_verdicts(verdicts: list[SymmetryVerdict]) -> Group:
     """Return the verdicts as a table, with the spaces that change the function named below it."""
     numbers = (Column(name, justify="right") for name in ("number", "float64", "float32"))
     table = Table(Column("spaces", overflow="fold"), *numbers, "function", box=None, pad_edge=False)

@@ -15,7 +15,7 @@ from anyio import CapacityLimiter, to_thread
 
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.report import RoundReport
-from fedbasin.server.observe.metrics.round_contribution import Tally, tally
+from fedbasin.server.observe.metrics.round_contribution import RoundContribution, tally
 from fedbasin.server.report.summary import summarise, summary_to_json
 
 _SMALL_BYTES = 2**17
@@ -41,7 +41,7 @@ class Arrival:
     round: int
     wire: bytes
     brief: str
-    tally: Tally
+    tally: RoundContribution
 
 
 def read_arrival(data: bytes) -> Arrival:

@@ -59,7 +59,7 @@ class ProbeSet:
 
 
 @dataclass(eq=False)
-class Spool(Mapping[str, dict[str, Tensor]]):
+class ModelSpool(Mapping[str, dict[str, Tensor]]):
     """Models of a few clients on disk, by node id; read anew each time.
 
     Attributes:
@@ -165,7 +165,7 @@ class ProbeRun:
     limit: int
     points: int
     folder: File
-    _spool: Spool | None = None
+    _spool: ModelSpool | None = None
 
     def check(self, model: State, align: Align) -> None:
         """Refuse what could only fail later.
@@ -186,7 +186,7 @@ class ProbeRun:
     def begin(self, model: State, server_round: int) -> None:
         """Begin a round from a global model."""
         if self.probe_set is not None:
-            self._spool = Spool(self.folder, model, self.limit, server_round)
+            self._spool = ModelSpool(self.folder, model, self.limit, server_round)
 
     def keep(self, node: int, parameters: State) -> None:
         """Keep an accepted client's model, if it is among those that are measured."""

@@ -8,7 +8,7 @@ import torch
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.header import read_header, write_header
-from fedbasin.server.run.probe_set import ProbeSet, Spool
+from fedbasin.server.run.probe_set import ModelSpool, ProbeSet
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.strategies.diagnostics.barrier import along
 from fedbasin.strategies.diagnostics.ensemble import Ensemble
@@ -132,7 +132,7 @@ def test_models_that_are_not_aligned_yet_are_not_compared(tmp_path):
 
 
 def test_a_client_of_a_failed_attempt_is_forgotten(tmp_path):
-    spool = Spool(tmp_path, {"steps": torch.tensor(3)}, 2, 1)
+    spool = ModelSpool(tmp_path, {"steps": torch.tensor(3)}, 2, 1)
     for node in range(6):
         spool.keep(node, {"w": torch.full((3,), float(node))})
     lowest = sorted(sorted(range(6), key=lambda node: draw(node, 1))[:2])

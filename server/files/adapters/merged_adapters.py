@@ -26,7 +26,7 @@ from fedbasin.server.files.adapters.adapter_folder import (
     open_adapter,
 )
 from fedbasin.server.files.merge.layer_names import depth_of, layer_counts
-from fedbasin.server.files.merge.parameters import Place, rule_arguments
+from fedbasin.server.files.merge.parameters import TensorPosition, rule_arguments
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.reading import ModelError
 from fedbasin.server.files.writing import replacing
@@ -78,7 +78,7 @@ def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:
     def weigh(name: str) -> Sequence[float]:
         by_model = [(name, source.parameters) for source in recipe.parts[0].sources]
         weights, arguments = rule_arguments(
-            recipe.rule, Place(name, depth_of(name, counts)), (recipe.parameters,), by_model
+            recipe.rule, TensorPosition(name, depth_of(name, counts)), (recipe.parameters,), by_model
         )
         return normalised(weights).tolist() if arguments["normalize"] else weights
 

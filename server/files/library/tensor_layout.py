@@ -17,7 +17,7 @@ from fedbasin.strategies.tensors.state import State
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class StoredBlock:
     """A block of a module's tensor, and the entries of a stored tensor that it holds.
 
     Attributes:
@@ -69,16 +69,16 @@ class TensorLayout:
         copies: for each stored tensor that is a copy of another, because the module ties the two, that other one.
     """
 
-    pieces: Mapping[str, tuple[Piece, ...]]
+    pieces: Mapping[str, tuple[StoredBlock, ...]]
     unread: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def readers(self) -> dict[str, list[tuple[str, Piece]]]:
+    def readers(self) -> dict[str, list[tuple[str, StoredBlock]]]:
         """For each stored tensor the pieces that hold its entries, with the names of the module's tensors."""
-        result: dict[str, list[tuple[str, Piece]]] = {}
+        result: dict[str, list[tuple[str, StoredBlock]]] = {}
         for name, pieces in self.pieces.items():
             for piece in pieces:
                 result.setdefault(piece.stored, []).append((name, piece))
@@ -108,7 +108,7 @@ def find_layout(stored: State, load: Callable[[State], tuple[State, set[str]]]) 
         numbers[name] = count.view(tensor.shape)
     state, lacking = load(numbers)
     numbering = _Numbering(list(floating), torch.tensor(starts), sum(t.numel() for t in floating.values()))
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    pieces: dict[str, tuple[StoredBlock, ...]] = {}
     missing = set(lacking)
     for name, tensor in state.items():
         if name in lacking or not tensor.is_floating_point() or not tensor.numel():
@@ -223,21 +223,21 @@ class _Numbering:
     starts: Tensor
     total: int
 
-    def pieces(self, tensor: Tensor) -> tuple[Piece, ...] | None:
+    def pieces(self, tensor: Tensor) -> tuple[StoredBlock, ...] | None:
         """Return the blocks of a tensor of numbers, or None if entries of it are no numbers of stored ones."""
         if bool(((tensor != tensor.round()) | (tensor < 1) | (tensor > self.total)).any()):
             return None
         indices = tensor.long() - 1
         return tuple(self._split(indices, tuple((0, length) for length in indices.shape)))
 
-    def _split(self, indices: Tensor, block: tuple[tuple[int, int], ...]) -> Iterator[Piece]:
+    def _split(self, indices: Tensor, block: tuple[tuple[int, int], ...]) -> Iterator[StoredBlock]:
         source = self._source(indices.min())
         start = int(self.starts[source])
         if int(self._source(indices.max())) == int(source):
             strides = _strides(indices)
             order = None if strides else (indices - start).flatten()
             first = int(indices.flatten()[0]) - start
-            yield Piece(self.names[source], block, first, strides or (), order)
+            yield StoredBlock(self.names[source], block, first, strides or (), order)
             return
         dim, cuts = self._cuts(indices)
         begin, end = block[dim]
@@ -277,12 +277,12 @@ def _starts(state: State) -> list[int]:
     return list(accumulate((tensor.numel() for tensor in state.values()), initial=0))[:-1]
 
 
-def _whole_piece(name: str, tensor: Tensor) -> Piece:
+def _whole_piece(name: str, tensor: Tensor) -> StoredBlock:
     strides = torch.empty(tensor.shape, device="meta").stride()
-    return Piece(name, tuple((0, length) for length in tensor.shape), 0, strides)
+    return StoredBlock(name, tuple((0, length) for length in tensor.shape), 0, strides)
 
 
-def _whole(pieces: Mapping[str, tuple[Piece, ...]], stored: State) -> dict[str, str]:
+def _whole(pieces: Mapping[str, tuple[StoredBlock, ...]], stored: State) -> dict[str, str]:
     """Return for each stored tensor that is one tensor of the module, of the same shape, the first name of it."""
     result: dict[str, str] = {}
     for name, (piece, *others) in pieces.items():

@@ -15,7 +15,7 @@ from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, Rule, Scal
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPosition:
     """A tensor of a merge.
 
     Attributes:
@@ -28,7 +28,7 @@ class Place:
 
 
 def rule_arguments(
-    rule: Rule, place: Place, shared: Sequence[Parameters], by_model: Sequence[tuple[str, Parameters]]
+    rule: Rule, place: TensorPosition, shared: Sequence[Parameters], by_model: Sequence[tuple[str, Parameters]]
 ) -> tuple[list[float], dict[str, Any]]:
     """Return the weights of the models and the keyword arguments of the rule at one tensor.
 
@@ -47,7 +47,7 @@ def rule_arguments(
 
     def listed(name: str, default: Scalar | None) -> list[Any]:
         return [
-            _value(name, default, Place(own_name, place.depth), (own_parameters, *shared))
+            _value(name, default, TensorPosition(own_name, place.depth), (own_parameters, *shared))
             for own_name, own_parameters in by_model
         ]
 
@@ -55,7 +55,7 @@ def rule_arguments(
     return listed("weight", 1.0) if rule.weighted else [1.0] * len(by_model), arguments
 
 
-def _value(name: str, default: Scalar | None, place: Place, scopes: Iterable[Parameters]) -> Scalar:
+def _value(name: str, default: Scalar | None, place: TensorPosition, scopes: Iterable[Parameters]) -> Scalar:
     for scope in scopes:
         if name in scope and (value := _evaluate(scope[name], place, name)) is not None:
             return _typed(name, value, default)
@@ -64,7 +64,7 @@ def _value(name: str, default: Scalar | None, place: Place, scopes: Iterable[Par
     return default
 
 
-def _evaluate(setting: Any, place: Place, name: str) -> Any:
+def _evaluate(setting: Any, place: TensorPosition, name: str) -> Any:
     """Return the value of a setting at a tensor; None if no filter fits."""
     conditions = [setting] if isinstance(setting, Mapping) else setting
     if not isinstance(conditions, list):
@@ -80,7 +80,7 @@ def _evaluate(setting: Any, place: Place, name: str) -> Any:
     return values[before] + (position - before) * (values[after] - values[before])
 
 
-def _evaluate_filters(conditions: Sequence[Mapping[str, Any]], place: Place, name: str) -> Any:
+def _evaluate_filters(conditions: Sequence[Mapping[str, Any]], place: TensorPosition, name: str) -> Any:
     for condition in conditions:
         if unknown := sorted(map(str, condition.keys() - {"filter", "value"})):
             raise ModelError(f"parameters: {name} has the key {unknown[0]!r}; a filter has filter and value")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fedbasin.server.files.merge.layer_names import depth_of, fraction, is_embedding, layer_counts, layer_of
-from fedbasin.server.files.merge.parameters import Place, rule_arguments
-from fedbasin.server.files.merge.recipe import MergeRecipe, Parameters, Slice, Source
+from fedbasin.server.files.merge.parameters import TensorPosition, rule_arguments
+from fedbasin.server.files.merge.recipe import MergeRecipe, MergeSource, Parameters, Slice
 from fedbasin.server.files.reading import ModelError, few
 from fedbasin.strategies.fusion.rules.merging_rules import Rule
 from fedbasin.strategies.tensors.state import State
@@ -72,7 +72,7 @@ class PlannedTensor:
 class _Row:
     """A tensor of the result, the part of the recipe it comes from, and its name in each source."""
 
-    place: Place
+    place: TensorPosition
     part: Slice
     names: tuple[str, ...]
     anchor_name: str
@@ -108,7 +108,7 @@ def _anchor_of(recipe: MergeRecipe, part: Slice) -> Path | None:
     return None if recipe.rule.anchor == "none" else part.base_model or recipe.base_model
 
 
-def _models_of(recipe: MergeRecipe, part: Slice) -> list[Source]:
+def _models_of(recipe: MergeRecipe, part: Slice) -> list[MergeSource]:
     """Return the sources beside the anchor."""
     return [source for source in part.sources if source.model != _anchor_of(recipe, part)]
 
@@ -147,7 +147,7 @@ def _whole_rows(recipe: MergeRecipe, shapes: Shapes) -> Iterator[_Row]:
     counts = layer_counts(shapes[reference])
     for name in shapes[reference]:
         names = (name,) * len(_models_of(recipe, part))
-        yield _Row(Place(name, depth_of(name, counts)), part, names, name)
+        yield _Row(TensorPosition(name, depth_of(name, counts)), part, names, name)
 
 
 def _sliced_rows(recipe: MergeRecipe, shapes: Shapes) -> Iterator[_Row]:
@@ -165,7 +165,7 @@ def _sliced_rows(recipe: MergeRecipe, shapes: Shapes) -> Iterator[_Row]:
         models = [source.model for source in _models_of(recipe, part)]
         for name in shapes[models[0]]:
             if layer_of(name) is None and is_embedding(name) == embeddings:
-                yield _Row(Place(name, 0.0), part, (name,) * len(models), name)
+                yield _Row(TensorPosition(name, 0.0), part, (name,) * len(models), name)
 
 
 def _layer_rows(
@@ -181,7 +181,7 @@ def _layer_rows(
         if words is None or words.layer != first:
             continue
         names = tuple(f"{words.stack}{(source.layer_range or (0, 0))[0] + offset}{words.rest}" for source in models)
-        place = Place(f"{words.stack}{layer}{words.rest}", depth)
+        place = TensorPosition(f"{words.stack}{layer}{words.rest}", depth)
         yield _Row(place, part, names, f"{words.stack}{anchor_layer}{words.rest}")
 
 
@@ -224,7 +224,7 @@ def _plan_tensor(recipe: MergeRecipe, row: _Row, shapes: Shapes) -> PlannedTenso
     return PlannedTensor(row.place.name, tuple(first.shape), dtype, rule, origin, sources, tuple(weights), arguments)
 
 
-def _check_tensors(place: Place, origins: Sequence[Origin], shapes: Shapes) -> torch.Tensor:
+def _check_tensors(place: TensorPosition, origins: Sequence[Origin], shapes: Shapes) -> torch.Tensor:
     """Return the first tensor, once all are known to exist and to fit."""
     tensors = []
     for origin in origins:

@@ -26,7 +26,7 @@ _STRICT = ConfigDict(extra="forbid", frozen=True)
 _Path = Annotated[Path, BeforeValidator(lambda value: value["model"]["path"] if isinstance(value, dict) else value)]
 
 
-class Source(BaseModel):
+class MergeSource(BaseModel):
     """One model, or some of its layers, with its own parameters."""
 
     model_config = _STRICT
@@ -39,7 +39,7 @@ class Slice(BaseModel):
     """A run of layers of the result, merged from equally many layers of each source."""
 
     model_config = _STRICT
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sources: tuple[MergeSource, ...] = Field(min_length=1)
     base_model: _Path | None = None
     parameters: Parameters = Field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class MergeRecipe(BaseModel):
 
     model_config = _STRICT
     merge_method: str
-    models: tuple[Source, ...] | None = Field(default=None, min_length=1)
+    models: tuple[MergeSource, ...] | None = Field(default=None, min_length=1)
     slices: tuple[Slice, ...] | None = Field(default=None, min_length=1)
     base_model: _Path | None = None
     parameters: Parameters = Field(default_factory=dict)

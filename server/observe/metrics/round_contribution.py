@@ -15,7 +15,7 @@ Durations: TypeAlias = tuple[Metric, tuple[float, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Tally:
+class RoundContribution:
     """The contribution of a round, as entries of a metric, a value and the labels after the recipe.
 
     Attributes:
@@ -35,9 +35,9 @@ class Tally:
     gauges: tuple[Gauge, ...]
 
 
-def tally(report: RoundReport) -> Tally:
+def tally(report: RoundReport) -> RoundContribution:
     """Return the contribution of a report."""
-    return Tally(
+    return RoundContribution(
         report.run_id,
         report.round,
         report.recipe,

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from fedbasin.proto.report import IncidentKind, RoundReport
 from fedbasin.server.observe.metrics import metric_catalogue as catalogue
 from fedbasin.server.observe.metrics.metric_catalogue import Metric
-from fedbasin.server.observe.metrics.round_contribution import Tally, tally
+from fedbasin.server.observe.metrics.round_contribution import RoundContribution, tally
 from fedbasin.server.printable import printable
 from fedbasin.strategies.judging.outcomes import Outcome
 
@@ -75,7 +75,7 @@ class Telemetry:
         """Count a round; to be called once for each."""
         self.add(tally(report))
 
-    def add(self, contribution: Tally) -> None:
+    def add(self, contribution: RoundContribution) -> None:
         """Count what a round contributes; to be called once for each."""
         exemplar = {"run": printable(contribution.run_id)[:_LONGEST_RUN_ID], "round": str(contribution.round)}
         recipe = self._words["recipe"].admit(contribution.recipe)

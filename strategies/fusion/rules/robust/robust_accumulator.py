@@ -33,7 +33,7 @@ from fedbasin.strategies.fusion.rules.robust.client_distances import Products, T
 from fedbasin.strategies.fusion.rules.robust.geometric_median import GeometricMedian
 from fedbasin.strategies.fusion.rules.robust.median import middle
 from fedbasin.strategies.fusion.rules.robust.robust_rules import CombinationRule, RobustRule
-from fedbasin.strategies.fusion.rules.robust.spool import Place, Spool
+from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolEntry
 from fedbasin.strategies.fusion.update import Update, join, tensor_names
 from fedbasin.strategies.tensors.parallel import zeros
 from fedbasin.strategies.tensors.state import State, floating
@@ -66,7 +66,7 @@ class RobustAccumulator:
         self._rule = rule
         self._spool = Spool(file)
         self._examples: list[float] = []
-        self._updates: list[dict[_Key, Place]] = []
+        self._updates: list[dict[_Key, SpoolEntry]] = []
         self._scales: list[dict[Block, float]] = []
         self._first: dict[Block, tuple[Precision, Tensor]] = {}
 
@@ -88,7 +88,7 @@ class RobustAccumulator:
         Raises:
             SpoolError: the disk is full.
         """
-        places: dict[_Key, Place] = {
+        places: dict[_Key, SpoolEntry] = {
             name: self._spool.write(tensor) for name, tensor in update.parameters.items() if name in self._anchor
         }
         scales: dict[Block, float] = {}
@@ -165,7 +165,7 @@ class RobustAccumulator:
             total += rows @ rows.mT
         return total
 
-    def _places(self, key: _Key) -> list[Place]:
+    def _places(self, key: _Key) -> list[SpoolEntry]:
         return [update[key] for update in self._updates]
 
     def _fused_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:
@@ -182,7 +182,7 @@ class RobustAccumulator:
 
     def _sharing(self) -> list[list[Block]]:
         """Return the blocks in groups that share one precision in every client."""
-        groups: dict[tuple[Place, ...], list[Block]] = {}
+        groups: dict[tuple[SpoolEntry, ...], list[Block]] = {}
         for block in self._first:
             groups.setdefault(tuple(self._places((block, 0))), []).append(block)
         return list(groups.values())

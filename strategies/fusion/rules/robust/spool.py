@@ -18,7 +18,7 @@ class SpoolError(OSError):
 
 
 @dataclass(frozen=True)
-class Place:
+class SpoolEntry:
     """The place of a tensor in a spool.
 
     Attributes:
@@ -40,13 +40,13 @@ class Spool:
         self._end = 0
         weakref.finalize(self, file.close)
 
-    def write(self, tensor: Tensor) -> Place:
+    def write(self, tensor: Tensor) -> SpoolEntry:
         """Append a tensor.
 
         Raises:
             SpoolError: the file cannot be written.
         """
-        place = Place(self._end, tensor.dtype, tuple(tensor.shape))
+        place = SpoolEntry(self._end, tensor.dtype, tuple(tensor.shape))
         try:
             self._file.seek(self._end)
             self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -60,11 +60,11 @@ class Spool:
         self._end += tensor.nbytes
         return place
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, place: SpoolEntry) -> Tensor:
         """Return a tensor."""
         return self._entries(place, 0, math.prod(place.shape)).view(place.shape)
 
-    def pieces(self, places: Sequence[Place]) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(self, places: Sequence[SpoolEntry]) -> Iterator[tuple[slice, Tensor]]:
         """Yield pieces of tensors of one shape: the entries' range, and the entries `[tensor, entry]`."""
         length = max(1, _PIECE // len(places))
         entries = math.prod(places[0].shape)
@@ -72,7 +72,7 @@ class Spool:
             stop = min(start + length, entries)
             yield slice(start, stop), torch.stack([self._entries(place, start, stop) for place in places])
 
-    def _entries(self, place: Place, start: int, stop: int) -> Tensor:
+    def _entries(self, place: SpoolEntry, start: int, stop: int) -> Tensor:
         buffer = bytearray((stop - start) * place.dtype.itemsize)
         self._file.seek(place.offset + start * place.dtype.itemsize)
         if self._file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined]
