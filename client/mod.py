@@ -89,12 +89,12 @@ def basin(
             return call_next(message, context)
         request = read_request(message.content, context.node_id)
         batches = make_data and partial(make_data, context)
-        known = app_task.resolve(request, make_model, context, batches)
+        task = app_task.resolve(request, make_model, context, batches)
         if request.refit is not None:
             keep_fused(context, request, message.content)
             probed = make_held_out and partial(make_held_out, context)
             try:
-                reply = refit_reply(request, request.refit, context, make_model(context), batches, probed, known)
+                reply = refit_reply(request, request.refit, context, make_model(context), batches, probed, task)
             except Refusal as refusal:
                 reply = _refused(request, refusal)
             # Measured running statistics are only part of a model, which the app's array names do not cover.
@@ -105,8 +105,8 @@ def basin(
             reply = Reply(request.round, request.stage, request.anchor_digest)
             return Message(content=reply.to_content(request), reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
-            return _evaluate(request, message, context, call_next, make_model, batches, known)
-        return _train(request, message, context, call_next, make_model(context), batches, known)
+            return _evaluate(request, message, context, call_next, make_model, batches, task)
+        return _train(request, message, context, call_next, make_model(context), batches, task)
 
     return mod
 

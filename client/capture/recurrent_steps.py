@@ -73,14 +73,14 @@ def _unroll(
             b, c = biases or (None, None)
             state: States = tuple(start[place] for start in starts)
             products = linear(steps, w, b).unbind(0)
-            found = []
+            rows = []
             for product in reversed(products) if direction else products:
                 reaction = linear(state[0], v, c)
                 # Nothing within a cell is observed, and showing it would take longer than computing it.
                 with torch._C.DisableTorchFunction():
                     state = cell(product, reaction, state)
-                found.append(state[0])
-            outputs.append(torch.stack(found[::-1] if direction else found))
+                rows.append(state[0])
+            outputs.append(torch.stack(rows[::-1] if direction else rows))
             ends.append(state)
         steps = torch.cat(outputs, -1)
     return steps, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))

@@ -89,13 +89,13 @@ class Features(NamedTuple):
         if self.is_squeezed:
             return None
         shape, count = output.shape, self.values.shape[self.axis]
-        before, width = math.prod(self.shape[: self.axis]), self.shape[self.axis]
+        leading, width = math.prod(self.shape[: self.axis]), self.shape[self.axis]
         for axis, size in enumerate(shape):
-            if size == width and math.prod(shape[:axis]) == before:
+            if size == width and math.prod(shape[:axis]) == leading:
                 values = self.values.reshape(*shape[:axis], count, *shape[axis + 1 :])
                 return self._replace(values=values, axis=axis, shape=shape)
         # A single feature may have no axis of its own.
-        places = [place for place in range(len(shape) + 1) if width == 1 and math.prod(shape[:place]) == before]
+        places = [place for place in range(len(shape) + 1) if width == 1 and math.prod(shape[:place]) == leading]
         if not places:
             return None
         values = self.values.reshape(_with_axis(shape, places[0], count))
@@ -142,8 +142,8 @@ class HeadPaths(TorchFunctionMode):
         """Begin a path at a layer's call."""
         if call.layer.groups == 1 and (call.kernel is None or call.inputs.ndim == 4):
             # A copy, because later operations may write over the inputs.
-            kept = replace(call, inputs=call.inputs.detach().clone())
-            self._ends[id(call.output)] = call.output, HeadPath(kept)
+            copy = replace(call, inputs=call.inputs.detach().clone())
+            self._ends[id(call.output)] = call.output, HeadPath(copy)
 
     def path(self, output: Tensor) -> HeadPath | None:
         """Return the path that ends at a tensor, the output of the model; None where there is none."""

@@ -67,8 +67,8 @@ def diagonal_fisher(
                 layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
             task = task or _guess(model, batch)
             scores, squares = layers.squares(task, batch, generator)
-            others = {n: p.detach() for n, p in trained.items() if n not in layers.names}
-            for name, square in chain(squares.items(), _other_squares(model, task, others, batch, scores)):
+            rest = {n: p.detach() for n, p in trained.items() if n not in layers.names}
+            for name, square in chain(squares.items(), _other_squares(model, task, rest, batch, scores)):
                 sums[name] += square
     return {n: s.to(widen(trained[n]).dtype) for n, s in sums.items()}
 

@@ -152,8 +152,8 @@ def _fits(order: Order) -> Callable[[LayerCall, LayerCall], bool]:
     def fits(two: LayerCall, alone: LayerCall) -> bool:
         if two.inputs.numel() != 2 * alone.inputs.numel() or (two.kernel and order is not Order.example_first):
             return False
-        second, only = _rows(two, order, 2, slice(1, 2)), _rows(alone, order, 1, slice(0, 1))
-        return second.shape == only.shape and torch.allclose(second, only, rtol=1e-3, atol=1e-5)
+        pair_rows, single_rows = _rows(two, order, 2, slice(1, 2)), _rows(alone, order, 1, slice(0, 1))
+        return pair_rows.shape == single_rows.shape and torch.allclose(pair_rows, single_rows, rtol=1e-3, atol=1e-5)
 
     return fits
 

@@ -68,6 +68,6 @@ def remember(
         request: the request of this stage.
         late_rounds: largest age of a reply that is used; one round older is the last that is still named.
     """
-    asked = without_tensors(request)
-    messages = {key: known.get(key) or Unanswered(node, asked) for key, node in waiting.items()}
+    question = without_tensors(request)
+    messages = {key: known.get(key) or Unanswered(node, question) for key, node in waiting.items()}
     return {key: m for key, m in messages.items() if request.round - m.request.round <= late_rounds}

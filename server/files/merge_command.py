@@ -89,19 +89,19 @@ def _recipe(
     from fedbasin.server.files.merge.recipe import make_recipe, read_recipe
     from fedbasin.server.files.reading import ModelError
 
-    given = {key: value for key, value in keys.items() if value is not None}
+    options = {key: value for key, value in keys.items() if value is not None}
     if rule is None:
         if anchor or weights or parameters or len(inputs) > 1:
             raise ModelError("--rule: is missing; without it the only argument is a recipe, which has all else as keys")
         recipe = read_recipe(inputs[0])
         # Without the keys that it leaves out, which `slices` and `models` exclude in turn.
-        return make_recipe(recipe.model_dump(exclude_unset=True) | given, str(inputs[0])) if given else recipe
+        return make_recipe(recipe.model_dump(exclude_unset=True) | options, str(inputs[0])) if options else recipe
     if weights and len(weights) != len(inputs):
         raise ModelError(f"--weight: was given {len(weights)} times for {len(inputs)} models; give one for each")
     models: list[dict[str, Any]] = [{"model": path} for path in inputs]
     for model, weight in zip(models, weights, strict=False):
         model["parameters"] = {"weight": weight}
-    content = {"merge_method": rule, "models": models, "parameters": dict(map(_parameter, parameters)), **given}
+    content = {"merge_method": rule, "models": models, "parameters": dict(map(_parameter, parameters)), **options}
     return make_recipe(content | ({"base_model": anchor} if anchor else {}), "fedbasin merge")
 
 

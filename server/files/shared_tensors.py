@@ -151,11 +151,13 @@ class _RowsState(Mapping[str, Tensor]):
 
 def _tokens(anchor: StoredModel, model: StoredModel) -> tuple[Tensor, Tensor] | None:
     """Return the rows of the tokens that both vocabularies have, or None if the rows correspond as they are."""
-    ours, theirs = (_vocabulary(stored) for stored in (model, anchor))
-    both = [token for token in ours if token in theirs]
-    if not both or all(ours[token] == theirs[token] for token in both):
+    model_tokens, anchor_tokens = (_vocabulary(stored) for stored in (model, anchor))
+    common = [token for token in model_tokens if token in anchor_tokens]
+    if not common or all(model_tokens[token] == anchor_tokens[token] for token in common):
         return None
-    return torch.tensor([theirs[token] for token in both]), torch.tensor([ours[token] for token in both])
+    return torch.tensor([anchor_tokens[token] for token in common]), torch.tensor(
+        [model_tokens[token] for token in common]
+    )
 
 
 def _vocabulary(stored: StoredModel) -> dict[str, int]:
@@ -195,9 +197,9 @@ def _require_equal_structure(anchor: StoredModel, model: SymmetricModel, executa
         return
     # As the model's architecture, because a base and a fine-tuned model differ in their heads.
     config = {**anchor.config, "architectures": [executable.kind]}
-    theirs = derived(anchor, from_folder(anchor, config, anchor.path), model.source)
-    ours = _groups(model.symmetry)
-    apart = [name for name, group in _groups(theirs.symmetry).items() if ours.get(name, group) != group]
+    structure = derived(anchor, from_folder(anchor, config, anchor.path), model.source)
+    groups = _groups(model.symmetry)
+    apart = [name for name, group in _groups(structure.symmetry).items() if groups.get(name, group) != group]
     if apart:
         raise ModelError(
             f"{model.stored.path} and {anchor.path} are of two architectures: their configs differ in {few(differ)}; "

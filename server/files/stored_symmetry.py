@@ -280,9 +280,9 @@ def derived(
     else:
         discovery = discover(module, executable.example, cache=SymmetryCache(), progress=progress)
         symmetry, stops = discovery.symmetry, tuple(map(str, discovery.stops))
-    symmetry, kept = _storable(symmetry, layout)
+    symmetry, stays = _storable(symmetry, layout)
     _refuse_narrow_dtypes(model, symmetry, layout)
-    return SymmetricModel(model, symmetry, layout, executable, by_hand=False, source=source, stops=(*stops, *kept))
+    return SymmetricModel(model, symmetry, layout, executable, by_hand=False, source=source, stops=(*stops, *stays))
 
 
 def _rotating(model: StoredModel, executable: ExecutableModel) -> Symmetry:

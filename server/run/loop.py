@@ -131,9 +131,9 @@ class RunLoop:
 
     def _record(self, train_config: ConfigRecord) -> RunRecord:
         """Return this run as its folder is to know it."""
-        own = {key: value for key, value in self._app_config.items() if not key.startswith(PREFIX)}
+        app_values = {key: value for key, value in self._app_config.items() if not key.startswith(PREFIX)}
         told = {f"train_config[{key!r}]": value for key, value in train_config.items()}
-        configuration = {**json.loads(self._settings.decisive), **own, **told}
+        configuration = {**json.loads(self._settings.decisive), **app_values, **told}
         # Through JSON, as the folder has it.
         return RunRecord(self._app, self._rounds, json.loads(json.dumps(configuration, default=str)))
 
@@ -173,8 +173,8 @@ class RunLoop:
 
     def _resume(self, saved: Checkpoint) -> None:
         """Go on after a checkpoint of the same settings and the same model."""
-        before, now = (RunRecord("", 0, json.loads(text)) for text in (saved.settings, self._settings.decisive))
-        if difference := before.difference(now):
+        past, now = (RunRecord("", 0, json.loads(text)) for text in (saved.settings, self._settings.decisive))
+        if difference := past.difference(now):
             raise SettingsError(f"{self._folder} was made with other settings: {difference}; use the same settings")
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._model.items()}
         if shapes != {name: (t.shape, t.dtype) for name, t in saved.model.items()}:

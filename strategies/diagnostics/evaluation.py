@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, state: State, batches: Batches, task: Task | str 
         ValueError: there is no data, the state does not fit the model, the targets do not fit the outputs, or the task
             is not plain.
     """
-    sums = [known.score(outputs, batch) for known, outputs, batch in _outputs(model, state, batches, task)]
+    sums = [kind.score(outputs, batch) for kind, outputs, batch in _outputs(model, state, batches, task)]
     # Added on the device and transferred once: reading every batch's loss would wait for the device each time.
     return Score(*torch.stack(sums).sum(0).tolist())
 
@@ -58,7 +58,7 @@ def predict(
         ValueError: there is no data, the state does not fit the model, the targets do not fit the outputs, or the task
             is not plain.
     """
-    parts = [known.probabilities(outputs, batch) for known, outputs, batch in _outputs(model, state, batches, task)]
+    parts = [kind.probabilities(outputs, batch) for kind, outputs, batch in _outputs(model, state, batches, task)]
     rows = [part for part in parts if part is not None]
     if not rows:
         return None
@@ -71,12 +71,12 @@ def _outputs(
     model: nn.Module, state: State, batches: Batches, task: Task | str | None
 ) -> Iterator[tuple[Task, Tensor, Batch]]:
     """Yield the task, the outputs and the batch for each batch."""
-    bound, known = bind(model, state), None if task is None else task_of(task)
+    bound, kind = bind(model, state), None if task is None else task_of(task)
     with evaluating(model):
         for batch in read_batches(batches, model):
             outputs = forward(model, batch, bound)
-            known = known or task_of_batch(outputs, batch)
-            yield known, outputs, batch
+            kind = kind or task_of_batch(outputs, batch)
+            yield kind, outputs, batch
 
 
 def bind(model: nn.Module, state: State) -> dict[str, Tensor]:

@@ -36,12 +36,12 @@ def _doubled(argument: Any) -> Any:
 @contextmanager
 def double_by_default() -> Iterator[None]:
     """Let tensors that a model creates be float64."""
-    before = torch.get_default_dtype()
+    default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)
 
 
 @contextmanager

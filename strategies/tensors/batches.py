@@ -131,13 +131,13 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
         output = functional_call(model, values, (inputs,))
     else:
         output = functional_call(model, values, (), dict(inputs))
-    first = _first_output(output)
-    if not isinstance(first, Tensor):
+    primary = _first_output(output)
+    if not isinstance(primary, Tensor):
         raise TypeError(
             f"{type(model).__name__} returned a {type(output).__name__}; return a tensor, an object with an attribute "
             "`logits`, a tuple with the tensor first, or a mapping with the tensor as `logits` or `out`"
         )
-    return first
+    return primary
 
 
 def _first_output(output: Any) -> Any:

@@ -109,11 +109,11 @@ def open_adapter(path: Path) -> StoredAdapter:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path / ADAPTER_MODEL}: cannot be read: {error}; save the adapter as safetensors") from error
     parts: dict[str, dict[str, Tensor]] = {}
-    others = {}
+    replacements = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
-            others[_PREFIX.sub("", name).replace(".base_layer.", ".")] = tensor
+            replacements[_PREFIX.sub("", name).replace(".base_layer.", ".")] = tensor
             continue
         part = "magnitude" if match["magnitude"] else match["part"] + ("bias" if match["bias"] == ".bias" else "")
         module = parts.setdefault(match["module"], {})
@@ -123,7 +123,7 @@ def open_adapter(path: Path) -> StoredAdapter:
     if not parts:
         raise ModelError(f"{path / ADAPTER_MODEL}: has no tensor named lora_A; it is no low-rank adapter")
     modules = {name: _make_module(path, name, module, config) for name, module in parts.items()}
-    return StoredAdapter(path, config, modules, others)
+    return StoredAdapter(path, config, modules, replacements)
 
 
 def _refuse_unknown(path: Path, config: Mapping[str, Any]) -> None:

@@ -50,16 +50,18 @@ def merge_adapters(adapters: Sequence[StoredAdapter], weigh: Weigh, rank: int | 
     Raises:
         ModelError: the adapters do not adapt the same layers, or are of kinds without a mean.
     """
-    first, *others = adapters
-    for other in others:
-        if difference := describe_difference(first, other):
-            raise ModelError(f"{other.path} and {first.path} cannot be merged: {difference}")
+    reference, *rest = adapters
+    for rival in rest:
+        if difference := describe_difference(reference, rival):
+            raise ModelError(f"{rival.path} and {reference.path} cannot be merged: {difference}")
     modules = {
         name: _truncate(_add([adapter.modules[name] for adapter in adapters], name, weigh(name)), rank)
-        for name in first.modules
+        for name in reference.modules
     }
-    means = {name: _mean([adapter.others[name] for adapter in adapters], name, weigh(name)) for name in first.others}
-    return StoredAdapter(first.path, first.config, modules, means)
+    means = {
+        name: _mean([adapter.others[name] for adapter in adapters], name, weigh(name)) for name in reference.others
+    }
+    return StoredAdapter(reference.path, reference.config, modules, means)
 
 
 def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:

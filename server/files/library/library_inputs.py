@@ -51,8 +51,8 @@ def _text(config: Any, generator: torch.Generator) -> Tensor:
     text = config.get_text_config()
     special = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id"))
     # Special tokens would mask a position, or end the text.
-    first = max((token + 1 for token in special if isinstance(token, int) and token < text.vocab_size // 2), default=0)
-    return torch.randint(first, text.vocab_size, (_BATCH, _TOKENS), generator=generator)
+    lowest = max((token + 1 for token in special if isinstance(token, int) and token < text.vocab_size // 2), default=0)
+    return torch.randint(lowest, text.vocab_size, (_BATCH, _TOKENS), generator=generator)
 
 
 def _tokens(module: nn.Module, config: Any, arguments: set[str], generator: torch.Generator) -> dict[str, Tensor]:

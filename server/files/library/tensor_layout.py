@@ -87,9 +87,9 @@ class TensorLayout:
     @cached_property
     def twins(self) -> frozenset[str]:
         """The module's tensors that hold the stored entries of another one before them, because the two are tied."""
-        first: dict[object, str] = {}
+        names: dict[object, str] = {}
         keys = {n: tuple((p.stored, p.block, p.offset, p.strides) for p in parts) for n, parts in self.pieces.items()}
-        return frozenset(name for name, key in keys.items() if first.setdefault(key, name) != name)
+        return frozenset(name for name, key in keys.items() if names.setdefault(key, name) != name)
 
 
 def find_layout(stored: State, load: Callable[[State], tuple[State, set[str]]]) -> TensorLayout:
@@ -236,8 +236,8 @@ class _Numbering:
         if int(self._source(indices.max())) == int(source):
             strides = _strides(indices)
             order = None if strides else (indices - start).flatten()
-            first = int(indices.flatten()[0]) - start
-            yield StoredBlock(self.names[source], block, first, strides or (), order)
+            offset = int(indices.flatten()[0]) - start
+            yield StoredBlock(self.names[source], block, offset, strides or (), order)
             return
         dim, cuts = self._cuts(indices)
         begin, end = block[dim]
@@ -261,12 +261,12 @@ class _Numbering:
 
 def _strides(indices: Tensor) -> tuple[int, ...] | None:
     """Return the steps between the indices on each dimension, or None if they are not the same everywhere."""
-    first = indices.flatten()[0]
-    expected = first.clone()
+    origin = indices.flatten()[0]
+    expected = origin.clone()
     strides = []
     for dim, length in enumerate(indices.shape):
         start = indices.movedim(dim, 0).flatten(1)[:, 0] if indices.dim() > 1 else indices
-        strides.append(int(start[1] - first) if length > 1 else 0)
+        strides.append(int(start[1] - origin) if length > 1 else 0)
         steps = torch.arange(length) * strides[-1]
         expected = expected.unsqueeze(-1) + steps
     is_strided = min(strides, default=0) >= 0 and torch.equal(expected.reshape(indices.shape), indices)
@@ -285,12 +285,12 @@ def _whole_piece(name: str, tensor: Tensor) -> StoredBlock:
 def _whole(pieces: Mapping[str, tuple[StoredBlock, ...]], stored: State) -> dict[str, str]:
     """Return for each stored tensor that is one tensor of the module, of the same shape, the first name of it."""
     result: dict[str, str] = {}
-    for name, (piece, *others) in pieces.items():
+    for name, (piece, *rest) in pieces.items():
         expected = _whole_piece(piece.stored, stored[piece.stored])
         steps = [
             a == b or end == 1 for a, b, (_, end) in zip(piece.strides, expected.strides, piece.block, strict=False)
         ]
-        is_whole = not others and piece.order is None and piece.block == expected.block and all(steps)
+        is_whole = not rest and piece.order is None and piece.block == expected.block and all(steps)
         if is_whole and piece.offset == 0:
             result.setdefault(piece.stored, name)
     return result

@@ -107,7 +107,7 @@ class _Search:
     def universe(self) -> None:
         numbers = range(len(self._states))
         for _ in range(_MOST_ROUNDS):
-            moves = [self._move([number], [other for other in numbers if other != number]) for number in numbers]
+            moves = [self._move([number], [rival for rival in numbers if rival != number]) for number in numbers]
             if not any(moves):
                 return
 

@@ -82,8 +82,8 @@ class PreparedMerge:
     @property
     def reference(self) -> StoredModel:
         """The model whose config and other files the result has."""
-        first = next(iter(self.models.values()))
-        return first if self.tokens is None else self.models[self.tokens.model]
+        model = next(iter(self.models.values()))
+        return model if self.tokens is None else self.models[self.tokens.model]
 
     @property
     def nbytes(self) -> int:
@@ -203,11 +203,11 @@ def _token_shapes(shapes: State, tables: frozenset[str], tokens: TokenPlan) -> S
 
 def _check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> None:
     """Refuse models that cannot be aligned: without a symmetry, or of two architectures."""
-    first, *others = models.values()
-    symmetry = symmetry_of(first)
-    for model in others:
+    reference, *rest = models.values()
+    symmetry = symmetry_of(reference)
+    for model in rest:
         if symmetry_of(model) != symmetry:
-            raise ModelError(_two_architectures(first, model))
+            raise ModelError(_two_architectures(reference, model))
     if len(models) < 2:
         raise ModelError(f"align: {recipe.align} needs a second model; leave align out")
 

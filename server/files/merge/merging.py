@@ -87,11 +87,11 @@ def check_copies(plan: Sequence[PlannedTensor], states: States) -> None:
     """
     for tensor in plan:
         if tensor.rule is None and not tensor.name.endswith(_COUNTER):
-            first, *others = (_read(origin, states) for origin in tensor.origins)
-            for origin, other in zip(tensor.origins[1:], others, strict=True):
-                if not torch.equal(first, other):
+            reference, *copies = (_read(origin, states) for origin in tensor.origins)
+            for origin, copy in zip(tensor.origins[1:], copies, strict=True):
+                if not torch.equal(reference, copy):
                     raise ModelError(
-                        f"{tensor.name}: holds {first.dtype}, which is not merged, and differs between "
+                        f"{tensor.name}: holds {reference.dtype}, which is not merged, and differs between "
                         f"{tensor.origins[0].model} and {origin.model}; convert the models to floating point first"
                     )
 

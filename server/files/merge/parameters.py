@@ -75,9 +75,9 @@ def _evaluate(setting: Any, place: TensorPosition, name: str) -> Any:
         return _evaluate_filters(conditions, place, name)
     values = [_number(name, value) for value in conditions]
     position = place.depth * (len(values) - 1)
-    before = min(int(position), len(values) - 1)
-    after = min(before + 1, len(values) - 1)
-    return values[before] + (position - before) * (values[after] - values[before])
+    lower = min(int(position), len(values) - 1)
+    upper = min(lower + 1, len(values) - 1)
+    return values[lower] + (position - lower) * (values[upper] - values[lower])
 
 
 def _evaluate_filters(conditions: Sequence[Mapping[str, Any]], place: TensorPosition, name: str) -> Any:

@@ -124,10 +124,10 @@ def _check_models(recipe: MergeRecipe, part: Slice) -> None:
     count = len(_models_of(recipe, part))
     if count < rule.least or (rule.most is not None and count > rule.most):
         beside = "" if rule.anchor == "none" else " beside the base model"
-        wanted = f"{rule.least}" if rule.least == rule.most else f"at least {rule.least}"
+        counts = f"{rule.least}" if rule.least == rule.most else f"at least {rule.least}"
         if rule.most is not None and rule.least != rule.most:
-            wanted = f"{rule.least} to {rule.most}"
-        raise ModelError(f"models: {rule.name} takes {wanted}{beside}, but there are {count}")
+            counts = f"{rule.least} to {rule.most}"
+        raise ModelError(f"models: {rule.name} takes {counts}{beside}, but there are {count}")
 
 
 def _whole_rows(recipe: MergeRecipe, shapes: Shapes) -> Iterator[_Row]:
@@ -136,8 +136,8 @@ def _whole_rows(recipe: MergeRecipe, shapes: Shapes) -> Iterator[_Row]:
     for source in part.sources:
         if source.layer_range is not None:
             raise ModelError("layer_range: stands in slices; write slices in place of models")
-    reference, *others = recipe.paths()
-    for path in others:
+    reference, *rest = recipe.paths()
+    for path in rest:
         for holder, lacking in ((reference, path), (path, reference)):
             if missing := [name for name in shapes[holder] if name not in shapes[lacking]]:
                 raise ModelError(
@@ -175,10 +175,10 @@ def _layer_rows(
     starts = {source.model: (source.layer_range or (0, 0))[0] for source in part.sources}
     anchor = _anchor_of(recipe, part)
     anchor_layer = starts.get(anchor, starts[models[0].model]) + offset if anchor else layer
-    first = starts[models[0].model] + offset
+    start = starts[models[0].model] + offset
     for name in shapes[models[0].model]:
         words = layer_of(name)
-        if words is None or words.layer != first:
+        if words is None or words.layer != start:
             continue
         names = tuple(f"{words.stack}{(source.layer_range or (0, 0))[0] + offset}{words.rest}" for source in models)
         place = TensorPosition(f"{words.stack}{layer}{words.rest}", depth)
@@ -211,17 +211,19 @@ def _plan_tensor(recipe: MergeRecipe, row: _Row, shapes: Shapes) -> PlannedTenso
     anchor = _anchor_of(recipe, row.part)
     sources = tuple(Origin(source.model, name) for source, name in zip(models, row.names, strict=True))
     origin = None if anchor is None else Origin(anchor, row.anchor_name)
-    first = _check_tensors(row.place, (origin, *sources) if origin else sources, shapes)
+    reference = _check_tensors(row.place, (origin, *sources) if origin else sources, shapes)
     by_model = [(name, source.parameters) for source, name in zip(models, row.names, strict=True)]
     shared: tuple[Parameters, ...] = (row.part.parameters, recipe.parameters)
     weights, arguments = rule_arguments(recipe.rule, row.place, shared, by_model)
     if recipe.rule.random:
         arguments["seeds"] = [_seed(recipe.seed, number, row.place.name) for number in range(len(models))]
-    is_merged = first.is_floating_point() and first.dtype.itemsize > 1
+    is_merged = reference.is_floating_point() and reference.dtype.itemsize > 1
     name = recipe.out_dtype or recipe.dtype
-    dtype = getattr(torch, name) if name and is_merged else first.dtype
+    dtype = getattr(torch, name) if name and is_merged else reference.dtype
     rule = recipe.rule if is_merged else None
-    return PlannedTensor(row.place.name, tuple(first.shape), dtype, rule, origin, sources, tuple(weights), arguments)
+    return PlannedTensor(
+        row.place.name, tuple(reference.shape), dtype, rule, origin, sources, tuple(weights), arguments
+    )
 
 
 def _check_tensors(place: TensorPosition, origins: Sequence[Origin], shapes: Shapes) -> torch.Tensor:
@@ -231,19 +233,19 @@ def _check_tensors(place: TensorPosition, origins: Sequence[Origin], shapes: Sha
         if origin.name not in shapes[origin.model]:
             raise ModelError(f"{origin.model} has no tensor {origin.name!r}, from which {place.name!r} would be merged")
         tensors.append(shapes[origin.model][origin.name])
-    first, *others = tensors
-    for origin, tensor in zip(origins[1:], others, strict=True):
-        if tensor.shape != first.shape:
+    reference, *rest = tensors
+    for origin, tensor in zip(origins[1:], rest, strict=True):
+        if tensor.shape != reference.shape:
             raise ModelError(
                 f"{origin.model}: {origin.name!r} has shape {tuple(tensor.shape)}, but in {origins[0].model} "
-                f"{tuple(first.shape)}; merge models of one architecture"
+                f"{tuple(reference.shape)}; merge models of one architecture"
             )
-        if tensor.is_floating_point() != first.is_floating_point():
+        if tensor.is_floating_point() != reference.is_floating_point():
             raise ModelError(
-                f"{origin.model}: {origin.name!r} is {tensor.dtype}, but in {origins[0].model} {first.dtype}; "
+                f"{origin.model}: {origin.name!r} is {tensor.dtype}, but in {origins[0].model} {reference.dtype}; "
                 "convert the models to one dtype first"
             )
-    return first
+    return reference
 
 
 def _seed(seed: int, model: int, name: str) -> int:

@@ -108,8 +108,8 @@ class MergeRecipe(BaseModel):
         sources = [source.parameters for part in self.parts for source in part.sources]
         for parameters in (self.parameters, *(part.parameters for part in self.parts), *sources):
             if unknown := sorted(parameters.keys() - self.rule.parameters):
-                known = ", ".join(sorted(self.rule.parameters)) or "none"
-                raise ValueError(f"parameters: {self.merge_method} has no parameter {unknown[0]!r}; it has {known}")
+                choices = ", ".join(sorted(self.rule.parameters)) or "none"
+                raise ValueError(f"parameters: {self.merge_method} has no parameter {unknown[0]!r}; it has {choices}")
 
 
 def read_recipe(path: Path) -> MergeRecipe:

@@ -173,10 +173,10 @@ def write_tokenizer(tokens: TokenPlan, folder: Path) -> None:
     path = folder / TOKENIZER
     content = read_json(path)
     places = read_vocabulary(folder) or {}
-    first = max(places.values()) + 1
+    start = max(places.values()) + 1
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     content.setdefault("added_tokens", []).extend(
-        {"id": first + number, "content": token, **flags} for number, token in enumerate(tokens.added)
+        {"id": start + number, "content": token, **flags} for number, token in enumerate(tokens.added)
     )
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     for name in OLD_FORMATS:
@@ -184,8 +184,8 @@ def write_tokenizer(tokens: TokenPlan, folder: Path) -> None:
 
 
 def _all_equal(vocabularies: Mapping[Path, Vocabulary], sizes: Mapping[Path, int]) -> bool:
-    (first, *others) = vocabularies.values() if vocabularies else ({},)
-    return len({sizes.get(path) for path in vocabularies}) < 2 and all(words == first for words in others)
+    (reference, *rest) = vocabularies.values() if vocabularies else ({},)
+    return len({sizes.get(path) for path in vocabularies}) < 2 and all(words == reference for words in rest)
 
 
 def _missing_tokens(vocabularies: Mapping[Path, Vocabulary], base: Path) -> tuple[str, ...]:

@@ -47,11 +47,11 @@ class RunRecord:
 
     def difference(self, now: "RunRecord") -> str:
         """Return what another record has in place of this one's values; empty where they are equal."""
-        before, after = ({"rounds": r.rounds, **r.configuration} for r in (self, now))
+        past, present = ({"rounds": r.rounds, **r.configuration} for r in (self, now))
         return "; ".join(
-            f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
-            for key in {**before, **after}
-            if before.get(key) != after.get(key)
+            f"{key} was {past.get(key, 'unset')!r} and is {present.get(key, 'unset')!r}"
+            for key in {**past, **present}
+            if past.get(key) != present.get(key)
         )
 
 
@@ -139,7 +139,7 @@ def _unfinished(folder: Path, record: RunRecord) -> tuple[Path, FileLock] | None
     Raises:
         SettingsError: there is one, of another configuration.
     """
-    other: tuple[Path, RunRecord] | None = None
+    rival: tuple[Path, RunRecord] | None = None
     for path, earlier in _records(folder):
         is_open = earlier.app == record.app and not earlier.finished and any(path.rglob("*.safetensors"))
         lock = _held(path) if is_open else None
@@ -148,9 +148,9 @@ def _unfinished(folder: Path, record: RunRecord) -> tuple[Path, FileLock] | None
         if not earlier.difference(record):
             return path, lock
         lock.release()
-        other = other or (path, earlier)
-    if other is not None:
-        path, earlier = other
+        rival = rival or (path, earlier)
+    if rival is not None:
+        path, earlier = rival
         raise SettingsError(
             f"{path} holds an unfinished run of this app with another configuration: {earlier.difference(record)}; "
             f"restore it to go on, or set resume = {NEW_RUN!r} to leave that run and start anew"
@@ -224,8 +224,8 @@ def read_run_key(folder: Path) -> str:
     file = folder / "observer-key"
     try:
         if not file.exists():
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as made:
-                made.write(secrets.token_hex(32))
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as secret_file:
+                secret_file.write(secrets.token_hex(32))
         return file.read_text()
     except OSError as error:
         raise SettingsError(f"folder = '{folder}': the observer's key of the run: {error}") from error

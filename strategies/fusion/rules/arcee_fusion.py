@@ -24,8 +24,8 @@ def arcee_fusion(anchor: Tensor, tensors: Sequence[Tensor], _weights: Sequence[f
 
     importance = map_rows(_importance, [tensor.to(working_dtype(anchor)) for tensor in pair])
     quartiles = [int(q * (anchor.numel() - 1)) for q in (0.25, 0.5, 0.75)]
-    first, median, third = order_statistics(lambda rows: rows[0], (importance,), quartiles)
-    threshold = median + 1.5 * (third - first)
+    lower, median, upper = order_statistics(lambda rows: rows[0], (importance,), quartiles)
+    threshold = median + 1.5 * (upper - lower)
     return map_rows(lambda block: torch.where(_importance(block) >= threshold, block[1], block[0]), pair)
 
 

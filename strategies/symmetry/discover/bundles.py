@@ -96,11 +96,11 @@ def _bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bund
     for units, cell in cells.items():
         if not units.is_fixed and not cell.inside:
             cell.signs = _signs(cell, rows.get(units, []), record.parameters)
-    found = [Bundle(cells[units], aliases) for units in roots if any(c.ends for c in cells[units].all())]
-    for bundle in found:
+    bundles = [Bundle(cells[units], aliases) for units in roots if any(c.ends for c in cells[units].all())]
+    for bundle in bundles:
         bundle.space("space", {})
         bundle.space("space", {cell: cell.kinds()[0] for cell in bundle.leaves()})
-    return found
+    return bundles
 
 
 def _batched(record: Record) -> dict[str, Value]:
@@ -172,10 +172,10 @@ def _companions(everything: list[Place], parameters: Mapping[str, Value]) -> dic
             seen[cell].append(companions)
     result = {}
     for place in everything:
-        first = place.cells[0] if place.cells else None
-        if first is None or first.is_fixed:
+        outermost = place.cells[0] if place.cells else None
+        if outermost is None or outermost.is_fixed:
             continue
-        common = set.intersection(*seen[first]) - {first}
+        common = set.intersection(*seen[outermost]) - {outermost}
         for (name, dim), units in single.items():
             if name == place.tensor and dim != place.dim and units in common:
                 result[place.tensor, place.dim] = (dim, units)
@@ -233,7 +233,7 @@ def _signs(
     gains = [charge for place, charge in charges.items() if _is_gain(place.tensor, parameters[place.tensor])]
     chosen: list[frozenset[Charge]] = []
     for element in solutions(rows, list(dict.fromkeys(charges.values())), gains):
-        if element and not any(element & other for other in chosen):
+        if element and not any(element & rival for rival in chosen):
             chosen.append(frozenset(element))
     return tuple(tuple(place for place, charge in charges.items() if charge in element) for element in chosen)
 

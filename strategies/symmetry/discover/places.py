@@ -93,16 +93,16 @@ class _Tensor:
             stretch = None if whole else (start, stop)
             yield Place(self.name, self.dim, tuple(cells), stretch, None if whole else period, before=preceding)
             return
-        before, cell, after = cells[:number], cells[number], cells[number + 1 :]
-        run = length(after)
-        if before and period is None:
+        outer, cell, inner = cells[:number], cells[number], cells[number + 1 :]
+        run = length(inner)
+        if outer and period is None:
             if start or stop != self.length:
-                raise UnwritableError(before[0])
+                raise UnwritableError(outer[0])
             period = cell.size * run
-        elif before and period != cell.size * run and (stop - start) != cell.size * run:
-            raise UnwritableError(before[0])
+        elif outer and period != cell.size * run and (stop - start) != cell.size * run:
+            raise UnwritableError(outer[0])
         for part, size in self._divisions(cell):
-            pieces = [*before, *part, *after]
+            pieces = [*outer, *part, *inner]
             yield from self.parts(pieces, start, start + size * run, period, preceding)
             preceding = (*preceding, *part)
             start += size * run

@@ -75,13 +75,13 @@ def _choose_experts(model: nn.Module, name: str) -> str | None:
 
     Grouped products exist for narrow types alone, and loops over experts visit those that the data choose.
     """
-    before = None
+    implementation = None
     for module in model.modules():
         choose: Any = getattr(module, "set_experts_implementation", None)
         if choose is not None:
-            before = before or getattr(module.config, "_experts_implementation", None)
+            implementation = implementation or getattr(module.config, "_experts_implementation", None)
             choose(name)
-    return before
+    return implementation
 
 
 def _shake_all(twin: nn.Module) -> None:
@@ -186,19 +186,19 @@ class Prover:
         state = {alias: tensor for name, tensor in self._tensors.items() for alias in self.names[name]}
         changed = random_transform(symmetry, generator).act(state)
         changed = random_translation(symmetry.shifts, changed, generator).act(changed)
-        before = {
+        originals = {
             name: tensor.clone()
             for name, tensor in self._tensors.items()
             if changed[self.names[name][-1]] is not tensor
         }
         try:
-            for name in before:
+            for name in originals:
                 self._tensors[name].copy_(changed[name])
             actual = self._run(seed, training=training)
         except (RuntimeError, IndexError, ValueError):
             return float("inf")
         finally:
-            for name, tensor in before.items():
+            for name, tensor in originals.items():
                 self._tensors[name].copy_(tensor)
         return _distance(expected, actual)
 

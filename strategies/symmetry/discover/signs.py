@@ -39,14 +39,14 @@ class Signs:
     def by_leaf(self) -> dict[Units, list[tuple[Charge, ...]]]:
         """Return the equations by the leaves that they concern, each of them once."""
         result: dict[Units, dict[tuple[Charge, ...], None]] = defaultdict(dict)
-        for axis, values, before in self.equations:
-            ahead = Counter(leaves(before))
+        for axis, values, preceding in self.equations:
+            ahead = Counter(leaves(preceding))
             seen: Counter[Units] = Counter()
             for leaf in leaves(axis):
                 if not leaf.fixed:
                     number = seen[leaf]
-                    *others, whole = values
-                    terms = (*((value, number) for value in others), (whole, number + ahead[leaf]))
+                    *rest, whole = values
+                    terms = (*((value, number) for value in rest), (whole, number + ahead[leaf]))
                     result[leaf][terms] = None
                     seen[leaf] += 1
         return {leaf: list(rows) for leaf, rows in result.items()}

@@ -83,8 +83,8 @@ class Units:
     @property
     def is_untouched(self) -> bool:
         """True if nothing is known of the units but their structure."""
-        known = self.fixed or self.bent or self.averaged or self.outer or self.united or self.parent is not None
-        return not known and all(part.is_untouched for part in self.parts)
+        marks = self.fixed or self.bent or self.averaged or self.outer or self.united or self.parent is not None
+        return not marks and all(part.is_untouched for part in self.parts)
 
     @property
     def is_fixed(self) -> bool:
@@ -228,10 +228,10 @@ class Uniter:
     def _collapse(self, units: Units) -> Units:
         """Unite the members of a family, which are treated alike, and return what stands for them."""
         if units.kind == "family":
-            first, *rest = units.parts
-            units.kind, units.parts, units.parent = "", (), first
+            target, *rest = units.parts
+            units.kind, units.parts, units.parent = "", (), target
             for part in rest:
-                self.unite([first], [part])
+                self.unite([target], [part])
         return units.root()
 
     def unstack(self, axes: Sequence[Axis], dim: int) -> list[list[list[Units]]] | None:
@@ -241,10 +241,10 @@ class Uniter:
         index = axes[dim][0].root()
         if index.whole is not None:
             _stack(index.whole.root(), index)
-        others = [[u.root() for u in axis] for place, axis in enumerate(axes) if place != dim]
-        if not any(units.kind == "family" and units.index is index for axis in others for units in axis):
+        rest = [[u.root() for u in axis] for place, axis in enumerate(axes) if place != dim]
+        if not any(units.kind == "family" and units.index is index for axis in rest for units in axis):
             return None
-        return [[[_member(units, index, n) for units in axis] for axis in others] for n in range(index.size)]
+        return [[[_member(units, index, n) for units in axis] for axis in rest] for n in range(index.size)]
 
     def cut(self, axis: Axis, sizes: Sequence[int]) -> list[list[Units]]:
         """Cut an axis into consecutive pieces."""
@@ -271,15 +271,15 @@ class Uniter:
         pieces: list[list[Units]] = []
         remaining = [[part.root()] for part in units.parts]
         for size in sizes:
-            taken: list[list[Units]] = []
-            while sum(map(length, taken)) < size:
-                missing = size - sum(map(length, taken))
+            block: list[list[Units]] = []
+            while sum(map(length, block)) < size:
+                missing = size - sum(map(length, block))
                 head = remaining.pop(0)
                 if length(head) > missing:
                     head, tail = self.cut(head, (missing, length(head) - missing))
                     remaining.insert(0, tail)
-                taken.append(head)
-            pieces.append(joined(taken) if taken else [])
+                block.append(head)
+            pieces.append(joined(block) if block else [])
         return pieces
 
     def split(self, axis: Axis, lengths: Sequence[int]) -> list[list[Units]]:
@@ -287,15 +287,15 @@ class Uniter:
         remaining = [units.root() for units in axis]
         result: list[list[Units]] = []
         for size in lengths:
-            taken: list[Units] = []
-            while length(taken) < size:
-                missing, rest = divmod(size, length(taken))
+            block: list[Units] = []
+            while length(block) < size:
+                missing, rest = divmod(size, length(block))
                 if not rest and self._expose(remaining, missing):
-                    taken.append(remaining.pop(0))
+                    block.append(remaining.pop(0))
                     continue
                 self.fix(axis)
                 return [fixed(n) for n in lengths]
-            result.append(taken)
+            result.append(block)
         return result
 
     def _expose(self, axis: list[Units], size: int) -> bool:

@@ -244,9 +244,9 @@ class Walk(TrueDouble):
     def _forget(self, tensor: Tensor) -> None:
         """Note that a tensor of equal entries, and all that share its memory, became constants."""
         storage = tensor.untyped_storage().data_ptr()
-        for kept in self._keep:
-            if kept.untyped_storage().data_ptr() == storage:
-                self._values.pop(id(kept), None)
+        for alias in self._keep:
+            if alias.untyped_storage().data_ptr() == storage:
+                self._values.pop(id(alias), None)
 
     def _annotate(self, call: Call, result: Any, *, in_place: bool) -> None:
         outs = list(tensors_in((call.out,)))
@@ -254,9 +254,9 @@ class Walk(TrueDouble):
         for out, value in zip(outs, results, strict=False):
             if value is None:
                 continue
-            before = self._values.get(id(out))
-            if in_place and before is not None and before is not value:
-                self._write(out, before, value)
+            earlier = self._values.get(id(out))
+            if in_place and earlier is not None and earlier is not value:
+                self._write(out, earlier, value)
             self._store(out, value)
         for out in outs[len(results) :]:
             self._store(out, self.new([fixed(n) for n in out.shape]))
@@ -267,9 +267,9 @@ class Walk(TrueDouble):
             self.uniter.unite(old, new)
         self.signs.add(after.axes, before.charge, after.charge)
         storage = tensor.untyped_storage().data_ptr()
-        for kept in self._keep:
-            if kept.untyped_storage().data_ptr() == storage and id(kept) in self._values:
-                self._values[id(kept)].uniform = ""
+        for alias in self._keep:
+            if alias.untyped_storage().data_ptr() == storage and id(alias) in self._values:
+                self._values[id(alias)].uniform = ""
 
     def _store(self, tensor: Tensor, value: Value) -> None:
         self._values[id(tensor)] = value

@@ -27,8 +27,8 @@ def geometric_median(products: Products, weights: Weights) -> Weights:
     coefficients = torch.zeros_like(weights)
     for _ in range(_MAX_ITERATIONS):
         pulls = weights / distances_from(products, coefficients).clamp(min=smoothing)
-        before, coefficients = coefficients, pulls / pulls.sum()
-        if float((coefficients - before).abs().max()) < _CONVERGED:
+        previous, coefficients = coefficients, pulls / pulls.sum()
+        if float((coefficients - previous).abs().max()) < _CONVERGED:
             break
     return coefficients
 

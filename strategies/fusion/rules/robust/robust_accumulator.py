@@ -198,7 +198,7 @@ class RobustAccumulator:
         # The inner product of Kronecker products is the product of their factors' inner products.
         precisions = reduce(mul, (self._products((blocks[0], number)) for number in range(len(parts))))
         residuals = reduce(add, (self._products(block) for block in blocks))
-        pairs = reduce(add, (_scaled(each / scales / scales[:, None]) for each in (precisions, residuals)))
+        pairs = reduce(add, (_scaled(matrix / scales / scales[:, None]) for matrix in (precisions, residuals)))
         rule = self._rule if isinstance(self._rule, CombinationRule) else GeometricMedian()
         # A closed-form head reads the number of examples, so the typical scale of as many is restored.
         typical = weights.sum() * (scales / examples).median()

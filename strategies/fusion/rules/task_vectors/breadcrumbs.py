@@ -49,11 +49,11 @@ def breadcrumbs(
 def _bounds(anchor: Tensor, tensor: Tensor, density: float, gamma: float) -> tuple[float, float]:
     """Return the smallest and the largest magnitude of a task vector that are kept."""
     count = anchor.numel()
-    kept = int(density * count)
+    quota = int(density * count)
     if density >= 1:
         return 0.0, torch.inf
-    if not kept:
+    if not quota:
         return torch.inf, 0.0
-    lowest = max(0, count - kept - int(gamma * count))
-    low, high = order_statistics(magnitude, (anchor, tensor), [lowest, lowest + kept - 1])
+    lowest = max(0, count - quota - int(gamma * count))
+    low, high = order_statistics(magnitude, (anchor, tensor), [lowest, lowest + quota - 1])
     return low, high

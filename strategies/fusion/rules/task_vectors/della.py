@@ -69,8 +69,8 @@ def _prune(
         ranks = delta.abs().argsort(dim=1, stable=True).argsort(dim=1)
         # A row of one entry has no ranks to tell apart.
         keep = density - epsilon + 2 * epsilon * ranks.to(delta) / max(1, ranks.shape[1] - 1)
-        kept = torch.bernoulli(keep, generator=mask) * delta
-        return block[0] + (kept / keep if rescale else kept)
+        survivors = torch.bernoulli(keep, generator=mask) * delta
+        return block[0] + (survivors / keep if rescale else survivors)
 
     wide = torch.promote_types(anchor.dtype, torch.float32)
     return map_rows(kernel, (anchor.to(wide), tensor))

@@ -56,8 +56,8 @@ def _smallest_variance(anchor: Tensor, tensors: Sequence[Tensor], part: float) -
         return (rows[1:] - rows[0]).var(dim=0, correction=0)
 
     varying = sum(int(variance(rows).count_nonzero()) for rows in stacked_pieces((anchor, *tensors)))
-    kept = int(varying * part)
-    if not kept:
+    quota = int(varying * part)
+    if not quota:
         return torch.inf
-    (floor,) = order_statistics(variance, (anchor, *tensors), [anchor.numel() - kept])
+    (floor,) = order_statistics(variance, (anchor, *tensors), [anchor.numel() - quota])
     return floor

@@ -49,12 +49,12 @@ def added(walk: Walk, call: Call) -> Value:
         return walk.new(axes, uniform="equal")
     charge = walk.signs.new()
     for term in terms:
-        own = carried(walk, term, len(axes))
-        walk.signs.add((axes[dim] for dim in own), charge, walk.charge(term) if own else 0)
+        dims = carried(walk, term, len(axes))
+        walk.signs.add((axes[dim] for dim in dims), charge, walk.charge(term) if dims else 0)
         value = walk.value(term)
         if not (value is not None and value.uniform == "zero"):
             # A term that is the same for all units forbids signs.
-            walk.even((axis for dim, axis in enumerate(axes) if dim not in own), charge)
+            walk.even((axis for dim, axis in enumerate(axes) if dim not in dims), charge)
     return walk.new(axes, charge)
 
 
@@ -67,11 +67,11 @@ def multiplied(walk: Walk, call: Call) -> Value:
     axes = broadcast(walk, call, operands)
     values = [walk.value(tensor) for tensor in operands]
     if len(operands) == 1 or all(value is None or value.uniform for value in values):
-        first = next(value for value in values if value is not None)
+        reference = next(value for value in values if value is not None)
         bent = any(value is not None and value.uniform == "noise" for value in values)
         if bent and len(operands) > 1:
             walk.bend(axes)
-        return walk.new(axes, first.charge, uniform=first.uniform, square=first.square)
+        return walk.new(axes, reference.charge, uniform=reference.uniform, square=reference.square)
     charge = walk.signs.new()
     sides = [set(carried(walk, tensor, len(axes))) for tensor in operands]
     both = sides[0] & sides[1]
@@ -80,8 +80,8 @@ def multiplied(walk: Walk, call: Call) -> Value:
         walk.bend(axes[dim] for dim in sides[-1])
     if any(value is not None and value.uniform == "noise" for value in values):
         walk.bend(axes)
-    for tensor, own in zip(operands, sides, strict=True):
-        walk.signs.add((axes[dim] for dim in own - both), charge, walk.charge(tensor))
+    for tensor, side in zip(operands, sides, strict=True):
+        walk.signs.add((axes[dim] for dim in side - both), charge, walk.charge(tensor))
     walk.signs.add((axes[dim] for dim in both), charge, *(walk.charge(tensor) for tensor in operands))
     return walk.new(axes, charge)
 
@@ -106,8 +106,8 @@ def copied(walk: Walk, call: Call) -> Value:
     source = call.args[1]
     axes = broadcast(walk, call, [source])
     charge = walk.charge(source)
-    own = carried(walk, source, len(axes))
-    walk.even((axis for dim, axis in enumerate(axes) if dim not in own), charge)
+    dims = carried(walk, source, len(axes))
+    walk.even((axis for dim, axis in enumerate(axes) if dim not in dims), charge)
     value = walk.value(source)
     return walk.new(axes, charge, uniform="" if value is None else value.uniform)
 
@@ -254,10 +254,10 @@ def extreme(walk: Walk, call: Call) -> Any:
     walk.bend(value.axes)
     walk.even(value.axes, value.charge)
     axes = [[] if dim in dims else axis for dim, axis in enumerate(value.axes) if keep or dim not in dims]
-    (dim, *others) = sorted(dims)
+    (dim, *rest) = sorted(dims)
     numbered = value.axes[dim]
-    places = _places(walk, numbered, axes) if not others else walk.new(axes)
-    if others:
+    places = _places(walk, numbered, axes) if not rest else walk.new(axes)
+    if rest:
         for place in dims:
             walk.fix(value.axes[place])
     if call.name in ("argmax", "argmin"):

@@ -77,14 +77,14 @@ def indexed(walk: Walk, call: Call) -> Any:
                         inserted[target] = axis
     adjacent = dims == list(range(dims[0], dims[-1] + 1))
     start = dims[0] if adjacent else 0
-    kept = [axis for dim, axis in enumerate(axes) if dim not in dims]
-    before = kept[:start] if adjacent else []
-    after = kept[start:] if adjacent else kept
+    rest = [axis for dim, axis in enumerate(axes) if dim not in dims]
+    leading = rest[:start] if adjacent else []
+    trailing = rest[start:] if adjacent else rest
     if not shape:
-        inserted = [fixed(n) for n in call.shape[len(before) : len(before) + count]]
+        inserted = [fixed(n) for n in call.shape[len(leading) : len(leading) + count]]
     if value is None:
-        return walk.new([*before, *inserted, *after])
-    return walk.new([*before, *inserted, *after], value.charge, uniform=value.uniform)
+        return walk.new([*leading, *inserted, *trailing])
+    return walk.new([*leading, *inserted, *trailing], value.charge, uniform=value.uniform)
 
 
 def gathered(walk: Walk, call: Call) -> Value:
@@ -115,19 +115,19 @@ def scattered(walk: Walk, call: Call) -> Value:
     axes = list(walk.axes(tensor))
     dim %= max(len(axes), 1)
     _read(walk, tensor, axes[dim], places)
-    for other in (places, source) if isinstance(source, Tensor) else (places,):
-        for number, axis in enumerate(walk.axes(other)):
-            if number == dim or other.dim() != len(axes):
+    for operand in (places, source) if isinstance(source, Tensor) else (places,):
+        for number, axis in enumerate(walk.axes(operand)):
+            if number == dim or operand.dim() != len(axes):
                 continue
-            if other.shape[number] == tensor.shape[number]:
+            if operand.shape[number] == tensor.shape[number]:
                 walk.uniter.unite(axes[number], axis)
             else:
                 walk.fix(axes[number])
                 walk.fix(axis)
     charge = walk.signs.new()
     if isinstance(source, Tensor):
-        own = [axis for number, axis in enumerate(walk.axes(source)) if number != dim]
-        walk.signs.add(own, charge, walk.charge(source))
+        rows = [axis for number, axis in enumerate(walk.axes(source)) if number != dim]
+        walk.signs.add(rows, charge, walk.charge(source))
     else:
         walk.even(axes, charge)
     return _written(walk, tensor, axes, charge)
@@ -153,34 +153,34 @@ def index_written(walk: Walk, call: Call) -> Any:
     for dim in dims:
         _read(walk, tensor, axes[dim], places[dim])
     trailing = [axis for dim, axis in enumerate(axes) if dim > dims[-1]]
-    own = walk.axes(source)
-    for number in range(1, min(len(trailing), len(own)) + 1):
+    source_axes = walk.axes(source)
+    for number in range(1, min(len(trailing), len(source_axes)) + 1):
         if source.shape[-number] == tensor.shape[-number]:
-            walk.uniter.unite(trailing[-number], own[-number])
+            walk.uniter.unite(trailing[-number], source_axes[-number])
         else:
             walk.even([trailing[-number]], walk.charge(source))
-    for axis in own[: max(len(own) - len(trailing), 0)]:
+    for axis in source_axes[: max(len(source_axes) - len(trailing), 0)]:
         for units in axis:
             if any(units.root() in [u.root() for u in axes[dim]] for dim in dims):
                 continue
             walk.fix([units])
     charge = walk.signs.new()
-    walk.signs.add(own, charge, walk.charge(source))
+    walk.signs.add(source_axes, charge, walk.charge(source))
     return _written(walk, tensor, axes, charge)
 
 
 def index_added(walk: Walk, call: Call) -> Any:
     """Follow `index_add` and `index_copy`."""
     tensor, dim, places, source = call.args[:4]
-    axes, own = list(walk.axes(tensor)), walk.axes(source)
+    axes, source_axes = list(walk.axes(tensor)), walk.axes(source)
     dim %= len(axes)
     _read(walk, tensor, axes[dim], places)
-    for number, (axis, rival) in enumerate(zip(axes, own, strict=True)):
+    for number, (axis, rival) in enumerate(zip(axes, source_axes, strict=True)):
         if number != dim:
             walk.uniter.unite(axis, rival)
-    walk.fix(own[dim])
+    walk.fix(source_axes[dim])
     charge = walk.signs.new()
-    walk.signs.add([axis for number, axis in enumerate(own) if number != dim], charge, walk.charge(source))
+    walk.signs.add([axis for number, axis in enumerate(source_axes) if number != dim], charge, walk.charge(source))
     return _written(walk, tensor, axes, charge)
 
 

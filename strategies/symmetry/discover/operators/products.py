@@ -19,14 +19,14 @@ def contract(walk: Walk, left: Tensor, right: Tensor) -> Value:
         walk.bend([outer])
         for leaf in leaves(outer):
             leaf.outer = True
-    charge, first, second = walk.signs.new(), walk.charge(left), walk.charge(right)
+    charge, left_charge, right_charge = walk.signs.new(), walk.charge(left), walk.charge(right)
     if batch:
-        walk.record.batched |= {first, second}
-    walk.signs.add([a[-1]], first, second)
-    walk.signs.add(a[:batch], charge, first, second)
+        walk.record.batched |= {left_charge, right_charge}
+    walk.signs.add([a[-1]], left_charge, right_charge)
+    walk.signs.add(a[:batch], charge, left_charge, right_charge)
     rows, columns = a[batch:-1], b[batch + 1 :] if right.dim() > 1 else []
-    walk.signs.add(rows, charge, first)
-    walk.signs.add(columns, charge, second)
+    walk.signs.add(rows, charge, left_charge)
+    walk.signs.add(columns, charge, right_charge)
     return walk.new([*a[:batch], *rows, *columns], charge)
 
 
@@ -64,9 +64,9 @@ def added_product(walk: Walk, call: Call) -> Value:
 
 def add_bias(walk: Walk, result: Value, bias: Tensor, dims: Iterable[int]) -> Value:
     """Note that a bias with the given axes of a result is added to it."""
-    own = list(dims)[-bias.dim() :] if bias.dim() else []
+    places = list(dims)[-bias.dim() :] if bias.dim() else []
     axes = walk.axes(bias)
-    differing = [(dim, axis) for dim, axis, n in zip(own, axes, bias.shape, strict=True) if n > 1]
+    differing = [(dim, axis) for dim, axis, n in zip(places, axes, bias.shape, strict=True) if n > 1]
     for dim, axis in differing:
         walk.uniter.unite(result.axes[dim], axis)
     walk.signs.add([axis for _, axis in differing], result.charge, walk.charge(bias))
@@ -120,16 +120,16 @@ def convolved(walk: Walk, call: Call) -> Value:
             leaf.outer = True
         written = [*outer, *columns]
     charge = walk.signs.new()
-    first, second = walk.charge(tensor), walk.charge(weight)
+    features, filters = walk.charge(tensor), walk.charge(weight)
     if groups == 1:
-        walk.signs.add([read], first, second)
-        walk.signs.add([written], charge, second)
+        walk.signs.add([read], features, filters)
+        walk.signs.add([written], charge, filters)
     else:
-        walk.signs.add([read], first, second)
-        walk.signs.add([written[:1]], charge, first, second)
-        walk.signs.add([written[1:]], charge, second)
+        walk.signs.add([read], features, filters)
+        walk.signs.add([written[:1]], charge, features, filters)
+        walk.signs.add([written[1:]], charge, filters)
     batch = x[: -spatial - 1]
-    walk.signs.add(batch, charge, first)
+    walk.signs.add(batch, charge, features)
     result = walk.new([*batch, written, *map(fixed, call.shape[-spatial:])], charge)
     return result if bias is None else add_bias(walk, result, bias, [len(batch)])
 

@@ -55,10 +55,10 @@ def permuted(walk: Walk, call: Call) -> Value | None:
     count = len(axes)
     if call.name == "permute":
         return moved(walk, call, [axes[dim] for dim in call.args[1]])
-    first, second = (call.args[1] % count, call.args[2] % count) if call.name == "transpose" else (0, count - 1)
+    left, right = (call.args[1] % count, call.args[2] % count) if call.name == "transpose" else (0, count - 1)
     order = list(range(count))
     if count > 1:
-        order[first], order[second] = order[second], order[first]
+        order[left], order[right] = order[right], order[left]
     return moved(walk, call, [axes[dim] for dim in order])
 
 
@@ -115,17 +115,17 @@ def places_along(walk: Walk, value: Value, dim: int) -> list[Value] | None:
     pieces = None if value.uniform else walk.uniter.unstack(value.axes, dim)
     if pieces is None:
         return None
-    others = [axis for place, axis in enumerate(value.axes) if place != dim]
+    rest = [axis for place, axis in enumerate(value.axes) if place != dim]
     result: list[Value] = []
-    before: list[list[Units]] = [[] for _ in others]
+    predecessors: list[list[Units]] = [[] for _ in rest]
     for axes in pieces:
         charge = walk.signs.new()
-        for axis, stacked, ahead in zip(axes, others, before, strict=True):
+        for axis, stacked, ahead in zip(axes, rest, predecessors, strict=True):
             if axis == [units.root() for units in stacked]:
                 walk.signs.add([axis], charge, value.charge)
             else:
                 walk.signs.add_part(axis, ahead, value.charge, charge)
-        before = [[*ahead, *axis] for ahead, axis in zip(before, axes, strict=True)]
+        predecessors = [[*ahead, *axis] for ahead, axis in zip(predecessors, axes, strict=True)]
         result.append(walk.new(axes, charge))
     return result
 
@@ -144,8 +144,8 @@ def sliced(walk: Walk, call: Call) -> Value | None:
     if stop_at <= start:
         return None
     if step == 1:
-        before, axes[dim] = piece(walk, axes[dim], start, min(stop_at, total) - start)
-        return part_of(walk, value, axes, dim, before)
+        preceding, axes[dim] = piece(walk, axes[dim], start, min(stop_at, total) - start)
+        return part_of(walk, value, axes, dim, preceding)
     if total % step == 0 and stop_at > total - step + start % step:
         outer, inner = walk.uniter.split(axes[dim], (total // step, step))
         walk.fix(inner)
@@ -181,11 +181,11 @@ def divided(walk: Walk, call: Call) -> list[Value] | None:
     dim = call.arg(2, call.kwargs.get("dim", 0)) % len(value.axes)
     sizes = [out.shape[dim] for out in call.out]
     pieces = walk.uniter.cut(value.axes[dim], sizes)
-    before: list[Units] = []
+    preceding: list[Units] = []
     parts = []
     for part in pieces:
-        parts.append(part_of(walk, value, [*value.axes[:dim], part, *value.axes[dim + 1 :]], dim, before))
-        before = [*before, *part]
+        parts.append(part_of(walk, value, [*value.axes[:dim], part, *value.axes[dim + 1 :]], dim, preceding))
+        preceding = [*preceding, *part]
     return parts
 
 
@@ -226,17 +226,17 @@ def concatenated(walk: Walk, call: Call) -> Value:
             walk.uniter.unite(lists[0][place], axes[place])
         result.append(lists[0][place])
     charge = walk.signs.new()
-    before: list[Units] = []
+    preceding: list[Units] = []
     for axes, value in zip(lists, values, strict=True):
         if value is not None and value.uniform != "zero":
             walk.signs.add((axis for place, axis in enumerate(axes) if place != dim), charge, value.charge)
             if not stacks:
-                walk.signs.add_part(axes[dim], before, charge, value.charge)
+                walk.signs.add_part(axes[dim], preceding, charge, value.charge)
         elif value is None:
             walk.even((axis for place, axis in enumerate(result) if place != dim), charge)
         if value is not None and value.indexes is not None:
             walk.fix([value.indexes])
-        before = [*before, *axes[dim]]
+        preceding = [*preceding, *axes[dim]]
     uniform = "equal" if all(value is not None and value.uniform for value in values) else ""
     return walk.new(result, charge, uniform=uniform)
 
@@ -249,18 +249,18 @@ def padded(walk: Walk, call: Call) -> Value | None:
     widths, axes = call.args[1], list(value.axes)
     for number in range(len(widths) // 2):
         dim = len(axes) - 1 - number
-        before, after = widths[2 * number : 2 * number + 2]
-        if min(before, after) < 0 or call.name != "constant_pad_nd":
-            if before or after:
+        front, back = widths[2 * number : 2 * number + 2]
+        if min(front, back) < 0 or call.name != "constant_pad_nd":
+            if front or back:
                 walk.fix(axes[dim])
                 axes[dim] = fixed(call.shape[dim])
-        elif before or after:
+        elif front or back:
             axes[dim] = joined(
                 [
-                    fixed(before) if before != 1 else [Units(1, fixed=True)],
+                    fixed(front) if front != 1 else [Units(1, fixed=True)],
                     axes[dim] or [Units(1, fixed=True)],
-                    fixed(after) if after != 1 else [Units(1, fixed=True)],
-                ][slice(0 if before else 1, 3 if after else 2)]
+                    fixed(back) if back != 1 else [Units(1, fixed=True)],
+                ][slice(0 if front else 1, 3 if back else 2)]
             )
     if call.arg(2, 0):
         walk.even(value.axes, value.charge)
@@ -334,14 +334,14 @@ def pixels_shuffled(walk: Walk, call: Call) -> Value | None:
     value = walk.value(call.args[0])
     if value is None:
         return None
-    *before, channels, height, width = value.axes
+    *leading, channels, height, width = value.axes
     walk.fix([*height, *width])
     factor, shape = call.args[1], call.shape
     if call.name == "pixel_shuffle":
-        kept, down, right = walk.uniter.split(channels, (shape[-3], factor, factor))
+        planes, down, right = walk.uniter.split(channels, (shape[-3], factor, factor))
         walk.fix([*down, *right])
-        return moved(walk, call, [*before, kept, fixed(shape[-2]), fixed(shape[-1])])
-    return moved(walk, call, [*before, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
+        return moved(walk, call, [*leading, planes, fixed(shape[-2]), fixed(shape[-1])])
+    return moved(walk, call, [*leading, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
 
 
 def complex_viewed(walk: Walk, call: Call) -> Value | None:
