@@ -73,7 +73,7 @@ class Features(NamedTuple):
         """True if the output's only feature has no axis of its own."""
         return len(self.shape) < self.values.ndim
 
-    def moved(self, values: Tensor, output: Tensor) -> "Features | None":
+    def after(self, values: Tensor, output: Tensor) -> "Features | None":
         """Return the features after an operation that has made `values` of these and `output` of the layer's output."""
         shape = _with_axis(output.shape, self.axis) if self.is_squeezed else output.shape
         if len(shape) != values.ndim:
@@ -222,7 +222,7 @@ def _step(
         # Written over by operations in place.
         changed = (*args[:place], found.values.clone(), *args[place + 1 :])
         try:
-            return found.moved(func(*changed, **named), output)
+            return found.after(func(*changed, **named), output)
         except RuntimeError:
             return None
 

@@ -61,7 +61,7 @@ def align(
         _refuse_not_finite(stored)
     shared = shared_tensors(anchor, model, symmetry)
     states = [
-        _folded(stored, shared.symmetry, state)
+        _fold_stored(stored, shared.symmetry, state)
         for stored, state in ((anchor, shared.anchor), (model.stored, _WatchedState(shared.model, on_read)))
     ]
     bounds = identity_bounds(shared.symmetry, states[0]) if certify else None
@@ -178,13 +178,13 @@ def describe_rest(model: SymmetricModel, apart: tuple[str, ...] = ()) -> list[st
 
 
 def _transformed(transform: Transform, model: SymmetricModel, stored: State) -> State:
-    state = _folded(model.stored, transform.symmetry, ModuleState(model.layout, stored))
+    state = _fold_stored(model.stored, transform.symmetry, ModuleState(model.layout, stored))
     # Without identity elements, tensors that stay are written byte for byte.
     elements = {name: e for name, e in transform.elements.items() if not e.is_identity}
     return StoredState(model.layout, stored, TransformedState(transform.symmetry, state, elements))
 
 
-def _folded(model: StoredModel, symmetry: Symmetry, state: State) -> State:
+def _fold_stored(model: StoredModel, symmetry: Symmetry, state: State) -> State:
     try:
         return fold_state(symmetry, state)
     except FoldError as error:

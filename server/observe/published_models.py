@@ -63,12 +63,12 @@ class PublishedModels:
         try:
             file = await to_thread.run_sync(self._open, run_id, limiter=self._threads)
             with file:
-                async for chunk in self._read(file, run_id, server_round):
+                async for chunk in self._chunks(file, run_id, server_round):
                     yield chunk
         finally:
             self._downloads -= 1
 
-    async def _read(self, file: BinaryIO, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
+    async def _chunks(self, file: BinaryIO, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
         model_round = await to_thread.run_sync(_read_round, file, run_id, limiter=self._threads)
         if server_round not in (0, model_round):
             raise NoModelError(

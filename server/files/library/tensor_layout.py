@@ -40,7 +40,7 @@ class StoredBlock:
             tensor = tensor.narrow(dim, start, stop - start)
         return tensor
 
-    def read(self, stored: Tensor) -> Tensor:
+    def values(self, stored: Tensor) -> Tensor:
         """Return the values of the block, from the stored tensor."""
         shape = tuple(stop - start for start, stop in self.block)
         flat = stored.contiguous().flatten()
@@ -157,7 +157,7 @@ class ModuleState(Mapping[str, Tensor]):
         pieces = self._layout.pieces[name]
         if self._layout.whole.get(pieces[0].stored) == name:
             return self._stored[pieces[0].stored]
-        parts = [piece.read(self._stored[piece.stored]) for piece in pieces]
+        parts = [piece.values(self._stored[piece.stored]) for piece in pieces]
         dtype = parts[0].dtype
         for part in parts:
             dtype = torch.promote_types(dtype, part.dtype)

@@ -64,8 +64,8 @@ def merge_tensor(tensor: PlannedTensor, states: States) -> Tensor:
     Raises:
         ModelError: it cannot be read or merged, or is not finite.
     """
-    anchor = None if tensor.anchor is None else _read(tensor.anchor, states)
-    sources = [_read(source, states) for source in tensor.sources]
+    anchor = None if tensor.anchor is None else _tensor_of(tensor.anchor, states)
+    sources = [_tensor_of(source, states) for source in tensor.sources]
     if tensor.rule is None:
         return sources[0]
     try:
@@ -87,7 +87,7 @@ def check_copies(plan: Sequence[PlannedTensor], states: States) -> None:
     """
     for tensor in plan:
         if tensor.rule is None and not tensor.name.endswith(_COUNTER):
-            reference, *copies = (_read(origin, states) for origin in tensor.origins)
+            reference, *copies = (_tensor_of(origin, states) for origin in tensor.origins)
             for origin, copy in zip(tensor.origins[1:], copies, strict=True):
                 if not torch.equal(reference, copy):
                     raise ModelError(
@@ -107,7 +107,7 @@ def _promote(
     return (None, tensors) if anchor is None else (tensors[0], tensors[1:])
 
 
-def _read(origin: Origin, states: States) -> Tensor:
+def _tensor_of(origin: Origin, states: States) -> Tensor:
     return states[origin.model][origin.name]
 
 

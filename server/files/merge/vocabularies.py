@@ -95,7 +95,7 @@ def plan_tokens(paths: Sequence[Path], choice: TokenizerChoice | None, sizes: Ma
     if choice is not None and choice.source == "union":
         model, added = paths[0], _missing_tokens(vocabularies, paths[0])
     else:
-        model, added = _chosen(paths, choice, vocabularies), ()
+        model, added = _tokenizer_model(paths, choice, vocabularies), ()
     if not added and choice is not None and choice.pad_to_multiple_of is None and _all_equal(vocabularies, sizes):
         return None
     step = 1 if choice is None else choice.pad_to_multiple_of or 1
@@ -196,7 +196,9 @@ def _missing_tokens(vocabularies: Mapping[Path, Vocabulary], base: Path) -> tupl
     return added
 
 
-def _chosen(paths: Sequence[Path], choice: TokenizerChoice | None, vocabularies: Mapping[Path, Vocabulary]) -> Path:
+def _tokenizer_model(
+    paths: Sequence[Path], choice: TokenizerChoice | None, vocabularies: Mapping[Path, Vocabulary]
+) -> Path:
     """Return the model whose tokenizer the result has."""
     if choice is not None:
         model = paths[0] if choice.source == "base" else Path(choice.source)

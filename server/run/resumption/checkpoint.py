@@ -85,7 +85,7 @@ def load(folder: Path) -> Checkpoint:
     damaged: list[str] = []
     for path in _checkpoints(folder):
         try:
-            return replace(_read(folder, path), passed_over=tuple(damaged))
+            return replace(_load(folder, path), passed_over=tuple(damaged))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             damaged.append(f"{path} is no checkpoint of fedbasin: {error}")
     if not damaged:
@@ -93,7 +93,7 @@ def load(folder: Path) -> Checkpoint:
     raise CheckpointError("; ".join(damaged))
 
 
-def _read(folder: Path, path: Path) -> Checkpoint:
+def _load(folder: Path, path: Path) -> Checkpoint:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -126,7 +126,7 @@ def factors(axis: Axis) -> list[Units]:
     return result
 
 
-def joined(axes: Sequence[Axis]) -> list[Units]:
+def concatenation(axes: Sequence[Axis]) -> list[Units]:
     """Return the axis of a concatenation."""
     present = [axis for axis in axes if length(axis)]
     if len(present) == 1:
@@ -279,7 +279,7 @@ class Uniter:
                     head, tail = self.cut(head, (missing, length(head) - missing))
                     remaining.insert(0, tail)
                 block.append(head)
-            pieces.append(joined(block) if block else [])
+            pieces.append(concatenation(block) if block else [])
         return pieces
 
     def split(self, axis: Axis, lengths: Sequence[int]) -> list[list[Units]]:

@@ -186,7 +186,7 @@ class Walk(TrueDouble):
             self.record.parameters[name] = value
         return value
 
-    def known(self, tensor: Tensor) -> Value:
+    def knowledge(self, tensor: Tensor) -> Value:
         """Return what is known of a tensor, of which nothing varies if it is a constant."""
         return self.value(tensor) or self.new(self.axes(tensor))
 

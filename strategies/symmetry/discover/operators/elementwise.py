@@ -37,7 +37,7 @@ def carried(walk: Walk, tensor: Any, dims: int) -> list[int]:
     return [dims - tensor.dim() + dim for dim, n in enumerate(tensor.shape) if n > 1]
 
 
-def added(walk: Walk, call: Call) -> Value:
+def addition(walk: Walk, call: Call) -> Value:
     """Follow a sum, in which all terms change their sign alike."""
     terms = call.args[1:3] if call.name == "where" else call.args[:2]
     operands = [term for term in terms if isinstance(term, Tensor)]
@@ -88,7 +88,7 @@ def multiplied(walk: Walk, call: Call) -> Value:
 
 def squared(walk: Walk, call: Call) -> Value:
     """Follow a square, whose sum a rotation keeps."""
-    value = walk.known(call.args[0])
+    value = walk.knowledge(call.args[0])
     charge = walk.signs.new()
     walk.even(value.axes, charge)
     return walk.new(value.axes, charge, square=True)
@@ -112,7 +112,7 @@ def copied(walk: Walk, call: Call) -> Value:
     return walk.new(axes, charge, uniform="" if value is None else value.uniform)
 
 
-def kept(walk: Walk, call: Call) -> Value | None:
+def unary_copy(walk: Walk, call: Call) -> Value | None:
     """Follow a copy, a cast or a change of sign of all entries."""
     return walk.value(call.args[0])
 
@@ -179,19 +179,19 @@ def gated(walk: Walk, call: Call) -> Value | None:
 
 def noisy(walk: Walk, call: Call) -> Any:
     """Follow dropout, whose mask is drawn for every entry."""
-    value = walk.known(call.args[0])
+    value = walk.knowledge(call.args[0])
     walk.bend(value.axes)
     return [value, walk.new(value.axes, uniform="noise")]
 
 
-def drawn(walk: Walk, call: Call) -> Value:
+def random_numbers(walk: Walk, call: Call) -> Value:
     """Follow random numbers that take the shape of a tensor."""
     return walk.new(walk.axes(call.args[0]), uniform="noise")
 
 
 def soft_maximum(walk: Walk, call: Call) -> Value:
     """Follow a softmax, which sums over one axis and is the same for every order of its entries."""
-    value = walk.known(call.args[0])
+    value = walk.knowledge(call.args[0])
     walk.even(value.axes, value.charge)
     walk.bend(value.axes)
     charge = walk.signs.new()
@@ -319,11 +319,11 @@ _CURVED = (
 )
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_COPIES, kept),
+    **dict.fromkeys(_COPIES, unary_copy),
     **dict.fromkeys(_ODD, odd),
     **dict.fromkeys(_EVEN, even),
     **dict.fromkeys(_CURVED, curved),
-    **dict.fromkeys(("add", "sub", "rsub", "where"), added),
+    **dict.fromkeys(("add", "sub", "rsub", "where"), addition),
     **dict.fromkeys(("mul", "div"), multiplied),
     **dict.fromkeys(("clamp", "hardtanh"), clamped),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), soft_maximum),
@@ -331,7 +331,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("amax", "amin", "all", "any", "logsumexp", "prod"), reduced),
     **dict.fromkeys(("max", "min", "argmax", "argmin"), extreme),
     **dict.fromkeys(("topk", "sort", "argsort"), ranked),
-    **dict.fromkeys(("bernoulli", "normal", "uniform", "rand_like", "randn_like"), drawn),
+    **dict.fromkeys(("bernoulli", "normal", "uniform", "rand_like", "randn_like"), random_numbers),
     "copy": copied,
     "glu": gated,
     "native_dropout": noisy,

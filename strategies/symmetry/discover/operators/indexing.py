@@ -10,7 +10,7 @@ from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, 
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 
 
-def _read(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor) -> None:
+def _note_reading(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor) -> None:
     """Note that entries of an axis are chosen by places; their numbers must mean the same afterwards."""
     value = walk.value(places)
     numbered = None if value is None else value.indexes
@@ -31,17 +31,17 @@ def embedded(walk: Walk, call: Call) -> Value:
     """Follow a table that is read by tokens."""
     weight, places = call.args[:2]
     rows, columns = walk.axes(weight)
-    _read(walk, weight, rows, places)
+    _note_reading(walk, weight, rows, places)
     charge = walk.charge(weight)
     return walk.new([*walk.axes(places), columns], charge)
 
 
-def chosen(walk: Walk, call: Call) -> Value | None:
+def index_selected(walk: Walk, call: Call) -> Value | None:
     """Follow `index_select`."""
     tensor, dim, places = call.args[:3]
     axes = list(walk.axes(tensor))
     dim %= len(axes)
-    _read(walk, tensor, axes[dim], places)
+    _note_reading(walk, tensor, axes[dim], places)
     axes[dim] = list(walk.axes(places)[0]) if places.dim() else []
     value = walk.value(tensor)
     return None if value is None else walk.new(axes, value.charge)
@@ -56,7 +56,7 @@ def indexed(walk: Walk, call: Call) -> Any:
     places += [None] * (len(axes) - len(places))
     dims = [dim for dim, place in enumerate(places) if place is not None]
     for dim in dims:
-        _read(walk, tensor, axes[dim], places[dim])
+        _note_reading(walk, tensor, axes[dim], places[dim])
     count = call.out.dim() - (len(axes) - len(dims))
     present = [places[dim] for dim in dims]
     shape = torch.broadcast_shapes(*(p.shape for p in present)) if count == max(p.dim() for p in present) else ()
@@ -92,7 +92,7 @@ def gathered(walk: Walk, call: Call) -> Value:
     tensor, dim, places = call.args[:3]
     axes = list(walk.axes(tensor))
     dim %= max(len(axes), 1)
-    _read(walk, tensor, axes[dim], places)
+    _note_reading(walk, tensor, axes[dim], places)
     result = list(walk.axes(places))
     for number, axis in enumerate(axes):
         if number == dim:
@@ -114,7 +114,7 @@ def scattered(walk: Walk, call: Call) -> Value:
     source = call.arg(3)
     axes = list(walk.axes(tensor))
     dim %= max(len(axes), 1)
-    _read(walk, tensor, axes[dim], places)
+    _note_reading(walk, tensor, axes[dim], places)
     for operand in (places, source) if isinstance(source, Tensor) else (places,):
         for number, axis in enumerate(walk.axes(operand)):
             if number == dim or operand.dim() != len(axes):
@@ -151,7 +151,7 @@ def index_written(walk: Walk, call: Call) -> Any:
         return stop(walk, call)
     dims = [dim for dim, place in enumerate(places) if place is not None]
     for dim in dims:
-        _read(walk, tensor, axes[dim], places[dim])
+        _note_reading(walk, tensor, axes[dim], places[dim])
     trailing = [axis for dim, axis in enumerate(axes) if dim > dims[-1]]
     source_axes = walk.axes(source)
     for number in range(1, min(len(trailing), len(source_axes)) + 1):
@@ -174,7 +174,7 @@ def index_added(walk: Walk, call: Call) -> Any:
     tensor, dim, places, source = call.args[:4]
     axes, source_axes = list(walk.axes(tensor)), walk.axes(source)
     dim %= len(axes)
-    _read(walk, tensor, axes[dim], places)
+    _note_reading(walk, tensor, axes[dim], places)
     for number, (axis, rival) in enumerate(zip(axes, source_axes, strict=True)):
         if number != dim:
             walk.uniter.unite(axis, rival)
@@ -207,7 +207,7 @@ def located(walk: Walk, call: Call) -> Any:
 
 RULES: dict[str, Rule] = {
     "embedding": embedded,
-    "index_select": chosen,
+    "index_select": index_selected,
     "index": indexed,
     "gather": gathered,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scattered),

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.discover.units import Units, fixed, fresh, joined, length
+from fedbasin.strategies.symmetry.discover.units import Units, concatenation, fixed, fresh, length
 from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, stop
 
 
-def moved(walk: Walk, call: Call, axes: list[list[Units]]) -> Value | None:
+def with_axes(walk: Walk, call: Call, axes: list[list[Units]]) -> Value | None:
     """Return the first operand's value with other axes."""
     value = walk.value(call.args[0])
     if value is None:
@@ -23,7 +23,7 @@ def reshaped(walk: Walk, call: Call) -> Value | None:
     axes, shape = walk.axes(call.args[0]), call.shape
     if not math.prod(shape):
         return stop(walk, call)[0]
-    return moved(walk, call, reshape(walk, axes, shape))
+    return with_axes(walk, call, reshape(walk, axes, shape))
 
 
 def reshape(walk: Walk, axes: list[list[Units]], shape: Sequence[int]) -> list[list[Units]]:
@@ -54,19 +54,19 @@ def permuted(walk: Walk, call: Call) -> Value | None:
     axes = walk.axes(call.args[0])
     count = len(axes)
     if call.name == "permute":
-        return moved(walk, call, [axes[dim] for dim in call.args[1]])
+        return with_axes(walk, call, [axes[dim] for dim in call.args[1]])
     left, right = (call.args[1] % count, call.args[2] % count) if call.name == "transpose" else (0, count - 1)
     order = list(range(count))
     if count > 1:
         order[left], order[right] = order[right], order[left]
-    return moved(walk, call, [axes[dim] for dim in order])
+    return with_axes(walk, call, [axes[dim] for dim in order])
 
 
 def unsqueezed(walk: Walk, call: Call) -> Value | None:
     """Follow an axis of length 1 that is added."""
     axes = list(walk.axes(call.args[0]))
     axes.insert(call.args[1] % (len(axes) + 1), [])
-    return moved(walk, call, axes)
+    return with_axes(walk, call, axes)
 
 
 def squeezed(walk: Walk, call: Call) -> Value | None:
@@ -75,21 +75,21 @@ def squeezed(walk: Walk, call: Call) -> Value | None:
     dims = call.arg(1, list(range(len(axes))))
     dims = [dims] if isinstance(dims, int) else dims
     gone = {dim % max(len(axes), 1) for dim in dims}
-    return moved(walk, call, [a for dim, a in enumerate(axes) if not (dim in gone and tensor.shape[dim] == 1)])
+    return with_axes(walk, call, [a for dim, a in enumerate(axes) if not (dim in gone and tensor.shape[dim] == 1)])
 
 
 def expanded(walk: Walk, call: Call) -> Value | None:
     """Follow axes along which entries are repeated; what is repeated may change places."""
     tensor, shape = call.args[0], call.shape
     axes: list[list[Units]] = [[]] * (len(shape) - tensor.dim()) + walk.axes(tensor)
-    return moved(walk, call, [a if length(a) == n else fresh(n) for a, n in zip(axes, shape, strict=True)])
+    return with_axes(walk, call, [a if length(a) == n else fresh(n) for a, n in zip(axes, shape, strict=True)])
 
 
 def repeated(walk: Walk, call: Call) -> Value | None:
     """Follow a tensor that is laid out several times along its axes."""
     tensor, counts = call.args[:2]
     axes: list[list[Units]] = [[]] * (len(counts) - tensor.dim()) + walk.axes(tensor)
-    return moved(walk, call, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
+    return with_axes(walk, call, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
 
 
 def selected(walk: Walk, call: Call) -> Value | None:
@@ -153,7 +153,7 @@ def sliced(walk: Walk, call: Call) -> Value | None:
     else:
         walk.fix(axes[dim])
         axes[dim] = fixed(call.shape[dim])
-    return moved(walk, call, axes)
+    return with_axes(walk, call, axes)
 
 
 def piece(walk: Walk, axis: list[Units], start: int, size: int) -> tuple[list[Units], list[Units]]:
@@ -219,7 +219,7 @@ def concatenated(walk: Walk, call: Call) -> Value:
     result: list[list[Units]] = []
     for place in range(count):
         if place == dim:
-            result.append(fixed(len(lists)) if stacks else joined([axes[place] for axes in lists]))
+            result.append(fixed(len(lists)) if stacks else concatenation([axes[place] for axes in lists]))
             continue
         for value, axes in zip(values[1:], lists[1:], strict=True):
             del value
@@ -255,7 +255,7 @@ def padded(walk: Walk, call: Call) -> Value | None:
                 walk.fix(axes[dim])
                 axes[dim] = fixed(call.shape[dim])
         elif front or back:
-            axes[dim] = joined(
+            axes[dim] = concatenation(
                 [
                     fixed(front) if front != 1 else [Units(1, fixed=True)],
                     axes[dim] or [Units(1, fixed=True)],
@@ -265,7 +265,7 @@ def padded(walk: Walk, call: Call) -> Value | None:
     if call.arg(2, 0):
         walk.even(value.axes, value.charge)
         walk.bend(value.axes)
-    return moved(walk, call, axes)
+    return with_axes(walk, call, axes)
 
 
 def rolled(walk: Walk, call: Call) -> Value | None:
@@ -283,7 +283,7 @@ def rolled(walk: Walk, call: Call) -> Value | None:
         walk.bend(value.axes)
         walk.even(value.axes, value.charge)
     axes = [fixed(n) if dim in chosen else value.axes[dim] for dim, n in enumerate(call.shape)]
-    result = moved(walk, call, axes)
+    result = with_axes(walk, call, axes)
     return result if isinstance(call.out, Tensor) else None
 
 
@@ -294,7 +294,7 @@ def triangular(walk: Walk, call: Call) -> Value | None:
         return None
     for axis in value.axes[-2:]:
         walk.fix(axis)
-    return moved(walk, call, value.axes)
+    return with_axes(walk, call, value.axes)
 
 
 def windowed(dims: int) -> Rule:
@@ -326,7 +326,7 @@ def unfolded(walk: Walk, call: Call) -> Value | None:
     walk.fix(value.axes[dim])
     axes = list(value.axes)
     axes[dim] = fixed(call.shape[dim])
-    return moved(walk, call, [*axes, fixed(call.shape[-1])])
+    return with_axes(walk, call, [*axes, fixed(call.shape[-1])])
 
 
 def pixels_shuffled(walk: Walk, call: Call) -> Value | None:
@@ -340,8 +340,8 @@ def pixels_shuffled(walk: Walk, call: Call) -> Value | None:
     if call.name == "pixel_shuffle":
         planes, down, right = walk.uniter.split(channels, (shape[-3], factor, factor))
         walk.fix([*down, *right])
-        return moved(walk, call, [*leading, planes, fixed(shape[-2]), fixed(shape[-1])])
-    return moved(walk, call, [*leading, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
+        return with_axes(walk, call, [*leading, planes, fixed(shape[-2]), fixed(shape[-1])])
+    return with_axes(walk, call, [*leading, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
 
 
 def complex_viewed(walk: Walk, call: Call) -> Value | None:
@@ -350,9 +350,9 @@ def complex_viewed(walk: Walk, call: Call) -> Value | None:
     if value is None:
         return None
     if call.name == "view_as_real":
-        return moved(walk, call, [*value.axes, fixed(2)])
+        return with_axes(walk, call, [*value.axes, fixed(2)])
     walk.fix(value.axes[-1])
-    return moved(walk, call, value.axes[:-1])
+    return with_axes(walk, call, value.axes[:-1])
 
 
 _POOLS = ("avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "max_pool", "adaptive_max_pool")
