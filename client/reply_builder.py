@@ -56,8 +56,7 @@ def build_reply(
     wide = widen(trained, request.anchor)
     # By the server's rules and before it is aligned: matching NaN, or other shapes, fails without a name.
     check_model(wide, request.anchor)
-    if request.aligns:
-        trained = wide
+    trained = wide if request.aligns else trained
     aligned = align(request, trained, examples, model, data, task)
     measurement = measure(request, trained, aligned, model, data, task)
     alignment = aligned.report and replace(
@@ -80,12 +79,10 @@ def build_reply(
         statistics = collect(request, aligned.state, examples, model, data, task)
         # A client may train adapters of a lower rank; the rows of zeros that widen them change no product.
         state = widen(aligned.state, request.anchor)
-        parameters = {name: state[name] for name in request.anchor}
-        reply = replace(reply, parameters=parameters, statistics=statistics)
+        reply = replace(reply, parameters={name: state[name] for name in request.anchor}, statistics=statistics)
     # The graph does not depend on the weights, so it is sent even where the model is not.
     if request.layer_graph:
-        batches = required(data, "the layer graph")()
-        reply = replace(reply, layer_graph=read_layer_graph(model, batches, task))
+        reply = replace(reply, layer_graph=read_layer_graph(model, required(data, "the layer graph")(), task))
     return reply
 
 

@@ -320,13 +320,12 @@ class RunLoop:
         fused = next((result for result in results if result.report.stage == Fuse.stage), None)
         measured = fused.cosines(self._model) if fused and fused.cosines else None
         cosines, self._state.movement = measured or (None, None)
-        probe = self._probe.finish(self._model, fused.nodes if fused else [])
         measurements = Measurements(
             path=fused.path if fused else None,
             fused_path=evaluated.path if evaluated else None,
             update_cosines=cosines,
             variance=evaluated.variance if evaluated else {},
-            probe=probe,
+            probe=self._probe.finish(self._model, fused.nodes if fused else []),
             train_metrics=fused.metrics if fused else {},
             evaluate_metrics=evaluated.metrics if evaluated else {},
             server_metrics=server_metrics,

@@ -58,19 +58,17 @@ def symmetry_of_run(
     except SubsetError as error:
         raise SettingsError(str(error)) from error
     align: Align = "client" if settings.align == "auto" else settings.align
+    proof = "proven by execution" if model is not None and inputs else "not proven: no example="
+    side = f"aligned by the {align}" + (f"; kept in place by {'; '.join(stopped[:3])}" if stopped else "")
+    _log_coverage(symmetry, state, f"{proof}; {side}")
+    return align, symmetry
+
+
+def _log_coverage(symmetry: Symmetry, state: State, remark: str) -> None:
     covered = coverage(symmetry, state)
     kinds = ", ".join(f"{kind} {100 * fraction:.0f} %" for kind, fraction in covered.by_kind.items())
-    proof = "proven by execution" if model is not None and inputs else "not proven: no example="
-    _LOG.info(
-        "symmetry: %d spaces cover %.0f %% of the parameters (%s), %s; aligned by the %s%s",
-        len(symmetry.spaces),
-        100 * covered.fraction,
-        kinds,
-        proof,
-        align,
-        f"; kept in place by {'; '.join(stopped[:3])}" if stopped else "",
-    )
-    return align, symmetry
+    spaces, percent = len(symmetry.spaces), 100 * covered.fraction
+    _LOG.info("symmetry: %d spaces cover %.0f %% of the parameters (%s), %s", spaces, percent, kinds, remark)
 
 
 def _derived(model: nn.Module | None, inputs: tuple[Example, ...]) -> tuple[Symmetry | None, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Rules of operators that read or write entries by their indices, and of those whose result is a decision."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,21 +61,12 @@ def indexed(walk: Walk, call: Call) -> Any:
     count = call.out.dim() - (len(axes) - len(dims))
     present = [places[dim] for dim in dims]
     shape = torch.broadcast_shapes(*(p.shape for p in present)) if count == max(p.dim() for p in present) else ()
-    inserted: list[list[Units]] = [[] for _ in range(count)]
     if any(place.dtype == torch.bool for place in present):
         for place in present:
             for axis in walk.axes(place):
                 walk.fix(axis)
         shape = ()
-    if shape:
-        for place in present:
-            for number, axis in enumerate(walk.axes(place)):
-                target = count - place.dim() + number
-                if place.shape[number] > 1:
-                    if inserted[target]:
-                        walk.uniter.unite(inserted[target], axis)
-                    else:
-                        inserted[target] = axis
+    inserted = _places_axes(walk, present, count) if shape else []
     adjacent = dims == list(range(dims[0], dims[-1] + 1))
     start = dims[0] if adjacent else 0
     rest = [axis for dim, axis in enumerate(axes) if dim not in dims]
@@ -85,6 +77,20 @@ def indexed(walk: Walk, call: Call) -> Any:
     if value is None:
         return walk.new([*leading, *inserted, *trailing])
     return walk.new([*leading, *inserted, *trailing], value.charge, uniform=value.uniform)
+
+
+def _places_axes(walk: Walk, places: Sequence[Tensor], count: int) -> list[list[Units]]:
+    """Return the axes to which tensors of places are broadcast, `count` in number."""
+    result: list[list[Units]] = [[] for _ in range(count)]
+    for place in places:
+        for number, axis in enumerate(walk.axes(place)):
+            target = count - place.dim() + number
+            if place.shape[number] > 1:
+                if result[target]:
+                    walk.uniter.unite(result[target], axis)
+                else:
+                    result[target] = axis
+    return result
 
 
 def gathered(walk: Walk, call: Call) -> Value:

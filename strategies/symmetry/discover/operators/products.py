@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.discover.units import Units, fixed, leaves
+from fedbasin.strategies.symmetry.discover.units import Axis, Units, fixed, leaves
 from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk
 
 
@@ -105,33 +105,37 @@ def convolved(walk: Walk, call: Call) -> Value:
     written, read = (w[1], w[0]) if transposed else (w[0], w[1])
     if groups == 1:
         _unite_summed(walk, tensor, weight, channels, read)
-    elif transposed:
-        outer, inner = walk.uniter.split(channels, (groups, tensor.shape[1] // groups))
-        outer_weight, inner_weight = walk.uniter.split(read, (groups, tensor.shape[1] // groups))
-        walk.uniter.unite([*outer, *inner], [*outer_weight, *inner_weight])
-        written = [*outer, *written]
     else:
-        outer, inner = walk.uniter.split(channels, (groups, tensor.shape[1] // groups))
-        outer_weight, columns = walk.uniter.split(written, (groups, weight.shape[0] // groups))
-        walk.uniter.unite(outer, outer_weight)
-        walk.uniter.unite(inner, read)
-        walk.bend([outer])
-        for leaf in leaves(outer):
-            leaf.outer = True
-        written = [*outer, *columns]
-    charge = walk.signs.new()
-    features, filters = walk.charge(tensor), walk.charge(weight)
+        written = _unite_groups(walk, call, channels, read, written)
+    charge, features, filters = walk.signs.new(), walk.charge(tensor), walk.charge(weight)
+    walk.signs.add([read], features, filters)
     if groups == 1:
-        walk.signs.add([read], features, filters)
         walk.signs.add([written], charge, filters)
     else:
-        walk.signs.add([read], features, filters)
         walk.signs.add([written[:1]], charge, features, filters)
         walk.signs.add([written[1:]], charge, filters)
     batch = x[: -spatial - 1]
     walk.signs.add(batch, charge, features)
     result = walk.new([*batch, written, *map(fixed, call.shape[-spatial:])], charge)
     return result if bias is None else add_bias(walk, result, bias, [len(batch)])
+
+
+def _unite_groups(walk: Walk, call: Call, channels: Axis, read: Axis, written: Axis) -> list[Units]:
+    """Unite channels with the weight of a convolution of several groups, and return the channels that it writes."""
+    tensor, weight = call.args[:2]
+    transposed, groups = call.args[6], call.args[8]
+    outer, inner = walk.uniter.split(channels, (groups, tensor.shape[1] // groups))
+    if transposed:
+        outer_weight, inner_weight = walk.uniter.split(read, (groups, tensor.shape[1] // groups))
+        walk.uniter.unite([*outer, *inner], [*outer_weight, *inner_weight])
+        return [*outer, *written]
+    outer_weight, columns = walk.uniter.split(written, (groups, weight.shape[0] // groups))
+    walk.uniter.unite(outer, outer_weight)
+    walk.uniter.unite(inner, read)
+    walk.bend([outer])
+    for leaf in leaves(outer):
+        leaf.outer = True
+    return [*outer, *columns]
 
 
 def layer_normed(walk: Walk, call: Call) -> Any:
