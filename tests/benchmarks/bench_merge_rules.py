@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, RULES, Rule
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.bench_rebasin import split
 from tests.benchmarks.figures import Figure, Goal, Say
@@ -68,7 +68,7 @@ def cases(seed: int) -> dict[str, tuple[State, list[State]]]:
     parts = [trained(start, 100 * seed + number, 5, classes) for number, classes in enumerate(PARTS)]
     runs = [trained(start, 100 * seed + 10 + number, 5) for number in range(3)]
     unrelated = [trained(None, 100 * seed + 20 + number, 15) for number in range(3)]
-    symmetry = trace(network(), torch.zeros(1, 64))
+    symmetry = discover(network(), torch.zeros(2, 64)).symmetry
     first, *others = unrelated
     aligned = [first, *(match_weights(symmetry, first, other).state for other in others)]
     return {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fedbasin.client import basin
 from fedbasin.proto.header import STATISTICS
 from fedbasin.server.exchange.quorum import QuorumLostError
-from fedbasin.server.run.guard import NonFiniteModelError
-from fedbasin.strategies.symmetry.discover.tracing import trace
+from fedbasin.strategies.judging.finite_model import NonFiniteModelError
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests.federation import Federation
 from tests.one_round import task
 from tests.running import run
@@ -126,7 +126,7 @@ def accuracy(recipe: str, attack: Attack, **settings: object) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
         config = {"fedbasin.poll-seconds": 0.001, "fedbasin.fraction-evaluate": 0.0}
         federation = Federation(_app(attack), config, CLIENTS, tamper)
-        symmetry = trace(task.make_model(WIDTH, 0), torch.zeros(2, task.PIXELS))
+        symmetry = discover(task.make_model(WIDTH, 0), torch.zeros(2, task.PIXELS)).symmetry
         try:
             result = run(
                 federation,
