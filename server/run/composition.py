@@ -80,8 +80,15 @@ class Composition:
             settings.probe_share,
             1 if self.recipe.robust is None else self.recipe.robust.least,
             settings.late_rounds,
-            settings.bounds,
+            self._bounds,
         )
+
+    @property
+    def _bounds(self) -> bool:
+        # A robust rule bounds every client by itself, and gives what its paper says only on all updates.
+        if self.recipe.robust is not None and "bounds" not in self.settings.model_fields_set:
+            return False
+        return self.settings.bounds
 
     def sample(self, online: Sequence[int], number: int, fraction: float, minimum: int) -> list[int]:
         """Return the nodes that a round asks: the same ones for the same round, also after a resume.

@@ -201,7 +201,7 @@ class Settings(BaseModel):
     bounds: bool = Field(
         True,
         description="bounds on the influence of one client: examples, norm and direction of its update, and statistics "
-        "are held against the other clients', and cut back or left out",
+        "are held against the other clients', and cut back or left out; with a robust rule only where this is set",
     )
     guard: Literal["roll back", "warn", "off"] = Field(
         "roll back",
