@@ -9,6 +9,7 @@ messages that are in memory already.
 """
 
 import copy
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
-from flwr.superlink.grid.http_grid import HttpGrid
 
 if TYPE_CHECKING:
     from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
@@ -88,7 +88,9 @@ def bounded(grid: Grid, max_bytes: int | None) -> Grid:
         grid: Flower's grid.
         max_bytes: bytes of the reply's arrays; None for no limit.
     """
-    if max_bytes is None or not isinstance(grid, HttpGrid):
+    # Its module imports a web server, which a process without such a grid need not have.
+    module = sys.modules.get("flwr.superlink.grid.http_grid")
+    if max_bytes is None or module is None or not isinstance(grid, module.HttpGrid):
         return grid
     view = copy.copy(grid)
     client = copy.copy(grid._runtime_client)

@@ -292,7 +292,8 @@ class RunLoop:
             handed_over=self._state.recipe.name != self._settings.recipe,
         )
         checkpoint.save(self._folder, saved, self._settings.checkpoints)
-        self._push(report)
+        failure = self._state.functions.failure
+        self._push(report if failure is None else replace(report, problem=f"{type(failure).__name__}: {failure}"))
         self._state.functions.raise_failure()
         return report
 

@@ -71,7 +71,7 @@ class RecordedStage:
     def run(self, replies: list[NodeReply]) -> tuple[list[ClientReport], State | None]:
         """Return the outcomes of some replies, and the stage's model; None where too few replies give one."""
         attempt = copy.copy(self.attempt)
-        attempt._clients, attempt._cohort, attempt._candidates = [], Cohort(), {}
+        attempt._clients, attempt._cohort, attempt._candidates = {}, Cohort(), {}
         attempt._begin_sum()
         attempt.add_all(iter(replies))
         if not attempt.accepted:

@@ -11,6 +11,7 @@ from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
 from tests import adapted, running
+from tests.accepting import accept
 from tests.server.test_lora import Run, close, products
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -102,7 +103,7 @@ def test_a_client_without_the_mod_is_rescaled_by_the_scale_that_it_sends():
     anchor = anchor_state()
     stage = fusing_stage(anchor, RECIPES["lora-products"], adapted_request(), None, "off")
     sent = to_scales(anchor, {name: scale * 5 for name, scale in scales_of(anchor).items()})
-    stage.accept(1, Update(sent, 10.0))
+    accept(stage, 1, Update(sent, 10.0))
     for adapter, product in products(stage.finish()).items():
         close(product, anchor[adapter.up] @ anchor[adapter.down])
 
@@ -118,8 +119,8 @@ def test_scales_that_are_missing_or_not_positive_are_refused():
     stage = fusing_stage(anchor, RECIPES["lora-products"], adapted_request(), None, "off")
     name = next(iter(scales_of(anchor)))
     with pytest.raises(Refusal, match="lora_scale"):
-        stage.accept(1, Update({key: t for key, t in anchor.items() if key != name}, 10.0))
+        accept(stage, 1, Update({key: t for key, t in anchor.items() if key != name}, 10.0))
     with pytest.raises(Refusal, match="lora_scale"):
-        stage.accept(1, Update({**anchor, name: torch.tensor(-1.0)}, 10.0))
+        accept(stage, 1, Update({**anchor, name: torch.tensor(-1.0)}, 10.0))
     with pytest.raises(AdapterError, match="no adapter with a scale there"):
         read_scales(torch.nn.Linear(2, 2), [name])

@@ -52,7 +52,7 @@ def own_models(folder):
     def keep(node):
         def seen(reply):
             # The first reply that has a model is that of the training.
-            if node not in models:
+            if node not in models and "arrays" in reply.content:
                 models[node] = reply.content["arrays"].to_torch_state_dict()
             return reply
 

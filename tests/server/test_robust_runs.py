@@ -86,8 +86,9 @@ def test_one_hostile_client_moves_the_model_by_a_bounded_distance(rule, recipe, 
     assert files_beside(result.folder, tmp_path) == set()
 
 
-def test_without_a_rule_the_same_client_takes_the_model_over(tmp_path):
-    federation = tiny.federation(CLIENTS, tamper={HOSTILE: amplify}, folder=str(tmp_path), fraction_evaluate=0.0)
+def test_without_a_rule_or_bounds_the_same_client_takes_the_model_over(tmp_path):
+    tamper = {HOSTILE: amplify}
+    federation = tiny.federation(CLIENTS, tamper=tamper, folder=str(tmp_path), fraction_evaluate=0.0, bounds=False)
     state = run(federation, tiny.net(), symmetry=tiny.symmetry(), align="off").state_dict
     assert max(float(t.abs().max()) for t in state.values()) > 1e9
 

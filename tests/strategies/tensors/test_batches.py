@@ -115,9 +115,9 @@ def test_no_data_is_refused(batches):
 
 
 def test_an_output_without_logits_is_refused():
-    class Pair(nn.Module):
+    class Named(nn.Module):
         def forward(self, inputs):
-            return inputs, inputs
+            return {"scores": inputs}
 
-    with pytest.raises(TypeError, match="Pair returned a tuple"):
-        forward(Pair(), Batch(torch.zeros(2, 3), torch.zeros(2)))
+    with pytest.raises(TypeError, match="Named returned a dict"):
+        forward(Named(), Batch(torch.zeros(2, 3), torch.zeros(2)))
