@@ -216,12 +216,14 @@ def test_a_model_that_is_worse_than_the_one_before(guard, worse, tmp_path):
 
 def evaluations(*values):
     """A way to spoil a client's evaluations: the metrics of each, one after the other."""
-    rest = iter(values)
+    rest, trained = iter(values), []
 
     def spoil(reply):
-        # The first message of a run is answered without the app.
-        is_evaluation = reply.metadata.message_type.startswith("evaluate") and reply.content.metric_records
-        return metrics(**next(rest))(reply) if is_evaluation else reply
+        if not reply.metadata.message_type.startswith("evaluate"):
+            trained.append(reply)
+        elif trained:  # the first message of a run comes before
+            return metrics(**next(rest))(reply)
+        return reply
 
     return spoil
 
