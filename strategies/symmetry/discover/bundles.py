@@ -137,9 +137,17 @@ def _with_single_keys(everything: list[Place], parameters: Mapping[str, Value]) 
         for place in everything
         if len(place.cells) == 1 and sum(bool(axis) for axis in parameters[place.tensor].axes) > 1
     }
+    # Groups of a convolution hold units of their own, which stand nowhere without them.
+    groups = {
+        p.cells[0] for p in everything if len(p.cells) == 2 and not p.cells[1].is_fixed and p.cells[1] not in alone
+    }
     keys: dict[Units, Units] = {}
     for place in everything:
-        if len(place.cells) == 2 and place.cells[1] in alone and not place.cells[0].is_fixed:
+        if (
+            len(place.cells) == 2
+            and place.cells[1] in alone
+            and not (place.cells[0].is_fixed or place.cells[0] in groups)
+        ):
             heads, entries = place.cells
             if entries.is_fixed or not entries.bent:
                 key = keys.setdefault(heads, Units(1, heads.name, outer=True, number=heads.number))
