@@ -47,8 +47,9 @@ contracts: .venv/ready ## which room may import which
 # On every core, but no more than four: each worker imports torch and starts Flower processes of its own.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# One thread for each worker: threads of several workers on the same cores only wait for each other.
 tests: .venv/ready ## the test suite
-	$(BIN)/pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 # Anew every time, because what is newest changes; the tests alone, because linters grow new rules.
 newest: ## the test suite with the newest versions of all it needs, torch too, in build/newest
@@ -58,7 +59,7 @@ newest: ## the test suite with the newest versions of all it needs, torch too, i
 	build/newest/bin/python -m pip install --quiet --upgrade pip
 	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
 	$(LINKS)
-	build/newest/bin/pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 build/newest/bin/pytest $(PARALLEL)
 
 # By the oldest Python that is supported: what runs on it runs on the newer ones, and not the other way round.
 lock: ## write constraints.txt: the newest versions of today that `make test` is to install
