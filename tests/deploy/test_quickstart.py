@@ -53,7 +53,7 @@ def run_quickstart(online, app, recipe, rounds):
     # Flower's stream of the log can lose a line, so each is looked for in all rounds together.
     for line in (line.format(number=rounds, rounds=rounds) for line in LINES_OF_A_ROUND):
         assert re.search(rf"INFO : +{line}", log), log
-    assert f"Model and reports are in runs/{run.run_id}" in log
+    assert f"See it: fedbasin report runs/{run.run_id}" in log
 
     folder = online.folder / "runs" / str(run.run_id)
     reports = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
