@@ -40,7 +40,8 @@ PLAIN_SAMPLE = {
         "dense connections",
     ),
     *("lstm", "gru cell", "attention interleaved", "attention with shared keys", "attention with relative positions"),
-    *("siamese concatenation", "graph attention", "experts", "rolled", "decision by data"),
+    *("siamese concatenation", "graph attention", "experts", "rolled", "weighted by place", "index buffer"),
+    "decision by data",
 }
 
 

@@ -140,6 +140,11 @@ def _single(axis: Axis) -> Units:
     return axis[0] if len(axis) == 1 else Units(length(axis), kind="product", parts=tuple(axis))
 
 
+def _reason_of(units: Units) -> tuple[str, str] | None:
+    """Return why units keep their places; None, the operation that is being followed, where they always did."""
+    return units.reason if units.reason[0] else None
+
+
 class Uniter:
     """Refines and unites units; where structures do not fit each other, the units are fixed by `fix`."""
 
@@ -180,9 +185,9 @@ class Uniter:
         # The refined one stays, under the name of the earlier one.
         root, child = (y, x) if y.kind and not x.kind else (x, y)
         if child.fixed and not child.kind:
-            self.fix([root], child.reason)
+            self.fix([root], _reason_of(child))
         if root.fixed and not root.kind and not child.fixed:
-            self.fix([child], root.reason)
+            self.fix([child], _reason_of(root))
         root.name, root.number = x.name or y.name, x.number
         root.outer, root.united = root.outer or child.outer, True
         for leaf in root.leaves():

@@ -276,6 +276,10 @@ class Walk(TrueDouble):
         # Kept alive, so that no later tensor has the same identity.
         self._keep.append(tensor)
 
+    def is_stored(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a parameter or a buffer of the model."""
+        return self._tensors.get(id(tensor)) is tensor
+
     # Constraints
 
     def fix(self, axis: Axis, reason: tuple[str, str] | None = None) -> None:

@@ -23,7 +23,8 @@ def _note_reading(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor)
         walk.record.batched.add(walk.charge(tensor))
         return
     # A table that is read by tokens or positions keeps its rows by nature.
-    walk.fix(axis, ("", "") if value is None else None)
+    is_table = value is None and walk.is_stored(tensor)
+    walk.fix(axis, ("", "") if is_table else None)
     if numbered is not None:
         walk.fix([numbered])
 
