@@ -12,9 +12,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers as hf
 
-from fedbasin.server.files.library.double_precision import Doubled
 from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.symmetry import Symmetry
+from tests.double_precision import Doubled
 
 TOKENS = torch.tensor([[3, 9, 21, 7, 15, 2], [5, 8, 30, 11, 4, 2]])
 PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
