@@ -10,7 +10,7 @@ import hashlib
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -167,8 +167,9 @@ class Observer(ObserverService):
 
     async def get_model(self, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
         try:
-            async for chunk in self._models.read_chunks(run_id, server_round):
-                yield chunk
+            async with aclosing(self._models.read_chunks(run_id, server_round)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except NoModelError as error:
             raise CallError(grpc.StatusCode.NOT_FOUND, str(error)) from error
         except BusyError as error:

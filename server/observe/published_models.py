@@ -4,10 +4,12 @@ A run keeps the model of its last finished round only, and replaces the file in 
 complete, so a download that a new round overtakes ends with the model that it began with.
 """
 
+import asyncio
 import hashlib
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -45,7 +47,7 @@ class PublishedModels:
     _threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
     _downloads: int = 0
 
-    async def read_chunks(self, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
+    async def read_chunks(self, run_id: str, server_round: int) -> AsyncGenerator[ModelChunk, None]:
         """Yield the model of a run in pieces, with the digest of the whole file in the last.
 
         Args:
@@ -60,15 +62,18 @@ class PublishedModels:
         if self._downloads >= _MOST_DOWNLOADS:
             raise BusyError(f"{self._downloads} downloads are under way, as many as there may be; try again later")
         self._downloads += 1
+        opening = asyncio.ensure_future(to_thread.run_sync(self._open, run_id, limiter=self._threads))
         try:
-            file = await to_thread.run_sync(self._open, run_id, limiter=self._threads)
-            with file:
-                async for chunk in self._chunks(file, run_id, server_round):
+            # Shielded: a caller that goes meanwhile would leave nobody to close what the thread opens.
+            file = await asyncio.shield(opening)
+            async with aclosing(self._chunks(file, run_id, server_round)) as chunks:
+                async for chunk in chunks:
                     yield chunk
         finally:
+            opening.add_done_callback(_close)
             self._downloads -= 1
 
-    async def _chunks(self, file: BinaryIO, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
+    async def _chunks(self, file: BinaryIO, run_id: str, server_round: int) -> AsyncGenerator[ModelChunk, None]:
         model_round = await to_thread.run_sync(_read_round, file, run_id, limiter=self._threads)
         if server_round not in (0, model_round):
             raise NoModelError(
@@ -102,6 +107,11 @@ class PublishedModels:
         except FileNotFoundError as error:
             raise NoModelError(f"run '{run_id}' has no model yet; its first round is under way") from error
         return os.fdopen(descriptor, "rb")
+
+
+def _close(opening: "asyncio.Future[BinaryIO]") -> None:
+    if not opening.cancelled() and not opening.exception():
+        opening.result().close()
 
 
 def _read_piece(file: BinaryIO, digest: "hashlib._Hash") -> bytes:

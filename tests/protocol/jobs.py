@@ -41,8 +41,18 @@ class Work:
 
 
 def alone(work: Work) -> Iterator[Finding]:
-    """One after the other in this process."""
+    """One after the other in this process, which is left as it was."""
+    logger, threads = logging.getLogger("flwr"), torch.get_num_threads()
+    level = logger.level
     _one_thread()
+    try:
+        yield from _one_by_one(work)
+    finally:
+        torch.set_num_threads(threads)
+        logger.setLevel(level)
+
+
+def _one_by_one(work: Work) -> Iterator[Finding]:
     for setting in work.settings:
         points: list[Point] = []
         rounds = rules.rounds_of(setting.rule, work.rounds)

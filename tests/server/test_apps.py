@@ -181,7 +181,7 @@ class TestAnAppWithoutTheMod:
             run(ours(tmp_path, start="own", **known), torch_app(), ArrayRecord(net().state_dict()))
 
     def test_says_that_it_is_not_aligned(self, tmp_path, caplog):
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.INFO, "flwr.fedbasin")
         known = {"model": net(), "example": torch.zeros(1, 4)}
         run(ours(tmp_path, **known), torch_app(), ArrayRecord(net().state_dict()), rounds=1)
         assert "3 not aligned, because their apps lack the mod" in caplog.text

@@ -43,7 +43,7 @@ def test_statistics_that_are_larger_than_a_reply_may_be(tmp_path):
 
 
 def test_statistics_of_many_times_the_model_are_pointed_out(tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, "flwr.fedbasin")
     model = nn.Sequential(nn.Linear(300, 2))
     with pytest.raises(QuorumLostError):
         start(tiny.federation(), tmp_path, model, recipe="regmean")

@@ -1,8 +1,11 @@
 """Global models out of a real observer: whole, checked, and only those that it was told to show."""
 
+import asyncio
 import hashlib
 import re
 import threading
+import warnings
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from fedbasin.server.observe.published_models import NoModelError, PublishedMode
 from fedbasin.server.run.resumption import checkpoint
 from fedbasin.server.run.resumption.checkpoint import Checkpoint
 from tests.observing import observer, push, report, served
+from tests.waiting import LONG
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = 1_500_000  # floats: more than one piece
@@ -27,6 +31,13 @@ SIZE = 1_500_000  # floats: more than one piece
 def keep(folder, run="run", server_round=3, value=1.0):
     model = {"weight": torch.full((SIZE,), value), "bias": torch.arange(3.0)}
     checkpoint.save(folder / run, Checkpoint(server_round, model, "{}"))
+
+
+def is_open(file):
+    """Whether this process has the file open."""
+    with suppress(FileNotFoundError):  # one that has been closed since it was listed
+        return any(descriptor.resolve() == file for descriptor in Path("/proc/self/fd").iterdir())
+    return True
 
 
 def names(folder):
@@ -194,3 +205,46 @@ def test_a_call_for_a_model_is_over_when_its_caller_is_gone(shown):
     call.cancel()
     with pytest.raises(grpc.RpcError):
         list(call)
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_a_call_that_is_given_up_closes_its_file(runs, pieces, monkeypatch):
+    began, may_open, opened = threading.Event(), threading.Event(), threading.Event()
+    really = PublishedModels._open
+
+    def slowly(self, run_id):
+        began.set()
+        may_open.wait(LONG)
+        file = really(self, run_id)
+        opened.set()
+        return file
+
+    if pieces == 0:
+        monkeypatch.setattr(PublishedModels, "_open", slowly)
+
+    async def read(chunks):
+        for _ in range(pieces):
+            await anext(chunks)
+            began.set()
+        async for _ in chunks:
+            await asyncio.sleep(LONG)
+
+    async def give_up():
+        published = PublishedModels(runs)
+        async with aclosing(published.read_chunks("run", 0)) as chunks:
+            reading = asyncio.create_task(read(chunks))
+            await asyncio.to_thread(began.wait, LONG)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+        if pieces == 0:
+            may_open.set()
+            await asyncio.to_thread(opened.wait, LONG)
+        while is_open(runs / "run" / models.FILE):
+            await asyncio.sleep(0.01)
+        return published._downloads
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert asyncio.run(asyncio.wait_for(give_up(), LONG)) == 0
+    assert not caught

@@ -102,6 +102,7 @@ class TestARun:
         assert len(set().union(*asked)) > 2
 
     def test_goes_on_where_no_client_can_evaluate(self, folder, caplog):
+        caplog.set_level(logging.INFO, "flwr.fedbasin")
         federation = tiny.federation()
         federation.tamper = {
             node: lambda reply: (

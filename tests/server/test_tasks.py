@@ -1,5 +1,6 @@
 """Every task with every recipe: a run ends with a finite model, or is refused before anybody trains."""
 
+import logging
 import math
 
 import pytest
@@ -62,6 +63,7 @@ def pairs():
 
 @pytest.mark.parametrize(("name", "recipe"), list(pairs()))
 def test_every_recipe_runs_on_every_task(name, recipe, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "flwr.fedbasin")
     _, result, error = run(name, recipe, tmp_path)
     assert error is None
     (report,) = result.reports
