@@ -100,7 +100,8 @@ def bind(model: nn.Module, state: State) -> dict[str, Tensor]:
                 f"tensor {name!r} is {list(tensor.shape)} in the model and {list(state[name].shape)} in the state; "
                 "pass a state of this model"
             )
-        bound[target] = state[name]
+        # A state that came in a message is on the CPU, wherever the model is.
+        bound[target] = state[name].to(tensor.device)
     if missing := sorted(set(first_names.values()) - bound.keys()):
         raise ValueError(f"the state has no tensor {missing[0]!r}; pass all tensors of the model")
     return bound

@@ -173,8 +173,12 @@ def _cross_moment(update: Update, block: Block) -> Tensor:
 
 
 def fuse(anchor: State, updates: Iterable[Update], ridge: Ridge | None = None) -> dict[str, Tensor]:
-    """Fuse updates that are all in memory; equal to adding them one by one and finalizing."""
-    accumulator = Accumulator.zero(anchor)
+    """Fuse updates that are all in memory; equal to adding them one by one and finalizing.
+
+    Sums are on the CPU, and the model is on the devices of the anchor.
+    """
+    local = {name: tensor.cpu() for name, tensor in anchor.items()}
+    accumulator = Accumulator.zero(local)
     for update in updates:
-        accumulator.add(update)
-    return accumulator.finalize(anchor, ridge)
+        accumulator.add(update.cpu())
+    return {name: tensor.to(anchor[name].device) for name, tensor in accumulator.finalize(local, ridge).items()}

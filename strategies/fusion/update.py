@@ -57,6 +57,17 @@ class Update:
         moments = {block: factor * moment for block, moment in self.cross_moments.items()}
         return replace(self, examples=factor * self.examples, precisions=precisions, cross_moments=moments)
 
+    def cpu(self) -> "Update":
+        """Return the update with all of its tensors on the CPU."""
+        precisions: dict[Block, Precision] = {}
+        for block, *sharing in common(self.precisions):
+            precision = self.precisions[block]
+            tensors = {name: value.cpu() for name, value in vars(precision).items() if isinstance(value, Tensor)}
+            precisions |= dict.fromkeys([block, *sharing], replace(precision, **tensors))
+        parameters = {name: tensor.cpu() for name, tensor in self.parameters.items()}
+        moments = {block: moment.cpu() for block, moment in self.cross_moments.items()}
+        return replace(self, parameters=parameters, precisions=precisions, cross_moments=moments)
+
 
 def tensor_names(block: Block) -> tuple[str, ...]:
     """Return the names of the block's tensors in a state."""

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.coverage import Coverage, coverage
@@ -108,14 +109,12 @@ def _ignore(what: str, fraction: float) -> None:
 def _discovered(
     model: nn.Module, example: tuple[Tensor | None, ...], tell: Progress
 ) -> tuple[Symmetry, Iterable[Stop]]:
-    inputs = tuple(
-        tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for tensor in example
-    )
     tell("copy the model", 0.0)
     # Of the model itself: tensors of a copy in another type no longer overlap.
     names = aliases(model)
     with double_twin(model) as twin:
         tell("follow the model", 0.05)
+        inputs = tuple(None if tensor is None else _as_in(twin, tensor) for tensor in example)
         identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
         record = follow(twin, inputs, identities)
         if record.decides and (idle := record.unread & {name for name, _ in twin.named_parameters()}):
@@ -126,6 +125,12 @@ def _discovered(
         search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
         symmetry = search.run()
         return symmetry, list(_stops(record, search))
+
+
+def _as_in(twin: nn.Module, tensor: Tensor) -> Tensor:
+    """Return an input on the device of the model in float64, in its type."""
+    device = next((t.device for t in twin.state_dict().values()), tensor.device)
+    return tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

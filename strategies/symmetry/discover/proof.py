@@ -63,7 +63,9 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         # Weights that a hook computes are no leaves, which deepcopy refuses; the hook computes them again.
         computed = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-        twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf}).double()
+        twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+        # On the CPU, because some accelerators have no float64.
+        twin = twin.cpu().double()
     except Exception as error:  # a model may hold anything
         raise SymmetryError(f"{type(model).__name__} cannot be copied: {error}") from error
     _choose_experts(twin, "batched_mm")
@@ -93,12 +95,12 @@ def _shake_all(twin: nn.Module) -> None:
         for buffer in twin.buffers():
             if buffer.is_floating_point() and buffer.numel() and not bool(buffer.isinf().any()):
                 # A buffer may be a variance, which must stay positive.
-                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer.device)
                 buffer.copy_(torch.where(buffer == 0, _NOISE * noise.abs(), buffer * torch.exp(_NOISE * noise)))
 
 
 def _shake(parameter: Tensor, generator: torch.Generator) -> None:
-    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
     size = float(parameter.square().mean().sqrt())
     # Small scales, such as those of fresh branches, are lifted: what has no effect would hide what it multiplies.
     inputs = parameter[0].numel() if parameter.dim() > 1 else 1
@@ -247,7 +249,7 @@ def _sensitive(tensor: Tensor) -> Tensor:
 def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
 
 
 def _distance(expected: list[Tensor], actual: list[Tensor]) -> float:

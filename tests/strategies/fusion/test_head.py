@@ -97,7 +97,8 @@ def test_sums_give_the_discriminants_that_the_rows_would(rows, strength, seed):
     precision, of_classes = sums(x, y)
     found = closed_form(BLOCK, precision, of_classes, Ridge(strength))
     expected = by_class(x, y, strength * precision.matrix.diagonal().mean())
-    torch.testing.assert_close(found, expected)
+    # Sums of products lose up to half of the digits that the rows themselves keep.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_on_many_examples_says_what_scikit_learns_discriminants_say():
