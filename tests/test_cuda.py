@@ -12,6 +12,7 @@ from torch import nn
 
 from fedbasin.client import basin
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
+from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.loss_path import barrier
@@ -28,6 +29,7 @@ from tests.tasks import EXAMPLES
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
 WHOLE = [name for name, recipe in RECIPES.items() if recipe.lora is None]
+INPUTS = torch.zeros(2, 4)
 TASKS = ["classes", "regression", "labels", "pixels", "steps", "text"]
 
 
@@ -60,11 +62,11 @@ def app_of(example, device):
     return app
 
 
-def run(name, recipe, device, folder, **config):
+def run(name, recipe, device, folder, inputs=None, **config):
     example = EXAMPLES[name]
     settings = {"fraction_evaluate": 0.0, "folder": str(folder), "barrier_points": 3} | config
     federation = tiny.federation(3, app_of(example, device), recipe=recipe, **settings)
-    return running.run(federation, example.model(), 2)
+    return running.run(federation, example.model(), 2, example=inputs)
 
 
 @pytest.mark.parametrize("recipe", WHOLE)
@@ -83,6 +85,20 @@ def test_every_task_is_measured_on_a_gpu(name, tmp_path):
     reports = [run(name, "auto-head", device, tmp_path / device, align="off").reports[0] for device in ("cpu", "cuda")]
     expected, actual = (torch.tensor(report.path.loss_after) for report in reports)
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"align": "client", "matcher": m, "start": s} for m in Matcher.__members__ for s in ("shared", "own")),
+        *({"align": "server", "matcher": m} for m in ("weights", "sinkhorn")),
+    ],
+    ids=lambda config: "-".join(config.values()),
+)
+def test_every_matcher_runs_with_clients_on_a_gpu(config, tmp_path):
+    result = run("classes", "regmean" if config["align"] == "client" else "fedavg", "cuda", tmp_path, INPUTS, **config)
+    for report in result.reports:
+        assert {client.outcome for stage in report.stages for client in stage.clients} == {"accepted"}
 
 
 def network():

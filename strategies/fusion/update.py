@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Update:
         """Return the update with all of its tensors on the CPU."""
         precisions: dict[Block, Precision] = {}
         for block, *sharing in common(self.precisions):
-            precision = self.precisions[block]
+            precision: Any = self.precisions[block]
             tensors = {name: value.cpu() for name, value in vars(precision).items() if isinstance(value, Tensor)}
             precisions |= dict.fromkeys([block, *sharing], replace(precision, **tensors))
         parameters = {name: tensor.cpu() for name, tensor in self.parameters.items()}
