@@ -16,6 +16,7 @@ from fedbasin.strategies.alignment.learned_matching import match_learned
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
+from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
@@ -68,6 +69,7 @@ def align(
 
     Raises:
         MissingDataError: the matcher needs data and there is none.
+        Refusal: the matcher cannot align the model.
     """
     if not request.aligns:
         return AlignedModel(trained)
@@ -96,13 +98,17 @@ def _match(
         case Matcher.activations:
             batches = required(data, "matching by activations")()
             features = correlations(symmetry, model, request.anchor, trained, batches)
-            return match_activations(symmetry, request.anchor, trained, features)
+            with refusing_what_cannot_be_matched():
+                return match_activations(symmetry, request.anchor, trained, features)
         case Matcher.learned:
             batches = FreshBatches(required(data, "learned matching"))
             weights = examples, request.merged_examples
             share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
-            return match_learned(symmetry, model, request.anchor, trained, batches, share, task=task)
+            with refusing_what_cannot_be_matched():
+                return match_learned(symmetry, model, request.anchor, trained, batches, share, task=task)
         case Matcher.sinkhorn:
-            return match_sinkhorn(symmetry, request.anchor, trained, request.identity_bounds)
+            with refusing_what_cannot_be_matched():
+                return match_sinkhorn(symmetry, request.anchor, trained, request.identity_bounds)
         case Matcher.weights:
-            return match_weights(symmetry, request.anchor, trained, request.identity_bounds)
+            with refusing_what_cannot_be_matched():
+                return match_weights(symmetry, request.anchor, trained, request.identity_bounds)

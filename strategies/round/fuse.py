@@ -30,6 +30,7 @@ from fedbasin.strategies.judging.checks import (
     check_model,
     check_update,
 )
+from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
 from fedbasin.strategies.round.accumulate import Accumulate
@@ -118,11 +119,8 @@ class AlignedFuse:
     def check(self, update: Update) -> tuple[Update, AlignmentReport]:
         # Checked before it is aligned: an assignment over NaN has no answer.
         update, _ = self._fuse.check(update)
-        try:
+        with refusing_what_cannot_be_matched():
             alignment = self._match(self._symmetry, self._anchor, update.parameters, self._bounds)
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            detail = f"its weights cannot be matched to the anchor's: {error}"
-            raise Refusal(Outcome.out_of_line, detail) from error
         folded = replace(update, parameters=self._symmetry.fold(update.parameters))
         aligned = folded.apply(alignment.transform)
         check_model(aligned.parameters, self._anchor)

@@ -17,6 +17,7 @@ from fedbasin.server.exchange import client_paths, stage_attempt
 from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.run.resumption.checkpoint import MODEL, load
 from fedbasin.server.strategy import FedBasin
+from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.recipes import RECIPES
 from tests import running, tiny
 from tests.federation import Federation
@@ -149,6 +150,56 @@ def test_a_model_is_what_it_is_without_the_client_that_attacks(recipe, attack, t
 def test_weights_that_cannot_be_matched_are_the_clients_own_outcome(bad, tmp_path):
     result = start(tmp_path, {BAD: weights(first_entry(bad))}, align="server")
     assert outcomes(result) == ["out_of_line"]
+    assert is_finite(result.state_dict)
+
+
+def renamed(reply):
+    key = arrays_key(reply)
+    state = plain.read_arrays(reply.content[key])
+    reply.content[key] = plain.write_arrays({f"module.{name}": tensor for name, tensor in state.items()})
+    return reply
+
+
+def shortened(reply):
+    key = arrays_key(reply)
+    state = plain.read_arrays(reply.content[key])
+    reply.content[key] = plain.write_arrays({name: t for name, t in state.items() if name != "3.weight"})
+    return reply
+
+
+BAD_MODELS = {
+    **{f"an entry of {value:g}": weights(first_entry(value)) for value in (math.nan, math.inf, 1e19, 1e30, 3e38)},
+    "another width": weights(lambda n, t: t[:-1] if n == "0.bias" else t),
+    "names of DataParallel": renamed,
+    "a tensor less": shortened,
+}
+ALIGNING = [
+    {"align": "off"},
+    *({"align": "client", "matcher": matcher} for matcher in Matcher.__members__),
+    *({"align": "server", "matcher": matcher} for matcher in ("weights", "sinkhorn")),
+]
+
+
+def bad_models():
+    for name in BAD_MODELS:
+        for aligning in ALIGNING:
+            # Six searches with the loss take seconds.
+            is_slow = aligning.get("matcher") == "learned" and name != "an entry of 1e+19"
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(name, aligning, id=f"{name}-{'-'.join(aligning.values())}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "aligning"), list(bad_models()))
+def test_a_model_that_an_app_returns_is_refused_by_name_however_it_is_aligned(name, aligning, tmp_path):
+    def spoiling(message, context, call_next):
+        reply = call_next(message, context)
+        return BAD_MODELS[name](reply) if context.node_id == BAD else reply
+
+    settings = {**RUN, **aligning, "folder": str(tmp_path)}
+    federation = tiny.federation(CLIENTS, tiny.make_app(train_mods=[spoiling]), **settings)
+    result = running.run(federation, tiny.net(), 1, symmetry=tiny.symmetry() if len(aligning) > 1 else None)
+    (outcome,) = outcomes(result)
+    assert outcome not in {"accepted", "client_error", "not_handled"}
     assert is_finite(result.state_dict)
 
 
