@@ -44,7 +44,8 @@ def answers_of_bases(output: Any) -> Any:
     """Return what a model without a head answers: its states, or its embeddings where it projects them."""
     projected = {name: value for name, value in output.items() if "logits" in name or name.endswith("_embeds")}
     states = {name: value for name, value in output.items() if name in ("last_hidden_state", "pooler_output")}
-    return projected or states or {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    maps = {name: value for name, value in output.items() if name == "feature_maps"}
+    return projected or states or maps or {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
 def _redrawn(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
