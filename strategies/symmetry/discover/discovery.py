@@ -29,6 +29,10 @@ Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
 
 
+# Up to this many units the elements of a discrete group are few.
+_FEW = 8
+
+
 @dataclass(frozen=True)
 class Stop:
     """A part of a model that does not move.
@@ -252,16 +256,23 @@ class _Search:
         """Prove everything together, with other elements and in training mode too."""
         # Twice the batch, where the model runs on it, shows what it does with another length too.
         prover = self.prover.enlarged() or self.prover
-        self._settle_by(lambda symmetry: prover.keeps(symmetry, (1,)))
+        self._settle_by(lambda symmetry: prover.keeps(symmetry, (1,)), self.bundles)
+        # One element of a group that has few may be the identity where the group is wrong.
+        few = [bundle for bundle in self.bundles if any(map(self._has_few, bundle.root.all()))]
+        self._settle_by(lambda symmetry: self.prover.keeps(symmetry, range(2, 8)), few)
         if self.record.trains_apart and self.prover.repeats(training=True):
-            self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,), training=True))
+            self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,), training=True), self.bundles)
 
-    def _settle_by(self, keeps: Callable[[Symmetry], bool]) -> None:
+    def _has_few(self, cell: Cell) -> bool:
+        letter, stride = self.kinds.get(cell, cell.kinds()[-1])
+        return letter in "SBZ" and 1 < cell.units.size // max(stride, 1) <= _FEW
+
+    def _settle_by(self, keeps: Callable[[Symmetry], bool], members: Sequence[Bundle]) -> None:
         """Reduce what fails in a last proof, first to its smallest group and then to nothing."""
-        if keeps(self._symmetry(self.bundles)):
+        if keeps(self._symmetry(members)):
             return
         self.shifts = []
-        for bundle in self.bundles:
+        for bundle in members:
             if bundle in self.broken or keeps(self._symmetry([bundle])):
                 continue
             self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
@@ -270,8 +281,8 @@ class _Search:
                 self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
             if not keeps(self._symmetry([bundle])):
                 self.broken.append(bundle)
-        if not keeps(self._symmetry(self.bundles)):
-            self.broken = list(self.bundles)
+        if not keeps(self._symmetry(members)):
+            self.broken += members
 
 
 def _fits(shift: Shift, state: State) -> bool:
