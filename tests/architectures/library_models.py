@@ -12,7 +12,15 @@ from tests.architectures.proof import Verdict, examine
 from tests.strategies.symmetry.tiny_transformers import hf
 
 # Outputs that are no answers of a model with a head: what its layers pass on to each other.
-_INTERNAL = ("hidden_state", "past_key_values", "attentions", "pooler_output", "extract_features", "cache_params", "mems")
+_INTERNAL = (
+    "hidden_state",
+    "past_key_values",
+    "attentions",
+    "pooler_output",
+    "extract_features",
+    "cache_params",
+    "mems",
+)
 
 
 def build(model_type: str, architecture: str) -> nn.Module:
