@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from tests.architectures.proof import Verdict, as_record, table
+from tests.architectures.torchvision_operators import declare
 
 
 def main(kind: str, names: list[str], *, as_json: bool) -> int:
@@ -47,5 +48,6 @@ def _verdicts(kind: str, names: list[str]) -> Iterator[Verdict]:
 
 
 if __name__ == "__main__":
+    declare()
     words = [word for word in sys.argv[1:] if word != "--json"]
     sys.exit(min(main(words[0], words[1:], as_json="--json" in sys.argv), 1))

@@ -12,7 +12,15 @@ from tests.architectures.proof import Verdict, examine
 from tests.strategies.symmetry.tiny_transformers import hf
 
 # Outputs that are no answers of a model with a head: what its layers pass on to each other.
-_INTERNAL = ("hidden_state", "past_key_values", "attentions", "pooler_output", "extract_features", "cache_params")
+_INTERNAL = (
+    "hidden_state",
+    "past_key_values",
+    "attentions",
+    "pooler_output",
+    "extract_features",
+    "cache_params",
+    "mems",
+)
 
 
 def build(model_type: str, architecture: str) -> nn.Module:
@@ -44,7 +52,8 @@ def answers_of_bases(output: Any) -> Any:
     """Return what a model without a head answers: its states, or its embeddings where it projects them."""
     projected = {name: value for name, value in output.items() if "logits" in name or name.endswith("_embeds")}
     states = {name: value for name, value in output.items() if name in ("last_hidden_state", "pooler_output")}
-    return projected or states or {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    maps = {name: value for name, value in output.items() if name == "feature_maps"}
+    return projected or states or maps or {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
 def _redrawn(example: Mapping[str, Tensor]) -> dict[str, Tensor]:

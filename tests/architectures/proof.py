@@ -233,15 +233,14 @@ def _change(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 class _Exact(TorchFunctionMode):
-    """Leaves out casts of double tensors to single precision, which would hide errors below 1e-7."""
+    """Casts to double where a model casts to single precision, which would hide errors below 1e-7."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            if func is Tensor.to and torch.float32 in args:
-                return args[0]
+        if func is Tensor.float:
+            return args[0].double()
+        if func is Tensor.to:
+            args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
         if kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

@@ -18,6 +18,7 @@ SAMPLE = {
     "vit": "ViTForImageClassification",
     "phi3": "Phi3ForCausalLM",
     "falcon": "FalconForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "bloom": "BloomForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",

@@ -1,12 +1,9 @@
 """Models of timm and torchvision, made small by their own options, with what they are executed on.
 
-Neither library is a dependency. torchvision beside the CPU build of torch cannot load its compiled operators, whose
-names must be declared before the import.
+Neither library is a dependency.
 """
 
 import importlib.util
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,6 @@ def is_installed(kind: str) -> bool:
 
 def build(kind: str, name: str) -> nn.Module:
     """Return a model with random parameters, in evaluation mode."""
-    _declare_operators()
     torch.manual_seed(0)
     if kind == "torchvision":
         import torchvision.models
@@ -66,22 +62,3 @@ def _side(kind: str, name: str, model: nn.Module) -> int:
         return 64
     fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
     return int(model.pretrained_cfg["input_size"][-1]) if fixed else 64
-
-
-_LIBRARY: list[torch.library.Library] = []
-
-
-def _declare_operators() -> None:
-    """Declare the operators that torchvision registers shapes for, where its compiled library does not fit torch."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        spec = importlib.util.find_spec("torchvision")
-        assert spec is not None
-        assert spec.origin is not None
-        source = (Path(spec.origin).parent / "_meta_registrations.py").read_text()
-        _LIBRARY.append(torch.library.Library("torchvision", "DEF"))
-        for name in dict.fromkeys(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"\)', source)):
-            _LIBRARY[0].define(f"{name}(Tensor a) -> Tensor")

@@ -17,7 +17,7 @@ from fedbasin.strategies.symmetry.groups.block_groups import Inner, PairSigns, R
 from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
-from fedbasin.strategies.symmetry.symmetry import Axis, Space
+from fedbasin.strategies.symmetry.symmetry import Axis, Space, SymmetryError
 from fedbasin.strategies.symmetry.translation import Output, Shift
 
 Kind = tuple[str, int]
@@ -70,6 +70,10 @@ def bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundl
         try:
             return _bundles(record, aliases)
         except UnwritableError as error:
+            if error.units.is_fixed:
+                raise SymmetryError(
+                    f"the units of {error.units.name!r} stand in a structure that no symmetry of this package expresses"
+                ) from error
             for leaf in error.units.leaves():
                 leaf.fixed = True
                 leaf.reason = leaf.reason if leaf.reason[0] else ("a structure that the notation cannot express", "")

@@ -2,8 +2,8 @@
 
 The model runs once in each mode while its features are followed. What it shows is a proposal: which cells may move,
 and which of them depend on which. For every kind of bundle the groups are then tried from the largest down, and the
-largest that execution leaves unchanged is kept. Bundles that are alike, such as the heads of all layers, are tried
-together; where a proof fails they are tried one by one.
+largest that execution leaves unchanged is kept. Of bundles that are alike, such as the heads of all layers, the first
+is tried alone and stands for the others; all of them are then proven together, and where that fails one by one.
 """
 
 import re
@@ -20,7 +20,7 @@ from fedbasin.strategies.symmetry.discover.digest import digest
 from fedbasin.strategies.symmetry.discover.follow import follow
 from fedbasin.strategies.symmetry.discover.proof import Prover, double_twin
 from fedbasin.strategies.symmetry.discover.units import leaves
-from fedbasin.strategies.symmetry.discover.walk import Record
+from fedbasin.strategies.symmetry.discover.walk import OUTPUT, Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.translation import Shift, ShiftError
@@ -28,6 +28,10 @@ from fedbasin.strategies.tensors.state import State
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
+
+
+# Up to this many units the elements of a discrete group are few.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -235,13 +239,13 @@ class _Search:
                 classes[_form(bundle)].append(bundle)
         return list(classes.values())
 
-    def _enlarge(self, members: list[Bundle]) -> None:
-        """Choose the largest kind of each leaf for bundles of one form."""
+    def _enlarge(self, members: Sequence[Bundle]) -> None:
+        """Choose the largest kind of each leaf for bundles of one form: that of the first, which is tried alone."""
         for number in range(len(members[0].leaves())):
             cells = [bundle.leaves()[number] for bundle in members]
             for place in range(len(cells[0].kinds()) - 1):
                 proposed = {**self.kinds, **{cell: cell.kinds()[place] for cell in cells}}
-                if self._keeps(members, proposed):
+                if self._keeps(members[:1], proposed):
                     self.kinds = proposed
                     break
 
@@ -255,26 +259,35 @@ class _Search:
 
     def _settle(self) -> None:
         """Prove everything together, with other elements and in training mode too."""
-        self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,)))
-        enlarged = self.prover.enlarged()
-        if enlarged is not None:
-            self._settle_by(lambda symmetry: enlarged.keeps(symmetry, (1,)))
+        # Twice the batch, where the model runs on it, shows what it does with another length too.
+        prover = self.prover.enlarged() or self.prover
+        self._settle_by(lambda symmetry: prover.keeps(symmetry, (1,)), self.bundles)
+        # One element of a group that has few may be the identity where the group is wrong.
+        few = [bundle for bundle in self.bundles if any(map(self._has_few, bundle.root.all()))]
+        self._settle_by(lambda symmetry: self.prover.keeps(symmetry, range(2, 8)), few)
         if self.record.trains_apart and self.prover.repeats(training=True):
-            self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,), training=True))
+            self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,), training=True), self.bundles)
 
-    def _settle_by(self, keeps: Callable[[Symmetry], bool]) -> None:
+    def _has_few(self, cell: Cell) -> bool:
+        letter, stride = self.kinds.get(cell, cell.kinds()[-1])
+        return letter in "SBZ" and 1 < cell.units.size // max(stride, 1) <= _FEW
+
+    def _settle_by(self, keeps: Callable[[Symmetry], bool], members: Sequence[Bundle]) -> None:
         """Reduce what fails in a last proof, first to its smallest group and then to nothing."""
-        if keeps(self._symmetry(self.bundles)):
+        if keeps(self._symmetry(members)):
             return
         self.shifts = []
-        for bundle in self.bundles:
+        for bundle in members:
             if bundle in self.broken or keeps(self._symmetry([bundle])):
                 continue
             self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
+            self._enlarge([bundle])
+            if not keeps(self._symmetry([bundle])):
+                self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
             if not keeps(self._symmetry([bundle])):
                 self.broken.append(bundle)
-        if not keeps(self._symmetry(self.bundles)):
-            self.broken = list(self.bundles)
+        if not keeps(self._symmetry(members)):
+            self.broken += members
 
 
 def _fits(shift: Shift, state: State) -> bool:
@@ -293,10 +306,12 @@ def _form(bundle: Bundle) -> str:
 
 def _stops(record: Record, search: _Search) -> Iterable[Stop]:
     stops: dict[Stop, None] = {}
+    # What a model returns and reads too is its states; labels are only returned.
+    read = {leaf for value in record.parameters.values() for axis in value.axes[1:] for leaf in leaves(axis)}
     for value in record.parameters.values():
         for axis in value.axes:
             for leaf in leaves(axis):
-                if leaf.fixed and leaf.reason[0]:
+                if leaf.fixed and leaf.reason[0] and (leaf.reason[0] != OUTPUT or leaf in read):
                     stops[Stop(leaf.name, leaf.reason[0], leaf.reason[1])] = None
     for bundle in search.broken:
         stops[Stop(bundle.name, "a proof by execution", "")] = None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedbasin.strategies.symmetry.discover.operators import elementwise, indexing, products, rearrangement
-from fedbasin.strategies.symmetry.discover.walk import Record, Walk
+from fedbasin.strategies.symmetry.discover.walk import OUTPUT, Record, Walk
 from fedbasin.strategies.symmetry.float64_execution import double_by_default
 from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
@@ -60,7 +60,7 @@ def _run(
         value = walk.value(answer)
         if value is not None:
             for axis in [*value.axes, *(axis for axis, _ in value.unused)]:
-                walk.fix(axis, ("", ""))
+                walk.fix(axis, (OUTPUT, ""))
             if value.square:
                 walk.bend(value.axes)
             walk.even(value.axes, value.charge)

@@ -110,9 +110,10 @@ class _Tensor:
     @staticmethod
     def _divides(cells: list[Units], number: int) -> bool:
         """Return whether an axis must be written part by part along one of its cells."""
-        cell = cells[number]
+        cell, later = cells[number], cells[number + 1 :]
         if cell.is_fixed:
-            return any(not later.is_fixed for later in cells[number + 1 :])
+            # Heads that keep their order on a key that they share: each of them has the entries of the key.
+            return any(not inner.is_fixed for inner in later) or (cell.outer and number > 0 and bool(later))
         return cell.kind == "sum"
 
     @staticmethod

@@ -25,6 +25,9 @@ from fedbasin.strategies.tensors.batches import in_mode
 # Noise on the parameters, as a fraction of the root mean square of a tensor.
 _NOISE = 0.3
 
+# Numbers that are drawn for a large tensor: a prime, which no length of a row divides.
+_DRAWN = 1_048_583
+
 # Entries beyond this are masks, not numbers of the model.
 _MASKED = 1e30
 
@@ -99,8 +102,14 @@ def _shake_all(twin: nn.Module) -> None:
                 buffer.copy_(torch.where(buffer == 0, _NOISE * noise.abs(), buffer * torch.exp(_NOISE * noise)))
 
 
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw normal numbers, of which a large tensor has the same again and again: its rows still differ."""
+    drawn = torch.randn(min(tensor.numel(), _DRAWN), generator=generator, dtype=torch.float64)
+    return drawn.repeat(-(-tensor.numel() // _DRAWN))[: tensor.numel()].view(tensor.shape).to(tensor.device)
+
+
 def _shake(parameter: Tensor, generator: torch.Generator) -> None:
-    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+    noise = _noise(parameter, generator)
     size = float(parameter.square().mean().sqrt())
     # Small scales, such as those of fresh branches, are lifted: what has no effect would hide what it multiplies.
     inputs = parameter[0].numel() if parameter.dim() > 1 else 1
@@ -188,20 +197,19 @@ class Prover:
         state = {alias: tensor for name, tensor in self._tensors.items() for alias in self.names[name]}
         changed = random_transform(symmetry, generator).act(state)
         changed = random_translation(symmetry.shifts, changed, generator).act(changed)
-        originals = {
-            name: tensor.clone()
-            for name, tensor in self._tensors.items()
-            if changed[self.names[name][-1]] is not tensor
-        }
+        stored = self.model.state_dict(keep_vars=True)
+        moved = [name for name, tensor in self._tensors.items() if changed[self.names[name][-1]] is not tensor]
         try:
-            for name in originals:
-                self._tensors[name].copy_(changed[name])
+            for name in moved:
+                stored[name].data = changed[name]
             actual = self._run(seed, training=training)
         except (RuntimeError, IndexError, ValueError):
             return float("inf")
         finally:
-            for name, tensor in originals.items():
-                self._tensors[name].copy_(tensor)
+            # Asked for again, because a model may have put other buffers in the place of these.
+            stored = self.model.state_dict(keep_vars=True)
+            for name in moved:
+                stored[name].data = self._tensors[name]
         return _distance(expected, actual)
 
     def _expected(self, seed: int, *, training: bool) -> list[Tensor]:

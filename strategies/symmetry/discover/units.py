@@ -264,6 +264,9 @@ class Uniter:
         return [[*piece, *rest] for piece in pieces]
 
     def _cut_units(self, units: Units, sizes: Sequence[int]) -> list[list[Units]]:
+        if not units.kind and units.fixed and not units.name:
+            # Places of an input, which no parameter has: their division concerns nobody, and may be deep.
+            return [fixed(size) for size in sizes]
         if not units.kind:
             units.parts = tuple(map(units.part, sizes))
             units.kind = "sum"

@@ -23,6 +23,9 @@ from fedbasin.strategies.tensors.state import MEASURED
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
 
+# What fixes the units that a model returns.
+OUTPUT = "output"
+
 # Operators that create tensors of equal entries.
 _ZEROS = ("empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "zeros", "zeros_like")
 _CREATIONS = (*_ZEROS, "full", "full_like", "new_full", "new_ones", "ones", "ones_like")

@@ -49,9 +49,18 @@ def index_selected(walk: Walk, call: Call) -> Value | None:
     return None if value is None else walk.new(axes, value.charge)
 
 
+def _without_masks(walk: Walk, places: Sequence[Any]) -> list[Any]:
+    """Return places with the numbers of entries for a mask over several axes, unless it depends on parameters."""
+    result: list[Any] = []
+    for place in places:
+        is_mask = place is not None and place.dtype == torch.bool and place.dim() > 1 and walk.value(place) is None
+        result += place.nonzero(as_tuple=True) if place is not None and is_mask else (place,)
+    return result
+
+
 def indexed(walk: Walk, call: Call) -> Any:
     """Follow indexing by tensors."""
-    tensor, places = call.args[0], list(call.args[1])
+    tensor, places = call.args[0], _without_masks(walk, call.args[1])
     if any(place is not None and place.dtype == torch.bool and place.dim() != 1 for place in places):
         return stop(walk, call)
     value, axes = walk.value(tensor), list(walk.axes(tensor))
@@ -152,7 +161,7 @@ def _written(walk: Walk, tensor: Tensor, axes: list[list[Units]], charge: int) -
 
 def index_written(walk: Walk, call: Call) -> Any:
     """Follow `index_put`, which writes the values along the axes that are not indexed."""
-    tensor, places, source = call.args[0], list(call.args[1]), call.args[2]
+    tensor, places, source = call.args[0], _without_masks(walk, call.args[1]), call.args[2]
     axes = list(walk.axes(tensor))
     if any(place is not None and place.dtype == torch.bool and place.dim() > 1 for place in places):
         return stop(walk, call)
