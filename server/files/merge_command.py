@@ -83,6 +83,7 @@ def merge(
         from fedbasin.server.files.adapters.adapter_folder import is_adapter
         from fedbasin.server.files.merge.merge_models import prepare_merge, refuse_full_disk
         from fedbasin.server.files.reading import ModelError
+        from fedbasin.server.files.search.coefficients import with_start
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -94,7 +95,7 @@ def merge(
         if recipe.rank is not None:
             raise ModelError("rank: belongs to adapters; leave it out")
         sources = [Path(part) for path in recipe.paths() for part in str(path).split("+")]
-        merge = prepare_merge(recipe)
+        merge = prepare_merge(recipe if search is None else with_start(recipe))
         for source in (*sources, *inputs[: rule is None]):
             writing.refuse_overlap(source, output)
         writing.refuse_target(merge.reference, output, force=force)

@@ -72,6 +72,13 @@ def search(candidates: Candidates, trials: int, points: int, log: Path, score: s
     return with_coefficients(recipe, best.coefficients, points), done
 
 
+def with_start(recipe: MergeRecipe) -> MergeRecipe:
+    """Return a recipe with a first value of `t`, if its rule has one and the recipe does not."""
+    if recipe.rule.shared.get("t", 0.0) is not None or "t" in recipe.parameters:
+        return recipe
+    return recipe.model_copy(update={"parameters": {**recipe.parameters, "t": _MIDDLE}})
+
+
 def with_coefficients(recipe: MergeRecipe, coefficients: Sequence[float], points: int) -> MergeRecipe:
     """Return a recipe with gradients of `points` values: of each model's weight, or of `t`."""
     gradients = [list(coefficients[start : start + points]) for start in range(0, len(coefficients), points)]
