@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from fedbasin.client.capture.feature_correlations import correlations
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.proto.request import Request
@@ -16,6 +15,7 @@ from fedbasin.strategies.alignment.learned_matching import match_learned
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
+from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.tasks.model_task import Task

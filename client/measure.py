@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from fedbasin.client.align import AlignedModel
-from fedbasin.client.capture.preactivations import preactivation_moments
 from fedbasin.client.lora_names import complete_state
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.report import AlignmentReport, LayerVariance, PathSums, SingularVectors
 from fedbasin.proto.request import Request
+from fedbasin.strategies.capture.preactivations import preactivation_moments
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.endpoint_proof import EndpointError, EndpointVerdict, endpoint_error
 from fedbasin.strategies.diagnostics.loss_path import path_losses

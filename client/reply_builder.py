@@ -6,10 +6,10 @@ from dataclasses import replace
 from torch import nn
 
 from fedbasin.client.align import align
+from fedbasin.client.collect import collect
 from fedbasin.client.measure import measure
 from fedbasin.client.refit.used_layers import read_layer_graph
 from fedbasin.client.request_reader import Data, required
-from fedbasin.client.statistics.collect import collect
 from fedbasin.proto.reply import Metrics, Reply
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.lora.lora_factors import widen

@@ -16,6 +16,8 @@ import typer
 
 from fedbasin.server.extras import ExtrasGroup
 from fedbasin.server.files import commands, merge_command
+from fedbasin.server.files.data import barrier_command
+from fedbasin.server.files.fine_tuning import fine_tuning_commands
 from fedbasin.server.observe import observer_commands
 from fedbasin.server.observe.observer_commands import Json, failure
 
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.add_typer(observer_commands.app)
 app.add_typer(commands.app)
 app.add_typer(merge_command.app)
+app.add_typer(barrier_command.app)
+app.add_typer(fine_tuning_commands.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
+from fedbasin.strategies.fusion.rules.federated_rule import FederatedRule
 from fedbasin.strategies.fusion.rules.robust.robust_rules import RobustRule
 from fedbasin.strategies.fusion.weighting import (
     FisherWeighting,
@@ -135,6 +136,7 @@ class Recipe:
         refit: closed-form fit that follows in further stages of the round.
         server_optimizer: rule by which the global model follows the round's model.
         robust: rule that takes the place of every sum over clients; None sums.
+        rule: merging rule that takes the place of the mean by examples; None takes the mean.
     """
 
     name: str
@@ -142,6 +144,7 @@ class Recipe:
     refit: LayerRefit | HeadRefit | None = None
     server_optimizer: ServerOptimizer = field(default_factory=Replace)
     robust: RobustRule | None = None
+    rule: FederatedRule | None = None
 
     @property
     def lora(self) -> LoraFusion | None:
@@ -185,6 +188,7 @@ class Recipe:
         ridge: float = 0.0,
         shrink: float = 1.0,
         robust: RobustRule | None = None,
+        rule: FederatedRule | None = None,
     ) -> "Recipe":
         """Return the recipe with a run's settings, also in the recipe that it hands over to.
 
@@ -194,6 +198,7 @@ class Recipe:
                 other layers too.
             shrink: factor on the off-diagonal of Gram matrices; recipes without Gram matrices ignore it.
             robust: replaces the recipe's robust rule; None keeps it.
+            rule: replaces the recipe's merging rule; None keeps it.
         """
         fusion = self.fusion
         if isinstance(fusion, LoraAlternating):
@@ -216,7 +221,7 @@ class Recipe:
             hand_over = replace(self.hand_over, recipe=successor)
             refit = replace(refit, probe=replace(refit.probe, hand_over=hand_over))
         optimizer = server_optimizer or self.server_optimizer
-        return Recipe(self.name, fusion, refit, optimizer, robust or self.robust)
+        return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule)
 
     def frozen_factor(self, number: int) -> Literal["", "lora_A", "lora_B"]:
         """Return the LoRA factor that clients do not train in a round; empty where they train both.
@@ -240,6 +245,18 @@ class Recipe:
                 f"robust = {self.robust.name!r} with recipe = {self.name!r}: products of adapters' factors are "
                 "compressed as they arrive, and clients cannot be told apart; choose the recipe lora-rotated, "
                 "lora-factors or lorm"
+            )
+
+    def check_rule(self) -> None:
+        """Check that models can be merged by the recipe's rule.
+
+        Raises:
+            ValueError: the recipe has another fusion than the mean, or more stages.
+        """
+        if self.rule is not None and (self.fusion is not None or self.refit is not None or self.robust is not None):
+            raise ValueError(
+                f"rule = {self.rule.name!r} with recipe = {self.name!r}: a merging rule takes the place of the mean of "
+                "whole models; choose the recipe fedavg or fedavgm, and no robust rule"
             )
 
     def check_align(self, align: Literal["client", "server", "off"]) -> None:

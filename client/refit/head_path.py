@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedbasin.client.capture.layer_calls import LayerCall
+from fedbasin.strategies.capture.layer_calls import LayerCall
 
 # By name, because most are both a function and a method. An unlisted one ends the way, which is always right.
 _LINEAR = {

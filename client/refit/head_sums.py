@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import ROW_ELEMENTS, LayerCall, LayerCalls, layer_by_layer
 from fedbasin.client.refit.head_path import HeadPath, HeadPaths
 from fedbasin.client.refit.regression import NormalEquations
-from fedbasin.client.statistics.gram_accumulators import zero_accumulator
 from fedbasin.proto.encoding import Encoding
+from fedbasin.strategies.capture.layer_calls import ROW_ELEMENTS, LayerCall, LayerCalls, layer_by_layer
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.statistics.gram_accumulators import zero_accumulator
 from fedbasin.strategies.tasks.likelihoods import TaskError
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches

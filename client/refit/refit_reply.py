@@ -9,24 +9,24 @@ from collections.abc import Mapping, Sequence
 from flwr.app import Context
 from torch import Tensor, nn
 
-from fedbasin.client.capture.batchnorm_statistics import measuring
 from fedbasin.client.client_state import fused_pieces, round_start, sent_reply
+from fedbasin.client.collect import gram_statistics
 from fedbasin.client.measure import path_sums
 from fedbasin.client.refit.head_sums import head_equations
 from fedbasin.client.refit.regression import NormalEquations, load, regress, select_layers
 from fedbasin.client.request_reader import Data, required
-from fedbasin.client.statistics.collect import gram_statistics
-from fedbasin.client.statistics.finite import check_statistic
-from fedbasin.client.statistics.gram_accumulators import finish_shared
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.reply import LayerStatistic, Reply
 from fedbasin.proto.report import PathSums
 from fedbasin.proto.request import Refit, Request
+from fedbasin.strategies.capture.batchnorm_statistics import measuring
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.fusion.compression.formats import encode_cross_moment
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.path_ends import path_ends
+from fedbasin.strategies.statistics.finite import check_statistic
+from fedbasin.strategies.statistics.gram_accumulators import finish_shared
 from fedbasin.strategies.tasks.guess import guess_task
 from fedbasin.strategies.tasks.likelihoods import TaskError
 from fedbasin.strategies.tasks.model_task import Task

@@ -24,15 +24,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.client.refit.invertible_path import InvertiblePath, InvertiblePaths
-from fedbasin.client.statistics.gram_accumulators import GramAccumulator
-from fedbasin.client.statistics.shared_inputs import InputNumbers, SharedAccumulators
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.statistics.gram_accumulators import GramAccumulator
+from fedbasin.strategies.statistics.shared_inputs import InputNumbers, SharedAccumulators
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State, tied
 

@@ -58,10 +58,10 @@ def align(
         ModelError: the models share nothing, an entry is infinite or not a number, or a norm cannot be folded.
     """
     for stored in (anchor, model.stored):
-        _refuse_not_finite(stored)
+        refuse_not_finite(stored)
     shared = shared_tensors(anchor, model, symmetry)
     states = [
-        _fold_stored(stored, shared.symmetry, state)
+        fold_stored(stored, shared.symmetry, state)
         for stored, state in ((anchor, shared.anchor), (model.stored, _WatchedState(shared.model, on_read)))
     ]
     bounds = identity_bounds(shared.symmetry, states[0]) if certify else None
@@ -178,20 +178,30 @@ def describe_rest(model: SymmetricModel, apart: tuple[str, ...] = ()) -> list[st
 
 
 def _transformed(transform: Transform, model: SymmetricModel, stored: State) -> State:
-    state = _fold_stored(model.stored, transform.symmetry, ModuleState(model.layout, stored))
+    state = fold_stored(model.stored, transform.symmetry, ModuleState(model.layout, stored))
     # Without identity elements, tensors that stay are written byte for byte.
     elements = {name: e for name, e in transform.elements.items() if not e.is_identity}
     return StoredState(model.layout, stored, TransformedState(transform.symmetry, state, elements))
 
 
-def _fold_stored(model: StoredModel, symmetry: Symmetry, state: State) -> State:
+def fold_stored(model: StoredModel, symmetry: Symmetry, state: State) -> State:
+    """Return the state of a stored model in the parametrisation on which a symmetry acts.
+
+    Raises:
+        ModelError: a norm cannot be folded.
+    """
     try:
         return fold_state(symmetry, state)
     except FoldError as error:
         raise ModelError(f"{model.path}: {error}") from error
 
 
-def _refuse_not_finite(model: StoredModel) -> None:
+def refuse_not_finite(model: StoredModel) -> None:
+    """Refuse a model with entries that are not finite, which a search would follow.
+
+    Raises:
+        ModelError: names the tensor.
+    """
     with one_core():
         for name in model:
             if not is_finite(model[name]):

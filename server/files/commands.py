@@ -90,7 +90,7 @@ def inspect(
         from fedbasin.server.files.reading import open_model
         from fedbasin.server.files.stored_symmetry import Source, choose_spaces, in_stored_names, symmetric_model
 
-        with _progress_of_discovery() as progress:
+        with progress_of_discovery() as progress:
             whole = symmetric_model(open_model(model), Source(symmetry, config, module, rotate_residual), progress)
         part = choose_spaces(whole.symmetry, spaces or (), first, last)
         result = inspection.inspect_model(whole, part)
@@ -153,13 +153,13 @@ def align(
             for path in (model, anchor, output):
                 writing.refuse_overlap(path, transform)
             writing.refuse_existing(transform, force=force)
-        with _progress_of_discovery() as progress:
+        with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
         part = choose_spaces(source.symmetry, spaces or (), first, last)
-        with _matching_progress() as on_read:
+        with matching_progress() as on_read:
             alignment = align_file.align(stored_anchor, source, part, on_read, certify=certify)
         change = align_file.prove_if_possible(alignment.transform, source, wanted=not no_prove)
-        _write(stored, output, align_file.apply_transform(alignment.transform, source))
+        write_model(stored, output, align_file.apply_transform(alignment.transform, source))
         if transform is not None:
             transform_file.save(alignment.transform, source, transform)
     lines = [*align_file.describe_rest(source, alignment.apart), align_file.describe_proof(change, source)]
@@ -198,7 +198,7 @@ def apply(
             element = element.inverse()
         tensors = align_file.apply_transform(element, target)
         change = align_file.prove_if_possible(element, target, wanted=not no_prove)
-        _write(stored, output, tensors)
+        write_model(stored, output, tensors)
     for line in (*align_file.describe_rest(target), align_file.describe_proof(change, target)):
         typer.echo(line)
 
@@ -229,7 +229,7 @@ def check(
         from fedbasin.server.files.reading import open_model
         from fedbasin.server.files.stored_symmetry import Source, choose_spaces, symmetric_model
 
-        with _progress_of_discovery() as progress:
+        with progress_of_discovery() as progress:
             source = symmetric_model(open_model(model), Source(symmetry, config, module, rotate_residual), progress)
         part = choose_spaces(source.symmetry, spaces or (), first, last)
         verdicts = checking.check_kinds(source, part, trials=trials, seed=seed)
@@ -275,7 +275,7 @@ def progress_bar(*columns: "ProgressColumn") -> "Progress":
 
 
 @contextmanager
-def _progress_of_discovery() -> "Iterator[Callable[[str, float], None]]":
+def progress_of_discovery() -> "Iterator[Callable[[str, float], None]]":
     """Show what discovery does; yields the function to call with it and the fraction that is done."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
@@ -285,7 +285,7 @@ def _progress_of_discovery() -> "Iterator[Callable[[str, float], None]]":
 
 
 @contextmanager
-def _matching_progress() -> "Iterator[Callable[[str], None]]":
+def matching_progress() -> "Iterator[Callable[[str], None]]":
     """Show the tensor that the search reads; yields the function to call with its name."""
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -296,7 +296,8 @@ def _matching_progress() -> "Iterator[Callable[[str], None]]":
         yield lambda name: progress.update(task, description=f"matching {name}")
 
 
-def _write(model: "StoredModel", output: Path, state: "Mapping[str, Tensor]") -> None:
+def write_model(model: "StoredModel", output: Path, state: "Mapping[str, Tensor]") -> None:
+    """Write a state in a model's layout with a progress bar, and name the weights that were left out."""
     from fedbasin.server.files import writing
 
     with progress_bar() as progress:

@@ -6,11 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedbasin.server.files.commands import Force, Json, Output, Threads, exit_on_failure, print_results, progress_bar
+from fedbasin.server.files.commands import (
+    Force,
+    Json,
+    Module,
+    Output,
+    Threads,
+    exit_on_failure,
+    print_results,
+    progress_bar,
+)
+from fedbasin.server.files.data.barrier_command import TaskName
 
 if TYPE_CHECKING:
     from fedbasin.server.files.merge.merge_models import MergeReport, PreparedMerge
     from fedbasin.server.files.merge.recipe import MergeRecipe
+    from fedbasin.server.files.search.scored_merge import ScoreReport
 
 app = typer.Typer()
 
@@ -32,6 +43,22 @@ def merge(
     align: Annotated[
         str | None, typer.Option(metavar="ORDER", help="Align first: star, chain, tree or universe.")
     ] = None,
+    statistics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE:FUNCTION", help="Function that returns the batches of every MODEL, or of each in turn."
+        ),
+    ] = None,
+    task: TaskName = None,
+    module: Module = None,
+    score: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE:FUNCTION", help="Function that scores the model at a path; higher is better."),
+    ] = None,
+    search: Annotated[
+        int | None, typer.Option(min=1, help="Search weights or t by layer with --score, in so many candidates.")
+    ] = None,
+    search_points: Annotated[int, typer.Option(min=1, help="Values from first to last layer that are searched.")] = 3,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
@@ -56,33 +83,33 @@ def merge(
         from fedbasin.server.files.adapters.adapter_folder import is_adapter
         from fedbasin.server.files.merge.merge_models import prepare_merge, refuse_full_disk
         from fedbasin.server.files.reading import ModelError
+        from fedbasin.server.files.search.coefficients import with_start
 
         if threads is not None:
             torch.set_num_threads(threads)
-        keys = {"align": align, "dtype": dtype, "rank": rank}
-        recipe = _recipe(inputs, rule, anchor, weight or [], parameter or [], keys)
+        keys = {"align": align, "dtype": dtype, "rank": rank, "task": task, "module": module, "score": score}
+        recipe = _recipe(inputs, rule, anchor, {"weight": weight, "statistics": statistics}, parameter or [], keys)
         if all(is_adapter(path) for path in recipe.paths()):
             _merge_adapters(recipe, output, force=force)
             return
         if recipe.rank is not None:
             raise ModelError("rank: belongs to adapters; leave it out")
-        merge = prepare_merge(recipe)
-        for source in (
-            *(Path(part) for path in merge.models for part in str(path).split("+")),
-            *inputs[: rule is None],
-        ):
+        sources = [Path(part) for path in recipe.paths() for part in str(path).split("+")]
+        merge = prepare_merge(recipe if search is None else with_start(recipe))
+        for source in (*sources, *inputs[: rule is None]):
             writing.refuse_overlap(source, output)
         writing.refuse_target(merge.reference, output, force=force)
         refuse_full_disk(merge, output)
-        report = _write(merge, output, int(shard_size * 1e9))
-    print_results([asdict(report)], _render(report), as_json=as_json)
+        report, scores = _write(merge, output, int(shard_size * 1e9), search, search_points)
+    record = asdict(report) | ({} if scores is None else {"score": asdict(scores)})
+    print_results([record], _render(report, scores), as_json=as_json)
 
 
 def _recipe(
     inputs: list[Path],
     rule: str | None,
     anchor: Path | None,
-    weights: list[float],
+    by_model: dict[str, list[Any] | None],
     parameters: list[str],
     keys: dict[str, str | int | None],
 ) -> "MergeRecipe":
@@ -91,16 +118,19 @@ def _recipe(
 
     options = {key: value for key, value in keys.items() if value is not None}
     if rule is None:
-        if anchor or weights or parameters or len(inputs) > 1:
+        if anchor or any(by_model.values()) or parameters or len(inputs) > 1:
             raise ModelError("--rule: is missing; without it the only argument is a recipe, which has all else as keys")
         recipe = read_recipe(inputs[0])
         # Without the keys that it leaves out, which `slices` and `models` exclude in turn.
         return make_recipe(recipe.model_dump(exclude_unset=True) | options, str(inputs[0])) if options else recipe
-    if weights and len(weights) != len(inputs):
-        raise ModelError(f"--weight: was given {len(weights)} times for {len(inputs)} models; give one for each")
     models: list[dict[str, Any]] = [{"model": path} for path in inputs]
-    for model, weight in zip(models, weights, strict=False):
-        model["parameters"] = {"weight": weight}
+    for name, values in by_model.items():
+        # One function may give the data of all models.
+        listed = (values or []) * (len(inputs) if name == "statistics" and len(values or []) == 1 else 1)
+        if listed and len(listed) != len(inputs):
+            raise ModelError(f"--{name}: was given {len(listed)} times for {len(inputs)} models; give one for each")
+        for model, value in zip(models, listed, strict=False):
+            model |= {"parameters": {name: value}} if name == "weight" else {name: value}
     content = {"merge_method": rule, "models": models, "parameters": dict(map(_parameter, parameters)), **options}
     return make_recipe(content | ({"base_model": anchor} if anchor else {}), "fedbasin merge")
 
@@ -116,35 +146,35 @@ def _parameter(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
-def _write(merge: "PreparedMerge", output: Path, shard: int) -> "MergeReport":
+def _write(
+    merge: "PreparedMerge", output: Path, shard: int, trials: int | None, points: int
+) -> "tuple[MergeReport, ScoreReport | None]":
     from fedbasin.server.files.merge.merge_models import write_merge
+    from fedbasin.server.files.reading import ModelError
+    from fedbasin.server.files.search.scored_merge import Search, write_scored_merge
 
+    if trials is not None and not merge.recipe.score:
+        raise ModelError("--search: chooses coefficients by a score; give --score")
     with progress_bar() as progress:
         task = progress.add_task("merging", total=merge.nbytes)
-        return write_merge(
-            merge,
-            output,
-            shard,
-            lambda size: progress.update(task, advance=size, description="merging"),
-            lambda search: progress.update(task, description=f"matching, {search}"),
-        )
+
+        def show(step: str) -> None:
+            progress.update(task, description=step)
+
+        if merge.recipe.score:
+            search = None if trials is None else Search(trials, points)
+            return write_scored_merge(merge, output, shard, search, show)
+        return write_merge(merge, output, shard, lambda size: progress.advance(task, size), show), None
 
 
 def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool) -> None:
-    from fedbasin.server.files import writing
-    from fedbasin.server.files.adapters.adapter_folder import ADAPTER_CONFIG
-    from fedbasin.server.files.adapters.merged_adapters import merge_adapter_folders
-    from fedbasin.server.files.reading import ModelError
+    from fedbasin.server.files.adapters.merged_adapters import merge_adapter_folders, refuse_adapter_target
 
-    for source in recipe.paths():
-        writing.refuse_overlap(source, output)
-    writing.refuse_existing(output, force=force)
-    if output.exists() and not (output / ADAPTER_CONFIG).is_file():
-        raise ModelError(f"{output}: holds no adapter, which --force does not replace; give another name")
+    refuse_adapter_target(recipe.paths(), output, force=force)
     merge_adapter_folders(recipe, output)
 
 
-def _render(report: "MergeReport") -> Any:
+def _render(report: "MergeReport", scores: "ScoreReport | None" = None) -> Any:
     from rich.console import Group
 
     from fedbasin.server.report.charts.text import size
@@ -157,4 +187,21 @@ def _render(report: "MergeReport") -> Any:
         lines.append(f"search {number}: distance {alignment.distance_before:.6g} → {alignment.distance_after:.6g}")
     if report.vocabulary is not None:
         lines.append(f"merged by token, {report.vocabulary} tokens")
+    lines += _describe_files(report)
+    if scores is not None:
+        lines += [f"score {value:.6g} of {model}" for model, value in scores.models.items()]
+        candidates = f", the best of {scores.trials} candidates" if scores.trials else ""
+        lines.append(f"score {scores.result:.6g} of the result{candidates}")
     return Group(*lines)
+
+
+def _describe_files(report: "MergeReport") -> list[str]:
+    """Return sentences on the files of the first model's folder that were not merged."""
+    from fedbasin.server.files.reading import few
+
+    files = report.files
+    return [
+        *([f"copied from the first model: {few(files.copied)}"] if files.copied else []),
+        *([f"not merged, though the models differ in it: {few(files.differing)}"] if files.differing else []),
+        *([f"left out: {few(files.left)}"] if files.left else []),
+    ]

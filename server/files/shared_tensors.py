@@ -72,7 +72,7 @@ def shared_tensors(anchor: StoredModel, model: SymmetricModel, symmetry: Symmetr
     """
     executable = model.executable
     if model.by_hand or executable is None or executable.architecture is None:
-        _require_equal_shapes(anchor, model.stored)
+        require_equal_shapes(anchor, model.stored)
         return SharedTensors(symmetry, ModuleState(model.layout, anchor), model.state)
     _require_equal_structure(anchor, model, executable)
     config: Any = deepcopy(executable.config)
@@ -211,7 +211,7 @@ def _groups(symmetry: Symmetry) -> dict[Axis, str]:
     return {axis: str(space.group) for space in symmetry.spaces for axis in space.axes}
 
 
-def _require_equal_shapes(anchor: StoredModel, model: StoredModel) -> None:
+def require_equal_shapes(anchor: StoredModel, model: StoredModel) -> None:
     """Refuse two models that do not have the same tensors.
 
     Raises:

@@ -96,7 +96,7 @@ def symmetric_model(
         notation = _notation(model, source)
         if notation is not None:
             return _by_hand(model, notation, source)
-        return derived(model, _executable(model, source), source, progress)
+        return derived(model, executable_of(model, source), source, progress)
     except SymmetryError as error:
         raise ModelError(f"{model.path}: {error}") from error
 
@@ -118,7 +118,7 @@ def model_of_symmetry(
     can_build = source.module is not None or source.config is not None or "model_type" in model.config
     try:
         if module is not None and can_build:
-            executable = _executable(model, source)
+            executable = executable_of(model, source)
             symmetric = SymmetricModel(model, module, executable.layout, executable, by_hand=False, source=source)
             module.check({name: tensor.to("meta") for name, tensor in symmetric.state.items()})
             return symmetric
@@ -236,11 +236,16 @@ def _by_hand(model: StoredModel, symmetry: Symmetry, source: Source) -> Symmetri
     _refuse_narrow_dtypes(model, symmetry, layout)
     is_built = source.module is not None or "architectures" in model.config
     return SymmetricModel(
-        model, symmetry, layout, _executable(model, source) if is_built else None, by_hand=True, source=source
+        model, symmetry, layout, executable_of(model, source) if is_built else None, by_hand=True, source=source
     )
 
 
-def _executable(model: StoredModel, source: Source) -> ExecutableModel:
+def executable_of(model: StoredModel, source: Source) -> ExecutableModel:
+    """Return the module of a stored model, whose symmetry is not needed.
+
+    Raises:
+        ModelError: nothing says which module it is, or the weights do not fit it.
+    """
     if source.module is not None:
         return from_factory(model, source.module)
     if source.config is None and not model.config:

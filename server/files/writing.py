@@ -7,11 +7,13 @@ one by one: at most one is in memory, and a tensor that is not transformed keeps
 Files have a hidden name beside the target until they are complete.
 """
 
+import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -111,6 +113,46 @@ def skipped_weights(model: StoredModel) -> list[str]:
         for path in model.path.rglob("*")
         if path.suffix in WEIGHTS and path not in (*model.shards, *model.readers)
     )
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a model's folder by what became of them in an output, as paths relative to the folder.
+
+    Attributes:
+        merged: files whose tensors the output has in files of its own.
+        copied: files that the output has, with the bytes of the folder or with keys that were changed.
+        left: files that the output does not have.
+        differing: copied files that the folders of further models have with other bytes.
+    """
+
+    merged: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
+
+
+def list_files(model: StoredModel, others: Iterable[StoredModel], output: Path) -> FolderFiles:
+    """Return what became of every file of a model's folder; nothing for a single file.
+
+    Args:
+        model: the model whose other files were copied.
+        others: further models of the same command.
+        output: the folder that was written.
+    """
+    if not model.is_folder:
+        return FolderFiles()
+    names = sorted(str(path.relative_to(model.path)) for path in model.path.rglob("*") if path.is_file())
+    merged = [name for name in names if model.path / name in model.shards or name == INDEX]
+    copied = [name for name in names if name not in merged and (output / name).is_file()]
+    left = [name for name in names if name not in {*merged, *copied}]
+    folders = [other.path for other in others if other.is_folder]
+    differing = [name for name in copied if any(_differs(model.path / name, folder / name) for folder in folders)]
+    return FolderFiles(tuple(merged), tuple(copied), tuple(left), tuple(differing))
+
+
+def _differs(path: Path, twin: Path) -> bool:
+    return twin.is_file() and not filecmp.cmp(path, twin, shallow=False)
 
 
 @contextmanager

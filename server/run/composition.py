@@ -24,6 +24,7 @@ from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fi
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
+from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.accumulate import Accumulate
@@ -78,7 +79,7 @@ class Composition:
             settings.max_update_bytes,
             settings.grace_seconds,
             settings.probe_share,
-            1 if self.recipe.robust is None else self.recipe.robust.least,
+            max([1, *(rule.least for rule in (self.recipe.robust, self.recipe.rule) if rule is not None)]),
             settings.late_rounds,
             self._bounds,
         )
@@ -125,7 +126,7 @@ class Composition:
             merge=merge,
             grouping=settings.fit,
             encode=encode,
-            accumulate=self._accumulate(recipe) or Accumulator.zero,
+            accumulate=self._accumulate(number, recipe) or Accumulator.zero,
         )
 
     def fuse_stage(self, number: int, recipe: Recipe, anchor: State) -> Stage:
@@ -143,7 +144,9 @@ class Composition:
         dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
         # Pairs are aligned to each other, later.
         align: Align = "off" if merges else self.align
-        return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, self._accumulate(recipe))
+        return fusing_stage(
+            anchor, recipe, request, self.symmetry, align, self.blocks, dtype, self._accumulate(number, recipe)
+        )
 
     def needs(self, number: int, recipe: Recipe) -> Request:
         """Return what a round asks of its clients beside training, for which an app needs the mod and its data."""
@@ -162,13 +165,15 @@ class Composition:
         ties = self.ties or {}
         return {name: model[ties.get(name, name)] for name in model}
 
-    def _accumulate(self, recipe: Recipe) -> Accumulate | None:
-        """Return what makes the accumulator of a robust rule, with a file of its own; None for a recipe that sums."""
-        rule = recipe.robust
-        if rule is None:
-            return None
-        folder = Path(self.settings.resume or self.settings.folder)
-        return lambda anchor: RobustAccumulator(anchor, rule, open_spool(folder))
+    def _accumulate(self, number: int, recipe: Recipe) -> Accumulate | None:
+        """Return what makes the accumulator of a rule, with a file of its own; None for a recipe that sums."""
+        robust, rule, folder = recipe.robust, recipe.rule, Path(self.settings.resume or self.settings.folder)
+        if robust is not None:
+            return lambda anchor: RobustAccumulator(anchor, robust, open_spool(folder))
+        if rule is not None:
+            seed = f"{self.settings.seed} {number}"
+            return lambda anchor: RuleAccumulator(anchor, rule, open_spool(folder), seed)
+        return None
 
     def _bootstrap_stage(self, template: State) -> Stage:
         return Bootstrap(template, self.settings.bootstrap, self.symmetry, self.score_fn)

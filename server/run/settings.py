@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedbasin.server.observe.access import Pass
+from fedbasin.strategies.fusion.rules.federated_rule import FEDERATED_RULES, FederatedRule, federated_rule
 from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, RobustRule, robust_rule
 from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.server_optimizers import SERVER_OPTIMIZERS
@@ -34,6 +35,7 @@ _DECISIVE = {
     "shrink",
     "robust",
     "hostile_clients",
+    "rule",
     "align",
     "matcher",
     "layers",
@@ -104,6 +106,11 @@ class Settings(BaseModel):
         ge=0,
         description="number of hostile clients in a round that the robust rule withstands; "
         f"for {', '.join(list(COUNTED)[:-1])} and {list(COUNTED)[-1]}",
+    )
+    rule: str = Field(
+        "",
+        description="the merging rule that takes the place of the mean of models, with its parameters, as in "
+        f"ties density=0.3: {', '.join(FEDERATED_RULES[:-1])} or {FEDERATED_RULES[-1]}; empty takes the mean",
     )
     align: Literal["auto", "client", "server", "off"] = Field(
         "auto",
@@ -246,6 +253,7 @@ class Settings(BaseModel):
         self._check_ridge()
         self._check_shrink()
         self._check_robust()
+        self._check_rule()
         if self.matcher in ("activations", "learned") and self.align == "server":
             raise ValueError(
                 f"matcher = {self.matcher!r} with align = 'server': only clients have the data; set align = "
@@ -312,6 +320,29 @@ class Settings(BaseModel):
                 f"clients in every round; set min-train-nodes = {rule.least}, or choose another rule or fewer "
                 "hostile-clients"
             )
+
+    def _check_rule(self) -> None:
+        rule = self._merging_rule()
+        if rule is None:
+            return
+        replace(RECIPES[self.recipe], robust=self._robust_rule(), rule=rule).check_rule()
+        if self.sum != "reproducible":
+            raise ValueError(
+                f"sum = {self.sum!r} with rule = {self.rule!r}: a rule sums no replies as they arrive; set sum = "
+                "'reproducible'"
+            )
+        if self.merge != "star":
+            raise ValueError(
+                f"merge = {self.merge!r} with rule = {self.rule!r}: a rule merges all clients at once; set merge = 'star'"
+            )
+        if self.min_train_nodes < rule.least:
+            raise ValueError(
+                f"min-train-nodes = {self.min_train_nodes} with rule = {self.rule!r}: the rule needs {rule.least} "
+                f"clients in every round; set min-train-nodes = {rule.least}"
+            )
+
+    def _merging_rule(self) -> FederatedRule | None:
+        return federated_rule(self.rule) if self.rule.strip() else None
 
     def _robust_rule(self) -> RobustRule | None:
         if not self.robust and self.hostile_clients:
@@ -390,6 +421,7 @@ class Settings(BaseModel):
             ridge=self.ridge,
             shrink=self.shrink,
             robust=self._robust_rule(),
+            rule=self._merging_rule(),
         )
 
 

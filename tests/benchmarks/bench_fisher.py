@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
 from tests.benchmarks.figures import Figure, Goal, Say
 
 CLASSES = (2, 10, 26, 100)

@@ -16,7 +16,6 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.capture.preactivations import preactivation_moments
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.report import AlignmentReport, LayerVariance, PathSums, SingularVectors, SpaceReport
 from fedbasin.proto.request import Request
@@ -28,6 +27,7 @@ from fedbasin.server.run.loop import RunLoop
 from fedbasin.server.run.reporter import Reporter
 from fedbasin.server.run.resumption import checkpoint
 from fedbasin.server.strategy import FedBasin
+from fedbasin.strategies.capture.preactivations import preactivation_moments
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.symmetry.discover.discovery import discover

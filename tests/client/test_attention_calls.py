@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedbasin.client.capture.attention_calls import attend, is_plain
+from fedbasin.strategies.capture.attention_calls import attend, is_plain
 
 L, N, E, HEADS = 5, 3, 8, 2
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.capture.batchnorm_statistics import find_norms, measuring
 from fedbasin.proto.layer_graph import BatchNorm
+from fedbasin.strategies.capture.batchnorm_statistics import find_norms, measuring
 
 
 class Net(nn.Module):

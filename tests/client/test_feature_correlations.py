@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.capture.feature_correlations import correlations
 from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import parse

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-import fedbasin.client.statistics.fisher as fisher_module
-from fedbasin.client.statistics.fisher import diagonal_fisher
+import fedbasin.strategies.statistics.fisher as fisher_module
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
 from fedbasin.strategies.tasks.model_task import TASKS
 
 W = torch.float64

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
 
 WORDS, PLACES, CLASSES, END = 20, 6, 3, 1
 SIZES = {

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from fedbasin.client.capture import layer_calls
-from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.client.statistics.gram import grams
+from fedbasin.strategies.capture import layer_calls
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.gram import grams
 
 W = torch.float64
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from torch import nn
 
 from fedbasin.client.refit.regression import regress
-from fedbasin.client.statistics.gram import gram_pieces, grams
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.compression.formats import decode, layout
@@ -18,6 +17,7 @@ from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.refit import RefitLayers
+from fedbasin.strategies.statistics.gram import gram_pieces, grams
 from tests.accepting import accept
 
 W = torch.float64

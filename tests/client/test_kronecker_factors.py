@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.client.statistics.gram import grams
-from fedbasin.client.statistics.kronecker_factors import kronecker_factors
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.gram import grams
+from fedbasin.strategies.statistics.kronecker_factors import kronecker_factors
 from fedbasin.strategies.tasks.model_task import TASKS
 
 W = torch.float64

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedbasin.client.capture import layer_calls
-from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls
-from fedbasin.client.statistics.gram import grams
+from fedbasin.strategies.capture import layer_calls
+from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls
 from fedbasin.strategies.fusion.layers import gram_layers
+from fedbasin.strategies.statistics.gram import grams
 from tests.strategies.symmetry.tiny_transformers import MODELS
 
 W = torch.float64

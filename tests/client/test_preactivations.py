@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.capture.preactivations import preactivation_moments
+from fedbasin.strategies.capture.preactivations import preactivation_moments
 from fedbasin.strategies.diagnostics.variance_ratios import variance_ratios
 from fedbasin.strategies.tensors.batches import Batch
 from fedbasin.strategies.tensors.state import interpolate

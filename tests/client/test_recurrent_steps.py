@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.capture.recurrent_steps import RecurrentSteps, recurrent_layers
-from fedbasin.client.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.capture.recurrent_steps import RecurrentSteps, recurrent_layers
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
 
 W = torch.float64
 KINDS = {

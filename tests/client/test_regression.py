@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fedbasin.client.refit.regression import FlowError, regress
 from fedbasin.client.refit.used_layers import read_layer_graph
-from fedbasin.client.statistics.gram import grams
 from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join
 from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.statistics.gram import grams
 from fedbasin.strategies.tasks.model_task import TASKS
 from tests.double_precision import Doubled
 from tests.strategies.symmetry.tiny_transformers import MODELS

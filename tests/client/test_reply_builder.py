@@ -7,8 +7,6 @@ from flwr.app import RecordDict
 from fedbasin.client import build_reply, read_request
 from fedbasin.client.reply_builder import WeightError
 from fedbasin.client.request_reader import MissingDataError
-from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.client.statistics.gram import grams
 from fedbasin.proto import packing
 from fedbasin.proto.encoding import GramForm
 from fedbasin.proto.header import HEADER, STATISTICS, WireError
@@ -21,6 +19,8 @@ from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.fusion.compression.formats import encode
 from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.gram import grams
 from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests import tiny

@@ -14,7 +14,6 @@ from fedbasin.client import build_reply, read_request
 from fedbasin.client.client_state import keep_fused, keep_sent
 from fedbasin.client.refit.refit_reply import refit_reply
 from fedbasin.client.refit.regression import regress
-from fedbasin.client.statistics.gram import gram_pieces, grams
 from fedbasin.proto import packing
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.proto.header import STATISTICS
@@ -23,6 +22,7 @@ from fedbasin.proto.request import Refit, Request
 from fedbasin.strategies.fusion.compression.formats import encode
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.recipes import Target
+from fedbasin.strategies.statistics.gram import gram_pieces, grams
 from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.symmetry.tiny_transformers import MODELS, TOKENS
 

@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fedbasin.client.refit.regression import regress
 from fedbasin.client.refit.used_layers import read_layer_graph
-from fedbasin.client.statistics.gram import grams
 from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.accumulator import Ridge, fuse
 from fedbasin.strategies.fusion.layers import gram_layers, kronecker_layers
@@ -20,6 +19,7 @@ from fedbasin.strategies.judging.checks import check_update
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.refit import RefitLayers
+from fedbasin.strategies.statistics.gram import grams
 from fedbasin.strategies.symmetry.transform import random
 from tests.accepting import accept
 from tests.strategies.symmetry.tiny_transformers import symmetry_of

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from fedbasin.client.capture.preactivations import preactivation_moments
 from fedbasin.proto.request import Request
+from fedbasin.strategies.capture.preactivations import preactivation_moments
 from fedbasin.strategies.diagnostics.geometry import cosine
 from fedbasin.strategies.diagnostics.singular_vectors import spectral_alignment
 from fedbasin.strategies.diagnostics.variance_ratios import variance_ratios

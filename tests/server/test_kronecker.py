@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.statistics.kronecker_factors import kronecker_factors
 from fedbasin.proto.request import Request
 from fedbasin.server.run.settings import Settings, SettingsError, read_settings
 from fedbasin.strategies.fusion.accumulator import Accumulator
@@ -13,6 +12,7 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
+from fedbasin.strategies.statistics.kronecker_factors import kronecker_factors
 from tests import running, tiny
 from tests.accepting import accept
 

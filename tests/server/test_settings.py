@@ -26,6 +26,8 @@ WRONG = [
     ("robust", "mode", "choose one of median, geometric-median"),
     ("robust", 1, "string"),
     ("hostile-clients", -1, "greater than or equal to 0"),
+    ("rule", "mode", "choose one of linear, task_arithmetic"),
+    ("rule", 1, "string"),
     ("align", "both", "'auto', 'client', 'server' or 'off'"),
     ("align", True, "'auto', 'client', 'server' or 'off'"),
     ("matcher", "best", "'weights', 'sinkhorn', 'activations' or 'learned'"),

@@ -1,12 +1,14 @@
 """A base model with an adapter, whose tensors are computed when they are read."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedbasin.server.files.adapters.adapter_folder import AdapterModule, StoredAdapter
 from fedbasin.server.files.reading import ModelError, StoredModel, few
+from fedbasin.server.files.stored_symmetry import Source, executable_of
 
 
 class AppliedAdapter(Mapping[str, Tensor]):
@@ -17,10 +19,13 @@ class AppliedAdapter(Mapping[str, Tensor]):
     """
 
     def __init__(self, base: StoredModel, adapter: StoredAdapter) -> None:
+        adapter = adapter if _prefix(base, adapter) is not None else _in_stored_names(base, adapter)
         self._base, self._adapter = base, adapter
-        self._prefix = _prefix(base, adapter)
+        self._prefix = _prefix(base, adapter) or ""
         shapes = base.shapes()
         for name, module in adapter.modules.items():
+            if f"{name.removeprefix(self._prefix)}.weight" not in base and _repeats_table(module, adapter):
+                continue
             _check_shape(adapter, name, module, shapes[f"{name.removeprefix(self._prefix)}.weight"])
             if module.bias is not None and f"{name.removeprefix(self._prefix)}.bias" not in base:
                 raise ModelError(f"{adapter.path}: has a bias for {name!r}, which {base.path} has not; leave it out")
@@ -45,20 +50,46 @@ class AppliedAdapter(Mapping[str, Tensor]):
         return len(self._base)
 
 
-def _prefix(base: StoredModel, adapter: StoredAdapter) -> str:
-    """Return what the adapter's names have in front of the base's.
+def _prefix(base: StoredModel, adapter: StoredAdapter) -> str | None:
+    """Return what the adapter's names have in front of the base's; None if they are others.
 
     Files of GPT-2 and others leave out the name of the inner model, such as `transformer.`.
     """
     names = list(adapter.modules)
-    prefixes = ["", f"{names[0].partition('.')[0]}."]
+    prefixes = dict.fromkeys(["", *(f"{name.partition('.')[0]}." for name in names)])
     for prefix in prefixes:
-        if all(name.startswith(prefix) and f"{name.removeprefix(prefix)}.weight" in base for name in names):
+        if all(
+            (name.startswith(prefix) and f"{name.removeprefix(prefix)}.weight" in base)
+            or _repeats_table(module, adapter)
+            for name, module in adapter.modules.items()
+        ):
             return prefix
-    missing = [name for name in names if f"{name}.weight" not in base]
-    raise ModelError(
-        f"{adapter.path}: adapts {few(missing)}, which {base.path} does not have; give the base that it was trained on"
-    )
+    return None
+
+
+def _in_stored_names(base: StoredModel, adapter: StoredAdapter) -> StoredAdapter:
+    """Return an adapter in the names of the base's files, which a library may load under other names.
+
+    Raises:
+        ModelError: the base has no such layer.
+    """
+    names = executable_of(base, Source()).layout.whole if "model_type" in base.config else {}
+    stored = {name: file for file, name in names.items()}
+    layers = {name.removesuffix(".weight"): file.removesuffix(".weight") for name, file in stored.items()}
+    if missing := [name for name in adapter.modules if name not in layers]:
+        raise ModelError(
+            f"{adapter.path}: adapts {few(missing)}, which {base.path} does not have; give the base that it was "
+            "trained on"
+        )
+    modules = {layers[name]: module for name, module in adapter.modules.items()}
+    others = {stored.get(name, name): tensor for name, tensor in adapter.others.items()}
+    return replace(adapter, modules=modules, others=others)
+
+
+def _repeats_table(module: AdapterModule, adapter: StoredAdapter) -> bool:
+    """Return True if a head has the product of a token table, whose tensor it shares in the base."""
+    tables = (table for table in adapter.modules.values() if table.is_embedding)
+    return any(torch.equal(module.up, table.down.T) and torch.equal(module.down, table.up.T) for table in tables)
 
 
 def is_transposed(module: AdapterModule, adapter: StoredAdapter) -> bool:

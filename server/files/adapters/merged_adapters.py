@@ -8,7 +8,7 @@ ranks. A smaller rank gives the closest product of that rank. Means of factors a
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from fedbasin.server.files.adapters.adapter_folder import (
     AdapterModule,
     StoredAdapter,
     describe_difference,
+    is_adapter,
     open_adapter,
 )
 from fedbasin.server.files.merge.layer_names import depth_of, layer_counts
 from fedbasin.server.files.merge.parameters import TensorPosition, rule_arguments
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.reading import ModelError
-from fedbasin.server.files.writing import replacing
+from fedbasin.server.files.writing import refuse_existing, refuse_overlap, replacing
 from fedbasin.strategies.fusion.lora.lowrank import LowRank
 from fedbasin.strategies.fusion.rules.span import normalised
 
@@ -92,6 +93,19 @@ def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:
     return merged
 
 
+def refuse_adapter_target(sources: Iterable[Path], target: Path, *, force: bool) -> None:
+    """Refuse a target that cannot or must not be replaced by an adapter.
+
+    Raises:
+        ModelError: it overlaps a source, its folder is missing, or something other than a replaceable adapter is there.
+    """
+    for source in sources:
+        refuse_overlap(source, target)
+    refuse_existing(target, force=force)
+    if target.exists() and not is_adapter(target):
+        raise ModelError(f"{target}: holds no adapter, which --force does not replace; give another name")
+
+
 def write_adapter(adapter: StoredAdapter, target: Path, dtype: torch.dtype) -> None:
     """Write an adapter that `peft` loads, with a scale of 1 in every layer, in place of what is there.
 
@@ -101,7 +115,7 @@ def write_adapter(adapter: StoredAdapter, target: Path, dtype: torch.dtype) -> N
     tensors: dict[str, Tensor] = {}
     for name, module in adapter.modules.items():
         tensors |= {f"base_model.model.{name}.{part}": value for part, value in _parts(module).items()}
-    tensors |= {f"base_model.model.{name}": value for name, value in adapter.others.items()}
+    tensors |= {f"base_model.model.{_adapted_name(adapter, name)}": value for name, value in adapter.others.items()}
     converted = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
     try:
         with replacing(target) as part:
@@ -110,6 +124,12 @@ def write_adapter(adapter: StoredAdapter, target: Path, dtype: torch.dtype) -> N
             (part / ADAPTER_CONFIG).write_text(json.dumps(_config(adapter), indent=2), encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+
+
+def _adapted_name(adapter: StoredAdapter, name: str) -> str:
+    """Return the name that `peft` gives a tensor of the base: that of an adapted layer lies below its adapter."""
+    layer, _, tensor = name.rpartition(".")
+    return f"{layer}.base_layer.{tensor}" if layer in adapter.modules else name
 
 
 def _add(modules: Sequence[AdapterModule], name: str, weights: Sequence[float]) -> AdapterModule:

@@ -1,7 +1,5 @@
 """Stored models that can be executed: a module with the stored weights, and an input to run it on."""
 
-import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from torch.func import functional_call
 from fedbasin.server.files.library.library_inputs import example_inputs
 from fedbasin.server.files.library.library_model import architecture_of, layout_in
 from fedbasin.server.files.library.tensor_layout import ModuleState, TensorLayout, find_layout, with_copies
+from fedbasin.server.files.library.user_function import import_function
 from fedbasin.server.files.reading import ModelError, StoredModel
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.float64_execution import true_double
@@ -70,16 +69,7 @@ def from_factory(model: StoredModel, factory: str) -> ExecutableModel:
     Raises:
         ModelError: there is no such function, it returns something else, or the weights do not fit.
     """
-    module_name, _, function = factory.partition(":")
-    # Modules beside the caller can be imported, as with `python -m`.
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make_model = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(
-            f"--module {factory}: {error}; write package.module:function, importable from {Path.cwd()}"
-        ) from error
-    result = make_model()
+    result = import_function(factory, "--module")()
     module, *inputs = result if isinstance(result, tuple) else (result,)
     if not isinstance(module, nn.Module) or not all(isinstance(x, Tensor) for x in inputs):
         raise ModelError(f"--module {factory}: returns no `module, input, ...`; return a torch module and tensors")

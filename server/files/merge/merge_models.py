@@ -5,23 +5,25 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter
 from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
+from fedbasin.server.files.data.statistics_merge import merge_by_statistics
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensors
-from fedbasin.server.files.merge.plan import PlannedTensor, layer_sources, plan_merge
+from fedbasin.server.files.merge.plan import Origin, PlannedTensor, layer_sources, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, open_model
 from fedbasin.server.files.stored_symmetry import symmetry_of
-from fedbasin.server.files.writing import copy_other_files, replacing
+from fedbasin.server.files.writing import FolderFiles, copy_other_files, list_files, replacing
 from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
+from fedbasin.strategies.fusion.rules.merging_rules import RULES
 from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
@@ -29,6 +31,9 @@ from fedbasin.strategies.tensors.state import State
 # Keys of a config that hold the number of layers, by family.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+
+# In place of a path, the model that was merged by statistics.
+_MERGED = Path()
 
 # Keys of a config that say where a model comes from, not what it is.
 _PROVENANCE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
@@ -48,6 +53,7 @@ class MergeReport:
         seconds: time of reading, merging and writing.
         vocabulary: number of rows of its tables, if they were merged by token.
         alignments: reports of the searches, in their order.
+        files: what became of the files in the folder of the first model.
     """
 
     rule: str
@@ -59,6 +65,7 @@ class MergeReport:
     seconds: float
     vocabulary: int | None
     alignments: tuple[AlignmentReport, ...]
+    files: FolderFiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +77,18 @@ class PreparedMerge:
         models: the opened models, the base model or the first one first.
         states: their tensors, by token where a vocabulary was chosen.
         tokens: the vocabulary of the result, if it is not that of all models.
+        shapes: names, shapes and dtypes of their tensors.
         plan: the tensors of the result.
+        alignments: reports of the searches by which the models were aligned.
     """
 
     recipe: MergeRecipe
     models: Mapping[Path, StoredModel]
     states: Mapping[Path, State]
     tokens: TokenPlan | None
+    shapes: Mapping[Path, State]
     plan: Sequence[PlannedTensor]
+    alignments: tuple[AlignmentReport, ...] = ()
 
     @property
     def reference(self) -> StoredModel:
@@ -102,16 +113,18 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     shapes = {path: model.shapes() for path, model in models.items()}
     sizes = {path: size for path, model in models.items() if (size := _vocabulary_size(model, shapes[path]))}
     tokens = plan_tokens(list(models), recipe.vocabulary, sizes)
+    if tokens is not None and recipe.rule.statistic:
+        raise ModelError(f"tokenizer: {recipe.rule.name} runs the models, which must have the same tokens and tables")
     if recipe.align != "off":
         _check_alignment(recipe, models)
     if tokens is None:
-        return PreparedMerge(recipe, models, whole, None, plan_merge(recipe, shapes))
+        return PreparedMerge(recipe, models, whole, None, shapes, plan_merge(recipe, shapes))
     tables = frozenset(
         name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
     )
     by_token = {path: TokenState(path, whole, tokens, tables) for path in models}
     planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
-    return PreparedMerge(recipe, models, by_token, tokens, plan_merge(recipe, planned))
+    return PreparedMerge(recipe, models, by_token, tokens, planned, plan_merge(recipe, planned))
 
 
 def write_merge(
@@ -124,14 +137,18 @@ def write_merge(
         target: folder, or file where the first model is one; what is there is replaced.
         shard: largest number of bytes in one file of a folder.
         on_write: called with the size in bytes of each tensor that was written.
-        on_match: called with the number of each search when it begins.
+        on_match: called with the number of each search, and what else is computed, when it begins.
 
     Raises:
         ModelError: a tensor cannot be read or merged, or the target cannot be written.
     """
     start = time.perf_counter()
     check_copies(merge.plan, merge.states)
-    states, alignments = _align(merge, on_match)
+    merge = align_merge(merge, on_match)
+    plan, states = merge.plan, merge.states
+    if merge.recipe.rule.statistic:
+        plan = [_copied(tensor) for tensor in plan]
+        states = {_MERGED: merge_by_statistics(merge.recipe, merge.plan, merge.reference, states, on_match)}
     files = plan_files(merge.plan, _metadata(merge), shard if merge.reference.is_folder else None)
     try:
         with replacing(target) as part:
@@ -143,7 +160,7 @@ def write_merge(
                     write_tokenizer(merge.tokens, part)
             paths = [part / file.name for file in files] if merge.reference.is_folder else [part]
             with TensorWriter(files, paths) as writer:
-                merge_tensors(_in_order(merge.plan, files), states, writer, on_write)
+                merge_tensors(_in_order(plan, files), states, writer, on_write)
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
     return MergeReport(
@@ -155,7 +172,8 @@ def write_merge(
         merge.nbytes,
         time.perf_counter() - start,
         None if merge.tokens is None else merge.tokens.size,
-        tuple(alignments),
+        merge.alignments,
+        list_files(merge.reference, [m for m in merge.models.values() if m is not merge.reference], target),
     )
 
 
@@ -182,6 +200,13 @@ def _open(paths: Iterable[Path]) -> tuple[dict[Path, StoredModel], dict[Path, St
         else:
             models[path] = open_model(path)
     return models, adapters
+
+
+def _copied(tensor: PlannedTensor) -> PlannedTensor:
+    """Return the plan of a tensor that has been merged by statistics, to be written in its dtype."""
+    rule = None if tensor.rule is None else RULES["passthrough"]
+    source = (Origin(_MERGED, tensor.name),)
+    return replace(tensor, rule=rule, anchor=None, sources=source, weights=(1.0,), arguments={"scale": (1.0,)})
 
 
 def _numel(tensor: PlannedTensor) -> int:
@@ -220,9 +245,18 @@ def _two_architectures(first: StoredModel, model: StoredModel) -> str:
     return f"{model.path} and {first.path} are of two architectures: their {where}; align only models of one"
 
 
-def _align(merge: PreparedMerge, on_match: Callable[[str], None]) -> tuple[Mapping[Path, State], list[AlignmentReport]]:
+def align_merge(merge: PreparedMerge, on_match: Callable[[str], None]) -> PreparedMerge:
+    """Return a merge whose models are aligned, so that its recipe aligns no more.
+
+    Args:
+        merge: the merge.
+        on_match: called with the number of each search when it begins.
+
+    Raises:
+        ModelError: a model has entries that are not finite, or a norm that cannot be folded.
+    """
     if merge.recipe.align == "off":
-        return merge.states, []
+        return merge
     symmetry = symmetry_of(next(iter(merge.models.values())))
     folded = []
     for path, state in merge.states.items():
@@ -235,11 +269,22 @@ def _align(merge: PreparedMerge, on_match: Callable[[str], None]) -> tuple[Mappi
     numbers = itertools.count(1)
 
     def match(anchor: State, model: State) -> MatchResult:
-        on_match(f"search {next(numbers)}")
+        on_match(f"matching, search {next(numbers)}")
         return find_by_weights(symmetry, anchor, model)
 
     aligned = align_states(symmetry, folded, merge.recipe.align, match)
-    return dict(zip(merge.states, aligned.states, strict=True)), aligned.reports
+    recipe = merge.recipe.model_copy(update={"align": "off"})
+    states = dict(zip(merge.states, aligned.states, strict=True))
+    return replace(merge, recipe=recipe, states=states, alignments=tuple(aligned.reports))
+
+
+def with_recipe(merge: PreparedMerge, recipe: MergeRecipe) -> PreparedMerge:
+    """Return a merge of some of the same models by another recipe, without opening or aligning them again.
+
+    Raises:
+        ModelError: the recipe does not fit the models.
+    """
+    return replace(merge, recipe=recipe, plan=plan_merge(recipe, merge.shapes))
 
 
 def _refuse_not_finite(path: Path, state: State) -> None:

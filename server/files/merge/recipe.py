@@ -1,8 +1,9 @@
-"""Recipes of merges: YAML files with mergekit's keys and three of our own, or options of the command.
+"""Recipes of merges: YAML files with mergekit's keys and some of our own, or options of the command.
 
 merge_method: ties          base_model: BASE          models: [{model: A, parameters: {weight: 0.5}}, ...]
 slices: [{sources: [{model: A, layer_range: [0, 8]}]}]          parameters, dtype, out_dtype, tokenizer_source
 align: star | chain | tree | universe          seed: 0
+statistics: package.module:function          task: classification
 """
 
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ class MergeSource(BaseModel):
 
     model_config = _STRICT
     model: _Path
+    statistics: str | None = None
     layer_range: tuple[int, int] | None = None
     parameters: Parameters = Field(default_factory=dict)
 
@@ -66,6 +68,10 @@ class MergeRecipe(BaseModel):
     tokenizer_source: str | None = None
     tokenizer: TokenizerChoice | None = None
     align: Align = "off"
+    statistics: str | None = None
+    task: str | None = None
+    module: str | None = None
+    score: str | None = None
     seed: int = 0
     rank: int | None = Field(default=None, ge=1)
 
@@ -80,6 +86,9 @@ class MergeRecipe(BaseModel):
             raise ValueError("tokenizer, tokenizer_source: give one of the two")
         if self.slices and self.align != "off":
             raise ValueError("align: only whole models can be aligned; leave slices or align out")
+        self._check_statistics()
+        if self.rule.scored and not self.score:
+            raise ValueError(f"score: {self.merge_method} chooses models by their scores; give package.module:function")
         self._check_parameters()
         return self
 
@@ -103,6 +112,22 @@ class MergeRecipe(BaseModel):
         bases = (self.base_model, *(part.base_model for part in self.parts))
         sources = (source.model for part in self.parts for source in part.sources)
         return list(dict.fromkeys(path for path in (*bases, *sources) if path is not None))
+
+    def data_of(self, source: MergeSource) -> str | None:
+        """Return the function that gives a model's data."""
+        return source.statistics or self.statistics
+
+    def _check_statistics(self) -> None:
+        data = [self.data_of(source) for part in self.parts for source in part.sources]
+        if not self.rule.statistic and (any(data) or self.task or self.module):
+            raise ValueError(f"statistics: {self.merge_method} reads no data; leave statistics, task and module out")
+        if self.rule.statistic and self.slices:
+            raise ValueError(f"slices: {self.merge_method} runs whole models; write models in place of slices")
+        if self.rule.statistic and not all(data):
+            raise ValueError(
+                f"statistics: {self.merge_method} needs data of every model; give package.module:function, here or in "
+                "each model"
+            )
 
     def _check_parameters(self) -> None:
         sources = [source.parameters for part in self.parts for source in part.sources]

@@ -17,6 +17,7 @@ from fedbasin.strategies.fusion.rules.model_stock import model_stock
 from fedbasin.strategies.fusion.rules.moving_average import moving_average
 from fedbasin.strategies.fusion.rules.nearswap import nearswap
 from fedbasin.strategies.fusion.rules.passthrough import passthrough
+from fedbasin.strategies.fusion.rules.precision_mean import precision_mean
 from fedbasin.strategies.fusion.rules.spectral.input_subspaces import input_subspaces
 from fedbasin.strategies.fusion.rules.spectral.isotropic import isotropic
 from fedbasin.strategies.fusion.rules.spectral.task_singular_vectors import task_singular_vectors
@@ -53,6 +54,9 @@ class Rule:
         per_model: parameters of a tensor in each model, with their defaults.
         weighted: True if the rule reads weights.
         random: True if it draws random numbers, and takes a seed for each model.
+        statistic: what each model must have collected on data: Fisher information, Gram matrices, or Gram matrices of
+            what the merged layers before compute; empty for a rule of the weights alone.
+        scored: True if its models are chosen by their scores.
         ignored: names that mergekit has for its own arithmetic and memory, and that change no result here.
     """
 
@@ -65,6 +69,8 @@ class Rule:
     per_model: Defaults = field(default_factory=dict)
     weighted: bool = True
     random: bool = False
+    statistic: Literal["", "fisher", "gram", "features"] = ""
+    scored: bool = False
     ignored: frozenset[str] = frozenset()
 
     @property
@@ -99,6 +105,7 @@ RULES: Mapping[str, Rule] = {
     rule.name: rule
     for rule in (
         Rule("linear", linear, "none", shared={"normalize": True}),
+        Rule("greedy_soup", partial(linear, normalize=True), "none", weighted=False, scored=True),
         Rule("ema", moving_average, "none", shared={"decay": 0.5}),
         Rule("passthrough", passthrough, "none", most=1, per_model={"scale": 1.0}, weighted=False),
         _task_vectors("task_arithmetic", task_arithmetic, normalize=False),
@@ -122,5 +129,8 @@ RULES: Mapping[str, Rule] = {
         Rule("iso_c", isotropic, shared={"lambda": 1.0}),
         Rule("tsv_m", task_singular_vectors, shared={"lambda": 1.0}),
         Rule("wudi", input_subspaces, shared={"lambda": 1.0}),
+        Rule("fisher", precision_mean, "none", shared={"ridge": 1e-3, "normalize": True}, statistic="fisher"),
+        Rule("regmean", precision_mean, "none", shared={"ridge": 1e-3, "shrink": 1.0}, statistic="gram"),
+        Rule("regmean++", precision_mean, "none", shared={"ridge": 1e-3, "shrink": 1.0}, statistic="features"),
     )
 }

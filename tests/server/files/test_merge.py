@@ -528,3 +528,28 @@ def test_a_recipe_of_options_is_the_recipe_of_keys(models: Path) -> None:
     fedbasin("merge", write(models / "recipe.yaml", yaml.safe_dump(recipe)), "-o", "keys")
     fedbasin("merge", "a", "b", "--rule", "ties", "--anchor", "base", "-p", "density=0.3", "-o", "options")
     assert (models / "keys/model.safetensors").read_bytes() == (models / "options/model.safetensors").read_bytes()
+
+
+def test_every_file_of_the_folder_is_named_as_merged_copied_or_left(tmp_path: Path) -> None:
+    a, b = (llama(tmp_path / name, seed, "9KB") for seed, name in enumerate(("a", "b")))
+    for folder, value in ((a, 1.0), (b, 2.0)):
+        (folder / "2_Dense").mkdir()
+        (folder / "2_Dense" / "config.json").write_text("{}")
+        save_file({"linear.weight": torch.full((2, 2), value)}, folder / "2_Dense" / "model.safetensors")
+        (folder / "pytorch_model.bin").write_bytes(b"old")
+        (folder / ".cache").mkdir()
+        (folder / ".cache" / "note").write_text("hidden")
+    (a / "README.md").write_text("a")
+    arguments = ("merge", a, b, "--rule", "linear", "-o")
+    (report,) = answer(*arguments, tmp_path / "out")
+    files = report["files"]
+    names = {str(path.relative_to(a)) for path in a.rglob("*") if path.is_file()}
+    assert sorted(names) == sorted([*files["merged"], *files["copied"], *files["left"]])
+    assert {"README.md", "config.json", "2_Dense/model.safetensors"} <= set(files["copied"])
+    assert files["left"] == [".cache/note", "pytorch_model.bin"]
+    assert files["differing"] == ["2_Dense/model.safetensors"]
+    for name in files["copied"]:
+        assert (tmp_path / "out" / name).is_file()
+    shown = " ".join(fedbasin(*arguments, tmp_path / "again").stdout.split())
+    assert "not merged, though the models differ in it: '2_Dense/model.safetensors'" in shown
+    assert "left out: '.cache/note', 'pytorch_model.bin'" in shown

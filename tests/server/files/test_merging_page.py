@@ -16,13 +16,14 @@ PAGE = (Path(__file__).parents[3] / "docs" / "how-to" / "merging.md").read_text(
 
 def test_the_page_shows_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
+    source, data = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
     exec(compile(source, "merging.md", "exec"), {})
+    Path("examples.py").write_text(data)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     Path("recipe.yaml").write_text(recipe)
     shown = "".join(re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL))
     examples = re.findall(r"^\$ fedbasin (.*)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE)
-    assert len(examples) == 4
+    assert len(examples) == 7
     for command, output in examples:
         done = fedbasin(*shlex.split(command))
         assert done.exit_code == 0, done.output
@@ -30,8 +31,8 @@ def test_the_page_shows_what_the_command_says(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_page_has_every_rule_with_its_parameters_and_every_key() -> None:
-    rows = dict(re.findall(r"^\| ((?:`\w+`,? ?)+) \|(.*)\|$", PAGE, re.MULTILINE))
-    named = {rule: row for names, row in rows.items() for rule in re.findall(r"`(\w+)`", names)}
+    rows = dict(re.findall(r"^\| ((?:`[\w+]+`,? ?)+) \|(.*)\|$", PAGE, re.MULTILINE))
+    named = {rule: row for names, row in rows.items() for rule in re.findall(r"`([\w+]+)`", names)}
     assert RULES.keys() <= named.keys()
     assert MergeRecipe.model_fields.keys() <= named.keys()
     for name, rule in RULES.items():

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbasin.client.capture.feature_correlations import correlations
 from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.symmetry.transform import random
 from fedbasin.strategies.tensors.state import distance
 from tests.strategies.alignment.test_weight_matching import drawn, equal, family, near, planted, symmetry_of

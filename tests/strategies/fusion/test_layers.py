@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.client.statistics.gram import grams
 from fedbasin.strategies.fusion.layers import gram_layers, known_blocks
 from fedbasin.strategies.fusion.weighting import Statistic
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.gram import grams
 
 
 class Net(nn.Module):

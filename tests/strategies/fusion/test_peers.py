@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.client.statistics.gram import grams
 from fedbasin.strategies.fusion.accumulator import fuse
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.gram import grams
 
 W = torch.float64
 

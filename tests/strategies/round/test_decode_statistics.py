@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedbasin.client.statistics.collect import gram_statistics
+from fedbasin.client.collect import gram_statistics
 from fedbasin.proto import packing
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind, MomentKind
 from fedbasin.proto.header import STATISTICS

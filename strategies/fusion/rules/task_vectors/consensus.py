@@ -52,13 +52,10 @@ def _sum(deltas: Tensor, weights: Tensor, *, consensus: bool, normalize: bool) -
     # Masks are numbers and are multiplied: torch selects by booleans entry by entry, ten times as slowly.
     parts = deltas.mul_(weights[:, None])
     # A sum of zero counts as positive, as in the paper's code.
-    is_positive = torch.ge(parts.sum(dim=0), 0).to(parts)
-    agreed = (parts.sign() * (2 * is_positive - 1)).clamp_(min=0)
+    signs = torch.copysign(torch.ones(()).to(parts), parts.sum(dim=0))
+    agreed = (parts * signs).gt_(0)
     total = parts.mul_(agreed).sum(dim=0)
-    if not normalize:
-        return total
-    divisor = sizes @ agreed
-    return total.div_(divisor.add_(torch.eq(divisor, 0).to(divisor)))
+    return total.div_((sizes @ agreed).clamp_(min=torch.finfo(parts.dtype).tiny)) if normalize else total
 
 
 def magnitude(rows: Tensor) -> Tensor:

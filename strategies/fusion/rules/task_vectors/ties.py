@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors, magnitude
 from fedbasin.strategies.tensors.pieces import order_statistics
@@ -37,10 +38,15 @@ def ties(
     def trim(deltas: Tensor) -> Tensor:
         for delta, floor in zip(deltas, floors, strict=True):
             if floor > 0:
-                delta.mul_(delta.abs().ge_(floor))
+                # Keeps what is beyond its bound, which is the number just below the floor.
+                delta.copy_(hardshrink(delta, _just_below(floor, delta)))
         return deltas
 
     return add_task_vectors(anchor, tensors, weights, trim, consensus=True, normalize=normalize, scale=scale)
+
+
+def _just_below(floor: float, like: Tensor) -> float:
+    return float(torch.nextafter(torch.tensor(floor, dtype=like.dtype), torch.zeros((), dtype=like.dtype)))
 
 
 def smallest_kept(anchor: Tensor, tensor: Tensor, density: float) -> float:

@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from fedbasin.client.lora_names import complete_state, model_names
 from fedbasin.client.request_reader import Data, required
-from fedbasin.client.statistics.finite import check_statistic
-from fedbasin.client.statistics.fisher import diagonal_fisher
-from fedbasin.client.statistics.gram import gram_pieces
-from fedbasin.client.statistics.kronecker_factors import kronecker_factors
 from fedbasin.proto.encoding import GramForm
 from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.reply import LayerStatistic
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.compression.formats import Pieces, encode
 from fedbasin.strategies.fusion.weighting import Statistic
+from fedbasin.strategies.statistics.finite import check_statistic
+from fedbasin.strategies.statistics.fisher import diagonal_fisher, normalise
+from fedbasin.strategies.statistics.gram import gram_pieces
+from fedbasin.strategies.statistics.kronecker_factors import kronecker_factors
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
 
@@ -51,7 +51,7 @@ def collect(
     if kind is Statistic.fisher:
         fisher = diagonal_fisher(model, batches(), generator, task)
         return tuple(
-            LayerStatistic((name,), kind.name, (_normalise(check_statistic((name,), diagonal), examples).float(),))
+            LayerStatistic((name,), kind.name, (normalise(check_statistic((name,), diagonal), examples).float(),))
             for name, diagonal in fisher.items()
         )
     factors = kronecker_factors(model, batches(), generator, task)
@@ -106,16 +106,3 @@ def _grams(request: Request, model: nn.Module, batches: Data) -> dict[Block, Pie
 
 def _triangle(factor: Tensor) -> Tensor:
     return encode(factor.cpu(), GramForm(), bias=False)["values"]
-
-
-def _normalise(fisher: Tensor, examples: float) -> Tensor:
-    """Return Fisher information scaled to the mean `examples`.
-
-    A confident client's Fisher information is orders of magnitude below a hesitant client's, which says nothing about
-    whose weights are right. So the number of examples weighs clients, and Fisher information weighs entries within a
-    client.
-    """
-    mean = fisher.double().mean()
-    if not mean > 0:
-        return torch.full_like(fisher, examples)
-    return fisher * (examples / mean).to(fisher.dtype)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import drop_padding
+from fedbasin.strategies.capture.layer_calls import drop_padding
 
 Observe: TypeAlias = Callable[[str, Float[Tensor, "rows features"]], None]
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import layer_by_layer
-from fedbasin.client.capture.module_outputs import named_layers, observing
+from fedbasin.strategies.capture.layer_calls import layer_by_layer
+from fedbasin.strategies.capture.module_outputs import named_layers, observing
 from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches

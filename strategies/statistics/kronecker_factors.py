@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.strategies.fusion.layers import Layer, kronecker_layers
 from fedbasin.strategies.tasks.guess import task_of_batch
 from fedbasin.strategies.tasks.model_task import Task

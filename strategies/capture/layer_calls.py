@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fedbasin.client.capture.attention_calls import attend, is_plain
+from fedbasin.strategies.capture.attention_calls import attend, is_plain
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import tensor_names
 

@@ -12,17 +12,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
-from fedbasin.client.statistics.gram_accumulators import GramAccumulator, finish_shared, shrink_off_diagonal
-from fedbasin.client.statistics.shared_inputs import InputNumbers, SharedAccumulators
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
 from fedbasin.strategies.fusion.compression.formats import Pieces
 from fedbasin.strategies.fusion.layers import gram_layers
+from fedbasin.strategies.statistics.gram_accumulators import GramAccumulator, finish_shared, shrink_off_diagonal
+from fedbasin.strategies.statistics.shared_inputs import InputNumbers, SharedAccumulators
 from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
 
 
-def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block, Tensor]:
+def grams(
+    model: nn.Module, batches: Batches, shrink: float = 1.0, blocks: Collection[Block] | None = None
+) -> dict[Block, Tensor]:
     """Return the Gram matrices of the inputs of every linear map and every two-dimensional convolution.
 
     Keys are the names of a layer's tensors, `("fc.weight", "fc.bias")` or `("fc.weight",)`. Values are float64:
@@ -41,12 +43,13 @@ def grams(model: nn.Module, batches: Batches, shrink: float = 1.0) -> dict[Block
         model: the model, which runs in evaluation mode and is left as it was.
         batches: the client's data, read once.
         shrink: factor on the entries off the diagonal, RegMean's alpha; 1 keeps the Gram matrix as it is.
+        blocks: the layers; None for all.
 
     Raises:
         ValueError: there is no data, `shrink` is outside [0, 1], or a mask does not fit a layer's input.
     """
     _check_shrink(shrink)
-    accumulators = _accumulate(model, batches, {}, None)
+    accumulators = _accumulate(model, batches, {}, blocks)
     return finish_shared(accumulators, lambda total: shrink_off_diagonal(total.gram, shrink))
 
 

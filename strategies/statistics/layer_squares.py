@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import LayerCall, LayerCalls
-from fedbasin.client.capture.recurrent_steps import RecurrentSteps, recurrent_layers
+from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls
+from fedbasin.strategies.capture.recurrent_steps import RecurrentSteps, recurrent_layers
 from fedbasin.strategies.fusion.layers import Layer, gram_layers
 from fedbasin.strategies.fusion.update import TRANSPOSED, tensor_names
 from fedbasin.strategies.tasks.likelihoods import widen

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.client.statistics.finite import check_statistic
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.compression.formats import Pieces, decode, encode, raise_diagonal
 from fedbasin.strategies.fusion.compression.sketch import Sketch
 from fedbasin.strategies.fusion.layers import Layer
+from fedbasin.strategies.statistics.finite import check_statistic
 
 Result = TypeVar("Result")
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedbasin.client.capture.layer_calls import layer_by_layer
-from fedbasin.client.statistics.layer_squares import LayerSquares
+from fedbasin.strategies.capture.layer_calls import layer_by_layer
+from fedbasin.strategies.statistics.layer_squares import LayerSquares
 from fedbasin.strategies.tasks.guess import task_of_batch
 from fedbasin.strategies.tasks.likelihoods import widen
 from fedbasin.strategies.tasks.model_task import Task
@@ -71,6 +71,19 @@ def diagonal_fisher(
             for name, square in chain(squares.items(), _other_squares(model, task, rest, batch, scores)):
                 sums[name] += square
     return {n: s.to(widen(trained[n]).dtype) for n, s in sums.items()}
+
+
+def normalise(fisher: Tensor, examples: float) -> Tensor:
+    """Return Fisher information scaled to the mean `examples`.
+
+    A confident client's Fisher information is orders of magnitude below a hesitant client's, which says nothing about
+    whose weights are right. So the number of examples weighs clients, and Fisher information weighs entries within a
+    client.
+    """
+    mean = fisher.double().mean()
+    if not mean > 0:
+        return torch.full_like(fisher, examples)
+    return fisher * (examples / mean).to(fisher.dtype)
 
 
 def _guess(model: nn.Module, batch: Batch) -> Task:

@@ -8,8 +8,8 @@ REPAIR compares these moments (Jordan et al. 2023, arXiv 2211.08403).
 import torch
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import layer_by_layer
-from fedbasin.client.capture.module_outputs import named_layers, observing
+from fedbasin.strategies.capture.layer_calls import layer_by_layer
+from fedbasin.strategies.capture.module_outputs import named_layers, observing
 from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.diagnostics.variance_ratios import PreactivationMoments
 from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches

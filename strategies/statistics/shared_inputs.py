@@ -13,12 +13,12 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
-from fedbasin.client.capture.layer_calls import LayerCall
-from fedbasin.client.statistics.gram_accumulators import GramAccumulator, zero_accumulator
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
+from fedbasin.strategies.capture.layer_calls import LayerCall
 from fedbasin.strategies.fusion.layers import Layer
 from fedbasin.strategies.fusion.update import tensor_names
+from fedbasin.strategies.statistics.gram_accumulators import GramAccumulator, zero_accumulator
 
 
 class InputNumbers:

@@ -1,1 +1,0 @@
-"""Statistics that a client collects on its data: Gram matrices, Fisher information, Kronecker factors."""

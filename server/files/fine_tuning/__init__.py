@@ -1,0 +1,1 @@
+"""Fine-tunings of stored models: carried to another base, and extracted as adapters."""

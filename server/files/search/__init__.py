@@ -1,0 +1,1 @@
+"""Merges that are chosen by a score: candidates, soups, and coefficients by layer."""

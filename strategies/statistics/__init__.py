@@ -1,0 +1,1 @@
+"""Statistics of a model on data: Gram matrices, Fisher information, Kronecker factors."""
