@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
-from fedbasin.proto.request import PathSpec, Refit, Request
+from fedbasin.proto.request import TRIAL, PathSpec, Refit, Request
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import replace_statistics
 from fedbasin.strategies.fusion.head import Evidence, closed_form
@@ -43,6 +43,7 @@ class RefitLayers:
         *,
         encodings: Mapping[Block, Encoding] | None = None,
         accumulate: Accumulate = Accumulator.zero,
+        holds_out: bool = False,
     ) -> None:
         """Compose the stage.
 
@@ -53,8 +54,9 @@ class RefitLayers:
             share: share of the solution in the fitted layers; the rest stays as the model so far has it.
             encodings: forms in which clients send their sums; those of other layers are ignored.
             accumulate: makes an accumulator of the clients.
+            holds_out: whether clients leave out the examples on which the fitted model will be judged.
         """
-        self.request = _request(self.stage, refit, encodings)
+        self.request = _request(self.stage, refit, encodings, keep=holds_out)
         self._ridge = Ridge(strength, "anchor")
         self._share = share
         self._sums = _Sums(model, refit, accumulate)
@@ -87,6 +89,7 @@ class RefitHead:
         *,
         encodings: Mapping[Block, Encoding] | None = None,
         accumulate: Accumulate = Accumulator.zero,
+        holds_out: bool = False,
     ) -> None:
         """Compose the stage.
 
@@ -96,8 +99,9 @@ class RefitHead:
             ridge: the regulariser.
             encodings: forms in which clients send their sums; those of other layers are ignored.
             accumulate: makes an accumulator of the clients.
+            holds_out: whether clients leave out the examples on which the fitted model will be judged.
         """
-        self.request = _request(self.stage, refit, encodings)
+        self.request = _request(self.stage, refit, encodings, keep=holds_out)
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
 
@@ -150,9 +154,9 @@ class _Sums:
         return self._accumulator.finalize(zero, ridge)
 
 
-def _request(stage: str, refit: Refit, encodings: Mapping[Block, Encoding] | None) -> Request:
+def _request(stage: str, refit: Refit, encodings: Mapping[Block, Encoding] | None, *, keep: bool) -> Request:
     chosen = {block: encoding for block, encoding in (encodings or {}).items() if block in refit.blocks}
-    return Request(stage, refit=refit, encodings=chosen)
+    return Request(stage, refit=refit, encodings=chosen, keep=keep)
 
 
 class ProbePath:
@@ -186,3 +190,23 @@ class ProbePath:
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)
+
+
+class Trial(ProbePath):
+    """A stage in which clients take their first local steps from two models, which nobody keeps.
+
+    Only sums come back: of the loss and of the number of correct examples, before and after the steps, at the fused
+    model and at the end of the path.
+    """
+
+    stage = TRIAL
+
+    def __init__(self, model: State, sequence: int, path: PathSpec) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the refitted model, in which the stage ends.
+            sequence: number of the last piece of it.
+            path: the path whose end is compared with the fused model.
+        """
+        super().__init__(model, sequence, path, points=2)
