@@ -24,8 +24,8 @@ from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batches, forward, in_mode, read_batches
 from fedbasin.strategies.tensors.state import State
 
-# Steps of a trial: a learning rate that is too large for a model shows within them, also with momentum.
-MOST_STEPS = 10
+# Steps of a trial, as a part of the app's own and at most: a head that is too large for a learning rate shows at once.
+_PART, MOST_STEPS = 4, 10
 
 # The loss of an example that stands for any larger one, and for one that is not a number.
 _LARGEST_LOSS = 1e30
@@ -119,7 +119,7 @@ def _after_steps(
         # What the app draws must not depend on a trial.
         with torch.random.fork_rng(), in_mode(model, training=True), torch.enable_grad():
             torch.manual_seed(seed % 2**63)
-            for batch in islice(batches, min(optimizer.steps, MOST_STEPS)):
+            for batch in islice(batches, min(max(1, optimizer.steps // _PART), MOST_STEPS)):
                 stepping.zero_grad()
                 task.losses(forward(model, batch), batch).mean().backward()
                 stepping.step()
@@ -129,7 +129,7 @@ def _after_steps(
 def _losses(scores: list[Score]) -> tuple[float, ...]:
     limit = [_LARGEST_LOSS * score.examples for score in scores]
     return tuple(
-        score.loss if score.loss < most else most  # a loss that is not a number is not below
+        min(most, score.loss)  # a loss that is not a number is not below
         for score, most in zip(scores, limit, strict=True)
     )
 

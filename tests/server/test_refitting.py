@@ -33,8 +33,8 @@ STAGES = {
     "regmean++": ["fuse", "fit", "fit"],
     "features": ["fuse", "fit", "fit"],
     "head": ["fuse", "head"],
-    "auto": ["fuse", "fit", "head", "probe", "probe"],
-    "auto-head": ["fuse", "head", "probe", "probe"],
+    "auto": ["fuse", "fit", "head", "probe", "probe", "trial"],
+    "auto-head": ["fuse", "head", "probe", "probe", "trial"],
     "features-head": ["fuse", "fit", "head"],
 }
 FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
