@@ -19,6 +19,9 @@ from fedbasin.strategies.round.refit import ProbePath
 # Rounds without a comparison after one in which closed forms did not pay; doubled each time, up to the second number.
 _PAUSE, _LONGEST_PAUSE = 1, 16
 
+# A loss that is this multiple of another is higher, whoever has measured the two.
+_MULTIPLE = 2.0
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -77,9 +80,10 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
     Args:
         choice: the choice among this round's models.
         earlier: the choice of the round before; None where its model was not compared.
-        same_clients: whether the same clients judged both. Losses on the examples of others say nothing.
+        same_clients: whether the same clients judged both. Losses on the examples of others say nothing, unless one is
+            a multiple of the other.
     """
-    if earlier is None or not same_clients:
+    if earlier is None or not (same_clients or _MULTIPLE * earlier.loss < choice.loss):
         return choice
     model = Candidate(0.0, choice.loss, choice.accuracy)
     was = Candidate(0.0, earlier.loss, earlier.accuracy)
