@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from flwr.app import Context
 from torch import Tensor, nn
 
-from fedbasin.client.capture.batchnorm_statistics import measuring
+from fedbasin.client.capture.batchnorm_statistics import measure_anew, measuring
 from fedbasin.client.client_state import fused_pieces, local_optimizer, round_start, sent_reply
 from fedbasin.client.held_out import DataPart
 from fedbasin.client.measure import path_sums
@@ -72,6 +72,8 @@ def refit_reply(
     if refit.blocks:
         fitted = fitting if request.keep else batches
         statistics, measured = _fit(request, refit, sent.parameters, fused, model, fitted, task)
+    elif refit.norms:
+        measured = measure_anew(model, fused, refit.norms, batches())
     path: PathSums | None = None
     if request.path_points and refit.path is not None:
         ends = path_ends(refit.path, round_start(context), _merge(pieces[:1], model), fused)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import Block
+from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.request import TRIAL, PathSpec, Refit, Request
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import replace_statistics
@@ -73,6 +73,39 @@ class RefitLayers:
         step = self._sums.solve(self._ridge)
         solution = {name: model[name] + change for name, change in step.items()}
         return self._sums.restated({**model, **interpolate(model, solution, self._share)})
+
+
+class MeasureNorms:
+    """A stage that measures the running statistics of a fused model anew, and changes nothing else.
+
+    Models from independent initialisations that are aligned and mixed have units of a smaller variance than each of
+    them, and pooled statistics are those of none (Jordan et al. 2023 (REPAIR), arXiv 2211.08403).
+    """
+
+    stage = "measure"
+    layer_graph = None
+
+    def __init__(self, model: State, norms: tuple[BatchNorm, ...], accumulate: Accumulate = Accumulator.zero) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the fused model.
+            norms: its BatchNorm layers.
+            accumulate: makes an accumulator of the clients.
+        """
+        refit = Refit(norms=norms)
+        self.request = _request(self.stage, refit, None, keep=False)
+        self._sums = _Sums(model, refit, accumulate)
+
+    def check(self, update: Update) -> tuple[Update, None]:
+        self._sums.check(update)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        self._sums.add(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        return {**self._sums.model, **self._sums.measured}
 
 
 class RefitHead:
@@ -140,8 +173,12 @@ class _Sums:
 
     def restated(self, fitted: State) -> dict[str, Tensor]:
         """Return the fitted model with the running statistics that the clients have measured."""
-        measured = self._statistics.finalize(self._measured)
-        return replace_statistics(fitted, measured, self._norms)
+        return replace_statistics(fitted, self.measured, self._norms)
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """The running statistics that the clients have measured."""
+        return self._statistics.finalize(self._measured)
 
     @property
     def of_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:

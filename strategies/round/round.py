@@ -1,6 +1,6 @@
 """One round of federated learning, from the global model to the next one.
 
-    [bootstrap] -> fuse -> [merge in pairs | refit layer by layer -> head -> probe -> trial]
+    [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [refit layer by layer -> head -> probe -> trial]
 
 A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
 message, no clock and no client. The loop around it (sampling, deadline, quorum, retry, checks, server optimizer,
@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import Block, LayerGraph
+from fedbasin.proto.layer_graph import BatchNorm, Block, LayerGraph
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -28,7 +28,7 @@ from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
 from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.choice import best_candidate, candidates, is_trainable
 from fedbasin.strategies.round.path_ends import path_ends
-from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers, Trial
+from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, Trial
 from fedbasin.strategies.round.stage import Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -71,6 +71,7 @@ class RoundStages:
         bootstrap: makes the search for an anchor; None where the global model is one.
         bootstrap_one_by_one: whether the clients are asked one after the other, until one replies.
         merge: merges models in pairs after training; None where the sum is the merge.
+        norms: the BatchNorm layers whose running statistics are measured anew on the fused model.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
         accumulate: makes the accumulator of a stage that fits layers.
@@ -80,6 +81,7 @@ class RoundStages:
     bootstrap: Callable[[State], Stage] | None = None
     bootstrap_one_by_one: bool = False
     merge: MergeInPairs | None = None
+    norms: tuple[BatchNorm, ...] = ()
     grouping: Grouping = "layer"
     encode: Encode | None = None
     accumulate: Accumulate = Accumulator.zero
@@ -101,8 +103,12 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
     fused = yield StagePlan(partial(stages.fuse, anchor), anchor, trains=True)
     if stages.merge is not None:
         merged = yield from stages.merge(fused.nodes, anchor)
-        return RoundResult(fused.model if merged is None else merged)
-    if recipe.refit is None:
+        fused = fused if merged is None else replace(fused, model=merged)
+    if stages.norms:
+        measure = partial(MeasureNorms, fused.model, stages.norms, stages.accumulate)
+        measured = yield StagePlan(measure, fused.model, fused.nodes, may_fail=True)
+        fused = replace(fused, model=measured.model)
+    if recipe.refit is None or stages.merge is not None:
         return RoundResult(fused.model)
     outcome = yield from _refit(anchor, fused, recipe.refit, stages)
     return replace(outcome, left_out=left_out(recipe.refit, fused.layer_graph))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedbasin.client.capture.batchnorm_statistics import find_norms, measuring
+from fedbasin.client.capture.batchnorm_statistics import measuring
 from fedbasin.proto.layer_graph import BatchNorm
+from fedbasin.strategies.fusion.batchnorm import find_norms
 
 
 class Net(nn.Module):
