@@ -7,6 +7,7 @@ replies that it has lost its model.
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from fedbasin.client.refit.local_steps import LocalOptimizer
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import Request
 from fedbasin.strategies.tensors.state import State
@@ -15,6 +16,7 @@ _PREFIX = "fedbasin."
 _TRAINED = f"{_PREFIX}trained"
 _SENT = f"{_PREFIX}sent"
 _START = f"{_PREFIX}start"
+_OPTIMIZER = f"{_PREFIX}optimizer"
 _PIECE = f"{_PREFIX}fused-"
 
 
@@ -27,6 +29,17 @@ def keep_trained(context: Context, request: Request, reply: Reply) -> None:
 def trained_reply(context: Context, request: Request) -> Reply | None:
     """Return the model trained in the request's round and its metrics, or None where it was not kept."""
     return _reply(context, _TRAINED, request)
+
+
+def keep_optimizer(context: Context, optimizer: LocalOptimizer) -> None:
+    """Keep what is known of the optimizer of the app's own training."""
+    context.state[_OPTIMIZER] = ConfigRecord({"optimizer": optimizer.to_json()})
+
+
+def local_optimizer(context: Context) -> LocalOptimizer:
+    """Return what is known of the optimizer of the app's own training in this round."""
+    record = context.state.get(_OPTIMIZER)
+    return LocalOptimizer.from_json(str(record["optimizer"])) if isinstance(record, ConfigRecord) else LocalOptimizer()
 
 
 def keep_sent(context: Context, request: Request, content: RecordDict) -> None:

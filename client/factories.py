@@ -61,6 +61,22 @@ def data_factory(data: Factory[Batches] | Batches, keyword: str = "data") -> Cal
     return lambda _context: batches
 
 
+def held_out_share(held_out: object) -> float | None:
+    """Return the share of the data that is held out; None where batches are given.
+
+    Raises:
+        ValueError: the share is not at least 0 and below 1.
+    """
+    if isinstance(held_out, bool) or not isinstance(held_out, int | float):
+        return None
+    if not 0 <= held_out < 1:
+        raise ValueError(
+            f"held_out={held_out}: a share is at least 0 and below 1; pass 0 to compare models by the training data, "
+            "or batches"
+        )
+    return float(held_out)
+
+
 def _of_context(make: Callable[..., Made], keyword: str) -> Callable[[Context], Made]:
     """Return `make` as a function of the context; its signature decides whether it receives the context."""
     name = getattr(make, "__name__", type(make).__name__)

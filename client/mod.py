@@ -9,6 +9,7 @@ out it aligns the model that the app has trained, collects statistics on it and 
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias
@@ -20,6 +21,7 @@ from fedbasin.client.app_task import AppTask
 from fedbasin.client.client_state import (
     forget,
     keep_fused,
+    keep_optimizer,
     keep_sent,
     keep_start,
     keep_trained,
@@ -27,9 +29,10 @@ from fedbasin.client.client_state import (
     trained_reply,
 )
 from fedbasin.client.data_check import check_data, needs_data
-from fedbasin.client.factories import Factory, data_factory, model_factory
+from fedbasin.client.factories import Factory, data_factory, held_out_share, model_factory
 from fedbasin.client.lora_names import model_names
 from fedbasin.client.measure import measure_fused
+from fedbasin.client.refit.local_steps import seeing_optimizer
 from fedbasin.client.refit.refit_reply import refit_reply
 from fedbasin.client.reply_builder import build_reply, read_weight
 from fedbasin.client.request_reader import Data, read_request
@@ -54,7 +57,7 @@ class AppReplyError(ValueError):
 def basin(
     model: Factory[nn.Module],
     data: Factory[Batches] | Batches | None = None,
-    held_out: Factory[Batches] | Batches | None = None,
+    held_out: Factory[Batches] | Batches | float = 0.1,
     task: Task | str | None = None,
 ) -> Mod:
     """Return the mod that makes an app a client of fedbasin.
@@ -68,9 +71,9 @@ def basin(
         data: the client's training batches, or a function that makes them for every pass: `(inputs, targets)`, with a
             padding mask as third, or dictionaries as in Flower's quickstart. Required for Fisher information, Gram
             matrices, refits and barriers.
-        held_out: batches that the client does not train on, as a tenth of its examples, by which the recipe `auto`
-            compares models. None compares by the training data, on which a model that has memorised it looks better
-            than it is.
+        held_out: batches that the client does not train on, by which the recipe `auto` compares models; or a share of
+            `data` that no layer is fitted to, at most 1000 examples of it. 0 compares by all training data, on which a
+            model that has memorised it looks better than it is.
         task: what outputs and targets mean: `classification`, `tokens`, `pixels`, `language-modelling`, `multi-label`,
             `regression`, or `Task.of_loss(loss, draw)`. None takes what the first batch shows, and refuses before
             training what it leaves open.
@@ -82,7 +85,8 @@ def basin(
     make_model = model_factory(model)
     make_data = None if data is None else data_factory(data)
     app_task = AppTask(None if task is None else task_of(task))
-    make_held_out = make_data if held_out is None else data_factory(held_out, "held_out")
+    share = held_out_share(held_out)
+    make_held_out = None if share is not None else data_factory(held_out, "held_out")  # type: ignore[arg-type]
 
     def mod(message: Message, context: Context, call_next: Next) -> Message:
         if not has_header(message.content):
@@ -92,7 +96,7 @@ def basin(
         task = app_task.resolve(request, make_model, context, batches)
         if request.refit is not None:
             keep_fused(context, request, message.content)
-            probed = make_held_out and partial(make_held_out, context)
+            probed = partial(make_held_out, context) if make_held_out else share or 0.0
             try:
                 reply = refit_reply(request, request.refit, context, make_model(context), batches, probed, task)
             except Refusal as refusal:
@@ -159,10 +163,13 @@ def _train_once(
     if scales and start is None:
         start = to_scales(request.anchor, scales, _trained_factor(request))
     message.content = _app_content(request, message.content, start)
-    reply = call_next(message, context)
+    with seeing_optimizer() if request.layer_graph else nullcontext() as optimizer:
+        reply = call_next(message, context)
     if reply.has_error():
         return reply
     app = _read_app_reply(request, reply.content, scales)
+    if optimizer is not None:
+        keep_optimizer(context, optimizer)
     if request.keep:
         keep_trained(context, request, app)
     return app

@@ -1017,6 +1017,58 @@ class Incident(_message.Message):
 Global___Incident: _TypeAlias = Incident  # noqa: Y015
 
 @_typing.final
+class Choice(_message.Message):
+    """Which of a round's models is served, and which is trained on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVED_FIELD_NUMBER: _builtins.int
+    SERVED_ROUND_FIELD_NUMBER: _builtins.int
+    TRAINED_ON_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    AVERAGE_LOSS_FIELD_NUMBER: _builtins.int
+    AVERAGE_ACCURACY_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    served: _builtins.str
+    served_round: _builtins.int
+    trained_on: _builtins.str
+    loss: _builtins.float
+    accuracy: _builtins.float
+    average_loss: _builtins.float
+    average_accuracy: _builtins.float
+    examples: _builtins.float
+    pause: _builtins.int
+    def __init__(
+        self,
+        *,
+        served: _builtins.str = ...,
+        served_round: _builtins.int = ...,
+        trained_on: _builtins.str = ...,
+        loss: _builtins.float = ...,
+        accuracy: _builtins.float | None = ...,
+        average_loss: _builtins.float = ...,
+        average_accuracy: _builtins.float | None = ...,
+        examples: _builtins.float = ...,
+        pause: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_average_accuracy", b"_average_accuracy", "accuracy", b"accuracy", "average_accuracy", b"average_accuracy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_average_accuracy", b"_average_accuracy", "accuracy", b"accuracy", "average_accuracy", b"average_accuracy", "average_loss", b"average_loss", "examples", b"examples", "loss", b"loss", "pause", b"pause", "served", b"served", "served_round", b"served_round", "trained_on", b"trained_on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accuracy: _TypeAlias = _typing.Literal["accuracy"]  # noqa: Y015
+    _WhichOneofArgType__accuracy: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy"]  # noqa: Y015
+    _WhichOneofReturnType__average_accuracy: _TypeAlias = _typing.Literal["average_accuracy"]  # noqa: Y015
+    _WhichOneofArgType__average_accuracy: _TypeAlias = _typing.Literal["_average_accuracy", b"_average_accuracy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accuracy) -> _WhichOneofReturnType__accuracy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__average_accuracy) -> _WhichOneofReturnType__average_accuracy | None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
+
+@_typing.final
 class RoundReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1101,6 +1153,7 @@ class RoundReport(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     INCIDENTS_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
@@ -1133,6 +1186,8 @@ class RoundReport(_message.Message):
     def server_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
     def incidents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incident]: ...
+    @_builtins.property
+    def choice(self) -> Global___Choice: ...
     def __init__(
         self,
         *,
@@ -1157,10 +1212,11 @@ class RoundReport(_message.Message):
         last: _builtins.bool = ...,
         problem: _builtins.str = ...,
         incidents: _abc.Iterable[Global___Incident] | None = ...,
+        choice: Global___Choice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "fused_path", b"fused_path", "path", b"path", "probe", b"probe", "update_cosines", b"update_cosines"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finished", b"finished", "fused_path", b"fused_path", "path", b"path", "probe", b"probe", "update_cosines", b"update_cosines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate_metrics", b"evaluate_metrics", "finished", b"finished", "fused_path", b"fused_path", "incidents", b"incidents", "last", b"last", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "server_metrics", b"server_metrics", "stages", b"stages", "train_metrics", b"train_metrics", "update_cosines", b"update_cosines", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "evaluate_metrics", b"evaluate_metrics", "finished", b"finished", "fused_path", b"fused_path", "incidents", b"incidents", "last", b"last", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "server_metrics", b"server_metrics", "stages", b"stages", "train_metrics", b"train_metrics", "update_cosines", b"update_cosines", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -326,6 +326,43 @@ class Incident:
     detail: str
 
 
+class Origin(Enum):
+    """The origin of a model that a round serves or trains on."""
+
+    average = "the mean of the clients' models"
+    fitted = "a point between the mean and the model with fitted layers, or beyond"
+    kept = "the model of an earlier round, which no model of this round matches"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The models that a round has chosen: the one that is served, and the one that the next round trains on.
+
+    Losses and accuracies are means over examples that no layer was fitted to.
+
+    Attributes:
+        served: name of an `Origin`.
+        served_round: number of the round that the served model is of.
+        trained_on: name of an `Origin`.
+        loss: loss of the served model.
+        accuracy: its accuracy; None where the task has no right and wrong.
+        average_loss: loss of the mean of this round's clients' models.
+        average_accuracy: its accuracy.
+        examples: number of examples of the comparison.
+        pause: number of rounds without a comparison that follow.
+    """
+
+    served: str
+    served_round: int
+    trained_on: str
+    loss: float
+    accuracy: float | None = None
+    average_loss: float = 0.0
+    average_accuracy: float | None = None
+    examples: float = 0.0
+    pause: int = 0
+
+
 @dataclass(frozen=True)
 class RoundReport:
     """One round of a run.
@@ -346,11 +383,12 @@ class RoundReport:
         train_metrics: means of the metrics of the clients' training, weighted.
         evaluate_metrics: means of the metrics of the clients' evaluation of the new global model, weighted.
         server_metrics: metrics of the server's own evaluation of the new global model.
-        model_digest: SHA-256 of the new global model.
+        model_digest: SHA-256 of the served model.
         peak_rss_bytes: peak memory of the ServerApp's process.
         last: whether this is the last round of the run.
         problem: why the run ended in this round without a new model; empty where the round succeeded.
         incidents: what the guard has seen.
+        choice: which of its models the round serves and trains on; None where it has one model for both.
         schema_version: version of the format.
     """
 
@@ -374,6 +412,7 @@ class RoundReport:
     last: bool = False
     problem: str = ""
     incidents: tuple[Incident, ...] = ()
+    choice: Choice | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

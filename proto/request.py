@@ -27,6 +27,9 @@ FROZEN_KEY = "frozen-factor"
 # The stage before the first round: the mod alone answers, that it is there and can read its data.
 CHECK = "check"
 
+# The stage in which clients take their first local steps from two models, and send losses alone.
+TRIAL = "trial"
+
 
 class Start(Enum):
     """The point where a client's training begins."""
@@ -41,7 +44,7 @@ class PathSpec:
 
     Attributes:
         mix: share of the refitted model in a point of the line from the fused to the refitted model.
-        extrapolate: 0 for that line itself; otherwise the path runs from the global model through the point at
+        extrapolate: 0 for that line itself, up to the point at `mix`; otherwise the path runs from the global model through the point at
             `mix`, to this multiple of its distance.
     """
 
@@ -94,7 +97,8 @@ class Request:
         path_points: points of the path from the sent model to the client's at which the client evaluates the loss.
         probe_bound: largest draw of this round with which a client still evaluates the path; None for all clients.
         layer_graph: whether the client reports the layers of the model in the order of use.
-        keep: whether another stage of this round follows, for which the client keeps its model.
+        keep: whether another stage of this round follows, for which the client keeps its model; of a fit, the examples
+            on which the fitted model will be judged.
         refit: layers to fit; nothing is trained then.
         merged_examples: examples behind the anchor, with which the model will be merged; 0 where unknown.
         moving: a merged model that the client aligns in place of its own; empty for none.

@@ -66,32 +66,20 @@ LoraFusion: TypeAlias = LoraFactors | LoraProducts | LoraAlternating
 
 
 @dataclass(frozen=True)
-class HandOver:
-    """A change to another recipe, for good, once refitting no longer pays.
-
-    Attributes:
-        threshold: least fraction of the fused model's loss that refitting must remove for the recipe to stay.
-        recipe: recipe that takes over.
-    """
-
-    threshold: float
-    recipe: "Recipe"
-
-
-@dataclass(frozen=True)
 class LossProbe:
     """A line search on the clients' losses between the fused and the refitted model.
 
+    The best point is served. The next round trains on it where the clients' own first steps from there lower its loss,
+    and on the fused model elsewhere.
+
     Attributes:
-        points: number of points that clients evaluate on each line; the best of them is the round's model.
+        points: number of points that clients evaluate on each line.
         extrapolate: length of a second line, from the global model through the best point of the first, in multiples
             of the distance to that point; 0 leaves it out.
-        hand_over: recipe that takes over once the best point is not much better than the fused model.
     """
 
     points: int
     extrapolate: float = 0.0
-    hand_over: HandOver | None = None
 
 
 @dataclass(frozen=True)
@@ -177,9 +165,14 @@ class Recipe:
         return isinstance(self.weighting, GramWeighting)
 
     @property
-    def hand_over(self) -> HandOver | None:
-        """The condition on which another recipe takes over."""
-        return self.refit.probe.hand_over if self.refit and self.refit.probe else None
+    def probe(self) -> LossProbe | None:
+        """The search that compares the fused and the refitted model; None for recipes that take one of them."""
+        return self.refit.probe if self.refit else None
+
+    @property
+    def averaging(self) -> "Recipe":
+        """The recipe without its refit."""
+        return replace(self, refit=None)
 
     def override(
         self,
@@ -190,7 +183,7 @@ class Recipe:
         robust: RobustRule | None = None,
         rule: FederatedRule | None = None,
     ) -> "Recipe":
-        """Return the recipe with a run's settings, also in the recipe that it hands over to.
+        """Return the recipe with a run's settings.
 
         Args:
             server_optimizer: replaces the recipe's; None keeps it.
@@ -213,13 +206,6 @@ class Recipe:
             refit = replace(refit, ridge=ridge)
         elif ridge and refit is not None and self.weighting is None:
             refit = replace(refit, head=Ridge(ridge, "anchor"))
-        # A run's settings hold for its whole length, so they also apply after a hand-over.
-        if refit is not None and refit.probe is not None and self.hand_over is not None:
-            successor = self.hand_over.recipe.override(
-                server_optimizer=server_optimizer, ridge=ridge, shrink=shrink, robust=robust
-            )
-            hand_over = replace(self.hand_over, recipe=successor)
-            refit = replace(refit, probe=replace(refit.probe, hand_over=hand_over))
         optimizer = server_optimizer or self.server_optimizer
         return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule)
 
@@ -287,16 +273,14 @@ class Recipe:
             )
 
 
-_FEDAVGM = Recipe("fedavgm", server_optimizer=Momentum(0.7))
-# Closed forms start far ahead and then stop improving, while averaging with momentum goes on: hence the hand-over.
-_PROBE = LossProbe(5, extrapolate=2.0, hand_over=HandOver(0.1, _FEDAVGM))
+_PROBE = LossProbe(5, extrapolate=2.0)
 _HALF_FEATURES = LayerRefit(Target.features, ridge=1e-1, fraction=0.5, head=Evidence())
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("fedavg"),
-        _FEDAVGM,
+        Recipe("fedavgm", server_optimizer=Momentum(0.7)),
         Recipe("fisher", FisherWeighting(Ridge(1e-3))),
         Recipe("kfac", KroneckerWeighting(Ridge(1e-3))),
         Recipe("regmean", GramWeighting(Ridge(1e-3))),

@@ -52,12 +52,12 @@ def make_app(mods=None, train_mods=None):
         app.trained.append((context.node_id, server_round))
         model, (inputs, targets) = net(), examples(context)
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
         for _ in range(3):
-            model.zero_grad()
+            optimizer.zero_grad()
             loss = cross_entropy(model(inputs), targets)
             loss.backward()
-            for parameter in model.parameters():
-                parameter.data -= 0.3 * parameter.grad
+            optimizer.step()
         metrics = MetricRecord({"loss": loss.item(), "num-examples": len(targets)})
         content = {"model": ArrayRecord(model.state_dict()), "metrics": metrics}
         return Message(RecordDict(content), reply_to=message)

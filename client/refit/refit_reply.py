@@ -9,18 +9,21 @@ from collections.abc import Mapping, Sequence
 from flwr.app import Context
 from torch import Tensor, nn
 
-from fedbasin.client.client_state import fused_pieces, round_start, sent_reply
+from fedbasin.client.client_state import fused_pieces, local_optimizer, round_start, sent_reply
 from fedbasin.client.collect import gram_statistics
+from fedbasin.client.held_out import DataPart
 from fedbasin.client.measure import path_sums
 from fedbasin.client.refit.head_sums import head_equations
+from fedbasin.client.refit.local_steps import trial
 from fedbasin.client.refit.regression import NormalEquations, load, regress, select_layers
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.reply import LayerStatistic, Reply
 from fedbasin.proto.report import PathSums
-from fedbasin.proto.request import Refit, Request
-from fedbasin.strategies.capture.batchnorm_statistics import measuring
+from fedbasin.proto.request import TRIAL, Refit, Request
+from fedbasin.strategies.capture.batchnorm_statistics import measure_anew, measuring
+from fedbasin.strategies.diagnostics.barrier import grid
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.fusion.compression.formats import encode_cross_moment
 from fedbasin.strategies.recipes import Target
@@ -39,10 +42,10 @@ def refit_reply(
     context: Context,
     model: nn.Module,
     data: Data | None,
-    held_out: Data | None = None,
+    held_out: Data | float = 0.0,
     task: Task | None = None,
 ) -> Reply:
-    """Build the reply to a refit: sums over the client's own examples, and the loss along a path.
+    """Build the reply to a refit: sums over the client's own examples, and losses of models.
 
     Args:
         request: the request.
@@ -50,7 +53,8 @@ def refit_reply(
         context: context with the models that the client kept, including the piece that came with the request.
         model: module that runs the states; its tensors are replaced.
         data: gives the client's own batches, anew at every call.
-        held_out: gives the batches on which models are compared.
+        held_out: gives the batches on which models are compared; or the share of the client's own that no layer is
+            fitted to.
         task: the task; None takes the one that the first batch shows.
 
     Raises:
@@ -60,17 +64,27 @@ def refit_reply(
     if sent is None or sent.parameters is None or not pieces:
         return Reply(request.round, request.stage, request.anchor_digest, lost=True)
     batches = required(data, "a refit")
+    fitting, judging = _parts(batches, held_out)
     fused = _merge(pieces, model)
     # Nothing is forgotten yet: the server repeats a stage to which too few clients could reply.
     measured: State | None = None
     statistics: tuple[LayerStatistic, ...] = ()
     if refit.blocks:
-        statistics, measured = _fit(request, refit, sent.parameters, fused, model, batches, task)
+        fitted = fitting if request.keep else batches
+        statistics, measured = _fit(request, refit, sent.parameters, fused, model, fitted, task)
+    elif refit.norms:
+        measured = measure_anew(model, fused, refit.norms, batches())
     path: PathSums | None = None
     if request.path_points and refit.path is not None:
         ends = path_ends(refit.path, round_start(context), _merge(pieces[:1], model), fused)
-        probed = required(held_out, "a path")()
-        path = path_sums(path_losses(model, *ends, probed, request.path_points, task))
+        if next(iter(judging()), None) is None:
+            path = _without_examples(request.path_points)
+        elif request.stage == TRIAL:
+            task = task or guess_task(model, batches())
+            optimizer = local_optimizer(context)
+            path = trial(model, ends, fitting(), judging(), optimizer, request.seed, task)
+        else:
+            path = path_sums(path_losses(model, *ends, judging(), request.path_points, task))
     return Reply(
         request.round,
         request.stage,
@@ -80,6 +94,24 @@ def refit_reply(
         path=path,
         examples=sent.examples,
     )
+
+
+def _parts(batches: Data, held_out: Data | float) -> tuple[Data, Data]:
+    """Return the batches that layers are fitted to, and those on which models are compared."""
+    if not isinstance(held_out, float):
+        return batches, held_out
+    if not held_out:
+        return batches, batches
+    return (
+        lambda: DataPart(batches(), held_out, is_held_out=False),
+        lambda: DataPart(batches(), held_out, is_held_out=True),
+    )
+
+
+def _without_examples(count: int) -> PathSums:
+    """Return the sums of a client none of whose few examples is held out."""
+    points, zeros = grid(count), (0.0,) * count
+    return PathSums(points, zeros, zeros, zeros, zeros, 0.0, clients=1)
 
 
 def _fit(

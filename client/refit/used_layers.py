@@ -8,8 +8,8 @@ from torch import nn
 from fedbasin.client.refit.head_path import HeadPaths
 from fedbasin.client.refit.head_sums import head_layer
 from fedbasin.proto.layer_graph import LayerGraph
-from fedbasin.strategies.capture.batchnorm_statistics import find_norms
 from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls, layer_by_layer
+from fedbasin.strategies.fusion.batchnorm import find_norms
 from fedbasin.strategies.fusion.layers import gram_layers
 from fedbasin.strategies.tasks.guess import task_of_batch
 from fedbasin.strategies.tasks.model_task import Task

@@ -11,7 +11,7 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from fedbasin.proto.layer_graph import Block
+from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.request import Request, Start
 from fedbasin.server.exchange.stage_attempt import StageLimits
 from fedbasin.server.run.model_arrays import array_names, state_of
@@ -19,6 +19,7 @@ from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.batchnorm import find_norms
 from fedbasin.strategies.fusion.compression.budget import BudgetError
 from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
@@ -56,6 +57,7 @@ class Composition:
         ties: by name, the first name of the same tensor.
         array_names: by the model's names, the names of arrays that are called otherwise.
         score_fn: scores a model, lower is better; for `bootstrap = "best"`.
+        norms: the BatchNorm layers of the model.
     """
 
     settings: Settings
@@ -67,6 +69,7 @@ class Composition:
     ties: Mapping[str, str] | None = None
     array_names: Mapping[str, str] | None = None
     score_fn: ScoreFn | None = None
+    norms: tuple[BatchNorm, ...] = ()
 
     @property
     def limits(self) -> StageLimits:
@@ -124,6 +127,7 @@ class Composition:
             bootstrap=bootstrap,
             bootstrap_one_by_one=settings.bootstrap == "first",
             merge=merge,
+            norms=self.measured_norms(number),
             grouping=settings.fit,
             encode=encode,
             accumulate=self._accumulate(number, recipe) or Accumulator.zero,
@@ -136,7 +140,7 @@ class Composition:
         request = replace(
             self._request(number),
             # Fits, links, and the path that goes with an evaluation build on the client's models.
-            keep=recipe.refit is not None or merges or settings.fused_points > 0,
+            keep=recipe.refit is not None or merges or settings.fused_points > 0 or bool(self.measured_norms(number)),
             layer_graph=recipe.refit is not None,
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
             frozen_factor=recipe.frozen_factor(number),
@@ -147,6 +151,10 @@ class Composition:
         return fusing_stage(
             anchor, recipe, request, self.symmetry, align, self.blocks, dtype, self._accumulate(number, recipe)
         )
+
+    def measured_norms(self, number: int) -> tuple[BatchNorm, ...]:
+        """Return the BatchNorm layers that a round measures anew: where it mixes models that share no start."""
+        return self.norms if self._starts_apart(number) else ()
 
     def needs(self, number: int, recipe: Recipe) -> Request:
         """Return what a round asks of its clients beside training, for which an app needs the mod and its data."""
@@ -239,6 +247,7 @@ def compose(
         None if model is None else tied(model.state_dict()),
         names,
         score_fn,
+        () if model is None or recipe.lora is not None else find_norms(model),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord
 
-from fedbasin.proto.report import Incident, IncidentKind, PathSums, RoundReport, StageReport
+from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, PathSums, RoundReport, StageReport
 from fedbasin.server.exchange.quorum import grouped_reasons
 from fedbasin.server.printable import printable
 from fedbasin.server.run.settings import Settings
@@ -70,8 +70,26 @@ def round_lines(report: RoundReport, previous: RoundReport | None) -> Iterator[s
     ):
         if now:
             yield f"{title}: {_metrics(now, earlier or {})}"
+    if report.choice is not None:
+        yield choice_line(report.choice)
     barrier = _barrier(report.path)
     yield f"round finished in {report.seconds:.1f} s{barrier}"
+
+
+def choice_line(choice: Choice) -> str:
+    """Return one line about the models that a round serves and trains on."""
+    origin = Origin[choice.served]
+    when = f" (round {choice.served_round})" if origin is Origin.kept else ""
+    line = (
+        f"serves {origin.value}{when}: {_judged(choice.loss, choice.accuracy)} on {choice.examples:.0f} examples that no "
+        f"layer was fitted to; the mean of the clients' models has {_judged(choice.average_loss, choice.average_accuracy)}; "
+        f"trains on {Origin[choice.trained_on].value}"
+    )
+    return f"{line}; averages for {choice.pause} rounds" if choice.pause else line
+
+
+def _judged(loss: float, accuracy: float | None) -> str:
+    return f"loss {loss:.4g}" + ("" if accuracy is None else f", accuracy {accuracy:.3g}")
 
 
 def end_lines(reports: Sequence[RoundReport], seconds: float, folder: Path, observer: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The loop of a run, written once for all recipes.
 
-    sample -> [bootstrap] -> fuse -> [refit, head, probe] -> server optimizer -> check -> evaluate -> report -> checkpoint
+    sample -> [bootstrap] -> fuse -> [refit, head, probe, trial] -> server optimizer -> check -> evaluate -> report -> checkpoint
 
 The stages of a round come from `strategies/round/round.py`. The stage in which clients train goes through the strategy's
 own `configure_train` and `aggregate_train`, so that a subclass, a wrapper and Flower's own loop run the same code.
@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedbasin.proto.reply import read_metrics
-from fedbasin.proto.report import Incident, IncidentKind, RoundReport, StageReport
+from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, RoundReport, StageReport
 from fedbasin.server.exchange.quorum import QuorumLostError, StageFailedError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
@@ -47,6 +47,7 @@ from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError
 from fedbasin.strategies.judging.outcomes import Outcome
+from fedbasin.strategies.round.choice import Standing
 from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
@@ -108,6 +109,10 @@ class RunLoop:
         self._losses: dict[str, float] = {}
         self._incidents: list[Incident] = []
         self._left_out = ""
+        self._standing = Standing()
+        self._choice: Choice | None = None
+        # The mean of the last round, where the model that is trained on is another one.
+        self._average: State | None = None
         dry_run(self._composition, self._state.state(arrays), arrays)
         self._take(arrays)
 
@@ -164,7 +169,17 @@ class RunLoop:
             self._state.in_start, self._state.probe, self._state.stream = False, None, None
 
     def _take(self, arrays: ArrayRecord) -> None:
-        """Take a new global model: as arrays, as a state that shares their bytes, and its digest."""
+        """Take a new global model, to be trained on and to be served."""
+        self._train_on(arrays)
+        self._serve(arrays)
+        self._average = self._choice = None
+
+    def _serve(self, arrays: ArrayRecord) -> None:
+        """Take the model that is evaluated, saved and handed to the user."""
+        self._served, self._served_digest = arrays, self._state.digest(arrays)
+
+    def _train_on(self, arrays: ArrayRecord) -> None:
+        """Take the model that the next round trains on: as arrays, as a state that shares their bytes, and its digest."""
         self._arrays = arrays
         self._model = self._state.state(arrays)
         self._digest = self._state.digest(arrays)
@@ -195,9 +210,13 @@ class RunLoop:
         """Take the model of a checkpoint, and what belongs to it."""
         self._take(self._state.arrays({name: saved.model[name] for name in self._model}))
         self._state.optimizer_state = saved.optimizer_state
-        hand_over = self._settings.composed.hand_over
-        recipe = hand_over.recipe if saved.handed_over and hand_over is not None else self._settings.composed
-        self._state.recipe = recipe
+        if saved.trained:
+            self._train_on(self._state.arrays({name: saved.trained[name] for name in self._model}))
+        self._average = saved.average or None
+        self._standing = Standing()
+        for report in checkpoint.read_reports(self._folder):
+            if report.round <= saved.server_round and not _is_rolled_back(report):
+                self._standing = self._standing.after(report)
         self._note(*(Incident(IncidentKind.damaged_checkpoint.name, damage) for damage in saved.passed_over))
 
     def _note(self, *incidents: Incident) -> None:
@@ -250,7 +269,8 @@ class RunLoop:
     def _complete_result(self) -> RunResult:
         """Add the reports of all rounds to the result, and the metrics of the rounds before a resume."""
         result = self._result
-        result.arrays, result.state_dict = self._arrays, dict(self._model)
+        result.arrays, result.state_dict = self._served, dict(self._state.state(self._served))
+        result.trained_arrays = self._arrays
         result.reports = checkpoint.read_reports(self._folder)
         for report in result.reports:
             for metrics, records in (
@@ -266,6 +286,8 @@ class RunLoop:
         """Run one round; the observer also hears of one that fails."""
         _LOG.info("[ROUND %d/%d]", number, self._rounds)
         self._state.functions.round = number
+        recipe = self._settings.composed
+        self._state.recipe = recipe if number >= self._standing.resumes else recipe.averaging
         try:
             report = self._round(number)
         except BaseException as error:  # Flower ends apps with one that is no Exception
@@ -282,14 +304,17 @@ class RunLoop:
         for line in round_lines(report, previous):
             _LOG.info("%s", line)
         report = self._guarded(report)
+        if not _is_rolled_back(report):
+            self._standing = self._standing.after(report)
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self._folder, report)
         saved = Checkpoint(
             number,
-            dict(self._model),
+            dict(self._state.state(self._served)),
             self._settings.decisive,
             self._state.optimizer_state,
-            handed_over=self._state.recipe.name != self._settings.recipe,
+            {} if self._arrays is self._served else dict(self._model),
+            dict(self._average or {}),
         )
         checkpoint.save(self._folder, saved, self._settings.checkpoints)
         failure = self._state.functions.failure
@@ -316,6 +341,7 @@ class RunLoop:
             elif isinstance(error, StageFailedError):
                 results.append(StageResult({}, error.report))
             self._note(Incident(IncidentKind.rolled_back.name, f"{error}; the model of the round before stays"))
+            self._go_back()
         evaluated = self._evaluate_on_clients(number)
         server_metrics = self._evaluate_on_server(number)
         fused = next((result for result in results if result.report.stage == Fuse.stage), None)
@@ -326,11 +352,12 @@ class RunLoop:
             fused_path=evaluated.path if evaluated else None,
             update_cosines=cosines,
             variance=evaluated.variance if evaluated else {},
-            probe=self._probe.finish(self._model, fused.nodes if fused else []),
+            probe=self._probe.finish(self._state.state(self._served), fused.nodes if fused else []),
             train_metrics=fused.metrics if fused else {},
             evaluate_metrics=evaluated.metrics if evaluated else {},
             server_metrics=server_metrics,
-            digest=self._digest,
+            digest=self._served_digest,
+            choice=self._choice,
             seconds=time.perf_counter() - started,
         )
         reports = [result.report for result in (*results, evaluated) if result is not None]
@@ -351,12 +378,13 @@ class RunLoop:
             if rise is not None and guard == "roll back" and number > 1:
                 saved = checkpoint.load(self._folder)
                 self._restore(saved)
+                self._go_back()
                 detail = f"{rise.detail}; the model of round {saved.server_round} is used again"
                 self._note(Incident(IncidentKind.rolled_back.name, detail))
             else:
                 self._losses |= losses
         incidents, self._incidents = tuple(self._incidents), []
-        return replace(report, incidents=incidents, model_digest=self._digest)
+        return replace(report, incidents=incidents, model_digest=self._served_digest)
 
     def _train(self, number: int, results: list[StageResult]) -> None:
         """Run the stages of a round up to its model, and take that; results are added as stages end."""
@@ -370,17 +398,36 @@ class RunLoop:
                 results.append(self._run_stage(number, plan, nodes, results))
                 plan = plans.send(results[-1])
         except StopIteration as end:
-            self._take_round(number, end.value)
+            self._take_round(number, end.value, results)
 
-    def _take_round(self, number: int, outcome: RoundResult) -> None:
-        """Take the round's model: as the strategy returned it, or as the last of several stages left it."""
+    def _take_round(self, number: int, outcome: RoundResult, results: list[StageResult]) -> None:
+        """Take the round's models: as the strategy returned it, or as the last of several stages left them."""
         if self._state.is_single_stage(number):
             self._take(self._trained)
             return
+        served_before, average_before = self._served, self._average
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
         self._say_left_out(outcome.left_out)
-        self._hand_over(number, outcome.gain)
+        if outcome.choice is None:
+            return
+        choice = self._standing.settled(outcome.choice, number, [result.report for result in results])
+        self._average = outcome.average and self._composition.untied(outcome.average)
+        if self._standing.goes_back(choice) and average_before is not None:
+            self._average = average_before
+            self._go_back()
+            choice = replace(choice, trained_on=Origin.average.name)
+        if choice.served == Origin.kept.name:
+            self._serve(served_before)
+        elif outcome.served is not None:
+            self._serve(self._state.arrays(self._composition.untied(outcome.served)))
+        self._choice = choice
+
+    def _go_back(self) -> None:
+        """Train on the mean again, after fitted layers that could not be trained on; what is served stays."""
+        if self._average is not None:
+            self._train_on(self._state.arrays(dict(self._average)))
+            self._average = None
 
     def _say_left_out(self, left_out: str) -> None:
         if left_out and left_out != self._left_out:
@@ -390,21 +437,6 @@ class RunLoop:
                 left_out.removeprefix("a "),
             )
         self._left_out = left_out
-
-    def _hand_over(self, number: int, gain: float | None) -> None:
-        """Change to the recipe that takes over, once fitting no longer pays."""
-        hand_over = self._state.recipe.hand_over
-        if hand_over is None or gain is None or gain >= hand_over.threshold:
-            return
-        _LOG.info(
-            "round %d/%d: fitting took %.0f %% of the loss away, less than %.0f %%: %s takes over",
-            number,
-            self._rounds,
-            100 * gain,
-            100 * hand_over.threshold,
-            hand_over.recipe.name,
-        )
-        self._state.recipe, self._state.optimizer_state = hand_over.recipe, {}
 
     def _run_stage(self, number: int, plan: StagePlan, sampled: list[int], earlier: list[StageResult]) -> StageResult:
         """Run one stage; one that may fail leaves the model as it is where too few clients reply."""
@@ -490,7 +522,7 @@ class RunLoop:
 
     def _evaluate_on_clients(self, number: int) -> StageResult | None:
         """Evaluate the new model on clients; it stands also where none of them can evaluate it."""
-        messages = list(self._strategy.configure_evaluate(number, self._arrays, self._evaluate_config, self._grid))
+        messages = list(self._strategy.configure_evaluate(number, self._served, self._evaluate_config, self._grid))
         if not messages:
             return None
         early_end = self._limits.early_end(len(messages))
@@ -513,7 +545,7 @@ class RunLoop:
     def _evaluate_on_server(self, number: int) -> dict[str, float]:
         if self._evaluate_fn is None:
             return {}
-        metrics = self._state.functions.metrics("evaluate_fn", self._evaluate_fn, number, self._arrays)
+        metrics = self._state.functions.metrics("evaluate_fn", self._evaluate_fn, number, self._served)
         if not number:
             self._state.functions.raise_failure()
         if not metrics:

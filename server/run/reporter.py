@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fedbasin.proto.report import LayerVariance, PathSums, RoundReport, ServerProbe, StageReport, UpdateCosines
+from fedbasin.proto.report import Choice, LayerVariance, PathSums, RoundReport, ServerProbe, StageReport, UpdateCosines
 from fedbasin.server.exchange.quorum import QuorumLostError
 
 
@@ -22,6 +22,7 @@ class Measurements:
     evaluate_metrics: Mapping[str, object] = field(default_factory=dict)
     server_metrics: Mapping[str, object] = field(default_factory=dict)
     digest: bytes = b""
+    choice: Choice | None = None
     seconds: float = 0.0
 
 
@@ -58,6 +59,7 @@ class Reporter:
             evaluate_metrics=_scalars(measured.evaluate_metrics),
             server_metrics=_scalars(measured.server_metrics),
             model_digest=measured.digest,
+            choice=measured.choice,
             peak_rss_bytes=_peak_rss_bytes(),
             last=number == self.rounds,
         )

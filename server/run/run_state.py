@@ -201,7 +201,9 @@ class RunState:
     def is_single_stage(self, server_round: int) -> bool:
         """Return whether a round ends with the stage in which clients train."""
         merges = server_round == 1 and self.settings.start == "own" and self.settings.merge != "star"
-        return self.recipe.refit is None and not merges
+        # Flower's own loop has no stage in which statistics could be measured.
+        measures = self.in_start and self.composition.measured_norms(server_round)
+        return self.recipe.refit is None and not merges and not measures
 
     def follow(self, server_round: int, anchor: State, model: State) -> dict[str, Tensor]:
         """Return the new global model: the server optimizer's step from the anchor towards a round's model.

@@ -86,8 +86,7 @@ class Settings(BaseModel):
     server_optimizer: str = Field(
         "",
         description="how the global model follows the fused one: "
-        f"{', '.join(list(SERVER_OPTIMIZERS)[:-1])} or {list(SERVER_OPTIMIZERS)[-1]}; empty for the recipe's own, "
-        "also after a recipe has handed over",
+        f"{', '.join(list(SERVER_OPTIMIZERS)[:-1])} or {list(SERVER_OPTIMIZERS)[-1]}; empty for the recipe's own",
     )
     ridge: float = Field(
         0.0,

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedbasin.proto.layer_graph import BatchNorm
-
-
-def find_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
-    """Return the BatchNorm layers with running statistics, a weight and a bias, in the order of the modules."""
-    return tuple(
-        BatchNorm(name, module.eps)
-        for name, module in model.named_modules()
-        if name and isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine
-    )
+from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
+from fedbasin.strategies.tensors.state import State
 
 
 class NormInputs:
@@ -88,3 +81,32 @@ def _add_input(
     # A copy of the model has a copy of the hook.
     if module is measured:
         sums.add(args[0] if args else named["input"])
+
+
+def measure_anew(model: nn.Module, state: State, norms: Collection[BatchNorm], batches: Batches) -> dict[str, Tensor]:
+    """Return the running statistics that a model has on some data, with the other tensors of a state.
+
+    Every BatchNorm normalises a batch by its own statistics meanwhile, as in training: the layers behind it would be
+    measured on inputs that a wrong statistic has distorted (Jordan et al. 2023, arXiv 2211.08403).
+
+    Args:
+        model: module that runs the state; its tensors are replaced.
+        state: tensors of the model.
+        norms: the layers to measure.
+        batches: the data, read once; batches of one example, which have no variance, are left out.
+    """
+    model.load_state_dict({**model.state_dict(), **state})
+    with evaluating(model), torch.no_grad(), measuring(model, norms) as inputs:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = True
+        for batch in read_batches(batches, model):
+            if len(batch.targets) > 1:
+                forward(model, batch)
+    return {
+        name: tensor
+        for norm, sums in inputs.items()
+        for name, tensor in zip(
+            norm.statistics, sums.statistics(*(state[name] for name in norm.statistics)), strict=True
+        )
+    }

@@ -15,10 +15,20 @@ arXiv 2211.08403.
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.strategies.tensors.state import State
+
+
+def find_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
+    """Return the BatchNorm layers with running statistics, a weight and a bias, in the order of the modules."""
+    return tuple(
+        BatchNorm(name, module.eps)
+        for name, module in model.named_modules()
+        if name and isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine
+    )
 
 
 def with_spread(means: Mapping[str, Tensor], examples: float, sums: State, summed_examples: float) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ def path_ends(
         fused: the model that the clients' models were fused to.
         refitted: that model with layers fitted.
     """
-    if not spec.extrapolate:
-        return dict(fused), dict(refitted)
     through = interpolate(fused, refitted, spec.mix)
+    if not spec.extrapolate:
+        return dict(fused), through
     return extrapolate(start, through, 0.0), extrapolate(start, through, spec.extrapolate)

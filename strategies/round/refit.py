@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import Block
-from fedbasin.proto.request import PathSpec, Refit, Request
+from fedbasin.proto.layer_graph import BatchNorm, Block
+from fedbasin.proto.request import TRIAL, PathSpec, Refit, Request
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import replace_statistics
 from fedbasin.strategies.fusion.head import Evidence, closed_form
@@ -43,6 +43,7 @@ class RefitLayers:
         *,
         encodings: Mapping[Block, Encoding] | None = None,
         accumulate: Accumulate = Accumulator.zero,
+        holds_out: bool = False,
     ) -> None:
         """Compose the stage.
 
@@ -53,8 +54,9 @@ class RefitLayers:
             share: share of the solution in the fitted layers; the rest stays as the model so far has it.
             encodings: forms in which clients send their sums; those of other layers are ignored.
             accumulate: makes an accumulator of the clients.
+            holds_out: whether clients leave out the examples on which the fitted model will be judged.
         """
-        self.request = _request(self.stage, refit, encodings)
+        self.request = _request(self.stage, refit, encodings, keep=holds_out)
         self._ridge = Ridge(strength, "anchor")
         self._share = share
         self._sums = _Sums(model, refit, accumulate)
@@ -73,6 +75,39 @@ class RefitLayers:
         return self._sums.restated({**model, **interpolate(model, solution, self._share)})
 
 
+class MeasureNorms:
+    """A stage that measures the running statistics of a fused model anew, and changes nothing else.
+
+    Models from independent initialisations that are aligned and mixed have units of a smaller variance than each of
+    them, and pooled statistics are those of none (Jordan et al. 2023 (REPAIR), arXiv 2211.08403).
+    """
+
+    stage = "measure"
+    layer_graph = None
+
+    def __init__(self, model: State, norms: tuple[BatchNorm, ...], accumulate: Accumulate = Accumulator.zero) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the fused model.
+            norms: its BatchNorm layers.
+            accumulate: makes an accumulator of the clients.
+        """
+        refit = Refit(norms=norms)
+        self.request = _request(self.stage, refit, None, keep=False)
+        self._sums = _Sums(model, refit, accumulate)
+
+    def check(self, update: Update) -> tuple[Update, None]:
+        self._sums.check(update)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        self._sums.add(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        return {**self._sums.model, **self._sums.measured}
+
+
 class RefitHead:
     """A stage that fits the last layer to labels, whatever its weights have been so far."""
 
@@ -87,6 +122,7 @@ class RefitHead:
         *,
         encodings: Mapping[Block, Encoding] | None = None,
         accumulate: Accumulate = Accumulator.zero,
+        holds_out: bool = False,
     ) -> None:
         """Compose the stage.
 
@@ -96,8 +132,9 @@ class RefitHead:
             ridge: the regulariser.
             encodings: forms in which clients send their sums; those of other layers are ignored.
             accumulate: makes an accumulator of the clients.
+            holds_out: whether clients leave out the examples on which the fitted model will be judged.
         """
-        self.request = _request(self.stage, refit, encodings)
+        self.request = _request(self.stage, refit, encodings, keep=holds_out)
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
 
@@ -136,8 +173,12 @@ class _Sums:
 
     def restated(self, fitted: State) -> dict[str, Tensor]:
         """Return the fitted model with the running statistics that the clients have measured."""
-        measured = self._statistics.finalize(self._measured)
-        return replace_statistics(fitted, measured, self._norms)
+        return replace_statistics(fitted, self.measured, self._norms)
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """The running statistics that the clients have measured."""
+        return self._statistics.finalize(self._measured)
 
     @property
     def of_blocks(self) -> dict[Block, tuple[Precision, Tensor]]:
@@ -150,9 +191,9 @@ class _Sums:
         return self._accumulator.finalize(zero, ridge)
 
 
-def _request(stage: str, refit: Refit, encodings: Mapping[Block, Encoding] | None) -> Request:
+def _request(stage: str, refit: Refit, encodings: Mapping[Block, Encoding] | None, *, keep: bool) -> Request:
     chosen = {block: encoding for block, encoding in (encodings or {}).items() if block in refit.blocks}
-    return Request(stage, refit=refit, encodings=chosen)
+    return Request(stage, refit=refit, encodings=chosen, keep=keep)
 
 
 class ProbePath:
@@ -186,3 +227,23 @@ class ProbePath:
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)
+
+
+class Trial(ProbePath):
+    """A stage in which clients take their first local steps from two models, which nobody keeps.
+
+    Only sums come back: of the loss and of the number of correct examples, before and after the steps, at the fused
+    model and at the end of the path.
+    """
+
+    stage = TRIAL
+
+    def __init__(self, model: State, sequence: int, path: PathSpec) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the refitted model, in which the stage ends.
+            sequence: number of the last piece of it.
+            path: the path whose end is compared with the fused model.
+        """
+        super().__init__(model, sequence, path, points=2)

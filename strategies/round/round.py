@@ -1,6 +1,6 @@
 """One round of federated learning, from the global model to the next one.
 
-    [bootstrap] -> fuse -> [merge in pairs | refit layer by layer -> head -> probe]
+    [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [refit layer by layer -> head -> probe -> trial]
 
 A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
 message, no clock and no client. The loop around it (sampling, deadline, quorum, retry, checks, server optimizer,
@@ -18,15 +18,17 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import Block, LayerGraph
+from fedbasin.proto.layer_graph import BatchNorm, Block, LayerGraph
+from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Recipe, Target
+from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe, Target
 from fedbasin.strategies.round.accumulate import Accumulate
+from fedbasin.strategies.round.choice import best_candidate, candidates, is_trainable
 from fedbasin.strategies.round.path_ends import path_ends
-from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
+from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, Trial
 from fedbasin.strategies.round.stage import Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -38,13 +40,17 @@ class RoundResult:
     """The end of a round.
 
     Attributes:
-        model: the round's model, before the server optimizer.
-        gain: the share of the fused model's loss that fitting took away; None where clients did not probe it.
+        model: the model that the next round trains on, before the server optimizer.
+        served: the model that is evaluated and handed to the user; None where it is the same.
+        average: the mean of the clients' models, from which training can go on as ever; None where it is `model`.
+        choice: how the models were chosen; None where clients did not compare any.
         left_out: what of the recipe the model has no layers for; empty where all of it was done.
     """
 
     model: dict[str, Tensor]
-    gain: float | None = None
+    served: dict[str, Tensor] | None = None
+    average: dict[str, Tensor] | None = None
+    choice: Choice | None = None
     left_out: str = ""
 
 
@@ -65,6 +71,7 @@ class RoundStages:
         bootstrap: makes the search for an anchor; None where the global model is one.
         bootstrap_one_by_one: whether the clients are asked one after the other, until one replies.
         merge: merges models in pairs after training; None where the sum is the merge.
+        norms: the BatchNorm layers whose running statistics are measured anew on the fused model.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
         accumulate: makes the accumulator of a stage that fits layers.
@@ -74,6 +81,7 @@ class RoundStages:
     bootstrap: Callable[[State], Stage] | None = None
     bootstrap_one_by_one: bool = False
     merge: MergeInPairs | None = None
+    norms: tuple[BatchNorm, ...] = ()
     grouping: Grouping = "layer"
     encode: Encode | None = None
     accumulate: Accumulate = Accumulator.zero
@@ -95,8 +103,12 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
     fused = yield StagePlan(partial(stages.fuse, anchor), anchor, trains=True)
     if stages.merge is not None:
         merged = yield from stages.merge(fused.nodes, anchor)
-        return RoundResult(fused.model if merged is None else merged)
-    if recipe.refit is None:
+        fused = fused if merged is None else replace(fused, model=merged)
+    if stages.norms:
+        measure = partial(MeasureNorms, fused.model, stages.norms, stages.accumulate)
+        measured = yield StagePlan(measure, fused.model, fused.nodes, may_fail=True)
+        fused = replace(fused, model=measured.model)
+    if recipe.refit is None or stages.merge is not None:
         return RoundResult(fused.model)
     outcome = yield from _refit(anchor, fused, recipe.refit, stages)
     return replace(outcome, left_out=left_out(recipe.refit, fused.layer_graph))
@@ -118,8 +130,7 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
     requests = plan_refits(refit, fused.layer_graph, stages.grouping)
     if not requests:
-        # Nothing fitted takes nothing away, so a recipe that hands over does.
-        return RoundResult(fused.model, 0.0 if refit.probe else None)
+        return RoundResult(fused.model)
     blocks = [block for request in requests for block in request.blocks]
     encodings = stages.encode(blocks) if stages.encode and blocks else None
     model, result = fused.model, fused
@@ -133,30 +144,49 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     probe = refit.probe
     if probe is None:
         return RoundResult(model)
-    make_probe = partial(ProbePath, model, len(requests), points=probe.points)
-    result = yield StagePlan(partial(make_probe, path=PathSpec()), carries, result.nodes)
-    to_fitted = result.curve
-    mix = best_point(to_fitted)
-    if not probe.extrapolate:
-        gain = relative_gain(to_fitted, to_fitted, mix)
-        return RoundResult(interpolate(fused.model, model, mix), gain)
-    path = PathSpec(mix, probe.extrapolate)
-    result = yield StagePlan(partial(make_probe, path=path), {}, result.nodes)
-    start, end = path_ends(path, anchor, fused.model, model)
-    best = best_ahead(result.curve, 1 / probe.extrapolate)
-    gain = relative_gain(to_fitted, result.curve, best)
-    return RoundResult(interpolate(start, end, best), gain)
+    return (yield from _choose(anchor, fused.model, model, probe, carries, len(requests), result.nodes))
 
 
-def relative_gain(before: Path | None, after: Path | None, point: float) -> float:
-    """Return the share of the mean loss at the start of one path that is gone at a point of another.
-
-    Without any client's word the gain is 0.
-    """
-    if not (before and after and before.examples and after.examples):
-        return 0.0
-    loss = before.mean_loss[0]
-    return 1 - after.mean_loss[after.points.index(point)] / loss if loss > 0 else 0.0
+def _choose(
+    anchor: State, fused: State, fitted: State, probe: LossProbe, carries: State, sequence: int, nodes: Sequence[int]
+) -> Round:
+    """Compare points between and beyond the fused and the fitted model, and try where training can go on."""
+    make_probe = partial(ProbePath, fitted, sequence, points=probe.points)
+    result = yield StagePlan(partial(make_probe, path=PathSpec()), carries, nodes)
+    line = result.curve
+    models, best = candidates(line), best_point(line)
+    path = PathSpec(best)
+    if probe.extrapolate:
+        extended = PathSpec(best, probe.extrapolate)
+        result = yield StagePlan(partial(make_probe, path=extended), {}, result.nodes)
+        models += candidates(result.curve, is_extended=True)
+        path = PathSpec(best, probe.extrapolate * best_ahead(result.curve, 1 / probe.extrapolate))
+    if line is None or not line.examples:
+        return RoundResult(dict(fused))
+    average = models[0]
+    served = best_candidate(average, models)
+    trial = None
+    if served is not average:
+        result = yield StagePlan(partial(Trial, fitted, sequence, path), {}, result.nodes)
+        trial = result.path
+    spec = PathSpec(best, probe.extrapolate) if served.is_extended else PathSpec()
+    trained_on = Origin.fitted if is_trainable(trial) else Origin.average
+    choice = Choice(
+        served=(Origin.average if served is average else Origin.fitted).name,
+        served_round=0,
+        trained_on=trained_on.name,
+        loss=served.loss,
+        accuracy=served.accuracy,
+        average_loss=average.loss,
+        average_accuracy=average.accuracy,
+        examples=line.examples,
+    )
+    start, end = path_ends(spec, anchor, fused, fitted)
+    served_model = None if served is average else interpolate(start, end, served.point)
+    if trained_on is Origin.average:
+        return RoundResult(dict(fused), served_model, choice=choice)
+    _, further = path_ends(path, anchor, fused, fitted)
+    return RoundResult(further, served_model, dict(fused), choice)
 
 
 def best_point(path: Path | None) -> float:
@@ -251,13 +281,15 @@ def _refit_stage(
     encodings: Mapping[Block, Encoding] | None,
     accumulate: Accumulate,
 ) -> Stage:
-    ridge = refit.head or Evidence()
+    ridge, holds_out = refit.head or Evidence(), refit.probe is not None
     if request.target == Target.labels.name:
-        return RefitHead(model, request, ridge, encodings=encodings, accumulate=accumulate)
+        return RefitHead(model, request, ridge, encodings=encodings, accumulate=accumulate, holds_out=holds_out)
     if request.target == Target.values.name:
         # The evidence needs the energy of the targets, which only labels tell.
         strength = ridge.strength if isinstance(ridge, Ridge) else ridge.otherwise
-        return RefitLayers(model, request, strength, encodings=encodings, accumulate=accumulate)
+        return RefitLayers(model, request, strength, encodings=encodings, accumulate=accumulate, holds_out=holds_out)
     if not isinstance(refit, LayerRefit):
         raise TypeError(f"a fit of the head alone has no layers with the target {request.target}")
-    return RefitLayers(model, request, refit.ridge, refit.fraction, encodings=encodings, accumulate=accumulate)
+    return RefitLayers(
+        model, request, refit.ridge, refit.fraction, encodings=encodings, accumulate=accumulate, holds_out=holds_out
+    )

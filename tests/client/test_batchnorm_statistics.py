@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from fedbasin.proto.layer_graph import BatchNorm
-from fedbasin.strategies.capture.batchnorm_statistics import find_norms, measuring
+from fedbasin.strategies.capture.batchnorm_statistics import measuring
+from fedbasin.strategies.fusion.batchnorm import find_norms
 
 
 class Net(nn.Module):

@@ -109,10 +109,16 @@ def test_what_makes_no_model_is_refused(model, message):
     ("data", "message"),
     [
         (iter(BATCHES), "list_iterator, which can be read only once; pass a DataLoader, a list"),
-        (7, "held_out= is a int; pass a DataLoader, a list of batches, or a function"),
+        (None, "held_out= is a NoneType; pass a DataLoader, a list of batches, or a function"),
         (lambda a, b: BATCHES, r"needs the arguments \(a, b\); pass held_out=lambda context"),
     ],
 )
 def test_what_gives_no_batches_is_refused(data, message):
     with pytest.raises(TypeError, match=message):
         basin(model=Net, held_out=data)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 7, float("nan")])
+def test_a_share_that_leaves_nothing_to_fit_is_refused(share):
+    with pytest.raises(ValueError, match="a share is at least 0 and below 1"):
+        basin(model=Net, data=BATCHES, held_out=share)

@@ -137,7 +137,7 @@ def make_app(experiment: Experiment) -> ClientApp:
     def held_out(context: Context) -> list[Examples]:
         return _batches(experiment.held_out(_index(context)))
 
-    app = ClientApp(mods=[basin(own_model, batches, held_out if experiment.held else None)])
+    app = ClientApp(mods=[basin(own_model, batches, held_out if experiment.held else 0.1)])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

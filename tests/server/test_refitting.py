@@ -1,13 +1,13 @@
 """Recipes of several stages over a federation in this process, held to what the clients' own models give directly."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
 import pytest
 import torch
 from flwr.app import Error, Message
+from safetensors.torch import load_file
 from torch.nn.functional import linear, one_hot, pad, relu
 
 from fedbasin.proto.reply import Reply
@@ -18,6 +18,7 @@ from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round import round as round_module
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
 from tests.server.fake_grid import FakeGrid
@@ -33,8 +34,8 @@ STAGES = {
     "regmean++": ["fuse", "fit", "fit"],
     "features": ["fuse", "fit", "fit"],
     "head": ["fuse", "head"],
-    "auto": ["fuse", "fit", "head", "probe", "probe"],
-    "auto-head": ["fuse", "head", "probe", "probe"],
+    "auto": ["fuse", "fit", "head", "probe", "probe", "trial"],
+    "auto-head": ["fuse", "head", "probe", "probe", "trial"],
     "features-head": ["fuse", "fit", "head"],
 }
 FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
@@ -315,41 +316,62 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, optimizer):
     assert {number for _, number in resumed.app.trained} == {3, 4}
 
 
-class TestHandingOver:
-    """A recipe that fits while fitting pays; what pays is set so that it always or never does."""
+class TestChoosing:
+    """Two models of a round: the one that is served, and the one that the next round trains on."""
 
     @staticmethod
-    def paying(monkeypatch, threshold):
-        auto = RECIPES["auto"]
-        hand_over = replace(auto.hand_over, threshold=threshold)
-        refit = replace(auto.refit, probe=replace(auto.refit.probe, hand_over=hand_over))
-        monkeypatch.setitem(RECIPES, "auto", replace(auto, refit=refit))
+    def trials(monkeypatch, *, pay):
+        """Let every trial end as a test wants it, and every closed form pay or none."""
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
+        monkeypatch.setattr(round_module, "best_candidate", lambda average, models: models[-1] if pay else average)
 
     def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
-        self.paying(monkeypatch, -1.0)
-        run = Run(tmp_path, 3, recipe="auto")
+        self.trials(monkeypatch, pay=True)
+        run = Run(tmp_path, 3, recipe="auto-head")
         assert {len(report.stages) for report in run.result.reports} == {5}
+        assert run.result.reports[0].choice.trained_on == "fitted"
 
-    def test_another_recipe_takes_over_once_it_does_not(self, tmp_path, monkeypatch, caplog):
-        self.paying(monkeypatch, 1.0)
+    def test_rounds_of_averaging_follow_where_it_does_not_and_double(self, tmp_path, monkeypatch, caplog):
+        self.trials(monkeypatch, pay=False)
         with caplog.at_level("INFO", "flwr.fedbasin"):
-            run = Run(tmp_path, 3, recipe="auto")
-        assert [len(report.stages) for report in run.result.reports] == [5, 1, 1]
-        assert "less than 100 %: fedavgm takes over" in caplog.text
+            run = Run(tmp_path, 8, recipe="auto-head")
+        stages = [len(report.stages) for report in run.result.reports]
+        assert stages == [4, 1, 4, 1, 1, 4, 1, 1]
+        assert "averages for 2 rounds" in caplog.text
+        assert run.result.trained_arrays is run.result.arrays
+        # What is trained on has been the mean of every round, as in plain averaging.
+        assert equal(run.model, Run(tmp_path / "mean", 8, recipe="fedavg").model)
 
-    def test_it_takes_over_with_the_runs_own_server_optimizer(self, tmp_path, monkeypatch):
-        self.paying(monkeypatch, 1.0)
-        run = Run(tmp_path, 3, recipe="auto", server_optimizer="replace")
-        close(run.model, mean(run))  # as it would not be with momentum
+    def test_the_mean_is_trained_on_while_a_head_is_served(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
+        run = Run(tmp_path, recipe="auto-head")
+        averaged = Run(tmp_path / "mean", recipe="fedavg").model
+        trained = {name: array.numpy() for name, array in run.result.trained_arrays.items()}
+        assert all((averaged[name].numpy() == trained[name]).all() for name in averaged)
+        assert run.result.reports[0].choice.served == "fitted"
+        assert not torch.equal(run.model["3.weight"], averaged["3.weight"])
+        (report,) = run.result.reports
+        assert report.choice.loss < report.choice.average_loss
+        assert report.choice.accuracy >= report.choice.average_accuracy
+        assert load_file(run.result.folder / "global.safetensors")["3.weight"].equal(run.model["3.weight"])
 
-    def test_a_run_that_was_cut_off_after_it_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
-        self.paying(monkeypatch, 1.0)
-        whole = Run(tmp_path / "whole", 5, recipe="auto")
-        for done in (1, 3):
-            cut = Run(tmp_path / f"cut-{done}", done, recipe="auto")
-            resumed = Run(tmp_path, 5, recipe="auto", resume=str(cut.result.folder))
-            assert equal(resumed.model, whole.model)
-            assert len(resumed.stages(5)) == 1
+    @pytest.mark.parametrize("pay", [True, False])
+    @pytest.mark.parametrize("recipe", ["auto", "auto-head"])
+    def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, monkeypatch, recipe, pay):
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
+        whole = Run(tmp_path / "whole", 4, recipe=recipe)
+        cut = Run(tmp_path / "cut", 2, recipe=recipe)
+        resumed = Run(tmp_path, 4, recipe=recipe, resume=str(cut.result.folder))
+        assert equal(resumed.model, whole.model)
+        assert [r.choice for r in resumed.result.reports] == [r.choice for r in whole.result.reports]
+        same = zip(resumed.result.trained_arrays.values(), whole.result.trained_arrays.values(), strict=True)
+        assert all(a.data == b.data for a, b in same)
+
+    def test_pauses_survive_a_resume(self, tmp_path, monkeypatch):
+        self.trials(monkeypatch, pay=False)
+        cut = Run(tmp_path / "cut", 4, recipe="auto-head")
+        resumed = Run(tmp_path, 6, recipe="auto-head", resume=str(cut.result.folder))
+        assert [len(report.stages) for report in resumed.result.reports] == [4, 1, 4, 1, 1, 4]
 
 
 def test_a_server_optimizer_of_the_settings_is_not_the_recipes_own(tmp_path):

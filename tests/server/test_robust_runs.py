@@ -102,9 +102,9 @@ def test_too_few_replies_for_the_rule_end_the_round_by_name_and_leave_no_file(ru
     assert files_beside(tmp_path / "1", tmp_path) == set()
 
 
-def test_a_rule_follows_a_recipe_that_takes_over():
+def test_a_rule_holds_in_rounds_that_average_too():
     composed = read_settings({}, {"recipe": "auto", "robust": "median", "min-train-nodes": 3}).composed
-    assert composed.robust == composed.hand_over.recipe.robust
+    assert composed.robust == composed.averaging.robust
     assert composed.robust is not None
 
 

@@ -254,12 +254,10 @@ def test_a_server_optimizer_replaces_the_recipes_own():
 
 
 @pytest.mark.parametrize("recipe", ["auto", "auto-head"])
-def test_a_server_optimizer_is_also_that_of_the_recipe_that_takes_over(recipe):
-    assert Settings(recipe=recipe).composed.hand_over.recipe == RECIPES["fedavgm"]
-    assert (
-        Settings(recipe=recipe, server_optimizer="yogi").composed.hand_over.recipe.server_optimizer
-        == SERVER_OPTIMIZERS["yogi"]
-    )
+def test_a_server_optimizer_is_also_that_of_the_rounds_that_average(recipe):
+    composed = Settings(recipe=recipe, server_optimizer="yogi").composed
+    assert composed.averaging.server_optimizer == SERVER_OPTIMIZERS["yogi"]
+    assert composed.averaging.refit is None
 
 
 def test_a_regulariser_is_the_heads_where_nothing_else_is_solved_for():

@@ -28,10 +28,10 @@ FUSIONS = (
     GramWeighting(Ridge()),
     LoraProducts(SketchedGramWeighting(Ridge())),
 )
-# Kind and regulariser of the fusion; target, regulariser, fraction and head of the refit; points, extrapolation and
-# threshold of the probe; server optimizer.
+# Kind and regulariser of the fusion; target, regulariser, fraction and head of the refit; points and
+# extrapolation of the probe; server optimizer.
 MEAN = (type(None), None)
-HANDS_OVER = (5, 2.0, 0.1)
+SEARCH = (5, 2.0)
 HALF_FEATURES = (Target.features, 1e-1, 0.5, Evidence())
 CATALOGUE = {
     "fedavg": (MEAN, None, None, Replace(1.0)),
@@ -42,8 +42,8 @@ CATALOGUE = {
     "regmean++": (MEAN, (Target.weights, 1e-2, 1.0, None), None, Average()),
     "features": (MEAN, (Target.features, 3e-3, 1.0, None), None, Average()),
     "head": (MEAN, (Evidence(),), None, Replace(1.0)),
-    "auto": (MEAN, HALF_FEATURES, HANDS_OVER, Replace(1.0)),
-    "auto-head": (MEAN, (Evidence(),), HANDS_OVER, Replace(1.0)),
+    "auto": (MEAN, HALF_FEATURES, SEARCH, Replace(1.0)),
+    "auto-head": (MEAN, (Evidence(),), SEARCH, Replace(1.0)),
     "features-head": (MEAN, HALF_FEATURES, None, Replace(1.0)),
     "lora": ((LoraProducts, SketchedGramWeighting, 1e-2), None, None, Replace(1.0)),
     "lora-products": ((LoraProducts, *MEAN), None, None, Replace(1.0)),
@@ -66,8 +66,7 @@ def numbers(recipe):
     elif refit is not None:
         fit = (refit.head,)
     probe = refit and refit.probe
-    hand_over = recipe.hand_over
-    search = probe and (probe.points, probe.extrapolate, hand_over.threshold)
+    search = probe and (probe.points, probe.extrapolate)
     return fusion, fit, search, recipe.server_optimizer
 
 
@@ -82,8 +81,6 @@ def test_a_named_recipe_has_its_numbers(name):
     assert numbers(recipe) == CATALOGUE[name]
     assert recipe.weighting is None or recipe.weighting.ridge.target == "mean"
     assert recipe.shrink == 1
-    if recipe.hand_over is not None:
-        assert recipe.hand_over.recipe == RECIPES["fedavgm"]
 
 
 def test_one_recipe_rotates_factors():

@@ -2,7 +2,8 @@
 
     runs/<run>/global.safetensors             the last finished round's model; round, settings and checksums in its metadata
     runs/<run>/global-<round>.safetensors     the models of the rounds before
-    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, where it has any
+    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, and models that are trained on and not
+                                              served, where there are any
     runs/<run>/rounds.jsonl                   one round report a line
 
 The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole. A file that a
@@ -25,6 +26,9 @@ from fedbasin.proto.report import ReportError, RoundReport
 MODEL = "global.safetensors"
 REPORTS = "rounds.jsonl"
 
+# Names of tensors of models in the file beside the served model's.
+_TRAINED, _AVERAGE = "trained/", "average/"
+
 
 class CheckpointError(ValueError):
     """A folder that a run cannot go on from."""
@@ -36,10 +40,11 @@ class Checkpoint:
 
     Attributes:
         server_round: the last finished one.
-        model: the global model after it.
+        model: the model that is served after it.
         settings: what decides the result, as text; a run can only go on with the same.
         optimizer_state: the state of the server optimizer.
-        handed_over: the run goes on with the recipe that takes over from the one in the settings.
+        trained: the model that the next round trains on; empty where it is the served one.
+        average: the mean from which training can go on as ever; empty where it is one of these.
         passed_over: damaged files of later rounds that were found on the way to this one, and what is wrong with them.
     """
 
@@ -47,7 +52,8 @@ class Checkpoint:
     model: dict[str, Tensor]
     settings: str
     optimizer_state: dict[str, Tensor] = field(default_factory=dict)
-    handed_over: bool = False
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
 
 
@@ -60,14 +66,18 @@ def save(folder: Path, checkpoint: Checkpoint, most: int = 3) -> None:
         most: number of checkpoints that are kept, this one included.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint.optimizer_state:
-        _write(checkpoint.optimizer_state, _memory(folder, checkpoint.server_round), {})
+    memory = {
+        **checkpoint.optimizer_state,
+        **{f"{_TRAINED}{name}": tensor for name, tensor in _unshared(checkpoint.trained).items()},
+        **{f"{_AVERAGE}{name}": tensor for name, tensor in _unshared(checkpoint.average).items()},
+    }
+    if memory:
+        _write(memory, _memory(folder, checkpoint.server_round), {})
     metadata = {
         "round": str(checkpoint.server_round),
         "settings": checkpoint.settings,
-        "handed-over": str(checkpoint.handed_over),
         "sha256": packing.digest(checkpoint.model).hex(),
-        "optimizer-sha256": packing.digest(checkpoint.optimizer_state).hex(),
+        "optimizer-sha256": packing.digest(memory).hex(),
     }
     _keep_earlier(folder, checkpoint.server_round - 1, most)
     _write(_unshared(checkpoint.model), folder / MODEL, metadata)
@@ -103,8 +113,13 @@ def _load(folder: Path, path: Path) -> Checkpoint:
     for what, tensors, key in (("the model", model, "sha256"), (memory.name, remembered, "optimizer-sha256")):
         if packing.digest(tensors).hex() != metadata[key]:
             raise ValueError(f"{what} does not have the checksum with which it was written")
-    handed_over = metadata.get("handed-over") == str(True)
-    return Checkpoint(done, model, metadata["settings"], remembered, handed_over)
+    trained, average = _taken(remembered, _TRAINED), _taken(remembered, _AVERAGE)
+    return Checkpoint(done, model, metadata["settings"], remembered, trained, average)
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take out the tensors whose names have a prefix, and return them without it."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
-from fedbasin.strategies.round.round import RoundStages, best_ahead, plan_refits, relative_gain, run_round
+from fedbasin.strategies.round.round import RoundStages, best_ahead, plan_refits, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
@@ -54,6 +54,7 @@ class Driven:
     grouping: str = "layer"
     layer_graph: LayerGraph | None = ORDER
     path: PathSums | None = None
+    trial: PathSums | None = None
     encode: object = None
     plans: list[StagePlan] = field(default_factory=list)
 
@@ -64,13 +65,16 @@ class Driven:
         try:
             while True:
                 self.plans.append(plan)
-                refit = plan.make().request.refit
+                request = plan.make().request
+                refit = request.refit
                 moved = {n: torch.full_like(state[n], -float(len(self.plans))) for b in (refit.blocks if refit else ()) for n in b}  # fmt: skip
                 state = {**state, **moved}
                 nodes = NODES[: 10 - len(self.plans)]
-                plan = steps.send(result_of(state, nodes, self.layer_graph, self.path))
+                path = self.trial if request.stage == "trial" else self.path
+                plan = steps.send(result_of(state, nodes, self.layer_graph, path))
         except StopIteration as end:
-            self.result, self.gain, self.left_out = end.value.model, end.value.gain, end.value.left_out
+            self.end = end.value
+            self.result, self.choice, self.left_out = end.value.model, end.value.choice, end.value.left_out
 
     @property
     def stages(self):
@@ -228,17 +232,24 @@ def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_i
     assert regularisers(RECIPES["head"].override(ridge=0.5)) == [Ridge(0.5, "anchor")]
 
 
+def trial_of(before, after):
+    return PathSums((0.0, 1.0), before, after, (0.0, 0.0), (0.0, 0.0), 1.0)
+
+
+PAYS = trial_of((4, 2), (3, 1))
+
+
 class TestProbePath:
-    def driven(self, losses, extrapolate=0.0):
+    def driven(self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS):
         """The fused model is 0 everywhere, the fitted one is -7 in the head."""
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
-        path = PathSums(points, (), losses, (), (0.0,) * 5, 1.0)
+        path = PathSums(points, (), losses, (), correct, 1.0)
         refit = RECIPES["auto"].refit
         refit = replace(refit, probe=replace(refit.probe, extrapolate=extrapolate))
-        return Driven(replace(RECIPES["auto"], refit=refit), path=path)
+        return Driven(replace(RECIPES["auto"], refit=refit), path=path, trial=trial)
 
     def test_evaluates_the_path_to_the_fitted_model(self):
-        stage = self.driven((5, 4, 3, 2, 1)).stages[-1]
+        stage = self.driven((5, 4, 3, 2, 1)).stages[-2]
         assert isinstance(stage, ProbePath)
         assert (stage.request.path_points, stage.request.refit.sequence) == (5, 6)
         assert stage.request.refit.path == PathSpec()
@@ -246,37 +257,56 @@ class TestProbePath:
     @pytest.mark.parametrize(
         ("losses", "share"), [((5, 4, 3, 2, 1), 1.0), ((1, 2, 3, 4, 5), 0.0), ((4, 1, 0, 1, 4), 0.5)]
     )  # fmt: skip
-    def test_the_round_ends_in_its_best_point(self, losses, share):
-        found = self.driven(losses).result
-        assert torch.equal(found["head.weight"], torch.full((2, 2), -7.0 * share))
-        assert torch.equal(found["norm"], torch.ones(2))
+    def test_the_round_serves_and_trains_on_its_best_point(self, losses, share):
+        driven = self.driven(losses)
+        for state in (driven.result, driven.end.served or driven.result):
+            assert torch.equal(state["head.weight"], torch.full((2, 2), -7.0 * share))
+            assert torch.equal(state["norm"], torch.ones(2))
+        origin = "fitted" if share else "average"
+        assert (driven.choice.served, driven.choice.trained_on) == (origin, origin)
+
+    def test_the_trial_compares_the_fused_model_with_the_best_point(self):
+        stage = self.driven((4, 1, 0, 1, 4)).stages[-1]
+        assert (stage.request.stage, stage.request.path_points) == ("trial", 2)
+        assert stage.request.refit.path == PathSpec(0.5)
 
     def test_extrapolation_looks_beyond_that_point_from_where_the_round_began(self):
         driven = self.driven((4, 3, 2, 1, 0), extrapolate=3.0)
-        first, second = (stage.request.refit.path for stage in driven.stages[-2:])
-        assert (first, second) == (PathSpec(), PathSpec(1.0, 3.0))
+        paths = [stage.request.refit.path for stage in driven.stages[-3:]]
+        assert paths == [PathSpec(), PathSpec(1.0, 3.0), PathSpec(1.0, 3.0)]
         # To -7 and on, to three times as far.
         assert torch.equal(driven.result["head.bias"], torch.full((2,), -21.0))
         assert driven.plans[-1].carries == {}
 
-    def test_nobodys_word_leaves_the_fused_model_and_gains_nothing(self):
+    def test_nobodys_word_leaves_the_fused_model(self):
         driven = Driven(RECIPES["auto"])
         assert not driven.result["head.weight"].any()
-        assert driven.gain == 0
+        assert driven.end.served is driven.choice is None
 
-    @pytest.mark.parametrize("extrapolate", [0.0, 3.0])
-    @pytest.mark.parametrize(("losses", "gain"), [((4, 3, 1, 2, 3), 0.75), ((8, 5, 6, 7, 8), 0.375)])
-    def test_the_gain_is_the_share_of_the_fused_models_loss_that_is_gone(self, losses, gain, extrapolate):
-        assert self.driven(losses, extrapolate=extrapolate).gain == gain
+    @pytest.mark.parametrize(
+        "trial",
+        [None, trial_of((4, 2), (3, 2)), trial_of((4, 2), (1, 1.5)), trial_of((), (3, 1))],
+        ids=["nobody", "steps do not help", "the mean ends lower", "no steps"],
+    )
+    def test_the_mean_is_trained_on_where_steps_from_the_best_point_do_not_pay(self, trial):
+        driven = self.driven((4, 3, 2, 1, 0), trial=trial)
+        assert not driven.result["head.weight"].any()
+        assert torch.equal(driven.end.served["head.weight"], torch.full((2, 2), -7.0))
+        assert (driven.choice.served, driven.choice.trained_on) == ("fitted", "average")
 
-    def test_a_round_does_not_stay_where_it_began(self):
+    def test_a_model_that_is_less_accurate_than_the_mean_is_not_served(self):
+        driven = self.driven((4, 3, 2, 1, 0), correct=(0.5, 0.5, 0.4, 0.2, 0.1))
+        assert torch.equal(driven.end.served["head.weight"], torch.full((2, 2), -7.0 / 4))
+        assert (driven.choice.loss, driven.choice.accuracy) == (3, 0.5)
+
+    def test_a_mean_that_nothing_matches_is_served_without_a_trial(self):
         driven = self.driven((1, 2, 3, 4, 5), extrapolate=3.0)
-        # Nothing is better than the fused model, and nothing ahead of the global one than its nearest point.
-        assert driven.stages[-1].request.refit.path == PathSpec(0.0, 3.0)
-        assert driven.gain == -1.0
+        assert [stage.request.stage for stage in driven.stages[-2:]] == ["probe", "probe"]
+        assert driven.end.served is None
+        assert (driven.choice.served, driven.choice.trained_on) == ("average", "average")
 
-    def test_a_recipe_that_does_not_probe_knows_no_gain(self):
-        assert Driven(RECIPES["features-head"]).gain is None
+    def test_a_recipe_that_does_not_probe_chooses_nothing(self):
+        assert Driven(RECIPES["features-head"]).choice is None
 
 
 @pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
@@ -285,8 +315,7 @@ def test_a_model_without_layers_that_fit_is_fused_and_said_to_have_none(recipe, 
     driven = Driven(RECIPES[recipe], layer_graph=layer_graph)
     assert len(driven.plans) == 1
     assert driven.left_out
-    # Nothing was taken away, so a recipe that hands over does.
-    assert driven.gain == (0.0 if recipe == "auto" else None)
+    assert driven.choice is None
 
 
 def test_a_model_without_a_head_is_fitted_in_all_other_layers():
@@ -354,7 +383,7 @@ class TestBootstrap:
         assert torch.equal(first.carries["head.weight"], model(0.0)["head.weight"])
         assert torch.equal(second.carries["head.weight"], model(1.0)["head.weight"])
         assert torch.equal(result.model["head.weight"], model(2.0)["head.weight"])
-        assert result.gain is None
+        assert result.choice is None
 
     def test_one_after_the_other_is_asked_until_one_replies(self):
         plans, _ = finish(
@@ -401,14 +430,6 @@ class TestMerge:
 
     def test_where_nobody_can_link_the_round_is_the_mean(self):
         assert self.driven(None) == 1.0
-
-
-def test_a_gain_needs_both_paths_and_a_loss_to_lose():
-    path = Path((0.0, 1.0), (4.0, 1.0), (0.0, 0.0), 2.0)
-    assert relative_gain(path, path, 1.0) == 0.75
-    assert relative_gain(None, path, 1.0) == relative_gain(path, None, 1.0) == 0.0
-    nothing = Path((0.0, 1.0), (0.0, 1.0), (0.0, 0.0), 2.0)
-    assert relative_gain(nothing, path, 1.0) == 0.0
 
 
 def test_ahead_of_the_start_nobodys_word_takes_the_point_that_was_given():

@@ -1,0 +1,138 @@
+"""The first steps of a client's local training, taken with the optimizer that the app itself has used.
+
+An app trains by code of its own. While it does, a hook of torch sees its optimizer: class, settings, number of steps.
+A trial builds the same optimizer anew and takes the first steps from a model, so that it shows whether the app's own
+learning rate suits that model. An app whose training uses no optimizer of torch cannot be tried, and no model but the
+mean of the clients' is trained on.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from fedbasin.proto.report import PathSums
+from fedbasin.strategies.diagnostics.evaluation import Score, evaluate
+from fedbasin.strategies.tasks.model_task import Task
+from fedbasin.strategies.tensors.batches import Batches, forward, in_mode, read_batches
+from fedbasin.strategies.tensors.state import State
+
+# Steps of a trial, as a part of the app's own and at most: a head that is too large for a learning rate shows at once.
+_PART, MOST_STEPS = 4, 10
+
+# The loss of an example that stands for any larger one, and for one that is not a number.
+_LARGEST_LOSS = 1e30
+
+
+@dataclass(eq=False)
+class LocalOptimizer:
+    """The optimizer of an app's own training.
+
+    Attributes:
+        name: name of its class in `torch.optim`; empty where none was seen, or one that cannot be built anew.
+        settings: settings of its first group of parameters, with the largest learning rate.
+        steps: number of steps.
+    """
+
+    name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+    def see(self, optimizer: Optimizer, *_: object) -> None:
+        """Take note of a step."""
+        name = type(optimizer).__name__
+        if getattr(torch.optim, name, None) is not type(optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+            return
+        group = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
+        settings = {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+        largest = max(settings["lr"], self.settings.get("lr", -math.inf))
+        self.name, self.settings, self.steps = name, {**settings, "lr": largest}, self.steps + 1
+
+    def make(self, model: nn.Module) -> Optimizer:
+        """Return the same optimizer for the parameters of a model, without any memory."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer: Optimizer = getattr(torch.optim, self.name)(parameters, lr=self.settings["lr"])
+        for group in optimizer.param_groups:
+            group.update(self.settings)
+        return optimizer
+
+    def to_json(self) -> str:
+        return json.dumps([self.name, self.settings, self.steps])
+
+    @classmethod
+    def from_json(cls, text: str) -> "LocalOptimizer":
+        return cls(*json.loads(text))
+
+
+@contextmanager
+def seeing_optimizer() -> Iterator[LocalOptimizer]:
+    """See the optimizer that steps while a context is open."""
+    local = LocalOptimizer()
+    handle = register_optimizer_step_post_hook(local.see)
+    try:
+        yield local
+    finally:
+        handle.remove()
+
+
+def trial(
+    model: nn.Module,
+    ends: tuple[State, State],
+    data: Batches,
+    held_out: Batches,
+    optimizer: LocalOptimizer,
+    seed: int,
+    task: Task,
+) -> PathSums:
+    """Return the losses of two models before and after a client's first local steps from them.
+
+    Args:
+        model: module that runs the states; its tensors are replaced.
+        ends: the two models.
+        data: batches that the steps are taken on.
+        held_out: batches that losses are measured on.
+        optimizer: the optimizer of the app's own training.
+        seed: seed of what the model draws in training.
+        task: the task, which gives the loss.
+    """
+    before = [evaluate(model, state, held_out, task) for state in ends]
+    after = [_after_steps(model, state, data, held_out, optimizer, seed, task) for state in ends]
+    return PathSums(
+        (0.0, 1.0), _losses(before), _losses(after), _correct(before), _correct(after), before[0].examples, clients=1
+    )
+
+
+def _after_steps(
+    model: nn.Module, state: State, data: Batches, held_out: Batches, optimizer: LocalOptimizer, seed: int, task: Task
+) -> Score:
+    model.load_state_dict({**model.state_dict(), **state})
+    if optimizer.name:
+        stepping = optimizer.make(model)
+        batches = cycle(list(islice(read_batches(data, model), MOST_STEPS)))
+        # What the app draws must not depend on a trial.
+        with torch.random.fork_rng(), in_mode(model, training=True), torch.enable_grad():
+            torch.manual_seed(seed % 2**63)
+            for batch in islice(batches, min(max(1, optimizer.steps // _PART), MOST_STEPS)):
+                stepping.zero_grad()
+                task.losses(forward(model, batch), batch).mean().backward()
+                stepping.step()
+    return evaluate(model, model.state_dict(), held_out, task)
+
+
+def _losses(scores: list[Score]) -> tuple[float, ...]:
+    limit = [_LARGEST_LOSS * score.examples for score in scores]
+    return tuple(
+        min(most, score.loss)  # a loss that is not a number is not below
+        for score, most in zip(scores, limit, strict=True)
+    )
+
+
+def _correct(scores: list[Score]) -> tuple[float, ...]:
+    return () if math.isnan(scores[0].correct) else tuple(score.correct for score in scores)

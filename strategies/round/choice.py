@@ -1,0 +1,155 @@
+"""Which of a round's models is served, and which one the next round trains on.
+
+    served       the evaluated point with the lowest loss among those that are no worse than the mean of the clients'
+                 models, neither in loss nor in accuracy
+    trained on   the search's own point, where the clients' first local steps from there lower its loss and end no
+                 higher than the same steps from the mean; otherwise the mean
+
+A closed-form head on features that are nearly untrained is accurate and so large that training from it diverges. The
+mean below it trains as ever, so the two roles are kept apart. Everything is decided by sums over the clients' examples.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
+from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.round.refit import ProbePath
+
+# Rounds without a comparison after one in which closed forms did not pay; doubled each time, up to the second number.
+_PAUSE, _LONGEST_PAUSE = 1, 16
+
+# A loss that is this multiple of another is higher, whoever has measured the two.
+_MULTIPLE = 2.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on a line between the models of a round, as the clients' examples judge it.
+
+    Attributes:
+        point: place on the line.
+        loss: mean loss.
+        accuracy: mean accuracy; None where the task has no right and wrong.
+        is_extended: whether the line is the second one, from the global model on.
+    """
+
+    point: float
+    loss: float
+    accuracy: float | None = None
+    is_extended: bool = False
+
+    def matches(self, other: "Candidate | Choice") -> bool:
+        """Return whether this model is as good as another one in loss and in accuracy."""
+        return self.loss <= other.loss and (
+            self.accuracy is None or other.accuracy is None or self.accuracy >= other.accuracy
+        )
+
+
+def candidates(path: Path | None, *, is_extended: bool = False) -> list[Candidate]:
+    """Return the evaluated points of a line; none where no client has evaluated it."""
+    if path is None or not path.examples:
+        return []
+    accuracies: Iterable[float | None] = path.accuracy or (None,) * len(path.points)
+    return [
+        Candidate(point, loss, accuracy, is_extended)
+        for point, loss, accuracy in zip(path.points, path.mean_loss, accuracies, strict=True)
+    ]
+
+
+def best_candidate(average: Candidate, models: Iterable[Candidate]) -> Candidate:
+    """Return the model with the lowest loss among those that match the average, which matches itself."""
+    return min((average, *(model for model in models if model.matches(average))), key=lambda model: model.loss)
+
+
+def is_trainable(trial: PathSums | None) -> bool:
+    """Return whether clients' first steps from the end of a trial lower its loss, and end as low as from its start.
+
+    Args:
+        trial: losses before and after the steps, at the average (first) and at another model (last).
+    """
+    if trial is None or not trial.examples or not trial.loss_before:
+        return False
+    before, after = trial.loss_before, trial.loss_after
+    return after[-1] < before[-1] and after[-1] <= after[0]
+
+
+def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:
+    """Return a choice that keeps the model served so far, where none of this round's matches it.
+
+    Args:
+        choice: the choice among this round's models.
+        earlier: the choice of the round before; None where its model was not compared.
+        same_clients: whether the same clients judged both. Losses on the examples of others say nothing, unless one is
+            a multiple of the other.
+    """
+    if earlier is None or not (same_clients or _MULTIPLE * earlier.loss < choice.loss):
+        return choice
+    model = Candidate(0.0, choice.loss, choice.accuracy)
+    was = Candidate(0.0, earlier.loss, earlier.accuracy)
+    if not was.matches(model) or model.matches(was):
+        return choice
+    return replace(
+        choice, served=Origin.kept.name, served_round=earlier.served_round, loss=earlier.loss, accuracy=earlier.accuracy
+    )
+
+
+def with_pause(choice: Choice, pause: int) -> Choice:
+    """Return a choice with the rounds of plain averaging that follow where closed forms have not paid.
+
+    Args:
+        choice: the choice.
+        pause: the pause before it; 0 for none.
+    """
+    pays = Origin.average.name not in (choice.served, choice.trained_on) or choice.served != choice.trained_on
+    return replace(choice, pause=0 if pays else min(max(_PAUSE, 2 * pause), _LONGEST_PAUSE))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The state of the comparison between rounds.
+
+    Attributes:
+        choice: the choice that the served model comes from; None where that model was not compared.
+        judges: the clients that judged it.
+        pause: number of rounds of the last pause; 0 where closed forms have paid since.
+        resumes: number of the first round that compares again.
+    """
+
+    choice: Choice | None = None
+    judges: frozenset[int] = frozenset()
+    pause: int = 0
+    resumes: int = 1
+
+    def after(self, report: RoundReport) -> "Standing":
+        """Return the standing after a round whose model was taken."""
+        choice = report.choice
+        if choice is None:
+            return replace(self, choice=None, judges=frozenset())
+        return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + choice.pause)
+
+    def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:
+        """Return a round's choice with the number of its round, in view of the model served so far, and with its pause.
+
+        Args:
+            choice: the choice among the round's models.
+            number: number of the round.
+            stages: its stages.
+        """
+        here = replace(choice, served_round=number)
+        return with_pause(kept(here, self.choice, same_clients=judges(stages) == self.judges), self.pause)
+
+    def goes_back(self, choice: Choice) -> bool:
+        """Return whether a round that trained on fitted layers has left the mean worse than the mean before it."""
+        earlier = self.choice
+        return (
+            earlier is not None
+            and earlier.trained_on == Origin.fitted.name
+            and choice.served == Origin.kept.name
+            and choice.average_loss > earlier.average_loss
+        )
+
+
+def judges(stages: Iterable[StageReport]) -> frozenset[int]:
+    """Return the clients that have evaluated the models of a round."""
+    return frozenset(client.node_id for stage in stages if stage.stage == ProbePath.stage for client in stage.accepted)

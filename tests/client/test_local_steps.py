@@ -1,0 +1,107 @@
+"""The first local steps, with the optimizer that an app has used itself."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedbasin.client.refit.local_steps import MOST_STEPS, LocalOptimizer, seeing_optimizer, trial
+from fedbasin.strategies.tasks.model_task import TASKS
+
+TASK = TASKS["classification"]
+INPUTS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+BATCHES = [(part, part[:, :3].argmax(1)) for part in INPUTS.split(10)]
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.9)),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01),
+    "Adam, rate a tensor": lambda p: torch.optim.Adam(p, torch.tensor(0.01)),
+}
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def steps(model, optimizer, count):
+    for inputs, targets in BATCHES[:count]:
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def seen(make, count=4):
+    model = net()
+    with seeing_optimizer() as local:
+        steps(model, make(model.parameters()), count)
+    return LocalOptimizer.from_json(local.to_json())
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_that_was_seen_takes_the_steps_of_the_apps_own(make):
+    local = seen(make)
+    assert local.steps == 4
+    ours, theirs = net(1), net(1)
+    steps(ours, local.make(ours), 3)
+    steps(theirs, make(theirs.parameters()), 3)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_largest_learning_rate_of_a_schedule_counts():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: (0.1, 1.0, 0.01)[epoch])
+    with seeing_optimizer() as local:
+        for _ in range(2):
+            steps(model, optimizer, 1)
+            schedule.step()
+    steps(model, optimizer, 1)  # not seen: the context is closed
+    assert (local.settings["lr"], local.steps) == (0.1, 2)
+
+
+class Own(torch.optim.SGD):
+    """An optimizer that is not torch's."""
+
+
+@pytest.mark.parametrize("make", [lambda p: Own(p, 0.1), lambda p: torch.optim.LBFGS(p, 0.1)])
+def test_an_optimizer_that_cannot_be_built_anew_is_not_seen(make):
+    model = net()
+    with seeing_optimizer() as local:
+        optimizer = make(model.parameters())
+        optimizer.step(lambda: cross_entropy(model(INPUTS), INPUTS[:, :3].argmax(1)))
+    assert not local.name
+
+
+def tried(local, start):
+    return trial(net(), (net(1).state_dict(), start), BATCHES, BATCHES, local, 7, TASK)
+
+
+def test_steps_lower_the_loss_of_a_model_that_suits_the_learning_rate():
+    sums = tried(seen(OPTIMIZERS["SGD"], 40), net(2).state_dict())
+    assert sums.examples == 40
+    assert all(after < before for before, after in zip(sums.loss_before, sums.loss_after, strict=True))
+    assert sums == tried(seen(OPTIMIZERS["SGD"], 40), net(2).state_dict())
+
+
+def test_steps_from_a_head_that_is_too_large_show_a_loss_that_can_be_sent():
+    large = {name: 1e25 * tensor if name.startswith("2.") else tensor for name, tensor in net(2).state_dict().items()}
+    sums = tried(seen(OPTIMIZERS["SGD"], MOST_STEPS), large)
+    assert sums.loss_after[1] > sums.loss_before[1]
+    assert all(map(math.isfinite, sums.loss_after))
+
+
+def test_without_an_optimizer_nothing_moves():
+    sums = tried(LocalOptimizer(), net(2).state_dict())
+    assert sums.loss_before == sums.loss_after
+
+
+def test_a_trial_draws_nothing_of_the_apps():
+    local, state, model = seen(OPTIMIZERS["SGD"]), net(2).state_dict(), nn.Sequential(net(), nn.Dropout(0.5))
+    states = ({f"0.{name}": tensor for name, tensor in state.items()},) * 2
+    drawn = torch.random.get_rng_state()
+    trial(model, states, BATCHES, BATCHES, local, 7, TASK)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
