@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.linalg import LinAlgError
+from torch import linalg
 
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 
@@ -19,6 +19,6 @@ def refusing_what_cannot_be_matched() -> Iterator[None]:
         yield
     except Refusal:
         raise
-    except (ValueError, ArithmeticError, LinAlgError) as error:
+    except (ValueError, ArithmeticError, linalg.LinAlgError) as error:
         detail = f"its weights cannot be matched to the anchor's: {error}"
         raise Refusal(Outcome.out_of_line, detail) from error
