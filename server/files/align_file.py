@@ -206,5 +206,5 @@ def refuse_not_finite(model: StoredModel) -> None:
         for name in model:
             if not is_finite(model[name]):
                 raise ModelError(
-                    f"{model.path}: {name!r} has entries that are infinite or not a number; it cannot be aligned"
+                    f"{model.path}: {name!r} has entries that are infinite or not a number; leave this model out"
                 )

@@ -21,7 +21,7 @@ from fedbasin.server.files.data.barrier_command import TaskName
 if TYPE_CHECKING:
     from fedbasin.server.files.merge.merge_models import MergeReport, PreparedMerge
     from fedbasin.server.files.merge.recipe import MergeRecipe
-    from fedbasin.server.files.search.scored_merge import ScoreReport
+    from fedbasin.server.files.search.scored_merge import ScoreReport, Search
 
 app = typer.Typer()
 
@@ -58,7 +58,9 @@ def merge(
     search: Annotated[
         int | None, typer.Option(min=1, help="Search weights or t by layer with --score, in so many candidates.")
     ] = None,
-    search_points: Annotated[int, typer.Option(min=1, help="Values from first to last layer that are searched.")] = 3,
+    search_points: Annotated[
+        int | None, typer.Option(min=1, help="Values from first to last layer that are searched. Default: 3.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
@@ -89,18 +91,19 @@ def merge(
             torch.set_num_threads(threads)
         keys = {"align": align, "dtype": dtype, "rank": rank, "task": task, "module": module, "score": score}
         recipe = _recipe(inputs, rule, anchor, {"weight": weight, "statistics": statistics}, parameter or [], keys)
+        settings = _search(recipe, search, search_points)
         if all(is_adapter(path) for path in recipe.paths()):
             _merge_adapters(recipe, output, force=force)
             return
         if recipe.rank is not None:
             raise ModelError("rank: belongs to adapters; leave it out")
         sources = [Path(part) for path in recipe.paths() for part in str(path).split("+")]
-        merge = prepare_merge(recipe if search is None else with_start(recipe))
+        merge = prepare_merge(recipe if settings is None else with_start(recipe))
         for source in (*sources, *inputs[: rule is None]):
             writing.refuse_overlap(source, output)
         writing.refuse_target(merge.reference, output, force=force)
         refuse_full_disk(merge, output)
-        report, scores = _write(merge, output, int(shard_size * 1e9), search, search_points)
+        report, scores = _write(merge, output, int(shard_size * 1e9), settings)
     record = asdict(report) | ({} if scores is None else {"score": asdict(scores)})
     print_results([record], _render(report, scores), as_json=as_json)
 
@@ -146,15 +149,23 @@ def _parameter(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
+def _search(recipe: "MergeRecipe", trials: int | None, points: int | None) -> "Search | None":
+    from fedbasin.server.files.reading import ModelError
+    from fedbasin.server.files.search.scored_merge import Search
+
+    if trials is None and points is not None:
+        raise ModelError("--search-points: belongs to --search; give both, or leave it out")
+    if trials is not None and not recipe.score:
+        raise ModelError("--search: chooses coefficients by a score; give --score")
+    return None if trials is None else Search(trials, points or 3)
+
+
 def _write(
-    merge: "PreparedMerge", output: Path, shard: int, trials: int | None, points: int
+    merge: "PreparedMerge", output: Path, shard: int, search: "Search | None"
 ) -> "tuple[MergeReport, ScoreReport | None]":
     from fedbasin.server.files.merge.merge_models import write_merge
-    from fedbasin.server.files.reading import ModelError
-    from fedbasin.server.files.search.scored_merge import Search, write_scored_merge
+    from fedbasin.server.files.search.scored_merge import write_scored_merge
 
-    if trials is not None and not merge.recipe.score:
-        raise ModelError("--search: chooses coefficients by a score; give --score")
     with progress_bar() as progress:
         task = progress.add_task("merging", total=merge.nbytes)
 
@@ -162,7 +173,6 @@ def _write(
             progress.update(task, description=step)
 
         if merge.recipe.score:
-            search = None if trials is None else Search(trials, points)
             return write_scored_merge(merge, output, shard, search, show)
         return write_merge(merge, output, shard, lambda size: progress.advance(task, size), show), None
 

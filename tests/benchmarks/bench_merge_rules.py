@@ -1,6 +1,8 @@
 """Accuracy of merged digit classifiers by rule: fine-tuned from one start on parts of the classes, and unrelated."""
 
 import statistics
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,20 @@ from torch.nn.functional import cross_entropy
 
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, RULES, Rule
+from fedbasin.strategies.statistics.merged_by_statistics import (
+    Contribution,
+    collect_fisher,
+    collect_grams,
+    merge_at_once,
+    merge_in_order,
+)
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.bench_rebasin import split
 from tests.benchmarks.figures import Figure, Goal, Say
 
 SEEDS = 3
+ALL = tuple(range(10))
 PARTS = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 # Chosen before measuring: the papers' usual values; a density of .3, an even mix, and the whole sum of task vectors.
 SETTINGS: dict[str, dict[str, float]] = {
@@ -25,7 +35,8 @@ HOW = f"""Digit classifiers 64-256-256-10. Parts: from one start, trained for 3 
 on for 5 epochs, one on each of the classes {", ".join(map(str, PARTS))}. Runs: three models trained on for 5 epochs on all
 classes, in other orders. Unrelated: three models trained for 15 epochs from independent initialisations, merged as they are
 and after a star of alignment by weights; the first is the anchor of rules with one. Test accuracy of the merged model, means of
-{SEEDS} seeds, with the rules' defaults but for a density of .3. Rules of two models are left out."""
+{SEEDS} seeds, with the rules' defaults but for a density of .3. Rules with statistics collect them on what each model was trained on.
+Rules of two models, and of a score, are left out."""
 
 
 def measure(say: Say) -> Figure:
@@ -36,8 +47,8 @@ def measure(say: Say) -> Figure:
         for setting, (anchor, models) in cases(seed).items():
             singles.setdefault(setting, []).append(statistics.fmean(map(accuracy, models)))
             for name, rule in RULES.items():
-                if name not in PAIRWISE:
-                    merged = {key: merge(rule, anchor[key], [m[key] for m in models]) for key in anchor}
+                if name not in PAIRWISE and not rule.scored:
+                    merged = merge_states(rule, anchor, models, PARTS if setting == "parts" else (ALL,) * len(models))
                     scores.setdefault(name, {}).setdefault(setting, []).append(accuracy(merged))
     settings = list(singles)
     rows = [("mean of the models alone", *(f"{statistics.fmean(singles[s]):.3f}" for s in settings))]
@@ -50,6 +61,26 @@ def _goal(scores: dict[str, dict[str, list[float]]]) -> Goal:
     return Goal(
         "linear of unrelated models: better after alignment", f"{aligned:.3f} against {plain:.3f}", aligned > plain
     )
+
+
+def merge_states(rule: Rule, anchor: State, models: list[State], classes: Sequence[tuple[int, ...]]) -> State:
+    """Merge models; rules with statistics read what each was trained on."""
+    if not rule.statistic:
+        return {key: merge(rule, anchor[key], [model[key] for model in models]) for key in anchor}
+    data = [batches(part) for part in classes]
+    parts = [Contribution(model, rows, 1.0) for model, rows in zip(models, data, strict=True)]
+    if rule.statistic == "features":
+        return merge_in_order(network(), parts, 1.0, 1e-3)
+    collect = partial(collect_fisher, task=None, scaled=True)
+    if rule.statistic == "gram":
+        collect = partial(collect_grams, shrink=1.0)
+    return merge_at_once(network(), parts, collect, 1e-3)
+
+
+def batches(classes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    inputs, targets, count = split()
+    chosen = torch.tensor([index for index in range(count) if int(targets[index]) in classes])
+    return [(inputs[rows], targets[rows]) for rows in chosen.split(256)]
 
 
 def merge(rule: Rule, anchor: Tensor, tensors: list[Tensor]) -> Tensor:
@@ -83,7 +114,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-def trained(start: State | None, seed: int, epochs: int, classes: tuple[int, ...] = tuple(range(10))) -> State:
+def trained(start: State | None, seed: int, epochs: int, classes: tuple[int, ...] = ALL) -> State:
     inputs, targets, count = split()
     chosen = torch.tensor([index for index in range(count) if int(targets[index]) in classes])
     torch.manual_seed(seed)

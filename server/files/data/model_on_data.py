@@ -63,6 +63,4 @@ def run(module: nn.Module, data: str, compute: Callable[[], Result]) -> Result:
         return compute()
     except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
         remedy = "; --task names the task" if isinstance(error, TaskError) else ""
-        raise ModelError(
-            f"--data {data}: {type(module).__name__} cannot be evaluated on it: {error}{remedy}"
-        ) from error
+        raise ModelError(f"{data}: {type(module).__name__} cannot be evaluated on it: {error}{remedy}") from error

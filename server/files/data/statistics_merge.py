@@ -21,6 +21,7 @@ from fedbasin.strategies.statistics.merged_by_statistics import (
     merge_at_once,
     merge_in_order,
 )
+from fedbasin.strategies.tensors.parallel import is_finite
 from fedbasin.strategies.tensors.state import State
 
 
@@ -50,7 +51,7 @@ def merge_by_statistics(
     for source, weight in zip(recipe.parts[0].sources, weights, strict=True):
         on_step(f"reading the data of {source.model}")
         data = read_data(recipe.data_of(source) or "", "--statistics")
-        models.append(Contribution(_module_state(executable, states[source.model]), data, weight))
+        models.append(Contribution(_module_state(executable, source.model, states[source.model]), data, weight))
     task = None if recipe.task is None else read_task(recipe.task)
     on_step("collecting statistics")
     module, ridge = executable.module, arguments["ridge"]
@@ -65,9 +66,13 @@ def merge_by_statistics(
     return StoredState(executable.layout, states[recipe.parts[0].sources[0].model], fused)
 
 
-def _module_state(executable: ExecutableModel, state: State) -> dict[str, Tensor]:
+def _module_state(executable: ExecutableModel, path: Path, state: State) -> dict[str, Tensor]:
     named = ModuleState(executable.layout, state)
-    return {name: named[name].float() for name in named}
+    result = {name: named[name].float() for name in named}
+    for name, tensor in result.items():
+        if not is_finite(tensor):
+            raise ModelError(f"{path}: {name!r} has entries that are infinite or not a number; leave this model out")
+    return result
 
 
 def _constant(plan: Sequence[PlannedTensor]) -> tuple[Sequence[float], Mapping[str, float]]:
@@ -80,4 +85,6 @@ def _constant(plan: Sequence[PlannedTensor]) -> tuple[Sequence[float], Mapping[s
                 f"parameters: {tensor.name!r} and {first.name!r} have other values; a merge by statistics solves for "
                 "whole layers, so give one value of each parameter"
             )
+    if min(first.weights) < 0 or not sum(first.weights) or first.arguments["ridge"] < 0:
+        raise ModelError("weight, ridge: are factors of statistics; give no negative number, and a weight above zero")
     return first.weights, first.arguments

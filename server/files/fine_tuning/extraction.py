@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.server.files.adapters.adapter_folder import AdapterModule, StoredAdapter
+from fedbasin.server.files.align_file import refuse_not_finite
 from fedbasin.server.files.library.executable_model import ExecutableModel
 from fedbasin.server.files.library.tensor_layout import ModuleState
 from fedbasin.server.files.reading import ModelError, StoredModel, few
@@ -51,9 +52,11 @@ def extract_adapter(base: StoredModel, executable: ExecutableModel, fine: Stored
         rank: largest rank of a layer's product.
 
     Raises:
-        ModelError: the models differ in their tensors or not at all, or a change belongs to no module.
+        ModelError: the models differ in their tensors or not at all, an entry is not finite, or a change belongs to no module.
     """
     require_equal_shapes(fine, base)
+    for model in (base, fine):
+        refuse_not_finite(model)
     change = _Change(executable, base, fine)
     if not change.names:
         raise ModelError(f"{fine.path} and {base.path} hold the same tensors; there is nothing to extract")

@@ -1,13 +1,11 @@
 """A merge from recipe to files: models are opened, refused or planned by their headers, aligned, merged and written."""
 
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter
@@ -16,10 +14,11 @@ from fedbasin.server.files.data.statistics_merge import merge_by_statistics
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensors
-from fedbasin.server.files.merge.plan import Origin, PlannedTensor, layer_sources, plan_merge
+from fedbasin.server.files.merge.plan import Origin, PlannedTensor, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
+from fedbasin.server.files.merge.result_config import write_config
 from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
-from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, open_model
+from fedbasin.server.files.reading import ModelError, StoredModel, few, open_model
 from fedbasin.server.files.stored_symmetry import symmetry_of
 from fedbasin.server.files.writing import FolderFiles, copy_other_files, list_files, replacing
 from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
@@ -27,10 +26,6 @@ from fedbasin.strategies.fusion.rules.merging_rules import RULES
 from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
-
-# Keys of a config that hold the number of layers, by family.
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
 
 # In place of a path, the model that was merged by statistics.
 _MERGED = Path()
@@ -154,7 +149,7 @@ def write_merge(
         with replacing(target) as part:
             if merge.reference.is_folder:
                 copy_other_files(merge.reference, part)
-                _write_config(merge, part)
+                write_config(merge, part)
                 write_index(files, merge.nbytes, part)
                 if merge.tokens is not None:
                     write_tokenizer(merge.tokens, part)
@@ -299,32 +294,6 @@ def _refuse_not_finite(path: Path, state: State) -> None:
 def _metadata(merge: PreparedMerge) -> Mapping[str, str]:
     # A notation names the layers of the model that it was written for.
     return merge.reference.metadata if merge.recipe.models else {}
-
-
-def _write_config(merge: PreparedMerge, folder: Path) -> None:
-    config: dict[str, Any] = dict(merge.reference.config)
-    if not config:
-        return
-    if merge.recipe.slices:
-        config |= _layer_config(merge, config)
-    if merge.tokens is not None:
-        config["vocab_size"] = merge.tokens.size
-    if dtype := merge.recipe.out_dtype or merge.recipe.dtype:
-        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
-    if config != merge.reference.config:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _layer_config(merge: PreparedMerge, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a config that depend on the layers, for the layers of the result."""
-    sources = layer_sources(merge.plan)
-    old = next((config[key] for key in _LAYERS if key in config), None)
-    changed: dict[str, Any] = {key: len(sources) for key in _LAYERS if key in config}
-    for key, value in config.items():
-        # Such as the kind of attention in each layer.
-        if isinstance(value, list) and len(value) == old:
-            changed[key] = [merge.models[source.model].config[key][source.layer] for source in sources]
-    return changed
 
 
 def _in_order(plan: Sequence[PlannedTensor], files: Sequence[PlannedFile]) -> list[PlannedTensor]:

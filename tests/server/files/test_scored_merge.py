@@ -91,6 +91,8 @@ def test_models_are_aligned_once_for_all_candidates(folder: Path) -> None:
     ("options", "words"),
     [
         (["--rule", "linear", "--search", "3"], "give --score"),
+        (["--rule", "linear", *SCORE, "--search-points", "3"], "belongs to --search"),
+        (["--rule", "linear", *SCORE, "--search", "3", "--weight", "0"], "given 1 times for 3 models"),
         (["--rule", "greedy_soup"], "chooses models by their scores"),
         (["--rule", "linear", "--score", f"{GIVEN}:fails_on"], "OSError: no such disk"),
         (["--rule", "linear", "--score", f"{GIVEN}:not_a_number"], "returned nan"),
