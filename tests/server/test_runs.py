@@ -1,5 +1,6 @@
 """Whole runs over a federation in this process: stages, bootstrap, checkpoints and resume."""
 
+import logging
 from pathlib import Path
 
 import pytest
