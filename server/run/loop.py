@@ -328,6 +328,7 @@ class RunLoop:
 
     def _round(self, number: int) -> RoundReport:
         started = time.perf_counter()
+        self._choice = None
         self._probe.begin(self._model, number)
         results: list[StageResult] = []
         try:

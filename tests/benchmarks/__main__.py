@@ -25,6 +25,7 @@ from tests.benchmarks import (
     bench_page,
     bench_rebasin,
     bench_robust,
+    bench_served,
     bench_stages,
     bench_telemetry,
     bench_tensors,
@@ -54,6 +55,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "fisher": bench_fisher.measure,
     "page": bench_page.measure,
     "robust": bench_robust.measure,
+    "served": bench_served.measure,
 }
 
 

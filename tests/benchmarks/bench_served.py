@@ -26,6 +26,12 @@ CLIENTS, BATCH, ROUNDS, TEST = 4, 32, 20, 360
 RATES = (0.005, 0.02, 0.1, 0.3)
 SEEDS = (0, 1, 2)
 RECIPES = ("fedavg", "auto-head")
+SHOWN = (1, 2, 3, 5, 10, 15, 20)
+COLUMNS = ("learning rate, recipe", *(f"round {number}" for number in SHOWN))
+
+HOW = f"""The small convolutional network of Flower's PyTorch quickstart with its optimizer, SGD with momentum .9, {CLIENTS} clients,
+an epoch a round in batches of {BATCH}, digits as colour images of 32 x 32, shares drawn evenly; test accuracy of the served
+model on {TEST} images, mean of {len(SEEDS)} seeds. `auto-head` has the mod's own tenth of the examples to compare models by."""
 
 
 @cache
@@ -80,18 +86,32 @@ def run(recipe: str, rate: float, seed: int, rounds: int = ROUNDS, **settings: o
 
 
 def measure(say: Say) -> Figure:
-    """Return the figure."""
+    """Return the curves, and the rounds in which the served model is behind plain averaging."""
     curves = {}
     for rate, recipe, seed in product(RATES, RECIPES, SEEDS):
-        result = run(recipe, rate, seed)
-        curves[rate, recipe, seed] = [(r.server_metrics["accuracy"], r.server_metrics["loss"]) for r in result.reports]
+        reports = run(recipe, rate, seed).reports
+        curves[rate, recipe, seed] = [(r.server_metrics["accuracy"], r.server_metrics["loss"]) for r in reports]
         say(f"rate {rate}, {recipe}, seed {seed}: {curves[rate, recipe, seed][-1]}")
-    rows, below = [], 0
-    for rate, recipe in product(RATES, RECIPES):
-        means = [
-            [statistics.fmean(curves[rate, recipe, seed][number][kind] for seed in SEEDS) for number in range(ROUNDS)]
-            for kind in (0, 1)
+    means = {
+        (rate, recipe): [
+            tuple(map(statistics.fmean, zip(*(curves[rate, recipe, seed][number] for seed in SEEDS), strict=True)))
+            for number in range(ROUNDS)
         ]
-        shown = [f"{means[0][r - 1]:.3f} / {means[1][r - 1]:.3f}" for r in (1, 2, 3, 5, 10, 20)]
-        rows.append([f"{rate}, {recipe}", *shown])
-    return Figure("", "", [], rows, Goal("", below == 0))
+        for rate, recipe in product(RATES, RECIPES)
+    }
+    rows = [
+        (f"{rate}, {recipe}", *(f"{means[rate, recipe][number - 1][0]:.3f}" for number in SHOWN))
+        for rate, recipe in product(RATES, RECIPES)
+    ]
+    behind = [
+        (plain[0] - served[0], served[1] - plain[1])
+        for rate in RATES
+        for plain, served in zip(means[rate, "fedavg"], means[rate, "auto-head"], strict=True)
+    ]
+    accuracy, loss = (max(values) for values in zip(*behind, strict=True))
+    goal = Goal(
+        "no round below plain averaging by more than a point, or above it in loss by more than .02",
+        f"at most {accuracy:.3f} below in accuracy, {loss:.3f} above in loss",
+        accuracy <= 0.01 and loss <= 0.02,
+    )
+    return Figure("The network of Flower's quickstart, round by round", HOW, COLUMNS, rows, [goal])

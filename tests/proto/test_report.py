@@ -20,6 +20,7 @@ from fedbasin.proto.encoding import Encoding, GramForm, GramKind, MomentKind
 from fedbasin.proto.observer_service import ModelChunk, RunSummary
 from fedbasin.proto.report import (
     AlignmentReport,
+    Choice,
     ClientReport,
     Incident,
     LayerVariance,
@@ -138,6 +139,7 @@ def full_report():
         last=True,
         problem="none",
         incidents=(Incident("loss_rose", "loss 0.5 to 2"),),
+        choice=Choice("fitted", 2, "average", 0.25, 0.875, 0.5, 0.75, 151.0, 1),
     )
 
 

@@ -399,7 +399,8 @@ def test_no_recipe_needs_an_app_that_evaluates(tmp_path, recipe):
 
 
 class TestOwnStarts:
-    def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path):
+    def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("fedbasin.server.run.composition.find_norms", lambda model: ())
         run = Run(tmp_path, recipe="features", align="client", start="own", ridge=0.03)
         assert [s.stage for s in run.stages()] == ["bootstrap", "fuse", "fit", "fit"]
         moved = [space.moved for c in run.stages()[1].clients for space in c.alignment.spaces]
@@ -410,7 +411,11 @@ class TestOwnStarts:
     def test_every_recipe_gets_through_them(self, tmp_path, recipe):
         config = {"align": "client", "start": "own", "fraction_evaluate": 1.0}
         run = Run(tmp_path, 2, recipe=recipe, **config)
-        assert [s.stage for s in run.stages()] == ["bootstrap", *STAGES[recipe], "evaluate"]
+        fuse, *fits = STAGES[recipe]
+        stages = [s.stage for s in run.stages()]
+        # Nothing is tried where the mean is the best of the round's models.
+        expected = ["bootstrap", fuse, "measure", *fits, "evaluate"]
+        assert stages in (expected, [stage for stage in expected if stage != "trial"])
         assert run.result.reports[-1].metrics["accuracy"] > 0.4
 
     def test_a_client_trains_once_a_round(self, tmp_path):

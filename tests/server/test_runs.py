@@ -1,5 +1,6 @@
 """Whole runs over a federation in this process: stages, bootstrap, checkpoints and resume."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ class TestARun:
         assert [r.round for r in result.reports] == [1, 2]
         assert equal(checkpoint.load(result.folder).model, result.state_dict)
         first, last = result.reports
-        assert [s.stage for s in first.stages] == ["bootstrap"] * (begin == "own") + ["fuse", "evaluate"]
+        own = begin == "own"
+        assert [s.stage for s in first.stages] == ["bootstrap"] * own + ["fuse"] + ["measure"] * own + ["evaluate"]
         assert [s.stage for s in last.stages] == ["fuse", "evaluate"]
         assert (first.recipe, first.rounds, first.last, last.last) == (recipe, 2, False, True)
         assert last.model_digest == packing.digest(result.state_dict)
@@ -192,7 +194,7 @@ class TestBootstrap:
         result = start(federation, folder, start="own", quorum=0.3, attempts=1)
         nodes, _ = self.chosen(result)
         assert nodes == [102]
-        *asked, fuse = result.reports[0].stages
+        *asked, fuse, _ = result.reports[0].stages
         assert [(s.stage, c.node_id, c.outcome) for s in asked for c in s.clients] == [
             ("bootstrap", 100, "client_error"),
             ("bootstrap", 101, "unavailable"),

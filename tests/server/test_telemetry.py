@@ -31,7 +31,7 @@ from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.pairwise import LinkModels
-from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
+from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, Trial
 from tests.needing import needed
 
 
@@ -246,7 +246,7 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 
 def test_the_counters_of_every_recipe_are_there_before_its_first_round():
     assert set(catalogue.RECIPES) == set(RECIPES)
-    refits = (LinkModels, RefitLayers, RefitHead, ProbePath)
+    refits = (LinkModels, MeasureNorms, RefitLayers, RefitHead, ProbePath, Trial)
     stages = {cls.stage for cls in (Bootstrap, Fuse, Evaluate, *refits)}
     assert set(catalogue.STAGES) == stages
     there = samples(page())

@@ -30,7 +30,7 @@ RECIPES = (
     "lora-gram",
     "lorm",
 )
-STAGES = ("bootstrap", "fuse", "link", "fit", "head", "probe", "evaluate")
+STAGES = ("bootstrap", "fuse", "link", "measure", "fit", "head", "probe", "trial", "evaluate")
 STATES = ("running", "finished", "failed")
 SIDES = ("clients", "server")
 
