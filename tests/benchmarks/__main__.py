@@ -6,6 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from tests.benchmarks import (
+    bench_discovery,
     bench_finish,
     bench_fisher,
     bench_fold,
@@ -54,6 +55,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "fisher": bench_fisher.measure,
     "page": bench_page.measure,
     "robust": bench_robust.measure,
+    "discovery": bench_discovery.measure,
 }
 
 
