@@ -79,7 +79,10 @@ def from_factory(model: StoredModel, factory: str) -> ExecutableModel:
         raise ModelError(
             f"--module {factory}: {error}; write package.module:function, importable from {Path.cwd()}"
         ) from error
-    result = make_model()
+    try:
+        result = make_model()
+    except Exception as error:  # the user's own code may raise anything
+        raise ModelError(f"--module {factory}: raised {type(error).__name__}: {error}") from error
     module, *inputs = result if isinstance(result, tuple) else (result,)
     if not isinstance(module, nn.Module) or not all(isinstance(x, Tensor) for x in inputs):
         raise ModelError(f"--module {factory}: returns no `module, input, ...`; return a torch module and tensors")
