@@ -390,8 +390,8 @@ class Narrow(nn.Module):
 
 
 def test_a_model_that_cannot_run_in_double_precision_is_told() -> None:
-    with pytest.raises(SymmetryError, match="Narrow does not run .* in float64: this kernel takes float32"):
+    with pytest.raises(SymmetryError, match=r"Narrow does not run .* in float64: this kernel takes float32"):
         discover(Narrow(), torch.zeros(2, 4))
     symmetry = parse("write S(6) write.weight[0] write.bias[0] read.weight[1]")
-    with pytest.raises(SymmetryError, match="Narrow does not run on inputs of torch.float64"):
+    with pytest.raises(SymmetryError, match=r"Narrow does not run on inputs of torch\.float64"):
         check(Narrow(), symmetry, torch.zeros(2, 4))
