@@ -154,9 +154,9 @@ def shake(module: nn.Module, seed: int = 7) -> None:
 
     with torch.no_grad():
         for parameter in module.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            size = float(parameter.square().mean().sqrt()) if parameter.numel() else 0.0
+            size = float(parameter.square().mean().sqrt())
             if parameter.dim() > 1 and size < 0.5:
                 parameter.copy_(noise(parameter) * max(parameter[0].numel(), 1) ** -0.5)
             elif size < 0.05:

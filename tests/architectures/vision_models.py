@@ -14,7 +14,7 @@ from tests.architectures.proof import Verdict, examine
 
 _SMALL_VIT = {"img_size": 64, "depth": 2}
 _SMALL_SWIN = {"img_size": 64, "window_size": 2, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 24}
-_SMALL_MIXER = {"img_size": 64, "num_blocks": 2}
+_SMALL_MIXER = {"img_size": 64}
 
 # Options that make a model small, or that it needs.
 _OPTIONS: dict[str, dict[str, Any]] = {

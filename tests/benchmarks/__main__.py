@@ -6,6 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from tests.benchmarks import (
+    bench_discovery,
     bench_finish,
     bench_fisher,
     bench_fold,
@@ -56,6 +57,7 @@ BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "page": bench_page.measure,
     "robust": bench_robust.measure,
     "served": bench_served.measure,
+    "discovery": bench_discovery.measure,
 }
 
 

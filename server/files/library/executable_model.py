@@ -69,7 +69,11 @@ def from_factory(model: StoredModel, factory: str) -> ExecutableModel:
     Raises:
         ModelError: there is no such function, it returns something else, or the weights do not fit.
     """
-    result = import_function(factory, "--module")()
+    make_model = import_function(factory, "--module")
+    try:
+        result = make_model()
+    except Exception as error:  # the user's own code may raise anything
+        raise ModelError(f"--module {factory}: raised {type(error).__name__}: {error}") from error
     module, *inputs = result if isinstance(result, tuple) else (result,)
     if not isinstance(module, nn.Module) or not all(isinstance(x, Tensor) for x in inputs):
         raise ModelError(f"--module {factory}: returns no `module, input, ...`; return a torch module and tensors")

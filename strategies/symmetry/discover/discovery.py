@@ -265,8 +265,8 @@ class _Search:
         # One element of a group that has few may be the identity where the group is wrong.
         few = [bundle for bundle in self.bundles if any(map(self._has_few, bundle.root.all()))]
         self._settle_by(lambda symmetry: self.prover.keeps(symmetry, range(2, 8)), few)
-        if self.record.trains_apart and self.prover.repeats(training=True):
-            self._settle_by(lambda symmetry: self.prover.keeps(symmetry, (1,), training=True), self.bundles)
+        if self.record.trains_apart and prover.repeats(training=True):
+            self._settle_by(lambda symmetry: prover.keeps(symmetry, (1,), training=True), self.bundles)
 
     def _has_few(self, cell: Cell) -> bool:
         letter, stride = self.kinds.get(cell, cell.kinds()[-1])

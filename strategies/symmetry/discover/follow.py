@@ -51,7 +51,7 @@ def _run(
         except Exception as error:  # the model's own code may raise anything
             shapes = ", ".join(str(None if tensor is None else tuple(tensor.shape)) for tensor in inputs)
             raise SymmetryError(
-                f"{type(model).__name__} does not run on example inputs of shape {shapes}: "
+                f"{type(model).__name__} does not run on example inputs of shape {shapes} in float64: "
                 f"{str(error).partition(chr(10))[0]}"
             ) from error
     record.operators[training] = walk.operators

@@ -372,3 +372,26 @@ def test_the_model_is_left_as_it_was() -> None:
     trace(model, torch.randn(2, 2, 6, 6))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+class Narrow(nn.Module):
+    """A model with a kernel that takes single precision alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = nn.Linear(4, 6)
+        self.read = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.write(x)
+        if hidden.dtype != torch.float32:
+            raise TypeError("this kernel takes float32")
+        return self.read(hidden.relu())
+
+
+def test_a_model_that_cannot_run_in_double_precision_is_told() -> None:
+    with pytest.raises(SymmetryError, match=r"Narrow does not run .* in float64: this kernel takes float32"):
+        discover(Narrow(), torch.zeros(2, 4))
+    symmetry = parse("write S(6) write.weight[0] write.bias[0] read.weight[1]")
+    with pytest.raises(SymmetryError, match=r"Narrow does not run on inputs of torch\.float64"):
+        check(Narrow(), symmetry, torch.zeros(2, 4))
