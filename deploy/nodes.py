@@ -21,8 +21,6 @@ import httpx
 
 from fedbasin.deploy.processes import sigterm_as_exit
 
-FIRST_PORT = 9100
-
 _FORK = multiprocessing.get_context("fork")
 _POLL_SECONDS = 0.05
 
@@ -30,16 +28,16 @@ _POLL_SECONDS = 0.05
 class Node:
     """One client: its SuperNode, started again where it has ended, and its ClientApps."""
 
-    def __init__(self, index: int, clients: int, options: Sequence[str]) -> None:
-        """Prepare client `index` of `clients`; `{index}` in an option becomes its number."""
+    def __init__(self, index: int, clients: int, port: int, options: Sequence[str]) -> None:
+        """Prepare client `index` of `clients`, with a port of its own; `{index}` in an option becomes its number."""
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
         from flwr.supercore.runtime import RuntimeHttpClient
 
         self._home = f"{os.environ.get('FLWR_HOME', '/tmp/flwr')}/{index}"  # noqa: S108 - of the container
-        self._address = f"127.0.0.1:{FIRST_PORT + index}"
+        self._address = f"127.0.0.1:{port}"
         config = f"partition-id={index} num-partitions={clients}"
         options = [option.replace("{index}", str(index)) for option in options]
-        ports = ("--port", str(FIRST_PORT + index), "--isolation", "process", "--node-config", config)
+        ports = ("--port", str(port), "--isolation", "process", "--node-config", config)
         self._command = ("flower-supernode", *options, *ports)
         # Of Flower's own SuperExec, which takes the tasks of a single SuperNode.
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
@@ -76,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run many SuperNodes; all other options are those of a SuperNode.")
     parser.add_argument("--clients", type=int, required=True, help="number of SuperNodes, one for each partition")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="ClientApps at the same time")
+    parser.add_argument("--first-port", type=int, default=9100, help="of their ports on loopback, one for each")
     parser.add_argument("--imports", default="fedbasin.client", help="modules to import once, separated by commas")
     options, of_supernode = parser.parse_known_args()
     if options.clients < 1 or options.workers < 1:
@@ -83,7 +82,7 @@ def main() -> None:
     for name in ("torch", "flwr.supernode.cli", "flwr.supernode.main", *options.imports.split(",")):
         importlib.import_module(name)
     gc.freeze()  # a collection in a fork would touch, and so copy, all that is shared
-    nodes = [Node(index, options.clients, of_supernode) for index in range(options.clients)]
+    nodes = [Node(index, options.clients, options.first_port + index, of_supernode) for index in range(options.clients)]
     apps: list[BaseProcess] = []
     with sigterm_as_exit():
         try:
