@@ -48,15 +48,14 @@ def run(app: Path, superlink: str, config: Sequence[str], resumes: int, say: Cal
 
 def _follow(command: Sequence[str], say: Callable[[str], object]) -> str:
     """Start a run, pass its log on for as long as it comes, and return Flower's id of the run."""
-    lines, run_id = [], ""
+    run_id = ""
     with _flwr(*command) as process:
         for line in process.stdout or ():
-            lines.append(line.rstrip("\n"))
-            say(lines[-1])
+            say(line.rstrip("\n"))
             if match := _STARTED.search(line):
                 run_id = match[1]
     if not run_id:
-        raise FlowerRunError(f"the run did not start: {lines[-1] if lines else 'flwr run printed nothing'}")
+        raise FlowerRunError("the run did not start; the lines of `flwr run` above say why")
     return run_id
 
 

@@ -32,7 +32,8 @@ SERVER = """
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-app, client = ServerApp(), ClientApp()
+app = ServerApp()
+client = ClientApp()
 
 
 @app.main()
