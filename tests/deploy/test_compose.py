@@ -1,5 +1,7 @@
 """The compose file against the real command lines, and, with FEDBASIN_E2E=1, on a real Docker engine."""
 
+import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -190,9 +192,56 @@ def test_a_run_in_containers_reaches_prometheus():
         health = compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
         assert sorted(health) == sorted(f"{name} healthy" for name, s in SERVICES.items() if "profiles" not in s)
         config = f"{option('cli', '--run-config')} epochs=2 num-server-rounds=2"
-        log = compose("run", "--rm", "-T", "cli", *command("cli")[:5], "--run-config", config)
+        log = compose("run", "--rm", "-T", "cli", *command("cli")[:4], "--run-config", config)
         for count in ("rounds_total{recipe='regmean'} == 2", "runs_finished_total{recipe='regmean'} == 1"):
             wait_until(lambda count=count: asked(port, f"fedbasin_{count}"), log)
+        (run,) = re.findall(r"started run (\d+)", log)
+        assert compose("run", "--rm", "-T", "cli", "fedbasin", "report", f"runs/{run}", "-o", "-").startswith(
+            "<!doctype"
+        )
+        download = ("fedbasin", "download", run, settings_of_cli().observer, "-o", "/tmp/model")
+        assert "round 2" in compose("run", "--rm", "-T", "cli", *download)
+        reached = [target for target in inside(compose) if is_reached_from_the_machine(*target)]
+        # Of the network that is not internal, and what is published there anyway.
+        assert {(network, port) for network, _, port in reached} == {("monitoring", 9471)}
+
+
+def settings_of_cli():
+    return read_settings(parse_config_args([option("cli", "--run-config")]))
+
+
+def inside(compose):
+    """Networks, addresses and ports of what listens: the SuperLink, and the observer on each of its networks."""
+    ports = {"superlink": [8000], "observer": [9470, 9471]}
+    for service, listening in ports.items():
+        (container,) = json.loads(docker("inspect", compose("ps", "--quiet", service).strip()))
+        for name, network in container["NetworkSettings"]["Networks"].items():
+            bridge = f"br-{network['NetworkID'][:12]}"
+            yield from ((name.rpartition("_")[2], (bridge, network["IPAddress"]), port) for port in listening)
+
+
+def is_reached_from_the_machine(_, place, port):
+    """Whether an unprivileged user of this machine reaches an address through its bridge."""
+    with multiprocessing.get_context("fork").Pool(1, become_nobody) as unprivileged:
+        return unprivileged.apply(connects, (*place, port))
+
+
+def become_nobody():
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def connects(bridge, address, port):
+    with socket.socket() as client:
+        # No packet leaves this machine, where an address of a closed network would go to the default gateway.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, bridge.encode())
+        client.settimeout(2)
+        return client.connect_ex((address, port)) == 0
+
+
+def docker(*arguments):
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True, timeout=LONG).stdout
 
 
 @contextmanager
@@ -217,7 +266,7 @@ def composed(prometheus_port):
         compose("up", "--build", "--wait", "--wait-timeout", "300")
         yield compose
     finally:
-        compose("--profile", "cli", "down", "--volumes", "--timeout", "10")
+        compose("--profile", "cli", "--profile", "alerts", "down", "--volumes", "--timeout", "10")
 
 
 def asked(port, query):

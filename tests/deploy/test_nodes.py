@@ -18,6 +18,7 @@ pytestmark = pytest.mark.deployed
 
 PATHS = {"PYTHONPATH": str(Path(fedbasin.__file__).parent.parent)}
 DIGITS = Path(__file__).parents[2] / "deploy/digits"
+IMPORTS = "fedbasin.client,sklearn.datasets,sklearn.model_selection"
 SHORT = {"epochs": 1, "width": 16, "fedbasin.recipe": "fedavg", "fedbasin.align": "off", "fedbasin.start": "shared"}
 
 
@@ -48,19 +49,31 @@ def free_ports(count):
     raise OSError("no ports in a row are free")
 
 
-def test_every_client_has_a_partition_and_two_of_the_same_are_refused_by_name(tmp_path):
-    port = free_ports(4)
-    numbers = ("--clients", "3", "--workers", "2", "--first-port", str(port))
+@contextmanager
+def online_nodes(folder, count):
+    """Nodes on a SuperLink, and a port that none of them has."""
+    port = free_ports(count + 1)
+    numbers = ("--clients", str(count), "--workers", "2", "--first-port", str(port), "--imports", IMPORTS)
     nodes = (sys.executable, "-m", "fedbasin.deploy.nodes", *numbers)
-    with deployment(0, str, tmp_path, PATHS, LONG) as online, started(online, "nodes", *nodes):
+    with deployment(0, str, folder, PATHS, LONG) as online, started(online, "nodes", *nodes):
+        yield online, port + count
+
+
+@pytest.mark.slow
+def test_every_client_trains_on_a_partition_of_its_own(tmp_path):
+    with online_nodes(tmp_path, 3) as (online, _):
         run = online.run(DIGITS, {**SHORT, "fedbasin.min-available-nodes": 3}, timeout_seconds=LONG)
         assert "fuse: 3 of 3 clients accepted" in "\n".join(run.log)
-        same = ("--port", str(port + 3), "--node-config", "partition-id=1 num-partitions=3")
+
+
+def test_two_nodes_with_the_same_partition_are_refused_by_name(tmp_path):
+    with online_nodes(tmp_path, 2) as (online, port):
+        same = ("--port", str(port), "--node-config", "partition-id=1 num-partitions=2")
         with (
             started(online, "same", SCRIPTS / "flower-supernode", *same),
             pytest.raises(RunFailedError, match=r"partition 1: nodes \d+, \d+; give every node"),
         ):
-            online.run(DIGITS, {**SHORT, "fedbasin.min-available-nodes": 4}, timeout_seconds=LONG)
+            online.run(DIGITS, {**SHORT, "fedbasin.min-available-nodes": 3}, timeout_seconds=LONG)
 
 
 @pytest.mark.parametrize("option", ["--clients", "--workers"])
