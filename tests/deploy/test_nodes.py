@@ -24,7 +24,9 @@ SHORT = {"epochs": 1, "width": 16, "fedbasin.recipe": "fedavg", "fedbasin.align"
 
 @contextmanager
 def started(online, name, *command):
-    environment = {"OMP_NUM_THREADS": "1", "FLWR_HOME": str(online.folder / name), "FLWR_TELEMETRY_ENABLED": "0"}
+    path = f"{SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}"  # a SuperNode starts its SuperExec by name
+    home = str(online.folder / name)
+    environment = {"PATH": path, "OMP_NUM_THREADS": "1", "FLWR_HOME": home, "FLWR_TELEMETRY_ENABLED": "0"}
     command = [*command, "--insecure", "--superlink", online.address]
     with (online.folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, **PATHS, **environment}, stdout=log, stderr=log)
