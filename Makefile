@@ -9,7 +9,7 @@ BIN := .venv/bin
 # What tests compare to the last bit, and what the docs measured, was computed by this one's kernels.
 TORCH := torch==2.13.0
 
-.PHONY: help demo test lint types contracts tests newest lock bench faults fuzz architectures e2e proto pages dist clean
+.PHONY: help demo test lint types contracts tests newest lock bench faults fuzz architectures compose e2e proto pages dist clean
 
 help: ## show this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -86,6 +86,10 @@ fuzz: .venv/ready ## a hundred thousand mutated replies in all recipes; TRIES= a
 
 architectures: .venv/ready ## discovery on every model of transformers, timm and torchvision that there is
 	$(BIN)/pytest -m slow tests/architectures tests/server/files
+
+compose: ## the federation in containers, and one run of the digits example; CLIENTS=50 chooses their number
+	cd deploy && FEDBASIN_CLIENTS=$(or $(CLIENTS),5) docker compose up --build --wait
+	cd deploy && FEDBASIN_CLIENTS=$(or $(CLIENTS),5) docker compose run --rm cli
 
 e2e: .venv/ready ## the compose file on a real Docker engine
 	FEDBASIN_E2E=1 $(BIN)/pytest tests/deploy/test_compose.py

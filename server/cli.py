@@ -1,4 +1,4 @@
-"""The command line `fedbasin`: `report`, `settings`, `version`, and the commands of other rooms.
+"""The command line `fedbasin`: `report`, `run`, `settings`, `version`, and the commands of other rooms.
 
 `fedbasin.server.observe.observer_commands` has `observe` and the commands that read from an observer,
 `fedbasin.server.files.commands` those on model files.
@@ -56,7 +56,8 @@ def main_options(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write. Default: RUN/report.html.")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. Default: RUN/report.html. `-` is standard output."),
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a summary in Markdown instead.")] = False,
     as_json: Json = False,
@@ -78,7 +79,7 @@ def report(
         render = report_file.folder_to_json_lines
     try:
         text = render(folder)
-        if output is None and (as_markdown or as_json):
+        if output == Path("-") or (output is None and (as_markdown or as_json)):
             typer.echo(text, nl=False)
             return
         target = output or folder / "report.html"
@@ -86,6 +87,30 @@ def report(
     except (report_file.NoRunError, OSError) as error:
         raise failure(str(error)) from error
     typer.echo(target)
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="APP", help="Folder of the app.")],
+    superlink: Annotated[str, typer.Argument(help="Name of the SuperLink's connection. Default: Flower's.")] = "",
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", "-c", help="As of `flwr run`; repeatable.")
+    ] = None,
+    resumes: Annotated[int, typer.Option(min=0, help="How often a run whose process was lost is started again.")] = 3,
+) -> None:
+    """Run an app with `flwr run`, stream its log, and tell how it ended.
+
+    Where the stream breaks off, because the SuperLink was restarted, this waits for the end of the run. A run whose
+    process was lost is started again, and the app goes on after the last finished round.
+
+    Exits with 0 where the run is completed, and otherwise with 1 and the reason.
+    """
+    from fedbasin.server import flower_run
+
+    try:
+        flower_run.run(folder, superlink, run_config or [], resumes, typer.echo)
+    except flower_run.FlowerRunError as error:
+        raise failure(str(error)) from error
 
 
 @app.command()

@@ -67,9 +67,10 @@ class ObserverSettings:
     """The settings of an observer; port 0 means a free one.
 
     Attributes:
-        host: address of both ports.
+        host: address of the gRPC service.
         port: port of the gRPC service.
         metrics_port: port of the page and of /metrics.
+        metrics_host: address of the page and of /metrics; empty where it is that of the gRPC service.
         store: folder for the reports; None keeps them in memory only.
         models: folder with run folders, whose global models may be downloaded; None publishes none.
         guard: proof that both ports require of their callers.
@@ -80,11 +81,17 @@ class ObserverSettings:
     host: str = "127.0.0.1"
     port: int = 9470
     metrics_port: int = 9471
+    metrics_host: str = ""
     store: Path | None = None
     models: Path | None = None
     guard: Guard = field(default_factory=Guard)
     allowed_hosts: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def page_host(self) -> str:
+        """The address of the page and of /metrics."""
+        return self.metrics_host or self.host
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,8 @@ async def serving(settings: ObserverSettings) -> AsyncIterator[Addresses]:
         OSError: a port is taken, or the store cannot be opened.
         AccessError: the guard names files that cannot be used, or is not one.
     """
-    settings.guard.check(settings.host)
+    for host in {settings.host, settings.page_host}:
+        settings.guard.check(host)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     with _open_store(settings.store) as store:
@@ -275,10 +283,10 @@ def _open_store(folder: Path | None) -> Iterator[Store | None]:
 
 @asynccontextmanager
 async def _serve_http(settings: ObserverSettings, history: History, registry: CollectorRegistry) -> AsyncIterator[str]:
-    app = application(history, registry, page_guards(settings.guard, settings.host, settings.allowed_hosts))
-    async with listen(app, settings.host, settings.metrics_port, settings.guard) as port:
+    app = application(history, registry, page_guards(settings.guard, settings.page_host, settings.allowed_hosts))
+    async with listen(app, settings.page_host, settings.metrics_port, settings.guard) as port:
         scheme = "https" if settings.guard.cert else "http"
-        yield f"{scheme}://{_join_address(settings.host, port)}"
+        yield f"{scheme}://{_join_address(settings.page_host, port)}"
 
 
 @asynccontextmanager

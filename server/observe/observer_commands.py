@@ -51,6 +51,9 @@ def observe(
     metrics_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the page and of /metrics; 0 picks a free one.")
     ] = 9471,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address of the page and of /metrics. Default: that of --host.")
+    ] = "",
     store: Annotated[
         Path | None,
         typer.Option(
@@ -108,8 +111,9 @@ def observe(
         typer.echo(text)
 
     guard = Guard(tls_cert, tls_key, client_ca, token_file, insecure)
-    settings = observer.ObserverSettings(host, port, metrics_port, store, models, guard, tuple(allowed_host or ()))
-    if insecure and (risk := guard.risk(host)):
+    names = tuple(allowed_host or ())
+    settings = observer.ObserverSettings(host, port, metrics_port, metrics_host, store, models, guard, names)
+    if insecure and (risk := guard.risk(host) or guard.risk(settings.page_host)):
         typer.echo(f"fedbasin: {risk}", err=True)
     try:
         if token_file and make_token(token_file):
@@ -196,9 +200,9 @@ def watch(
 def download(
     run: Annotated[str, typer.Argument(help="Name of the folder of the run.")],
     address: Address = _DEFAULT_ADDRESS,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; it is replaced in one step.")] = Path(
-        "global.safetensors"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; it is replaced in one step. `-` is standard output.")
+    ] = Path("global.safetensors"),
     ca: Ca = None,
     token_file: TokenFile = None,
     insecure: Insecure = False,
@@ -207,15 +211,24 @@ def download(
 
     Prints the round. Exits with 0, and with 1 if there is no such model or it did not arrive complete.
     """
+    import sys
+    from tempfile import TemporaryDirectory
+
     from fedbasin.server.observe.access import AccessError, Pass
     from fedbasin.server.observe.download import DownloadError
     from fedbasin.server.observe.download import download as fetch
 
+    printed = output == Path("-")
     try:
-        server_round = fetch(address, run, output, credentials=Pass(ca, token_file, insecure=insecure))
+        with TemporaryDirectory() as folder:
+            # Whole and checked before the first byte is printed.
+            target = Path(folder) / "model" if printed else output
+            server_round = fetch(address, run, target, credentials=Pass(ca, token_file, insecure=insecure))
+            if printed:
+                sys.stdout.buffer.write(target.read_bytes())
     except (AccessError, DownloadError, OSError) as error:
         raise failure(str(error)) from error
-    typer.echo(f"{output}: round {server_round}")
+    typer.echo(f"{output}: round {server_round}", err=printed)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """The compose file against the real command lines, and, with FEDBASIN_E2E=1, on a real Docker engine."""
 
+import json
+import multiprocessing
 import os
 import re
 import shlex
 import socket
 import subprocess
+import sys
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +29,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIGITS = tomllib.loads((ROOT / "deploy/digits/pyproject.toml").read_text())["tool"]["flwr"]["app"]
 SERVICES = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "fedbasin" in service["image"]}
-NODES = [name for name in SERVICES if name.startswith("supernode-")]
+
+
+def interpolated(text):
+    """Text as Compose reads it where no variable is set."""
+    return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", str(text))
 
 
 def command(service):
-    return shlex.split(SERVICES[service]["command"])
+    return shlex.split(interpolated(SERVICES[service]["command"]))
 
 
 def option(service, name):
@@ -38,11 +45,12 @@ def option(service, name):
     return words[words.index(name) + 1]
 
 
-@pytest.mark.parametrize("service", [name for name in OURS if name not in NODES[1:]])
+@pytest.mark.parametrize("service", OURS)
 def test_every_command_is_one_that_its_program_takes(service):
     program, *arguments = command(service)
+    path = [sys.executable] if program == "python" else [SCRIPTS / program]
     asked = subprocess.run(
-        [SCRIPTS / program, *arguments, "--help"],
+        [*path, *arguments, "--help"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200"},
@@ -50,6 +58,8 @@ def test_every_command_is_one_that_its_program_takes(service):
     )
     assert asked.returncode == 0, asked.stderr
     known = set(re.findall(r"--[a-z][a-z-]+", strip_colour(asked.stdout)))
+    if service == "nodes":
+        known |= {"--insecure", "--superlink"}  # of each SuperNode
     assert {word for word in arguments if word.startswith("--")} <= known
 
 
@@ -61,7 +71,7 @@ def test_images_are_pinned_and_ours_carries_the_version_of_the_project():
 
 def test_what_is_published_is_for_reading_and_for_this_machine_only():
     published = {name: ports for name, s in SERVICES.items() if (ports := s.get("ports"))}
-    assert sorted(published) == ["grafana", "observer", "prometheus"]
+    assert sorted(published) == ["alertmanager", "grafana", "observer", "prometheus"]
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
     inside = {port.rpartition(":")[2] for port in published["observer"]}
     assert inside == {option("observer", "--metrics-port")}  # not the port that takes reports
@@ -91,9 +101,14 @@ def test_prometheus_keeps_exemplars():
     assert "--enable-feature=exemplar-storage" in command("prometheus")
 
 
-def test_the_port_that_runs_code_is_on_the_internal_network_alone():
+def test_the_port_that_runs_code_and_the_one_that_takes_reports_are_on_networks_without_an_address_outside():
     assert SERVICES["superlink"]["networks"] == ["federation"]
-    assert COMPOSE["networks"]["federation"]["internal"] is True
+    host = option("observer", "--host")
+    assert [name for name, how in SERVICES["observer"]["networks"].items() if host in how["aliases"]] == ["reports"]
+    for name in ("federation", "reports"):
+        network = COMPOSE["networks"][name]
+        assert network["internal"] is True
+        assert network["driver_opts"]["com.docker.network.bridge.inhibit_ipv4"] == "true"
 
 
 def test_whatever_stays_up_is_watched_limited_and_restarted():
@@ -104,12 +119,12 @@ def test_whatever_stays_up_is_watched_limited_and_restarted():
         assert service["deploy"]["resources"]["limits"]["memory"], name
 
 
-def test_nodes_differ_in_their_partition_alone_and_are_as_many_as_a_round_waits_for():
-    (rest,) = {tuple(command(node)[:-1]) for node in NODES}
-    assert rest[-1] == "--node-config"
-    configs = {option(node, "--node-config") for node in NODES}
-    count = DIGITS["config"]["fedbasin"]["min-available-nodes"]
-    assert configs == {f"partition-id={i} num-partitions={count}" for i in range(count)}
+def test_a_round_waits_for_as_many_nodes_as_are_started():
+    clients = int(option("nodes", "--clients"))
+    assert clients == DIGITS["config"]["fedbasin"]["min-available-nodes"]
+    assert clients == read_settings(parse_config_args([option("cli", "--run-config")])).min_available_nodes
+    for service in ("nodes", "cli"):
+        assert "${FEDBASIN_CLIENTS:-" in SERVICES[service]["command"]
 
 
 def test_everyone_finds_the_superlink_where_it_listens():
@@ -117,13 +132,13 @@ def test_everyone_finds_the_superlink_where_it_listens():
     flower = tomllib.loads(COMPOSE["configs"]["flower"]["content"])
     assert flower["superlink"]["compose"]["address"] == address
     assert option("superexec", "--runtime-api-address") == address
-    assert {option(node, "--superlink") for node in NODES} == {address}
+    assert option("nodes", "--superlink") == address
 
 
 def test_runs_report_to_the_observer_where_it_listens():
     given = parse_config_args([option("cli", "--run-config")])
     settings = read_settings(given)
-    assert settings.observer == f"observer:{option('observer', '--port')}"
+    assert settings.observer == f"{option('observer', '--host')}:{option('observer', '--port')}"
     assert {key.removeprefix("fedbasin.") for key in given} <= DIGITS["config"]["fedbasin"].keys()
 
 
@@ -144,8 +159,9 @@ def test_the_observer_has_a_token_which_runs_and_the_command_line_find_where_it_
 def test_prometheus_scrapes_the_observer_where_it_shows_its_metrics():
     jobs = {job["job_name"]: job for job in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]}
     (static,) = jobs["fedbasin"]["static_configs"]
-    assert static["targets"] == [f"observer:{option('observer', '--metrics-port')}"]
-    assert option("observer", "--allowed-host") == "observer"
+    name = option("observer", "--allowed-host")
+    assert static["targets"] == [f"{name}:{option('observer', '--metrics-port')}"]
+    assert name in SERVICES["observer"]["networks"]["monitoring"]["aliases"]
 
 
 def test_prometheus_is_given_every_rule_file_that_it_reads():
@@ -174,11 +190,58 @@ def test_a_run_in_containers_reaches_prometheus():
         port = free.getsockname()[1]
     with composed(port) as compose:
         health = compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
-        assert sorted(health) == sorted(f"{s} healthy" for s in SERVICES if s != "cli")
+        assert sorted(health) == sorted(f"{name} healthy" for name, s in SERVICES.items() if "profiles" not in s)
         config = f"{option('cli', '--run-config')} epochs=2 num-server-rounds=2"
-        log = compose("run", "--rm", "-T", "cli", *command("cli")[:5], "--run-config", config)
+        log = compose("run", "--rm", "-T", "cli", *command("cli")[:4], "--run-config", config)
         for count in ("rounds_total{recipe='regmean'} == 2", "runs_finished_total{recipe='regmean'} == 1"):
             wait_until(lambda count=count: asked(port, f"fedbasin_{count}"), log)
+        (run,) = re.findall(r"started run (\d+)", log)
+        assert compose("run", "--rm", "-T", "cli", "fedbasin", "report", f"runs/{run}", "-o", "-").startswith(
+            "<!doctype"
+        )
+        download = ("fedbasin", "download", run, settings_of_cli().observer, "-o", "/tmp/model")
+        assert "round 2" in compose("run", "--rm", "-T", "cli", *download)
+        reached = [target for target in inside(compose) if is_reached_from_the_machine(*target)]
+        # Of the network that is not internal, and what is published there anyway.
+        assert {(network, port) for network, _, port in reached} == {("monitoring", 9471)}
+
+
+def settings_of_cli():
+    return read_settings(parse_config_args([option("cli", "--run-config")]))
+
+
+def inside(compose):
+    """Networks, addresses and ports of what listens: the SuperLink, and the observer on each of its networks."""
+    ports = {"superlink": [8000], "observer": [9470, 9471]}
+    for service, listening in ports.items():
+        (container,) = json.loads(docker("inspect", compose("ps", "--quiet", service).strip()))
+        for name, network in container["NetworkSettings"]["Networks"].items():
+            bridge = f"br-{network['NetworkID'][:12]}"
+            yield from ((name.rpartition("_")[2], (bridge, network["IPAddress"]), port) for port in listening)
+
+
+def is_reached_from_the_machine(_, place, port):
+    """Whether an unprivileged user of this machine reaches an address through its bridge."""
+    with multiprocessing.get_context("fork").Pool(1, become_nobody) as unprivileged:
+        return unprivileged.apply(connects, (*place, port))
+
+
+def become_nobody():
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def connects(bridge, address, port):
+    with socket.socket() as client:
+        # No packet leaves this machine, where an address of a closed network would go to the default gateway.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, bridge.encode())
+        client.settimeout(2)
+        return client.connect_ex((address, port)) == 0
+
+
+def docker(*arguments):
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True, timeout=LONG).stdout
 
 
 @contextmanager
@@ -203,7 +266,7 @@ def composed(prometheus_port):
         compose("up", "--build", "--wait", "--wait-timeout", "300")
         yield compose
     finally:
-        compose("--profile", "cli", "down", "--volumes", "--timeout", "10")
+        compose("--profile", "cli", "--profile", "alerts", "down", "--volumes", "--timeout", "10")
 
 
 def asked(port, query):

@@ -5,6 +5,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from digits.partitions import tell_partition
 from digits.task import Examples, evaluate, load_partition, load_split, make_model, train
 from fedbasin.client import basin
 
@@ -26,6 +27,8 @@ def own_examples(context: Context) -> Examples:
 
 
 app = ClientApp(mods=[basin(model=own_model, data=lambda context: [own_examples(context)])])
+
+app.query()(tell_partition)
 
 
 @app.train()

@@ -8,6 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from digits.partitions import check_partitions
 from digits.task import PIXELS, Examples, evaluate, load_split, make_model
 from fedbasin.server.strategy import FedBasin
 
@@ -54,4 +55,5 @@ def main(grid: Grid, context: Context) -> None:
     strategy = FedBasin(
         model=model, example=torch.zeros(2, PIXELS), context=context, client_metrics_fn=images.measure_client
     )
+    check_partitions(grid, int(context.run_config["fedbasin.min-available-nodes"]))
     strategy.start(grid, ArrayRecord(model.state_dict()), rounds, evaluate_fn=images.evaluate)
