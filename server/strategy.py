@@ -134,7 +134,7 @@ class FedBasin(Strategy):
             CheckpointError: before the first message, for a folder that cannot be resumed.
             QuorumLostError: a stage failed; the rounds before it are in the run's folder.
         """
-        # Each start is a run of its own: no optimizer state, deadline or hand-over of an earlier one is left.
+        # Each start is a run of its own: no optimizer state, deadline or choice of an earlier one is left.
         self.run = RunState(self._settings, self._parts)
         loop = RunLoop(
             self, self.run, grid, initial_arrays, num_rounds, timeout, context=self.context, probe_set=self.probe_set

@@ -57,7 +57,7 @@ class RunState:
     Attributes:
         settings: the settings of the run.
         parts: what the app gives beside settings.
-        recipe: the recipe of the next round; another one after a hand-over.
+        recipe: the recipe of the next round; averaging, where nothing else has paid in the rounds before.
         optimizer_state: the state of the server optimizer.
         movement: the movement of the global model in the last round, at sampled entries.
         stream: the replies that are being read; None where Flower's own loop reads them.

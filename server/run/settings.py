@@ -414,7 +414,7 @@ class Settings(BaseModel):
 
     @property
     def composed(self) -> Recipe:
-        """The recipe with this run's server optimizer and regulariser, as has the recipe that it hands over to."""
+        """The recipe with this run's server optimizer and regulariser."""
         return RECIPES[self.recipe].override(
             server_optimizer=SERVER_OPTIMIZERS.get(self.server_optimizer),
             ridge=self.ridge,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import linalg
+import torch
 
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 
@@ -17,8 +17,8 @@ def refusing_what_cannot_be_matched() -> Iterator[None]:
     """
     try:
         yield
-    except Refusal:
+    except (Refusal, torch.OutOfMemoryError):
         raise
-    except (ValueError, ArithmeticError, linalg.LinAlgError) as error:
+    except (ValueError, ArithmeticError, RuntimeError) as error:
         detail = f"its weights cannot be matched to the anchor's: {error}"
         raise Refusal(Outcome.out_of_line, detail) from error
