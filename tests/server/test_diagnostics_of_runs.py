@@ -27,6 +27,7 @@ class Run:
         self.federation.tamper = {node: self.keep(node) for node in self.nodes}
         result = running.run(self.federation, tiny.net(), rounds, symmetry=tiny.symmetry())
         self.reports, self.model = result.reports, result.state_dict
+        self.trained = result.trained_arrays.to_torch_state_dict()
 
     def answer(self, message):
         self.request = Request.from_message(message.content)
@@ -83,7 +84,7 @@ def test_the_round_says_how_the_updates_lie_to_one_another(run):
 @pytest.mark.parametrize("recipe", ["features", "auto", "fedavgm"])
 def test_what_a_round_moved_by_is_told_by_the_models_that_are_broadcast(tmp_path, recipe):
     run = Run(tmp_path, rounds=3, recipe=recipe)
-    models = [*(run.anchors[number, "fuse"] for number in (1, 2, 3)), run.model]
+    models = [*(run.anchors[number, "fuse"] for number in (1, 2, 3)), run.trained]
     for number, (anchor, new) in enumerate(pairwise(models), start=1):
         lie = [cosine(anchor, run.sent[number, node], new) for node in run.nodes]
         assert run.reports[number - 1].update_cosines.fused == pytest.approx(sum(lie) / 3, abs=1e-6)

@@ -36,7 +36,8 @@ class Run:
         self.model, self.report = result.state_dict, result.reports[-1]
 
     def seen(self, node, tamper, reply):
-        if not reply.has_error() and "arrays" in reply.content:
+        is_model = not reply.has_error() and "arrays" in reply.content
+        if is_model and read_header(reply.content, pb.Reply()).stage == "fuse":
             self.sent[node] = reply.content["arrays"].to_torch_state_dict()
             if node == self.forgetful:
                 self.federation.contexts[node].state.clear()
