@@ -4,7 +4,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
@@ -24,12 +24,22 @@ def digest(model: nn.Module, inputs: tuple[Tensor | None, ...]) -> str:
     """Return the SHA-256 of all that decides how a model computes, apart from the values of its parameters.
 
     These are the classes of its modules with their source files, their attributes, the names, shapes and ties of its
-    tensors, its constant buffers, and the example. An attribute of an unknown type enters by its `repr`, which differs from process to process where
-    it shows an address: such a model is discovered anew, and never confused with another.
+    tensors, its constant buffers, and the example. An attribute of an unknown type enters by its `repr`, which differs
+    from process to process where it shows an address: such a model is discovered anew, and never confused with another.
+    What another version of torch or of this package has discovered has another digest.
     """
-    sha = hashlib.sha256(torch.__version__.encode())
+    sha = hashlib.sha256(f"{torch.__version__} {_own_code()}".encode())
     for line in (*_modules(model), *_tensors(model), *_example(inputs)):
         sha.update(line.encode() + b"\n")
+    return sha.hexdigest()
+
+
+@cache
+def _own_code() -> str:
+    """Return the digest of the package's own sources on symmetries."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        sha.update(path.read_bytes())
     return sha.hexdigest()
 
 

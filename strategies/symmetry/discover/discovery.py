@@ -128,7 +128,9 @@ def _discovered(
             )
         search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
         symmetry = search.run()
-        return symmetry, list(_stops(record, search))
+        # Pairs of a head that turn move, though the angles keep their order.
+        moved = {space.name for space in symmetry.spaces}
+        return symmetry, [stop for stop in _stops(record, search) if stop.part not in moved]
 
 
 def _as_in(twin: nn.Module, tensor: Tensor) -> Tensor:

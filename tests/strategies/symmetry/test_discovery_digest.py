@@ -96,6 +96,12 @@ def test_ties_and_examples_enter() -> None:
     assert digest(apart, EXAMPLE) != digest(apart, (torch.zeros(3, 4),))
 
 
+def test_what_another_version_discovered_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest(Shuffled([0, 1, 2, 3]), EXAMPLE)
+    monkeypatch.setattr("fedbasin.strategies.symmetry.discover.digest._own_code", lambda: "another")
+    assert digest(Shuffled([0, 1, 2, 3]), EXAMPLE) != before
+
+
 def test_every_process_gives_the_same_digest() -> None:
     command = (
         "from tests.strategies.symmetry.test_discovery_digest import *; print(digest(Shuffled([0, 1, 2, 3]), EXAMPLE))"
