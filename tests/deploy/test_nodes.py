@@ -19,7 +19,14 @@ pytestmark = pytest.mark.deployed
 PATHS = {"PYTHONPATH": str(Path(fedbasin.__file__).parent.parent)}
 DIGITS = Path(__file__).parents[2] / "deploy/digits"
 IMPORTS = "fedbasin.client,sklearn.datasets,sklearn.model_selection"
-SHORT = {"epochs": 1, "width": 16, "fedbasin.recipe": "fedavg", "fedbasin.align": "off", "fedbasin.start": "shared"}
+SHORT = {
+    "check-partitions": True,
+    "epochs": 1,
+    "width": 16,
+    "fedbasin.recipe": "fedavg",
+    "fedbasin.align": "off",
+    "fedbasin.start": "shared",
+}
 
 
 @contextmanager

@@ -55,5 +55,6 @@ def main(grid: Grid, context: Context) -> None:
     strategy = FedBasin(
         model=model, example=torch.zeros(2, PIXELS), context=context, client_metrics_fn=images.measure_client
     )
-    check_partitions(grid, int(context.run_config["fedbasin.min-available-nodes"]))
+    if context.run_config["check-partitions"]:
+        check_partitions(grid, int(context.run_config["fedbasin.min-available-nodes"]))
     strategy.start(grid, ArrayRecord(model.state_dict()), rounds, evaluate_fn=images.evaluate)
