@@ -79,7 +79,7 @@ bench: .venv/ready ## measure against peers in the same run; writes docs/records
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks
 
 faults: .venv/ready ## kill every kind of process, fill the disk, cut the network, a thousand rounds
-	$(BIN)/pytest -m slow tests/faults tests/server/test_robust_runs.py
+	$(BIN)/pytest -m slow tests/faults tests/deploy tests/server/test_robust_runs.py tests/server/test_guard.py
 
 fuzz: .venv/ready ## a hundred thousand mutated replies in all recipes; TRIES= and SEED= choose others
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(or $(TRIES),100000) $(or $(SEED),0)

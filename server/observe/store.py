@@ -46,7 +46,11 @@ class Store:
         self.path = folder / FILE
         try:
             self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
-            self._open()
+            try:
+                self._open()
+            except sqlite3.Error:
+                self._database.close()
+                raise
         except sqlite3.Error as error:
             remedy = "another observer writes here" if "locked" in str(error) else "it cannot be used as a store"
             raise OSError(f"{self.path}: {error}; {remedy}, so give this one a folder of its own") from error

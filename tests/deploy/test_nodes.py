@@ -75,6 +75,7 @@ def test_every_client_trains_on_a_partition_of_its_own(tmp_path):
         assert "fuse: 3 of 3 clients accepted" in "\n".join(run.log)
 
 
+@pytest.mark.slow
 def test_two_nodes_with_the_same_partition_are_refused_by_name(tmp_path):
     with online_nodes(tmp_path, 2) as (online, port):
         same = ("--port", str(port), "--node-config", "partition-id=1 num-partitions=2")

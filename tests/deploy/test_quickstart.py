@@ -62,7 +62,7 @@ def run_quickstart(online, app, recipe, rounds):
     torch.testing.assert_close(saved, load_file(folder / "global.safetensors"), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("recipe", "rounds"), [("fedavg", 1), ("regmean", 2)])
+@pytest.mark.parametrize(("recipe", "rounds"), [pytest.param("fedavg", 1, marks=pytest.mark.slow), ("regmean", 2)])
 def test_the_quickstart_runs_on_supernodes(online, app, recipe, rounds):
     run_quickstart(online, app, recipe, rounds)
 

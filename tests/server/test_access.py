@@ -48,6 +48,10 @@ class Authority:
     def _sign(self, name, public_key, ca):
         now = dt.datetime.now(dt.UTC)
         local = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        # Python 3.13 asks for the last three.
+        uses = {"digital_signature": not ca, "key_cert_sign": ca, "crl_sign": ca}
+        others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+        usage = x509.KeyUsage(**uses, **dict.fromkeys((*others, "encipher_only", "decipher_only"), False))
         return (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -58,6 +62,9 @@ class Authority:
             .not_valid_after(now + dt.timedelta(days=1))
             .add_extension(x509.SubjectAlternativeName([local]), critical=False)
             .add_extension(x509.BasicConstraints(ca, None), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 

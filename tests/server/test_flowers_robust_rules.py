@@ -60,7 +60,7 @@ def exchange(name, clients, hostile, states, examples, anchor=None):
 
 
 @pytest.mark.parametrize("name", FLOWERS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     hostile=st.integers(1, 2),
