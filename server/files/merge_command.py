@@ -21,7 +21,7 @@ from fedbasin.server.files.data.barrier_command import TaskName
 if TYPE_CHECKING:
     from fedbasin.server.files.merge.merge_models import MergeReport, PreparedMerge
     from fedbasin.server.files.merge.recipe import MergeRecipe
-    from fedbasin.server.files.search.scored_merge import ScoreReport, Search
+    from fedbasin.server.files.search.scored_merge import CoefficientSearch, ScoreReport
 
 app = typer.Typer()
 
@@ -149,19 +149,19 @@ def _parameter(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
-def _search(recipe: "MergeRecipe", trials: int | None, points: int | None) -> "Search | None":
+def _search(recipe: "MergeRecipe", trials: int | None, points: int | None) -> "CoefficientSearch | None":
     from fedbasin.server.files.reading import ModelError
-    from fedbasin.server.files.search.scored_merge import Search
+    from fedbasin.server.files.search.scored_merge import CoefficientSearch
 
     if trials is None and points is not None:
         raise ModelError("--search-points: belongs to --search; give both, or leave it out")
     if trials is not None and not recipe.score:
         raise ModelError("--search: chooses coefficients by a score; give --score")
-    return None if trials is None else Search(trials, points or 3)
+    return None if trials is None else CoefficientSearch(trials, points or 3)
 
 
 def _write(
-    merge: "PreparedMerge", output: Path, shard: int, search: "Search | None"
+    merge: "PreparedMerge", output: Path, shard: int, search: "CoefficientSearch | None"
 ) -> "tuple[MergeReport, ScoreReport | None]":
     from fedbasin.server.files.merge.merge_models import write_merge
     from fedbasin.server.files.search.scored_merge import write_scored_merge

@@ -32,7 +32,7 @@ from fedbasin.server.observe.history import FullError, History
 from fedbasin.server.page.headers import SecurityHeaders
 from fedbasin.server.page.runs import RunReader
 from fedbasin.server.page.stream import stream_events
-from fedbasin.server.page.view import Choice, RoundError, read_round, render_page
+from fedbasin.server.page.view import RoundError, ShownRun, read_round, render_page
 from fedbasin.server.report.alignment_section import draw_spaces
 from fedbasin.server.report.document import read_style
 from fedbasin.server.report.reported_run import ReportedRun
@@ -80,7 +80,7 @@ class _Handlers:
         self._drawing, self._scraping = CapacityLimiter(1), CapacityLimiter(1)
 
     async def page(self, request: Request) -> Response:
-        choice = Choice.from_query(request.query_params)
+        choice = ShownRun.from_query(request.query_params)
         summaries = self._history.runs()
         runs = [await self._read_run(choice.run)] if summaries else []
         if runs and choice.compared not in ("", runs[0].name):

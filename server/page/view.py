@@ -20,7 +20,7 @@ class RoundError(ValueError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class ShownRun:
     """The choice of a reader.
 
     Attributes:
@@ -58,7 +58,7 @@ def read_round(text: str, name: str) -> int:
     return int(text)
 
 
-def render_page(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: Choice) -> str:
+def render_page(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: ShownRun) -> str:
     """Return the whole page, which works without scripts, and is live with them.
 
     Args:
@@ -95,7 +95,7 @@ def link_to_spaces(run: ReportedRun) -> Html:
     return tag("div", tag("p", link), data_src=address)
 
 
-def _content(runs: list[ReportedRun], choice: Choice) -> list[Html]:
+def _content(runs: list[ReportedRun], choice: ShownRun) -> list[Html]:
     if not runs:
         return [_welcome()]
     overviews = [draw_overview(run) for run in runs]
@@ -113,7 +113,7 @@ def _state(runs: list[ReportedRun]) -> Html:
     return tag("p", state, class_="state", id="state", role="status", data_state=state)
 
 
-def _chooser(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: Choice) -> Html:
+def _chooser(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: ShownRun) -> Html:
     run = runs[0]
     names = [summary.run_id for summary in reversed(summaries)]
     compared = [("", "none"), *((name, name) for name in names if name != run.name)]

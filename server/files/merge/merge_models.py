@@ -14,7 +14,7 @@ from fedbasin.server.files.data.statistics_merge import merge_by_statistics
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensors
-from fedbasin.server.files.merge.plan import Origin, PlannedTensor, plan_merge
+from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.result_config import write_config
 from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
@@ -200,7 +200,7 @@ def _open(paths: Iterable[Path]) -> tuple[dict[Path, StoredModel], dict[Path, St
 def _copied(tensor: PlannedTensor) -> PlannedTensor:
     """Return the plan of a tensor that has been merged by statistics, to be written in its dtype."""
     rule = None if tensor.rule is None else RULES["passthrough"]
-    source = (Origin(_MERGED, tensor.name),)
+    source = (TensorOrigin(_MERGED, tensor.name),)
     return replace(tensor, rule=rule, anchor=None, sources=source, weights=(1.0,), arguments={"scale": (1.0,)})
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.server.files.merge.layout import TensorWriter
-from fedbasin.server.files.merge.plan import Origin, PlannedTensor
+from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin
 from fedbasin.server.files.reading import ModelError
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
@@ -107,7 +107,7 @@ def _promote(
     return (None, tensors) if anchor is None else (tensors[0], tensors[1:])
 
 
-def _tensor_of(origin: Origin, states: States) -> Tensor:
+def _tensor_of(origin: TensorOrigin, states: States) -> Tensor:
     return states[origin.model][origin.name]
 
 

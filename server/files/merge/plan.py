@@ -19,7 +19,7 @@ Shapes = Mapping[Path, State]
 
 
 @dataclass(frozen=True)
-class Origin:
+class TensorOrigin:
     """A tensor of a model: the model's path and the tensor's name in it."""
 
     model: Path
@@ -52,8 +52,8 @@ class PlannedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     rule: Rule | None
-    anchor: Origin | None
-    sources: tuple[Origin, ...]
+    anchor: TensorOrigin | None
+    sources: tuple[TensorOrigin, ...]
     weights: tuple[float, ...]
     arguments: Mapping[str, Any]
 
@@ -63,7 +63,7 @@ class PlannedTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
-    def origins(self) -> tuple[Origin, ...]:
+    def origins(self) -> tuple[TensorOrigin, ...]:
         """The tensors that are read, the anchor's first."""
         return self.sources if self.anchor is None else (self.anchor, *self.sources)
 
@@ -209,8 +209,8 @@ def _check_ranges(part: Slice, shapes: Shapes) -> int:
 def _plan_tensor(recipe: MergeRecipe, row: _Row, shapes: Shapes) -> PlannedTensor:
     models = _models_of(recipe, row.part)
     anchor = _anchor_of(recipe, row.part)
-    sources = tuple(Origin(source.model, name) for source, name in zip(models, row.names, strict=True))
-    origin = None if anchor is None else Origin(anchor, row.anchor_name)
+    sources = tuple(TensorOrigin(source.model, name) for source, name in zip(models, row.names, strict=True))
+    origin = None if anchor is None else TensorOrigin(anchor, row.anchor_name)
     reference = _check_tensors(row.place, (origin, *sources) if origin else sources, shapes)
     by_model = [(name, source.parameters) for source, name in zip(models, row.names, strict=True)]
     shared: tuple[Parameters, ...] = (row.part.parameters, recipe.parameters)
@@ -226,7 +226,7 @@ def _plan_tensor(recipe: MergeRecipe, row: _Row, shapes: Shapes) -> PlannedTenso
     )
 
 
-def _check_tensors(place: TensorPosition, origins: Sequence[Origin], shapes: Shapes) -> torch.Tensor:
+def _check_tensors(place: TensorPosition, origins: Sequence[TensorOrigin], shapes: Shapes) -> torch.Tensor:
     """Return the first tensor, once all are known to exist and to fit."""
     tensors = []
     for origin in origins:

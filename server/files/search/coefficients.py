@@ -25,7 +25,7 @@ _RADIUS = 0.125
 
 
 @dataclass(frozen=True)
-class Trial:
+class ScoredCandidate:
     """Coefficients and their score."""
 
     coefficients: tuple[float, ...]
@@ -36,7 +36,9 @@ class _TrialsDoneError(Exception):
     """Raised from the objective when all trials are done."""
 
 
-def search(candidates: Candidates, trials: int, points: int, log: Path, score: str) -> tuple[MergeRecipe, list[Trial]]:
+def search(
+    candidates: Candidates, trials: int, points: int, log: Path, score: str
+) -> tuple[MergeRecipe, list[ScoredCandidate]]:
     """Return the recipe with the best coefficients, and all trials; the first is the recipe as it was given.
 
     Args:
@@ -54,7 +56,7 @@ def search(candidates: Candidates, trials: int, points: int, log: Path, score: s
     recipe = candidates.merge.recipe
     starts = [start for start in _starts(recipe) for _ in range(points)]
     known = _read_log(log, _digest(recipe, points, score))
-    done: list[Trial] = []
+    done: list[ScoredCandidate] = []
 
     def objective(values: Any) -> float:
         coefficients = tuple(float(value) for value in values)
@@ -112,14 +114,19 @@ def _start(name: str, value: Any) -> float:
 
 
 def _next_trial(
-    candidates: Candidates, coefficients: tuple[float, ...], points: int, number: int, known: list[Trial], log: Path
-) -> Trial:
+    candidates: Candidates,
+    coefficients: tuple[float, ...],
+    points: int,
+    number: int,
+    known: list[ScoredCandidate],
+    log: Path,
+) -> ScoredCandidate:
     if number < len(known):
         if known[number].coefficients != coefficients:
             raise ModelError(f"{log}: trial {number + 1} has other coefficients; it is of another version: remove it")
         return known[number]
     recipe = with_coefficients(candidates.merge.recipe, coefficients, points)
-    trial = Trial(coefficients, candidates.rate(recipe, f"candidate {number + 1}"))
+    trial = ScoredCandidate(coefficients, candidates.rate(recipe, f"candidate {number + 1}"))
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"coefficients": coefficients, "score": trial.score}) + "\n")
     return trial
@@ -130,7 +137,7 @@ def _digest(recipe: MergeRecipe, points: int, score: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read_log(log: Path, digest: str) -> list[Trial]:
+def _read_log(log: Path, digest: str) -> list[ScoredCandidate]:
     """Return the trials in a log, which is begun where there is none; a line that was cut off is dropped.
 
     Raises:
@@ -143,7 +150,7 @@ def _read_log(log: Path, digest: str) -> list[Trial]:
     whole = text[: text.rfind("\n") + 1]
     try:
         head, *lines = map(json.loads, whole.splitlines())
-        trials = [Trial(tuple(line["coefficients"]), line["score"]) for line in lines]
+        trials = [ScoredCandidate(tuple(line["coefficients"]), line["score"]) for line in lines]
         is_same = head["search"] == digest
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{log}: is no log of a search ({error!r}); remove it, or give another --output") from error

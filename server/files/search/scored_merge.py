@@ -30,7 +30,7 @@ class ScoreReport:
 
 
 @dataclass(frozen=True)
-class Search:
+class CoefficientSearch:
     """The settings of a search: number of candidates, and of the values of each gradient."""
 
     trials: int
@@ -38,7 +38,7 @@ class Search:
 
 
 def write_scored_merge(
-    merge: PreparedMerge, target: Path, shard: int, settings: Search | None, on_step: Callable[[str], None]
+    merge: PreparedMerge, target: Path, shard: int, settings: CoefficientSearch | None, on_step: Callable[[str], None]
 ) -> tuple[MergeReport, ScoreReport]:
     """Align once, score candidates, and write the best.
 
