@@ -40,7 +40,7 @@ _DRAWS = 20
 
 
 @dataclass(frozen=True)
-class Trial:
+class CheckTrial:
     """The relative change of the outputs under one random transform, in both precisions."""
 
     double_error: float
@@ -62,7 +62,7 @@ class CheckReport:
             failed.
     """
 
-    trials: tuple[Trial, ...]
+    trials: tuple[CheckTrial, ...]
     guilty: tuple[str, ...]
 
     @property
@@ -132,7 +132,7 @@ def _parts(symmetry: Symmetry) -> Iterator[tuple[str, Symmetry]]:
         yield str(shift), replace(symmetry, spaces=(), shifts=(shift,))
 
 
-def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -> Trial:
+def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -> CheckTrial:
     generator = torch.Generator().manual_seed(seed)
     state = _perturb(model, generator)
     random_inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in inputs)
@@ -143,7 +143,7 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -
         return translation.act(transform.act(symmetry.fold(original)))
 
     # float64 tells rounding from a wrong symmetry; float32 tells whether the maps are well-conditioned enough to train.
-    return Trial(
+    return CheckTrial(
         _error(model, move, state, random_inputs, torch.float64),
         _error(model, move, state, random_inputs, torch.float32),
     )
