@@ -1,8 +1,9 @@
 """Alignment of a client's model to the anchor, by the matcher that the server requests."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -75,7 +76,9 @@ def align(
         return AlignedModel(trained)
     symmetry = parse(request.symmetry)
     started = time.perf_counter()
-    alignment = _match(request, symmetry, trained, examples, model, data, task)
+    match = _matcher(request, symmetry, trained, examples, model, data, task)
+    with refusing_what_cannot_be_matched():
+        alignment = match()
     report = replace(alignment.report, seconds=time.perf_counter() - started)
     state = alignment.state
     # Learned matching has optimised the loss at this very point, so a translation would move away from it.
@@ -84,7 +87,7 @@ def align(
     return AlignedModel(state, report, symmetry.digest)
 
 
-def _match(
+def _matcher(
     request: Request,
     symmetry: Symmetry,
     trained: State,
@@ -92,23 +95,20 @@ def _match(
     model: nn.Module,
     data: Data | None,
     task: Task | None,
-) -> Alignment:
+) -> Callable[[], Alignment]:
+    """Return the match that the server requests, once its data are at hand."""
     # Identity bounds are distances between weights, so only the matchers by weights use them.
     match Matcher[request.matcher]:
         case Matcher.activations:
             batches = required(data, "matching by activations")()
             features = correlations(symmetry, model, request.anchor, trained, batches)
-            with refusing_what_cannot_be_matched():
-                return match_activations(symmetry, request.anchor, trained, features)
+            return partial(match_activations, symmetry, request.anchor, trained, features)
         case Matcher.learned:
             batches = FreshBatches(required(data, "learned matching"))
             weights = examples, request.merged_examples
             share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
-            with refusing_what_cannot_be_matched():
-                return match_learned(symmetry, model, request.anchor, trained, batches, share, task=task)
+            return partial(match_learned, symmetry, model, request.anchor, trained, batches, share, task=task)
         case Matcher.sinkhorn:
-            with refusing_what_cannot_be_matched():
-                return match_sinkhorn(symmetry, request.anchor, trained, request.identity_bounds)
+            return partial(match_sinkhorn, symmetry, request.anchor, trained, request.identity_bounds)
         case Matcher.weights:
-            with refusing_what_cannot_be_matched():
-                return match_weights(symmetry, request.anchor, trained, request.identity_bounds)
+            return partial(match_weights, symmetry, request.anchor, trained, request.identity_bounds)

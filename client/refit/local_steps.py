@@ -27,6 +27,9 @@ from fedbasin.strategies.tensors.state import State
 # Steps of a trial, as a part of the app's own and at most: a head that is too large for a learning rate shows at once.
 _PART, MOST_STEPS = 4, 10
 
+# Optimizers whose step needs more than gradients, or that take only some parameters of a model.
+_UNFIT = ("LBFGS", "SparseAdam", "Muon")
+
 # The loss of an example that stands for any larger one, and for one that is not a number.
 _LARGEST_LOSS = 1e30
 
@@ -36,7 +39,8 @@ class LocalOptimizer:
     """The optimizer of an app's own training.
 
     Attributes:
-        name: name of its class in `torch.optim`; empty where none was seen, or one that cannot be built anew.
+        name: name of its class in `torch.optim`; empty where none was seen, several kinds, or one that cannot be built
+            anew.
         settings: settings of its first group of parameters, with the largest learning rate.
         steps: number of steps.
     """
@@ -47,13 +51,14 @@ class LocalOptimizer:
 
     def see(self, optimizer: Optimizer, *_: object) -> None:
         """Take note of a step."""
-        name = type(optimizer).__name__
-        if getattr(torch.optim, name, None) is not type(optimizer) or isinstance(optimizer, torch.optim.LBFGS):
-            return
+        kind = type(optimizer)
+        name = kind.__name__ if getattr(torch.optim, kind.__name__, None) is kind else ""
+        if name in _UNFIT or (self.steps and name != self.name):
+            name = ""
         group = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
         settings = {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
-        largest = max(settings["lr"], self.settings.get("lr", -math.inf))
-        self.name, self.settings, self.steps = name, {**settings, "lr": largest}, self.steps + 1
+        largest = max(settings.get("lr", 0.0), self.settings.get("lr", 0.0))
+        self.name, self.settings, self.steps = name, {**settings, "lr": largest} if name else {}, self.steps + 1
 
     def make(self, model: nn.Module) -> Optimizer:
         """Return the same optimizer for the parameters of a model, without any memory."""

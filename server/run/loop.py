@@ -1,6 +1,7 @@
 """The loop of a run, written once for all recipes.
 
-    sample -> [bootstrap] -> fuse -> [refit, head, probe, trial] -> server optimizer -> check -> evaluate -> report -> checkpoint
+    sample -> [bootstrap] -> fuse -> [merge, measure, refit, head, probe, trial] -> server optimizer
+           -> check -> evaluate -> report -> checkpoint
 
 The stages of a round come from `strategies/round/round.py`. The stage in which clients train goes through the strategy's
 own `configure_train` and `aggregate_train`, so that a subclass, a wrapper and Flower's own loop run the same code.
@@ -406,7 +407,7 @@ class RunLoop:
         if self._state.is_single_stage(number):
             self._take(self._trained)
             return
-        served_before, average_before = self._served, self._average
+        served_before, average_before = (self._served, self._served_digest), self._average
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
         self._say_left_out(outcome.left_out)
@@ -419,7 +420,7 @@ class RunLoop:
             self._go_back()
             choice = replace(choice, trained_on=Origin.average.name)
         if choice.served == Origin.kept.name:
-            self._serve(served_before)
+            self._served, self._served_digest = served_before
         elif outcome.served is not None:
             self._serve(self._state.arrays(self._composition.untied(outcome.served)))
         self._choice = choice

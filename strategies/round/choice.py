@@ -101,7 +101,7 @@ def with_pause(choice: Choice, pause: int) -> Choice:
         choice: the choice.
         pause: the pause before it; 0 for none.
     """
-    pays = Origin.average.name not in (choice.served, choice.trained_on) or choice.served != choice.trained_on
+    pays = {choice.served, choice.trained_on} != {Origin.average.name}
     return replace(choice, pause=0 if pays else min(max(_PAUSE, 2 * pause), _LONGEST_PAUSE))
 
 

@@ -28,11 +28,24 @@ from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.tensors.state import State, interpolate
 
 
-class RefitLayers:
+class _Summed:
+    """A stage whose clients reply with sums over some layers."""
+
+    layer_graph = None
+    _sums: "_Sums"
+
+    def check(self, update: Update) -> tuple[Update, None]:
+        self._sums.check(update)
+        return update, None
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        self._sums.add(update)
+
+
+class RefitLayers(_Summed):
     """A stage that fits layers of the model so far to the clients' targets."""
 
     stage = "fit"
-    layer_graph = None
 
     def __init__(
         self,
@@ -61,13 +74,6 @@ class RefitLayers:
         self._share = share
         self._sums = _Sums(model, refit, accumulate)
 
-    def check(self, update: Update) -> tuple[Update, None]:
-        self._sums.check(update)
-        return update, None
-
-    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
-        self._sums.add(update)
-
     def finish(self) -> dict[str, Tensor]:
         model = self._sums.model
         step = self._sums.solve(self._ridge)
@@ -75,7 +81,7 @@ class RefitLayers:
         return self._sums.restated({**model, **interpolate(model, solution, self._share)})
 
 
-class MeasureNorms:
+class MeasureNorms(_Summed):
     """A stage that measures the running statistics of a fused model anew, and changes nothing else.
 
     Models from independent initialisations that are aligned and mixed have units of a smaller variance than each of
@@ -83,7 +89,6 @@ class MeasureNorms:
     """
 
     stage = "measure"
-    layer_graph = None
 
     def __init__(self, model: State, norms: tuple[BatchNorm, ...], accumulate: Accumulate = Accumulator.zero) -> None:
         """Compose the stage.
@@ -97,22 +102,14 @@ class MeasureNorms:
         self.request = _request(self.stage, refit, None, keep=False)
         self._sums = _Sums(model, refit, accumulate)
 
-    def check(self, update: Update) -> tuple[Update, None]:
-        self._sums.check(update)
-        return update, None
-
-    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
-        self._sums.add(update)
-
     def finish(self) -> dict[str, Tensor]:
         return {**self._sums.model, **self._sums.measured}
 
 
-class RefitHead:
+class RefitHead(_Summed):
     """A stage that fits the last layer to labels, whatever its weights have been so far."""
 
     stage = "head"
-    layer_graph = None
 
     def __init__(
         self,
@@ -137,13 +134,6 @@ class RefitHead:
         self.request = _request(self.stage, refit, encodings, keep=holds_out)
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
-
-    def check(self, update: Update) -> tuple[Update, None]:
-        self._sums.check(update)
-        return update, None
-
-    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
-        self._sums.add(update)
 
     def finish(self) -> dict[str, Tensor]:
         ((block, sums),) = self._sums.of_blocks.items()

@@ -167,7 +167,7 @@ def _choose(
     served = best_candidate(average, models)
     trial = None
     if served is not average:
-        result = yield StagePlan(partial(Trial, fitted, sequence, path), {}, result.nodes)
+        result = yield StagePlan(partial(Trial, fitted, sequence, path), {}, result.nodes, may_fail=True)
         trial = result.path
     spec = PathSpec(best, probe.extrapolate) if served.is_extended else PathSpec()
     trained_on = Origin.fitted if is_trainable(trial) else Origin.average

@@ -76,6 +76,40 @@ def test_an_optimizer_that_cannot_be_built_anew_is_not_seen(make):
     assert not local.name
 
 
+KINDS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "Optimizer"])
+def test_every_optimizer_of_torch_is_built_anew_or_not_seen(name):
+    model = net()
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1 or name != "Muon"]
+    optimizer = getattr(torch.optim, name)(weights, lr=0.01)
+    with seeing_optimizer() as local:
+        if name == "SparseAdam":
+            for parameter in weights:
+                parameter.grad = torch.ones_like(parameter).to_sparse()
+            optimizer.step()
+        else:
+            optimizer.step(lambda: cross_entropy(model(INPUTS), INPUTS[:, :3].argmax(1)))
+    local = LocalOptimizer.from_json(local.to_json())
+    assert bool(local.name) == (name not in ("LBFGS", "SparseAdam", "Muon"))
+    sums = tried(local, net(2).state_dict())
+    assert (sums.loss_after == sums.loss_before) == (not local.name)
+
+
+def test_optimizers_of_several_kinds_are_none_that_can_be_built_anew():
+    model = net()
+    first, second = torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(model.parameters(), 0.1)
+    with seeing_optimizer() as local:
+        for optimizer in (first, second, second, first):
+            steps(model, optimizer, 1)
+    assert (local.name, local.steps) == ("", 4)
+
+
 def tried(local, start):
     return trial(net(), (net(1).state_dict(), start), BATCHES, BATCHES, local, 7, TASK)
 

@@ -331,6 +331,19 @@ class TestChoosing:
         assert {len(report.stages) for report in run.result.reports} == {5}
         assert run.result.reports[0].choice.trained_on == "fitted"
 
+    @pytest.mark.parametrize("recipe", ["auto", "auto-head"])
+    def test_a_trial_that_nobody_can_take_leaves_the_mean_and_the_served_model(self, tmp_path, recipe):
+        def failing(run, _node, stage, reply):
+            asked = run.federation.asked[-1]
+            return Message(Error(2, "ValueError: no such optimizer"), reply_to=asked) if stage == "trial" else reply
+
+        run = Run(tmp_path, 2, failing, recipe=recipe)
+        whole = Run(tmp_path / "whole", recipe=recipe)
+        (first, _) = run.result.reports
+        assert {c.outcome for c in first.stages[-1].clients} == {"client_error"}
+        assert (first.choice.served, first.choice.trained_on) == ("fitted", "average")
+        assert first.choice.loss == whole.result.reports[0].choice.loss
+
     def test_rounds_of_averaging_follow_where_it_does_not_and_double(self, tmp_path, monkeypatch, caplog):
         self.trials(monkeypatch, pay=False)
         with caplog.at_level("INFO", "flwr.fedbasin"):
