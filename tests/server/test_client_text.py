@@ -25,7 +25,7 @@ from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.observe.live import screen
 from fedbasin.server.observe.metrics.telemetry import Telemetry
 from fedbasin.server.observe.rounds_table import rounds_table
-from fedbasin.server.page.view import Choice, render_page
+from fedbasin.server.page.view import ShownRun, render_page
 from fedbasin.server.printable import printable
 from fedbasin.server.report.document import render_report
 from fedbasin.server.report.markdown import render_markdown
@@ -136,7 +136,7 @@ def test_no_text_steers_anything(word):
         markdown = render_markdown(run)
         assert not STEERING.search(markdown)
         assert rows_are_whole(markdown)
-    for page in (render_report(run), render_page([], [run], Choice())):
+    for page in (render_report(run), render_page([], [run], ShownRun())):
         assert tags_of(page) <= HARMLESS_TAGS
 
 
@@ -179,7 +179,7 @@ def tags_of(page):
 
 _RUNS = [ReportedRun.from_reports(reports) for reports in (*runs("word"), run_of(rounds=2))]
 HARMLESS_TAGS = tags_of(
-    "".join(page for run in _RUNS for page in (render_report(run), render_page([], [run], Choice())))
+    "".join(page for run in _RUNS for page in (render_report(run), render_page([], [run], ShownRun())))
 )
 
 
