@@ -45,9 +45,8 @@ def collect(
     model.load_state_dict(complete_state(model, aligned))
     if kind is Statistic.gram:
         return gram_statistics(_grams(request, model, batches))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # The same request again draws the same labels, so that it has the same reply.
-    generator = torch.Generator(device).manual_seed(request.seed)
+    generator = torch.Generator().manual_seed(request.seed)
     if kind is Statistic.fisher:
         fisher = diagonal_fisher(model, batches(), generator, task)
         return tuple(

@@ -68,13 +68,14 @@ def examples(node: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"input_ids": words}, words[:, 0] % CLASSES
 
 
-def make_app(rank=lambda node: RANK, ignores_frozen=(), scaling=lambda node: {}) -> ClientApp:
+def make_app(rank=lambda node: RANK, ignores_frozen=(), scaling=lambda node: {}, device="cpu") -> ClientApp:
     """The app; `app.sent` has every client's last state, by node.
 
     Args:
         rank: of each client's adapters.
         ignores_frozen: nodes that train also what a round freezes.
         scaling: settings of each client's scale.
+        device: where the mod's model lives; training is on the CPU, so that every device has the same models.
     """
 
     def node_of(context: Context) -> int:
@@ -85,7 +86,7 @@ def make_app(rank=lambda node: RANK, ignores_frozen=(), scaling=lambda node: {})
             basin(
                 model=lambda context: model(
                     rank(node_of(context)), seed=7 + node_of(context), **scaling(node_of(context))
-                ),
+                ).to(device),
                 data=lambda context: [examples(node_of(context))],
             )
         ]

@@ -46,7 +46,7 @@ def diagonal_fisher(
         model: the model, which runs in evaluation mode, so that examples do not meet in BatchNorm, and is left as it
             was.
         batches: the client's data, read once.
-        generator: generator that draws targets, on the model's device.
+        generator: generator that draws targets, on the CPU.
         task: the task, which also says up to how many gradients the expectation is exact; None takes the one that the
             first batch shows.
 

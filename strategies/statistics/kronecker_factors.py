@@ -86,7 +86,7 @@ def kronecker_factors(
     Args:
         model: the model, which runs in evaluation mode and is left as it was, without gradients.
         batches: the client's data, read once.
-        generator: generator that draws targets, on the model's device.
+        generator: generator that draws targets, on the CPU.
         task: the task, which also says up to how many gradients the expectation is exact; None takes the one that the
             first batch shows.
 

@@ -139,7 +139,8 @@ class Categorical:
 
     def drawn_scores(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         p = self._probabilities(outputs)
-        labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator)
+        # On the CPU, here and below: a client on a GPU draws the targets that it would draw without one.
+        labels = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=generator).to(p.device)
         return (-p).scatter_add_(-1, labels.view(*p.shape[:2], 1), torch.ones_like(p[..., :1]))
 
     def exact_scores(self, outputs: Tensor) -> Float[Tensor, "batch places scores features"]:
@@ -250,7 +251,7 @@ class Bernoulli(_Elementwise):
 
     def drawn_scores(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         p = widen(outputs.detach()).sigmoid()
-        return torch.bernoulli(p, generator=generator) - p
+        return torch.bernoulli(p.cpu(), generator=generator).to(p.device) - p
 
     def exact_scores(self, outputs: Tensor) -> Float[Tensor, "batch places scores features"]:
         p = widen(outputs.detach()).sigmoid()
@@ -275,7 +276,7 @@ class Gaussian(_WithoutClasses, _Elementwise):
 
     def drawn_scores(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         wide = widen(outputs.detach())
-        return torch.randn(wide.shape, generator=generator, dtype=wide.dtype, device=wide.device)
+        return torch.randn(wide.shape, generator=generator, dtype=wide.dtype).to(wide.device)
 
     def exact_scores(self, outputs: Tensor) -> Float[Tensor, "batch places scores features"]:
         return torch.ones_like(widen(outputs.detach())).diag_embed()
@@ -324,8 +325,7 @@ class UserLikelihood(_WithoutClasses):
         devices = [outputs.device] if outputs.device.type == "cuda" else []
         # The user's function knows torch's own generator alone.
         with torch.random.fork_rng(devices), torch.enable_grad():
-            device = None if generator is None else generator.device
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             examples = outputs.detach().flatten(0, 1).requires_grad_()
             losses = self.losses(examples, self.draw(examples.detach()))
             (gradient,) = torch.autograd.grad(losses.sum(), examples)

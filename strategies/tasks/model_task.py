@@ -124,7 +124,7 @@ class Task:
         Args:
             outputs: outputs of the model.
             batch: the batch, whose targets and mask say which places count.
-            generator: generator that draws targets, on the model's device.
+            generator: generator that draws targets, on the CPU.
 
         Raises:
             TaskError: the targets do not fit the outputs, or the likelihood is not known.
