@@ -16,7 +16,7 @@ import typer
 
 from fedbasin.server.extras import ExtrasGroup
 from fedbasin.server.files import commands, merge_command
-from fedbasin.server.files.data import barrier_command
+from fedbasin.server.files.data import barrier_command, statistics_command
 from fedbasin.server.files.fine_tuning import fine_tuning_commands
 from fedbasin.server.observe import observer_commands
 from fedbasin.server.observe.observer_commands import Json, failure
@@ -33,6 +33,7 @@ app.add_typer(observer_commands.app)
 app.add_typer(commands.app)
 app.add_typer(merge_command.app)
 app.add_typer(barrier_command.app)
+app.add_typer(statistics_command.app)
 app.add_typer(fine_tuning_commands.app)
 
 

@@ -36,15 +36,23 @@ class Target(Enum):
     values = "the targets themselves, numbers or labels of their own: a closed-form head by least squares"
 
 
+FrozenFactor: TypeAlias = Literal["", "lora_A", "lora_B"]
+
+# A is frozen first: B begins at zero, and A has no gradient while B is zero.
+ALTERNATING: tuple[FrozenFactor, ...] = ("lora_A", "lora_B")
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """Fusion of low-rank adapters factor by factor.
 
     Attributes:
         rotate: first rotate a client's factors to the anchor's.
+        frozen: the factor that clients do not train, by rounds in turn; empty where they train both.
     """
 
     rotate: bool = False
+    frozen: tuple[FrozenFactor, ...] = ("",)
     weighting: ClassVar[None] = None
 
 
@@ -60,6 +68,7 @@ class LoraAlternating:
     """Fusion of one factor of low-rank adapters per round, weighted by its inputs; the other factor is frozen."""
 
     weighting: GramWeighting
+    frozen: ClassVar[tuple[FrozenFactor, ...]] = ALTERNATING
 
 
 LoraFusion: TypeAlias = LoraFactors | LoraProducts | LoraAlternating
@@ -209,16 +218,14 @@ class Recipe:
         optimizer = server_optimizer or self.server_optimizer
         return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule)
 
-    def frozen_factor(self, number: int) -> Literal["", "lora_A", "lora_B"]:
+    def frozen_factor(self, number: int) -> FrozenFactor:
         """Return the LoRA factor that clients do not train in a round; empty where they train both.
 
         Args:
             number: number of the round, from 1.
         """
-        if not isinstance(self.fusion, LoraAlternating):
-            return ""
-        # A is frozen first: B begins at zero, and A has no gradient while B is zero.
-        return "lora_A" if number % 2 else "lora_B"
+        frozen = self.fusion.frozen if isinstance(self.fusion, LoraFactors | LoraAlternating) else ("",)
+        return frozen[(number - 1) % len(frozen)]
 
     def check_robust(self) -> None:
         """Check that clients can be combined by the recipe's robust rule.
@@ -230,7 +237,7 @@ class Recipe:
             raise ValueError(
                 f"robust = {self.robust.name!r} with recipe = {self.name!r}: products of adapters' factors are "
                 "compressed as they arrive, and clients cannot be told apart; choose the recipe lora-rotated, "
-                "lora-factors or lorm"
+                "lora-factors, ffa-lora, rolora or lorm"
             )
 
     def check_rule(self) -> None:
@@ -295,6 +302,9 @@ RECIPES = {
         Recipe("lora-products", LoraProducts()),
         Recipe("lora-factors", LoraFactors()),
         Recipe("lora-rotated", LoraFactors(rotate=True)),
+        # Sun et al. 2024, arXiv 2403.12313, and Chen et al. 2025, arXiv 2502.01755.
+        Recipe("ffa-lora", LoraFactors(frozen=("lora_A",))),
+        Recipe("rolora", LoraFactors(frozen=ALTERNATING)),
         Recipe("lora-gram", LoraProducts(GramWeighting(Ridge(1e-2)))),
         Recipe("lorm", LoraAlternating(GramWeighting(Ridge(1e-3)))),
     )

@@ -46,7 +46,8 @@ def merge(
     statistics: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PACKAGE:FUNCTION", help="Function that returns the batches of every MODEL, or of each in turn."
+            metavar="PACKAGE:FUNCTION | FILE",
+            help="Function that returns the batches of every MODEL, or of each in turn; or a file of its statistics.",
         ),
     ] = None,
     task: TaskName = None,
@@ -61,6 +62,14 @@ def merge(
     search_points: Annotated[
         int | None, typer.Option(min=1, help="Values from first to last layer that are searched. Default: 3.")
     ] = None,
+    distill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE:FUNCTION", help="Function that returns inputs, on which the models are distilled into OUT."
+        ),
+    ] = None,
+    distill_passes: Annotated[int | None, typer.Option(min=1, help="Passes over these inputs. Default: 10.")] = None,
+    distill_rate: Annotated[float | None, typer.Option(help="Learning rate. Default: 0.001.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
@@ -89,7 +98,15 @@ def merge(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        keys = {"align": align, "dtype": dtype, "rank": rank, "task": task, "module": module, "score": score}
+        keys: dict[str, Any] = {
+            "align": align,
+            "dtype": dtype,
+            "rank": rank,
+            "task": task,
+            "module": module,
+            "score": score,
+        }
+        keys["distill"] = _distillation(distill, distill_passes, distill_rate)
         recipe = _recipe(inputs, rule, anchor, {"weight": weight, "statistics": statistics}, parameter or [], keys)
         settings = _search(recipe, search, search_points)
         if all(is_adapter(path) for path in recipe.paths()):
@@ -114,7 +131,7 @@ def _recipe(
     anchor: Path | None,
     by_model: dict[str, list[Any] | None],
     parameters: list[str],
-    keys: dict[str, str | int | None],
+    keys: dict[str, Any],
 ) -> "MergeRecipe":
     from fedbasin.server.files.merge.recipe import make_recipe, read_recipe
     from fedbasin.server.files.reading import ModelError
@@ -149,6 +166,15 @@ def _parameter(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
+def _distillation(data: str | None, passes: int | None, rate: float | None) -> dict[str, Any] | None:
+    from fedbasin.server.files.reading import ModelError
+
+    settings = {key: value for key, value in (("passes", passes), ("rate", rate)) if value is not None}
+    if data is None and settings:
+        raise ModelError(f"--distill-{next(iter(settings))}: belongs to --distill; give both, or leave it out")
+    return None if data is None else {"data": data, **settings}
+
+
 def _search(recipe: "MergeRecipe", trials: int | None, points: int | None) -> "CoefficientSearch | None":
     from fedbasin.server.files.reading import ModelError
     from fedbasin.server.files.search.scored_merge import CoefficientSearch
@@ -157,6 +183,8 @@ def _search(recipe: "MergeRecipe", trials: int | None, points: int | None) -> "C
         raise ModelError("--search-points: belongs to --search; give both, or leave it out")
     if trials is not None and not recipe.score:
         raise ModelError("--search: chooses coefficients by a score; give --score")
+    if trials is not None and recipe.distill:
+        raise ModelError("--search: would distil every candidate; search first, and distil the result")
     return None if trials is None else CoefficientSearch(trials, points or 3)
 
 
@@ -197,6 +225,9 @@ def _render(report: "MergeReport", scores: "ScoreReport | None" = None) -> Any:
         lines.append(f"search {number}: distance {alignment.distance_before:.6g} → {alignment.distance_after:.6g}")
     if report.vocabulary is not None:
         lines.append(f"merged by token, {report.vocabulary} tokens")
+    if report.distillation is not None:
+        before, after = report.distillation.before, report.distillation.after
+        lines.append(f"divergence from the ensemble {before:.4g} → {after:.4g}")
     lines += _describe_files(report)
     if scores is not None:
         lines += [f"score {value:.6g} of {model}" for model, value in scores.models.items()]

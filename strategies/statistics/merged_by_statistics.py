@@ -5,7 +5,7 @@
 The models share one module, which runs them in turn. Sums and solutions are those of a round.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,7 +52,11 @@ def collect_fisher(module: nn.Module, batches: Batches, *, task: Task | None, sc
         task: the task; None takes the one that the first batch shows.
         scaled: scale each tensor's information to the mean 1, so that a confident model is not outweighed.
     """
-    fisher = diagonal_fisher(module, batches, torch.Generator().manual_seed(0), task)
+    return fisher_precisions(diagonal_fisher(module, batches, torch.Generator().manual_seed(0), task), scaled)
+
+
+def fisher_precisions(fisher: State, scaled: bool) -> dict[Block, Precision]:
+    """Return the precisions of Fisher information by parameter; `scaled` as in `collect_fisher`."""
     return {
         (name,): Diagonal((normalise(values, 1.0) if scaled else values).double()) for name, values in fisher.items()
     }
@@ -65,25 +69,37 @@ def collect_grams(
     return {block: Gram(matrix) for block, matrix in grams(module, batches, shrink, blocks).items()}
 
 
-def merge_at_once(
-    module: nn.Module, models: Sequence[Contribution], collect: Collect, ridge: float
-) -> dict[str, Tensor]:
-    """Return the merged model, with the statistics of each model on its own activations.
+def collect_updates(module: nn.Module, models: Iterable[Contribution], collect: Collect) -> Iterator[Update]:
+    """Yield the update of each model, with the statistics of its own activations.
 
     Args:
         module: runs the models; its tensors are replaced.
-        models: the models, at least one.
+        models: the models.
         collect: returns the precisions of the module on data.
+
+    Raises:
+        ValueError: the data do not fit the module.
+    """
+    for model in models:
+        module.load_state_dict(model.state, strict=False)
+        yield Update(model.state, 1.0, collect(module, model.batches)).scaled(model.weight)
+
+
+def merge_updates(anchor: State, updates: Iterable[Update], ridge: float) -> dict[str, Tensor]:
+    """Return the model that updates are fused to, all at once.
+
+    Args:
+        anchor: state that gives names, shapes and dtypes.
+        updates: the models with their statistics, at least one.
         ridge: strength of the regulariser, a client with the mean; relative to the mean diagonal of each sum.
 
     Raises:
         ValueError: the data do not fit the module, or a sum is singular.
     """
-    total = Accumulator.zero(models[0].state)
-    for model in models:
-        module.load_state_dict(model.state, strict=False)
-        total.add(Update(model.state, 1.0, collect(module, model.batches)).scaled(model.weight))
-    return total.finalize(models[0].state, Ridge(ridge) if ridge else None)
+    total = Accumulator.zero(anchor)
+    for update in updates:
+        total.add(update)
+    return total.finalize(anchor, Ridge(ridge) if ridge else None)
 
 
 def merge_in_order(module: nn.Module, models: Sequence[Contribution], shrink: float, ridge: float) -> dict[str, Tensor]:

@@ -111,6 +111,36 @@ def _from_mapping(item: Mapping[str, Any]) -> Batch:
     )
 
 
+def without_targets(batches: Batches, model: nn.Module) -> list[Batch]:
+    """Return the inputs of batches that may have targets or not, on the device of the model. What has no targets gets zeros.
+
+    An item is a tensor, a sequence whose first part are the inputs, or a dictionary: with the keys of a batch, or of the
+    model's arguments.
+
+    Raises:
+        TypeError: an item is of another kind.
+    """
+    return list(read_batches(map(_unlabelled, batches), model))
+
+
+def _unlabelled(item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Sequence) and len(item) in (2, 3):
+        return _batch(item)
+    inputs = item[0] if isinstance(item, Sequence) and len(item) == 1 else item
+    mask = None
+    if isinstance(inputs, Mapping):
+        mask = inputs.get("attention_mask")
+        inputs = {key: tensor for key, tensor in inputs.items() if key not in _TARGET_KEYS}
+        if len(inputs) == 1 and inputs.keys() <= _INPUT_KEYS:
+            (inputs,) = inputs.values()
+    if not isinstance(inputs, Tensor | Mapping) or not len(inputs):
+        raise TypeError(f"a batch is a {type(item).__name__}; yield a tensor of inputs, or a dictionary of them")
+    first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+    return Batch(inputs, torch.zeros(len(first)), None if mask is None else mask.bool())
+
+
 def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tensor:
     """Return the outputs of a model on a batch; of several outputs the first, because the others are auxiliary.
 

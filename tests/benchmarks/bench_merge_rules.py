@@ -14,8 +14,9 @@ from fedbasin.strategies.statistics.merged_by_statistics import (
     Contribution,
     collect_fisher,
     collect_grams,
-    merge_at_once,
+    collect_updates,
     merge_in_order,
+    merge_updates,
 )
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.tensors.state import State
@@ -74,7 +75,7 @@ def merge_states(rule: Rule, anchor: State, models: list[State], classes: Sequen
     collect = partial(collect_fisher, task=None, scaled=True)
     if rule.statistic == "gram":
         collect = partial(collect_grams, shrink=1.0)
-    return merge_at_once(network(), parts, collect, 1e-3)
+    return merge_updates(models[0], collect_updates(network(), parts, collect), 1e-3)
 
 
 def batches(classes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:

@@ -49,6 +49,8 @@ CATALOGUE = {
     "lora-products": ((LoraProducts, *MEAN), None, None, Replace(1.0)),
     "lora-factors": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
     "lora-rotated": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
+    "ffa-lora": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
+    "rolora": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
     "lora-gram": ((LoraProducts, GramWeighting, 1e-2), None, None, Replace(1.0)),
     "lorm": ((LoraAlternating, GramWeighting, 1e-3), None, None, Replace(1.0)),
 }

@@ -73,8 +73,9 @@ def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:
     """
     if recipe.merge_method != "linear" or recipe.slices or recipe.align != "off":
         raise ModelError("merge_method: adapters are added as products by linear, without slices and align")
-    if recipe.score is not None:
-        raise ModelError("score: is of whole models; write BASE+ADAPTER to score adapted models")
+    for key in ("score", "distill"):
+        if getattr(recipe, key) is not None:
+            raise ModelError(f"{key}: is of whole models; write BASE+ADAPTER for adapted models")
     if recipe.vocabulary is not None or recipe.base_model is not None:
         raise ModelError("base_model, tokenizer: belong to whole models; write BASE+ADAPTER to merge adapted models")
     adapters = [open_adapter(source.model) for source in recipe.parts[0].sources]

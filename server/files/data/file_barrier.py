@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 from rich.console import Group
 from rich.table import Column, Table
+from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.align_file import fold_stored, refuse_not_finite
@@ -18,7 +21,17 @@ from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.transformed_state import TransformedState
 from fedbasin.strategies.alignment.weight_matching import find_by_weights
 from fedbasin.strategies.diagnostics.barrier import Barriers, Path, barriers
+from fedbasin.strategies.diagnostics.ensemble import Ensemble
+from fedbasin.strategies.diagnostics.evaluation import predict
 from fedbasin.strategies.diagnostics.loss_path import path_losses
+
+
+@dataclass(frozen=True)
+class EnsembleScore:
+    """Mean loss and accuracy of the mean of both models' probabilities: a ceiling for what a merge could reach."""
+
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class FileBarrier:
         before: the straight line to the model as it is.
         after: the straight line to the aligned model.
         alignment: how far the alignment moved it.
+        ensemble: the ensemble of both models; None where the task has no classes.
     """
 
     anchor: str
@@ -38,6 +52,7 @@ class FileBarrier:
     before: Path
     after: Path
     alignment: AlignmentReport
+    ensemble: EnsembleScore | None
 
     @property
     def barriers(self) -> tuple[Barriers, Barriers]:
@@ -56,6 +71,7 @@ class FileBarrier:
         }
         for name, path, values in zip(("before", "after"), (self.before, self.after), self.barriers, strict=True):
             record[name] = {"loss": path.mean_loss, "accuracy": path.accuracy, "barriers": asdict(values)}
+        record["ensemble"] = None if self.ensemble is None else asdict(self.ensemble)
         return record
 
 
@@ -93,7 +109,17 @@ def measure_barrier(
         return run(module, data, lambda: path_losses(module, a, b, batches, points, kind))
 
     before, after = path("as it is", shared.anchor, shared.model), path("aligned", start, aligned)
-    return FileBarrier(str(anchor.path), str(model.stored.path), before, after, match.report)
+    on_step("evaluating the ensemble")
+    predictions = run(
+        executable.module,
+        data,
+        lambda: [
+            predict(executable.module, runnable_state(model, state), batches, kind)
+            for state in (shared.anchor, shared.model)
+        ],
+    )
+    ensemble = _ensemble([part for part in predictions if part is not None])
+    return FileBarrier(str(anchor.path), str(model.stored.path), before, after, match.report, ensemble)
 
 
 def render_barrier(result: FileBarrier) -> Group:
@@ -108,8 +134,20 @@ def render_barrier(result: FileBarrier) -> Group:
     lines = [f"barrier {number(before.linear)} → {number(after.linear)} on {result.before.examples:,.0f} examples"]
     if before.accuracy is not None and after.accuracy is not None:
         lines.append(f"fall of the accuracy {number(before.accuracy)} → {number(after.accuracy)}")
+    if result.ensemble is not None:
+        score = result.ensemble
+        lines.append(f"ensemble of both: loss {number(score.loss)}, accuracy {number(score.accuracy)}")
     distances = f"{result.alignment.distance_before:.6g} → {result.alignment.distance_after:.6g}"
     return Group(table, "", *lines, f"distance {distances}")
+
+
+def _ensemble(predictions: Sequence[tuple[Tensor, Tensor]]) -> EnsembleScore | None:
+    """Return the score of the mean of some models' probabilities on the same targets; None without probabilities."""
+    if not predictions:
+        return None
+    ensemble = reduce(add, (Ensemble.of(probabilities) for probabilities, _ in predictions))
+    targets = predictions[0][1]
+    return EnsembleScore(ensemble.loss(targets), ensemble.accuracy(targets))
 
 
 def _require_all(anchor: StoredModel, model: SymmetricModel, shared: SharedTensors) -> None:

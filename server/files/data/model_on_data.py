@@ -1,6 +1,7 @@
 """A stored model as a module and its state in the module's names, to be evaluated on data."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from fedbasin.server.files.library.tensor_layout import ModuleState
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.strategies.tasks.likelihoods import TaskError
+from fedbasin.strategies.tensors.parallel import is_finite
 from fedbasin.strategies.tensors.state import State
 
 Result = TypeVar("Result")
@@ -51,6 +53,25 @@ def runnable_state(model: SymmetricModel, state: State) -> dict[str, Tensor]:
     wide = {name: named[name].to(torch.float32) for name in named}
     counters = {name: t for name, t in executable.module.state_dict().items() if not t.is_floating_point()}
     return {**counters, **wide}
+
+
+def module_state(executable: ExecutableModel, path: Path, state: State) -> dict[str, Tensor]:
+    """Return a state in the names of the files as the module has it, in float32.
+
+    Args:
+        executable: the module.
+        path: path of the model, for errors.
+        state: its tensors.
+
+    Raises:
+        ModelError: an entry is not finite.
+    """
+    named = ModuleState(executable.layout, state)
+    result = {name: named[name].float() for name in named}
+    for name, tensor in result.items():
+        if not is_finite(tensor):
+            raise ModelError(f"{path}: {name!r} has entries that are infinite or not a number; leave this model out")
+    return result
 
 
 def run(module: nn.Module, data: str, compute: Callable[[], Result]) -> Result:

@@ -1,27 +1,35 @@
-"""Merges of stored models by statistics that each collects on data, after they were aligned."""
+"""Merges of stored models by statistics: collected on data after alignment, or before and read from files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedbasin.proto.layer_graph import Block
 from fedbasin.server.files.data.given_data import read_data, read_task
-from fedbasin.server.files.data.model_on_data import require_parameters, run
-from fedbasin.server.files.library.executable_model import ExecutableModel
-from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
+from fedbasin.server.files.data.model_on_data import module_state, require_parameters, run
+from fedbasin.server.files.data.stored_statistics import StoredStatistics, digest_of, is_statistics, open_statistics
+from fedbasin.server.files.library.tensor_layout import StoredState
 from fedbasin.server.files.merge.plan import PlannedTensor
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.reading import ModelError, StoredModel
 from fedbasin.server.files.stored_symmetry import Source, executable_of
+from fedbasin.strategies.fusion.precisions import Gram, Precision
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.statistics.gram_accumulators import shrink_off_diagonal
 from fedbasin.strategies.statistics.merged_by_statistics import (
+    Collect,
     Contribution,
     collect_fisher,
     collect_grams,
-    merge_at_once,
+    collect_updates,
+    fisher_precisions,
     merge_in_order,
+    merge_updates,
 )
-from fedbasin.strategies.tensors.parallel import is_finite
+from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State
 
 
@@ -47,32 +55,88 @@ def merge_by_statistics(
     executable = executable_of(reference, Source(module=recipe.module))
     require_parameters(reference, executable)
     weights, arguments = _constant(plan)
+    module, ridge = executable.module, arguments["ridge"]
     models = []
     for source, weight in zip(recipe.parts[0].sources, weights, strict=True):
         on_step(f"reading the data of {source.model}")
-        data = read_data(recipe.data_of(source) or "", "--statistics")
-        models.append(Contribution(_module_state(executable, source.model, states[source.model]), data, weight))
+        name = recipe.data_of(source) or ""
+        data = _open_of(source.model, states, name) if is_statistics(name) else read_data(name, "--statistics")
+        models.append(_Model(module_state(executable, source.model, states[source.model]), data, weight))
     task = None if recipe.task is None else read_task(recipe.task)
     on_step("collecting statistics")
-    module, ridge = executable.module, arguments["ridge"]
-    if recipe.rule.statistic == "features":
-        merge = partial(merge_in_order, module, models, arguments["shrink"], ridge)
-    elif recipe.rule.statistic == "gram":
-        merge = partial(merge_at_once, module, models, partial(collect_grams, shrink=arguments["shrink"]), ridge)
-    else:
-        collect = partial(collect_fisher, task=task, scaled=bool(arguments["normalize"]))
-        merge = partial(merge_at_once, module, models, collect, ridge)
+
+    def merge() -> State:
+        if recipe.rule.statistic == "features":
+            parts = [
+                Contribution(m.state, m.data, m.weight) for m in models if not isinstance(m.data, StoredStatistics)
+            ]
+            return merge_in_order(module, parts, arguments["shrink"], ridge)
+        if recipe.rule.statistic == "gram":
+            collect: Collect = partial(collect_grams, shrink=arguments["shrink"])
+        else:
+            collect = partial(collect_fisher, task=task, scaled=bool(arguments["normalize"]))
+        return merge_updates(models[0].state, _updates(module, models, collect, arguments), ridge)
+
     fused = run(module, recipe.statistics or "of a model", merge)
     return StoredState(executable.layout, states[recipe.parts[0].sources[0].model], fused)
 
 
-def _module_state(executable: ExecutableModel, path: Path, state: State) -> dict[str, Tensor]:
-    named = ModuleState(executable.layout, state)
-    result = {name: named[name].float() for name in named}
-    for name, tensor in result.items():
-        if not is_finite(tensor):
-            raise ModelError(f"{path}: {name!r} has entries that are infinite or not a number; leave this model out")
-    return result
+def check_statistics(recipe: MergeRecipe) -> None:
+    """Refuse files of statistics that are none, or of another kind than the rule needs; only headers are read.
+
+    Raises:
+        ModelError: names the file.
+    """
+    for name in filter(is_statistics, filter(None, map(recipe.data_of, recipe.parts[0].sources))):
+        stored = open_statistics(Path(name))
+        if stored.kind != recipe.rule.statistic:
+            raise ModelError(
+                f"{name}: holds {stored.kind}, and {recipe.merge_method} needs {recipe.rule.statistic}; collect it by "
+                f"fedbasin statistics --kind {recipe.rule.statistic}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """A model in the module's names, with its data or the statistics that were collected before."""
+
+    state: dict[str, Tensor]
+    data: Batches | StoredStatistics
+    weight: float
+
+
+def _updates(
+    module: nn.Module, models: Sequence[_Model], collect: Collect, arguments: Mapping[str, float]
+) -> Iterator[Update]:
+    for model in models:
+        if isinstance(model.data, StoredStatistics):
+            yield Update(model.state, 1.0, _precisions(model.data, arguments)).scaled(model.weight)
+        else:
+            yield from collect_updates(module, [Contribution(model.state, model.data, model.weight)], collect)
+
+
+def _precisions(stored: StoredStatistics, arguments: Mapping[str, float]) -> dict[Block, Precision]:
+    if stored.kind == "gram":
+        return {
+            block: Gram(shrink_off_diagonal(matrix, arguments["shrink"])) for block, matrix in stored.read().items()
+        }
+    return fisher_precisions(
+        {block[0]: values for block, values in stored.read().items()}, bool(arguments["normalize"])
+    )
+
+
+def _open_of(model: Path, states: Mapping[Path, State], name: str) -> StoredStatistics:
+    """Return the statistics of a file, which must be those of the model.
+
+    Raises:
+        ModelError: they are of another model.
+    """
+    stored = open_statistics(Path(name))
+    if stored.digest != digest_of(states[model]):
+        raise ModelError(
+            f"{name}: was collected on another model than {model}; collect it on this one, or swap the files"
+        )
+    return stored
 
 
 def _constant(plan: Sequence[PlannedTensor]) -> tuple[Sequence[float], Mapping[str, float]]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter
 from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
-from fedbasin.server.files.data.statistics_merge import merge_by_statistics
+from fedbasin.server.files.data.distilled_merge import DistillationReport, distil_merge
+from fedbasin.server.files.data.statistics_merge import check_statistics, merge_by_statistics
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
-from fedbasin.server.files.merge.merging import check_copies, merge_tensors
+from fedbasin.server.files.merge.merging import check_copies, merge_tensor, merge_tensors
 from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.result_config import write_config
@@ -27,7 +28,7 @@ from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
 
-# In place of a path, the model that was merged by statistics.
+# In place of a path, the model that was merged by statistics or distilled.
 _MERGED = Path()
 
 # Keys of a config that say where a model comes from, not what it is.
@@ -49,6 +50,7 @@ class MergeReport:
         vocabulary: number of rows of its tables, if they were merged by token.
         alignments: reports of the searches, in their order.
         files: what became of the files in the folder of the first model.
+        distillation: what distillation changed, if the recipe has one.
     """
 
     rule: str
@@ -61,6 +63,7 @@ class MergeReport:
     vocabulary: int | None
     alignments: tuple[AlignmentReport, ...]
     files: FolderFiles
+    distillation: DistillationReport | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +107,14 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
         ModelError: names what makes the merge impossible, and the remedy.
     """
     models, adapters = _open(recipe.paths())
+    check_statistics(recipe)
     whole: dict[Path, State] = {**models, **{path: AppliedAdapter(models[path], adapters[path]) for path in adapters}}
     shapes = {path: model.shapes() for path, model in models.items()}
     sizes = {path: size for path, model in models.items() if (size := _vocabulary_size(model, shapes[path]))}
     tokens = plan_tokens(list(models), recipe.vocabulary, sizes)
-    if tokens is not None and recipe.rule.statistic:
-        raise ModelError(f"tokenizer: {recipe.rule.name} runs the models, which must have the same tokens and tables")
+    if tokens is not None and (recipe.rule.statistic or recipe.distill):
+        what = "distill" if recipe.distill else recipe.rule.name
+        raise ModelError(f"tokenizer: {what} runs the models, which must have the same tokens and tables")
     if recipe.align != "off":
         _check_alignment(recipe, models)
     if tokens is None:
@@ -144,6 +149,12 @@ def write_merge(
     if merge.recipe.rule.statistic:
         plan = [_copied(tensor) for tensor in plan]
         states = {_MERGED: merge_by_statistics(merge.recipe, merge.plan, merge.reference, states, on_match)}
+    distillation = None
+    if merge.recipe.distill is not None:
+        merged = {tensor.name: merge_tensor(tensor, states) for tensor in plan}
+        settings, models = merge.recipe.distill, merge.states
+        state, distillation = distil_merge(merge.recipe, settings, merge.reference, models, merged, on_match)
+        plan, states = [_copied(tensor) for tensor in merge.plan], {_MERGED: state}
     files = plan_files(merge.plan, _metadata(merge), shard if merge.reference.is_folder else None)
     try:
         with replacing(target) as part:
@@ -169,6 +180,7 @@ def write_merge(
         None if merge.tokens is None else merge.tokens.size,
         merge.alignments,
         list_files(merge.reference, [m for m in merge.models.values() if m is not merge.reference], target),
+        distillation,
     )
 
 
@@ -198,7 +210,7 @@ def _open(paths: Iterable[Path]) -> tuple[dict[Path, StoredModel], dict[Path, St
 
 
 def _copied(tensor: PlannedTensor) -> PlannedTensor:
-    """Return the plan of a tensor that has been merged by statistics, to be written in its dtype."""
+    """Return the plan of a tensor that has been merged by statistics or distilled, to be written in its dtype."""
     rule = None if tensor.rule is None else RULES["passthrough"]
     source = (TensorOrigin(_MERGED, tensor.name),)
     return replace(tensor, rule=rule, anchor=None, sources=source, weights=(1.0,), arguments={"scale": (1.0,)})

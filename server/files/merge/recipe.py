@@ -54,6 +54,15 @@ class TokenizerChoice(BaseModel):
     pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 
+class Distil(BaseModel):
+    """Distillation of the models into the merged one, on inputs that need no labels."""
+
+    model_config = _STRICT
+    data: str
+    passes: int = Field(default=10, ge=1)
+    rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+
+
 class MergeRecipe(BaseModel):
     """A merge: a rule, its models, and its parameters by model, slice and tensor."""
 
@@ -72,6 +81,7 @@ class MergeRecipe(BaseModel):
     task: str | None = None
     module: str | None = None
     score: str | None = None
+    distill: Distil | None = None
     seed: int = 0
     rank: int | None = Field(default=None, ge=1)
 
@@ -89,6 +99,8 @@ class MergeRecipe(BaseModel):
         self._check_statistics()
         if self.rule.scored and not self.score:
             raise ValueError(f"score: {self.merge_method} chooses models by their scores; give package.module:function")
+        if self.distill and (self.slices or self.rule.scored):
+            raise ValueError("distill: follows a merge of whole models by one rule; leave slices and greedy_soup out")
         self._check_parameters()
         return self
 
@@ -119,7 +131,7 @@ class MergeRecipe(BaseModel):
 
     def _check_statistics(self) -> None:
         data = [self.data_of(source) for part in self.parts for source in part.sources]
-        if not self.rule.statistic and (any(data) or self.task or self.module):
+        if not self.rule.statistic and (any(data) or (not self.distill and (self.task or self.module))):
             raise ValueError(f"statistics: {self.merge_method} reads no data; leave statistics, task and module out")
         if self.rule.statistic and self.slices:
             raise ValueError(f"slices: {self.merge_method} runs whole models; write models in place of slices")
@@ -128,6 +140,19 @@ class MergeRecipe(BaseModel):
                 f"statistics: {self.merge_method} needs data of every model; give package.module:function, here or in "
                 "each model"
             )
+        files = [name for name in data if name and name.endswith(".safetensors")]
+        if files and self.rule.statistic == "features":
+            raise ValueError(
+                f"statistics: {self.merge_method} runs the merged layers on data, which {files[0]} does not hold; give "
+                "package.module:function"
+            )
+        if files and self.align != "off":
+            raise ValueError(
+                f"statistics: {files[0]} is of the model as it was before it is aligned; leave align out, or give "
+                "package.module:function"
+            )
+        if self.task and not self.distill and (self.rule.statistic != "fisher" or len(files) == len(data)):
+            raise ValueError("task: is read only where Fisher information is collected on data; leave it out")
 
     def _check_parameters(self) -> None:
         sources = [source.parameters for part in self.parts for source in part.sources]

@@ -78,7 +78,7 @@ class Candidates:
 def soup_recipe(recipe: MergeRecipe, sources: Sequence[MergeSource]) -> MergeRecipe:
     """Return the recipe of the mean of some models."""
     plain = tuple(MergeSource(model=source.model) for source in sources)
-    left_out = dict.fromkeys(("base_model", "statistics", "task", "module", "score"))
+    left_out = dict.fromkeys(("base_model", "statistics", "task", "module", "score", "distill"))
     return recipe.model_copy(update={**left_out, "merge_method": "linear", "models": plain, "parameters": {}})
 
 

@@ -27,6 +27,8 @@ RECIPES = (
     "lora-products",
     "lora-factors",
     "lora-rotated",
+    "ffa-lora",
+    "rolora",
     "lora-gram",
     "lorm",
 )

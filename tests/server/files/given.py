@@ -32,6 +32,14 @@ def tokens() -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "labels": ids}]
 
 
+def inputs() -> list[Tensor]:
+    return [x for x, _ in rows()]
+
+
+def padded() -> list[dict[str, Tensor]]:
+    return [{"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])}]
+
+
 def wide() -> list[tuple[Tensor, Tensor]]:
     return [(torch.zeros(5, 7), torch.zeros(5).long())]
 

@@ -52,6 +52,16 @@ def test_the_line_of_a_file_is_that_of_its_module(folder: Path) -> None:
     module.load_state_dict({name: (states[0][name] + states[1][name]) / 2 for name in states[0]})
     losses = [float(cross_entropy(module(x), y, reduction="sum").detach()) for x, y in given.rows()]
     assert result["before"]["loss"][1] == pytest.approx(sum(losses) / 10, rel=1e-5)
+    loss = correct = 0.0
+    for x, y in given.rows():
+        probabilities = []
+        for state in states:
+            module.load_state_dict(state)
+            probabilities.append(module(x).detach().softmax(-1) / 2)
+        mean = probabilities[0] + probabilities[1]
+        loss -= float(mean.gather(1, y[:, None]).log().sum()) / 10
+        correct += float((mean.argmax(-1) == y).sum()) / 10
+    assert result["ensemble"] == {"loss": pytest.approx(loss, rel=1e-5), "accuracy": pytest.approx(correct)}
 
 
 def test_a_task_without_classes_has_no_accuracy(folder: Path) -> None:
@@ -59,8 +69,10 @@ def test_a_task_without_classes_has_no_accuracy(folder: Path) -> None:
     arguments = (*MODULE, "--data", f"{GIVEN}:numbers")
     (result,) = answer("barrier", a, b, *arguments)
     assert result["before"]["accuracy"] == []
+    assert result["ensemble"] is None
     done = fedbasin("barrier", a, b, *arguments, "--task", "regression")
     assert "accuracy" not in done.stdout
+    assert "ensemble" not in done.stdout
     assert "barrier " in done.stdout
 
 

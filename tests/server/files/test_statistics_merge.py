@@ -1,6 +1,7 @@
 """Merges by statistics: equal to their formulas, to a round of the recipe of the same name, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,89 @@ def test_a_folder_is_run_as_its_config_says(folder: Path) -> None:
     assert {tensor.dtype for tensor in tensors(folder / "out").values() if tensor.is_floating_point()} == {
         torch.bfloat16
     }
+
+
+def collected(model: str, kind: str, function: str, output: str) -> dict[str, Any]:
+    data = f"{GIVEN}:{function}"
+    (record,) = answer("statistics", model, "--data", data, "--kind", kind, *MODULE, "-o", output)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "options"),
+    [
+        ("fisher", "fisher", ["-p", "normalize=false"]),
+        ("fisher", "fisher", ["--weight", "1", "--weight", "2"]),
+        ("regmean", "gram", ["-p", "shrink=0.5"]),
+    ],
+)
+def test_a_file_of_statistics_gives_what_its_data_give(rule: str, kind: str, options: list[str], folder: Path) -> None:
+    expected = merged(rule, *DATA, *options)
+    Path("o.safetensors").unlink()
+    record = collected("1.safetensors", kind, "rows", "a.safetensors")
+    assert record["layers"] == (2 if kind == "gram" else 4)
+    assert record["bytes"] == Path("a.safetensors").stat().st_size
+    collected("2.safetensors", kind, "wider_rows", "b.safetensors")
+    mixed = ("--statistics", "a.safetensors", "--statistics", f"{GIVEN}:wider_rows")
+    for given_data in (("--statistics", "a.safetensors", "--statistics", "b.safetensors"), mixed):
+        equal(merged(rule, *given_data, *options), expected, 0)
+        Path("o.safetensors").unlink()
+
+
+def test_statistics_of_a_folder_are_in_the_names_that_its_library_gives(folder: Path) -> None:
+    saved("gpt2", folder / "a")
+    planted("gpt2", folder / "b", "9KB")
+    for name in "ab":
+        answer("statistics", name, "--data", f"{GIVEN}:tokens", "-o", f"{name}.safetensors")
+    merge = ("merge", "a", "b", "--rule", "regmean")
+    answer(*merge, "--statistics", f"{GIVEN}:tokens", "-o", "data")
+    answer(*merge, "--statistics", "a.safetensors", "--statistics", "b.safetensors", "-o", "files")
+    equal(tensors(folder / "files"), tensors(folder / "data"), 0)
+    # Heads of attention read one input, whose matrix is stored once.
+    assert Path("a.safetensors").stat().st_size < sum(t.nbytes for t in tensors(folder / "a").values()) * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rule", "fisher", "--statistics", "a.safetensors"], "holds gram, and fisher needs fisher"),
+        (["--rule", "regmean", "--statistics", "a.safetensors"], "was collected on another model than 2.safetensors"),
+        (["--rule", "regmean", "--statistics", "1.safetensors"], "holds no statistics"),
+        (["--rule", "regmean", "--statistics", "no.safetensors"], "no.safetensors: cannot be read"),
+        (["--rule", "regmean++", "--statistics", "a.safetensors"], "runs the merged layers on data"),
+        (["--rule", "regmean", "--statistics", "a.safetensors", "--align", "star"], "before it is aligned"),
+        (["--rule", "regmean", *DATA, "--task", "classification"], "task: is read only where Fisher"),
+        (["--rule", "fisher", "--statistics", "a.safetensors", "--task", "classification"], "task: is read only"),
+    ],
+)
+def test_files_of_statistics_that_are_refused(options: list[str], words: str, folder: Path) -> None:
+    collected("1.safetensors", "gram", "rows", "a.safetensors")
+    assert words in refusal("merge", "1.safetensors", "2.safetensors", *MODULE, *options, "-o", "o.safetensors")
+    assert not Path("o.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", f"{GIVEN}:rows", "-o", "1.safetensors", "--force"], "is 1.safetensors itself"),
+        (["--data", f"{GIVEN}:rows", "-o", "2.safetensors"], "is there already"),
+        (["--data", f"{GIVEN}:rows", "-o", "a"], "end it with .safetensors"),
+        (["--data", f"{GIVEN}:rows", "-o", "a.safetensors", "--task", "classification"], "do not depend on it"),
+        (["--data", f"{GIVEN}:wide", "-o", "a.safetensors"], "cannot be evaluated on it"),
+        (["--data", f"{GIVEN}:nothing", "-o", "a.safetensors"], "returns no batches"),
+    ],
+)
+def test_statistics_that_cannot_be_collected(options: list[str], words: str, folder: Path) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    assert words in refusal("statistics", "1.safetensors", *MODULE, *options)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_statistics_of_a_model_that_is_not_finite_are_refused(folder: Path) -> None:
+    state = load_file("1.safetensors")
+    save_file({**state, "0.bias": state["0.bias"] / 0}, "1.safetensors")
+    words = refusal("statistics", "1.safetensors", *MODULE, "--data", f"{GIVEN}:rows", "-o", "a.safetensors")
+    assert "'0.bias' has entries that are infinite" in words
 
 
 @pytest.mark.parametrize(

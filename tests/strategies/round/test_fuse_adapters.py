@@ -42,10 +42,33 @@ def update(recipe="lora", frozen=""):
     return Update(state, 4.0, grams)
 
 
-def test_one_factor_is_frozen_after_the_other_and_only_by_lorm():
-    frozen = [RECIPES["lorm"].frozen_factor(number) for number in (1, 2, 3)]
-    assert frozen == ["lora_A", "lora_B", "lora_A"]
-    assert {r.frozen_factor(n) for r in RECIPES.values() if r.name != "lorm" for n in (1, 2)} == {""}
+@pytest.mark.parametrize(
+    ("names", "factors"),
+    [
+        ({"lorm", "rolora"}, ["lora_A", "lora_B", "lora_A"]),
+        ({"ffa-lora"}, ["lora_A"] * 3),
+        (RECIPES.keys() - {"lorm", "rolora", "ffa-lora"}, [""] * 3),
+    ],
+)
+def test_factors_are_frozen_in_turn_or_always_or_never(names, factors):
+    for name in names:
+        assert [RECIPES[name].frozen_factor(number) for number in (1, 2, 3)] == factors
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("recipe", ["ffa-lora", "rolora"])
+def test_with_a_frozen_factor_the_mean_of_factors_is_that_of_the_products(recipe, number):
+    frozen = RECIPES[recipe].frozen_factor(number)
+    anchor = ANCHOR | {B: torch.rand(3, 2, generator=torch.Generator().manual_seed(9))}
+    stage, products = fusing(recipe, frozen=frozen, anchor=anchor), 0
+    trained = A if frozen == "lora_B" else B
+    for client in range(3):
+        tensor = torch.rand(ANCHOR[trained].shape, generator=torch.Generator().manual_seed(client))
+        state = anchor | {trained: tensor}
+        accept(stage, client, Update(state, 1.0 + client))
+        products = products + (1 + client) / 6 * (state[B].double() @ state[A].double())
+    fused = stage.finish()
+    torch.testing.assert_close(fused[B].double() @ fused[A].double(), products, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +79,8 @@ def test_one_factor_is_frozen_after_the_other_and_only_by_lorm():
         ("lora-factors", "", ()),
         ("lora-rotated", "", ()),
         ("lora-gram", "", ((A,),)),
+        ("ffa-lora", "lora_A", ()),
+        ("rolora", "lora_B", ()),
         ("lorm", "lora_A", ((B,),)),
         ("lorm", "lora_B", ((A,),)),
     ],
