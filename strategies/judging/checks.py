@@ -17,7 +17,7 @@ from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Ske
 from fedbasin.strategies.fusion.update import Update, join, tensor_names, weight_of
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.tensors.parallel import is_finite, one_core
+from fedbasin.strategies.tensors.parallel import distances, is_finite
 from fedbasin.strategies.tensors.state import State, floating
 
 # A larger count is not one of examples, and its product with a weight could overflow the sum.
@@ -33,8 +33,8 @@ _ASYMMETRY = 1e-5
 _INDEFINITENESS = 1e-4
 
 
-def check_update(update: Update, anchor: State, blocks: Collection[Block] | None = None) -> None:
-    """Check one update against the anchor of its round.
+def check_update(update: Update, anchor: State, blocks: Collection[Block] | None = None) -> dict[str, float]:
+    """Check one update against the anchor of its round; return the distances of its tensors from the anchor's.
 
     Args:
         update: the update as decoded.
@@ -45,13 +45,14 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
         Refusal: the update fails a check; names the outcome and the tensor.
     """
     check_examples(update.examples)
-    check_model(update.parameters, anchor)
+    distances_of_model = check_model(update.parameters, anchor)
     check_blocks(update.precisions, blocks, anchor)
     _check_precisions(update.precisions, anchor)
+    return distances_of_model
 
 
-def check_fit(update: Update, model: State, blocks: Collection[Block], measured: State) -> None:
-    """Check the statistics of layers that are fitted.
+def check_fit(update: Update, model: State, blocks: Collection[Block], measured: State) -> dict[str, float]:
+    """Check the statistics of layers that are fitted; return the distances of running statistics from the model's.
 
     Args:
         update: the update as decoded, without weights.
@@ -68,13 +69,7 @@ def check_fit(update: Update, model: State, blocks: Collection[Block], measured:
     _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.cross_moments])
     for block in update.precisions:
         _check_statistic("+".join(block), update.cross_moments[block], tuple(join(block, model).shape))
-    _check_measured(update.parameters, measured)
-
-
-def _check_measured(parameters: State, measured: State) -> None:
-    _check_names(parameters, measured)
-    for name, tensor in parameters.items():
-        _check_tensor(name, tensor, measured[name])
+    return check_model(update.parameters, measured)
 
 
 def check_pieces(name: str, pieces: Collection[Tensor], expected: Mapping[str, Piece], groups: tuple[int, ...]) -> None:
@@ -134,12 +129,24 @@ def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
             raise Refusal(Outcome.malformed, f"{norm} is no BatchNorm of the model")
 
 
-def check_model(parameters: State, anchor: State) -> None:
-    """Check the names, shapes, dtypes and entries of a client's model; raises a Refusal if they cannot be summed."""
+def check_model(parameters: State, anchor: State) -> dict[str, float]:
+    """Check the names, shapes, dtypes and entries of a client's model.
+
+    Entries are read once: a distance from the anchor that is not finite shows where to look for those that are not.
+
+    Returns:
+        The Euclidean distance of each floating tensor from the anchor's.
+
+    Raises:
+        Refusal: the tensors cannot be summed.
+    """
     _check_names(parameters, anchor)
-    with one_core():
-        for name, tensor in parameters.items():
-            _check_tensor(name, tensor, anchor[name])
+    for name, tensor in parameters.items():
+        _check_form(name, tensor, anchor[name])
+    lengths = distances({name: (tensor, anchor[name]) for name, tensor in floating(parameters).items()})
+    for name, length in lengths.items():
+        _check_entries(name, parameters[name], anchor[name], length)
+    return lengths
 
 
 def check_frozen(parameters: State, anchor: State, factor: str) -> None:
@@ -181,13 +188,16 @@ def _prefix_advice(missing: list[str], unexpected: list[str]) -> str:
     return f"; send the state dict of the model within, without {ends[0].removesuffix(missing[0])!r}" if ends else ""
 
 
-def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_form(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.shape != like.shape:
         sizes = f"{tuple(tensor.shape)} where the global model has {tuple(like.shape)}"
         raise Refusal(Outcome.wrong_shape, f"{name} is {sizes}")
     if tensor.dtype != like.dtype:
         raise Refusal(Outcome.wrong_dtype, f"{name} is {tensor.dtype}, not {like.dtype}")
-    if not is_finite(tensor) and not _is_infinite_by_design(tensor, like):
+
+
+def _check_entries(name: str, tensor: Tensor, like: Tensor, distance: float) -> None:
+    if not math.isfinite(distance) and not is_finite(tensor) and not _is_infinite_by_design(tensor, like):
         raise Refusal(Outcome.non_finite, name)
     if name.endswith("running_var"):
         _check_variance(name, tensor, like)

@@ -25,6 +25,7 @@ from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit
 from fedbasin.strategies.round.accumulate import Accumulate
+from fedbasin.strategies.round.stage import Checked
 from fedbasin.strategies.tensors.state import State, interpolate
 
 
@@ -34,9 +35,8 @@ class _Summed:
     layer_graph = None
     _sums: "_Sums"
 
-    def check(self, update: Update) -> tuple[Update, None]:
-        self._sums.check(update)
-        return update, None
+    def check(self, update: Update) -> Checked:
+        return Checked(update, self._sums.check(update))
 
     def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
@@ -153,8 +153,8 @@ class _Sums:
         self._accumulator = accumulate({})
         self._statistics = accumulate(self._measured)
 
-    def check(self, update: Update) -> None:
-        check_fit(update, self.model, self._blocks, self._measured)
+    def check(self, update: Update) -> dict[str, float]:
+        return check_fit(update, self.model, self._blocks, self._measured)
 
     def add(self, update: Update) -> None:
         check_alike(update, self._accumulator.blocks)
