@@ -57,7 +57,7 @@ class Cohort:
             return
         path = self._spool / str(node)
         # Without a checksum, which takes longer than the write: nobody else has this file.
-        with config.patch("save.compute_crc32", False):  # noqa: FBT003 - torch's own signature
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             torch.save(update, path)
         self._updates[node] = path
 

@@ -24,6 +24,7 @@ from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit
+from fedbasin.strategies.judging.statistic_checks import check_head
 from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.stage import Checked
 from fedbasin.strategies.tensors.state import State, interpolate
@@ -135,6 +136,12 @@ class RefitHead(_Summed):
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
 
+    def check(self, update: Update) -> Checked:
+        checked = super().check(update)
+        for block, precision in update.precisions.items():
+            check_head(block, precision, update.cross_moments[block])
+        return checked
+
     def finish(self) -> dict[str, Tensor]:
         ((block, sums),) = self._sums.of_blocks.items()
         model = self._sums.model
@@ -208,9 +215,9 @@ class ProbePath:
         self.request = Request(self.stage, "evaluate", refit=refit, path_points=points)
         self._model = model
 
-    def check(self, update: Update) -> tuple[Update, None]:
+    def check(self, update: Update) -> Checked:
         check_examples(update.examples)
-        return update, None
+        return Checked(update)
 
     def add(self, node: int, update: Update) -> None:
         """Nothing is summed here."""
