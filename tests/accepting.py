@@ -7,6 +7,6 @@ from fedbasin.strategies.round.stage import Stage
 
 def accept(stage: Stage, node: int, update: Update) -> AlignmentReport | None:
     """Check an update and add it; return the report of the server's own alignment."""
-    checked, report = stage.check(update)
-    stage.add(node, checked)
-    return report
+    checked = stage.check(update)
+    stage.add(node, checked.update)
+    return checked.alignment

@@ -344,14 +344,15 @@ class StageAttempt:
         received = self._received(node_reply.message)
         path = checked_path(received.reply, self.request, node)
         variance = checked_variance(received.reply, self._anchor) if path else {}
-        update, aligned = self.stage.check(received.update)
+        checked = self.stage.check(received.update)
         content = _app_content(node_reply.message.content)
         # Before anything is kept: a report that cannot be made leaves no trace.
-        report = self._describe(node_reply, received, aligned)
+        report = self._describe(node_reply, received, checked.alignment)
+        sizes = measure(checked.update, checked.distances)
         self._candidates[node] = _Candidate(
-            report, measure(update, self._anchor), received.reply.metrics, content, path or PathSums(), variance
+            report, sizes, received.reply.metrics, content, path or PathSums(), variance
         )
-        self._cohort.keep(node, update)
+        self._cohort.keep(node, checked.update)
         return report
 
     def _add_candidates(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedbasin.proto.request import CHECK, Request
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Outcome
+from fedbasin.strategies.round.stage import Checked
 from fedbasin.strategies.tensors.state import State
 
 # Whoever takes longer evaluates much; the run begins without the answer.
@@ -33,9 +34,9 @@ class Check:
         self._model = model
         self.request = replace(needs, stage=CHECK, kind="evaluate")
 
-    def check(self, update: Update) -> tuple[Update, None]:
+    def check(self, update: Update) -> Checked:
         """Take any reply."""
-        return update, None
+        return Checked(update)
 
     def add(self, node: int, update: Update) -> None:
         """Sum nothing."""

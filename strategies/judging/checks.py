@@ -1,7 +1,7 @@
 """Checks of an update before it becomes part of the sum: every failure is a named refusal, nothing is repaired.
 
-Shapes, dtypes and names are compared with the anchor; numbers must be finite; statistics must be what
-their kind promises: a diagonal is not negative, a Gram matrix is symmetric and positive semi-definite.
+Shapes, dtypes and names are compared with the anchor, and numbers must be finite. Statistics are checked in
+`statistic_checks`.
 """
 
 import math
@@ -11,30 +11,21 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block, LayerGraph
-from fedbasin.strategies.fusion.compression.formats import Piece
 from fedbasin.strategies.fusion.kronecker_precision import MOST_PRODUCTS, Kronecker
-from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched, common
+from fedbasin.strategies.fusion.precisions import Gram, Precision
 from fedbasin.strategies.fusion.update import Update, join, tensor_names, weight_of
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.statistic_checks import MOST_VARIANCE, check_precisions, check_statistic
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.tensors.parallel import is_finite, one_core
+from fedbasin.strategies.tensors.parallel import distances, is_finite
 from fedbasin.strategies.tensors.state import State, floating
 
 # A larger count is not one of examples, and its product with a weight could overflow the sum.
 _MOST_EXAMPLES = 2**53
 
-# Activations beyond 1e9 times those so far would not train: their gradients, and this network, would have overflowed.
-_MOST_VARIANCE = 1e18
 
-# Tolerances of a Gram matrix that was summed and sent in float32: of symmetry, relative to its largest entry, and of
-# positive semi-definiteness, relative to its mean diagonal. The latter is below every ridge of the recipes, so that a
-# matrix that passes cannot make the regularised sum singular.
-_ASYMMETRY = 1e-5
-_INDEFINITENESS = 1e-4
-
-
-def check_update(update: Update, anchor: State, blocks: Collection[Block] | None = None) -> None:
-    """Check one update against the anchor of its round.
+def check_update(update: Update, anchor: State, blocks: Collection[Block] | None = None) -> dict[str, float]:
+    """Check one update against the anchor of its round; return the distances of its tensors from the anchor's.
 
     Args:
         update: the update as decoded.
@@ -45,13 +36,14 @@ def check_update(update: Update, anchor: State, blocks: Collection[Block] | None
         Refusal: the update fails a check; names the outcome and the tensor.
     """
     check_examples(update.examples)
-    check_model(update.parameters, anchor)
+    distances_of_model = check_model(update.parameters, anchor)
     check_blocks(update.precisions, blocks, anchor)
-    _check_precisions(update.precisions, anchor)
+    check_precisions(update.precisions, anchor)
+    return distances_of_model
 
 
-def check_fit(update: Update, model: State, blocks: Collection[Block], measured: State) -> None:
-    """Check the statistics of layers that are fitted.
+def check_fit(update: Update, model: State, blocks: Collection[Block], measured: State) -> dict[str, float]:
+    """Check the statistics of layers that are fitted; return the distances of running statistics from the model's.
 
     Args:
         update: the update as decoded, without weights.
@@ -64,42 +56,11 @@ def check_fit(update: Update, model: State, blocks: Collection[Block], measured:
     """
     check_examples(update.examples)
     check_blocks(update.precisions, blocks, model)
-    _check_precisions(update.precisions, model)
+    check_precisions(update.precisions, model)
     _refuse(Outcome.missing_statistic, [b for b in update.precisions if b not in update.cross_moments])
     for block in update.precisions:
-        _check_statistic("+".join(block), update.cross_moments[block], tuple(join(block, model).shape))
-    _check_measured(update.parameters, measured)
-
-
-def _check_measured(parameters: State, measured: State) -> None:
-    _check_names(parameters, measured)
-    for name, tensor in parameters.items():
-        _check_tensor(name, tensor, measured[name])
-
-
-def check_pieces(name: str, pieces: Collection[Tensor], expected: Mapping[str, Piece], groups: tuple[int, ...]) -> None:
-    """Check that the tensors of a statistic are those of its form.
-
-    Args:
-        name: name of the layer.
-        pieces: the tensors, in the order of the form.
-        expected: the form's pieces.
-        groups: leading sizes of every piece.
-
-    Raises:
-        Refusal: a tensor is missing, or has another shape or dtype.
-    """
-    if len(pieces) != len(expected):
-        raise Refusal(
-            Outcome.wrong_shape,
-            f"the statistic of {name} has {len(pieces)} parts, not {len(expected)}: {', '.join(expected)}",
-        )
-    for piece, (part, like) in zip(pieces, expected.items(), strict=True):
-        where = f"{name}, its {part}"
-        if piece.dtype != like.dtype:
-            sizes = f"{piece.dtype}, not {like.dtype}"
-            raise Refusal(Outcome.wrong_dtype, f"the statistic of {where} is {sizes}")
-        _check_statistic(where, piece, (*groups, *like.shape))
+        check_statistic("+".join(block), update.cross_moments[block], tuple(join(block, model).shape))
+    return check_model(update.parameters, measured)
 
 
 def check_alike(update: Update, sums: Mapping[Block, tuple[Precision, Tensor]]) -> None:
@@ -110,7 +71,7 @@ def check_alike(update: Update, sums: Mapping[Block, tuple[Precision, Tensor]]) 
     for block, precision in update.precisions.items():
         total = sums.get(block, (precision,))[0]
         if isinstance(precision, Gram) and isinstance(total, Gram):
-            _check_statistic("+".join(block), precision.matrix, tuple(total.matrix.shape))
+            check_statistic("+".join(block), precision.matrix, tuple(total.matrix.shape))
         if isinstance(total, Kronecker) and len(total.inputs) >= MOST_PRODUCTS:
             raise Refusal(Outcome.too_many, f"{len(total.inputs)} clients' Kronecker factors are kept already")
 
@@ -134,12 +95,24 @@ def check_layer_graph(layer_graph: LayerGraph | None, model: State) -> None:
             raise Refusal(Outcome.malformed, f"{norm} is no BatchNorm of the model")
 
 
-def check_model(parameters: State, anchor: State) -> None:
-    """Check the names, shapes, dtypes and entries of a client's model; raises a Refusal if they cannot be summed."""
+def check_model(parameters: State, anchor: State) -> dict[str, float]:
+    """Check the names, shapes, dtypes and entries of a client's model.
+
+    Entries are read once: a distance from the anchor that is not finite shows where to look for those that are not.
+
+    Returns:
+        The Euclidean distance of each floating tensor from the anchor's.
+
+    Raises:
+        Refusal: the tensors cannot be summed.
+    """
     _check_names(parameters, anchor)
-    with one_core():
-        for name, tensor in parameters.items():
-            _check_tensor(name, tensor, anchor[name])
+    for name, tensor in parameters.items():
+        _check_form(name, tensor, anchor[name])
+    lengths = distances({name: (tensor, anchor[name]) for name, tensor in floating(parameters).items()})
+    for name, length in lengths.items():
+        _check_entries(name, parameters[name], anchor[name], length)
+    return lengths
 
 
 def check_frozen(parameters: State, anchor: State, factor: str) -> None:
@@ -181,13 +154,16 @@ def _prefix_advice(missing: list[str], unexpected: list[str]) -> str:
     return f"; send the state dict of the model within, without {ends[0].removesuffix(missing[0])!r}" if ends else ""
 
 
-def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_form(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.shape != like.shape:
         sizes = f"{tuple(tensor.shape)} where the global model has {tuple(like.shape)}"
         raise Refusal(Outcome.wrong_shape, f"{name} is {sizes}")
     if tensor.dtype != like.dtype:
         raise Refusal(Outcome.wrong_dtype, f"{name} is {tensor.dtype}, not {like.dtype}")
-    if not is_finite(tensor) and not _is_infinite_by_design(tensor, like):
+
+
+def _check_entries(name: str, tensor: Tensor, like: Tensor, distance: float) -> None:
+    if not math.isfinite(distance) and not is_finite(tensor) and not _is_infinite_by_design(tensor, like):
         raise Refusal(Outcome.non_finite, name)
     if name.endswith("running_var"):
         _check_variance(name, tensor, like)
@@ -203,7 +179,7 @@ def _check_variance(name: str, variance: Tensor, like: Tensor) -> None:
     if bool((variance < 0).any()):
         raise Refusal(Outcome.not_positive, f"{name} has the variance {float(variance.min()):.3g}")
     most = float(variance.max()) if variance.numel() else 0.0
-    if most > _MOST_VARIANCE * max(1.0, float(like.max())):
+    if most > MOST_VARIANCE * max(1.0, float(like.max())):
         raise Refusal(Outcome.out_of_line, f"{name} has the variance {most:.3g}, as no finite inputs give")
 
 
@@ -238,77 +214,6 @@ def _is_layer(block: Block, model: State) -> bool:
 def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
     if names := ["+".join(block) for block in blocks]:
         raise Refusal(outcome, _list(names))
-
-
-def _check_precisions(precisions: Mapping[Block, Precision], anchor: State) -> None:
-    for block, precision in precisions.items():
-        _check_precision(block, precision, anchor)
-    for block, *_ in common(precisions):
-        if isinstance(gram := precisions[block], Gram):
-            _check_gram("+".join(block), gram.matrix)
-
-
-def _check_precision(block: Block, precision: Precision, anchor: State) -> None:
-    name, weight = "+".join(block), weight_of(block, anchor)
-    if isinstance(precision, Diagonal):
-        if len(block) > 1:
-            raise Refusal(Outcome.unexpected_statistic, f"a Fisher diagonal of {name} together")
-        _check_statistic(name, precision.values, tuple(weight.shape))
-        if bool((precision.values < 0).any()):
-            raise Refusal(Outcome.not_positive, f"the Fisher diagonal of {name}")
-    if isinstance(precision, Kronecker):
-        _check_kronecker(block, precision, anchor)
-    if isinstance(precision, Sketched):
-        _check_sketched(block, precision, anchor)
-    if isinstance(precision, Gram):
-        if weight.dim() < 2:
-            raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
-        outputs, inputs = join(block, anchor).shape
-        groups = precision.matrix.shape[:-2]
-        if len(groups) > 1 or (groups and (not groups[0] or outputs % groups[0])):
-            raise Refusal(Outcome.wrong_shape, f"the statistic of {name} has groups {tuple(groups)}")
-        _check_statistic(name, precision.matrix, (*groups, inputs, inputs))
-
-
-def _check_kronecker(block: Block, precision: Kronecker, anchor: State) -> None:
-    name = "+".join(block)
-    if weight_of(block, anchor).dim() < 2:
-        raise Refusal(Outcome.unexpected_statistic, f"Kronecker factors of {name}, no matrix")
-    outputs, inputs = join(block, anchor).shape
-    for side, factor, size in (("inputs", precision.inputs, inputs), ("outputs", precision.outputs, outputs)):
-        _check_statistic(f"{name}, its {side}", factor, (1, size, size))
-        _check_gram(f"{name}, its {side}", factor)
-
-
-def _check_sketched(block: Block, precision: Sketched, anchor: State) -> None:
-    name = "+".join(block)
-    if weight_of(block, anchor).dim() < 2:
-        raise Refusal(Outcome.unexpected_statistic, f"a Gram matrix of {name}, no matrix")
-    _, inputs = join(block, anchor).shape
-    _check_statistic(f"{name}, its rows", precision.rows, (len(precision.rows), inputs))
-    _check_statistic(f"{name}, its spread", precision.spread, (inputs,))
-    if bool((precision.spread < 0).any()):
-        raise Refusal(Outcome.not_positive, f"the Gram matrix of {name}")
-
-
-def _check_statistic(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
-    if values.shape != shape:
-        sizes = f"{tuple(values.shape)}, not {shape}"
-        raise Refusal(Outcome.wrong_shape, f"the statistic of {name} is {sizes}")
-    if not is_finite(values):
-        raise Refusal(Outcome.non_finite, f"the statistic of {name}")
-
-
-def _check_gram(name: str, matrix: Tensor) -> None:
-    scale = float(matrix.abs().max())
-    if float((matrix - matrix.mT).abs().max()) > _ASYMMETRY * scale:
-        raise Refusal(Outcome.not_symmetric, f"the Gram matrix of {name}")
-    lifted = matrix.double().clone()
-    diagonal = lifted.diagonal(dim1=-2, dim2=-1)
-    slack = _INDEFINITENESS * float(diagonal.mean())
-    diagonal.add_(max(slack, torch.finfo(torch.float64).tiny))
-    if bool(torch.linalg.cholesky_ex(lifted).info.any()):
-        raise Refusal(Outcome.not_positive, f"the Gram matrix of {name}")
 
 
 def _list(names: list[str]) -> str:

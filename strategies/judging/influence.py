@@ -28,7 +28,6 @@ from fedbasin.strategies.diagnostics.update_cosines import Sample
 from fedbasin.strategies.fusion.precisions import common
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
-from fedbasin.strategies.tensors.parallel import distances
 from fedbasin.strategies.tensors.state import MEASURED, State, floating
 
 Key = TypeVar("Key")
@@ -127,19 +126,18 @@ class Verdict:
         return torch.where(tensor == anchor[name], tensor, torch.lerp(anchor[name], tensor, self.update))
 
 
-def measure(update: Update, anchor: State) -> Measure:
+def measure(update: Update, distances: Mapping[str, float]) -> Measure:
     """Return the sizes of an update that has passed the checks.
 
     Args:
         update: the update.
-        anchor: the model that the client was sent.
+        distances: Euclidean distance of each of its tensors from the model that the client was sent.
     """
-    pairs = ((n, t, anchor[n]) for n, t in update.parameters.items() if t.is_floating_point() and n in anchor)
     statistics: dict[Block, float] = {}
     for blocks in common(update.precisions):
         statistics |= dict.fromkeys(blocks, update.precisions[blocks[0]].isotropic(1.0).weight)
     moments = {block: float(torch.linalg.vector_norm(m)) for block, m in update.cross_moments.items()}
-    return Measure(update.examples, distances(pairs), statistics, moments)
+    return Measure(update.examples, distances, statistics, moments)
 
 
 def judge(measures: Mapping[int, Measure], anchor: State, *, shared_start: bool) -> dict[int, Verdict]:

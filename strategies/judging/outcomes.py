@@ -59,6 +59,10 @@ class Outcome(Enum):
         "a variance or a Fisher diagonal is negative, or a Gram matrix is not positive semi-definite; send the statistics "
         "as torch and fedbasin.client collect them"
     )
+    inconsistent = (
+        "statistics of the reply contradict each other; collect them with fedbasin.client, from one model and one set of "
+        "data"
+    )
     too_many = (
         "the recipe keeps each client's statistics in place of a sum, and has as many as it can keep; ask fewer clients "
         "(fedbasin.fraction-train), or choose the recipe regmean or fisher"

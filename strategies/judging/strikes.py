@@ -18,6 +18,7 @@ _STRIKING = {
         Outcome.bad_weight,
         Outcome.not_symmetric,
         Outcome.not_positive,
+        Outcome.inconsistent,
         Outcome.frozen_changed,
     )
 }

@@ -10,6 +10,7 @@ from fedbasin.proto.request import Request, Start
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.checks import check_update
+from fedbasin.strategies.round.stage import Checked
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 
@@ -50,9 +51,8 @@ class Bootstrap:
         self._models: dict[int, dict[str, Tensor]] = {}
         self._examples: dict[int, float] = {}
 
-    def check(self, update: Update) -> tuple[Update, None]:
-        check_update(update, self._template, ())
-        return update, None
+    def check(self, update: Update) -> Checked:
+        return Checked(update, check_update(update, self._template, ()))
 
     def add(self, node: int, update: Update) -> None:
         self._examples[node] = update.examples

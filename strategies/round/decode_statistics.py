@@ -19,8 +19,8 @@ from fedbasin.strategies.fusion.compression.formats import (
 )
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision, Sketched
-from fedbasin.strategies.judging.checks import check_pieces
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
+from fedbasin.strategies.judging.statistic_checks import check_pieces
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from torch import Tensor
 from fedbasin.proto.request import Request
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.checks import check_examples
+from fedbasin.strategies.round.stage import Checked
 from fedbasin.strategies.tensors.state import State
 
 
@@ -21,9 +22,9 @@ class Evaluate:
         self.request = Request(self.stage, "evaluate", path_points=path_points)
         self._model = model
 
-    def check(self, update: Update) -> tuple[Update, None]:
+    def check(self, update: Update) -> Checked:
         check_examples(update.examples)
-        return update, None
+        return Checked(update)
 
     def add(self, node: int, update: Update) -> None:
         """Nothing is summed here."""

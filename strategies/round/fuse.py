@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block, LayerGraph
-from fedbasin.proto.report import AlignmentReport
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.matchers import Matcher
@@ -34,7 +33,7 @@ from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
 from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.stage import Stage
+from fedbasin.strategies.round.stage import Checked, Stage
 from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
@@ -65,16 +64,18 @@ class Fuse:
         self._accumulator = (accumulate or summing)(anchor)
         self._layer_graphs: Counter[LayerGraph] = Counter()
 
-    def check(self, update: Update) -> tuple[Update, None]:
+    def check(self, update: Update) -> Checked:
         if self._blocks is None and not update.precisions:
             statistic = self._recipe.statistic
             raise Refusal(Outcome.missing_statistic, f"the recipe needs {statistic.value}")
-        check_update(update, self._anchor, self._blocks)
-        update = _rescale(update, self._anchor)
+        distances = check_update(update, self._anchor, self._blocks)
+        if scales_of(update.parameters):
+            update = _rescale(update, self._anchor)
+            distances = check_model(update.parameters, self._anchor)
         check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
         if self.request.layer_graph:
             check_layer_graph(update.layer_graph, self._anchor)
-        return update, None
+        return Checked(update, distances)
 
     def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         if self._blocks is None and self._accumulator.clients:
@@ -116,15 +117,14 @@ class AlignedFuse:
         self._bounds = identity_bounds(symmetry, anchor)
         self._match = match_sinkhorn if fuse.request.matcher == Matcher.sinkhorn.name else match_weights
 
-    def check(self, update: Update) -> tuple[Update, AlignmentReport]:
+    def check(self, update: Update) -> Checked:
         # Checked before it is aligned: an assignment over NaN has no answer.
-        update, _ = self._fuse.check(update)
+        update = self._fuse.check(update).update
         with refusing_what_cannot_be_matched():
             alignment = self._match(self._symmetry, self._anchor, update.parameters, self._bounds)
         folded = replace(update, parameters=self._symmetry.fold(update.parameters))
         aligned = folded.apply(alignment.transform)
-        check_model(aligned.parameters, self._anchor)
-        return aligned, alignment.report
+        return Checked(aligned, check_model(aligned.parameters, self._anchor), alignment.report)
 
     def add(self, node: int, update: Update) -> None:
         self._fuse.add(node, update)

@@ -13,7 +13,7 @@ from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.pairwise_merging import LINKS, Link, Links, Merge, MergedModel
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.checks import check_update
-from fedbasin.strategies.round.stage import StagePlan, StageResult
+from fedbasin.strategies.round.stage import Checked, StagePlan, StageResult
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State, floating
 
@@ -45,9 +45,8 @@ class LinkModels:
         self._symmetry = symmetry
         self._model = dict(template)
 
-    def check(self, update: Update) -> tuple[Update, None]:
-        check_update(update, self._model, ())
-        return update, None
+    def check(self, update: Update) -> Checked:
+        return Checked(update, check_update(update, self._model, ()))
 
     def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - one client was asked
         # The reply's tensors are views of its bytes.

@@ -24,7 +24,9 @@ from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit
+from fedbasin.strategies.judging.statistic_checks import check_head
 from fedbasin.strategies.round.accumulate import Accumulate
+from fedbasin.strategies.round.stage import Checked
 from fedbasin.strategies.tensors.state import State, interpolate
 
 
@@ -34,9 +36,8 @@ class _Summed:
     layer_graph = None
     _sums: "_Sums"
 
-    def check(self, update: Update) -> tuple[Update, None]:
-        self._sums.check(update)
-        return update, None
+    def check(self, update: Update) -> Checked:
+        return Checked(update, self._sums.check(update))
 
     def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
         self._sums.add(update)
@@ -135,6 +136,12 @@ class RefitHead(_Summed):
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
 
+    def check(self, update: Update) -> Checked:
+        checked = super().check(update)
+        for block, precision in update.precisions.items():
+            check_head(block, precision, update.cross_moments[block])
+        return checked
+
     def finish(self) -> dict[str, Tensor]:
         ((block, sums),) = self._sums.of_blocks.items()
         model = self._sums.model
@@ -153,8 +160,8 @@ class _Sums:
         self._accumulator = accumulate({})
         self._statistics = accumulate(self._measured)
 
-    def check(self, update: Update) -> None:
-        check_fit(update, self.model, self._blocks, self._measured)
+    def check(self, update: Update) -> dict[str, float]:
+        return check_fit(update, self.model, self._blocks, self._measured)
 
     def add(self, update: Update) -> None:
         check_alike(update, self._accumulator.blocks)
@@ -208,9 +215,9 @@ class ProbePath:
         self.request = Request(self.stage, "evaluate", refit=refit, path_points=points)
         self._model = model
 
-    def check(self, update: Update) -> tuple[Update, None]:
+    def check(self, update: Update) -> Checked:
         check_examples(update.examples)
-        return update, None
+        return Checked(update)
 
     def add(self, node: int, update: Update) -> None:
         """Nothing is summed here."""

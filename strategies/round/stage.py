@@ -23,6 +23,21 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tensors.state import State
 
 
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """An update that has passed the checks.
+
+    Attributes:
+        update: what may be added.
+        distances: Euclidean distance of each floating tensor from the one that the client was sent.
+        alignment: the report of the server's own alignment; None where the stage does not align.
+    """
+
+    update: Update
+    distances: Mapping[str, float] = field(default_factory=dict)
+    alignment: AlignmentReport | None = None
+
+
 class Stage(Protocol):
     """One request to some clients.
 
@@ -40,11 +55,8 @@ class Stage(Protocol):
         """The model's layers as the first client reports them; None where that was not requested."""
         ...
 
-    def check(self, update: Update) -> tuple[Update, AlignmentReport | None]:
+    def check(self, update: Update) -> Checked:
         """Check one client's update.
-
-        Returns:
-            The update that may be added, and the report of the server's own alignment, where the stage aligns.
 
         Raises:
             Refusal: the update must not become part of the sum.

@@ -1,6 +1,6 @@
 """Parallel arithmetic on long tensors in pieces, without temporaries of a tensor's length.
 
-    totals += weight * values          means = totals / weight          are all values finite?
+    totals += weight * values      means = totals / weight      ||a - b||      are all values finite?
 
 This arithmetic is limited by memory bandwidth, of which one core uses nearly all. torch's own threads synchronise after
 every operation, so one descheduled thread delays all of them; they are not used here. For operands of two dtypes torch
@@ -9,20 +9,22 @@ synchronise once share the pieces. New memory is allocated in huge pages, becaus
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import repeat
-from typing import TypeAlias
+from itertools import islice, repeat
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.tensors.pieces import working_dtype
 from fedbasin.strategies.tensors.state import State
 
+T = TypeVar("T")
 Pair: TypeAlias = tuple[Tensor, Tensor]
-Work: TypeAlias = Callable[[Tensor, Tensor, Tensor], object]
+Work: TypeAlias = Callable[[Tensor, Tensor, Tensor], T]
 
 # Elements of a piece, which is converted at a time.
 _PIECE = 2**18
@@ -77,23 +79,27 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
-def distances(tensors: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
-    """Return the Euclidean distance of two tensors of one shape under each name; entries that are equal count as near."""
-    with one_core():
-        return {name: _distance(a, b) for name, a, b in tensors}
+def distances(tensors: Mapping[str, Pair]) -> dict[str, float]:
+    """Return the Euclidean distance of two tensors of one shape under each name; entries that are equal count as near.
+
+    One pass over both. A distance is finite only if all entries that differ are.
+    """
+
+    def square(a: Tensor, b: Tensor, buffer: Tensor) -> float:
+        difference = buffer.copy_(a).sub_(b) if a.dtype != buffer.dtype else torch.sub(a, b, out=buffer)
+        return float(torch.dot(difference, difference))
+
+    squares = iter(_for_pieces(list(tensors.values()), square))
+    return {name: _distance(a, b, math.fsum(islice(squares, _pieces(a)))) for name, (a, b) in tensors.items()}
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    square = 0.0
-    for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
-        difference = x - y
-        square += float(torch.dot(difference, difference))
+def _distance(a: Tensor, b: Tensor, square: float) -> float:
     if math.isfinite(square):
         return math.sqrt(square)
     # The square overflowed, or both tensors are infinite somewhere by design.
     difference = torch.where(a == b, 0.0, a.double() - b.double())
     largest = float(difference.abs().max())
-    return largest * float(torch.linalg.vector_norm(difference / largest))
+    return largest * float(torch.linalg.vector_norm(difference / largest)) if largest else 0.0
 
 
 @contextmanager
@@ -107,19 +113,19 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _for_pieces(pairs: list[Pair], work: Work) -> None:
-    """Apply the work to all pieces of the pairs, with a buffer in the dtype of the pair's left tensor."""
+def _for_pieces(pairs: list[Pair], work: Work[T]) -> list[T]:
+    """Return the work's results for all pieces of the pairs; its buffer is in the left tensor's working dtype."""
     batches = list(_batches(pairs))
     threads = min(torch.get_num_threads(), len(batches))
     with one_core():
         if threads < 2:
-            for batch in batches:
-                _work_on(batch, work)
-            return
+            return [result for batch in batches for result in _work_on(batch, work)]
         with ThreadPoolExecutor(threads) as pool:
-            # The results are read so that a thread's exception is raised here.
-            for _ in pool.map(_work_on, batches, repeat(work)):
-                pass
+            return [result for results in pool.map(_work_on, batches, repeat(work)) for result in results]
+
+
+def _pieces(tensor: Tensor) -> int:
+    return max(1, -(-tensor.numel() // _PIECE))
 
 
 def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
@@ -138,9 +144,12 @@ def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
         yield batch
 
 
-def _work_on(batch: list[Pair], work: Work) -> None:
+def _work_on(batch: list[Pair], work: Work[T]) -> list[T]:
     buffers: dict[torch.dtype, Tensor] = {}
+    results = []
     for x, y in batch:
-        if x.dtype not in buffers:
-            buffers[x.dtype] = torch.empty(_PIECE, dtype=x.dtype)
-        work(x, y, buffers[x.dtype][: len(x)])
+        dtype = working_dtype(x)
+        if dtype not in buffers:
+            buffers[dtype] = torch.empty(_PIECE, dtype=dtype)
+        results.append(work(x, y, buffers[dtype][: len(x)]))
+    return results

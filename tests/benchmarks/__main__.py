@@ -6,6 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from tests.benchmarks import (
+    bench_checks,
     bench_discovery,
     bench_finish,
     bench_fisher,
@@ -35,6 +36,7 @@ from tests.benchmarks.figures import PAGE, Figure, Say, show, write
 
 BENCHMARKS: dict[str, Callable[[Say], Figure]] = {
     "fold": bench_fold.measure,
+    "checks": bench_checks.measure,
     "finish": bench_finish.measure,
     "memory": bench_memory.measure,
     "tensors": bench_tensors.measure,

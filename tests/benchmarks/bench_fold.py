@@ -93,18 +93,18 @@ def random_state(tensors: int, seed: int) -> dict[str, Tensor]:
 class Round:
     """The replies to the request of one round."""
 
-    def __init__(self, tensors: int, layout: str) -> None:
+    def __init__(self, tensors: int, layout: str, replies: int = REPLIES) -> None:
         # What Flower sets in the process of a ServerApp; messages cannot be made without.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.anchor = random_state(tensors, 0)
         self.request = replace(
-            self._stage(torch.float32).request, round=1, anchor=self.anchor, anchor_digest=packing.digest(self.anchor)
+            self.stage(torch.float32).request, round=1, anchor=self.anchor, anchor_digest=packing.digest(self.anchor)
         )
         content = self.request.to_content(packed=True)
-        messages = self.request.to_messages(content, range(1, REPLIES + 1))
+        messages = self.request.to_messages(content, range(1, replies + 1))
         self.replies = [self._reply(message, tensors, layout) for message in messages]
 
-    def _stage(self, dtype: torch.dtype) -> Fuse:
+    def stage(self, dtype: torch.dtype) -> Fuse:
         return Fuse(self.anchor, RECIPES["fedavg"], Request(""), [], dtype)
 
     def _reply(self, message: Message, tensors: int, layout: str) -> Message:
@@ -123,7 +123,7 @@ class Round:
         return aggregate_arrayrecords([m.content for m in self.replies], "num-examples")
 
     def fedbasin(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        stage = self._stage(dtype)
+        stage = self.stage(dtype)
         for message in self.replies:
             received = receive(message, self.request, 2**31)
             accept(stage, message.metadata.src_node_id, received.update)

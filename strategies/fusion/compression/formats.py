@@ -23,6 +23,9 @@ from fedbasin.proto.encoding import GramForm, GramKind, MomentKind
 # Value to which the largest entry of a cross-moment's row is scaled in float16, whose maximum is 65504.
 _LARGEST = 2.0**15
 
+# Variance, relative to the mean square, below which an input is constant.
+_CONSTANT = 1e-10
+
 Pieces: TypeAlias = dict[str, Tensor]
 
 # Integer types of correlations in fixed point; their largest number stands for 1.
@@ -186,8 +189,11 @@ def side(entries: int) -> int:
 
 def _scatter(gram: Tensor) -> Tensor:
     """Return the scatter C of the module's equation."""
-    mean, count = gram[..., :-1, -1], gram[..., -1:, -1:]
-    return gram[..., :-1, :-1] - mean.unsqueeze(-1) * mean.unsqueeze(-2) / count.where(count > 0, 1.0)
+    mean, count, squares = gram[..., :-1, -1], gram[..., -1:, -1:], gram[..., :-1, :-1]
+    scatter = squares - mean.unsqueeze(-1) * mean.unsqueeze(-2) / count.where(count > 0, 1.0)
+    # Of an input that is the same in every row only rounding errors are left, whose correlations mean nothing.
+    constant = scatter.diagonal(dim1=-2, dim2=-1) <= _CONSTANT * squares.diagonal(dim1=-2, dim2=-1)
+    return scatter.masked_fill(constant.unsqueeze(-1) | constant.unsqueeze(-2), 0.0)
 
 
 def _with_mean(scatter: Tensor, mean: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""`python -m tests.benchmarks.hostile [RECIPE ...]`: accuracy with hostile clients, by recipe, robust rule and attack.
+"""`python -m tests.benchmarks.hostile [RECIPE[/RULE] ...]`: accuracy with hostile clients, by recipe, rule and attack.
 
-Writes docs/records/hostile-clients.md, the sections of these recipes or all of them.
+Writes docs/records/hostile-clients.md: the sections of these recipes, or all of them; with a rule (`fedavg/none`,
+`regmean/multi-krum`) this row alone.
 """
 
 import logging
 import platform
 import sys
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -17,8 +19,8 @@ from tests.benchmarks.hostile.federation import ATTACKS, CLIENTS, DIRICHLET, HOS
 RECORD = PAGE.with_name("hostile-clients.md")
 RECIPES = ("fedavg", "fisher", "regmean", "features", "auto-head")
 # Bulyan needs 4 f + 3 clients: ten are too few for two hostile ones, so it is told one.
-RULES = {
-    "": {},
+RULES: dict[str, dict[str, object]] = {
+    "none": {},
     "median": {},
     "trimmed-mean": {"hostile_clients": 2},
     "krum": {"hostile_clients": 2},
@@ -34,22 +36,31 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     console = Console(highlight=False)
-    for recipe in names or RECIPES:
-        rows: dict[str, dict[str, float | None]] = {}
-        for rule, attack in product(RULES, ATTACKS):
-            settings = {"robust": rule, **RULES[rule]} if rule else {}
-            value = accuracy(recipe, ATTACKS[attack], **settings)
-            rows.setdefault(rule or "none", {})[attack] = value
-            console.print(f"[dim]{recipe}, {rule or 'none'}, {attack}: {_cell(value)}[/dim]", soft_wrap=True)
+    for recipe, rule in _cells(names):
+        settings = {} if rule == "none" else {"robust": rule, **RULES[rule]}
+        row = []
+        for name, attack in ATTACKS.items():
+            row.append(_cell(accuracy(recipe, attack, **settings)))
+            console.print(f"[dim]{recipe}, {rule}, {name}: {row[-1]}[/dim]", soft_wrap=True)
         # At once: an interrupted run keeps what it has measured.
-        _write(recipe, _table(rows))
+        _write(recipe, rule, row)
     console.print(f"written to {RECORD}", soft_wrap=True)
 
 
-def _write(recipe: str, table: str) -> None:
-    """Replace the section of a recipe in the record; the others stay as they were measured."""
+def _cells(names: list[str]) -> Iterator[tuple[str, str]]:
+    for name in names or RECIPES:
+        recipe, _, rule = name.partition("/")
+        yield from product([recipe], [rule] if rule else RULES)
+
+
+def _write(recipe: str, rule: str, row: list[str]) -> None:
+    """Replace a row of the record; the others stay as they were measured, if they have the same columns."""
     _, *parts = RECORD.read_text().split("\n## ") if RECORD.is_file() else [""]
-    sections = dict(part.rstrip().split("\n\n", 1) for part in parts) | {f"`{recipe}`": table}
+    sections = dict(part.rstrip().split("\n\n", 1) for part in parts)
+    header, *lines = sections.get(f"`{recipe}`", "").split("\n")
+    rows = {line.split(" | ")[0]: line for line in lines[1:]} if header == _line("`robust`", list(ATTACKS)) else {}
+    rows |= {f"| {rule}": _line(rule, row)}
+    sections[f"`{recipe}`"] = _table([rows[f"| {name}"] for name in RULES if f"| {name}" in rows])
     present = [f"`{name}`" for name in RECIPES if f"`{name}`" in sections]
     RECORD.write_text("\n\n".join([_head(), *(f"## {name}\n\n{sections[name]}" for name in present)]) + "\n")
 
@@ -66,11 +77,12 @@ few for that, of one. A dash marks a run that failed. Which rule to choose is to
     return "\n\n".join(["# Hostile clients", *map(wrap, (written, setting))])
 
 
-def _table(rows: dict[str, dict[str, float | None]]) -> str:
-    names = list(ATTACKS)
-    lines = [f"| `robust` | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [f"| {rule} | {' | '.join(_cell(cells[name]) for name in names)} |" for rule, cells in rows.items()]
-    return "\n".join(lines)
+def _table(rows: list[str]) -> str:
+    return "\n".join([_line("`robust`", list(ATTACKS)), f"|---|{'---|' * len(ATTACKS)}", *rows])
+
+
+def _line(name: str, cells: list[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def _cell(value: float | None) -> str:

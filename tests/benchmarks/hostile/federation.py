@@ -25,6 +25,7 @@ WIDTH = 64
 DIRICHLET = 0.5
 
 Change = Callable[[RecordDict], None]
+State = dict[str, Tensor]
 
 
 def scale_model(factor: float) -> Change:
@@ -67,12 +68,35 @@ def _flipped(labels: Tensor) -> Tensor:
     return 9 - labels
 
 
+def _honest(sent: State, trained: State) -> State:
+    del sent
+    return trained
+
+
+def _turned(sent: State, trained: State) -> State:
+    """Return an update of the same size in the opposite direction."""
+    return {name: 2 * sent[name] - tensor for name, tensor in trained.items()}
+
+
+def _noise(sent: State, trained: State) -> State:
+    """Return noise of the size of the update, tensor by tensor."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in trained.items()}
+    return {n: sent[n] + drawn[n] * (t - sent[n]).norm() / drawn[n].norm() for n, t in trained.items()}
+
+
 class Attack:
     """What hostile clients do: to their labels, to their update, and to their reply."""
 
-    def __init__(self, *changes: Change, labels: Callable[[Tensor], Tensor] = _unchanged) -> None:
+    def __init__(
+        self,
+        *changes: Change,
+        labels: Callable[[Tensor], Tensor] = _unchanged,
+        update: Callable[[State, State], State] = _honest,
+    ) -> None:
         self.changes = changes
         self.labels = labels
+        self.update = update
 
     def tamper(self, reply: Message) -> Message:
         if not reply.has_error():
@@ -87,6 +111,10 @@ ATTACKS = {
     "model x -10": Attack(scale_model(-10.0)),
     "2^53 examples, sign flip": Attack(scale_model(-1.0), claim_examples(2.0**53)),
     "flipped labels, statistics x 1e6": Attack(scale_statistics(1e6), labels=_flipped),
+    # Below the bounds, by construction: no number stands out.
+    "flipped labels, statistics x 4": Attack(scale_statistics(4.0), labels=_flipped),
+    "update turned round": Attack(update=_turned),
+    "noise of the update's size": Attack(update=_noise),
 }
 
 
@@ -109,12 +137,15 @@ def _app(attack: Attack) -> ClientApp:
     @app.train()
     def fit(message: Message, context: Context) -> Message:
         model = task.make_model(WIDTH, 0)
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        sent = message.content["arrays"].to_torch_state_dict()
+        model.load_state_dict(sent)
         examples = _data(context, attack)
         number = message.content["config"]["server-round"]
         loss = task.train(model, examples, 5, 32, 1000 * number + context.node_id)
         metrics = MetricRecord({"loss": loss, "num-examples": len(examples[1])})
-        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+        is_hostile = int(context.node_config["partition-id"]) in HOSTILE
+        state = attack.update(sent, model.state_dict()) if is_hostile else model.state_dict()
+        return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
 
     return app
 

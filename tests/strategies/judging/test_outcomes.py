@@ -391,6 +391,9 @@ CASES = {
     "an indefinite Gram": Case(
         O.not_positive, gram(lambda g: g - 0.5 * g.diagonal().max() * torch.eye(5)), "regmean"
     ),
+    "inputs without rows": Case(
+        O.inconsistent, gram(lambda g: g * (torch.arange(5) < 4) * (torch.arange(5) < 4)[:, None]), "regmean", "no rows"
+    ),
     "a negative Gram": Case(O.not_positive, statistic(torch.neg), "regmean", "0.weight"),
     "a negative Kronecker factor": Case(O.not_positive, statistic(torch.neg), "kfac", "0.weight"),
     "a negative Fisher": Case(

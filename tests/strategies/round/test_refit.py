@@ -69,6 +69,15 @@ def answer(*blocks, seed=0, examples=40.0):
     )
 
 
+def labelled(block, seed=0):
+    """A client's sums of a head: a one behind the inputs where the block has a bias, and a class for each row."""
+    x, z = rows(block, seed)
+    if len(block) > 1:
+        x[:, -1] = 1.0
+    classes = torch.nn.functional.one_hot(z.argmax(1), z.shape[1]).to(W)
+    return Update({}, 40.0, {block: Gram(x.T @ x)}, {block: classes.T @ x})
+
+
 def fitted(stage, *updates):
     for node, update in enumerate(updates):
         accept(stage, node, update)
@@ -116,13 +125,25 @@ def test_a_share_of_the_step_is_taken():
 @pytest.mark.parametrize("block", [FIRST, SECOND])
 @pytest.mark.parametrize("ridge", [Ridge(RIDGE), Evidence()])
 def test_a_head_to_labels_is_what_the_sum_over_all_clients_stands_for(block, ridge):
-    head, updates = refit(block, target="labels"), [answer(block, seed=s) for s in (1, 2)]
+    head, updates = refit(block, target="labels"), [labelled(block, seed) for seed in (1, 2)]
     gram = Gram(sum(update.precisions[block].matrix for update in updates))
     moment = sum(update.cross_moments[block] for update in updates)
     stage = RefitHead(model(), head, ridge)
     found = fitted(stage, *updates)
     assert stage.request.stage == "head"
     torch.testing.assert_close(join(block, found), closed_form(block, gram, moment, ridge).to(W))
+
+
+def test_classes_that_are_no_parts_of_the_rows_are_refused():
+    good = labelled(FIRST)
+    moment = good.cross_moments[FIRST].clone()
+    moment[:, -1] *= 2
+    with pytest.raises(Refusal, match=r"^inconsistent: the statistic of first\.weight"):
+        accept(
+            RefitHead(model(), refit(FIRST, target="labels"), Evidence()),
+            1,
+            replace(good, cross_moments={FIRST: moment}),
+        )
 
 
 def test_all_else_is_drawn_to_the_model_so_far():

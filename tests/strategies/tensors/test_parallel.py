@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,34 @@ def test_means_of_several_dtypes_keep_their_own():
     totals = {name: 6 * tensor.double() for name, tensor in like.items()}
     means = parallel.divide(totals, 2.0, like)
     torch.testing.assert_close(means, {name: 3 * tensor for name, tensor in like.items()})
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_distances_are_those_of_whole_tensors_in_double_precision(dtype):
+    first, second = state(dtype), {name: tensor + 0.01 for name, tensor in state(dtype).items()}
+    measured = parallel.distances({name: (first[name], second[name]) for name in first})
+    expected = {name: float((first[name].double() - second[name].double()).norm()) for name in first}
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize(
+    ("entries", "others", "distance"),
+    [
+        ((float("nan"), 0.0), (0.0, 0.0), None),
+        ((float("inf"), 0.0), (0.0, 0.0), None),
+        ((float("inf"), 0.0), (-float("inf"), 0.0), None),
+        ((float("nan"), 0.0), (float("nan"), 0.0), None),
+        ((-float("inf"), 3.0), (-float("inf"), 0.0), 3.0),
+        ((-float("inf"), 3.0), (-float("inf"), 3.0), 0.0),
+        ((3e38, 0.0), (-3e38, 0.0), 6e38),
+    ],
+)
+def test_a_distance_is_finite_only_if_all_entries_that_differ_are(entries, others, distance):
+    a, b = (torch.cat([torch.zeros(500), torch.tensor(pair), torch.zeros(500)]) for pair in (entries, others))
+    (measured,) = parallel.distances({"": (a, b)}).values()
+    assert measured == pytest.approx(distance) if distance is not None else not math.isfinite(measured)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
