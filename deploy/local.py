@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedbasin.deploy.processes import SCRIPTS, DeploymentError, Process, Processes, sigterm_as_exit, strip_colour, tail
+from fedbasin.server.flower_run import read_listed_run
 
 ConfigValue = bool | int | float | str
 
@@ -182,11 +183,9 @@ class Deployment:
         # `flwr run` itself ends with status 0 even if the run failed.
         with self._processes.flwr("ls", "--run-id", run_id, "--format", "json") as command:
             out = command.communicate()[0]
-        try:
-            run: dict[str, str] = json.loads(out)["runs"][0]
-        except (ValueError, LookupError) as error:
-            raise DeploymentError(f"'flwr ls' does not list run {run_id}; it printed:\n{out}") from error
-        return run
+        if run := read_listed_run(out):
+            return run
+        raise DeploymentError(f"'flwr ls' does not list run {run_id}; it printed:\n{out}")
 
 
 @contextmanager

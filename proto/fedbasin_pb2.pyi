@@ -1262,6 +1262,7 @@ class RunSummary(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     recipe: _builtins.str
     rounds_done: _builtins.int
@@ -1269,6 +1270,8 @@ class RunSummary(_message.Message):
     finished: _builtins.bool
     problem: _builtins.str
     """why the run ended before its last round; empty where it did not"""
+    lost: _builtins.bool
+    """whether its process is gone although the run has not ended"""
     def __init__(
         self,
         *,
@@ -1278,14 +1281,30 @@ class RunSummary(_message.Message):
         rounds: _builtins.int = ...,
         finished: _builtins.bool = ...,
         problem: _builtins.str = ...,
+        lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "problem", b"problem", "recipe", b"recipe", "rounds", b"rounds", "rounds_done", b"rounds_done", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "lost", b"lost", "problem", b"problem", "recipe", b"recipe", "rounds", b"rounds", "rounds_done", b"rounds_done", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSummary: _TypeAlias = RunSummary  # noqa: Y015
+
+@_typing.final
+class AttendReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttendReply: _TypeAlias = AttendReply  # noqa: Y015
 
 @_typing.final
 class ListRunsReply(_message.Message):

@@ -41,6 +41,11 @@ class ObserverStub:
                 request_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.RoundReport.SerializeToString,
                 response_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.PushReply.FromString,
                 _registered_method=True)
+        self.Attend = channel.unary_unary(
+                '/fedbasin.v1.Observer/Attend',
+                request_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.RunSummary.SerializeToString,
+                response_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.AttendReply.FromString,
+                _registered_method=True)
         self.ListRuns = channel.unary_unary(
                 '/fedbasin.v1.Observer/ListRuns',
                 request_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.ListRunsRequest.SerializeToString,
@@ -70,6 +75,13 @@ class ObserverServicer:
 
     def PushRound(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attend(self, request, context):
+        """Held open by the process of a run for as long as it lives; it returns when the observer stops.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -108,6 +120,11 @@ def add_ObserverServicer_to_server(servicer, server):
                     servicer.PushRound,
                     request_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.RoundReport.FromString,
                     response_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.PushReply.SerializeToString,
+            ),
+            'Attend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attend,
+                    request_deserializer=fedbasin_dot_proto_dot_fedbasin__pb2.RunSummary.FromString,
+                    response_serializer=fedbasin_dot_proto_dot_fedbasin__pb2.AttendReply.SerializeToString,
             ),
             'ListRuns': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRuns,
@@ -159,6 +176,33 @@ class Observer:
             '/fedbasin.v1.Observer/PushRound',
             fedbasin_dot_proto_dot_fedbasin__pb2.RoundReport.SerializeToString,
             fedbasin_dot_proto_dot_fedbasin__pb2.PushReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedbasin.v1.Observer/Attend',
+            fedbasin_dot_proto_dot_fedbasin__pb2.RunSummary.SerializeToString,
+            fedbasin_dot_proto_dot_fedbasin__pb2.AttendReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class ObserverStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ObserverAsyncStub: ...
     PushRound: _grpc.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundReport, _fedbasin_pb2.PushReply]
+    Attend: _grpc.UnaryUnaryMultiCallable[_fedbasin_pb2.RunSummary, _fedbasin_pb2.AttendReply]
+    """Held open by the process of a run for as long as it lives; it returns when the observer stops."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_fedbasin_pb2.ListRunsRequest, _fedbasin_pb2.ListRunsReply]
     GetRounds: _grpc.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundsRequest, _fedbasin_pb2.RoundsReply]
     """The rounds stored so far."""
@@ -57,6 +59,8 @@ class ObserverAsyncStub(ObserverStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PushRound: _aio.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundReport, _fedbasin_pb2.PushReply]  # type: ignore[assignment]
+    Attend: _aio.UnaryUnaryMultiCallable[_fedbasin_pb2.RunSummary, _fedbasin_pb2.AttendReply]  # type: ignore[assignment]
+    """Held open by the process of a run for as long as it lives; it returns when the observer stops."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_fedbasin_pb2.ListRunsRequest, _fedbasin_pb2.ListRunsReply]  # type: ignore[assignment]
     GetRounds: _aio.UnaryUnaryMultiCallable[_fedbasin_pb2.RoundsRequest, _fedbasin_pb2.RoundsReply]  # type: ignore[assignment]
     """The rounds stored so far."""
@@ -76,6 +80,14 @@ class ObserverServicer(metaclass=_abc_1.ABCMeta):
         request: _fedbasin_pb2.RoundReport,
         context: _ServicerContext,
     ) -> _typing.Union[_fedbasin_pb2.PushReply, _abc.Awaitable[_fedbasin_pb2.PushReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Attend(
+        self,
+        request: _fedbasin_pb2.RunSummary,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fedbasin_pb2.AttendReply, _abc.Awaitable[_fedbasin_pb2.AttendReply]]:
+        """Held open by the process of a run for as long as it lives; it returns when the observer stops."""
 
     @_abc_1.abstractmethod
     def ListRuns(

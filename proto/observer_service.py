@@ -51,6 +51,7 @@ class RunSummary:
         rounds: number of rounds that the run will have.
         finished: whether the last round has ended.
         problem: why the run ended before its last round; empty where it did not.
+        lost: whether its process is gone although the run has not ended.
     """
 
     run_id: str
@@ -59,6 +60,18 @@ class RunSummary:
     rounds: int = 0
     finished: bool = False
     problem: str = ""
+    lost: bool = False
+
+    @property
+    def state(self) -> str:
+        """The state of the run: starting, running, finished, failed or lost."""
+        if self.lost:
+            return "lost"
+        if self.problem:
+            return "failed"
+        if self.finished:
+            return "finished"
+        return "running" if self.rounds_done else "starting"
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,15 @@ class RemoteObserver:
         """
         return self._stub.PushRound.future(report.to_message(), timeout=timeout, metadata=((RUN_KEY, run_key),))
 
+    def attend(self, run: RunSummary, run_key: str = PROCESS_KEY) -> "grpc.CallFuture[pb.AttendReply]":
+        """Say that this process works on a run for as long as the call is open.
+
+        Args:
+            run: the run; its id, recipe and number of rounds are told.
+            run_key: secret of the run, as in `start_push`.
+        """
+        return self._stub.Attend.future(to_protobuf(run, pb.RunSummary()), metadata=((RUN_KEY, run_key),))
+
     def list_runs(self, timeout: float | None = None) -> tuple[RunSummary, ...]:
         """Return the runs in the order in which they began."""
         reply = self._stub.ListRuns(pb.ListRunsRequest(), timeout=timeout)
@@ -172,6 +194,10 @@ class ObserverService(ABC):
         """Take a serialised report; an equal one again changes nothing."""
 
     @abstractmethod
+    async def attend(self, run: RunSummary, run_key: str) -> None:
+        """Take the caller for the process of a run until the call ends."""
+
+    @abstractmethod
     def list_runs(self) -> Iterable[RunSummary]:
         """Return the runs in the order in which they began."""
 
@@ -196,6 +222,9 @@ def add_observer_service(service: ObserverService, server: aio.Server) -> None:
         "PushRound": grpc.unary_unary_rpc_method_handler(
             servicer.push_round, response_serializer=pb.PushReply.SerializeToString
         ),
+        "Attend": grpc.unary_unary_rpc_method_handler(
+            servicer.attend, pb.RunSummary.FromString, pb.AttendReply.SerializeToString
+        ),
         "ListRuns": grpc.unary_unary_rpc_method_handler(
             servicer.list_runs, pb.ListRunsRequest.FromString, pb.ListRunsReply.SerializeToString
         ),
@@ -215,10 +244,14 @@ class _Servicer:
         self._service = service
 
     async def push_round(self, request: bytes, context: aio.ServicerContext) -> pb.PushReply:
-        run_key = dict(context.invocation_metadata()).get(RUN_KEY, "")
         async with _aborting(context):
-            await self._service.push_round(request, run_key)
+            await self._service.push_round(request, _run_key(context))
         return pb.PushReply()
+
+    async def attend(self, request: pb.RunSummary, context: aio.ServicerContext) -> pb.AttendReply:
+        async with _aborting(context):
+            await self._service.attend(from_protobuf(RunSummary, request), _run_key(context))
+        return pb.AttendReply()
 
     async def list_runs(self, request: pb.ListRunsRequest, context: aio.ServicerContext) -> pb.ListRunsReply:
         del request, context
@@ -238,6 +271,10 @@ class _Servicer:
         async with _aborting(context):
             async for chunk in self._service.get_model(request.run_id, request.round):
                 yield to_protobuf(chunk, pb.ModelChunk())
+
+
+def _run_key(context: aio.ServicerContext) -> str:
+    return str(dict(context.invocation_metadata()).get(RUN_KEY, ""))
 
 
 def _reply_entry(wire: bytes) -> bytes:

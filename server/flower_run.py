@@ -46,6 +46,22 @@ def run(app: Path, superlink: str, config: Sequence[str], resumes: int, say: Cal
         say(f"{reason}; it is started again and goes on after its last finished round")
 
 
+def flwr_output(*arguments: str) -> tuple[int, str]:
+    """Run Flower's command line, and return its status and what it printed."""
+    with _flwr(*arguments) as process:
+        out = process.communicate()[0]
+    return process.returncode, out
+
+
+def read_listed_run(out: str) -> dict[str, str] | None:
+    """Return the run that `flwr ls --run-id ID --format json` printed; None where it printed none."""
+    try:
+        run: dict[str, str] = json.loads(out)["runs"][0]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return run
+
+
 def _follow(command: Sequence[str], say: Callable[[str], object]) -> str:
     """Start a run, pass its log on for as long as it comes, and return Flower's id of the run."""
     run_id = ""
@@ -63,16 +79,11 @@ def _await_end(run_id: str, where: Sequence[str]) -> tuple[str, str]:
     """Wait until a run has ended, and return Flower's status and the details of it."""
     answered = time.monotonic()
     while time.monotonic() < answered + _UNREACHABLE_SECONDS:
-        with _flwr("ls", *where, "--run-id", run_id, "--format", "json") as process:
-            out = process.communicate()[0]
-        try:
-            entry = json.loads(out)["runs"][0]
-        except (ValueError, LookupError, TypeError):  # the SuperLink is being restarted
-            time.sleep(_POLL_SECONDS)
-            continue
-        if entry["status"].startswith("finished"):
-            return entry["status"], entry.get("status-details", "")
-        answered = time.monotonic()
+        _, out = flwr_output("ls", *where, "--run-id", run_id, "--format", "json")
+        if entry := read_listed_run(out):  # there is none while the SuperLink is being restarted
+            if entry["status"].startswith("finished"):
+                return entry["status"], entry.get("status-details", "")
+            answered = time.monotonic()
         time.sleep(_POLL_SECONDS)
     raise FlowerRunError(
         f"run {run_id}: the SuperLink has not answered for {_UNREACHABLE_SECONDS:g} s; it last printed {out!r}"

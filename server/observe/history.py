@@ -16,6 +16,7 @@ from itertools import count, takewhile
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.arrival import Arrival
+from fedbasin.server.observe.attendance import Attendance
 from fedbasin.server.observe.connections import count_connections
 
 _MOST_WATCHERS = 512
@@ -36,6 +37,9 @@ class FullError(RuntimeError):
 class ClosedError(RuntimeError):
     """A log that will not grow any more, while a watcher was waiting for it."""
 
+    def __init__(self) -> None:
+        super().__init__("the observer is stopping")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -49,6 +53,7 @@ class Limits:
         rounds: largest number of rounds of one run; beyond it, the run loses its oldest.
         wire_bytes: largest number of bytes of all reports; beyond it, the largest run loses its oldest round.
         silent_seconds: time without a report after which a run may go.
+        absent_seconds: time without its process after which a run that has not ended is lost.
         watchers: largest number of watches at once; the page and scrapers have as many connections for themselves.
     """
 
@@ -56,6 +61,7 @@ class Limits:
     rounds: int = 2000
     wire_bytes: int = 256 * 2**20
     silent_seconds: float = 600.0
+    absent_seconds: float = 20.0
     watchers: int = field(default_factory=lambda: min(_MOST_WATCHERS, count_connections() // 2))
 
 
@@ -93,7 +99,7 @@ class RecordedRun:
     """The reports of one run.
 
     Attributes:
-        start: number of the run's first report in the log.
+        start: number of the run in the order in which runs began.
         holder: SHA-256 of the key that came with the first report.
         entries: the run's reports by round, in order of arrival.
         heard: time of the last report, by the monotonic clock.
@@ -124,10 +130,15 @@ class RecordedRun:
 
 
 class History:
-    """The reports that were pushed, within limits, and a signal for those who wait for more."""
+    """The reports that were pushed, within limits, and a signal for those who wait for more.
+
+    Attributes:
+        attendance: the processes of the runs.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
+        self.attendance = Attendance(self._limits.runs, self._limits.absent_seconds)
         self._runs: dict[str, RecordedRun] = {}  # the longest silent first
         self._numbers = count()
         self._changed = asyncio.Condition()
@@ -148,15 +159,11 @@ class History:
             FullError: there are as many runs as there may be, and all have reported lately.
         """
         run_id = arrival.run.run_id
+        self.check_holder(run_id, holder)
         run = self._runs.get(run_id)
         if run is None:
             self._check_room(run_id)
             return False
-        if not compare_digest(run.holder, holder):
-            raise HolderError(
-                f"run_id '{run_id}' is reported on with another key; only the process that sent its first report, or "
-                "one that goes on in the folder of the run, may send more; give every run an id of its own"
-            )
         entry = run.entries.get(arrival.round)
         # By bytes: two reports with a NaN metric would never be equal.
         if entry and entry.wire != arrival.wire:
@@ -166,18 +173,43 @@ class History:
             )
         return entry is not None
 
+    def check_holder(self, run_id: str, holder: bytes) -> None:
+        """Check that a run is reported on, and worked on, by the holder of this key, or by nobody yet.
+
+        Raises:
+            HolderError: it is by the holder of another key.
+        """
+        known = self._runs.get(run_id) or self.attendance[run_id]
+        if known and not compare_digest(known.holder, holder):
+            raise HolderError(
+                f"run_id '{run_id}' is reported on with another key; only the process that sent its first report, or "
+                "one that goes on in the folder of the run, may send more; give every run an id of its own"
+            )
+
+    @contextmanager
+    def attending(self, run: RunSummary, holder: bytes) -> Iterator[None]:
+        """Count a process of a run, of the holder of the run's key, for as long as the context is open."""
+        with self.attendance.attending(run, holder, self._begin(run.run_id)):
+            yield
+
+    def expect_processes(self) -> None:
+        """Expect a process for every run that has not ended."""
+        for run in self._runs.values():
+            summary = run.summary()
+            if not (summary.finished or summary.problem):
+                self.attendance.expect(summary, run.holder, run.start)
+
     def add(self, arrival: Arrival, holder: bytes) -> list[tuple[str, int]]:
         """Append a report that is new; `notify` then wakes the watchers.
 
         Returns:
             Run and round of the reports that were forgotten for it.
         """
-        number = next(self._numbers)
         # Taken out and put back at the end, so that the runs stay ordered by their last report.
         run_id = arrival.run.run_id
-        run = self._runs.pop(run_id, None) or RecordedRun(number, holder)
+        run = self._runs.pop(run_id, None) or RecordedRun(self._begin(run_id), holder)
         self._runs[run_id] = run
-        entry = Entry(number, arrival.round, arrival.run, arrival.wire, arrival.brief)
+        entry = Entry(next(self._numbers), arrival.round, arrival.run, arrival.wire, arrival.brief)
         run.entries[arrival.round] = entry
         run.heard = time.monotonic()
         run.size += entry.size
@@ -213,9 +245,28 @@ class History:
         self._closed = True
         await self.notify()
 
+    async def wait_until_closed(self) -> None:
+        """Wait for `close`.
+
+        Raises:
+            ClosedError: always, in the end.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed)
+        raise ClosedError
+
     def runs(self) -> list[RunSummary]:
-        """Return the runs in the order in which they began."""
-        return [run.summary() for run in sorted(self._runs.values(), key=lambda run: run.start)]
+        """Return the runs in the order in which they began, those without a report among them."""
+        runs = {run_id: (run.start, self._describe(run)) for run_id, run in self._runs.items()}
+        for attended in self.attendance:
+            run = replace(attended.run, lost=attended.is_lost)
+            runs.setdefault(run.run_id, (attended.start, run))
+        return [run for _, run in sorted(runs.values(), key=lambda pair: pair[0])]
+
+    def state(self, run_id: str) -> str:
+        """Return the state of a run; an empty id means the newest, and without any the state is "waiting"."""
+        runs = [run for run in self.runs() if run_id in ("", run.run_id)]
+        return runs[-1].state if runs else "waiting"
 
     def entries(self, run_id: str, from_round: int = 0) -> list[Entry]:
         """Return the reports of a run in order of arrival; an empty id means the newest run, if there is any.
@@ -275,6 +326,17 @@ class History:
         run = self._runs.get(run_id) if run_id else self._newest_run()
         return run.entries_after(number) if run else []
 
+    def _begin(self, run_id: str) -> int:
+        """Return the place of a run in the order in which runs began."""
+        known = self._runs.get(run_id) or self.attendance[run_id]
+        return known.start if known else next(self._numbers)
+
+    def _describe(self, run: RecordedRun) -> RunSummary:
+        summary = run.summary()
+        attended = self.attendance[summary.run_id]
+        ended = bool(summary.finished or summary.problem)
+        return replace(summary, lost=attended is not None and attended.is_lost and not ended)
+
     def _newest_run(self) -> RecordedRun | None:
         return max(self._runs.values(), key=lambda run: run.start, default=None)
 
@@ -285,4 +347,5 @@ class History:
         self._size -= entry.size
         if not run.entries:
             del self._runs[run_id]
+            self.attendance.forget(run_id)
         return run_id, entry.round

@@ -47,7 +47,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),  # or a second observer would quietly take half of the calls
     ("grpc.max_receive_message_length", LARGEST_REPORT_BYTES),
     ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 60_000),  # finds watchers whose machine is gone
+    ("grpc.keepalive_time_ms", 15_000),  # finds runs and watchers whose machine is gone, after 20 s more
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),
     ("grpc.max_concurrent_streams", 128),
@@ -59,6 +59,7 @@ _REPLY_BYTES = 4 * 2**20  # of reports in one reply
 _LONGEST_WORD = 200
 _LAST_ROUND = 10**9
 _SHORTEST_KEY = 16
+_LATE_SECONDS = 0.1  # after the moment at which a run is lost
 _NAMED = 20  # runs in an error
 
 
@@ -108,6 +109,7 @@ class Observer(ObserverService):
 
     def __init__(self, telemetry: Telemetry, store: Store | None, models: PublishedModels, limits: Limits) -> None:
         self.history = History(limits)
+        self._absent_seconds = limits.absent_seconds
         self._telemetry = telemetry
         self._store = store
         self._models = models
@@ -119,22 +121,17 @@ class Observer(ObserverService):
         """Take the reports that are in the store."""
         if self._store is None:
             return
-        forgotten = []
+        forgotten: list[tuple[str, int]] = []
         for stored in self._store.load():
             arrival = digest(stored.report, stored.report.to_bytes())
             if not find_fault(arrival):
                 forgotten += self.history.add(arrival, stored.holder)
                 self._telemetry.add(arrival.tally)
         self._store.forget(forgotten)
+        self.history.expect_processes()
 
     async def push_round(self, wire: bytes, run_key: str) -> None:
-        if len(run_key) < _SHORTEST_KEY:
-            raise CallError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"a report needs the key of its run: metadata `{RUN_KEY}` with a secret of at least {_SHORTEST_KEY} "
-                "characters, the same for all rounds of the run",
-            )
-        holder = hashlib.sha256(run_key.encode()).digest()
+        holder = _holder(run_key)
         # A task of its own: a caller that gives up must not stop halfway between the store and the metrics.
         task = asyncio.create_task(self._take(wire, holder))
         self._taking.add(task)
@@ -145,6 +142,34 @@ class Observer(ObserverService):
         """Wait for the pushes that are under way."""
         await asyncio.gather(*self._taking, return_exceptions=True)
         await asyncio.to_thread(self._reader.close)
+
+    async def attend(self, run: RunSummary, run_key: str) -> None:
+        holder = _holder(run_key)
+        if fault := _find_name_fault(run):
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, fault)
+        try:
+            self.history.check_holder(run.run_id, holder)
+            with self.history.watching(), self.history.attending(run, holder):
+                self._tell_state(run.run_id)
+                try:
+                    await self.history.wait_until_closed()
+                finally:
+                    self.tell_later(run.run_id)
+        except (ClosedError, FullError, HolderError) as error:
+            raise CallError(_CODES[type(error)], str(error)) from error
+
+    def tell_later(self, *run_ids: str) -> None:
+        """Tell the metrics of runs that are lost when their processes have had time to come back."""
+        loop = asyncio.get_running_loop()
+        for run_id in run_ids:
+            loop.call_later(self._absent_seconds + _LATE_SECONDS, self._tell_state, run_id)
+
+    def _tell_state(self, run_id: str) -> None:
+        runs = {run.run_id: run for run in self.history.runs()}
+        run = runs.get(run_id)
+        # Runs of one recipe share their gauges, which show the newest.
+        if run and run is [other for other in runs.values() if other.recipe == run.recipe][-1]:
+            self._telemetry.set_state(run.recipe, run.state)
 
     def list_runs(self) -> Iterable[RunSummary]:
         return self.history.runs()
@@ -169,8 +194,7 @@ class Observer(ObserverService):
         except FullError as error:
             raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except ClosedError as error:
-            text = "the observer is stopping"
-            raise CallError(grpc.StatusCode.UNAVAILABLE, text) from error
+            raise CallError(_CODES[ClosedError], str(error)) from error
 
     async def get_model(self, run_id: str, server_round: int) -> AsyncIterator[ModelChunk]:
         try:
@@ -209,6 +233,7 @@ class Observer(ObserverService):
 
 
 _CODES = {
+    ClosedError: grpc.StatusCode.UNAVAILABLE,
     ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     FullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     HolderError: grpc.StatusCode.PERMISSION_DENIED,
@@ -218,14 +243,30 @@ _CODES = {
 
 def find_fault(arrival: Arrival) -> str:
     """Return why a report cannot be taken; empty where it can."""
-    if not arrival.run.run_id:
-        return "run_id is empty; give the run a name"
-    for name, word in (("run_id", arrival.run.run_id), ("recipe", arrival.run.recipe)):
-        if len(word) > _LONGEST_WORD:
-            return f"{name} has more than {_LONGEST_WORD} characters; give a shorter one"
+    if fault := _find_name_fault(arrival.run):
+        return fault
     if not 0 < arrival.round <= _LAST_ROUND:
         return f"round is {arrival.round}; rounds count from 1, and {_LAST_ROUND} is the last"
     return ""
+
+
+def _find_name_fault(run: RunSummary) -> str:
+    if not run.run_id:
+        return "run_id is empty; give the run a name"
+    for name, word in (("run_id", run.run_id), ("recipe", run.recipe)):
+        if len(word) > _LONGEST_WORD:
+            return f"{name} has more than {_LONGEST_WORD} characters; give a shorter one"
+    return ""
+
+
+def _holder(run_key: str) -> bytes:
+    if len(run_key) < _SHORTEST_KEY:
+        raise CallError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"a report needs the key of its run: metadata `{RUN_KEY}` with a secret of at least {_SHORTEST_KEY} "
+            "characters, the same for all rounds of the run",
+        )
+    return hashlib.sha256(run_key.encode()).digest()
 
 
 async def observe(settings: ObserverSettings, announce: Callable[[Addresses], None]) -> None:
@@ -264,6 +305,7 @@ async def serving(settings: ObserverSettings) -> AsyncIterator[Addresses]:
     with _open_store(settings.store) as store:
         observer = Observer(Telemetry(registry), store, PublishedModels(settings.models), settings.limits)
         await asyncio.to_thread(observer.load)
+        observer.tell_later(*(run.run_id for run in observer.history.runs()))
         # The gRPC port opens last: an observer whose page cannot listen must not have taken a report.
         async with (
             _serve_http(settings, observer.history, registry) as page,

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import threading
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
-from fedbasin.proto.observer_service import PROCESS_KEY, SERVICE, RemoteObserver
+from fedbasin.proto.observer_service import PROCESS_KEY, SERVICE, RemoteObserver, RunSummary
 from fedbasin.proto.report import RoundReport
 from fedbasin.server.observe.access import AccessError, Pass
+
+_LOOK_SECONDS = 2.0  # between two looks whether the call of an attendance is still open
 
 LARGEST_REPORT_BYTES = 16 * 2**20  # some 12 000 clients whose models have 40 spaces; gRPC's own limit is 4 MiB
 
@@ -66,6 +70,24 @@ class ObserverClient:
         self.run_key = run_key
         self._channel: grpc.Channel | None = None
         self._pending: tuple[RoundReport, grpc.CallFuture[Any]] | None = None
+        self._closed = threading.Event()
+        self._attending: threading.Thread | None = None
+
+    def attend(self, run: RunSummary) -> None:
+        """Let the observer know until `close` that this process works on a run, whether or not it answers now."""
+        self._closed.clear()
+        self._attending = threading.Thread(target=self._attend, args=(run,), daemon=True)
+        self._attending.start()
+
+    def _attend(self, run: RunSummary) -> None:
+        pause = 0.0
+        while not self._closed.wait(pause):
+            pause = _LOOK_SECONDS
+            # The log has the reason from the reports where the observer cannot be reached.
+            with suppress(AccessError), connect(self.address, self.credentials) as channel:
+                call = RemoteObserver(channel).attend(run, self.run_key)
+                while not (self._closed.wait(_LOOK_SECONDS) or call.done()):
+                    pass
 
     def send(self, report: RoundReport, timeout_seconds: float = 5.0) -> bool:
         """Send a report without waiting for the reply: a slow observer slows no round.
@@ -109,8 +131,12 @@ class ObserverClient:
         return self.send(report, timeout_seconds) and self.settle()
 
     def close(self) -> None:
-        """Wait for the last report and disconnect; another report connects again."""
+        """Wait for the last report, end the attendance and disconnect; another report connects again."""
         self.settle()
+        self._closed.set()
+        if self._attending is not None:
+            self._attending.join()
+            self._attending = None
         self._disconnect()
 
     def _disconnect(self) -> None:

@@ -82,7 +82,8 @@ class _Handlers:
     async def page(self, request: Request) -> Response:
         choice = ShownRun.from_query(request.query_params)
         summaries = self._history.runs()
-        runs = [await self._read_run(choice.run)] if summaries else []
+        reported = any(summary.rounds_done or summary.problem for summary in summaries)
+        runs = [await self._read_run(choice.run)] if reported else []
         if runs and choice.compared not in ("", runs[0].name):
             runs.append(await self._read_run(choice.compared))
         return await self._draw(request, lambda: render_page(summaries, runs, choice))

@@ -58,7 +58,8 @@ class RunReader:
         while len(self._summaries) > _CACHED_RUNS:
             del self._summaries[next(iter(self._summaries))]
         ordered = sorted(entries, key=lambda entry: entry.round)
-        return ReportedRun(UnreadReports(ordered), [summaries[entry.number] for entry in ordered])
+        lost = self._history.state(ordered[0].run.run_id) == "lost"
+        return ReportedRun(UnreadReports(ordered), [summaries[entry.number] for entry in ordered], lost)
 
 
 def _summarise(entries: Sequence[Entry], cached: Mapping[int, RoundSummary]) -> Mapping[int, RoundSummary]:

@@ -15,6 +15,8 @@ SILENCE_SECONDS = 15.0  # proxies close a connection that is silent for longer
 async def stream_events(history: History, run_id: str, from_round: int) -> AsyncGenerator[str, None]:
     """Yield the events of one reader; `event: end` says that nothing more will come.
 
+    Where no round ends for a while, or the run is lost, `event: state` says so.
+
     Raises:
         FullError: there are as many readers as there may be; nothing has been yielded yet.
     """
@@ -25,8 +27,11 @@ async def stream_events(history: History, run_id: str, from_round: int) -> Async
                 aclosing(history.watch(run_id, from_round)) as entries,
                 aclosing(_with_silence(entries)) as entries_or_silence,
             ):
+                if history.state(run_id) == "lost":
+                    yield _state_event("lost")
                 async for entry in entries_or_silence:
-                    yield _event(entry) if entry else ": still here\n\n"
+                    run_id = entry.run.run_id if entry else run_id
+                    yield _event(entry) if entry else _state_event(history.state(run_id))
         except ClosedError:
             return  # the observer stops: the reader's browser tries again
         yield "event: end\ndata: {}\n\n"
@@ -47,6 +52,10 @@ async def _with_silence(entries: AsyncIterator[Entry]) -> AsyncGenerator[Entry |
     finally:
         pending.cancel()
         await asyncio.wait({pending})
+
+
+def _state_event(state: str) -> str:
+    return f"event: state\ndata: {state}\n\n"
 
 
 def _event(entry: Entry) -> str:

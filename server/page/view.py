@@ -77,9 +77,9 @@ def render_page(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice
     )
     body = [
         tag("a", "Skip to the numbers", href="#main", class_="skip"),
-        tag("header", title_heading("fedbasin", note), _state(runs), theme_choice()),
+        tag("header", title_heading("fedbasin", note), _state(summaries, runs), theme_choice()),
         _chooser(summaries, runs, choice) if runs else Html(),
-        tag("main", *_content(runs, choice), id="main"),
+        tag("main", *_content(summaries, runs, choice), id="main"),
     ]
     name = f"{runs[0].name} · fedbasin" if runs else "fedbasin"
     return render_document(name, head, *body)
@@ -95,9 +95,10 @@ def link_to_spaces(run: ReportedRun) -> Html:
     return tag("div", tag("p", link), data_src=address)
 
 
-def _content(runs: list[ReportedRun], choice: ShownRun) -> list[Html]:
+def _content(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: ShownRun) -> list[Html]:
+    without_round = tag("div", *map(_first_round, reversed(summaries)), id="first-rounds", data_live=True)
     if not runs:
-        return [_welcome()]
+        return [without_round, _welcome()]
     overviews = [draw_overview(run) for run in runs]
     if len(runs) > 1:
         overviews = [
@@ -105,11 +106,20 @@ def _content(runs: list[ReportedRun], choice: ShownRun) -> list[Html]:
             for run, overview in zip(runs, overviews, strict=True)
         ]
     parts = [join(overviews), *draw_sections(runs, link_to_spaces(runs[0]), choice.round)]
-    return [tag("div", part, id=f"part-{index}", data_live=True) for index, part in enumerate(parts)]
+    return [without_round, *(tag("div", part, id=f"part-{index}", data_live=True) for index, part in enumerate(parts))]
 
 
-def _state(runs: list[ReportedRun]) -> Html:
-    state = runs[0].newest.state if runs else "waiting"
+def _first_round(run: RunSummary) -> Html:
+    """Return a note on a run that has not reported a round; nothing for any other."""
+    if run.rounds_done or run.problem:
+        return Html()
+    text = f"Run {run.run_id} ({run.recipe}) is in its first round."
+    lost = f"Run {run.run_id} ({run.recipe}) was lost in its first round: its process is gone."
+    return tag("p", lost, class_="problem") if run.lost else tag("p", text, class_="note")
+
+
+def _state(summaries: Sequence[RunSummary], runs: list[ReportedRun]) -> Html:
+    state = runs[0].state if runs else summaries[-1].state if summaries else "waiting"
     return tag("p", state, class_="state", id="state", role="status", data_state=state)
 
 
@@ -129,7 +139,7 @@ def _chooser(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: S
         id="choose",
         data_run=run.name,
         data_newest=run.newest.number,
-        data_state=run.newest.state,
+        data_state=run.state,
     )
 
 

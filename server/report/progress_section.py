@@ -12,6 +12,10 @@ from fedbasin.server.report.charts.text import arrow, duration, number, size
 from fedbasin.server.report.reported_run import ReportedRun
 from fedbasin.server.report.summary import RoundSummary
 
+LOST = (
+    "The run is lost: its process is gone, and it has not said that it ended. The rounds so far are in its folder; the "
+    "same app goes on after them when it is started again."
+)
 _RECENT = 50  # rounds whose rows are laid out at once
 
 
@@ -21,8 +25,8 @@ def draw_overview(run: ReportedRun) -> Html:
     entries = (
         tag("div", tag("dt", name), tag("dd", tag("b", value), tag("span", note))) for name, value, note in _tiles(run)
     )
-    problem = tag("p", f"The run ended early: {newest.problem}", class_="problem")
-    return join([problem if newest.problem else Html(), tag("dl", *entries, class_="tiles")])
+    problem = f"The run ended early: {newest.problem}" if newest.problem else LOST if run.lost else ""
+    return join([tag("p", problem, class_="problem") if problem else Html(), tag("dl", *entries, class_="tiles")])
 
 
 def draw_barriers(runs: Sequence[ReportedRun]) -> Html:
@@ -73,7 +77,7 @@ def _tiles(run: ReportedRun) -> list[tuple[str, str, str]]:
     accepted, refused = sum(r.accepted for r in rounds), sum(r.refused for r in rounds)
     up, down = sum(r.bytes_up for r in rounds), sum(r.bytes_down for r in rounds)
     return [
-        ("Round", f"{newest.number} of {newest.rounds}", newest.state),
+        ("Round", f"{newest.number} of {newest.rounds}", run.state),
         ("Loss barrier", barrier, "before → after alignment"),
         *((name, number(value), "new global model") for name, value in _main_metric(newest)),
         ("Replies", f"{accepted:,} accepted", f"{refused:,} refused or missing"),

@@ -14,10 +14,12 @@ class ReportedRun:
     Attributes:
         reports: reports by round; the sequence may read a report only when it is accessed.
         rounds: summaries of the same reports.
+        lost: whether the process of the run is gone although the run has not ended.
     """
 
     reports: Sequence[RoundReport]
     rounds: Sequence[RoundSummary]
+    lost: bool = False
 
     @classmethod
     def from_reports(cls, reports: Sequence[RoundReport]) -> "ReportedRun":
@@ -33,6 +35,11 @@ class ReportedRun:
     def newest(self) -> RoundSummary:
         """The last round so far."""
         return self.rounds[-1]
+
+    @property
+    def state(self) -> str:
+        """The state of the run: running, finished, failed or lost."""
+        return "lost" if self.lost else self.newest.state
 
     def select_report(self, number: int | None = None) -> RoundReport:
         """Return the report of a round.

@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.reply import read_metrics
 from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, RoundReport, StageReport
 from fedbasin.server.exchange.quorum import QuorumLostError, StageFailedError
@@ -165,6 +166,8 @@ class RunLoop:
         self._state.in_start, self._state.probe = True, self._probe
         try:
             with closing(self._observer):
+                if self._settings.observer:
+                    self._observer.attend(RunSummary(self._run_id, self._settings.recipe, rounds=self._rounds))
                 self._run_rounds()
         finally:
             self._state.in_start, self._state.probe, self._state.stream = False, None, None

@@ -170,7 +170,7 @@ def test_events_arrive_as_rounds_end():
             assert next(line for line in lines if line.startswith("id:")) == "id: 2"
 
 
-def test_a_silent_stream_says_that_it_is_there(monkeypatch):
+def test_a_silent_stream_says_what_state_the_run_is_in(monkeypatch):
     monkeypatch.setattr(stream, "SILENCE_SECONDS", 0.01)
 
     async def story():
@@ -184,7 +184,7 @@ def test_a_silent_stream_says_that_it_is_there(monkeypatch):
 
     heard = asyncio.run(story())
     assert heard[1].startswith("id: 1")
-    assert heard[2] == heard[3] == ": still here\n\n"
+    assert heard[2] == heard[3] == "event: state\ndata: running\n\n"
 
 
 def test_readers_of_events_do_not_hold_up_the_end():

@@ -33,7 +33,7 @@ RECIPES = (
     "lorm",
 )
 STAGES = ("bootstrap", "fuse", "link", "measure", "fit", "head", "probe", "trial", "evaluate")
-STATES = ("running", "finished", "failed")
+STATES = ("starting", "running", "finished", "failed", "lost")
 SIDES = ("clients", "server")
 
 # Seconds of clients and rounds: from a message on loopback to a night on phones.
@@ -98,7 +98,12 @@ CLIENT_SECONDS = Metric(
 HISTOGRAMS = (ROUND_SECONDS, STAGE_SECONDS, SERVER_SECONDS, CLIENT_SECONDS)
 
 BUILD = Metric("build_info", "1; the label is the version of fedbasin that the observer runs.", ("version",))
-STATE = Metric("run_state", "1 for the state of the run that reported last, 0 for the others.", ("recipe", "state"))
+STATE = Metric(
+    "run_state",
+    "1 for the state of the run that began, reported or was lost last, 0 for the others. A run is lost where its "
+    "process is gone although it has not ended.",
+    ("recipe", "state"),
+)
 ROUND = Metric("round", "Number of the last round that finished.")
 PLANNED = Metric("planned_rounds", "Number of rounds that the run that reported last will have.")
 FINISHED = Metric("last_round_timestamp_seconds", "Time at which the last round finished.")

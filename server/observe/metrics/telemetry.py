@@ -92,6 +92,12 @@ class Telemetry:
         for metric, value, words in contribution.gauges:
             self._gauges[metric].labels(recipe, *self._admit(metric, words)).set(value)
 
+    def set_state(self, recipe: str, state: str) -> None:
+        """Show a state for the newest run of a recipe, between its reports."""
+        recipe = self._words["recipe"].admit(recipe)
+        for name in catalogue.STATES:
+            self._gauges[catalogue.STATE].labels(recipe, name).set(name == state)
+
     def _admit(self, metric: Metric, words: tuple[str, ...]) -> list[str]:
         """Return the labels after the recipe, those from outside within their vocabularies."""
         names = metric.labels[1:]

@@ -36,11 +36,9 @@ async function refresh() {
   if (!answer?.ok) return say("lost", "the observer does not answer");
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   if (address !== location.href) return; // chosen anew in the meantime: that answer is on its way
-  if (!form() || !page.getElementById("choose")) {
-    if (page.getElementById("choose")) location.reload();
-    return;
-  }
+  if (!form() && page.getElementById("choose")) return location.reload();
   replaceParts(page);
+  if (!form() || !page.getElementById("choose")) return;
   replaceChoices(page.getElementById("choose"));
   document.title = page.title;
   await loadSpaces();
@@ -102,7 +100,7 @@ function follow() {
   source?.close();
   source = undefined;
   const { run, newest, state } = form()?.dataset ?? {};
-  if (run && state !== "running") return say(state, state);
+  if (run && !["running", "lost"].includes(state)) return say(state, state);
   const address = run
     ? `api/runs/${encodeURIComponent(run)}/events?from=${Number(newest) + 1}`
     : "api/events";
@@ -117,6 +115,12 @@ function follow() {
     const round = JSON.parse(data);
     say("live", `live: round ${round.round} of ${round.rounds}`);
     refreshSoon();
+  });
+  source.addEventListener("state", ({ data }) => {
+    if (!form()) refreshSoon(); // runs in their first round
+    if (data !== "lost" && status.dataset.state !== "lost") return;
+    if ((data === "lost") !== (status.dataset.state === "lost")) refreshSoon();
+    say(...(data === "lost" ? ["lost", "lost: the process of the run is gone"] : ["live", "live"]));
   });
   source.addEventListener("end", () => {
     source.close();
