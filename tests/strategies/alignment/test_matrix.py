@@ -1,13 +1,17 @@
-"""Every family and kind of layer with every matcher, in every order of merging: a sample by default, all if slow."""
+"""Every family and kind of layer with every matcher, order of merging and statistic: a sample by default, all if slow.
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+A merge in pairs has no statistics, which the settings say by name; the mean of others is an anchor of files alone.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fedbasin.proto.layer_graph import Block
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
@@ -17,6 +21,14 @@ from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, find_by_weights, match_weights
 from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.diagnostics.evaluation import bind
+from fedbasin.strategies.fusion.accumulator import Ridge, fuse
+from fedbasin.strategies.fusion.kronecker_precision import Kronecker
+from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Precision
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.fusion.weighting import Statistic
+from fedbasin.strategies.statistics.fisher import diagonal_fisher
+from fedbasin.strategies.statistics.gram import grams
+from fedbasin.strategies.statistics.kronecker_factors import kronecker_factors
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tasks.guess import guess_task
@@ -28,7 +40,6 @@ from tests.strategies.alignment.matched_models import EXAMPLES_BY_NAME, NAMES, E
 
 CLIENTS = 3
 STEPS = 3
-ORDERS = ("star", *LINKS, "universe")
 Cell = tuple[str, str, str]
 
 
@@ -120,13 +131,30 @@ def align(case: Federation, matcher: str, node: int, anchor: State, moving: Stat
     return aligned
 
 
-def merged_in_star(case: Federation, matcher: str) -> State:
+@cache
+def aligned_to_first(name: str, matcher: str) -> list[State]:
+    """Return all models in the frame of the first."""
+    case = federation(name)
     first, *rest = case.states
-    states = [align(case, matcher, node, first, state).state for node, state in enumerate(rest, 1)]
-    merged: State = floating(case.symmetry.fold(first))
-    for number, state in enumerate(states, 2):
-        merged = interpolate(merged, floating(state), 1 / number)
-    return merged
+    return [case.symmetry.fold(first), *(align(case, matcher, n, first, s).state for n, s in enumerate(rest, 1))]
+
+
+def precisions(case: Federation, node: int, state: State, statistic: Statistic) -> Mapping[Block, Precision]:
+    """Collect a statistic on a client's aligned model."""
+    model, draw = case.model, torch.Generator().manual_seed(node)
+    model.load_state_dict(state)
+    batches = case.data[node]
+    match statistic:
+        case Statistic.none:
+            return {}
+        case Statistic.fisher:
+            fisher = diagonal_fisher(model, batches, draw, case.task)
+            return {(name,): Diagonal(values.double()) for name, values in fisher.items()}
+        case Statistic.gram:
+            return {block: Gram(gram) for block, gram in grams(model, batches).items()}
+        case Statistic.kronecker:
+            factors = kronecker_factors(model, batches, draw, case.task)
+            return {b: Kronecker(f.inputs[None], f.outputs[None]) for b, f in factors.items()}
 
 
 def merged_in_links(case: Federation, matcher: str, order: str) -> State:
@@ -160,33 +188,52 @@ def merged_in_universe(case: Federation) -> State:
     return merged
 
 
-def cells() -> Iterator[object]:
-    for name in NAMES:
-        for matcher in MATCH:
-            for order in ORDERS:
-                # The mean of others is an anchor of files, which have weights and no data.
-                if order == "universe" and matcher != Matcher.weights.name:
-                    continue
-                cell = (name, matcher, order)
-                marks = [] if _is_sample(cell) else pytest.mark.slow
-                yield pytest.param(*cell, id="-".join(cell), marks=marks)
+def cells(columns: Iterable[tuple[str, str]], sample: Collection[Cell]) -> Iterator[object]:
+    for cell in ((name, *column) for name in NAMES for column in columns):
+        yield pytest.param(*cell, id="-".join(cell), marks=[] if cell in sample else pytest.mark.slow)
 
 
-def _is_sample(cell: Cell) -> bool:
-    if cell[1:] == (Matcher.learned.name, "star"):
-        return cell[0] in ("gpt2", "attention")
-    return zlib.crc32("-".join(cell).encode()) % 12 == 0
+# Files are merged by weights alone; a star is that of the statistics.
+ORDERS = [*itertools.product(MATCH, LINKS), (Matcher.weights.name, "universe")]
+STATISTICS = list(itertools.product(MATCH, [statistic.name for statistic in Statistic]))
 
 
-@pytest.mark.parametrize(("name", "matcher", "order"), list(cells()))
+@pytest.mark.parametrize(
+    ("name", "matcher", "order"),
+    list(
+        cells(ORDERS, [("gated", "weights", "universe"), ("experts", "sinkhorn", "chain"), ("tied", "learned", "tree")])
+    ),
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_matcher_keeps_functions_and_brings_models_closer(name: str, matcher: str, order: str) -> None:
     case = federation(name)
-    if order == "star":
-        merged = merged_in_star(case, matcher)
-    elif order == "universe":
-        merged = merged_in_universe(case)
-    else:
-        merged = merged_in_links(case, matcher, order)
+    merged = merged_in_universe(case) if order == "universe" else merged_in_links(case, matcher, order)
     assert all(tensor.isfinite().all() for tensor in merged.values())
     assert distance(merged, case.states[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "matcher", "statistic"),
+    list(
+        cells(
+            STATISTICS,
+            [
+                *(("gpt2", "learned", "gram"), ("attention", "learned", "none"), ("llama", "activations", "fisher")),
+                *(("depthwise", "weights", "kronecker"), ("lstm", "sinkhorn", "fisher")),
+            ],
+        )
+    ),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_aligned_models_are_fused_by_every_statistic(name: str, matcher: str, statistic: str) -> None:
+    case = federation(name)
+    states = aligned_to_first(name, matcher)
+    each = [precisions(case, node, state, Statistic[statistic]) for node, state in enumerate(states)]
+    updates = [Update(state, 1.0, values) for state, values in zip(states, each, strict=True)]
+    fused = fuse(states[0], updates, Ridge())
+    assert all(tensor.isfinite().all() for tensor in floating(fused).values())
+    # Equal updates give that update, whatever weighs them.
+    same = fuse(states[0], [updates[1]] * 2, Ridge())
+    batch = Batch(*case.data[0][0])
+    before, after = (outputs(case.model, state, batch) for state in (states[1], same))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6 * float(before.abs().max()))
