@@ -106,9 +106,10 @@ class Axis:
         if self.is_whole:
             return element.act(tensor, self.dim, self.role)
         result = tensor.clone()
-        units = self._units(result)
-        transformed = element.act(units.flatten(0, self._depth - 1), 0, self.role)
-        units.copy_(transformed.reshape(units.shape))
+        # A gradient needs the units as they were, so they are not read from the copy that is written into.
+        units = self._units(tensor).flatten(0, self._depth - 1)
+        target = self._units(result)
+        target.copy_(element.act(units, 0, self.role).reshape(target.shape))
         return result
 
     @property

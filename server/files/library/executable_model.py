@@ -72,7 +72,7 @@ def from_factory(model: StoredModel, factory: str) -> ExecutableModel:
     make_model = import_function(factory, "--module")
     try:
         result = make_model()
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ModelError(f"--module {factory}: raised {type(error).__name__}: {error}") from error
     module, *inputs = result if isinstance(result, tuple) else (result,)
     if not isinstance(module, nn.Module) or not all(isinstance(x, Tensor) for x in inputs):

@@ -29,6 +29,8 @@ def import_function(name: str, option: str) -> Callable[..., Any]:
         raise ModelError(
             f"{option} {name}: {error}; write package.module:function, importable from {Path.cwd()}"
         ) from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a script
+        raise ModelError(f"{option} {name}: raised {type(error).__name__} while it was imported: {error}") from error
     if not callable(value):
         raise ModelError(f"{option} {name}: is a {type(value).__name__}; name a function")
     return value

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedbasin.strategies.symmetry.discover.places import Place, UnwritableError, places
+from fedbasin.strategies.symmetry.discover.repeats import with_repeats
 from fedbasin.strategies.symmetry.discover.signs import Charge, solutions
 from fedbasin.strategies.symmetry.discover.units import Units, leaves
 from fedbasin.strategies.symmetry.discover.walk import STATISTICS, Record, Value
@@ -37,6 +38,7 @@ class Cell:
         ends: the places whose innermost moving cell it is.
         shared: True if it numbers heads that share what lies beside it.
         signs: sets of places that may change their sign together, unit by unit.
+        repeat: number of fixed units in each of which the cell stands by itself.
     """
 
     units: Units
@@ -44,6 +46,7 @@ class Cell:
     ends: list[Place] = field(default_factory=list)
     shared: bool = False
     signs: tuple[tuple[Place, ...], ...] = ()
+    repeat: int = 1
 
     def all(self) -> list["Cell"]:
         """Return the cell and all inside it."""
@@ -52,6 +55,8 @@ class Cell:
     def kinds(self) -> list[Kind]:
         """Return the kinds of group that the cell may have, the largest first and the smallest last."""
         size = self.units.size
+        if self.repeat > 1:
+            return [("O", 0)]
         if self.units.is_fixed:
             halves = [(letter, stride) for letter in "RZ" for stride in dict.fromkeys((size // 2, 1))]
             order = halves if self.units.kind != "product" else [halves[1 % len(halves)], halves[0], *halves[2:]]
@@ -82,8 +87,9 @@ def bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundl
 def _bundles(record: Record, aliases: Mapping[str, Sequence[str]]) -> "list[Bundle]":
     everything = _with_outer_cells(list(places(record.parameters)), _batched(record))
     everything = _with_single_keys(everything, record.parameters)
+    everything, repeats = with_repeats(everything, record.parameters)
     depends = _dependencies(everything)
-    cells: dict[Units, Cell] = {units: Cell(units) for units in depends}
+    cells: dict[Units, Cell] = {units: Cell(units, repeat=repeats.get(units, 1)) for units in depends}
     roots = []
     for units, scope in sorted(depends.items(), key=lambda item: (item[0].number, len(item[1]))):
         if not scope:
@@ -396,6 +402,8 @@ def _leaf_group(cell: Cell, kind: Kind) -> tuple[Inner, list[tuple[Place, int]]]
     size = cell.units.size
     if letter == "B":
         return _signed(cell)
+    if cell.repeat > 1:
+        return Orthogonal(size, cell.repeat), [(place, 0) for place in cell.ends]
     groups = {"S": Permutation, "O": Orthogonal, "C": Centred}
     strided = {"R": Rotary, "Z": PairSigns}
     inner: Inner = groups[letter](size) if letter in groups else strided[letter](size, stride)

@@ -35,6 +35,7 @@ class Place:
         period: number of entries in a run, if the part is a part of every run.
         outer: dimension that holds the first of the cells, if it is not `dim`.
         before: the other terms of a concatenation that stand before the part.
+        rows: fixed units along which the axis was taken apart, each with the number of this part.
     """
 
     tensor: str
@@ -44,6 +45,7 @@ class Place:
     period: int | None = None
     outer: int | None = None
     before: tuple[Units, ...] = ()
+    rows: tuple[tuple[Units, int], ...] = ()
 
 
 def places(parameters: Mapping[str, Value]) -> Iterator[Place]:
@@ -57,8 +59,11 @@ def places(parameters: Mapping[str, Value]) -> Iterator[Place]:
         for dim, axis in enumerate(value.axes):
             for place in _Tensor(name, dim, length(axis)).parts(axis) if axis else ():
                 # Nodes of fixed entries that begin with the same leaf are one node, seen through different operators.
-                cells = (nodes.setdefault((next(c.leaves()), c.size), c) if c.is_fixed else c for c in place.cells)
-                yield replace(place, cells=tuple(cells))
+                def node(c: Units) -> Units:
+                    return nodes.setdefault((next(c.leaves()), c.size), c) if c.is_fixed else c
+
+                rows = tuple((node(units), number) for units, number in place.rows)
+                yield replace(place, cells=tuple(map(node, place.cells)), rows=rows)
 
 
 def _cells(axis: UnitAxis) -> list[Units]:
@@ -83,6 +88,7 @@ class _Tensor:
         stop: int | None = None,
         period: int | None = None,
         preceding: tuple[Units, ...] = (),
+        rows: tuple[tuple[Units, int], ...] = (),
     ) -> Iterator[Place]:
         """Yield the places of an axis, which may be a part of that of the tensor."""
         stop = self.length if stop is None else stop
@@ -91,7 +97,8 @@ class _Tensor:
         if number is None:
             whole = start == 0 and stop == (period or self.length)
             stretch = None if whole else (start, stop)
-            yield Place(self.name, self.dim, tuple(cells), stretch, None if whole else period, before=preceding)
+            run = None if whole else period
+            yield Place(self.name, self.dim, tuple(cells), stretch, run, before=preceding, rows=rows)
             return
         outer, cell, inner = cells[:number], cells[number], cells[number + 1 :]
         run = length(inner)
@@ -101,9 +108,10 @@ class _Tensor:
             period = cell.size * run
         elif outer and period != cell.size * run and (stop - start) != cell.size * run:
             raise UnwritableError(outer[0])
-        for part, size in self._divisions(cell):
+        for row, (part, size) in enumerate(self._divisions(cell)):
             pieces = [*outer, *part, *inner]
-            yield from self.parts(pieces, start, start + size * run, period, preceding)
+            numbered = (*rows, (cell, row)) if cell.is_fixed else rows
+            yield from self.parts(pieces, start, start + size * run, period, preceding, numbered)
             preceding = (*preceding, *part)
             start += size * run
 

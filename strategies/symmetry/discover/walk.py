@@ -137,6 +137,7 @@ class Walk(TrueDouble):
         self.operators: set[str] = set()
         self.uniter = Uniter(self.fix)
         self.driven: set[int] = set()
+        self.literals: set[int] = set()
         self._values: dict[int, Value] = {}
         self._keep: list[Tensor] = []
         self._tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
@@ -151,6 +152,9 @@ class Walk(TrueDouble):
         if call.name in _CREATIONS:
             self._create(call)
             return out
+        if call.name == "lift_fresh":
+            self.literals.add(id(out))
+            self._keep.append(out)
         tensors = list(tensors_in((args, call.kwargs)))
         if any(id(tensor) in self.driven for tensor in tensors):
             self.drive(tensors_in((out,)))
@@ -278,6 +282,10 @@ class Walk(TrueDouble):
         self._values[id(tensor)] = value
         # Kept alive, so that no later tensor has the same identity.
         self._keep.append(tensor)
+
+    def is_literal(self, tensor: Tensor) -> bool:
+        """Return whether the model's source gives the numbers of a tensor."""
+        return id(tensor) in self.literals
 
     def is_stored(self, tensor: Tensor) -> bool:
         """Return whether a tensor is a parameter or a buffer of the model."""

@@ -76,6 +76,19 @@ def wide():
 
 def nothing():
     return None
+
+def failing():
+    return {}["weights"]
+
+def leaving():
+    raise SystemExit(3)
+
+class Fails(nn.Sequential):
+    def forward(self, x):
+        raise ZeroDivisionError("no tokens")
+
+def unrunnable():
+    return Fails(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4)
 """
 
 
@@ -103,6 +116,9 @@ def test_a_file_is_checked_with_the_module_of_a_factory(factory: str, tmp_path: 
         ("wide", "does not fit what factory_of_a_test:wide returns"),
         ("nothing", "returns no `module, input, ...`"),
         ("missing", "has no attribute 'missing'"),
+        ("failing", "factory_of_a_test:failing: raised KeyError: 'weights'"),
+        ("leaving", "raised SystemExit: 3"),
+        ("unrunnable", "no tokens"),
         ("", "write package.module:function"),
     ],
 )
@@ -114,6 +130,23 @@ def test_a_factory_that_does_not_fit_is_refused(factory: str, tmp_path: Path, fu
 def test_a_module_that_is_not_there_is_named(factory: str, tmp_path: Path) -> None:
     model = perceptron(tmp_path / "mlp.safetensors", metadata={"symmetry": MLP})
     assert "No module named 'no_such_module'" in refusal("check", model, "--module", "no_such_module:f")
+
+
+@pytest.mark.parametrize("command", ["check", "inspect"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "raised ZeroDivisionError while it was imported: division by zero"),
+        ("def f(:", "raised SyntaxError while it was imported"),
+        ("import sys; sys.exit(2)", "raised SystemExit while it was imported: 2"),
+    ],
+)
+def test_a_module_that_raises_is_refused_by_name(
+    factory: str, tmp_path: Path, command: str, text: str, message: str
+) -> None:
+    model = perceptron(tmp_path / "mlp.safetensors", metadata={"symmetry": MLP} if command == "check" else {})
+    (tmp_path / f"{factory}.py").write_text(text)
+    assert message in refusal(command, model, "--module", f"{factory}:f")
 
 
 def test_a_file_alone_asks_for_its_module(tmp_path: Path) -> None:

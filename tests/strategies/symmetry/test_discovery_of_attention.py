@@ -255,3 +255,65 @@ def test_what_only_looks_like_a_symmetry_is_noticed(wrong: str) -> None:
     assert WRONG[wrong][0] in str(symmetry)
     other = parse(str(symmetry).replace(*WRONG[wrong]))
     assert not check(model, other, example).passed
+
+
+class Sloped(nn.Module):
+    """Attention whose heads have a slope of their own over distances, so that they cannot change places (ALiBi)."""
+
+    def __init__(self, *, interleaved: bool) -> None:
+        super().__init__()
+        self.interleaved = interleaved
+        self.first, self.fused = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.out, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.interleaved:
+            q, k, v = self.fused(x).unflatten(-1, (HEADS, 3, -1)).permute(3, 0, 2, 1, 4)
+        else:
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.fused(x).chunk(3, -1))
+        places = torch.arange(x.shape[1], dtype=x.dtype)
+        slopes = torch.tensor([0.5, 0.25], dtype=x.dtype)[:, None, None]
+        scores = q @ k.mT + slopes * (places - places[:, None])
+        return self.head((x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_that_keep_their_order_rotate_each_by_itself(interleaved: bool) -> None:
+    model = Sloped(interleaved=interleaved)
+    symmetry = discover(model, torch.randn(2, 4, 5)).symmetry
+    groups = [str(space.group) for space in symmetry.spaces if space.name.startswith("fused")]
+    assert groups == [f"O({WIDTH // HEADS})^{HEADS}"] * 2
+    assert check(model, symmetry, torch.randn(2, 4, 5)).passed
+
+
+class Listed(nn.Module):
+    """Heads and what they share in one projection, taken apart by lists of places, as Falcon does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.out = nn.Linear(5, WIDTH + 4), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.fused(x).unflatten(-1, (HEADS + 1, -1))
+        return self.out((parts[..., :-1, :].tanh() * parts[..., [-1], :].sigmoid()).flatten(-2))
+
+
+def test_a_list_of_consecutive_places_is_followed_as_a_slice() -> None:
+    model = Listed()
+    discovery = discover(model, torch.randn(4, 5))
+    assert discovery.coverage.fraction > 0.9
+    assert check(model, discovery.symmetry, torch.randn(4, 5)).passed
+
+
+def test_places_among_the_inputs_are_no_slice() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor, places: Tensor) -> Tensor:
+            return self.last(self.first(x)[:, places])
+
+    symmetry = discover(Chosen(), torch.randn(4, 5), torch.tensor([2, 3])).symmetry
+    assert not any(axis.tensor == "first.weight" for space in symmetry.spaces for axis in space.axes)

@@ -1,11 +1,13 @@
 """Rules of operators that read or write entries by their indices, and of those whose result is a decision."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.symmetry.discover.operators.rearrangement import sliced
 from fedbasin.strategies.symmetry.discover.units import Units, fixed, length
 from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, stop
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
@@ -60,6 +62,8 @@ def _without_masks(walk: Walk, places: Sequence[Any]) -> list[Any]:
 
 def indexed(walk: Walk, call: Call) -> Any:
     """Follow indexing by tensors."""
+    if (stretch := _stretch(walk, call)) is not None:
+        return sliced(walk, stretch)
     tensor, places = call.args[0], _without_masks(walk, call.args[1])
     if any(place is not None and place.dtype == torch.bool and place.dim() != 1 for place in places):
         return stop(walk, call)
@@ -87,6 +91,18 @@ def indexed(walk: Walk, call: Call) -> Any:
     if value is None:
         return walk.new([*leading, *inserted, *trailing])
     return walk.new([*leading, *inserted, *trailing], value.charge, uniform=value.uniform)
+
+
+def _stretch(walk: Walk, call: Call) -> Call | None:
+    """Return the slice that indexing by a list of consecutive numbers amounts to, as in `qkv[..., [-2], :]`."""
+    present = [(dim, place) for dim, place in enumerate(call.args[1]) if place is not None]
+    if len(present) > 1 or not walk.is_literal(present[0][1]) or present[0][1].dim() != 1:
+        return None
+    ((dim, place),) = present
+    numbers = [number % call.args[0].shape[dim] for number in place.tolist()]
+    if place.dtype == torch.bool or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return None
+    return replace(call, args=(call.args[0], dim, numbers[0], numbers[0] + len(numbers)))
 
 
 def _places_axes(walk: Walk, places: Sequence[Tensor], count: int) -> list[list[Units]]:
