@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from fedbasin.client.lora_names import model_names
 from fedbasin.client.measure import measure_fused
 from fedbasin.client.refit.local_steps import seeing_optimizer
 from fedbasin.client.refit.refit_reply import refit_reply
-from fedbasin.client.reply_builder import build_reply, read_weight
+from fedbasin.client.reply_builder import build_reply, read_weight, with_layers
 from fedbasin.client.request_reader import Data, read_request
 from fedbasin.proto import plain
 from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_header
@@ -93,7 +94,7 @@ def basin(
             return call_next(message, context)
         request = read_request(message.content, context.node_id)
         batches = make_data and partial(make_data, context)
-        task = app_task.resolve(request, make_model, context, batches)
+        request, task, lacking = _prepared(request, app_task, make_model, context, batches)
         if request.refit is not None:
             keep_fused(context, request, message.content)
             probed = partial(make_held_out, context) if make_held_out else share or 0.0
@@ -103,16 +104,35 @@ def basin(
                 reply = _refused(request, refusal)
             # Measured running statistics are only part of a model, which the app's array names do not cover.
             return Message(content=reply.to_content(request, packed=True), reply_to=message)
-        if needs_data(request) and request.round <= 1 and not request.moving:
-            check_data(partial(make_model, context), batches)
         if request.stage == CHECK:
-            reply = Reply(request.round, request.stage, request.anchor_digest)
+            reply = Reply(request.round, request.stage, request.anchor_digest, detail=lacking)
+            if request.optional:
+                with torch.random.fork_rng([]):
+                    reply = with_layers(reply, request, make_model(context), batches, task)
             return Message(content=reply.to_content(request), reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
             return _evaluate(request, message, context, call_next, make_model, batches, task)
-        return _train(request, message, context, call_next, make_model(context), batches, task)
+        return _train(request, message, context, call_next, make_model(context), batches, task, lacking)
 
     return mod
+
+
+def _prepared(
+    request: Request, app_task: AppTask, make_model: Callable[[Context], nn.Module], context: Context, data: Data | None
+) -> tuple[Request, Task | None, str]:
+    """Return a request as far as the client can answer it, its task, and why it cannot report optional layers."""
+    try:
+        # What the app draws must not depend on what the mod looks at.
+        with torch.random.fork_rng([]):
+            task = app_task.resolve(request, make_model, context, data)
+            if needs_data(request) and request.round <= 1 and not request.moving and request.refit is None:
+                check_data(partial(make_model, context), data)
+    except Exception as error:
+        if not (request.optional and request.layer_graph):
+            raise
+        rest = replace(request, layer_graph=False)
+        return (*_prepared(rest, app_task, make_model, context, data)[:2], f"{type(error).__name__}: {error}")
+    return request, task, ""
 
 
 def _train(
@@ -123,6 +143,7 @@ def _train(
     model: nn.Module,
     data: Data | None,
     task: Task | None,
+    lacking: str,
 ) -> Message:
     # Held here because `_train_once` replaces the content of the message by the app's.
     content, started = message.content, time.perf_counter()
@@ -134,6 +155,7 @@ def _train(
     seconds, metrics = time.perf_counter() - started, {**app.metrics, request.weight_key: app.examples}
     try:
         reply = build_reply(request, app.parameters or {}, metrics, model, data, task, train_seconds=seconds)
+        reply = replace(reply, detail=reply.detail or lacking)
     except Refusal as refusal:
         return Message(content=_refused(request, refusal).to_content(request), reply_to=message)
     reply_content = reply.to_content(request, packed=request.packed)

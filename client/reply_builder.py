@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from fedbasin.client.align import align
@@ -81,9 +82,29 @@ def build_reply(
         state = widen(aligned.state, request.anchor)
         reply = replace(reply, parameters={name: state[name] for name in request.anchor}, statistics=statistics)
     # The graph does not depend on the weights, so it is sent even where the model is not.
-    if request.layer_graph:
-        reply = replace(reply, layer_graph=read_layer_graph(model, required(data, "the layer graph")(), task))
-    return reply
+    return with_layers(reply, request, model, data, task)
+
+
+def with_layers(reply: Reply, request: Request, model: nn.Module, data: Data | None, task: Task | None = None) -> Reply:
+    """Return a reply with the layers of the model, where they are requested, or with why it lacks optional ones.
+
+    Args:
+        reply: the reply.
+        request: the request.
+        model: the model, which is left as it was.
+        data: gives the client's own batches, anew at every call.
+        task: the task; None takes the one that the first batch shows.
+    """
+    if not request.layer_graph:
+        return reply
+    try:
+        # What the app draws must not depend on this look at its data.
+        with torch.random.fork_rng([]):
+            return replace(reply, layer_graph=read_layer_graph(model, required(data, "the layer graph")(), task))
+    except Exception as error:
+        if not request.optional:
+            raise
+        return replace(reply, detail=f"{type(error).__name__}: {error}")
 
 
 def read_weight(request: Request, metrics: Mapping[str, object]) -> float:

@@ -68,7 +68,7 @@ class Reply:
         lost: whether the client has not kept the models that the request builds on.
         outcome: name of the outcome that the client found for its own model by the server's rules, so that no tensors are
             sent; empty where the model passes them.
-        detail: what and where, in one line, beside an outcome.
+        detail: what and where, in one line, beside an outcome; or why the reply lacks layers that were optional.
         metrics: what the app's own function returned, without the client's weight.
         examples: the client's weight.
         payload_bytes: bytes of the message's arrays.

@@ -331,6 +331,7 @@ class Origin(Enum):
 
     average = "the mean of the clients' models"
     fitted = "a point between the mean and the model with fitted layers, or beyond"
+    client = "one client's model with a closed-form head"
     kept = "the model of an earlier round, which no model of this round matches"
 
 

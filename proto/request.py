@@ -97,6 +97,8 @@ class Request:
         path_points: points of the path from the sent model to the client's at which the client evaluates the loss.
         probe_bound: largest draw of this round with which a client still evaluates the path; None for all clients.
         layer_graph: whether the client reports the layers of the model in the order of use.
+        optional: whether a client that cannot report the layers trains and replies without them; the reply's detail
+            then has the reason.
         keep: whether another stage of this round follows, for which the client keeps its model; of a fit, the examples
             on which the fitted model will be judged.
         refit: layers to fit; nothing is trained then.
@@ -129,6 +131,7 @@ class Request:
     path_points: int = 0
     probe_bound: int | None = None
     layer_graph: bool = False
+    optional: bool = False
     keep: bool = False
     refit: Refit | None = None
     merged_examples: float = 0.0

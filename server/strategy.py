@@ -11,6 +11,7 @@ from torch import nn
 
 from fedbasin.proto.report import ClientReport
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn
+from fedbasin.server.run.averaging import OWN_METHODS
 from fedbasin.server.run.composition import ScoreFn
 from fedbasin.server.run.log_lines import settings_lines
 from fedbasin.server.run.loop import EvaluateFn, RunLoop
@@ -60,7 +61,7 @@ class FedBasin(Strategy):
         """Compose a strategy.
 
         Args:
-            recipe: name of the recipe, as `regmean`; `fedavg` by default.
+            recipe: name of the recipe, as `regmean`; `auto` by default, which is `fedavg` where the app lacks what a comparison needs.
             symmetry: symmetry of the model; None derives it from model and example.
             model: the app's model. With it recipes with statistics know the layers, tied tensors stay tied, and the
                 symmetry can be derived.
@@ -88,6 +89,14 @@ class FedBasin(Strategy):
             model, example, symmetry, score_fn, client_metrics_fn, train_metrics_aggr_fn, evaluate_metrics_aggr_fn
         )
         self.run = RunState(self._settings, self._parts)
+
+    @property
+    def _trains_by_itself(self) -> bool:
+        """True if a subclass has its own way of asking clients to train, or of summing what they reply."""
+        methods = (
+            (getattr(cls, name) for cls in (type(self), FedBasin)) for name in ("configure_train", "aggregate_train")
+        )
+        return any(own is not ours for own, ours in methods)
 
     @property
     def settings(self) -> Settings:
@@ -139,6 +148,8 @@ class FedBasin(Strategy):
         loop = RunLoop(
             self, self.run, grid, initial_arrays, num_rounds, timeout, context=self.context, probe_set=self.probe_set
         )
+        if self._trains_by_itself:
+            self.run.average(OWN_METHODS)
         return loop.run(train_config or ConfigRecord(), evaluate_config or ConfigRecord(), evaluate_fn)
 
     def configure_train(

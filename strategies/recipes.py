@@ -179,6 +179,11 @@ class Recipe:
         return self.refit.probe if self.refit else None
 
     @property
+    def chooses(self) -> bool:
+        """True if clients compare the mean with models that are fitted, so that the mean may be all that is left."""
+        return self.probe is not None
+
+    @property
     def averaging(self) -> "Recipe":
         """The recipe without its refit."""
         return replace(self, refit=None)
@@ -246,10 +251,11 @@ class Recipe:
         Raises:
             ValueError: the recipe has another fusion than the mean, or more stages.
         """
-        if self.rule is not None and (self.fusion is not None or self.refit is not None or self.robust is not None):
+        fits = self.refit is not None and not self.chooses
+        if self.rule is not None and (self.fusion is not None or fits or self.robust is not None):
             raise ValueError(
                 f"rule = {self.rule.name!r} with recipe = {self.name!r}: a merging rule takes the place of the mean of "
-                "whole models; choose the recipe fedavg or fedavgm, and no robust rule"
+                "whole models; choose the recipe fedavg, fedavgm or auto, and no robust rule"
             )
 
     def check_align(self, align: Literal["client", "server", "off"]) -> None:
@@ -273,7 +279,7 @@ class Recipe:
             raise ValueError(
                 "align = 'server': Kronecker factors are collected on the aligned model; set align = 'client'"
             )
-        if self.refit is not None and align == "server":
+        if self.refit is not None and not self.chooses and align == "server":
             raise ValueError(
                 f"align = 'server': recipe {self.name!r} fits layers to what a client's aligned model computes, "
                 "which the client must have; set align = 'client', or 'off' where starts are shared"
@@ -286,6 +292,8 @@ _HALF_FEATURES = LayerRefit(Target.features, ridge=1e-1, fraction=0.5, head=Evid
 RECIPES = {
     recipe.name: recipe
     for recipe in (
+        Recipe("auto", refit=HeadRefit(Evidence(), _PROBE)),
+        Recipe("auto-features", refit=replace(_HALF_FEATURES, probe=_PROBE)),
         Recipe("fedavg"),
         Recipe("fedavgm", server_optimizer=Momentum(0.7)),
         Recipe("fisher", FisherWeighting(Ridge(1e-3))),
@@ -294,8 +302,6 @@ RECIPES = {
         Recipe("regmean++", refit=LayerRefit(Target.weights, ridge=1e-2), server_optimizer=Average()),
         Recipe("features", refit=LayerRefit(Target.features, ridge=3e-3), server_optimizer=Average()),
         Recipe("head", refit=HeadRefit(Evidence())),
-        Recipe("auto", refit=replace(_HALF_FEATURES, probe=_PROBE)),
-        Recipe("auto-head", refit=HeadRefit(Evidence(), _PROBE)),
         Recipe("features-head", refit=_HALF_FEATURES),
         # Sketches as wide as the adapters cost half as much again as the factors themselves.
         Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2)))),

@@ -18,6 +18,8 @@ def run(
 ) -> RunResult:
     """Compose FedBasin with the federation's run config, and start it from the model's tensors.
 
+    The recipe is `fedavg` where none is named: most tests look at one stage, and those of the default name `auto`.
+
     Args:
         federation: the clients.
         model: the app's model.
@@ -25,6 +27,8 @@ def run(
         grid: the grid, where the federation's own does not do.
         arguments: further arguments of `FedBasin` and of `FedBasin.start`.
     """
+    if "fedbasin.recipe" not in federation.run_config:
+        arguments.setdefault("recipe", "fedavg")
     start = {name: arguments.pop(name) for name in _ARGUMENTS_OF_START & arguments.keys()}
     strategy = FedBasin(model=model, context=federation.server_context(), **arguments)
     arrays = ArrayRecord(model.state_dict())

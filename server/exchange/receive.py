@@ -120,7 +120,7 @@ def _check_needs_no_mod(reply: Reply, request: Request) -> None:
         needs = f"statistics ({request.statistic})"
     elif request.refit is not None:
         needs = "a fit of layers"
-    elif request.layer_graph:
+    elif request.layer_graph and not request.optional:
         needs = "a fit of layers after the fusion"
     elif request.start is Start.own:
         needs = "training from the client's own initial weights"
@@ -134,7 +134,7 @@ def _check_needs_no_mod(reply: Reply, request: Request) -> None:
 
 def _update(reply: Reply, request: Request) -> Update:
     if request.kind == "evaluate":
-        return Update({}, reply.examples)
+        return Update({}, reply.examples, layer_graph=reply.layer_graph)
     kind = "gram" if request.refit is not None else request.statistic
     decoded = DecodedStatistics()
     if reply.statistics:

@@ -23,6 +23,7 @@ from fedbasin.proto.request import Config, Start
 from fedbasin.server.exchange.client_paths import checked_path, checked_variance
 from fedbasin.server.exchange.cohort import Cohort
 from fedbasin.server.exchange.late_replies import Unanswered, is_usable, staleness_weight
+from fedbasin.server.exchange.message_limits import shortened
 from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.receive import Received, receive
 from fedbasin.server.exchange.streaming_grid import NodeReply, Quorum
@@ -84,6 +85,11 @@ class StageLimits:
         if self.grace_seconds is None:
             return None
         return Quorum(self.needed(asked) - accepted, self.grace_seconds)
+
+
+# Remarks on accepted replies.
+LACKS_MOD = "the app lacks the mod"
+CANNOT_REPORT = "cannot report its layers"
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +251,7 @@ class StageAttempt:
             sums.path if sums.path.points else None,
             {name: value for name, value in weighted_means(sums.variance).items() if isinstance(value, float)},
             self.stage.layer_graph,
-            sums.directions.finish if sums.directions else None,
+            cosines=sums.directions.finish if sums.directions else None,
         )
 
     def _finish_stage(self) -> dict[str, Tensor]:
@@ -459,7 +465,11 @@ class StageAttempt:
         age = self.request.round - reply.round
         remarks = [f"{age} round{'s' * (age > 1)} late"] if age else []
         if self.request.aligns and not reply.has_mod:
-            remarks.append("not aligned: the app lacks the mod")
+            remarks.append(f"not aligned: {LACKS_MOD}")
+        if self.request.optional and not reply.has_mod:
+            remarks.append(f"{CANNOT_REPORT}: {LACKS_MOD}")
+        elif self.request.optional and reply.detail:
+            remarks.append(f"{CANNOT_REPORT}: {shortened(reply.detail)}")
         return "; ".join(remarks)
 
 

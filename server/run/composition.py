@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.request import Request, Start
 from fedbasin.server.exchange.stage_attempt import StageLimits
+from fedbasin.server.run.averaging import reason_before
 from fedbasin.server.run.model_arrays import array_names, state_of
 from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
@@ -28,12 +29,11 @@ from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAcc
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.recipes import Recipe
-from fedbasin.strategies.round.accumulate import Accumulate
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Align, fusing_stage
 from fedbasin.strategies.round.pairwise import merge_in_pairs
 from fedbasin.strategies.round.round import RoundStages
-from fedbasin.strategies.round.stage import Stage
+from fedbasin.strategies.round.stage import Accumulate, Stage
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State, tied
@@ -142,6 +142,7 @@ class Composition:
             # Fits, links, and the path that goes with an evaluation build on the client's models.
             keep=recipe.refit is not None or merges or settings.fused_points > 0 or bool(self.measured_norms(number)),
             layer_graph=recipe.refit is not None,
+            optional=recipe.chooses,
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
             frozen_factor=recipe.frozen_factor(number),
         )
@@ -163,6 +164,7 @@ class Composition:
             start=Start.own if self._starts_apart(number) else Start.shared,
             statistic=recipe.statistic.name,
             layer_graph=recipe.refit is not None,
+            optional=recipe.chooses,
         )
 
     def untied(self, model: State) -> dict[str, Tensor]:
@@ -221,15 +223,16 @@ def compose(
         SettingsError: the configuration cannot be run.
         SymmetryError: the symmetry is another model's, or changes the function of the model.
     """
-    recipe = settings.composed
     names = array_names(model, arrays)
     if settings.bootstrap == "best" and settings.start == "own" and score_fn is None:
         raise SettingsError(
             "bootstrap = 'best' needs a score; pass score_fn=... to FedBasin, or choose another bootstrap"
         )
+    state, recipe = state_of(arrays, names), settings.composed
+    if recipe.chooses and (reason := reason_before(settings, model, state)):
+        recipe = averaging(recipe, reason)
     if model is None and (recipe.statistic is not Statistic.none or recipe.refit) and recipe.lora is None:
         raise SettingsError(f"recipe = {recipe.name!r} needs the layers of the model; pass model=Net() to FedBasin")
-    state = state_of(arrays, names)
     align, symmetry = symmetry_of_run(settings, model, example, symmetry, state)
     layers = _layers(recipe, model, state)
     _check_folds(align, recipe, symmetry)
@@ -249,6 +252,12 @@ def compose(
         score_fn,
         () if model is None or recipe.lora is not None else find_norms(model),
     )
+
+
+def averaging(recipe: Recipe, reason: str) -> Recipe:
+    """Return a recipe that compares models without the comparison, and say why."""
+    _LOG.info("recipe %s only averages, as FedAvg: %s", recipe.name, reason)
+    return recipe.averaging
 
 
 def _layers(recipe: Recipe, model: nn.Module | None, state: State) -> list[Layer]:

@@ -92,7 +92,9 @@ def _judged(loss: float, accuracy: float | None) -> str:
     return f"loss {loss:.4g}" + ("" if accuracy is None else f", accuracy {accuracy:.3g}")
 
 
-def end_lines(reports: Sequence[RoundReport], seconds: float, folder: Path, observer: str) -> Iterator[str]:
+def end_lines(
+    reports: Sequence[RoundReport], seconds: float, folder: Path, observer: str, served_round: int = 0
+) -> Iterator[str]:
     """Give the lines at the end of a run: its result, its refusals, its folder, and where it can be seen.
 
     Args:
@@ -100,19 +102,23 @@ def end_lines(reports: Sequence[RoundReport], seconds: float, folder: Path, obse
         seconds: duration of the run.
         folder: folder of the run.
         observer: `host:port` of the observer; empty for none.
+        served_round: number of the round that the served model is of; 0 for the last one.
     """
     if not reports:
         yield f"Finished without a round; folder {folder}"
         return
     newest = reports[-1]
     result = _metrics(newest.server_metrics or newest.evaluate_metrics or newest.train_metrics, {})
-    yield f"Finished {newest.rounds} rounds in {seconds:.1f} s: {result or 'no metric was measured'}"
+    early = f" of {newest.rounds}" if newest.round < newest.rounds else ""
+    yield f"Finished {newest.round}{early} rounds in {seconds:.1f} s: {result or 'no metric was measured'}"
     measured = [report for report in reports if _heights(report.path)]
     if measured:
         yield f"\t├──> Barrier as trained -> aligned: {_heights(measured[-1].path)}, in round {measured[-1].round}"
     else:
         yield "\t├──> Barrier: not measured; set barrier-points to measure it"
     yield f"\t├──> Refused replies: {_refused(reports)}"
+    if served_round and served_round != newest.round:
+        yield f"\t├──> Served: the model of round {served_round}, which the rounds after it have not bettered"
     yield f"\t├──> Model: {folder / 'global.safetensors'}, to be read by safetensors.torch.load_file"
     seen = f", or the observer's page, or fedbasin watch {observer} --run {newest.run_id}" if observer else ""
     yield f"\t└──> See it: fedbasin report {folder}{seen}"

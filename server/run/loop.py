@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -27,9 +26,11 @@ from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
 from fedbasin.server.observe.access import AccessError
 from fedbasin.server.observe.push import ObserverClient, connect
+from fedbasin.server.run.averaging import is_lasting, reason_of_round
 from fedbasin.server.run.dry_run import dry_run, model_signature
-from fedbasin.server.run.first_message import PATIENCE_SECONDS, Check, prevents_training
+from fedbasin.server.run.first_message import ask_first
 from fedbasin.server.run.log_lines import end_lines, incident_line, round_lines, start_lines
+from fedbasin.server.run.patience import Patience
 from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
@@ -48,7 +49,6 @@ from fedbasin.server.run.resumption.stop_signal import stop_signal
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError
-from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.round.choice import Standing
 from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise
 from fedbasin.strategies.round.evaluate import Evaluate
@@ -95,9 +95,9 @@ class RunLoop:
         """
         self._strategy = strategy
         self._state = state
-        self._settings = self._state.settings = _with_timeout(self._state.settings, timeout)
-        self._composition = self._state.compose(arrays)
-        self._limits = self._composition.limits
+        self._settings = self._state.settings = self._state.settings.with_timeout(timeout)
+        composition = self._state.compose(arrays)
+        self._limits = composition.limits
         self._grid = StreamingGrid(grid, self._settings.poll_seconds, max_bytes=self._settings.max_update_bytes)
         self._rounds = rounds
         self._run_id = run_id_of(context, grid)
@@ -112,10 +112,11 @@ class RunLoop:
         self._incidents: list[Incident] = []
         self._left_out = ""
         self._standing = Standing()
+        self._patience = Patience(self._settings.patience)
         self._choice: Choice | None = None
         # The mean of the last round, where the model that is trained on is another one.
         self._average: State | None = None
-        dry_run(self._composition, self._state.state(arrays), arrays)
+        dry_run(composition, self._state.state(arrays), arrays)
         self._take(arrays)
 
     def run(
@@ -124,15 +125,17 @@ class RunLoop:
         """Run every round that is not done yet; see `FedBasin.start`."""
         self._train_config, self._evaluate_config = train_config, evaluate_config
         self._evaluate_fn = evaluate_fn
+        self._patience.check(evaluates=self._settings.fraction_evaluate > 0 or evaluate_fn is not None)
         record = self._record(train_config)
         with stop_signal(), open_run_folder(self._settings, self._run_id, record) as folder:
             self._open(folder)
             started = time.perf_counter()
             self._run_all()
+            self._serve_best()
             folder.write(finished=True)
             result = self._complete_result()
             seconds = time.perf_counter() - started
-            for line in end_lines(result.reports, seconds, self._folder, self._settings.observer):
+            for line in end_lines(result.reports, seconds, self._folder, self._settings.observer, result.served_round):
                 _LOG.info("%s", line)
             return result
 
@@ -154,7 +157,7 @@ class RunLoop:
         run_key = read_run_key(self._folder) if settings.observer else ""
         self._observer = ObserverClient(settings.observer, settings.observer_pass, run_key)
         self._probe = ProbeRun(self._probe_set, settings.probe_clients, settings.probe_points, self._folder)
-        self._probe.check(self._model, self._composition.align)
+        self._probe.check(self._model, self._state.composition.align)
         # Its model is set at the end: the initial one would stay in memory for the whole run.
         self._result = RunResult(folder=self._folder)
         folder.write()
@@ -209,6 +212,7 @@ class RunLoop:
                 self._state.strikes.record(report.round, stage)
             if not _is_rolled_back(report):
                 self._losses = global_losses(report)
+                self._patience = self._patience.after(report)
 
     def _restore(self, saved: Checkpoint) -> None:
         """Take the model of a checkpoint, and what belongs to it."""
@@ -219,7 +223,8 @@ class RunLoop:
         self._average = saved.average or None
         self._standing = Standing()
         for report in checkpoint.read_reports(self._folder):
-            if report.round <= saved.server_round and not _is_rolled_back(report):
+            chooses = self._state.composition.recipe.chooses
+            if chooses and report.round <= saved.server_round and not _is_rolled_back(report):
                 self._standing = self._standing.after(report)
         self._note(*(Incident(IncidentKind.damaged_checkpoint.name, damage) for damage in saved.passed_over))
 
@@ -234,41 +239,18 @@ class RunLoop:
             losses = {name: v for name, v in self._evaluate_on_server(0).items() if "loss" in name.lower()}
             self._losses = {f"{name} (server)": value for name, value in losses.items()}
         if self._done < self._rounds and self._settings.fraction_evaluate and self._settings.fraction_train:
-            self._ask_first()
+            ask_first(self._state, self._grid, self._model, self._train_config, self._done + 1)
         previous: RoundReport | None = None
         for number in range(self._done + 1, self._rounds + 1):
+            if self._patience.is_over(number - 1):
+                break
             previous = self._reported_round(number, previous)
 
-    def _ask_first(self) -> None:
-        """Ask one client, and a second where it fails, whether it can take part, before all are asked to train."""
-        limits = replace(
-            self._limits, timeout_seconds=min(self._limits.timeout_seconds, PATIENCE_SECONDS), quorum=1.0, attempts=1
-        )
-        needs = self._composition.needs(self._done + 1, self._state.recipe)
-        # Two of those that will evaluate the round's model in any case.
-        settings = self._settings
-        nodes = self._state.sample(self._grid, self._done + 1, settings.fraction_evaluate, settings.min_evaluate_nodes)[
-            :2
-        ]
-        for node in nodes:
-            attempt = StageAttempt(
-                partial(Check, self._model, needs),
-                self._model,
-                [node],
-                self._state.round_context(0, self._train_config),
-                limits,
-                digest=self._digest,
-            )
-            attempt.add_all(self._grid.stream(attempt.messages, limits.timeout_seconds))
-            (client,) = attempt.report().clients
-            if client.is_accepted:
-                return
-            self._state.note(attempt.report(), self._done + 1)
-            if client.outcome == Outcome.timeout.name:
-                return  # nothing is known, and the training does not wait longer for it
-            self._state.exclude_from_evaluation(attempt.report())
-        if prevents_training(client.outcome, client.detail):
-            raise QuorumLostError(attempt.report(), attempt.needed, len(nodes))
+    def _serve_best(self) -> None:
+        """Serve the model of the best round, where the run was to end without a better one."""
+        best = self._patience.best_round
+        if best and best < checkpoint.load(self._folder).server_round:
+            self._serve(self._state.arrays(checkpoint.serve(self._folder, best)))
 
     def _complete_result(self) -> RunResult:
         """Add the reports of all rounds to the result, and the metrics of the rounds before a resume."""
@@ -276,6 +258,10 @@ class RunLoop:
         result.arrays, result.state_dict = self._served, dict(self._state.state(self._served))
         result.trained_arrays = self._arrays
         result.reports = checkpoint.read_reports(self._folder)
+        newest = result.reports[-1:]
+        result.served_round = self._patience.best_round or sum(
+            r.choice.served_round if r.choice else r.round for r in newest
+        )
         for report in result.reports:
             for metrics, records in (
                 (report.train_metrics, result.train_metrics_clientapp),
@@ -290,7 +276,7 @@ class RunLoop:
         """Run one round; the observer also hears of one that fails."""
         _LOG.info("[ROUND %d/%d]", number, self._rounds)
         self._state.functions.round = number
-        recipe = self._settings.composed
+        recipe = self._state.composition.recipe
         self._state.recipe = recipe if number >= self._standing.resumes else recipe.averaging
         try:
             report = self._round(number)
@@ -309,7 +295,9 @@ class RunLoop:
             _LOG.info("%s", line)
         report = self._guarded(report)
         if not _is_rolled_back(report):
-            self._standing = self._standing.after(report)
+            self._standing = self._standing.after(report) if recipe.chooses else self._standing
+            self._patience = self._patience.after(report)
+        report = replace(report, last=report.last or self._patience.is_over(number))
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self._folder, report)
         saved = Checkpoint(
@@ -320,7 +308,7 @@ class RunLoop:
             {} if self._arrays is self._served else dict(self._model),
             dict(self._average or {}),
         )
-        checkpoint.save(self._folder, saved, self._settings.checkpoints)
+        checkpoint.save(self._folder, saved, max(self._settings.checkpoints, self._settings.patience + 1))
         failure = self._state.functions.failure
         self._push(report if failure is None else replace(report, problem=f"{type(failure).__name__}: {failure}"))
         self._state.functions.raise_failure()
@@ -395,7 +383,7 @@ class RunLoop:
         """Run the stages of a round up to its model, and take that; results are added as stages end."""
         settings, recipe = self._settings, self._state.recipe
         nodes = self._state.sample(self._grid, number, settings.fraction_train, settings.min_train_nodes)
-        stages = self._composition.round_stages(number, recipe)
+        stages = self._state.composition.round_stages(number, recipe)
         plans = run_round(self._model, recipe, stages, nodes)
         try:
             plan = next(plans)
@@ -413,11 +401,13 @@ class RunLoop:
         served_before, average_before = (self._served, self._served_digest), self._average
         model = self._state.follow(number, self._train_anchor, outcome.model)
         self._take(self._state.arrays(model))
-        self._say_left_out(outcome.left_out)
+        self._say_left_out(outcome, results)
         if outcome.choice is None:
+            # The mean is not to be compared with a model that was served for its closed forms.
+            self._losses = {} if self._standing.choice else self._losses
             return
         choice = self._standing.settled(outcome.choice, number, [result.report for result in results])
-        self._average = outcome.average and self._composition.untied(outcome.average)
+        self._average = outcome.average and self._state.composition.untied(outcome.average)
         if self._standing.goes_back(choice) and average_before is not None:
             self._average = average_before
             self._go_back()
@@ -425,7 +415,7 @@ class RunLoop:
         if choice.served == Origin.kept.name:
             self._served, self._served_digest = served_before
         elif outcome.served is not None:
-            self._serve(self._state.arrays(self._composition.untied(outcome.served)))
+            self._serve(self._state.arrays(self._state.composition.untied(outcome.served)))
         self._choice = choice
 
     def _go_back(self) -> None:
@@ -434,13 +424,17 @@ class RunLoop:
             self._train_on(self._state.arrays(dict(self._average)))
             self._average = None
 
-    def _say_left_out(self, left_out: str) -> None:
+    def _say_left_out(self, outcome: RoundResult, results: list[StageResult]) -> None:
+        """Say what a recipe has left out, once; where that is all it adds to the mean, it only averages from now on."""
+        left_out = outcome.left_out
         if left_out and left_out != self._left_out:
-            _LOG.warning(
-                "recipe %s: the clients' model has no %s; the rest of the recipe is used",
-                self._state.recipe.name,
-                left_out.removeprefix("a "),
-            )
+            fused = next(result for result in results if result.report.stage == Fuse.stage)
+            reason = reason_of_round(fused, left_out)
+            if self._state.recipe.chooses and outcome.choice is None and is_lasting(fused):
+                self._state.average(reason)
+            else:
+                name = self._state.recipe.name
+                _LOG.warning("recipe %s: %s; the rest of the recipe is used", name, reason)
         self._left_out = left_out
 
     def _run_stage(self, number: int, plan: StagePlan, sampled: list[int], earlier: list[StageResult]) -> StageResult:
@@ -465,14 +459,14 @@ class RunLoop:
             attempt.ask_again(online, late, others=plan.nodes is None)
             late = self._collect(attempt)
         if attempt.accepted >= attempt.needed:
-            result = attempt.finish()
+            result = _finished(attempt, plan)
             self._state.note(result.report, number)
             return result
         report = attempt.report()
         self._state.note(report, number)
         if plan.may_fail:
             _LOG.warning("%s", QuorumLostError(report, attempt.needed, self._limits.attempts))
-            return StageResult(dict(plan.carries), report)
+            return StageResult(dict(plan.carries), report, failed=True)
         # A search for an anchor asks client by client: its end names all who failed before.
         failed = [r.report for r in earlier if r.report.stage == report.stage]
         clients = [client for stage in (*failed, report) for client in stage.clients]
@@ -559,21 +553,19 @@ class RunLoop:
         return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
 
 
+def _finished(attempt: StageAttempt, plan: StagePlan) -> StageResult:
+    """Return the result of a stage with enough clients; one that may fail also where its model cannot be solved for."""
+    try:
+        return attempt.finish()
+    except StageFailedError as error:
+        if not plan.may_fail:
+            raise
+        _LOG.warning("%s", error)
+        return StageResult(dict(plan.carries), error.report, failed=True)
+
+
 def _is_rolled_back(report: RoundReport) -> bool:
     return any(incident.kind == IncidentKind.rolled_back.name for incident in report.incidents)
-
-
-def _with_timeout(settings: Settings, timeout: float) -> Settings:
-    """Return the settings with the deadline that `start` was given."""
-    default = Settings.model_fields["round_timeout_seconds"].default
-    if timeout in (default, settings.round_timeout_seconds):
-        return settings
-    if settings.round_timeout_seconds != default:
-        raise SettingsError(
-            f"start(timeout={timeout:g}) and round_timeout_seconds = {settings.round_timeout_seconds:g}: both are given "
-            "and differ; remove one of them"
-        )
-    return settings.model_copy(update={"round_timeout_seconds": timeout})
 
 
 def _check_observer(settings: Settings) -> None:

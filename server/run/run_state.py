@@ -16,7 +16,8 @@ from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn, RoundContext, StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, await_nodes, match_replies
 from fedbasin.server.run.app_functions import AppFunctions
-from fedbasin.server.run.composition import Composition, ScoreFn, compose
+from fedbasin.server.run.averaging import FLOWERS_LOOP
+from fedbasin.server.run.composition import Composition, ScoreFn, averaging, compose
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.model_arrays import arrays_of, state_of
 from fedbasin.server.run.probe_set import ProbeRun
@@ -227,7 +228,14 @@ class RunState:
             self._composition = compose(
                 self.settings, self.parts.model, self.parts.example, self.parts.symmetry, arrays, self.parts.score_fn
             )
+            self.recipe = self._composition.recipe
         return self._composition
+
+    def average(self, reason: str) -> None:
+        """Only average from now on, where the recipe compares models, and say why."""
+        if self.composition.recipe.chooses:
+            self.recipe = averaging(self.composition.recipe, reason)
+            self._composition = replace(self.composition, recipe=self.recipe)
 
     @property
     def composition(self) -> Composition:
@@ -241,10 +249,16 @@ class RunState:
         if self.in_start:
             return
         settings = self.settings
+        if settings.patience:
+            raise SettingsError(
+                f"patience = {settings.patience}: Flower's own loop and its wrappers run all rounds; run it with "
+                "FedBasin.start, or set patience = 0"
+            )
+        self.average(FLOWERS_LOOP)
         if self.recipe.refit is not None:
             raise SettingsError(
                 f"recipe = {self.recipe.name!r} asks clients several times a round, which Flower's own loop and its "
-                "wrappers do not; run it with FedBasin.start, or choose fedavg, fedavgm, fisher or regmean"
+                "wrappers do not; run it with FedBasin.start, or choose auto, fedavg, fedavgm, fisher or regmean"
             )
         if settings.start == "own" and settings.align != "off":
             raise SettingsError(

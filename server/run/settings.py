@@ -55,6 +55,7 @@ _DECISIVE = {
     "loss_rise",
     "strikes",
     "quarantine_rounds",
+    "patience",
 }
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -78,7 +79,7 @@ class Settings(BaseModel):
     )
 
     recipe: str = Field(
-        "fedavg", description=f"how updates are fused: {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]}"
+        "auto", description=f"how updates are fused: {', '.join(list(RECIPES)[:-1])} or {list(RECIPES)[-1]}"
     )
     fit: Literal["layer", "block"] = Field(
         "layer", description="whether a recipe fits layers one after the other, or all layers of a block in one stage"
@@ -223,6 +224,12 @@ class Settings(BaseModel):
         description="rounds with a refused reply, one after the other, that put a client in quarantine; 0 for none",
     )
     quarantine_rounds: int = Field(5, ge=1, description="rounds in which a client in quarantine is not asked")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="rounds without a lower loss of the served model after which the run ends; the model of the best round "
+        "is then served. 0 for no early end",
+    )
     checkpoints: int = Field(3, ge=1, description="number of the last rounds whose global models are kept")
     seed: int = Field(0, ge=0, description="seed of the sampling of nodes")
     folder: Path = Field(Path("runs"), description="folder in which the run's folder is made")
@@ -360,7 +367,7 @@ class Settings(BaseModel):
                 "from independent initialisations, which clients align; set start = 'own' and align = 'client', or "
                 "merge = 'star'"
             )
-        if self.recipe != "fedavg":
+        if self.recipe not in ("auto", "fedavg"):
             raise ValueError(
                 f"merge = {self.merge!r} with recipe = {self.recipe!r}: a merge of models has no statistics; set "
                 "recipe = 'fedavg', or merge = 'star'"
@@ -404,6 +411,18 @@ class Settings(BaseModel):
             for name, field in type(self).model_fields.items()
             if getattr(self, name) != field.default
         }
+
+    def with_timeout(self, timeout: float) -> "Settings":
+        """Return the settings with the deadline that `start` was given; raises a SettingsError if both differ."""
+        default = type(self).model_fields["round_timeout_seconds"].default
+        if timeout in (default, self.round_timeout_seconds):
+            return self
+        if self.round_timeout_seconds != default:
+            raise SettingsError(
+                f"start(timeout={timeout:g}) and round_timeout_seconds = {self.round_timeout_seconds:g}: both are given "
+                "and differ; remove one of them"
+            )
+        return self.model_copy(update={"round_timeout_seconds": timeout})
 
     @property
     def observer_pass(self) -> Pass:

@@ -31,12 +31,14 @@ class Candidate:
         point: place on the line.
         loss: mean loss.
         accuracy: mean accuracy; None where the task has no right and wrong.
+        origin: origin of the line's models.
         is_extended: whether the line is the second one, from the global model on.
     """
 
     point: float
     loss: float
     accuracy: float | None = None
+    origin: Origin = Origin.fitted
     is_extended: bool = False
 
     def matches(self, other: "Candidate | Choice") -> bool:
@@ -46,13 +48,13 @@ class Candidate:
         )
 
 
-def candidates(path: Path | None, *, is_extended: bool = False) -> list[Candidate]:
+def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended: bool = False) -> list[Candidate]:
     """Return the evaluated points of a line; none where no client has evaluated it."""
     if path is None or not path.examples:
         return []
     accuracies: Iterable[float | None] = path.accuracy or (None,) * len(path.points)
     return [
-        Candidate(point, loss, accuracy, is_extended)
+        Candidate(point, loss, accuracy, origin, is_extended)
         for point, loss, accuracy in zip(path.points, path.mean_loss, accuracies, strict=True)
     ]
 
@@ -60,6 +62,31 @@ def candidates(path: Path | None, *, is_extended: bool = False) -> list[Candidat
 def best_candidate(average: Candidate, models: Iterable[Candidate]) -> Candidate:
     """Return the model with the lowest loss among those that match the average, which matches itself."""
     return min((average, *(model for model in models if model.matches(average))), key=lambda model: model.loss)
+
+
+def best_point(path: Path | None) -> float:
+    """Return the evaluated point of a path at which the clients' loss is lowest.
+
+    Nothing is read into the gaps between points: away from the fitted model the loss need not be convex. Without any
+    client's word the start of the path is returned.
+    """
+    if not (path and path.examples):
+        return 0.0
+    return min(zip(path.loss, path.points, strict=True))[1]
+
+
+def best_ahead(path: Path | None, otherwise: float) -> float:
+    """Return the best evaluated point of a path apart from its start.
+
+    A round that stayed at its start would only be followed by another like it.
+
+    Args:
+        path: a path from the model that the round began with.
+        otherwise: the point to take if no client evaluated the path.
+    """
+    if not (path and path.examples):
+        return otherwise
+    return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
 def is_trainable(trial: PathSums | None) -> bool:
@@ -102,7 +129,12 @@ def with_pause(choice: Choice, pause: int) -> Choice:
         pause: the pause before it; 0 for none.
     """
     pays = {choice.served, choice.trained_on} != {Origin.average.name}
-    return replace(choice, pause=0 if pays else min(max(_PAUSE, 2 * pause), _LONGEST_PAUSE))
+    return replace(choice, pause=0 if pays else longer(pause))
+
+
+def longer(pause: int) -> int:
+    """Return the number of rounds of a pause after one that was in vain."""
+    return min(max(_PAUSE, 2 * pause), _LONGEST_PAUSE)
 
 
 @dataclass(frozen=True)
@@ -124,8 +156,11 @@ class Standing:
     def after(self, report: RoundReport) -> "Standing":
         """Return the standing after a round whose model was taken."""
         choice = report.choice
-        if choice is None:
+        if choice is None and report.round < self.resumes:
             return replace(self, choice=None, judges=frozenset())
+        if choice is None:  # a comparison that failed, or nothing that could be compared
+            pause = longer(self.pause)
+            return Standing(pause=pause, resumes=report.round + 1 + pause)
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + choice.pause)
 
     def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:

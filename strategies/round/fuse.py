@@ -32,8 +32,7 @@ from fedbasin.strategies.judging.checks import (
 from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
-from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.stage import Checked, Stage
+from fedbasin.strategies.round.stage import Accumulate, Checked, Stage
 from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
@@ -62,7 +61,7 @@ class Fuse:
         products = isinstance(recipe.fusion, LoraProducts)
         summing = partial((ProductAccumulator if products else Accumulator).zero, dtype=dtype)
         self._accumulator = (accumulate or summing)(anchor)
-        self._layer_graphs: Counter[LayerGraph] = Counter()
+        self._layer_graphs: Counter[LayerGraph | None] = Counter()
 
     def check(self, update: Update) -> Checked:
         if self._blocks is None and not update.precisions:
@@ -73,7 +72,7 @@ class Fuse:
             update = _rescale(update, self._anchor)
             distances = check_model(update.parameters, self._anchor)
         check_frozen(update.parameters, self._anchor, self.request.frozen_factor)
-        if self.request.layer_graph:
+        if self.request.layer_graph and not (self.request.optional and update.layer_graph is None):
             check_layer_graph(update.layer_graph, self._anchor)
         return Checked(update, distances)
 
@@ -81,12 +80,15 @@ class Fuse:
         if self._blocks is None and self._accumulator.clients:
             check_blocks(update.precisions, self._accumulator.blocks, self._anchor)
         check_alike(update, self._accumulator.blocks)
-        self._layer_graphs.update(filter(None, [update.layer_graph]))
+        self._layer_graphs[update.layer_graph] += 1
         self._accumulator.add(update)
 
     @property
     def layer_graph(self) -> LayerGraph | None:
-        """The layer graph that most clients have; None where none was requested."""
+        """The layer graph that most clients have; None where none was requested, or a client could not report its own."""
+        # What is fitted to some clients alone can be worse for the others than the mean.
+        if None in self._layer_graphs:
+            return None
         return max(self._layer_graphs, key=self._layer_graphs.__getitem__, default=None)
 
     def finish(self) -> dict[str, Tensor]:

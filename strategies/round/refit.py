@@ -25,8 +25,7 @@ from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit
 from fedbasin.strategies.judging.statistic_checks import check_head
-from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.stage import Checked
+from fedbasin.strategies.round.stage import Accumulate, Checked
 from fedbasin.strategies.tensors.state import State, interpolate
 
 

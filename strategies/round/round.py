@@ -7,32 +7,25 @@ message, no clock and no client. The loop around it (sampling, deadline, quorum,
 evaluation, checkpoint, report) is written once, in `fedbasin.server.run`.
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
-from fedbasin.proto.layer_graph import BatchNorm, Block, LayerGraph
+from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
-from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
-from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe, Target
-from fedbasin.strategies.round.accumulate import Accumulate
-from fedbasin.strategies.round.choice import best_candidate, candidates, is_trainable
+from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
+from fedbasin.strategies.round.choice import Candidate, best_ahead, best_candidate, best_point, candidates, is_trainable
+from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
-from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, Trial
-from fedbasin.strategies.round.stage import Stage, StagePlan, StageResult
+from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, Trial
+from fedbasin.strategies.round.stage import Accumulate, Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
-
-Grouping = Literal["layer", "block"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +103,28 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         fused = replace(fused, model=measured.model)
     if recipe.refit is None or stages.merge is not None:
         return RoundResult(fused.model)
-    outcome = yield from _refit(anchor, fused, recipe.refit, stages)
-    return replace(outcome, left_out=left_out(recipe.refit, fused.layer_graph))
+    if recipe.chooses and fused.layer_graph is None:
+        return RoundResult(fused.model, left_out="layers that every client could report")
+    lacking = left_out(recipe.refit, fused.layer_graph, fused.model)
+    if lacking and recipe.chooses and isinstance(recipe.refit, HeadRefit):
+        return RoundResult(fused.model, left_out=lacking)
+    further = _refit(anchor, fused, recipe.refit, stages)
+    outcome = yield from (_or_average(further, fused.model) if recipe.chooses else further)
+    return replace(outcome, left_out=lacking)
+
+
+def _or_average(further: Round, average: State) -> Round:
+    """Run the further stages of a round; where one of them fails, the mean is the round's model."""
+    try:
+        plan = next(further)
+        while True:
+            result = yield replace(plan, may_fail=True)
+            if result.failed and not plan.may_fail:
+                return RoundResult(dict(average))
+            plan = further.send(result)
+    except StopIteration as end:
+        outcome: RoundResult = end.value
+        return outcome
 
 
 def _bootstrap(
@@ -126,53 +139,98 @@ def _bootstrap(
     return (yield StagePlan(make, model, nodes[-1:] if one_by_one else nodes)).model
 
 
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A model with fitted layers, and what a further stage on it needs.
+
+    Attributes:
+        start: the model that the fit began with.
+        model: the fitted model.
+        carries: the tensors that clients lack of it.
+        sequence: number of the piece in which these travel.
+        nodes: the clients that have the rest.
+    """
+
+    start: State
+    model: State
+    carries: State
+    sequence: int
+    nodes: Sequence[int]
+
+    def probe(self, path: PathSpec, points: int, *, again: bool = False) -> StagePlan:
+        """Return the stage in which clients evaluate a path; `again` where they have the model already."""
+        make = partial(ProbePath, self.model, self.sequence, path, points)
+        return StagePlan(make, {} if again else self.carries, self.nodes)
+
+
 def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, stages: RoundStages) -> Round:
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
     requests = plan_refits(refit, fused.layer_graph, stages.grouping)
     if not requests:
         return RoundResult(fused.model)
+    probe = refit.probe
+    client: _Fitted | None = None
+    models: list[Candidate] = []
+    nodes: Sequence[int] = fused.nodes
+    if probe and refit.head and stages.bootstrap is not None:
+        # The anchor of models that share no start is one client's model, of which the mean may be a poor image.
+        head = HeadRefit(refit.head, probe)
+        client = yield from _fit(anchor, nodes, head, plan_refits(head, fused.layer_graph, "layer"), stages)
+        result = yield client.probe(PathSpec(), probe.points)
+        models, nodes = candidates(result.curve, Origin.client), result.nodes
+    fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
+    if probe is None:
+        return RoundResult(dict(fitted.model))
+    return (yield from _choose(anchor, fitted, client, models, probe))
+
+
+def _fit(
+    start: State, nodes: Sequence[int], refit: LayerRefit | HeadRefit, requests: Sequence[Refit], stages: RoundStages
+) -> Generator[StagePlan, StageResult, _Fitted]:
+    """Fit layers of a model, stage by stage."""
     blocks = [block for request in requests for block in request.blocks]
     encodings = stages.encode(blocks) if stages.encode and blocks else None
-    model, result = fused.model, fused
     # Each request brings the tensors that the stage before has changed, and clients keep the rest.
-    carries: State = fused.model
+    model, carries = start, start
     for request in requests:
-        make = partial(_refit_stage, refit, model, request, encodings, stages.accumulate)
-        result = yield StagePlan(make, carries, result.nodes)
+        make = partial(refit_stage, refit, model, request, encodings, stages.accumulate)
+        result = yield StagePlan(make, carries, nodes)
         carries = {name: t for name, t in result.model.items() if t is not model[name]}
-        model = result.model
-    probe = refit.probe
-    if probe is None:
-        return RoundResult(model)
-    return (yield from _choose(anchor, fused.model, model, probe, carries, len(requests), result.nodes))
+        model, nodes = result.model, result.nodes
+    return _Fitted(start, model, carries, len(requests), nodes)
 
 
-def _choose(
-    anchor: State, fused: State, fitted: State, probe: LossProbe, carries: State, sequence: int, nodes: Sequence[int]
-) -> Round:
-    """Compare points between and beyond the fused and the fitted model, and try where training can go on."""
-    make_probe = partial(ProbePath, fitted, sequence, points=probe.points)
-    result = yield StagePlan(partial(make_probe, path=PathSpec()), carries, nodes)
+def _choose(anchor: State, fitted: _Fitted, client: _Fitted | None, models: list[Candidate], probe: LossProbe) -> Round:
+    """Compare points between and beyond the fused and the fitted model, and try where training can go on.
+
+    Args:
+        anchor: the global model that the round began with.
+        fitted: the fused model with fitted layers.
+        client: one client's model with a closed-form head; None for none.
+        models: points of its line.
+        probe: the search.
+    """
+    result = yield fitted.probe(PathSpec(), probe.points)
     line = result.curve
-    models, best = candidates(line), best_point(line)
+    best = best_point(line)
     path = PathSpec(best)
+    models = [*candidates(line), *models]
     if probe.extrapolate:
         extended = PathSpec(best, probe.extrapolate)
-        result = yield StagePlan(partial(make_probe, path=extended), {}, result.nodes)
+        result = yield replace(fitted, nodes=result.nodes).probe(extended, probe.points, again=True)
         models += candidates(result.curve, is_extended=True)
         path = PathSpec(best, probe.extrapolate * best_ahead(result.curve, 1 / probe.extrapolate))
     if line is None or not line.examples:
-        return RoundResult(dict(fused))
-    average = models[0]
+        return RoundResult(dict(fitted.start))
+    average = replace(models[0], origin=Origin.average)
     served = best_candidate(average, models)
     trial = None
     if served is not average:
-        result = yield StagePlan(partial(Trial, fitted, sequence, path), {}, result.nodes, may_fail=True)
-        trial = result.path
-    spec = PathSpec(best, probe.extrapolate) if served.is_extended else PathSpec()
+        make = partial(Trial, fitted.model, fitted.sequence, path)
+        trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
     trained_on = Origin.fitted if is_trainable(trial) else Origin.average
     choice = Choice(
-        served=(Origin.average if served is average else Origin.fitted).name,
+        served=served.origin.name,
         served_round=0,
         trained_on=trained_on.name,
         loss=served.loss,
@@ -181,115 +239,18 @@ def _choose(
         average_accuracy=average.accuracy,
         examples=line.examples,
     )
-    start, end = path_ends(spec, anchor, fused, fitted)
-    served_model = None if served is average else interpolate(start, end, served.point)
+    model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
     if trained_on is Origin.average:
-        return RoundResult(dict(fused), served_model, choice=choice)
-    _, further = path_ends(path, anchor, fused, fitted)
-    return RoundResult(further, served_model, dict(fused), choice)
+        return RoundResult(dict(fitted.start), model, choice=choice)
+    _, further = path_ends(path, anchor, fitted.start, fitted.model)
+    return RoundResult(further, model, dict(fitted.start), choice)
 
 
-def best_point(path: Path | None) -> float:
-    """Return the evaluated point of a path at which the clients' loss is lowest.
-
-    Nothing is read into the gaps between points: away from the fitted model the loss need not be convex. Without any
-    client's word the start of the path is returned.
-    """
-    if not (path and path.examples):
-        return 0.0
-    return min(zip(path.loss, path.points, strict=True))[1]
-
-
-def best_ahead(path: Path | None, otherwise: float) -> float:
-    """Return the best evaluated point of a path apart from its start.
-
-    A round that stayed at its start would only be followed by another like it.
-
-    Args:
-        path: a path from the model that the round began with.
-        otherwise: the point to take if no client evaluated the path.
-    """
-    if not (path and path.examples):
-        return otherwise
-    return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
-
-
-def left_out(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None) -> str:
-    """Return what a model has no layers for; empty where all of a recipe's fit can be done."""
-    if refit.head and (layer_graph is None or layer_graph.head is None):
-        return "a last layer that can be fitted to the targets of the task"
-    return "" if layer_graph and layer_graph.levels else "linear layers or convolutions"
-
-
-def plan_refits(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, grouping: Grouping) -> list[Refit]:
-    """Return the layers that a recipe fits, stage by stage; none where the model has no such layers.
-
-    Args:
-        refit: what the recipe fits.
-        layer_graph: the layers of the clients' model.
-        grouping: whether layers are fitted one after the other, or a block of them at a time.
-    """
-    if layer_graph is None or not layer_graph.levels:
-        return []
-    stages: list[tuple[tuple[Block, ...], Target]] = []
-    if isinstance(refit, LayerRefit):
-        apart = {layer_graph.head} if refit.head else set()
-        body = (tuple(b for b in level if b not in apart) for level in layer_graph.levels)
-        levels = [level for level in body if level]
-        groups = levels if grouping == "layer" else _by_block(levels)
-        stages = [(group, refit.target) for group in groups]
-    if refit.head and layer_graph.head is not None:
-        stages.append(((layer_graph.head,), Target[layer_graph.head_target or Target.labels.name]))
-    if not stages:
-        return []
-    requests = [Refit(blocks, target.name, index) for index, (blocks, target) in enumerate(stages)]
-    # The output of the layers below is settled when the last layer is fitted.
-    return [*requests[:-1], replace(requests[-1], norms=layer_graph.norms)]
-
-
-def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:
-    """Group levels: one stage from the second level of each block but the last on, one for each level outside.
-
-    Only the first level of a stage reads what fused layers compute; the levels behind it read what the client's own
-    model computes. Fusing weights disturbs attention most, so the level behind it comes first. What the last block
-    leaves over, the head behind it corrects.
-    """
-    modules = _modules([level[0][0] for level in levels])
-    runs = [list(run) for _, run in groupby(range(len(levels)), modules.__getitem__)]
-    blocks = [run for run in runs if len(run) > 1]
-    starts = {run[1] for run in blocks[:-1]} | {run[0] for run in runs if len(run) == 1}
-    stages: list[tuple[Block, ...]] = [()]
-    for index, level in enumerate(levels):
-        stages = [*stages, level] if index in starts else [*stages[:-1], stages[-1] + level]
-    return [stage for stage in stages if stage]
-
-
-def _modules(names: Sequence[str]) -> list[str]:
-    """Return for each level its innermost numbered module with more levels, as a transformer's block; else its name."""
-    numbered = [[name[: match.end()] for match in re.finditer(r"\d+\.", name)] for name in names]
-    counts = Counter(prefix for prefixes in numbered for prefix in prefixes)
-    return [
-        next((prefix for prefix in reversed(prefixes) if counts[prefix] > 1), name)
-        for name, prefixes in zip(names, numbered, strict=True)
-    ]
-
-
-def _refit_stage(
-    refit: LayerRefit | HeadRefit,
-    model: State,
-    request: Refit,
-    encodings: Mapping[Block, Encoding] | None,
-    accumulate: Accumulate,
-) -> Stage:
-    ridge, holds_out = refit.head or Evidence(), refit.probe is not None
-    if request.target == Target.labels.name:
-        return RefitHead(model, request, ridge, encodings=encodings, accumulate=accumulate, holds_out=holds_out)
-    if request.target == Target.values.name:
-        # The evidence needs the energy of the targets, which only labels tell.
-        strength = ridge.strength if isinstance(ridge, Ridge) else ridge.otherwise
-        return RefitLayers(model, request, strength, encodings=encodings, accumulate=accumulate, holds_out=holds_out)
-    if not isinstance(refit, LayerRefit):
-        raise TypeError(f"a fit of the head alone has no layers with the target {request.target}")
-    return RefitLayers(
-        model, request, refit.ridge, refit.fraction, encodings=encodings, accumulate=accumulate, holds_out=holds_out
-    )
+def _model_of(
+    candidate: Candidate, anchor: State, fitted: _Fitted, client: _Fitted | None, extended: PathSpec
+) -> dict[str, Tensor]:
+    """Return the model at a point that clients have evaluated."""
+    if candidate.origin is Origin.client and client is not None:
+        return interpolate(client.start, client.model, candidate.point)
+    path = extended if candidate.is_extended else PathSpec()
+    return interpolate(*path_ends(path, anchor, fitted.start, fitted.model), candidate.point)

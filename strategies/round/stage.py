@@ -11,7 +11,7 @@ the handling of refusals are written once for all stages, in `fedbasin.server.ru
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -19,8 +19,14 @@ from fedbasin.proto.layer_graph import LayerGraph
 from fedbasin.proto.report import AlignmentReport, PathSums, StageReport, UpdateCosines
 from fedbasin.proto.request import Request
 from fedbasin.strategies.diagnostics.barrier import Path
+from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
+from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tensors.state import State
+
+# Makes an accumulator without clients: a sum, or the updates themselves for a robust or merging rule.
+Accumulate: TypeAlias = Callable[[State], Accumulator | RobustAccumulator | RuleAccumulator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +112,7 @@ class StageResult:
         path: sums along the evaluated path, over the accepted clients.
         variance: variance ratios by layer, means over the clients that measured them.
         layer_graph: the model's layers, where the stage requested them.
+        failed: whether too few clients replied, so that `model` is the one that the stage began with.
         cosines: makes the cosines of the clients' updates once the round's model is known; None where they were not
             measured.
     """
@@ -116,6 +123,7 @@ class StageResult:
     path: PathSums | None = None
     variance: Mapping[str, float] = field(default_factory=dict)
     layer_graph: LayerGraph | None = None
+    failed: bool = False
     cosines: Callable[[State], tuple[UpdateCosines, Tensor] | None] | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Round by round: plain averaging and `auto-head` on the network of Flower's PyTorch quickstart, at four learning rates.
+"""Round by round: plain averaging and `auto` on the network of Flower's PyTorch quickstart, at four learning rates.
 
 The clients' digits are colour images of 32 x 32; the app is the quickstart's, with SGD and momentum .9.
 """
@@ -25,13 +25,13 @@ from tests.quickstart.task import Net, train
 CLIENTS, BATCH, ROUNDS, TEST = 4, 32, 20, 360
 RATES = (0.005, 0.02, 0.1, 0.3)
 SEEDS = (0, 1, 2)
-RECIPES = ("fedavg", "auto-head")
+RECIPES = ("fedavg", "auto")
 SHOWN = (1, 2, 3, 5, 10, 15, 20)
 COLUMNS = ("learning rate, recipe", *(f"round {number}" for number in SHOWN))
 
 HOW = f"""The small convolutional network of Flower's PyTorch quickstart with its optimizer, SGD with momentum .9, {CLIENTS} clients,
 an epoch a round in batches of {BATCH}, digits as colour images of 32 x 32, shares drawn evenly; test accuracy of the served
-model on {TEST} images, mean of {len(SEEDS)} seeds. `auto-head` has the mod's own tenth of the examples to compare models by."""
+model on {TEST} images, mean of {len(SEEDS)} seeds. `auto` has the mod's own tenth of the examples to compare models by."""
 
 
 @cache
@@ -106,7 +106,7 @@ def measure(say: Say) -> Figure:
     behind = [
         (plain[0] - served[0], served[1] - plain[1])
         for rate in RATES
-        for plain, served in zip(means[rate, "fedavg"], means[rate, "auto-head"], strict=True)
+        for plain, served in zip(means[rate, "fedavg"], means[rate, "auto"], strict=True)
     ]
     accuracy, loss = (max(values) for values in zip(*behind, strict=True))
     goal = Goal(

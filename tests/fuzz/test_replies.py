@@ -8,7 +8,7 @@ import pytest
 from tests.fuzz.stages import RUNS, count_outcomes, record, try_reply
 
 CORPUS = json.loads((Path(__file__).parent / "corpus.json").read_text())
-SAMPLE = ["fedavg server", "regmean client", "features off", "kfac off", "auto-head client"]
+SAMPLE = ["fedavg server", "regmean client", "features off", "kfac off", "auto client"]
 
 
 @pytest.mark.parametrize("run", SAMPLE)

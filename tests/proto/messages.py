@@ -42,6 +42,7 @@ REQUEST = Request(
     path_points=5,
     probe_bound=2**63 + 1,
     layer_graph=True,
+    optional=True,
     keep=True,
     refit=Refit((LINEAR,), "features", 2, PathSpec(0.5, 2.0), (BatchNorm("1", 1e-5),)),
     merged_examples=41.0,

@@ -315,7 +315,7 @@ class TestDifferentialPrivacy:
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
-@pytest.mark.parametrize("recipe", ["fedavg", "regmean", "auto"])
+@pytest.mark.parametrize("recipe", ["fedavg", "regmean", "auto-features"])
 def test_a_mod_before_or_after_ours_sees_an_ordinary_message(tmp_path, recipe, position):
     seen = []
 

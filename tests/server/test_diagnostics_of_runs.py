@@ -81,7 +81,7 @@ def test_the_round_says_how_the_updates_lie_to_one_another(run):
     assert run.reports[0].update_cosines.previous is None
 
 
-@pytest.mark.parametrize("recipe", ["features", "auto", "fedavgm"])
+@pytest.mark.parametrize("recipe", ["features", "auto-features", "fedavgm"])
 def test_what_a_round_moved_by_is_told_by_the_models_that_are_broadcast(tmp_path, recipe):
     run = Run(tmp_path, rounds=3, recipe=recipe)
     models = [*(run.anchors[number, "fuse"] for number in (1, 2, 3)), run.trained]

@@ -119,7 +119,7 @@ ATTACKS = {
         metrics(num_examples=2.0**53), weights(lambda n, t: t if "running" in n else -3 * t)
     ),
 }
-WITH_STATISTICS = ("fisher", "regmean", "kfac", "features", "auto-head")
+WITH_STATISTICS = ("fisher", "regmean", "kfac", "features", "auto")
 
 
 LONE = {"fisher": "statistics times 1e6, weights times -10", "features": "one weight of 3.4e38"}

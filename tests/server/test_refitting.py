@@ -34,8 +34,8 @@ STAGES = {
     "regmean++": ["fuse", "fit", "fit"],
     "features": ["fuse", "fit", "fit"],
     "head": ["fuse", "head"],
-    "auto": ["fuse", "fit", "head", "probe", "probe", "trial"],
-    "auto-head": ["fuse", "head", "probe", "probe", "trial"],
+    "auto-features": ["fuse", "fit", "head", "probe", "probe", "trial"],
+    "auto": ["fuse", "head", "probe", "probe", "trial"],
     "features-head": ["fuse", "fit", "head"],
 }
 FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
@@ -298,7 +298,7 @@ def test_clients_keep_nothing_once_the_round_has_been_evaluated(tmp_path):
         assert not [name for name in context.state if name.startswith("fedbasin")]
 
 
-@pytest.mark.parametrize("recipe", ["features", "auto"])
+@pytest.mark.parametrize("recipe", ["features", "auto-features"])
 def test_the_path_from_the_fused_model_is_walked_after_fits_too(tmp_path, recipe):
     run = Run(tmp_path, recipe=recipe, fused_points=3, fraction_evaluate=1.0)
     (report,) = run.result.reports
@@ -327,11 +327,11 @@ class TestChoosing:
 
     def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
         self.trials(monkeypatch, pay=True)
-        run = Run(tmp_path, 3, recipe="auto-head")
+        run = Run(tmp_path, 3, recipe="auto")
         assert {len(report.stages) for report in run.result.reports} == {5}
         assert run.result.reports[0].choice.trained_on == "fitted"
 
-    @pytest.mark.parametrize("recipe", ["auto", "auto-head"])
+    @pytest.mark.parametrize("recipe", ["auto-features", "auto"])
     def test_a_trial_that_nobody_can_take_leaves_the_mean_and_the_served_model(self, tmp_path, recipe):
         def failing(run, _node, stage, reply):
             asked = run.federation.asked[-1]
@@ -344,10 +344,34 @@ class TestChoosing:
         assert (first.choice.served, first.choice.trained_on) == ("fitted", "average")
         assert first.choice.loss == whole.result.reports[0].choice.loss
 
+    @pytest.mark.parametrize(("failing", "stages"), [("head", [2, 1, 2]), ("probe", [3, 1, 3])])
+    def test_a_stage_that_nobody_can_take_leaves_the_mean_and_pauses(self, tmp_path, failing, stages):
+        def tamper(run, _node, stage, reply):
+            asked = run.federation.asked[-1]
+            return Message(Error(2, "MemoryError"), reply_to=asked) if stage == failing else reply
+
+        run = Run(tmp_path, 3, tamper, recipe="auto")
+        assert [len(report.stages) for report in run.result.reports] == stages
+        assert all(report.choice is None for report in run.result.reports)
+        assert equal(run.model, Run(tmp_path / "mean", 3, recipe="fedavg").model)
+
+    def test_after_own_starts_one_clients_model_with_a_head_is_a_candidate(self, tmp_path, monkeypatch):
+        def clients(_, models):
+            return next(model for model in models if model.origin.name == "client" and model.point == 1.0)
+
+        monkeypatch.setattr(round_module, "best_candidate", clients)
+        run = Run(tmp_path, recipe="auto", start="own", align="client")
+        stages = [stage.stage for stage in run.stages()]
+        assert stages == ["bootstrap", "fuse", "measure", "head", "probe", "head", "probe", "probe", "trial"]
+        assert run.result.reports[0].choice.served == "client"
+        # The anchor is the first client's model, which it has sent as its own.
+        torch.testing.assert_close(run.model["0.weight"].to(W), run.sent[100]["0.weight"])
+        assert not torch.equal(run.model["3.weight"].to(W), run.sent[100]["3.weight"])
+
     def test_rounds_of_averaging_follow_where_it_does_not_and_double(self, tmp_path, monkeypatch, caplog):
         self.trials(monkeypatch, pay=False)
         with caplog.at_level("INFO", "flwr.fedbasin"):
-            run = Run(tmp_path, 8, recipe="auto-head")
+            run = Run(tmp_path, 8, recipe="auto")
         stages = [len(report.stages) for report in run.result.reports]
         assert stages == [4, 1, 4, 1, 1, 4, 1, 1]
         assert "averages for 2 rounds" in caplog.text
@@ -357,7 +381,7 @@ class TestChoosing:
 
     def test_the_mean_is_trained_on_while_a_head_is_served(self, tmp_path, monkeypatch):
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
-        run = Run(tmp_path, recipe="auto-head")
+        run = Run(tmp_path, recipe="auto")
         averaged = Run(tmp_path / "mean", recipe="fedavg").model
         trained = {name: array.numpy() for name, array in run.result.trained_arrays.items()}
         assert all((averaged[name].numpy() == trained[name]).all() for name in averaged)
@@ -369,7 +393,7 @@ class TestChoosing:
         assert load_file(run.result.folder / "global.safetensors")["3.weight"].equal(run.model["3.weight"])
 
     @pytest.mark.parametrize("pay", [True, False])
-    @pytest.mark.parametrize("recipe", ["auto", "auto-head"])
+    @pytest.mark.parametrize("recipe", ["auto-features", "auto"])
     def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, monkeypatch, recipe, pay):
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
         whole = Run(tmp_path / "whole", 4, recipe=recipe)
@@ -382,8 +406,8 @@ class TestChoosing:
 
     def test_pauses_survive_a_resume(self, tmp_path, monkeypatch):
         self.trials(monkeypatch, pay=False)
-        cut = Run(tmp_path / "cut", 4, recipe="auto-head")
-        resumed = Run(tmp_path, 6, recipe="auto-head", resume=str(cut.result.folder))
+        cut = Run(tmp_path / "cut", 4, recipe="auto")
+        resumed = Run(tmp_path, 6, recipe="auto", resume=str(cut.result.folder))
         assert [len(report.stages) for report in resumed.result.reports] == [4, 1, 4, 1, 1, 4]
 
 

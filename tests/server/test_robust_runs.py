@@ -103,7 +103,7 @@ def test_too_few_replies_for_the_rule_end_the_round_by_name_and_leave_no_file(ru
 
 
 def test_a_rule_holds_in_rounds_that_average_too():
-    composed = read_settings({}, {"recipe": "auto", "robust": "median", "min-train-nodes": 3}).composed
+    composed = read_settings({}, {"recipe": "auto-features", "robust": "median", "min-train-nodes": 3}).composed
     assert composed.robust == composed.averaging.robust
     assert composed.robust is not None
 

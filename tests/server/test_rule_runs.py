@@ -33,7 +33,7 @@ def test_a_run_by_a_rule_that_is_the_mean_is_that_of_the_mean(tmp_path: Path) ->
     ("settings", "words"),
     [
         ({"rule": "ties", "recipe": "regmean"}, "choose the recipe fedavg"),
-        ({"rule": "ties", "recipe": "auto-head"}, "choose the recipe fedavg"),
+        ({"rule": "ties", "recipe": "head"}, "choose the recipe fedavg"),
         ({"rule": "ties", "robust": "median", "min-train-nodes": 3}, "no robust rule"),
         ({"rule": "ties", "sum": "fast"}, "sum = 'reproducible'"),
         ({"rule": "ties", "merge": "chain", "start": "own"}, "set merge = 'star'"),

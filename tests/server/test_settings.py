@@ -14,7 +14,7 @@ from tests import running, tiny
 
 # key, value, what the message says beside them
 WRONG = [
-    ("recipe", "fedprox", "choose one of fedavg, fedavgm, fisher, kfac, regmean"),
+    ("recipe", "fedprox", "choose one of auto, auto-features, fedavg, fedavgm"),
     ("recipe", 3, "string"),
     ("fit", "model", "'layer' or 'block'"),
     ("server-optimizer", "sgd", "choose one of replace, average, ema, momentum, adam, yogi"),
@@ -68,6 +68,7 @@ WRONG = [
     ("loss-rise", 1.0, "greater than 1"),
     ("strikes", -1, "greater than or equal to 0"),
     ("quarantine-rounds", 0, "greater than or equal to 1"),
+    ("patience", -1, "greater than or equal to 0"),
     ("checkpoints", 0, "greater than or equal to 1"),
     ("seed", -1, "greater than or equal to 0"),
     ("folder", 7, "path"),
@@ -122,7 +123,11 @@ def test_every_key_has_a_wrong_value_in_the_table():
         ({"matcher": "activations", "align": "server"}, {}, "only clients have the data; set align = 'client'"),
         ({"layers": "nothing.*"}, {}, "layers: 'nothing.*' matches no space"),
         ({"fused_points": 3, "fraction_evaluate": 0.0}, {}, "nobody evaluates.*set a fraction"),
-        ({"ridge": 0.5}, {}, "ridge = 0.5 with recipe = 'fedavg'.*set ridge = 0, or.* fisher, .*lorm"),
+        (
+            {"ridge": 0.5, "recipe": "fedavg"},
+            {},
+            "ridge = 0.5 with recipe = 'fedavg'.*set ridge = 0, or.* fisher, .*lorm",
+        ),
         ({"bootstrap": "best", "start": "own"}, {}, r"'best' needs a score; pass score_fn="),
         ({"robust": "krum"}, {}, "robust = 'krum' needs the number.*set hostile-clients = 1"),
         ({"hostile_clients": 2}, {}, "without a robust rule: set robust to one of trimmed-mean, krum"),
@@ -167,7 +172,7 @@ def test_all_wrong_values_are_named_at_once():
 def test_an_app_that_sets_nothing_has_defaults_that_run():
     settings = read_settings({})
     assert settings == Settings()
-    assert settings.composed == RECIPES["fedavg"]
+    assert settings.composed == RECIPES["auto"]
     assert (settings.start, settings.resume, settings.observer) == ("shared", "", "")
     assert (settings.align, settings.packed) == ("auto", False)
 
@@ -253,7 +258,7 @@ def test_a_server_optimizer_replaces_the_recipes_own():
     assert Settings(server_optimizer="momentum").composed.server_optimizer == (SERVER_OPTIMIZERS["momentum"])
 
 
-@pytest.mark.parametrize("recipe", ["auto", "auto-head"])
+@pytest.mark.parametrize("recipe", ["auto-features", "auto"])
 def test_a_server_optimizer_is_also_that_of_the_rounds_that_average(recipe):
     composed = Settings(recipe=recipe, server_optimizer="yogi").composed
     assert composed.averaging.server_optimizer == SERVER_OPTIMIZERS["yogi"]
@@ -262,8 +267,8 @@ def test_a_server_optimizer_is_also_that_of_the_rounds_that_average(recipe):
 
 def test_a_regulariser_is_the_heads_where_nothing_else_is_solved_for():
     assert Settings(recipe="head", ridge=0.5).composed.refit.head.strength == 0.5
-    both = Settings(recipe="auto", ridge=0.5).composed
-    assert (both.refit.ridge, both.refit.head) == (0.5, RECIPES["auto"].refit.head)
+    both = Settings(recipe="auto-features", ridge=0.5).composed
+    assert (both.refit.ridge, both.refit.head) == (0.5, RECIPES["auto-features"].refit.head)
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

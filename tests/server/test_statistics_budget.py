@@ -47,7 +47,7 @@ def run(recipe, budget, folder, **more):
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.0])
-@pytest.mark.parametrize("recipe", ["regmean", "features", "regmean++", "auto"])
+@pytest.mark.parametrize("recipe", ["regmean", "features", "regmean++", "auto-features"])
 def test_no_client_sends_more_than_the_budget(recipe, share, tmp_path):
     budget = needs(recipe, share)
     result, sent = run(recipe, budget, tmp_path)
@@ -67,7 +67,7 @@ def test_without_a_bound_requests_and_reports_stay_as_they_were(tmp_path):
     assert not any(stage.encodings for stage in result.reports[0].stages)
 
 
-@pytest.mark.parametrize("recipe", ["regmean", "features", "auto", "head"])
+@pytest.mark.parametrize("recipe", ["regmean", "features", "auto-features", "head"])
 def test_a_budget_that_nothing_fits_is_refused_before_the_first_message(recipe, tmp_path):
     with pytest.raises(SettingsError, match=r"statistics-budget-bytes = 7, .* set at least"):
         run(recipe, 7, tmp_path)

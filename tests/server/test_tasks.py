@@ -19,7 +19,7 @@ from tests.tasks import EXAMPLES, MEAN_LOSS, laplace
 
 WHOLE = [name for name, recipe in RECIPES.items() if recipe.lora is None]
 ADAPTERS = [name for name in RECIPES if name not in WHOLE]
-ALWAYS = ("auto-head", "fisher")
+ALWAYS = ("auto", "fisher")
 
 
 def app_of(example, task=None):

@@ -258,7 +258,7 @@ def test_the_counters_of_every_recipe_are_there_before_its_first_round():
 
 def test_histograms_are_there_for_the_recipes_that_run_and_for_no_other():
     there = samples(page(report(recipe="fedavg")))
-    for recipe, expected in (("fedavg", 0), ("auto", None)):
+    for recipe, expected in (("fedavg", 0), ("auto-features", None)):
         stage = frozenset({("recipe", recipe), ("stage", "bootstrap")})
         assert there.get(("fedbasin_client_duration_seconds_count", stage)) == expected
 

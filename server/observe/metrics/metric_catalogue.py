@@ -12,6 +12,8 @@ PREFIX = "fedbasin_"
 # Repeated here because importing them from fedbasin.strategies would bring torch; a test compares the two lists. The
 # counters of all recipes exist from the start, at zero, so that a rate also sees what the first round counts.
 RECIPES = (
+    "auto",
+    "auto-features",
     "fedavg",
     "fedavgm",
     "fisher",
@@ -20,8 +22,6 @@ RECIPES = (
     "regmean++",
     "features",
     "head",
-    "auto",
-    "auto-head",
     "features-head",
     "lora",
     "lora-products",

@@ -103,6 +103,27 @@ def load(folder: Path) -> Checkpoint:
     raise CheckpointError("; ".join(damaged))
 
 
+def serve(folder: Path, server_round: int) -> dict[str, Tensor]:
+    """Make an earlier round's model the one of the folder, and return it.
+
+    Args:
+        folder: the run's folder.
+        server_round: number of the round, whose checkpoint is kept.
+
+    Raises:
+        CheckpointError: its checkpoint is damaged.
+    """
+    path = _earlier(folder, server_round)
+    try:
+        model = _load(folder, path).model
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}, the model of the best round, cannot be read: {error}") from error
+    part = folder / f"{MODEL}.part"
+    shutil.copyfile(path, part)
+    part.replace(folder / MODEL)
+    return model
+
+
 def _load(folder: Path, path: Path) -> Checkpoint:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}

@@ -17,7 +17,7 @@ from tests.benchmarks.figures import PAGE, wrap
 from tests.benchmarks.hostile.federation import ATTACKS, CLIENTS, DIRICHLET, HOSTILE, ROUNDS, WIDTH, accuracy
 
 RECORD = PAGE.with_name("hostile-clients.md")
-RECIPES = ("fedavg", "fisher", "regmean", "features", "auto-head")
+RECIPES = ("fedavg", "fisher", "regmean", "features", "auto")
 # Bulyan needs 4 f + 3 clients: ten are too few for two hostile ones, so it is told one.
 RULES: dict[str, dict[str, object]] = {
     "none": {},

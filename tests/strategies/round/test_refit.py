@@ -16,8 +16,8 @@ from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
+from fedbasin.strategies.round.choice import best_point
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
-from fedbasin.strategies.round.round import best_point
 from tests.accepting import accept
 
 FIRST, SECOND, CONV = ("first.weight", "first.bias"), ("second.weight",), ("conv.weight",)

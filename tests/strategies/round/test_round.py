@@ -14,9 +14,11 @@ from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
+from fedbasin.strategies.round.choice import best_ahead
+from fedbasin.strategies.round.fit_plan import plan_refits
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
-from fedbasin.strategies.round.round import RoundStages, best_ahead, plan_refits, run_round
+from fedbasin.strategies.round.round import RoundStages, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
@@ -99,9 +101,9 @@ SEQUENCES = {
     ("head", "block"): ["fuse", "head"],
     ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
     ("features-head", "block"): ["fuse"] + 2 * ["fit"] + ["head"],
-    ("auto", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
-    ("auto-head", "layer"): ["fuse", "head", "probe", "probe"],
-    ("auto", "block"): ["fuse"] + 2 * ["fit"] + ["head", "probe", "probe"],
+    ("auto-features", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
+    ("auto", "layer"): ["fuse", "head", "probe", "probe"],
+    ("auto-features", "block"): ["fuse"] + 2 * ["fit"] + ["head", "probe", "probe"],
 }
 
 
@@ -181,13 +183,15 @@ def test_a_numbered_layer_inside_a_block_is_no_block():
     assert [len(stage) for stage in blockwise(*names)] == [1, 3, 5]
 
 
-@pytest.mark.parametrize("recipe", ["features", "features-head", "auto"])
+@pytest.mark.parametrize("recipe", ["features", "features-head", "auto-features"])
 def test_a_stage_brings_all_of_the_model_first_and_then_what_is_new(recipe):
     driven = Driven(RECIPES[recipe])
     first, second, *later = driven.plans
     assert first.carries.keys() == model(0.0).keys()
     assert (first.trains, first.may_fail) == (True, False)
-    assert not any(plan.trains or plan.may_fail for plan in (second, *later))
+    # A recipe that compares goes on with the mean where a stage fails.
+    assert {plan.may_fail for plan in (second, *later)} == {RECIPES[recipe].chooses}
+    assert not any(plan.trains for plan in (second, *later))
     assert second.carries.keys() == model(0.0).keys()
     for step, before in zip(later, driven.refits, strict=False):
         assert step.carries.keys() == {name for block in before.blocks for name in block}
@@ -201,7 +205,7 @@ def test_a_stage_builds_on_the_one_before():
 
 
 def test_a_piece_that_a_client_has_completes_what_it_had():
-    driven = Driven(RECIPES["auto"])
+    driven = Driven(RECIPES["auto-features"])
     have = {}
     for step, refit in zip(driven.plans[1:], driven.refits, strict=True):
         have = dict(step.carries) if not refit.sequence else {**have, **step.carries}
@@ -215,7 +219,7 @@ def test_only_the_clients_that_were_accepted_are_asked_on():
 
 
 def test_every_attempt_has_a_fresh_stage():
-    for step in Driven(RECIPES["auto"]).plans[1:]:
+    for step in Driven(RECIPES["auto-features"]).plans[1:]:
         assert step.make() is not step.make()
 
 
@@ -244,9 +248,9 @@ class TestProbePath:
         """The fused model is 0 everywhere, the fitted one is -7 in the head."""
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
         path = PathSums(points, (), losses, (), correct, 1.0)
-        refit = RECIPES["auto"].refit
+        refit = RECIPES["auto-features"].refit
         refit = replace(refit, probe=replace(refit.probe, extrapolate=extrapolate))
-        return Driven(replace(RECIPES["auto"], refit=refit), path=path, trial=trial)
+        return Driven(replace(RECIPES["auto-features"], refit=refit), path=path, trial=trial)
 
     def test_evaluates_the_path_to_the_fitted_model(self):
         stage = self.driven((5, 4, 3, 2, 1)).stages[-2]
@@ -279,7 +283,7 @@ class TestProbePath:
         assert driven.plans[-1].carries == {}
 
     def test_nobodys_word_leaves_the_fused_model(self):
-        driven = Driven(RECIPES["auto"])
+        driven = Driven(RECIPES["auto-features"])
         assert not driven.result["head.weight"].any()
         assert driven.end.served is driven.choice is None
 
@@ -310,7 +314,7 @@ class TestProbePath:
 
 
 @pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
-@pytest.mark.parametrize("recipe", ["features", "head", "auto"])
+@pytest.mark.parametrize("recipe", ["features", "head", "auto-features"])
 def test_a_model_without_layers_that_fit_is_fused_and_said_to_have_none(recipe, layer_graph):
     driven = Driven(RECIPES[recipe], layer_graph=layer_graph)
     assert len(driven.plans) == 1
