@@ -71,7 +71,12 @@ class RunSummary:
             return "failed"
         if self.finished:
             return "finished"
-        return "running" if self.rounds_done else "starting"
+        return "running" if self.has_reported else "starting"
+
+    @property
+    def has_reported(self) -> bool:
+        """Whether the observer has a report of the run."""
+        return bool(self.rounds_done or self.problem)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 HAD_BY = {
     "prometheus": "Prometheus on PATH (Debian and Ubuntu: apt-get install prometheus)",
     "promtool": "Prometheus on PATH (Debian and Ubuntu: apt-get install prometheus)",
+    "nginx": "nginx on PATH (Debian and Ubuntu: apt-get install nginx-light)",
     "chromium": "Chromium on PATH (Debian and Ubuntu: apt-get install chromium)",
 }
 

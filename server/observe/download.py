@@ -20,7 +20,7 @@ def download(address: str, run_id: str, target: Path, server_round: int = 0, cre
 
     Args:
         address: `host:port` of `fedbasin observe --models`.
-        run_id: name of the run's folder.
+        run_id: name of the run's folder, or the id of a run that was resumed there.
         target: the file to write, in safetensors; it is not touched until the model is complete and checked.
         server_round: round of the model; 0 takes whichever is kept.
         credentials: certificates and token for the observer.

@@ -269,12 +269,12 @@ class History:
         return runs[-1].state if runs else "waiting"
 
     def entries(self, run_id: str, from_round: int = 0) -> list[Entry]:
-        """Return the reports of a run in order of arrival; an empty id means the newest run, if there is any.
+        """Return the reports of a run in order of arrival; an empty id means the newest that has any.
 
         Raises:
             KeyError: there is no run of that name.
         """
-        if run_id and run_id not in self._runs:
+        if run_id and run_id not in self._runs and self.attendance[run_id] is None:
             raise KeyError(run_id)
         return [entry for entry in self._entries_after(run_id, -1) if entry.round >= from_round]
 

@@ -198,7 +198,7 @@ def watch(
 
 @app.command()
 def download(
-    run: Annotated[str, typer.Argument(help="Name of the folder of the run.")],
+    run: Annotated[str, typer.Argument(help="Id of the run, or name of its folder.")],
     address: Address = _DEFAULT_ADDRESS,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write; it is replaced in one step. `-` is standard output.")

@@ -20,6 +20,7 @@ from fedbasin.proto.observer_service import ModelChunk
 
 # The name that fedbasin.server.run.resumption.checkpoint uses; importing it would bring torch.
 FILE = "global.safetensors"
+_RECORD = "run.json"  # as in fedbasin.server.run.resumption.run_folder
 _CHUNK_BYTES = 2**20
 _LONGEST_HEADER_BYTES = 16 * 2**20  # some 100 000 tensors
 _MOST_DOWNLOADS = 16
@@ -51,7 +52,7 @@ class PublishedModels:
         """Yield the model of a run in pieces, with the digest of the whole file in the last.
 
         Args:
-            run_id: name of the run's folder.
+            run_id: name of the run's folder, or the id of a run that was resumed there.
             server_round: round of the model; 0 takes whichever is kept.
 
         Raises:
@@ -98,15 +99,24 @@ class PublishedModels:
         """
         if self.folder is None:
             raise NoModelError("this observer hands out no models; start it with --models and the folder of the runs")
-        listed = {e.name for e in self.folder.iterdir() if e.is_dir() and not e.is_symlink()}
-        if run_id not in listed:
-            raise NoModelError(f"no run '{run_id}' here; there are: {', '.join(sorted(listed)) or 'none'}")
+        listed = sorted(e.name for e in self.folder.iterdir() if e.is_dir() and not e.is_symlink())
+        names = [run_id] if run_id in listed else [e for e in listed if run_id in _read_runs(self.folder / e)]
+        if not names:
+            raise NoModelError(f"no run '{run_id}' here; there are: {', '.join(listed) or 'none'}")
         try:
             # O_NOFOLLOW: a link in place of the model could lead out of the folder.
-            descriptor = os.open(self.folder / run_id / FILE, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(self.folder / names[0] / FILE, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError as error:
             raise NoModelError(f"run '{run_id}' has no model yet; its first round is under way") from error
         return os.fdopen(descriptor, "rb")
+
+
+def _read_runs(folder: Path) -> list[str]:
+    """Return the ids of the runs that have worked in a folder, those that were resumed there too."""
+    try:
+        return list(map(str, json.loads((folder / _RECORD).read_text())["runs"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def _close(opening: "asyncio.Future[BinaryIO]") -> None:

@@ -82,8 +82,8 @@ class _Handlers:
     async def page(self, request: Request) -> Response:
         choice = ShownRun.from_query(request.query_params)
         summaries = self._history.runs()
-        reported = any(summary.rounds_done or summary.problem for summary in summaries)
-        runs = [await self._read_run(choice.run)] if reported else []
+        has_reports = any(summary.has_reported for summary in summaries)
+        runs = [await self._read_run(choice.run)] if has_reports else []
         if runs and choice.compared not in ("", runs[0].name):
             runs.append(await self._read_run(choice.compared))
         return await self._draw(request, lambda: render_page(summaries, runs, choice))

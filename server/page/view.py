@@ -111,7 +111,7 @@ def _content(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: S
 
 def _first_round(run: RunSummary) -> Html:
     """Return a note on a run that has not reported a round; nothing for any other."""
-    if run.rounds_done or run.problem:
+    if run.has_reported:
         return Html()
     text = f"Run {run.run_id} ({run.recipe}) is in its first round."
     lost = f"Run {run.run_id} ({run.recipe}) was lost in its first round: its process is gone."
@@ -125,7 +125,7 @@ def _state(summaries: Sequence[RunSummary], runs: list[ReportedRun]) -> Html:
 
 def _chooser(summaries: Sequence[RunSummary], runs: list[ReportedRun], choice: ShownRun) -> Html:
     run = runs[0]
-    names = [summary.run_id for summary in reversed(summaries)]
+    names = [summary.run_id for summary in reversed(summaries) if summary.has_reported]
     compared = [("", "none"), *((name, name) for name in names if name != run.name)]
     numbers = [("", "newest"), *((r.number, str(r.number)) for r in reversed(run.rounds))]
     return tag(

@@ -66,11 +66,15 @@ def test_a_run_whose_process_is_killed_in_its_first_round_is_lost():
         wait_for(stub, "starting")
         assert gauge(addresses, "starting")
         assert "Run run (fedavg) is in its first round" in shown(addresses)
+        assert stub.get_rounds("run", timeout=LONG) == ()
+        push(addresses.observer, report(1, "another", recipe="fisher"))
+        page = shown(addresses)
+        assert "is in its first round" in page
+        assert '<option value="run"' not in page
         child.kill()
         wait_for(stub, "lost")
         wait_until(lambda: gauge(addresses, "lost"), "the metrics do not say it")
         assert "was lost in its first round" in shown(addresses)
-        assert 'data-state="lost"' in shown(addresses)
 
 
 def test_a_run_whose_process_is_killed_in_a_later_round_is_lost():

@@ -21,6 +21,7 @@ from fedbasin.server.observe.download import DownloadError, download
 from fedbasin.server.observe.published_models import NoModelError, PublishedModels
 from fedbasin.server.run.resumption import checkpoint
 from fedbasin.server.run.resumption.checkpoint import Checkpoint
+from fedbasin.server.run.resumption.run_folder import RECORD, RunFolder, RunRecord
 from tests.observing import observer, push, report, served
 from tests.waiting import LONG
 
@@ -65,8 +66,18 @@ def shown(runs):
         yield pair
 
 
-def test_the_file_is_the_one_that_checkpoints_write():
-    assert models.FILE == checkpoint.MODEL
+def test_the_files_are_those_that_runs_write():
+    assert (models.FILE, models._RECORD) == (checkpoint.MODEL, RECORD)
+
+
+def test_a_run_that_was_resumed_is_found_by_its_own_id(tmp_path):
+    keep(tmp_path / "runs", "first")
+    record = RunRecord("app", 9, runs=("first", "second"))
+    RunFolder(tmp_path / "runs" / "first", record, resumes=True).write()
+    with served(models=tmp_path / "runs") as (addresses, _):
+        assert download(addresses.observer, "second", tmp_path / "model") == 3
+        with pytest.raises(DownloadError, match="no run 'third' here; there are: first"):
+            download(addresses.observer, "third", tmp_path / "model")
 
 
 @pytest.mark.parametrize("asked", [0, 3])

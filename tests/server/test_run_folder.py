@@ -60,6 +60,7 @@ def test_the_same_app_and_folder_go_on_where_they_stopped(tmp_path, recipe):
     # Round 3 alone was trained twice.
     assert len(app.trained) == (4 + 1) * 3
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["1"]
+    assert json.loads((tmp_path / "runs/1" / RECORD).read_text())["runs"] == ["1", "1"]
 
 
 def test_a_finished_run_is_left_alone_and_its_id_makes_another_folder(tmp_path):

@@ -38,12 +38,14 @@ class RunRecord:
         rounds: number of rounds that the run has.
         configuration: the values that decide the result, by setting; those of the app have their own names.
         finished: whether all rounds are done.
+        runs: Flower's ids of the runs that have worked in the folder, the last one last.
     """
 
     app: str
     rounds: int
     configuration: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
+    runs: tuple[str, ...] = ()
 
     def difference(self, now: "RunRecord") -> str:
         """Return what another record has in place of this one's values; empty where they are equal."""
@@ -127,7 +129,7 @@ def open_run_folder(settings: Settings, run_id: str, record: RunRecord) -> Itera
         path, lock = resumed or _new_folder(settings.folder, run_id)
         resumes = resumed is not None
     try:
-        yield RunFolder(path, record, resumes)
+        yield RunFolder(path, replace(record, runs=(*_earlier_runs(path), run_id)), resumes)
     finally:
         if lock is not None:
             lock.release()
@@ -167,6 +169,13 @@ def _records(folder: Path) -> list[tuple[Path, RunRecord]]:
         except (OSError, ValueError, TypeError):
             continue
     return [(path, record) for _, path, record in sorted(runs, key=lambda run: run[:2], reverse=True)]
+
+
+def _earlier_runs(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, json.loads((folder / RECORD).read_text())["runs"]))
+    except (OSError, ValueError, LookupError, TypeError):  # a new folder, or one of another version
+        return ()
 
 
 def _new_folder(folder: Path, run_id: str) -> tuple[Path, FileLock]:
