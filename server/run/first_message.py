@@ -23,6 +23,7 @@ class Check:
     """A stage that asks a client whether it can take part."""
 
     layer_graph = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, model: State, needs: Request) -> None:
         """Compose the request.
