@@ -269,7 +269,14 @@ class StageAttempt:
                 self._refuse(suspect, Refusal(Outcome.overflow, f"{type(error).__name__}: {error}"))
                 self._add_candidates()
             else:
+                self._note_shares()
                 return model
+
+    def _note_shares(self) -> None:
+        """Add to the report of each client what the fusion has made of its update."""
+        for node, note in zip(self._sums.nodes, self.stage.notes, strict=False):
+            report = self._clients[node]
+            self._clients[node] = replace(report, detail="; ".join(filter(None, (report.detail, note))))
 
     def _aggregate(self, metrics_fn: MetricsFn | None) -> dict[str, float | list[float]]:
         if not self._sums.contents:

@@ -10,7 +10,7 @@ positive definite.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +52,10 @@ class Accumulator:
             share the sum.
         clients: number of updates.
         tallies: sums of the tensors that are not floating.
+        notes: what became of each update beside the sum: nothing.
     """
+
+    notes: ClassVar[tuple[str, ...]] = ()
 
     mean: dict[str, Tensor]
     examples: float = 0.0

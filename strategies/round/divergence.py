@@ -44,8 +44,8 @@ def loss_rise(stages: Mapping[str, float], before: Mapping[str, float], most: fl
         most: a multiple of the loss before.
     """
     for name, loss in stages.items():
-        earlier = before.get(name)
-        if earlier is not None and (not math.isfinite(loss) or loss > most * earlier > 0):
+        earlier = before.get(name, math.inf)
+        if math.isfinite(earlier) and (not math.isfinite(loss) or loss > most * earlier > 0):
             return Incident(IncidentKind.loss_rose.name, f"{name} rose from {earlier:.4g} to {loss:.4g}")
     return None
 
@@ -53,14 +53,15 @@ def loss_rise(stages: Mapping[str, float], before: Mapping[str, float], most: fl
 def global_losses(report: RoundReport) -> dict[str, float]:
     """Return the losses of a round's global model by name: the server's own, and the medians of the clients'.
 
-    A median, because one client that reports a loss of 1e300 would undo every round.
+    A median, because one client that reports a loss of 1e300 would undo every round, and of losses that most clients
+    report, because one that makes up a name would be alone with it. A loss that is not finite is larger than all others.
     """
+    evaluated = [client for s in report.stages if s.stage == Evaluate.stage for client in s.accepted]
     values: dict[str, list[float]] = {}
-    for stage in report.stages:
-        for client in stage.accepted if stage.stage == Evaluate.stage else ():
-            for name, value in _losses(client).items():
-                values.setdefault(f"{name} (clients)", []).append(value)
-    clients = {name: median(entries) for name, entries in values.items()}
+    for client in evaluated:
+        for name, value in _losses(client).items():
+            values.setdefault(f"{name} (clients)", []).append(value if math.isfinite(value) else math.inf)
+    clients = {name: median(entries) for name, entries in values.items() if 2 * len(entries) > len(evaluated)}
     server = {f"{name} (server)": value for name, value in report.server_metrics.items() if _is_loss(name)}
     return {**clients, **server}
 

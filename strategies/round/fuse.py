@@ -91,6 +91,10 @@ class Fuse:
             return None
         return max(self._layer_graphs, key=self._layer_graphs.__getitem__, default=None)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._accumulator.notes
+
     def finish(self) -> dict[str, Tensor]:
         weighting = self._recipe.weighting
         return self._accumulator.finalize(self._anchor, weighting.ridge if weighting else None)
@@ -133,6 +137,10 @@ class AlignedFuse:
 
     def finish(self) -> dict[str, Tensor]:
         return self._fuse.finish()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._fuse.notes
 
     @property
     def layer_graph(self) -> LayerGraph | None:

@@ -35,6 +35,10 @@ class _Summed:
     layer_graph = None
     _sums: "_Sums"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._sums.notes
+
     def check(self, update: Update) -> Checked:
         return Checked(update, self._sums.check(update))
 
@@ -172,6 +176,11 @@ class _Sums:
         return replace_statistics(fitted, self.measured, self._norms)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a robust rule has made of each client's sums."""
+        return self._accumulator.notes
+
+    @property
     def measured(self) -> dict[str, Tensor]:
         """The running statistics that the clients have measured."""
         return self._statistics.finalize(self._measured)
@@ -200,6 +209,7 @@ class ProbePath:
 
     stage = "probe"
     layer_graph = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, model: State, sequence: int, path: PathSpec, points: int) -> None:
         """Compose the stage.

@@ -61,6 +61,14 @@ class Stage(Protocol):
         """The model's layers as the first client reports them; None where that was not requested."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the fusion has made of each update, in the order in which they were added, once the stage has ended.
+
+        Empty where all of every update is in the sum.
+        """
+        ...
+
     def check(self, update: Update) -> Checked:
         """Check one client's update.
 

@@ -79,6 +79,7 @@ def test_one_hostile_client_moves_the_model_by_a_bounded_distance(rule, recipe, 
     start = tiny.net().state_dict()
     moved = max(float((t - start[n]).abs().max()) for n, t in result.state_dict.items() if t.is_floating_point())
     assert len(accepted) == CLIENTS
+    assert any(rule in client.detail for client in accepted if client.node_id == HOSTILE)
     assert all(bool(t.isfinite().all()) for t in result.state_dict.values())
     # A weight of the client is of the order of 1e12. Honest weights move by less than 1, closed-form heads by 20.
     assert moved < 100

@@ -11,6 +11,7 @@ averaged by an `Accumulator`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class ProductAccumulator:
     products: dict[Adapter, LowRank]
     cross_moments: dict[Adapter, LowRank] = field(default_factory=dict)
     blocks: dict[Block, tuple[Precision, Tensor]] = field(default_factory=dict)
+    notes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def zero(cls, anchor: State, dtype: torch.dtype = torch.float64) -> "ProductAccumulator":

@@ -42,6 +42,8 @@ class RuleAccumulator:
         self._models: list[tuple[str, float, dict[str, SpoolEntry]]] = []
         self._sum = Accumulator.zero({name: t for name, t in anchor.items() if name not in self._merged})
 
+    notes: tuple[str, ...] = ()
+
     @property
     def clients(self) -> int:
         """The number of models."""

@@ -1,6 +1,7 @@
 """The laws of the robust rules, over models and over statistics, and each rule against its definition."""
 
 import io
+import re
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -132,6 +133,30 @@ def test_the_order_of_the_clients_does_not_matter(name, kind, seed, order):
 
 
 # Exponents of what hostile clients send: beyond the square root of the largest double, squares overflow.
+@every_rule
+@every_kind
+def test_the_share_of_a_client_far_away_is_told_and_the_smallest(name, kind):
+    anchor, contributions = updates(0, kind)
+    far = contributions[4]
+    contributions[4] = replace(far, parameters={n: t * 1000 if t.dtype == W else t for n, t in far.parameters.items()})
+    accumulator = RobustAccumulator(anchor, rule_of(name), io.BytesIO())
+    for contribution in contributions:
+        accumulator.add(contribution)
+    assert accumulator.notes == ()
+    accumulator.finalize(anchor, Ridge())
+    shares = [share_in(note, name) for note in accumulator.notes]
+    assert len(shares) == CLIENTS
+    assert shares[4] == min(shares) < 1
+
+
+def share_in(note, name):
+    if not note:
+        return 1.0
+    if note == f"left out by {name}":
+        return 0.0
+    return float(re.fullmatch(rf"{name} has taken (\d+)% of it", note)[1]) / 100
+
+
 @every_rule
 @every_kind
 @quickly

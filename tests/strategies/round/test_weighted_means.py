@@ -30,7 +30,18 @@ def test_one_clients_overflow_is_not_everybodys():
     assert means == {"loss": 2.0}
 
 
-def test_lists_are_averaged_entry_by_entry_with_those_of_the_first_clients_length():
+@given(st.lists(st.tuples(st.floats(-1.7e308, 1.7e308), weights), min_size=1))
+def test_no_finite_values_have_a_mean_that_is_not(clients):
+    means = weighted_means([({"loss": 1.0}, 1.0), *(({"loss": value}, weight) for value, weight in clients)])
+    assert math.isfinite(means["loss"])
+
+
+@given(st.permutations([2.0, 2.0, [5.0], [5.0, 6.0], []]))
+def test_one_client_cannot_change_the_form_of_a_metric(values):
+    assert weighted_means([({"loss": value}, 1.0) for value in values]) == {"loss": 2.0}
+
+
+def test_lists_are_averaged_entry_by_entry_with_those_of_the_commonest_length():
     clients = [
         ({"curve": [1.0, 2.0]}, 1),
         ({"curve": [4.0, 6.0]}, 3),

@@ -36,6 +36,10 @@ class Median:
     def __call__(self, anchor: Tensor, tensors: Tensor, weights: Tensor) -> Tensor:
         return median(anchor, tensors, weights)
 
+    def trimmed(self, clients: int) -> int:
+        """Return the number of values that are left out at either end."""
+        return (clients - 1) // 2
+
 
 def middle(tensors: Tensor) -> Tensor:
     """Return the lower median of each entry, which is an entry of some client: for integers and booleans."""

@@ -16,7 +16,7 @@ Running variances are fused as any other tensor. Pooled with the spread of the c
 bounded, because a mean enters with its square.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
 from operator import add, mul
 from typing import BinaryIO, TypeAlias
@@ -31,15 +31,19 @@ from fedbasin.strategies.fusion.precisions import Gram, Precision, Sketched, com
 from fedbasin.strategies.fusion.rules.robust.bulyan import Bulyan
 from fedbasin.strategies.fusion.rules.robust.client_distances import Products, TooFewClientsError, Weights, capped
 from fedbasin.strategies.fusion.rules.robust.geometric_median import GeometricMedian
-from fedbasin.strategies.fusion.rules.robust.median import middle
+from fedbasin.strategies.fusion.rules.robust.median import Median, middle
 from fedbasin.strategies.fusion.rules.robust.robust_rules import CombinationRule, RobustRule
 from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolEntry
+from fedbasin.strategies.fusion.rules.robust.trimmed_mean import TrimmedMean
 from fedbasin.strategies.fusion.update import Update, join, tensor_names
 from fedbasin.strategies.tensors.parallel import zeros
 from fedbasin.strategies.tensors.state import State, floating
 
 # A tensor of the model by its name, a part of a block's precision by its number, or a block's cross-moment.
 _Key: TypeAlias = str | tuple[Block, int] | Block
+# A share from which on all of an update counts as taken.
+_WHOLE = 0.995
+
 _Entrywise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -51,6 +55,7 @@ class RobustAccumulator:
 
     Attributes:
         blocks: precision and cross-moment of each block of the first client, whose shapes the others must have.
+        notes: for each client the share of its update that the rule has taken, once the clients are fused.
         clients: number of updates.
     """
 
@@ -69,6 +74,14 @@ class RobustAccumulator:
         self._updates: list[dict[_Key, SpoolEntry]] = []
         self._scales: list[dict[Block, float]] = []
         self._first: dict[Block, tuple[Precision, Tensor]] = {}
+        # Shares of each client in the model and in the layers with statistics.
+        self._shares: list[Weights] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._shares:
+            return ()
+        return tuple(_note(self._rule.name, float(share)) for share in torch.stack(self._shares).mean(0))
 
     @property
     def clients(self) -> int:
@@ -114,6 +127,7 @@ class RobustAccumulator:
         """
         if self.clients < self._rule.least:
             raise TooFewClientsError(self._rule.name, self._rule.least, self.clients)
+        self._shares = []
         total = Accumulator.zero(self._anchor)
         total.add(Update(self._fused_model(), 1.0))
         total.blocks = self._fused_blocks()
@@ -129,10 +143,15 @@ class RobustAccumulator:
     def _fused_model(self) -> dict[str, Tensor]:
         fuse = self._entrywise()
         fused = zeros(floating(self._anchor), torch.float64)
+        taken = torch.zeros(self.clients, dtype=torch.float64)
         for name, total in fused.items():
             centre = self._anchor[name].double().reshape(-1)
             for entries, values in self._spool.pieces(self._places(name)):
                 total.view(-1)[entries] = fuse(centre[entries], values.double())
+                if isinstance(self._rule, Median | TrimmedMean):
+                    taken += _taken(values, self._rule.trimmed(self.clients))
+        if fused and isinstance(self._rule, Median | TrimmedMean):
+            self._shares.append(taken / sum(total.numel() for total in fused.values()))
         return fused
 
     def _fused_counter(self, name: str) -> Tensor:
@@ -144,11 +163,20 @@ class RobustAccumulator:
         """Return the function that fuses pieces of the clients' tensors, once whole models have been compared."""
         rule, weights = self._rule, torch.tensor(self._examples, dtype=torch.float64)
         if isinstance(rule, CombinationRule):
-            return partial(_combine, _coefficients(rule, self._model_products(), weights))
+            coefficients = _coefficients(rule, self._model_products(), weights)
+            self._take(coefficients, weights, floating(self._anchor))
+            return partial(_combine, coefficients)
         if isinstance(rule, Bulyan):
             selected = rule.select(self._model_products())
+            self._take(torch.zeros_like(weights).index_fill(0, selected, 1.0), weights, floating(self._anchor))
             return lambda anchor, tensors: rule(anchor, tensors[selected], weights[selected])
         return lambda anchor, tensors: rule(anchor, tensors, weights)
+
+    def _take(self, coefficients: Weights, weights: Weights, fused: Collection[object]) -> None:
+        """Remember the clients' shares; not of a model without tensors, as where layers alone are fused."""
+        if fused:
+            weights = capped(weights)
+            self._shares.append((coefficients * weights.sum() / weights).clamp(max=1.0))
 
     def _model_products(self) -> Products:
         total = torch.zeros(self.clients, self.clients, dtype=torch.float64)
@@ -202,13 +230,28 @@ class RobustAccumulator:
         rule = self._rule if isinstance(self._rule, CombinationRule) else GeometricMedian()
         # A closed-form head reads the number of examples, so the typical scale of as many is restored.
         typical = weights.sum() * (scales / examples).median()
-        factors = typical * _coefficients(rule, pairs, weights) / scales
+        coefficients = _coefficients(rule, pairs, weights)
+        self._take(coefficients, weights, blocks)
+        factors = typical * coefficients / scales
         return {number: factor for number, factor in enumerate(factors.tolist()) if factor}
 
     def _precision(self, client: int, block: Block) -> Precision:
         kind = self._first[block][0]
         parts = (self._spool.read(self._updates[client][block, number]) for number in range(len(_parts(kind))))
         return type(kind)(*parts)
+
+
+def _note(rule: str, share: float) -> str:
+    if not share:
+        return f"left out by {rule}"
+    return f"{rule} has taken {share:.0%} of it" if share < _WHOLE else ""
+
+
+def _taken(values: Tensor, trimmed: int) -> Weights:
+    """Return the number of each client's values that are among those kept of an entry; equal values are all kept."""
+    ordered = values.sort(0).values
+    low, high = ordered[trimmed], ordered[len(values) - 1 - trimmed]
+    return ((values >= low) & (values <= high)).sum(1).double()
 
 
 def _coefficients(rule: CombinationRule, products: Products, weights: Weights) -> Weights:

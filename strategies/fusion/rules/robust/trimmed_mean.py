@@ -38,3 +38,7 @@ class TrimmedMean:
 
     def __call__(self, anchor: Tensor, tensors: Tensor, weights: Tensor) -> Tensor:
         return trimmed_mean(anchor, tensors, weights, hostile=self.hostile)
+
+    def trimmed(self, clients: int) -> int:  # noqa: ARG002 - the same of any number
+        """Return the number of values that are left out at either end."""
+        return self.hostile
