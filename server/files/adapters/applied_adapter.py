@@ -15,10 +15,11 @@ class AppliedAdapter(Mapping[str, Tensor]):
     """The state of a base model with an adapter in its weights, in the base's dtypes.
 
     Raises:
-        ModelError: the base has no such layer, or its weight has another shape.
+        ModelError: the base has no such layer, its weight has another shape, or a head shares an adapted table.
     """
 
     def __init__(self, base: StoredModel, adapter: StoredAdapter) -> None:
+        _refuse_shared_table(base, adapter)
         adapter = adapter if _prefix(base, adapter) is not None else _in_stored_names(base, adapter)
         self._base, self._adapter = base, adapter
         self._prefix = _prefix(base, adapter) or ""
@@ -84,6 +85,28 @@ def _in_stored_names(base: StoredModel, adapter: StoredAdapter) -> StoredAdapter
     modules = {layers[name]: module for name, module in adapter.modules.items()}
     others = {stored.get(name, name): tensor for name, tensor in adapter.others.items()}
     return replace(adapter, modules=modules, others=others)
+
+
+def _refuse_shared_table(base: StoredModel, adapter: StoredAdapter) -> None:
+    """Refuse an adapter of a token table alone whose weight is also that of the head: in the base both would change.
+
+    Raises:
+        ModelError: names both.
+    """
+    tables = [f"{name}.weight" for name, module in adapter.modules.items() if module.is_embedding]
+    replaced = [name for name in adapter.others if name.endswith(".weight")]
+    if "model_type" not in base.config or not (tables or replaced):
+        return
+    parameters = dict(executable_of(base, Source()).module.named_parameters(remove_duplicate=False))
+    for name in (*tables, *replaced):
+        for sharing, parameter in parameters.items():
+            module = adapter.modules.get(sharing.removesuffix(".weight"))
+            is_adapted = sharing in adapter.others or (module is not None and _repeats_table(module, adapter))
+            if sharing != name and parameter is parameters.get(name) and not is_adapted:
+                raise ModelError(
+                    f"{adapter.path}: changes {name!r}, but not {sharing!r}, and {base.path} has one weight for both; "
+                    "adapt both alike (ensure_weight_tying), or train on a base with tie_word_embeddings false"
+                )
 
 
 def _repeats_table(module: AdapterModule, adapter: StoredAdapter) -> bool:
