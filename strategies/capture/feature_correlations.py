@@ -6,16 +6,18 @@ Activation matching maximises its agreement with C (`strategies/alignment/activa
 a token that is not padding, or a position of a convolution's output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedbasin.strategies.capture.layer_calls import layer_by_layer
+from fedbasin.strategies.capture.layer_calls import LayerCall, LayerCalls, drop_padding, layer_by_layer
 from fedbasin.strategies.capture.module_outputs import named_layers, observing
 from fedbasin.strategies.diagnostics.evaluation import bind
+from fedbasin.strategies.fusion.layers import Layer, gram_layers
+from fedbasin.strategies.fusion.update import TRANSPOSED, tensor_names
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
@@ -61,9 +63,9 @@ def correlations(
 ) -> dict[str, tuple[Tensor, ...]]:
     """Return C for every role of every space, by the space's name, in double on the CPU.
 
-    Features of a space are visible where a module writes them: a linear layer, a convolution or an embedding. Spaces
-    that no module writes are left out, and so are spaces that scale, whose roles need more than products. A role that
-    no module writes, as the weights of a norm, is zero.
+    Features of a space are visible where a layer writes them: a linear layer, a convolution, an embedding, or the joint
+    projection of torch's own attention. Spaces that no layer writes are left out, and so are spaces that scale, whose
+    roles need more than products. A role that no layer writes, as the weights of a norm, is zero.
 
     Args:
         symmetry: the spaces.
@@ -77,12 +79,15 @@ def correlations(
     """
     layers = named_layers(model, tuple(_OUTPUT_AXIS))
     # A subclass may lay its weight out in another way.
-    writers = {name: layer for name, layer in layers.items() if type(layer) in _OUTPUT_AXIS}
+    modules = {name: layer for name, layer in layers.items() if type(layer) in _OUTPUT_AXIS}
+    products = [layer for layer in gram_layers(model) if tensor_names(layer.block)[0] not in layers]
+    writers = {name: _OUTPUT_AXIS[type(layer)] for name, layer in modules.items()}
+    writers |= {tensor_names(layer.block)[0]: int(layer.block[0].endswith(TRANSPOSED)) for layer in products}
     bound = [bind(model, state) for state in (anchor, own)]
     sums: dict[str, dict[Axis, _FeatureSums]] = {}
     with evaluating(model), layer_by_layer(), torch.no_grad():
         for batch in read_batches(batches, model):
-            anchor_features, client_features = (_features(model, writers, batch, state) for state in bound)
+            anchor_features, client_features = (_features(model, modules, products, batch, state) for state in bound)
             for space in symmetry.spaces:
                 for axis in _visible_axes(space, writers, anchor_features):
                     features = anchor_features[axis.tensor], client_features[axis.tensor]
@@ -90,7 +95,7 @@ def correlations(
     return {s.name: _by_role(s, sums[s.name]) for s in symmetry.spaces if s.name in sums}
 
 
-def _visible_axes(space: Space, writers: Mapping[str, nn.Module], features: Mapping[str, Rows]) -> Iterator[Axis]:
+def _visible_axes(space: Space, writers: Mapping[str, int], features: Mapping[str, Rows]) -> Iterator[Axis]:
     """Yield the axes of weights that write the space, each as the axis of those features."""
     element = space.group.identity()
     # A space that scales has roles dual to one another, and products of features do not determine its element.
@@ -98,11 +103,13 @@ def _visible_axes(space: Space, writers: Mapping[str, nn.Module], features: Mapp
         return
     for axis in space.scored:
         is_visible = axis.tensor in features and axis.outer is None
-        if is_visible and axis.dim == _OUTPUT_AXIS[type(writers[axis.tensor])]:
+        if is_visible and axis.dim == writers[axis.tensor]:
             yield replace(axis, dim=0)
 
 
-def _features(model: nn.Module, writers: Mapping[str, nn.Module], batch: Batch, state: State) -> dict[str, Rows]:
+def _features(
+    model: nn.Module, modules: Mapping[str, nn.Module], products: Sequence[Layer], batch: Batch, state: State
+) -> dict[str, Rows]:
     features: dict[str, Rows] = {}
 
     def record(name: str, rows: Tensor) -> None:
@@ -110,7 +117,11 @@ def _features(model: nn.Module, writers: Mapping[str, nn.Module], batch: Batch, 
         # A module that is called twice writes its space twice.
         features[name] = torch.cat([features[name], columns], 1) if name in features else columns
 
-    with observing(writers, batch.mask, record):
+    def record_call(call: LayerCall) -> None:
+        name = tensor_names(call.layer.block)[0]
+        record(name, drop_padding(call.output, batch.mask, name))
+
+    with observing(modules, batch.mask, record), LayerCalls(model, products, record_call, state):
         forward(model, batch, state)
     return features
 

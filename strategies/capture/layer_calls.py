@@ -134,14 +134,19 @@ class LayerCalls(TorchFunctionMode):
         layers: the layers to observe.
         observe: callback that receives each call as soon as it is computed; a tensor that it returns replaces the
             output.
+        state: tensors with which the model runs in place of its own.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], observe: Callable[[LayerCall], Tensor | None]
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        observe: Callable[[LayerCall], Tensor | None],
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         # By identity: a function is called with the parameter itself, whatever the module is.
-        parameters = dict(model.named_parameters())
+        parameters = {**dict(model.named_parameters()), **(state or {})}
         self._layers = {id(parameters[tensor_names(layer.block)[0]]): layer for layer in layers}
         self._observe = observe
 

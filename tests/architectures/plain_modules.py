@@ -574,6 +574,8 @@ MODULES: dict[str, Case] = {
     "cumulative sum": Case(linear(lambda h: h.cumsum(-1)), rows, 0),
     "rolled": Case(linear(lambda h: h + h.roll(1, -1)), rows, 0),
     "sorted": Case(linear(lambda h: h.sort(-1).values * torch.arange(16)), rows, 0),
+    "added product": Case(linear(lambda h: torch.addcmul(h, h.norm(dim=-1, keepdim=True), h.relu())), rows),
+    "added quotient": Case(linear(lambda h: torch.addcdiv(h, h.relu(), 1 + h.square())), rows),
     "weighted by place": Case(linear(lambda h: F.relu(h) * torch.arange(16.0)), rows, 0),
     "index buffer": Case(
         lambda: Net(

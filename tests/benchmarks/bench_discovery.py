@@ -6,17 +6,26 @@ import time
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, peak_resident_bytes
 
-MODELS = ("tiny BERT", "BERT-base", "GPT-2", "Llama of 12 layers")
-GOALS = {"tiny BERT": 5.0, "BERT-base": 60.0, "GPT-2": 60.0, "Llama of 12 layers": 60.0}
+MODELS = ("tiny BERT", "BERT-base", "GPT-2", "Llama of 12 layers", "ViT-base")
+GOALS = {"tiny BERT": 5.0, "BERT-base": 60.0, "GPT-2": 60.0, "Llama of 12 layers": 60.0, "ViT-base": 60.0}
 CACHED = 1.0
 TOKENS = 8
 
-HOW = f"""Random weights and a batch of two texts of {TOKENS} tokens, a fresh process for each model. Discovery follows
+HOW = f"""Random weights and a batch of two texts of {TOKENS} tokens, or of two images, a fresh process for each model. Discovery follows
 the model in both modes and proves every group in float64. Cached: the same model once more, with the notation at hand.
 The peak is that of the process less what it held with the model and before discovery."""
 
@@ -54,19 +63,23 @@ def build(name: str) -> nn.Module:
         return BertForMaskedLM(BertConfig()).eval()
     if name == "GPT-2":
         return GPT2LMHeadModel(GPT2Config(use_cache=False)).eval()
+    if name == "ViT-base":
+        return ViTForImageClassification(ViTConfig()).eval()
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
     return LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, use_cache=False, **sizes)).eval()
 
 
 def worker(name: str) -> dict[str, object]:
     model = build(name)
-    tokens = {"input_ids": torch.arange(2 * TOKENS).reshape(2, TOKENS) + 3}
+    inputs = {"input_ids": torch.arange(2 * TOKENS).reshape(2, TOKENS) + 3}
+    if name == "ViT-base":
+        inputs = {"pixel_values": torch.randn(2, 3, 224, 224)}
     cache: dict[str, str] = {}
     before = peak_resident_bytes()
     start = time.perf_counter()
-    discovery = discover(model, tokens, cache=cache)
+    discovery = discover(model, inputs, cache=cache)
     middle = time.perf_counter()
-    discover(model, tokens, cache=cache)
+    discover(model, inputs, cache=cache)
     return {
         "seconds": middle - start,
         "cached": time.perf_counter() - middle,

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
+from tests.strategies.alignment.matched_models import EXAMPLES_BY_NAME
 from tests.strategies.symmetry.families import Transformer
 
 
@@ -51,6 +54,22 @@ def test_heads_that_were_exchanged_and_turned_are_found_by_what_they_compute():
     planted = random(symmetry, drawn(1))
     client = planted.act(anchor)
     found = correlations(symmetry, model, anchor, client, batches((40, 8, 8), 10))
+    assert found.keys() == {space.name for space in symmetry.spaces}
+    report = match_activations(symmetry, anchor, client, found).report
+    assert report.distance_after < 1e-4 * report.distance_before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "attention"])
+@pytest.mark.filterwarnings("ignore")
+def test_fused_projections_show_what_they_write(name):
+    example = EXAMPLES_BY_NAME[name]
+    model = example.model()
+    anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    symmetry = discover(model, example.inputs(2, drawn(0))).symmetry
+    # Features that fill five of eight dimensions do not tell how the other three rotate.
+    symmetry = replace(symmetry, spaces=tuple(space for space in symmetry.spaces if space.name != "first"))
+    client = random(symmetry, drawn(1)).act(anchor)
+    found = correlations(symmetry, model, anchor, client, example.batches(0))
     assert found.keys() == {space.name for space in symmetry.spaces}
     report = match_activations(symmetry, anchor, client, found).report
     assert report.distance_after < 1e-4 * report.distance_before

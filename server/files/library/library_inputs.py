@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 # Length of the example text: short, because a proof runs the model many times.
 _TOKENS = 8
+_MOST_TOKENS = 512
 # Two, because an axis of length one looks as if it were not there.
 _BATCH = 2
 
@@ -33,7 +34,7 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
     if "input_values" in arguments and "input_values" in main:
         inputs["input_values"] = _sound(config, generator)
     if config.is_encoder_decoder and "decoder_input_ids" in arguments:
-        inputs["decoder_input_ids"] = _text(config, generator)
+        inputs["decoder_input_ids"] = _text(module, generator)
     return inputs
 
 
@@ -47,16 +48,24 @@ def _has_two_towers(config: Any) -> bool:
     return hasattr(config, "vision_config") and hasattr(config, "text_config") and not reads_images_as_tokens
 
 
-def _text(config: Any, generator: torch.Generator) -> Tensor:
+def _length(module: nn.Module) -> int:
+    """Return the number of tokens: more where only those experts run that the text chooses, so that it reaches all."""
+    config: Any = module.config
+    runs_all = getattr(module, "_can_set_experts_implementation", lambda: True)
+    return _TOKENS if runs_all() else min(_TOKENS * (getattr(config, "num_experts", None) or 1), _MOST_TOKENS)
+
+
+def _text(module: nn.Module, generator: torch.Generator) -> Tensor:
+    config: Any = module.config
     text = config.get_text_config()
     special = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id"))
     # Special tokens would mask a position, or end the text.
     lowest = max((token + 1 for token in special if isinstance(token, int) and token < text.vocab_size // 2), default=0)
-    return torch.randint(lowest, text.vocab_size, (_BATCH, _TOKENS), generator=generator)
+    return torch.randint(lowest, text.vocab_size, (_BATCH, _length(module)), generator=generator)
 
 
 def _tokens(module: nn.Module, config: Any, arguments: set[str], generator: torch.Generator) -> dict[str, Tensor]:
-    tokens = _text(config, generator)
+    tokens = _text(module, generator)
     if config.is_encoder_decoder and config.eos_token_id is not None:
         # Classifiers of sequences read the state at the end of the text.
         tokens[:, -1] = config.eos_token_id

@@ -29,6 +29,9 @@ _NOISE = 0.3
 # Rounding of a parameter, relative to its size, that a proof must not notice.
 _ROUNDING = 1e-15
 
+# Largest error that counts as rounding where a model amplifies it, and in multiples of what rounded parameters change.
+_LOOSEST, _AMPLIFIED = 1e-8, 20
+
 # Numbers that are drawn for a large tensor: a prime, which no length of a row divides.
 _DRAWN = 1_048_583
 
@@ -142,11 +145,19 @@ class Prover:
         tensors = self.model.state_dict(keep_vars=True)
         self._tensors: dict[str, Tensor] = {name: tensors[name].detach() for name in self.names}
         self._answers: dict[tuple[int, bool], list[Tensor]] = {}
+        self._roundings: dict[tuple[int, bool], float] = {}
         self.trials = 0
 
     def keeps(self, symmetry: Symmetry, seeds: Sequence[int] = (0,), *, training: bool = False) -> bool:
-        """Return whether random elements of a symmetry keep the function of the model."""
-        return all(self.error(symmetry, seed, training=training) < DOUBLE_TOLERANCE for seed in seeds)
+        """Return whether random elements of a symmetry keep the function of the model, up to its rounding."""
+        for seed in seeds:
+            error = self.error(symmetry, seed, training=training)
+            # Deep convolutional models may amplify rounding beyond the tolerance; what is wrong changes far more.
+            if not error < DOUBLE_TOLERANCE and not (
+                error < _LOOSEST and error < _AMPLIFIED * self._rounding(seed, training=training)
+            ):
+                return False
+        return True
 
     def repeats(self, *, training: bool) -> bool:
         """Return whether runs are comparable.
@@ -154,18 +165,24 @@ class Prover:
         Two of them are equal unless the model draws numbers that torch does not know, and rounding of the parameters
         does not grow beyond the tolerance, as it may where a batch of two is normalised again and again.
         """
-        generator = torch.Generator().manual_seed(0)
-        rounded = {
-            alias: tensor * (1 + _ROUNDING * _noise(tensor, generator)) if tensor.is_floating_point() else tensor
-            for name, tensor in self._tensors.items()
-            for alias in self.names[name][-1:]
-        }
         try:
             equal = self.error(Symmetry(()), 1, training=training) == 0
-            change = _distance(self._expected(1, training=training), self._run_on(rounded, 1, training=training))
+            return equal and self._rounding(1, training=training) < DOUBLE_TOLERANCE
         except Exception:  # noqa: BLE001 - the model's own code may raise anything
             return False
-        return equal and change < DOUBLE_TOLERANCE
+
+    def _rounding(self, seed: int, *, training: bool) -> float:
+        """Return the relative change of the outputs if the parameters are rounded."""
+        if (seed, training) not in self._roundings:
+            generator = torch.Generator().manual_seed(0)
+            rounded = {
+                alias: tensor * (1 + _ROUNDING * _noise(tensor, generator)) if tensor.is_floating_point() else tensor
+                for name, tensor in self._tensors.items()
+                for alias in self.names[name][-1:]
+            }
+            expected, actual = self._expected(seed, training=training), self._run_on(rounded, seed, training=training)
+            self._roundings[seed, training] = _distance(expected, actual)
+        return self._roundings[seed, training]
 
     def reached(self) -> set[str]:
         """Return the first names of the tensors that change an output, as far as gradients show it."""

@@ -225,7 +225,7 @@ class Walk(TrueDouble):
         kind: Any = "zero" if call.name in _ZEROS else "equal"
         like = self.value(call.args[0]) if call.args else None
         axes = [fresh(n) for n in call.shape] if like is None or not call.name.endswith("_like") else like.axes
-        self._store(call.out, self.new(axes, uniform=kind))
+        self.note(call.out, self.new(axes, uniform=kind))
 
     def _follow(self, call: Call) -> Any:
         try:
@@ -264,9 +264,9 @@ class Walk(TrueDouble):
             earlier = self._values.get(id(out))
             if in_place and earlier is not None and earlier is not value:
                 self._write(out, earlier, value)
-            self._store(out, value)
+            self.note(out, value)
         for out in outs[len(results) :]:
-            self._store(out, self.new([fixed(n) for n in out.shape]))
+            self.note(out, self.new([fixed(n) for n in out.shape]))
 
     def _write(self, tensor: Tensor, before: Value, after: Value) -> None:
         """Note that a tensor changes in place, and with it all tensors that share its memory."""
@@ -278,7 +278,8 @@ class Walk(TrueDouble):
             if alias.untyped_storage().data_ptr() == storage and id(alias) in self._values:
                 self._values[id(alias)].uniform = ""
 
-    def _store(self, tensor: Tensor, value: Value) -> None:
+    def note(self, tensor: Tensor, value: Value) -> None:
+        """Note what is known of a tensor."""
         self._values[id(tensor)] = value
         # Kept alive, so that no later tensor has the same identity.
         self._keep.append(tensor)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.discover.units import Units, fixed
@@ -56,6 +57,14 @@ def addition(walk: Walk, call: Call) -> Value:
             # A term that is the same for all units forbids signs.
             walk.even((axis for dim, axis in enumerate(axes) if dim not in dims), charge)
     return walk.new(axes, charge)
+
+
+def added_product(walk: Walk, call: Call) -> Value:
+    """Follow a sum with a product or a quotient."""
+    name = "mul" if call.name == "addcmul" else "div"
+    product = getattr(torch, name)(*call.args[1:3])
+    walk.note(product, multiplied(walk, Call(name, call.args[1:3], {}, product)))
+    return addition(walk, Call("add", (call.args[0], product), {}, call.out))
 
 
 def multiplied(walk: Walk, call: Call) -> Value:
@@ -328,10 +337,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("clamp", "hardtanh"), clamped),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), soft_maximum),
     **dict.fromkeys(("sum", "mean", "nansum", "var", "var_mean", "std", "std_mean", "linalg_vector_norm"), reduced),
-    **dict.fromkeys(("amax", "amin", "all", "any", "logsumexp", "prod"), reduced),
+    **dict.fromkeys(("amax", "amin", "aminmax", "all", "any", "logsumexp", "prod"), reduced),
     **dict.fromkeys(("max", "min", "argmax", "argmin"), extreme),
     **dict.fromkeys(("topk", "sort", "argsort"), ranked),
     **dict.fromkeys(("bernoulli", "normal", "uniform", "rand_like", "randn_like"), random_numbers),
+    **dict.fromkeys(("addcmul", "addcdiv"), added_product),
     "copy": copied,
     "glu": gated,
     "native_dropout": noisy,
