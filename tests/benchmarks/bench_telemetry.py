@@ -144,7 +144,7 @@ def server_seconds(settings: Mapping[str, object]) -> dict[str, float]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for row, owner, name in (*_TELEMETRY, *(("work", *place) for place in _WORK)):
             stack.enter_context(timed(seconds, row, owner, name))
-        config = {"folder": folder, "observer": observer, "packed": True, **settings}
+        config = {"recipe": "fedavg", "folder": folder, "observer": observer, "packed": True, **settings}
         run_config = {f"fedbasin.{key}": value for key, value in config.items()}
         context = Context(1, 1, {}, RecordDict(), run_config)
         symmetry = discover(model, torch.zeros(1, WIDTHS[0])).symmetry

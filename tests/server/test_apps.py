@@ -26,7 +26,7 @@ from fedbasin.strategies.recipes import RECIPES
 from tests.federation import Federation
 
 WEIGHTS_ALONE = ["fedavg", "fedavgm"]
-NEEDS_THE_MOD = [n for n, r in RECIPES.items() if n not in WEIGHTS_ALONE and r.lora is None]
+NEEDS_THE_MOD = [n for n, r in RECIPES.items() if n not in WEIGHTS_ALONE and r.lora is None and not r.chooses]
 
 
 class ListGrid:
