@@ -100,7 +100,7 @@ def test_adapters_on_a_gpu_are_fused_as_on_a_cpu(recipe, tmp_path):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_is_measured_on_a_gpu(name, tmp_path):
-    reports = [run(name, "auto-head", device, tmp_path / device, align="off").reports[0] for device in ("cpu", "cuda")]
+    reports = [run(name, "auto", device, tmp_path / device, align="off").reports[0] for device in ("cpu", "cuda")]
     expected, actual = (torch.tensor(report.path.loss_after) for report in reports)
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.01)
 

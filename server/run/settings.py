@@ -8,12 +8,13 @@ align = "client"
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedbasin.server.observe.access import Pass
 from fedbasin.strategies.fusion.rules.federated_rule import FEDERATED_RULES, FederatedRule, federated_rule
@@ -21,7 +22,12 @@ from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST
 from fedbasin.strategies.recipes import RECIPES, Recipe
 from fedbasin.strategies.server_optimizers import SERVER_OPTIMIZERS
 
+_LOG = logging.getLogger("flwr.fedbasin")
+
 PREFIX = "fedbasin."
+
+# Former names of recipes, so that apps that were written for them run.
+_FORMER_NAMES = {"auto-head": "auto"}
 
 # The value of `resume` that leaves an unfinished run alone.
 NEW_RUN = "new"
@@ -244,6 +250,14 @@ class Settings(BaseModel):
     observer_cert: str = Field("", description="file with this run's own certificate, where the observer asks for one")
     observer_key: str = Field("", description="file with the key of that certificate")
     observer_insecure: bool = Field(False, description="send the token to the observer without TLS, in plain text")
+
+    @field_validator("recipe")
+    @classmethod
+    def _present_name(cls, recipe: str) -> str:
+        name = _FORMER_NAMES.get(recipe, recipe)
+        if name != recipe:
+            _LOG.warning("the recipe %s is now called %s; write recipe = %r", recipe, name, name)
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

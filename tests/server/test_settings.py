@@ -237,6 +237,11 @@ def test_records_that_share_a_name_are_refused(settings):
         read_settings({f"fedbasin.{key}": value for key, value in settings.items()})
 
 
+def test_a_recipes_former_name_is_taken_and_the_log_says_the_present_one(caplog):
+    assert read_settings({"fedbasin.recipe": "auto-head"}) == Settings(recipe="auto")
+    assert "auto-head is now called auto" in caplog.text
+
+
 def test_a_regulariser_replaces_the_recipes_own():
     own, given = Settings(recipe="regmean"), Settings(recipe="regmean", ridge=0.5, shrink=0.9)
     assert own.composed == RECIPES["regmean"]
