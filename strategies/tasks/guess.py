@@ -60,8 +60,8 @@ def task_of_batch(outputs: Tensor, batch: Batch) -> Task:
         name = "they do not have one row for each example"
     raise TaskError(
         f"the task of outputs {list(outputs.shape)} and targets {targets.dtype} {list(targets.shape)} is not plain: "
-        f"{name}; name it by basin(task=...), or by --task of a command: {', '.join(map(repr, TASKS))}; or pass "
-        "basin(task=Task.of_loss(loss, draw))"
+        f"{name}; pass basin(task=...) one of {', '.join(map(repr, TASKS))}, or Task.of_loss(loss, draw); "
+        "a command takes the name as --task"
     )
 
 

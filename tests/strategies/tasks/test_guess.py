@@ -69,7 +69,9 @@ OPEN = {
 
 @pytest.mark.parametrize(("outputs", "targets", "reason"), OPEN.values(), ids=OPEN)
 def test_what_leaves_a_choice_is_refused_with_its_reason(outputs, targets, reason):
-    with pytest.raises(TaskError, match=f"not plain: .*{reason}.*pass basin\\(task=...\\) one of 'classification'"):
+    with pytest.raises(
+        TaskError, match=f"not plain: .*{reason}.*pass basin\\(task=...\\) one of 'classification'.*--task"
+    ):
         task_of_batch(outputs, Batch(draw(len(targets)), targets))
 
 
