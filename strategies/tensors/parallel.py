@@ -146,10 +146,10 @@ def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
 
 def _work_on(batch: list[Pair], work: Work[T]) -> list[T]:
     buffers: dict[torch.dtype, Tensor] = {}
-    results = []
+    results, longest = [], max(len(x) for x, _ in batch)
     for x, y in batch:
         dtype = working_dtype(x)
         if dtype not in buffers:
-            buffers[dtype] = torch.empty(_PIECE, dtype=dtype)
+            buffers[dtype] = torch.empty(longest, dtype=dtype)
         results.append(work(x, y, buffers[dtype][: len(x)]))
     return results
