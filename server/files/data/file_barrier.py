@@ -110,15 +110,9 @@ def measure_barrier(
 
     before, after = path("as it is", shared.anchor, shared.model), path("aligned", start, aligned)
     on_step("evaluating the ensemble")
-    predictions = run(
-        executable.module,
-        data,
-        lambda: [
-            predict(executable.module, runnable_state(model, state), batches, kind)
-            for state in (shared.anchor, shared.model)
-        ],
-    )
-    ensemble = _ensemble([part for part in predictions if part is not None])
+    states = [runnable_state(model, state) for state in (shared.anchor, shared.model)]
+    module = executable.module
+    ensemble = run(module, data, lambda: _ensemble([predict(module, state, batches, kind) for state in states]))
     return FileBarrier(str(anchor.path), str(model.stored.path), before, after, match.report, ensemble)
 
 
@@ -141,12 +135,12 @@ def render_barrier(result: FileBarrier) -> Group:
     return Group(table, "", *lines, f"distance {distances}")
 
 
-def _ensemble(predictions: Sequence[tuple[Tensor, Tensor]]) -> EnsembleScore | None:
+def _ensemble(predictions: Sequence[tuple[Tensor, Tensor] | None]) -> EnsembleScore | None:
     """Return the score of the mean of some models' probabilities on the same targets; None without probabilities."""
-    if not predictions:
+    parts = [part for part in predictions if part is not None]
+    if not parts:
         return None
-    ensemble = reduce(add, (Ensemble.of(probabilities) for probabilities, _ in predictions))
-    targets = predictions[0][1]
+    ensemble, targets = reduce(add, (Ensemble.of(probabilities) for probabilities, _ in parts)), parts[0][1]
     return EnsembleScore(ensemble.loss(targets), ensemble.accuracy(targets))
 
 

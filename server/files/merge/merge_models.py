@@ -145,16 +145,7 @@ def write_merge(
     start = time.perf_counter()
     check_copies(merge.plan, merge.states)
     merge = align_merge(merge, on_match)
-    plan, states = merge.plan, merge.states
-    if merge.recipe.rule.statistic:
-        plan = [_copied(tensor) for tensor in plan]
-        states = {_MERGED: merge_by_statistics(merge.recipe, merge.plan, merge.reference, states, on_match)}
-    distillation = None
-    if merge.recipe.distill is not None:
-        merged = {tensor.name: merge_tensor(tensor, states) for tensor in plan}
-        settings, models = merge.recipe.distill, merge.states
-        state, distillation = distil_merge(merge.recipe, settings, merge.reference, models, merged, on_match)
-        plan, states = [_copied(tensor) for tensor in merge.plan], {_MERGED: state}
+    plan, states, distillation = _compute_whole(merge, on_match)
     files = plan_files(merge.plan, _metadata(merge), shard if merge.reference.is_folder else None)
     try:
         with replacing(target) as part:
@@ -182,6 +173,22 @@ def write_merge(
         list_files(merge.reference, [m for m in merge.models.values() if m is not merge.reference], target),
         distillation,
     )
+
+
+def _compute_whole(
+    merge: PreparedMerge, on_step: Callable[[str], None]
+) -> tuple[Sequence[PlannedTensor], Mapping[Path, State], DistillationReport | None]:
+    """Compute what needs whole models, by statistics or distillation; other tensors are merged when they are written."""
+    plan, states = merge.plan, merge.states
+    if merge.recipe.rule.statistic:
+        states = {_MERGED: merge_by_statistics(merge.recipe, plan, merge.reference, states, on_step)}
+        plan = [_copied(tensor) for tensor in plan]
+    settings = merge.recipe.distill
+    if settings is None:
+        return plan, states, None
+    merged = {tensor.name: merge_tensor(tensor, states) for tensor in plan}
+    state, report = distil_merge(merge.recipe, settings, merge.reference, merge.states, merged, on_step)
+    return [_copied(tensor) for tensor in merge.plan], {_MERGED: state}, report
 
 
 def refuse_full_disk(merge: PreparedMerge, target: Path) -> None:
