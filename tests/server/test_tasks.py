@@ -36,6 +36,11 @@ def app_of(example, task=None):
         metrics = MetricRecord({"loss": loss, "num-examples": 16})
         return Message(RecordDict({"model": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        del context
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 16})}), reply_to=message)
+
     return app
 
 
@@ -110,3 +115,10 @@ def test_a_task_that_does_not_fit_is_refused_before_anybody_trains(name, task, m
     app, _, error = run(name, "fedavg", tmp_path, task, barrier_points=0)
     # A recipe that asks for no task needs none.
     assert error is None
+
+
+def test_a_likelihood_that_is_not_known_is_refused_after_the_first_message(tmp_path):
+    app, _, error = run("own loss", "fisher", tmp_path, Task.of_loss(laplace), fraction_evaluate=1.0)
+    assert "stage check" in str(error)
+    assert "pass draw=" in str(error)
+    assert not app.trained
