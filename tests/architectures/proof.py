@@ -38,6 +38,7 @@ class Verdict:
         error: largest relative change of an output under random elements; NaN if nothing was executed.
         seconds: time of the discovery.
         reason: why something does not move, or why the model was refused.
+        rounding: largest relative change of an output where parameters are rounded; measured where the error is large.
     """
 
     model: str
@@ -46,11 +47,12 @@ class Verdict:
     error: float
     seconds: float
     reason: str = ""
+    rounding: float = 0
 
     @property
     def is_broken(self) -> bool:
         """True if an element changed the function, or discovery ended without a clear refusal."""
-        return (not self.error < BROKEN and self.coverage > 0) or self.reason.startswith("raised")
+        return (not self.error < max(BROKEN, self.rounding) and self.coverage > 0) or self.reason.startswith("raised")
 
     def row(self) -> str:
         """The verdict as a row of a Markdown table."""
@@ -87,7 +89,8 @@ def examine(
     fraction, kinds = measure_coverage(module, discovery.symmetry, unread)
     error = largest_change(module, discovery.symmetry, [example, *others], answers)
     reasons = [*map(str, discovery.stops[:2]), *([f"{len(unread)} parameters are not read"] if unread else [])]
-    return Verdict(name, fraction, kinds, error, seconds, "; ".join(reasons))
+    rounding = 0.0 if error < BROKEN else rounding_change(module, example, answers)
+    return Verdict(name, fraction, kinds, error, seconds, "; ".join(reasons), rounding)
 
 
 def unread_parameters(module: nn.Module, example: Inputs, answers: Callable[[Any], Any]) -> set[str]:
@@ -143,6 +146,17 @@ def largest_change(
         for example, before in runs:
             worst = max(worst, _change(before, _execute(transformed, example, answers)), key=lambda x: (x != x, x))
     return worst if runs else float("nan")
+
+
+def rounding_change(module: nn.Module, example: Inputs, answers: Callable[[Any], Any]) -> float:
+    """Return the relative change of the outputs under noise of 1e-15 on the parameters, which deep models amplify."""
+    shaken = copy.deepcopy(module).double().eval()
+    shake(shaken)
+    before, generator = _execute(shaken, example, answers), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in filter(torch.is_floating_point, shaken.parameters()):
+            parameter.mul_(1 + 1e-15 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return _change(before, _execute(shaken, example, answers))
 
 
 def shake(module: nn.Module, seed: int = 7) -> None:
