@@ -40,10 +40,11 @@ _MOST_EXAMPLES = 5.0
 _LARGE_NORM, _LARGEST_NORM = 2.5, 6.0
 _LARGEST_TENSOR = 10.0
 # Multiples of the median above which statistics and cross-moments are cut back, or left out. Residuals differ much more
-# than inputs, so a cross-moment is never left out. What is the same for all honest clients to the third digit, as the mean
-# of a Fisher diagonal for each example, is cut back much earlier.
+# than inputs, so a cross-moment is never left out. Statistics in which clients are alike, as the mean of a Fisher
+# diagonal for each example, are cut back earlier: above the median by a tenth, or by six median deviations, which are
+# four standard deviations of a normal distribution.
 _LARGE_STATISTIC, _LARGEST_STATISTIC = 5.0, 50.0
-_ALIKE, _LARGE_ALIKE = 1e-3, 1.1
+_SPREAD, _DEVIATIONS = 0.1, 6.0
 
 # Cosines with the median client's direction. Where that direction means little to half of the clients, nobody is judged
 # by it. Honest clients with labels of their own reach -.21 (a transformer on digits, twelve clients by Dirichlet); an
@@ -222,10 +223,13 @@ def _usual(clients: Sequence[Mapping[Block, float]]) -> dict[Block, tuple[float,
     """Return the median of each layer's values, and the multiple of it above which a value is cut back."""
     medians = _medians(clients)
     deviations = _medians({block: abs(v - medians[block]) for block, v in client.items()} for client in clients)
-    return {
-        block: (usual, _LARGE_ALIKE if deviations[block] < _ALIKE * usual else _LARGE_STATISTIC)
-        for block, usual in medians.items()
-    }
+    return {block: (usual, _large(usual, deviations[block])) for block, usual in medians.items()}
+
+
+def _large(usual: float, deviation: float) -> float:
+    if not usual:
+        return _LARGE_STATISTIC
+    return min(_LARGE_STATISTIC, 1 + max(_SPREAD, _DEVIATIONS * deviation / usual))
 
 
 def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> Verdict:

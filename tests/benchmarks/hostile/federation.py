@@ -111,7 +111,7 @@ ATTACKS = {
     "model x -10": Attack(scale_model(-10.0)),
     "2^53 examples, sign flip": Attack(scale_model(-1.0), claim_examples(2.0**53)),
     "flipped labels, statistics x 1e6": Attack(scale_statistics(1e6), labels=_flipped),
-    # Below the bounds, by construction: no number stands out.
+    # Below the multiple above which statistics are left out.
     "flipped labels, statistics x 4": Attack(scale_statistics(4.0), labels=_flipped),
     "update turned round": Attack(update=_turned),
     "noise of the update's size": Attack(update=_noise),

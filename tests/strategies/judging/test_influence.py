@@ -1,0 +1,41 @@
+"""What one client's statistics may weigh follows from how alike the clients' are."""
+
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedbasin.strategies.judging.influence import Measure, judge
+
+LAYER = ("0.weight",)
+
+
+def factors(values):
+    """The factor on each client's statistic of one layer, 0 for one that is left out; each has ten examples."""
+    measures = {node: Measure(10.0, statistics={LAYER: 10.0 * value}) for node, value in enumerate(values)}
+    verdicts = judge(measures, {}, shared_start=True).values()
+    return [0.0 if verdict.refusal else verdict.statistics.get(LAYER, 1.0) for verdict in verdicts]
+
+
+@pytest.mark.parametrize("times", [1.5, 4.0, 40.0])
+def test_a_statistic_among_alike_ones_is_cut_back_to_little_more_than_theirs(times):
+    *honest, hostile = factors([0.98, 0.99, 1.0, 1.01, 1.02, 1.0, 1.0, times])
+    assert honest == [1.0] * 7
+    assert times * hostile == pytest.approx(1.1)
+
+
+def test_the_same_statistic_is_kept_where_clients_differ_as_much():
+    assert factors([0.5, 0.8, 1.0, 1.3, 2.0, 3.0]) == [1.0] * 6
+
+
+@given(st.lists(st.floats(0.9, 1.1), min_size=3, max_size=12))
+def test_clients_within_a_tenth_of_the_median_are_never_cut_back(values):
+    # The median may be as far from the largest as the range is wide, so the range is halved.
+    assert factors([1 + (value - 1) / 2.1 for value in values]) == [1.0] * len(values)
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=3, max_size=12))
+def test_no_statistic_weighs_more_than_five_times_the_median(values):
+    taken = [value * factor for value, factor in zip(values, factors(values), strict=True)]
+    assert max(taken) <= 5 * median(values) * (1 + 1e-9)
