@@ -160,7 +160,7 @@ def test_the_recipes_to_choose_from_are_those_that_ran(scraper):
 def test_prometheus_evaluates_every_rule_without_an_error(scraper):
     scraper.wait_for("fedbasin:round_duration_seconds:expected")
     rules = [rule for group in scraper.get("rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 10
+    assert len(rules) == 11
     assert {rule["health"] for rule in rules} == {"ok"}
 
 

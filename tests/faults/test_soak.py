@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ NODES = 4
 # Lists of metrics and reports grow by each round; a model or a reply that stayed in every round would be 54 MB or more.
 SHAPES = {"weight": (20, 1000), "bias": (20,)}
 GROWTH_BYTES = 8 * 2**20
+HEADER_BYTES = 1024  # numbers of rounds have more digits later, and headers are padded
 
 
 def resident_bytes() -> int:
@@ -33,9 +35,17 @@ class Samples:
         if number not in self._rounds:
             return
         gc.collect()
-        sizes = {p.suffix: p.stat().st_size for p in self._folder.rglob("*") if p.is_file() and p.suffix != ".jsonl"}
+        files = [path for path in self._folder.rglob("*") if path.is_file() and path.suffix != ".jsonl"]
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
-        self.taken.append((resident_bytes(), descriptors, threading.active_count(), sizes))
+        self.taken.append(
+            (
+                resident_bytes(),
+                sum(path.stat().st_size for path in files),
+                descriptors,
+                threading.active_count(),
+                Counter(path.suffix for path in files),
+            )
+        )
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -54,7 +64,8 @@ def test_nothing_but_reports_grows(rounds, robust, tmp_path):
     )
     arrays = ArrayRecord({name: torch.zeros(shape) for name, shape in SHAPES.items()})
     result = strategy.start(SeededGrid(NODES), arrays, rounds, evaluate_fn=samples.take)
-    (memory, *early), (later_memory, *late) = samples.taken
+    (memory, size, *early), (later_memory, later_size, *late) = samples.taken
     assert len(result.reports) == rounds
     assert early == late
+    assert later_size - size < HEADER_BYTES
     assert later_memory - memory < GROWTH_BYTES

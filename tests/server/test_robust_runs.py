@@ -111,7 +111,7 @@ def test_a_rule_holds_in_rounds_that_average_too():
 
 @pytest.mark.parametrize("recipe", [name for name, r in RECIPES.items() if isinstance(r.fusion, LoraProducts)])
 def test_sums_of_products_are_refused_with_the_recipes_that_can_be_wrapped(recipe):
-    with pytest.raises(SettingsError, match="choose the recipe lora-rotated, lora-factors or lorm"):
+    with pytest.raises(SettingsError, match="choose the recipe lora-rotated, lora-factors, ffa-lora, rolora or lorm"):
         FedBasin(recipe, robust="median", min_train_nodes=3)
 
 

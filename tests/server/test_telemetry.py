@@ -342,7 +342,7 @@ def test_words_from_outside_are_bounded():
         for i in range(500)
     ]
     labels = [dict(labels) for _, labels in samples(page(*reports))]
-    for label, most in (("recipe", 22), ("name", 65), ("stage", 14), ("outcome", len(Outcome) + 1)):
+    for label, most in (("recipe", len(RECIPES) + 5), ("name", 65), ("stage", 14), ("outcome", len(Outcome) + 1)):
         words = {pairs[label] for pairs in labels if label in pairs}
         assert "other" in words
         assert len(words) == most or label == "outcome"
