@@ -79,13 +79,13 @@ bench: .venv/ready ## measure against peers in the same run; writes docs/records
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks
 
 faults: .venv/ready ## kill every kind of process, fill the disk, cut the network, a thousand rounds
-	$(BIN)/pytest -m slow tests/faults tests/deploy tests/server/test_robust_runs.py tests/server/test_guard.py
+	$(BIN)/pytest -m slow tests/faults tests/deploy tests/server --ignore tests/server/files
 
 fuzz: .venv/ready ## a hundred thousand mutated replies in all recipes; TRIES= and SEED= choose others
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(or $(TRIES),100000) $(or $(SEED),0)
 
 architectures: .venv/ready ## discovery on every model of transformers, timm and torchvision that there is
-	$(BIN)/pytest -m slow tests/architectures tests/server/files
+	$(BIN)/pytest -m slow tests/architectures tests/server/files tests/strategies
 
 compose: ## the federation in containers, and one run of the digits example; CLIENTS=50 chooses their number
 	cd deploy && FEDBASIN_CLIENTS=$(or $(CLIENTS),5) docker compose up --build --wait

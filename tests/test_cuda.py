@@ -26,7 +26,11 @@ from fedbasin.strategies.tensors.state import floating
 from tests import adapted, running, tiny
 from tests.tasks import EXAMPLES
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
+    # torch says so at the first product of a thread, and goes on.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
 
 WHOLE = [name for name, recipe in RECIPES.items() if recipe.lora is None]
 ADAPTING = [name for name, recipe in RECIPES.items() if recipe.lora]

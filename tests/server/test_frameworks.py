@@ -12,6 +12,7 @@ from fedbasin import RECIPES, FedBasin, basin
 from tests.federation import Federation
 
 NAMES = [name for name, recipe in RECIPES.items() if recipe.lora is None]
+SAMPLE = ("auto", "fedavg", "regmean", "features")
 WORDS, PLACES, CLASSES = 20, 6, 3
 
 
@@ -102,8 +103,14 @@ FRAMEWORKS = {
 }
 
 
-@pytest.mark.parametrize("recipe", NAMES)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("framework", "recipe"),
+    [
+        pytest.param(framework, recipe, marks=() if recipe in SAMPLE else pytest.mark.slow)
+        for framework in FRAMEWORKS
+        for recipe in NAMES
+    ],
+)
 def test_runs_and_learns(tmp_path, framework, recipe):
     build, load, fit, loss = FRAMEWORKS[framework]
     app = ClientApp(mods=[basin(model=build, data=load)])

@@ -28,7 +28,10 @@ def without(symmetry: Symmetry, space: int, axis: int) -> Symmetry:
     return Symmetry((*symmetry.spaces[:space], replace(old, axes=kept), *symmetry.spaces[space + 1 :]))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("resnext", "mobilenet") else ()) for name in FAMILIES],
+)
 def test_every_axis_that_is_left_behind_is_noticed(name: str) -> None:
     model, symmetry, example = checked(name)
     # Any vector may be added to a key bias, so it may also stay behind; to a value bias, if the output makes up for it.
