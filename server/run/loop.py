@@ -298,10 +298,17 @@ class RunLoop:
             self._standing = self._standing.after(report) if recipe.chooses else self._standing
             self._patience = self._patience.after(report)
         report = replace(report, last=report.last or self._patience.is_over(number))
+        self._save(report)
+        failure = self._state.functions.failure
+        self._push(report if failure is None else replace(report, problem=f"{type(failure).__name__}: {failure}"))
+        self._state.functions.raise_failure()
+        return report
+
+    def _save(self, report: RoundReport) -> None:
         # The report first: a round without its model is repeated, a model without its report is not.
         checkpoint.append_report(self._folder, report)
         saved = Checkpoint(
-            number,
+            report.round,
             dict(self._state.state(self._served)),
             self._settings.decisive,
             self._state.optimizer_state,
@@ -309,10 +316,6 @@ class RunLoop:
             dict(self._average or {}),
         )
         checkpoint.save(self._folder, saved, max(self._settings.checkpoints, self._settings.patience + 1))
-        failure = self._state.functions.failure
-        self._push(report if failure is None else replace(report, problem=f"{type(failure).__name__}: {failure}"))
-        self._state.functions.raise_failure()
-        return report
 
     def _push(self, report: RoundReport) -> None:
         if self._settings.observer:
@@ -322,19 +325,7 @@ class RunLoop:
         started = time.perf_counter()
         self._choice = None
         self._probe.begin(self._model, number)
-        results: list[StageResult] = []
-        try:
-            if self._settings.fraction_train:
-                self._train(number, results)
-        except (StageFailedError, NonFiniteModelError) as error:
-            if self._settings.guard != "roll back":
-                raise
-            if self._state.failure is not None and self._state.trained is not None:
-                results.append(self._state.trained)
-            elif isinstance(error, StageFailedError):
-                results.append(StageResult({}, error.report))
-            self._note(Incident(IncidentKind.rolled_back.name, f"{error}; the model of the round before stays"))
-            self._go_back()
+        results = self._train_stages(number) if self._settings.fraction_train else []
         evaluated = self._evaluate_on_clients(number)
         server_metrics = self._evaluate_on_server(number)
         fused = next((result for result in results if result.report.stage == Fuse.stage), None)
@@ -355,6 +346,22 @@ class RunLoop:
         )
         reports = [result.report for result in (*results, evaluated) if result is not None]
         return self._reporter.finished(number, reports, measurements)
+
+    def _train_stages(self, number: int) -> list[StageResult]:
+        """Train, and return the stages that came to an end; a round without a model is rolled back."""
+        results: list[StageResult] = []
+        try:
+            self._train(number, results)
+        except (StageFailedError, NonFiniteModelError) as error:
+            if self._settings.guard != "roll back":
+                raise
+            if self._state.failure is not None and self._state.trained is not None:
+                results.append(self._state.trained)
+            elif isinstance(error, StageFailedError):
+                results.append(StageResult({}, error.report))
+            self._note(Incident(IncidentKind.rolled_back.name, f"{error}; the model of the round before stays"))
+            self._go_back()
+        return results
 
     def _guarded(self, report: RoundReport) -> RoundReport:
         """Return a round's report with what the guard has seen; a round that made the model worse is rolled back."""
