@@ -8,10 +8,11 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils.serialization import config
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from fedbasin.strategies.fusion.update import Update
 
@@ -56,8 +57,7 @@ class Cohort:
             self._updates[node] = update
             return
         path = self._spool / str(node)
-        # Without a checksum, which takes longer than the write: nobody else has this file.
-        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        with _without_checksum():
             torch.save(update, path)
         self._updates[node] = path
 
@@ -68,6 +68,17 @@ class Cohort:
             # Also where a stage ends by an error.
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
+
+
+@contextmanager
+def _without_checksum() -> Iterator[None]:
+    """Save without a checksum, which takes longer than the write: nobody else has the file."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _nbytes(update: Update) -> int:

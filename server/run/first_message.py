@@ -61,7 +61,9 @@ class Check:
         return dict(self._model)
 
 
-def ask_first(state: RunState, grid: StreamingGrid, model: State, config: ConfigRecord, number: int) -> None:
+def ask_first(
+    state: RunState, grid: StreamingGrid, model: State, digest: bytes, config: ConfigRecord, number: int
+) -> None:
     """Ask one client, and a second where it fails, whether it can take part, before all are asked to train.
 
     Where the recipe compares models and the client's app shows that nothing can be compared, the run only averages.
@@ -70,6 +72,7 @@ def ask_first(state: RunState, grid: StreamingGrid, model: State, config: Config
         state: the state of the run.
         grid: the grid.
         model: the global model.
+        digest: its digest.
         config: the app's own settings for its clients.
         number: number of the round that follows.
 
@@ -83,7 +86,7 @@ def ask_first(state: RunState, grid: StreamingGrid, model: State, config: Config
     # Two of those that will evaluate the round's model in any case.
     nodes = state.sample(grid, number, settings.fraction_evaluate, settings.min_evaluate_nodes)[:2]
     for node in nodes:
-        attempt = StageAttempt(make, model, [node], state.round_context(0, config), limits)
+        attempt = StageAttempt(make, model, [node], state.round_context(0, config), limits, digest=digest)
         attempt.add_all(grid.stream(attempt.messages, limits.timeout_seconds))
         (client,) = attempt.report().clients
         if client.is_accepted:

@@ -239,7 +239,7 @@ class RunLoop:
             losses = {name: v for name, v in self._evaluate_on_server(0).items() if "loss" in name.lower()}
             self._losses = {f"{name} (server)": value for name, value in losses.items()}
         if self._done < self._rounds and self._settings.fraction_evaluate and self._settings.fraction_train:
-            ask_first(self._state, self._grid, self._model, self._train_config, self._done + 1)
+            ask_first(self._state, self._grid, self._model, self._digest, self._train_config, self._done + 1)
         previous: RoundReport | None = None
         for number in range(self._done + 1, self._rounds + 1):
             if self._patience.is_over(number - 1):

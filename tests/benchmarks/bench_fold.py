@@ -33,7 +33,7 @@ GOALS = {"float32": 3.0, "float64": 2.0}
 
 HOW = f"""{REPLIES} replies of {BYTES // 10**6} MB float32, each with bytes of its own, to one averaged model.
 Flower: `aggregate_arrayrecords`, which decodes and adds. fedbasin: `receive` (headers and decoding), `accept`
-(names, shapes, dtypes, finite values, then the sum) and `finish`, in sums of float32 (`sum = "fast"`) and of
+(names, shapes, dtypes, finite values, norms of updates, then the sum) and `finish`, in sums of float32 (`sum = "fast"`) and of
 float64 (`"reproducible"`, the default). Both read the same `Message` objects, in turns, {REPETITIONS} times, and must
 agree. Plain: one array per tensor, as Flower's own clients reply. Packed: all tensors in one array, as
 fedbasin's do. Seconds are medians, ratios medians of neighbours. Flower's result is serialised already and
