@@ -2,8 +2,9 @@
 
 Whether an example is in that part follows from its own numbers, so that a loader that shuffles gives the same part at
 every pass, and two copies of an example are on the same side. A loader that changes its examples at random, as image
-augmentation does, gives other parts at every pass; such an app passes batches of its own. Only the app decides what it trains on: where it trains
-on these examples too, the comparison favours the mean of the clients' models over one with fitted layers.
+augmentation does, gives other parts at every pass; such an app passes batches of its own. Only the app decides what it
+trains on: where it trains on these examples too, the comparison favours the mean of the clients' models over one with
+fitted layers.
 """
 
 import zlib

@@ -44,8 +44,8 @@ class PathSpec:
 
     Attributes:
         mix: share of the refitted model in a point of the line from the fused to the refitted model.
-        extrapolate: 0 for that line itself, up to the point at `mix`; otherwise the path runs from the global model through the point at
-            `mix`, to this multiple of its distance.
+        extrapolate: 0 for that line itself, up to the point at `mix`; otherwise the path runs from the global model
+            through the point at `mix`, to this multiple of its distance.
     """
 
     mix: float = 1.0

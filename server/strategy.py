@@ -61,7 +61,8 @@ class FedBasin(Strategy):
         """Compose a strategy.
 
         Args:
-            recipe: name of the recipe, as `regmean`; `auto` by default, which is `fedavg` where the app lacks what a comparison needs.
+            recipe: name of the recipe, as `regmean`; `auto` by default, which is `fedavg` where the app lacks what a
+                comparison needs.
             symmetry: symmetry of the model; None derives it from model and example.
             model: the app's model. With it recipes with statistics know the layers, tied tensors stay tied, and the
                 symmetry can be derived.

@@ -112,9 +112,9 @@ def _from_mapping(item: Mapping[str, Any]) -> Batch:
 
 
 def without_targets(batches: Batches, model: nn.Module) -> list[Batch]:
-    """Return the inputs of batches that may have targets or not, on the device of the model. What has no targets gets zeros.
+    """Return the inputs of batches that may have targets or not, on the device of the model.
 
-    An item is a tensor, a sequence whose first part are the inputs, or a dictionary: with the keys of a batch, or of the
+    What has no targets gets zeros in their place. An item is a tensor, a sequence whose first part are the inputs, or a dictionary: with the keys of a batch, or of the
     model's arguments.
 
     Raises:
