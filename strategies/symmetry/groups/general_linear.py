@@ -10,8 +10,8 @@ Each group has two roles, T and T^-T. Stretching changes norms, so the objective
 
 which is `(||A||^2 + ||K||^2 - ||A - T K||^2) / 2`, and equals `<T, M>` wherever T keeps norms. The maximiser of P(d) is
 a root of the quartic `p a^4 - q a^3 + s a - r = 0` (the rescaling of Zhang et al. 2025, arXiv 2502.00264). CO(d)
-alternates between this scale and the polar factor. GL(d) ascends from the best of rotation and least squares, as its J
-is not concave. The rotations that align adapters are `O(d)`, without a second role (FedRot-LoRA, 2026).
+alternates between this scale and the polar factor. GL(d) ascends from rotations of both determinants and from least
+squares, as its J is not concave. The rotations that align adapters are `O(d)`, without a second role (FedRot-LoRA, 2026).
 """
 
 from abc import abstractmethod
@@ -147,16 +147,18 @@ class General(_Stretching):
         return left @ torch.diag_embed(scales) @ right
 
     def _ascend(self, primal: Tensor, dual: Tensor) -> Tensor:
-        # J is not concave, so the ascent begins at the best of several starts.
-        start = max(self._starts(primal, dual), key=lambda maps: _gain(maps, primal, dual))
-        maximum = _maximise(start, primal, dual)
-        return maximum if is_well_conditioned(maximum) else start
+        # J is not concave, so it is maximised from several starts.
+        starts = self._starts(primal, dual)
+        maxima = [_maximise(start, primal, dual) for start in starts]
+        conditioned = [maps for maps in maxima if is_well_conditioned(maps)]
+        return max([*conditioned, *starts], key=lambda maps: _gain(maps, primal, dual))
 
     def _starts(self, primal: Tensor, dual: Tensor) -> list[Tensor]:
-        """Return the best scaled rotation, and the least squares of either role that are well-conditioned."""
+        """Return the best scaled rotation, its mirror image, and the well-conditioned least squares of either role."""
         conformal = Conformal(self.size).best(primal, dual)
         fits = (_least_squares(primal), torch.linalg.pinv(_least_squares(dual)).mT)
-        return [conformal, *(fit for fit in fits if is_well_conditioned(fit))]
+        # No ascent changes the sign of the determinant, because singular maps lie between.
+        return [conformal, _mirrored(conformal), *(fit for fit in fits if is_well_conditioned(fit))]
 
 
 def is_well_conditioned(maps: Maps) -> bool:
@@ -189,6 +191,14 @@ def _least_squares(role: Tensor) -> Tensor:
     return solution.mT
 
 
+def _mirrored(maps: Maps) -> Maps:
+    """Return the maps with their last left singular vector turned round."""
+    left, values, right = torch.linalg.svd(maps)
+    signs = torch.ones_like(values)
+    signs[..., -1] = -1
+    return left @ torch.diag_embed(signs * values) @ right
+
+
 def _gain(maps: Tensor, primal: Tensor, dual: Tensor) -> float:
     return float(agreement(maps, primal) + agreement(contragredient(maps), dual))
 
@@ -206,7 +216,8 @@ def _maximise(start: Tensor, primal: Tensor, dual: Tensor) -> Tensor:
         primal_residual = _scores(primal) - maps @ _grams(primal)
         dual_residual = _scores(dual) - inverse.mT @ _grams(dual)
         slope = primal_residual - inverse.mT @ dual_residual.mT @ inverse.mT
-        return -_gain(maps, primal, dual), -slope.reshape(-1).numpy()
+        gain = agreement(maps, primal) + agreement(inverse.mT, dual)
+        return -float(gain), -slope.reshape(-1).numpy()
 
     entries = minimize(objective, start.reshape(-1).numpy(), jac=True, method="L-BFGS-B").x
     return torch.from_numpy(entries).reshape(shape)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,6 +91,7 @@ def test_products_and_inverses_stay_in_the_group(group: Group, seed: int) -> Non
 @every_group
 @few
 @seeds
+@example(seed=830940051)  # an ascent of GL(3) from the best start ends in a maximum that is not the largest
 def test_no_element_beats_the_maximiser(group: Group, seed: int) -> None:
     generator = drawn(seed)
     scores = random_scores(group, generator)
