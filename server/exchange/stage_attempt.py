@@ -33,8 +33,10 @@ from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.finite_model import changed, check_finite
 from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure, opponents
+from fedbasin.strategies.judging.label_agreement import mislabelled
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
+from fedbasin.strategies.round.refit import RefitHead
 from fedbasin.strategies.round.stage import Stage, StageResult
 from fedbasin.strategies.round.weighted_means import weighted_means
 from fedbasin.strategies.tensors.state import State
@@ -393,13 +395,24 @@ class StageAttempt:
                 return {node: Verdict(measure.examples) for node, measure in measures.items()}
             verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
             refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
-            if not refusals and self._compares_updates:
-                updates = {node: partial(self._cohort.__getitem__, node) for node in measures}
-                refusals = opponents(updates, measures, self._anchor)
+            refusals = refusals or self._contradicting(measures, verdicts)
             if not refusals:
                 return verdicts
             for node, refusal in refusals.items():
                 self._refuse(node, refusal)
+
+    def _contradicting(self, measures: Mapping[int, Measure], verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
+        """Return the refusals of clients that contradict most others: by their direction, or by their labels."""
+        if self._compares_updates:
+            return opponents(
+                {node: partial(self._cohort.__getitem__, node) for node in measures}, measures, self._anchor
+            )
+        if self.stage.request.stage == RefitHead.stage:
+            return mislabelled({node: partial(self._bounded, node, verdict) for node, verdict in verdicts.items()})
+        return {}
+
+    def _bounded(self, node: int, verdict: Verdict) -> Update:
+        return verdict.apply(self._cohort[node], self._anchor)
 
     @property
     def _compares_updates(self) -> bool:
@@ -414,7 +427,7 @@ class StageAttempt:
 
     def _add(self, node: int, verdict: Verdict) -> None:
         candidate, sums = self._candidates[node], self._sums
-        update = verdict.apply(self._cohort[node], self._anchor)
+        update = self._bounded(node, verdict)
         self.stage.add(node, update)
         sums.nodes.append(node)
         sums.path += candidate.path

@@ -65,7 +65,7 @@ def closed_form(
         ridge: regulariser towards zero.
     """
     gram = precision.matrix if len(block) > 1 and isinstance(precision, Gram) else None
-    scale = 1.0 if gram is None else _scale(gram, sums)
+    scale = 1.0 if gram is None else row_scale(gram, sums)
     if gram is not None:
         precision, gram, sums = Gram(gram / scale**2), gram / scale**2, sums / scale
     prior = precision.isotropic(_strength(ridge, gram, sums))
@@ -76,7 +76,7 @@ def closed_form(
     return discriminants(gram, sums, prior) / scale
 
 
-def _scale(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes inputs"]) -> float:
+def row_scale(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes inputs"]) -> float:
     """Return the factor between a head's own output and the model's, as of a temperature.
 
     Clients send rows as they reach the output of the model, so that the bias's input is this factor and no longer one,
