@@ -9,7 +9,7 @@ BIN := .venv/bin
 # What tests compare to the last bit, and what the docs measured, was computed by this one's kernels.
 TORCH := torch==2.13.0
 
-.PHONY: help demo test lint types contracts tests newest lock bench faults fuzz architectures compose e2e proto pages dist clean
+.PHONY: help demo test lint types contracts tests newest lock bench faults figures fuzz architectures compose e2e proto pages dist clean
 
 help: ## show this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -80,6 +80,9 @@ bench: .venv/ready ## measure against peers in the same run; writes docs/records
 
 faults: .venv/ready ## kill every kind of process, fill the disk, cut the network, a thousand rounds
 	$(BIN)/pytest -m slow tests/faults tests/deploy tests/server --ignore tests/server/files
+
+figures: .venv/ready ## the README's figures on every seed, and models that take longer
+	$(BIN)/pytest -m slow tests/test_digits.py tests/test_protocol.py
 
 fuzz: .venv/ready ## a hundred thousand mutated replies in all recipes; TRIES= and SEED= choose others
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(or $(TRIES),100000) $(or $(SEED),0)

@@ -12,6 +12,9 @@ import torch
 from tests.one_round import one_round
 
 SEEDS = (0, 1, 2)
+slow = pytest.mark.slow
+every_seed = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in SEEDS[1:])])
+several_seeds = pytest.mark.parametrize("seeds", [SEEDS[:1], pytest.param(SEEDS, marks=slow)], ids=["one", "all"])
 OWN = {"start": "own", "width": 512, "epochs": 60, "batch_size": 64, "alpha": 0.0}
 # Shared start, labels in Dirichlet(0.3) shares.
 SKEWED = {"start": "shared", "width": 256, "epochs": 40, "batch_size": 32, "alpha": 0.3}
@@ -27,31 +30,36 @@ def accuracy(result):
     return result.reports[0].metrics["test-accuracy"]
 
 
-def test_clients_that_never_shared_a_start_average_to_noise_until_they_are_aligned():
-    plain = [accuracy(measure("fedavg", "off", False, seed)) for seed in SEEDS]
-    aligned = [accuracy(measure("fedavg", "client", False, seed)) for seed in SEEDS]
-    assert max(plain) < 0.6
+@every_seed
+def test_clients_that_never_shared_a_start_average_to_noise_until_they_are_aligned(seed):
+    assert accuracy(measure("fedavg", "off", False, seed)) < 0.6
     # Single seeds differ by a few images: 0.944 to 0.956 over the seeds 0 to 7, 0.952 in the mean.
-    assert fmean(aligned) >= 0.95
+    assert accuracy(measure("fedavg", "client", False, seed)) >= 0.94
 
 
-def test_regmean_brings_them_to_their_ensemble():
-    results = [measure("regmean", "client", False, seed) for seed in SEEDS]
-    assert min(map(accuracy, results)) >= 0.955
-    for result in results:
-        assert accuracy(result) == pytest.approx(result.reports[0].metrics["ensemble-accuracy"], abs=0.015)
+@slow
+def test_the_mean_over_seeds_of_aligned_clients():
+    assert fmean(accuracy(measure("fedavg", "client", False, seed)) for seed in SEEDS) >= 0.95
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed
+def test_regmean_brings_them_to_their_ensemble(seed):
+    result = measure("regmean", "client", False, seed)
+    assert accuracy(result) >= 0.955
+    assert accuracy(result) == pytest.approx(result.reports[0].metrics["ensemble-accuracy"], abs=0.015)
+
+
+@every_seed
 def test_where_labels_are_skewed_regmean_keeps_what_fedavg_loses(seed):
     assert 0.70 <= accuracy(measure("fedavg", "off", True, seed)) <= 0.85
     assert accuracy(measure("regmean", "off", True, seed)) >= 0.90
 
 
-def test_where_labels_are_skewed_features_keep_more_and_a_head_from_labels_most():
+@several_seeds
+def test_where_labels_are_skewed_features_keep_more_and_a_head_from_labels_most(seeds):
     """One round without a label sent, and the baseline of those that send sums of labels."""
     found = {
-        recipe: [accuracy(measure(recipe, "off", True, seed)) for seed in SEEDS]
+        recipe: [accuracy(measure(recipe, "off", True, seed)) for seed in seeds]
         for recipe in ("fedavg", "regmean", "features", "head")
     }
     means = {recipe: fmean(of) for recipe, of in found.items()}

@@ -117,7 +117,7 @@ class TestATask:
         ("transformer", "digits"),
         ("transformer", "recall"),
         ("lora(rank=2, width=8)", "digits"),
-        ("lora_bert(rank=2)", "topics"),
+        pytest.param("lora_bert(rank=2)", "topics", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("rule", ["fedavg", "FedAvg"])

@@ -12,7 +12,7 @@ from fedbasin import RECIPES, FedBasin, basin
 from tests.federation import Federation
 
 NAMES = [name for name, recipe in RECIPES.items() if recipe.lora is None]
-SAMPLE = ("auto", "fedavg", "regmean", "features")
+SAMPLE = ("auto", "fedavg", "regmean")
 WORDS, PLACES, CLASSES = 20, 6, 3
 
 

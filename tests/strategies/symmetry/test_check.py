@@ -30,7 +30,10 @@ def without(symmetry: Symmetry, space: int, axis: int) -> Symmetry:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in ("resnext", "mobilenet") else ()) for name in FAMILIES],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("resnext", "mobilenet", "transformer") else ())
+        for name in FAMILIES
+    ],
 )
 def test_every_axis_that_is_left_behind_is_noticed(name: str) -> None:
     model, symmetry, example = checked(name)

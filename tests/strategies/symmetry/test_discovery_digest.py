@@ -102,21 +102,19 @@ def test_what_another_version_discovered_is_not_taken(monkeypatch: pytest.Monkey
     assert digest(Shuffled([0, 1, 2, 3]), EXAMPLE) != before
 
 
-def test_every_process_gives_the_same_digest() -> None:
+def test_another_process_gives_the_same_digest() -> None:
     command = (
         "from tests.strategies.symmetry.test_discovery_digest import *; print(digest(Shuffled([0, 1, 2, 3]), EXAMPLE))"
     )
-    runs = (
-        subprocess.run(
-            [sys.executable, "-c", command],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for seed in ("1", "2")
+    # This process has another seed of its hashes.
+    run = subprocess.run(
+        [sys.executable, "-c", command],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert {run.stdout.split()[-1] for run in runs} == {digest(Shuffled([0, 1, 2, 3]), EXAMPLE)}
+    assert run.stdout.split()[-1] == digest(Shuffled([0, 1, 2, 3]), EXAMPLE)
 
 
 def test_a_cached_symmetry_is_the_discovered_one() -> None:
