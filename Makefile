@@ -95,7 +95,7 @@ compose: ## the federation in containers, and one run of the digits example; CLI
 	cd deploy && FEDBASIN_CLIENTS=$(or $(CLIENTS),5) docker compose run --rm cli
 
 e2e: .venv/ready ## the compose file on a real Docker engine
-	FEDBASIN_E2E=1 $(BIN)/pytest tests/deploy/test_compose.py
+	FEDBASIN_E2E=1 $(BIN)/pytest -s tests/deploy/test_containers.py
 
 proto: .venv/ready ## generate code from the .proto files
 	$(BIN)/python -m fedbasin.proto.generate

@@ -1,18 +1,13 @@
-"""The compose file against the real command lines, and, with FEDBASIN_E2E=1, on a real Docker engine."""
+"""The compose file against the real command lines; test_containers.py starts it."""
 
-import json
-import multiprocessing
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tomllib
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 from flwr.common.config import parse_config_args
@@ -20,7 +15,7 @@ from flwr.common.config import parse_config_args
 from fedbasin.deploy.processes import SCRIPTS, strip_colour
 from fedbasin.server.run.settings import read_settings
 from tests.needing import needed
-from tests.waiting import LONG, wait_until
+from tests.waiting import LONG
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
@@ -181,97 +176,3 @@ def test_volumes_lie_where_the_image_made_folders_that_its_user_may_write():
 
 def test_prometheus_takes_its_configuration():
     subprocess.run([needed("promtool"), "check", "config", PROMETHEUS], check=True, timeout=LONG)
-
-
-@pytest.mark.deployed
-@pytest.mark.skipif(os.environ.get("FEDBASIN_E2E") != "1", reason="needs Docker (make e2e)")
-def test_a_run_in_containers_reaches_prometheus():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with composed(port) as compose:
-        health = compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
-        assert sorted(health) == sorted(f"{name} healthy" for name, s in SERVICES.items() if "profiles" not in s)
-        config = f"{option('cli', '--run-config')} epochs=2 num-server-rounds=2"
-        log = compose("run", "--rm", "-T", "cli", *command("cli")[:4], "--run-config", config)
-        for count in ("rounds_total{recipe='regmean'} == 2", "runs_finished_total{recipe='regmean'} == 1"):
-            wait_until(lambda count=count: asked(port, f"fedbasin_{count}"), log)
-        (run,) = re.findall(r"started run (\d+)", log)
-        assert compose("run", "--rm", "-T", "cli", "fedbasin", "report", f"runs/{run}", "-o", "-").startswith(
-            "<!doctype"
-        )
-        download = ("fedbasin", "download", run, settings_of_cli().observer, "-o", "/tmp/model")
-        assert "round 2" in compose("run", "--rm", "-T", "cli", *download)
-        reached = [target for target in inside(compose) if is_reached_from_the_machine(*target)]
-        # Of the network that is not internal, and what is published there anyway.
-        assert {(network, port) for network, _, port in reached} == {("monitoring", 9471)}
-
-
-def settings_of_cli():
-    return read_settings(parse_config_args([option("cli", "--run-config")]))
-
-
-def inside(compose):
-    """Networks, addresses and ports of what listens: the SuperLink, and the observer on each of its networks."""
-    ports = {"superlink": [8000], "observer": [9470, 9471]}
-    for service, listening in ports.items():
-        (container,) = json.loads(docker("inspect", compose("ps", "--quiet", service).strip()))
-        for name, network in container["NetworkSettings"]["Networks"].items():
-            bridge = f"br-{network['NetworkID'][:12]}"
-            yield from ((name.rpartition("_")[2], (bridge, network["IPAddress"]), port) for port in listening)
-
-
-def is_reached_from_the_machine(_, place, port):
-    """Whether an unprivileged user of this machine reaches an address through its bridge."""
-    with multiprocessing.get_context("fork").Pool(1, become_nobody) as unprivileged:
-        return unprivileged.apply(connects, (*place, port))
-
-
-def become_nobody():
-    if os.getuid() == 0:
-        os.setgid(65534)
-        os.setuid(65534)
-
-
-def connects(bridge, address, port):
-    with socket.socket() as client:
-        # No packet leaves this machine, where an address of a closed network would go to the default gateway.
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, bridge.encode())
-        client.settimeout(2)
-        return client.connect_ex((address, port)) == 0
-
-
-def docker(*arguments):
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True, timeout=LONG).stdout
-
-
-@contextmanager
-def composed(prometheus_port):
-    """The compose file, up and healthy, under a name of its own; nothing of it is left."""
-    ports = {"PROMETHEUS": str(prometheus_port), "PAGE": "0", "GRAFANA": "0"}  # 0: any that is free
-    environment = {**os.environ, **{f"FEDBASIN_{name}_PORT": port for name, port in ports.items()}}
-
-    def compose(*arguments):
-        done = subprocess.run(
-            ["docker", "compose", "-p", f"fedbasin-e2e-{os.getpid()}", *arguments],
-            cwd=ROOT / "deploy",
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=1800,  # the first build downloads gigabytes
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    try:
-        compose("up", "--build", "--wait", "--wait-timeout", "300")
-        yield compose
-    finally:
-        compose("--profile", "cli", "--profile", "alerts", "down", "--volumes", "--timeout", "10")
-
-
-def asked(port, query):
-    """Whether a comparison holds."""
-    address = f"http://127.0.0.1:{port}/api/v1/query"
-    answer = httpx.get(address, params={"query": query}, timeout=LONG)
-    return answer.raise_for_status().json()["data"]["result"]

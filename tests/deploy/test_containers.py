@@ -1,0 +1,165 @@
+"""Federations in containers on a real Docker engine: `make e2e`."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from fedbasin.deploy.processes import strip_colour
+from tests.deploy.containers import OBSERVER, ROOT, SERVICES, composed, docker, number_of
+from tests.deploy.test_grafana import targets
+from tests.waiting import wait_until
+
+pytestmark = [
+    pytest.mark.deployed,
+    pytest.mark.skipif(os.environ.get("FEDBASIN_E2E") != "1", reason="needs Docker (make e2e)"),
+]
+
+# From a shared start, because which client's model would be the anchor depends on the nodes' ids.
+SHORT = {"epochs": 2, "num-server-rounds": 3, "fedbasin.start": '"shared"'}
+
+
+@pytest.fixture(scope="module")
+def stack():
+    with composed() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def log(stack):
+    """Of the README's example."""
+    return strip_colour(stack.run())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stack):
+    """The model of a run in which nothing happens."""
+    return load(stack.model(number_of(stack.run(**SHORT))))
+
+
+def test_every_service_is_healthy(stack):
+    health = stack.compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
+    assert sorted(health) == sorted(
+        f"{name} healthy" for name, service in SERVICES.items() if "profiles" not in service
+    )
+
+
+def test_the_readmes_example_ends_with_what_it_has_reached_and_its_files_can_be_had(stack, log):
+    assert "accuracy" in log
+    assert "Barrier" in log
+    assert "Refused replies: 0 of " in log
+    run = number_of(log)
+    page = stack.compose("run", "--rm", "-T", "cli", "fedbasin", "report", f"runs/{run}", "-o", "-")
+    assert page.startswith("<!doctype")
+    assert load(stack.model(run))
+    assert "1/1" in stack.compose("run", "--rm", "-T", "cli", "fedbasin", "rounds", OBSERVER)
+
+
+def test_a_run_reaches_prometheus(stack, log):
+    for query in ("rounds_total{recipe='regmean'} >= 1", "runs_finished_total{recipe='regmean'} >= 1"):
+        wait_until(lambda query=query: stack.asked(f"fedbasin_{query}"), log)
+
+
+def test_every_expression_of_the_dashboard_has_data_after_the_readmes_example(stack, log):
+    queries = {target.values[0].replace("$recipe", "regmean").replace("$window", "5m") for target in targets}
+
+    def without_data():
+        return {query for query in queries if not stack.asked(query)}
+
+    end = time.monotonic() + 120  # several scrapes and evaluations of the rules
+    while without_data() and time.monotonic() < end:
+        time.sleep(5)
+    assert without_data() == set(), log
+
+
+def test_a_run_that_fails_ends_with_status_1_and_the_reason(stack):
+    status, log = stack.run_until("started run", lambda: None, **{"fedbasin.recipe": '"no-such-recipe"'})
+    assert status == 1
+    assert "no-such-recipe" in log
+
+
+@pytest.mark.parametrize("service", ["superlink", "nodes", "observer", "superexec"])
+def test_a_run_outlives_the_death_of_each_service(stack, undisturbed, service):
+    status, log = stack.run_until("[ROUND 2", lambda: stack.die(service), **SHORT)
+    if status:
+        # The process of the run itself is gone; the same command goes on where it stopped.
+        log = stack.run(**SHORT)
+    # Nodes that come back have other ids, and their sum another order.
+    torch.testing.assert_close(load(stack.model(number_of(log))), undisturbed, rtol=0, atol=1e-6)
+
+
+def test_only_what_is_published_answers_an_unprivileged_user_of_the_machine(stack):
+    places = {"superlink": [8000], "observer": [9470, 9471]}
+    assert reached(stack, places) == {("monitoring", 9471)}  # its network is not internal, and it is published
+
+
+@pytest.mark.parametrize("clients", [20, 50])
+def test_more_clients_finish_a_run_in_a_bounded_memory(clients):
+    with composed(FEDBASIN_CLIENTS=clients) as stack:
+        log = strip_colour(stack.run(**SHORT))
+        memory = stack.memory("nodes")
+    assert f"fuse: {clients} of {clients} clients accepted" in log
+    rounds = [line.split("finished in")[1].strip() for line in log.splitlines() if "round finished in" in line]
+    print(f"\n{clients} clients: rounds of {', '.join(rounds)}; {memory / 1e9:.1f} GB at most", file=sys.stderr)
+    assert memory < 10e9
+
+
+def test_a_changed_line_installs_no_library_again(tmp_path):
+    """The layers of the libraries are taken as they are."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    changed = tmp_path / "server/run/loop.py"
+    outputs = []
+    for line in ("", "# A changed line.\n"):
+        changed.write_text(changed.read_text() + line)
+        build = ["docker", "compose", "-p", f"fedbasin-e2e-{os.getpid()}", "build", "--progress", "plain", "superlink"]
+        done = subprocess.run(build, cwd=tmp_path / "deploy", capture_output=True, text=True, timeout=1800, check=False)
+        outputs.append(done.stdout + done.stderr)
+        assert done.returncode == 0, outputs[-1]
+    steps = outputs[1].split("\n\n")
+    libraries = [step for step in steps if "[libraries" in step and "] FROM" not in step]
+    assert libraries
+    assert all("CACHED" in step for step in libraries), outputs[1]
+    assert any("[package" in step and "CACHED" not in step for step in steps)
+
+
+def reached(stack, ports):
+    """Networks and ports of services that an unprivileged user of this machine reaches through their bridge."""
+    found = set()
+    for service, listening in ports.items():
+        (container,) = json.loads(docker("inspect", stack.container(service)))
+        for name, network in container["NetworkSettings"]["Networks"].items():
+            bridge = f"br-{network['NetworkID'][:12]}"
+            found |= {
+                (name.rpartition("_")[2], port) for port in listening if is_reached(bridge, network["IPAddress"], port)
+            }
+    return found
+
+
+def is_reached(*place):
+    with multiprocessing.get_context("fork").Pool(1, become_nobody) as unprivileged:
+        return unprivileged.apply(connects, place)
+
+
+def become_nobody():
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def connects(bridge, address, port):
+    with socket.socket() as client:
+        # No packet leaves this machine, where an address of a closed network would go to the default gateway.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, bridge.encode())
+        client.settimeout(2)
+        return client.connect_ex((address, port)) == 0
