@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.translation import Translation, nearest, parse_shift, random
 from fedbasin.strategies.tensors.state import distance
+from tests.strategies.symmetry.by_hand.prenorm_transformer import preln_transformer
 from tests.strategies.symmetry.families import Transformer
 from tests.strategies.symmetry.test_groups import drawn
 from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of

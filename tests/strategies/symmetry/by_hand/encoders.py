@@ -8,9 +8,9 @@ Sanh et al. 2019, arXiv 1910.01108; He et al. 2021, arXiv 2111.09543).
 """
 
 from fedbasin.strategies.symmetry.groups.groups import Permutation, signed
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.draft import Config, Draft, Projections, Role, heads
 
 
 def bert(config: Config, state: State, *, residual: bool) -> Symmetry:

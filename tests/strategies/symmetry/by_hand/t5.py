@@ -7,9 +7,9 @@ one token table, so they share one residual stream, which has signs because its 
 """
 
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath, gated, signed
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads, share
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.draft import Config, Draft, Projections, Role, heads, share
 
 # The role of `signed(n, scales=True)` that follows the order without the sign.
 _SCALES = 1
