@@ -87,7 +87,7 @@ def discover(
     key = digest(model, inputs) if cache is not None else ""
     text = None if cache is None else cache.get(key)
     if text is None:
-        text = _notation(*_discovered(model, inputs, progress or _ignore))
+        text = _notation(*_discovered(model, inputs, progress or (lambda *_: None)))
         if cache is not None:
             cache[key] = text
     symmetry = parse(text)
@@ -103,10 +103,6 @@ _STOP = "# stop "
 def _notation(symmetry: Symmetry, stops: Iterable[Stop]) -> str:
     """Return a symmetry and what stopped it as one text, which `parse` reads too."""
     return str(symmetry) + "".join(f"{_STOP}{stop.part}|{stop.operation}|{stop.source}\n" for stop in stops)
-
-
-def _ignore(what: str, fraction: float) -> None:
-    """Take note of no progress."""
 
 
 def _discovered(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, random_transform
 from fedbasin.strategies.symmetry.discover.follow import decomposed
 from fedbasin.strategies.symmetry.discover.twin import aliases, as_in, double_twin, draw_noise
-from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
+from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs, redraw
 from fedbasin.strategies.symmetry.float64_execution import TrueDouble
 from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
@@ -124,7 +124,7 @@ class Prover:
     def gradients(self, seed: int) -> dict[str, Tensor]:
         """Return the gradients of a random function of the outputs, by the first names of the tensors that have any."""
         generator = torch.Generator().manual_seed(seed)
-        inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in self.inputs)
+        inputs = redraw(self.inputs, generator)
         parameters = self.model.state_dict(keep_vars=True)
         learnt = {name: parameters[name] for name in self.names if parameters[name].requires_grad}
         with in_mode(self.model, training=False), decomposed(), TrueDouble(), torch.enable_grad():
@@ -184,7 +184,7 @@ class Prover:
 
     def _run(self, seed: int, *, training: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in self.inputs)
+        inputs = redraw(self.inputs, generator)
         buffers = [buffer.clone() for buffer in self.model.buffers()] if training else []
         with in_mode(self.model, training=training), decomposed(), _WithoutDropout():
             results = [tensor.clone() for tensor in answers(self.model(*inputs))]
@@ -214,12 +214,6 @@ def _sensitive(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random number that depends on every entry of an output but masks."""
     phase = draw_noise(tensor, generator)
     return (torch.where(tensor.abs() < _MASKED, tensor, 0) + phase).cos().sum()
-
-
-def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
 
 
 def _distance(expected: list[Tensor], actual: list[Tensor]) -> float:
