@@ -23,6 +23,7 @@ from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.symmetry.translation import translate
 from fedbasin.strategies.tensors.batches import evaluating
 from fedbasin.strategies.tensors.state import State
 
@@ -140,7 +141,7 @@ def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -
     translation = random_translation(symmetry.shifts, state, generator)
 
     def move(original: State) -> State:
-        return translation.act(transform.act(symmetry.fold(original)))
+        return translate(translation, transform.act(symmetry.fold(original)))
 
     # float64 tells rounding from a wrong symmetry; float32 tells whether the maps are well-conditioned enough to train.
     return CheckTrial(

@@ -20,6 +20,7 @@ from fedbasin.strategies.symmetry.float64_execution import TrueDouble
 from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.symmetry.translation import translate
 from fedbasin.strategies.tensors.batches import in_mode
 from fedbasin.strategies.tensors.state import State
 
@@ -157,7 +158,7 @@ class Prover:
         state = {alias: tensor for name, tensor in self._tensors.items() for alias in self.names[name]}
         try:
             changed = random_transform(symmetry, generator).act(symmetry.fold(state))
-            changed = random_translation(symmetry.shifts, changed, generator).act(changed)
+            changed = translate(random_translation(symmetry.shifts, changed, generator), changed)
             return _distance(expected, self._run_on(changed, seed, training=training))
         except (RuntimeError, IndexError, ValueError):
             return float("inf")
