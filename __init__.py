@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fedbasin.strategies.recipes import RECIPES as RECIPES
     from fedbasin.strategies.symmetry.check import check as check
     from fedbasin.strategies.symmetry.discover.discovery import discover as discover
-    from fedbasin.strategies.symmetry.models.families import family as family
     from fedbasin.strategies.symmetry.symmetry import Symmetry as Symmetry
     from fedbasin.strategies.symmetry.symmetry import parse as parse
     from fedbasin.strategies.tasks.model_task import Task as Task
@@ -48,7 +47,6 @@ _HOMES = {
     "basin": "client.mod",
     "check": "strategies.symmetry.check",
     "discover": "strategies.symmetry.discover.discovery",
-    "family": "strategies.symmetry.models.families",
     "fuse": "strategies.fusion.accumulator",
     "parse": "strategies.symmetry.symmetry",
 }

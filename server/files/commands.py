@@ -46,8 +46,7 @@ NoProof = Annotated[
 RotateResidual = Annotated[
     bool,
     typer.Option(
-        "--rotate-residual",
-        help="Let the residual stream rotate, with its norms folded into the layers that read it; needs a config of a known family.",
+        "--rotate-residual", help="Let the residual stream rotate, with its norms folded into the layers that read it."
     ),
 ]
 Spaces = Annotated[

@@ -18,7 +18,7 @@ from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, read_json
 from fedbasin.server.files.symmetry_cache import SymmetryCache
 from fedbasin.strategies.symmetry.discover.discovery import discover
-from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_family
+from fedbasin.strategies.symmetry.discover.rotation import rotate_residual
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.tensors.state import State
 
@@ -213,8 +213,8 @@ def _notation(model: StoredModel, source: Source) -> Symmetry | None:
     is_written = source.notation is not None or (source.config is None and METADATA in model.metadata)
     if source.rotate_residual and is_written:
         raise ModelError(
-            f"{model.path}: --rotate-residual needs the config of a known family, but the symmetry is in the "
-            "notation, which has its own folds; give --config instead, or leave the option out"
+            f"{model.path}: --rotate-residual executes the model, but the symmetry is in the notation, which has its "
+            "own folds; give --config or --module instead, or leave the option out"
         )
     if source.notation is not None:
         return _parse_file(source.notation)
@@ -275,33 +275,31 @@ def derived(
         progress: called while the symmetry is discovered.
 
     Raises:
-        SymmetryError: the module does not run, or cannot be followed.
-        ModelError: the residual stream is to rotate and cannot, or a tensor has too narrow a dtype.
+        SymmetryError: the module does not run, cannot be followed, or has no residual stream that rotates as asked.
+        ModelError: a tensor has too narrow a dtype.
     """
-    module, layout = executable.module, executable.layout
-    stops: tuple[str, ...] = ()
+    module, layout, example = executable.module, executable.layout, executable.example
+    discovery = discover(module, example, cache=SymmetryCache(), progress=progress)
+    symmetry, stays = _storable(discovery.symmetry, layout)
     if source.rotate_residual:
-        symmetry = _rotating(model, executable)
-    else:
-        discovery = discover(module, executable.example, cache=SymmetryCache(), progress=progress)
-        symmetry, stops = discovery.symmetry, tuple(map(str, discovery.stops))
-    symmetry, stays = _storable(symmetry, layout)
+        symmetry = rotate_residual(module, symmetry, example)
+        _refuse_tied_head(model, executable, symmetry)
     _refuse_narrow_dtypes(model, symmetry, layout)
-    return SymmetricModel(model, symmetry, layout, executable, by_hand=False, source=source, stops=(*stops, *stays))
+    stops = (*map(str, discovery.stops), *stays)
+    return SymmetricModel(model, symmetry, layout, executable, by_hand=False, source=source, stops=stops)
 
 
-def _rotating(model: StoredModel, executable: ExecutableModel) -> Symmetry:
-    config: Any = executable.config
-    if config is None:
-        raise ModelError(f"{model.path}: --rotate-residual needs the config of a known family, and not --module")
-    symmetry = rotating_residual_family(config.model_type, config, executable.module.state_dict())
-    # Checked here too, because a file may hold two copies of a tied table, of which a fold would change one.
-    if config.tie_word_embeddings:
-        raise ModelError(
-            f"{model.path}: --rotate-residual folds the last norm into the head, which this config ties to the token "
-            "table; untie them (tie_word_embeddings = False), or leave the option out"
-        )
-    return symmetry
+def _refuse_tied_head(model: StoredModel, executable: ExecutableModel, symmetry: Symmetry) -> None:
+    # A file may hold two copies of a table that the config ties, of which a fold changes one: loaders differ in which
+    # of them they read.
+    module: Any = executable.module
+    if getattr(executable.config, "tie_word_embeddings", False) and (head := module.get_output_embeddings()):
+        state = module.state_dict(keep_vars=True)
+        if any(state[reader.tensor] is head.weight for fold in symmetry.folds for reader in fold.readers):
+            raise ModelError(
+                f"{model.path}: --rotate-residual folds the last norm into the head, which this config ties to the token "
+                "table; untie them (tie_word_embeddings = False), or leave the option out"
+            )
 
 
 def _storable(symmetry: Symmetry, layout: TensorLayout) -> tuple[Symmetry, tuple[str, ...]]:

@@ -33,7 +33,7 @@ from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import LoraFactors, LoraProducts, Recipe
 from fedbasin.strategies.round.stage import Accumulate, Checked, Stage
-from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
+from fedbasin.strategies.symmetry.lora_symmetry import adapters
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 

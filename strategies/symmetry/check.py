@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
+from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs, redraw
 from fedbasin.strategies.symmetry.float64_execution import true_double
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.groups.groups import Group
@@ -23,6 +23,7 @@ from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.symmetry.translation import translate
 from fedbasin.strategies.tensors.batches import evaluating
 from fedbasin.strategies.tensors.state import State
 
@@ -135,12 +136,12 @@ def _parts(symmetry: Symmetry) -> Iterator[tuple[str, Symmetry]]:
 def _trial(model: nn.Module, symmetry: Symmetry, inputs: Arguments, seed: int) -> CheckTrial:
     generator = torch.Generator().manual_seed(seed)
     state = _perturb(model, generator)
-    random_inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in inputs)
+    random_inputs = redraw(inputs, generator)
     transform = random_transform(symmetry, generator)
     translation = random_translation(symmetry.shifts, state, generator)
 
     def move(original: State) -> State:
-        return translation.act(transform.act(symmetry.fold(original)))
+        return translate(translation, transform.act(symmetry.fold(original)))
 
     # float64 tells rounding from a wrong symmetry; float32 tells whether the maps are well-conditioned enough to train.
     return CheckTrial(
@@ -240,12 +241,6 @@ def _add_noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.where(tensor == 0, _NOISE * noise.abs(), tensor * torch.exp(_NOISE * noise))
     scale = float(tensor.double().square().mean().sqrt())
     return tensor + _NOISE * noise * (scale or 1.0)
-
-
-def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

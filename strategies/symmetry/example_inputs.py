@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
@@ -30,6 +31,17 @@ def positional_inputs(model: nn.Module, *inputs: Example | None) -> tuple[Tensor
     if len(inputs) == 1 and isinstance(inputs[0], list | tuple):
         inputs = tuple(inputs[0])
     return tuple(_require_tensor(f"number {position}", value) for position, value in enumerate(inputs))
+
+
+def redraw(inputs: Sequence[Tensor | None], generator: torch.Generator) -> tuple[Tensor | None, ...]:
+    """Return random inputs of the same shapes; those that are not floating, such as tokens, are kept."""
+
+    def draw(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+
+    return tuple(map(draw, inputs))
 
 
 def _by_signature(model: nn.Module, named: Mapping[str, Any]) -> tuple[Tensor | None, ...]:

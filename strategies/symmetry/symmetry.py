@@ -33,7 +33,7 @@ from fedbasin.strategies.symmetry.folding import Fold, FoldError, check_folds, f
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.groups.group_notation import NotationError, parse_group
 from fedbasin.strategies.symmetry.groups.groups import Group
-from fedbasin.strategies.symmetry.translation import Shift, ShiftError, nearest, parse_shift
+from fedbasin.strategies.symmetry.translation import Shift, ShiftError, nearest, parse_shift, translate
 from fedbasin.strategies.tensors.state import State
 
 _Line = TypeVar("_Line", Fold, Shift)
@@ -211,7 +211,7 @@ class Symmetry:
 
         The shifts are exact minimisers for the client's present projections, so align the client first.
         """
-        return nearest(self.shifts, anchor, client).act(client)
+        return translate(nearest(self.shifts, anchor, client), client)
 
     def check(self, state: State) -> None:
         """Check that every axis, fold and shift fits the tensors of a model; only shapes and types are read.

@@ -17,6 +17,7 @@ where the axis is the one that reads values. After a bias that holds other entri
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -127,46 +128,26 @@ class Shift:
         return bias.unflatten(0, (-1, self.period or len(bias)))[:, start:stop]
 
 
-@dataclass(frozen=True, eq=False)
-class Translation:
-    """One vector for each shift.
+Translation: TypeAlias = Mapping[Shift, Vector]
+"""One vector for each shift; translations are a group under addition of their vectors."""
 
-    Laws: `t.inverse().act(t.act(s)) == s`, `t.after(u).act(s) == t.act(u.act(s))`, and `act` keeps the function of the
-    model.
 
-    Attributes:
-        vectors: vectors by their shifts.
-    """
-
-    vectors: Mapping[Shift, Vector]
-
-    def act(self, state: State) -> dict[str, Tensor]:
-        """Return the translated state, in which tensors that no shift touches are the same objects."""
-        result = dict(state)
-        for shift, vector in self.vectors.items():
-            result |= shift.act(result, vector)
-        return result
-
-    def inverse(self) -> "Translation":
-        """Return the translation that undoes this one."""
-        return Translation({shift: -vector for shift, vector in self.vectors.items()})
-
-    def after(self, earlier: "Translation") -> "Translation":
-        """Return the product, which is the sum of the vectors and therefore independent of the order."""
-        total = dict(earlier.vectors)
-        for shift, vector in self.vectors.items():
-            total[shift] = total[shift] + vector if shift in total else vector
-        return Translation(total)
+def translate(translation: Translation, state: State) -> dict[str, Tensor]:
+    """Return the translated state, in which tensors that no shift touches are the same objects."""
+    result = dict(state)
+    for shift, vector in translation.items():
+        result |= shift.act(result, vector)
+    return result
 
 
 def nearest(shifts: Iterable[Shift], anchor: State, client: State) -> Translation:
     """Return the translation that brings the client closest to the anchor."""
-    return Translation({shift: shift.nearest(anchor, client) for shift in shifts})
+    return {shift: shift.nearest(anchor, client) for shift in shifts}
 
 
 def random(shifts: Iterable[Shift], state: State, generator: torch.Generator) -> Translation:
     """Draw a translation whose vectors have the scale of the model's biases, or 1 where these are 0."""
-    return Translation({shift: _draw(shift, state, generator) for shift in shifts})
+    return {shift: _draw(shift, state, generator) for shift in shifts}
 
 
 def _draw(shift: Shift, state: State, generator: torch.Generator) -> Vector:

@@ -140,7 +140,7 @@ def largest_change(
     state = dict(shaken.named_parameters(remove_duplicate=False)) | dict(shaken.named_buffers(remove_duplicate=False))
     state = {name: tensor.detach() for name, tensor in state.items()}
     for seed in range(seeds):
-        moved = random(symmetry, torch.Generator().manual_seed(seed)).act(state)
+        moved = random(symmetry, torch.Generator().manual_seed(seed)).act(symmetry.fold(state))
         transformed = copy.deepcopy(shaken)
         _replace(transformed, moved)
         for example, before in runs:

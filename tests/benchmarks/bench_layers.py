@@ -8,10 +8,10 @@ from transformers import BertConfig, BertModel
 
 from fedbasin.strategies.alignment.layer_subset import choose_layers
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say
+from tests.strategies.symmetry.by_hand.families import family
 
 LAYERS, WIDTH, HEADS, HIDDEN = 24, 256, 4, 1024
 SUBSETS = ("first:6", "last:6", "mlp.*", "heads.*")

@@ -18,10 +18,10 @@ from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.symmetry.models.families import family
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State, distance
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, median_ratio
+from tests.strategies.symmetry.by_hand.families import family
 
 LAYERS, HEADS, WIDTH = 12, 12, 768
 SIZE = WIDTH // HEADS

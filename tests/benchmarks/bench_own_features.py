@@ -22,10 +22,9 @@ from fedbasin.client.refit.regression import regress
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import join, split
 from fedbasin.strategies.recipes import Target
-from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.tensors.state import State
 from tests import running
-from tests.benchmarks.bench_own_starts import EPOCHS, HEADS, TRAINED, train
+from tests.benchmarks.bench_own_starts import EPOCHS, HEADS, TRAINED, rotating, train
 from tests.benchmarks.figures import Figure, Goal, Say
 from tests.federation import Federation
 from tests.protocol.models import Make, transformer
@@ -120,8 +119,7 @@ class Clients:
             keys = {f"fedbasin.{key}": value for key, value in config.items()}
             federation = Federation(self._app(), keys, len(self.models))
             model = self.make(0)
-            symmetry = rotating_residual_transformer(model.state_dict(), HEADS)
-            result = running.run(federation, model, symmetry=symmetry)
+            result = running.run(federation, model, symmetry=rotating(model))
         return self.accuracy(result.state_dict), len(result.reports[0].stages)
 
     def _app(self) -> ClientApp:

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.pairwise_merging import Link, Links, MergedModel, chain, tree
 from fedbasin.strategies.alignment.weight_matching import match_weights
-from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
+from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.discover.rotation import rotate_residual
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 from tests.benchmarks.figures import Figure, Goal, Say
@@ -193,7 +194,13 @@ def begin(clients: int, optimiser: str, seed: int, epochs: int = EPOCHS) -> Roun
     models = [
         train(fresh(200 + 10 * seed + node), *digits.share(node), optimiser, node, epochs) for node in range(clients)
     ]
-    return Round(digits, models, rotating_residual_transformer(models[0], HEADS), Transformer(heads=HEADS))
+    return Round(digits, models, rotating(Transformer(heads=HEADS)), Transformer(heads=HEADS))
+
+
+def rotating(model: nn.Module) -> Symmetry:
+    """The symmetry of a transformer on rows of digits, with its residual stream rotating."""
+    example = torch.zeros(2, 8, 8)
+    return rotate_residual(model, discover(model, example).symmetry, example)
 
 
 def figures(begun: Round, steps: int = STEPS) -> tuple[float, ...]:

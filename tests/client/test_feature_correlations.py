@@ -7,10 +7,10 @@ from torch import nn
 from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.symmetry.discover.discovery import discover
-from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.alignment.matched_models import EXAMPLES_BY_NAME
+from tests.strategies.symmetry.by_hand.prenorm_transformer import preln_transformer
 from tests.strategies.symmetry.families import Transformer
 
 

@@ -13,11 +13,11 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.tensors.state import MEASURED, floating
 from tests import running, tiny
 from tests.accepting import accept
 from tests.server.fake_grid import FakeGrid
+from tests.strategies.symmetry.by_hand.residual_rotation import rotating_residual_transformer
 from tests.strategies.symmetry.families import Transformer
 
 CLIENTS = 4

@@ -11,14 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.coverage import Coverage, coverage
 from fedbasin.strategies.symmetry.discover.bundles import Bundle, Cell, Kind, bundles
 from fedbasin.strategies.symmetry.discover.digest import digest
 from fedbasin.strategies.symmetry.discover.follow import follow
-from fedbasin.strategies.symmetry.discover.proof import Prover, double_twin
+from fedbasin.strategies.symmetry.discover.proof import Prover, proving
 from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import OUTPUT, Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
@@ -88,7 +87,7 @@ def discover(
     key = digest(model, inputs) if cache is not None else ""
     text = None if cache is None else cache.get(key)
     if text is None:
-        text = _notation(*_discovered(model, inputs, progress or _ignore))
+        text = _notation(*_discovered(model, inputs, progress or (lambda *_: None)))
         if cache is not None:
             cache[key] = text
     symmetry = parse(text)
@@ -106,63 +105,25 @@ def _notation(symmetry: Symmetry, stops: Iterable[Stop]) -> str:
     return str(symmetry) + "".join(f"{_STOP}{stop.part}|{stop.operation}|{stop.source}\n" for stop in stops)
 
 
-def _ignore(what: str, fraction: float) -> None:
-    """Take note of no progress."""
-
-
 def _discovered(
     model: nn.Module, example: tuple[Tensor | None, ...], tell: Progress
 ) -> tuple[Symmetry, Iterable[Stop]]:
     tell("copy the model", 0.0)
-    # Of the model itself: tensors of a copy in another type no longer overlap.
-    names = aliases(model)
-    with double_twin(model) as twin:
+    with proving(model, *example) as prover:
         tell("follow the model", 0.05)
-        inputs = tuple(None if tensor is None else _as_in(twin, tensor) for tensor in example)
-        identities = {id(tensor): name for name, tensor in twin.state_dict(keep_vars=True).items() if name in names}
-        record = follow(twin, inputs, identities)
-        if record.decides and (idle := record.unread & {name for name, _ in twin.named_parameters()}):
+        state = prover.model.state_dict(keep_vars=True)
+        identities = {id(state[name]): name for name in prover.names}
+        record = follow(prover.model, prover.inputs, identities)
+        if record.decides and (idle := record.unread & {name for name, _ in prover.model.named_parameters()}):
             raise SymmetryError(
                 f"{type(model).__name__} chooses by data what it runs, and {min(idle)!r} was not among it; give an example "
                 "in which every part is used"
             )
-        search = _Search(Prover(twin, inputs, names), bundles(record, names), record, tell)
+        search = _Search(prover, bundles(record, prover.names), record, tell)
         symmetry = search.run()
         # Pairs of a head that turn move, though the angles keep their order.
         moved = {space.name for space in symmetry.spaces}
         return symmetry, [stop for stop in _stops(record, search) if stop.part not in moved]
-
-
-def _as_in(twin: nn.Module, tensor: Tensor) -> Tensor:
-    """Return an input on the device of the model in float64, in its type."""
-    device = next((t.device for t in twin.state_dict().values()), tensor.device)
-    return tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
-
-
-def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return all names of each tensor of the state, by the first of them.
-
-    Tensors that overlap without being equal are left out: no axis of one is an axis of the other.
-    """
-    names: dict[tuple[object, ...], list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(_memory(tensor), []).append(name)
-    return {
-        group[0]: tuple(group)
-        for memory, group in names.items()
-        if not any(_overlap(memory, rival) for rival in names if rival != memory)
-    }
-
-
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    start = int(tensor.storage_offset())
-    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    storage = tensor.untyped_storage().data_ptr() or id(tensor)
-    return storage, start, start + steps + 1, tuple(tensor.shape), tensor.stride()
-
-
-def _overlap(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
-    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]  # type: ignore[operator]
 
 
 @dataclass(eq=False)

@@ -4,11 +4,9 @@ Discovery tries many groups, so the copy, its outputs and its memory are kept be
 tensors that change into the copy, runs it, and writes the old tensors back.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,15 +14,15 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, random_transform
 from fedbasin.strategies.symmetry.discover.follow import decomposed
+from fedbasin.strategies.symmetry.discover.twin import aliases, as_in, double_twin, draw_noise
+from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs, redraw
 from fedbasin.strategies.symmetry.float64_execution import TrueDouble
 from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import random as random_translation
+from fedbasin.strategies.symmetry.translation import translate
 from fedbasin.strategies.tensors.batches import in_mode
 from fedbasin.strategies.tensors.state import State
-
-# Noise on the parameters, as a fraction of the root mean square of a tensor.
-_NOISE = 0.3
 
 # Rounding of a parameter, relative to its size, that a proof must not notice.
 _ROUNDING = 1e-15
@@ -32,99 +30,25 @@ _ROUNDING = 1e-15
 # Largest error that counts as rounding where a model amplifies it, and in multiples of what rounded parameters change.
 _LOOSEST, _AMPLIFIED = 1e-8, 20
 
-# Numbers that are drawn for a large tensor: a prime, which no length of a row divides.
-_DRAWN = 1_048_583
+# Draws of inputs on which a model may amplify rounding too much to decide, and the distance of their seeds.
+_REDRAWS, _STRIDE = 4, 1000
 
 # Entries beyond this are masks, not numbers of the model.
 _MASKED = 1e30
 
 
 @contextmanager
-def double_twin(model: nn.Module) -> Iterator[nn.Module]:
-    """Give a model in float64 whose parameters are shaken, all of them to a size that has an effect.
-
-    It is a copy, or the model itself if its forward method was replaced by a function: a copy would run on the tensors
-    of the model. In that case the model has its own tensors again afterwards.
+def proving(model: nn.Module, *example: Example | None) -> Iterator["Prover"]:
+    """Give a prover on a shaken copy of a model.
 
     Raises:
-        SymmetryError: the model cannot be copied.
+        SymmetryError: the example does not fit the model, or the model cannot be copied.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
-        saved = [tensor.data for tensor in tensors]
-        experts = _choose_experts(model, "batched_mm")
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data.clone()
-            _shake_all(model)
-            yield model
-        finally:
-            for tensor, data in zip(tensors, saved, strict=True):
-                tensor.data = data
-            if experts is not None:
-                _choose_experts(model, experts)
-        return
-    twin = _copy(model)
-    _shake_all(twin)
-    yield twin
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        # Weights that a hook computes are no leaves, which deepcopy refuses; the hook computes them again.
-        computed = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-        twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
-        # On the CPU, because some accelerators have no float64.
-        twin = twin.cpu().double()
-    except Exception as error:  # a model may hold anything
-        raise SymmetryError(f"{type(model).__name__} cannot be copied: {error}") from error
-    _choose_experts(twin, "batched_mm")
-    return twin
-
-
-def _choose_experts(model: nn.Module, name: str) -> str | None:
-    """Choose how a model of the transformers library multiplies its experts, and return how it did.
-
-    Grouped products exist for narrow types alone, and loops over experts visit those that the data choose.
-    """
-    implementation = None
-    for module in model.modules():
-        choose: Any = getattr(module, "set_experts_implementation", None)
-        if choose is not None:
-            implementation = implementation or getattr(module.config, "_experts_implementation", None)
-            choose(name)
-    return implementation
-
-
-def _shake_all(twin: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.is_floating_point() and parameter.numel():
-                _shake(parameter, generator)
-        for buffer in twin.buffers():
-            if buffer.is_floating_point() and buffer.numel() and not bool(buffer.isinf().any()):
-                # A buffer may be a variance, which must stay positive.
-                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer.device)
-                buffer.copy_(torch.where(buffer == 0, _NOISE * noise.abs(), buffer * torch.exp(_NOISE * noise)))
-
-
-def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw normal numbers, of which a large tensor has the same again and again: its rows still differ."""
-    drawn = torch.randn(min(tensor.numel(), _DRAWN), generator=generator, dtype=torch.float64)
-    return drawn.repeat(-(-tensor.numel() // _DRAWN))[: tensor.numel()].view(tensor.shape).to(tensor.device)
-
-
-def _shake(parameter: Tensor, generator: torch.Generator) -> None:
-    noise = _noise(parameter, generator)
-    size = float(parameter.square().mean().sqrt())
-    # Small scales, such as those of fresh branches, are lifted: what has no effect would hide what it multiplies.
-    inputs = parameter[0].numel() if parameter.dim() > 1 else 1
-    least = 1.0 if parameter.dim() <= 1 or inputs == 1 else inputs**-0.5
-    if parameter.dim() <= 1:
-        # Scales and biases below 0 would silence units, of which the outputs then tell nothing.
-        noise = noise.abs()
-    parameter.add_(noise * max(_NOISE * size, least if size < least / 3 else 0.0))
+    inputs = positional_inputs(model, *example)
+    # Of the model itself: tensors of a copy in another type no longer overlap.
+    names = aliases(model)
+    with double_twin(model) as twin:
+        yield Prover(twin, tuple(None if tensor is None else as_in(twin, tensor) for tensor in inputs), names)
 
 
 @dataclass(eq=False)
@@ -146,18 +70,31 @@ class Prover:
         self._tensors: dict[str, Tensor] = {name: tensors[name].detach() for name in self.names}
         self._answers: dict[tuple[int, bool], list[Tensor]] = {}
         self._roundings: dict[tuple[int, bool], float] = {}
-        self.trials = 0
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the copy by the first of its names."""
+        return self._tensors[name]
 
     def keeps(self, symmetry: Symmetry, seeds: Sequence[int] = (0,), *, training: bool = False) -> bool:
         """Return whether random elements of a symmetry keep the function of the model, up to its rounding."""
-        for seed in seeds:
-            error = self.error(symmetry, seed, training=training)
+        return all(self._keeps_at(symmetry, seed, training=training) for seed in seeds)
+
+    def _keeps_at(self, symmetry: Symmetry, seed: int, *, training: bool) -> bool:
+        for further in range(seed, seed + _REDRAWS * _STRIDE, _STRIDE):
+            error = self.error(symmetry, further, training=training)
+            if error < DOUBLE_TOLERANCE:
+                return True
             # Deep convolutional models may amplify rounding beyond the tolerance; what is wrong changes far more.
-            if not error < DOUBLE_TOLERANCE and not (
-                error < _LOOSEST and error < _AMPLIFIED * self._rounding(seed, training=training)
-            ):
+            if not error < _AMPLIFIED * self._rounding(further, training=training):
                 return False
-        return True
+            if error < _LOOSEST:
+                return True
+            # Inputs on which rounding alone changes this much decide nothing, so others are drawn.
+        return False
+
+    def keeps_enlarged(self, symmetry: Symmetry) -> bool:
+        """Return whether a symmetry keeps the function with other elements on a batch twice as long too."""
+        return self.keeps(symmetry) and (self.enlarged() or self).keeps(symmetry, (1,))
 
     def repeats(self, *, training: bool) -> bool:
         """Return whether runs are comparable.
@@ -176,7 +113,9 @@ class Prover:
         if (seed, training) not in self._roundings:
             generator = torch.Generator().manual_seed(0)
             rounded = {
-                alias: tensor * (1 + _ROUNDING * _noise(tensor, generator)) if tensor.is_floating_point() else tensor
+                alias: tensor * (1 + _ROUNDING * draw_noise(tensor, generator))
+                if tensor.is_floating_point()
+                else tensor
                 for name, tensor in self._tensors.items()
                 for alias in self.names[name][-1:]
             }
@@ -186,24 +125,23 @@ class Prover:
 
     def reached(self) -> set[str]:
         """Return the first names of the tensors that change an output, as far as gradients show it."""
-        parameters = {
-            name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if name in self.names
-        }
-        generator = torch.Generator().manual_seed(0)
-        inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in self.inputs)
         try:
-            with in_mode(self.model, training=False), decomposed(), TrueDouble(), torch.enable_grad():
-                results = [tensor for tensor in answers(self.model(*inputs)) if tensor.requires_grad]
-                total = torch.stack([_sensitive(tensor) for tensor in results]).sum()
-                learnt = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-                gradients = torch.autograd.grad(total, list(learnt.values()), allow_unused=True)
+            gradients = self.gradients(0)
         except Exception:  # noqa: BLE001 - the model's own code may raise anything, or have no gradients
-            return set(parameters)
-        return {
-            name
-            for name, gradient in zip(learnt, gradients, strict=True)
-            if gradient is not None and bool(gradient.any())
-        }
+            return set(self.names)
+        return {name for name, gradient in gradients.items() if bool(gradient.any())}
+
+    def gradients(self, seed: int) -> dict[str, Tensor]:
+        """Return the gradients of a random function of the outputs, by the first names of the tensors that have any."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = redraw(self.inputs, generator)
+        parameters = self.model.state_dict(keep_vars=True)
+        learnt = {name: parameters[name] for name in self.names if parameters[name].requires_grad}
+        with in_mode(self.model, training=False), decomposed(), TrueDouble(), torch.enable_grad():
+            results = [tensor for tensor in answers(self.model(*inputs)) if tensor.requires_grad]
+            total = torch.stack([_sensitive(tensor, generator) for tensor in results]).sum()
+            gradients = torch.autograd.grad(total, list(learnt.values()), allow_unused=True)
+        return {name: gradient for name, gradient in zip(learnt, gradients, strict=True) if gradient is not None}
 
     def enlarged(self) -> "Prover | None":
         """Return a prover on a batch twice as long, if all inputs have a batch of one length."""
@@ -224,13 +162,12 @@ class Prover:
 
     def error(self, symmetry: Symmetry, seed: int, *, training: bool = False) -> float:
         """Return the relative change of the outputs under one random element."""
-        self.trials += 1
         expected = self._expected(seed, training=training)
         generator = torch.Generator().manual_seed(seed + 1)
         state = {alias: tensor for name, tensor in self._tensors.items() for alias in self.names[name]}
-        changed = random_transform(symmetry, generator).act(state)
-        changed = random_translation(symmetry.shifts, changed, generator).act(changed)
         try:
+            changed = random_transform(symmetry, generator).act(symmetry.fold(state))
+            changed = translate(random_translation(symmetry.shifts, changed, generator), changed)
             return _distance(expected, self._run_on(changed, seed, training=training))
         except (RuntimeError, IndexError, ValueError):
             return float("inf")
@@ -257,7 +194,7 @@ class Prover:
 
     def _run(self, seed: int, *, training: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        inputs = tuple(None if tensor is None else _redraw(tensor, generator) for tensor in self.inputs)
+        inputs = redraw(self.inputs, generator)
         buffers = [buffer.clone() for buffer in self.model.buffers()] if training else []
         with in_mode(self.model, training=training), decomposed(), _WithoutDropout():
             results = [tensor.clone() for tensor in answers(self.model(*inputs))]
@@ -283,18 +220,10 @@ class _WithoutDropout(TrueDouble):
         return out.fill_(1) if name == "aten::bernoulli_" else out
 
 
-Trial = Callable[[Symmetry], bool]
-
-
-def _sensitive(tensor: Tensor) -> Tensor:
-    """Return a number that depends on every entry of an output but masks."""
-    return torch.where(tensor.abs() < _MASKED, tensor, 0).cos().sum()
-
-
-def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+def _sensitive(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random number that depends on every entry of an output but masks."""
+    phase = draw_noise(tensor, generator)
+    return (torch.where(tensor.abs() < _MASKED, tensor, 0) + phase).cos().sum()
 
 
 def _distance(expected: list[Tensor], actual: list[Tensor]) -> float:

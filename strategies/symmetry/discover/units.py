@@ -16,7 +16,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
+
+_T = TypeVar("_T")
 
 _numbers = itertools.count()
 
@@ -115,6 +117,11 @@ def leaves(axis: Axis) -> Iterator[Units]:
 def length(axis: Axis) -> int:
     """Return the number of entries of an axis."""
     return math.prod(units.size for units in axis)
+
+
+def beside(axes: Sequence[_T], dim: int) -> list[_T]:
+    """Return all axes but one."""
+    return [*axes[:dim], *axes[dim + 1 :]]
 
 
 def factors(axis: Axis) -> list[Units]:

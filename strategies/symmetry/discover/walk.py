@@ -214,6 +214,12 @@ class Walk(TrueDouble):
         """Return a new value."""
         return Value(axes, self.signs.new() if charge is None else charge, **known)
 
+    def unsigned(self, axes: list[list[Units]], **known: Any) -> Value:
+        """Return a new value that keeps its sign."""
+        value = self.new(axes, **known)
+        self.even(axes, value.charge)
+        return value
+
     def drive(self, tensors: Iterable[Tensor | None]) -> None:
         """Note that tensors depend on numbers among the inputs, by which a model must not decide."""
         for tensor in tensors:
@@ -328,6 +334,16 @@ class Walk(TrueDouble):
 
 
 Rule = Callable[[Walk, Call], Any]
+
+
+def of_value(rule: Callable[[Walk, Call, Value], Any]) -> Rule:
+    """Return the rule of an operator whose result is a constant where its first argument is one."""
+
+    def follow(walk: Walk, call: Call) -> Any:
+        value = walk.value(call.args[0])
+        return None if value is None else rule(walk, call, value)
+
+    return follow
 
 
 def stop(walk: Walk, call: Call) -> list[Value]:

@@ -149,15 +149,11 @@ class Permutation(SingleRole):
         return torch.stack(drawn)
 
 
-@dataclass(frozen=True)
-class Orthogonal(SingleRole):
-    """O(size)^count: a rotation or reflection of every block, each of which stays in its place."""
+class Rotations(SingleRole):
+    """A group of orthogonal maps of `count` blocks of `size` entries, each of which stays in its place."""
 
     size: int
-    count: int = 1
-
-    def __str__(self) -> str:
-        return f"O({self.size})" + (f"^{self.count}" if self.count > 1 else "")
+    count: int
 
     @property
     def in_place(self) -> Group:
@@ -167,26 +163,38 @@ class Orthogonal(SingleRole):
     def sizes(self) -> tuple[int, ...]:
         return (self.size,)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.size * self.count,)
+
     def identity(self) -> Element:
-        return Element(torch.arange(self.count), (None,), self.sizes)
+        return self._element(None)
 
     def random(self, generator: torch.Generator) -> Element:
-        blocks = self.inner_random(self.count, generator)
-        return Element(torch.arange(self.count), (blocks,), self.sizes)
+        return self._element(self.inner_random(self.count, generator))
 
     def score(self, anchor: Rows, client: Rows, role: int) -> Tensor:  # noqa: ARG002 - there is one role
         return _score_in_place(anchor, client, self.count, self.size)
 
     def maximiser(self, scores: tuple[Tensor, ...], prior: float) -> Element:
-        blocks = self.inner_maximisers(add_prior(scores[0], prior))
-        return Element(torch.arange(self.count), (blocks,), self.sizes)
+        return self._element(self.inner_maximisers(add_prior(scores[0], prior)))
 
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         return _inner_product(element.blocks[0], scores[0])
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.size * self.count,)
+    def _element(self, blocks: Float[Tensor, "count n n"] | None) -> Element:
+        return Element(torch.arange(self.count), (blocks,), self.sizes)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Rotations):
+    """O(size)^count: a rotation or reflection of every block."""
+
+    size: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"O({self.size})" + (f"^{self.count}" if self.count > 1 else "")
 
     def inner_values(self, scores: Scores) -> Float[Tensor, "*batch"]:
         """Return the nuclear norm of each matrix of a batch."""
@@ -357,24 +365,6 @@ class InPlace(Wreath):
     def value(self, scores: tuple[Tensor, ...], element: Element) -> float:
         pairs = zip(element.blocks, scores, strict=True)
         return sum(_inner_product(block, score) for block, score in pairs)
-
-
-def signed(count: int, *, scales: bool = False) -> Wreath:
-    """Return the signed permutations `O(1) wr S(count)`, with which a root mean square norm commutes.
-
-    Args:
-        count: number of units.
-        scales: add a second role that follows the order without the sign, for the weights of norms.
-    """
-    return Wreath((Orthogonal(1), Permutation(1)) if scales else (Orthogonal(1),), count)
-
-
-def gated(count: int) -> Wreath:
-    """Return the group of the hidden units of `down(act(gate(x)) * up(x))`: permutations, and signs on `up`.
-
-    Role 0 is the gate, role 1 are up and down, between which a unit may change its sign because `up` is linear.
-    """
-    return Wreath((Permutation(1), Orthogonal(1)), count)
 
 
 def add_prior(score: Float[Tensor, "*batch n n"], prior: float) -> Float[Tensor, "*batch n n"]:

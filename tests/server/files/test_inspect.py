@@ -320,13 +320,13 @@ def test_a_residual_stream_that_rotates_has_the_orthogonal_group(llama: Path) ->
 
 def test_a_residual_stream_that_cannot_rotate_is_refused(llama: Path, tmp_path: Path) -> None:
     said = refusal("inspect", saved("bert", tmp_path / "bert"), "--rotate-residual")
-    assert "no rotating residual stream for 'bert'" in said
+    assert "'bert.embeddings.LayerNorm.weight' scales single entries of the stream" in said
     said = refusal("inspect", saved("qwen2_tied", tmp_path / "qwen2"), "--rotate-residual")
     assert "tie_word_embeddings = False" in said
     notation = tmp_path / "notation.txt"
     notation.write_text(fedbasin("inspect", llama, "--notation").stdout)
     said = refusal("inspect", llama, "--rotate-residual", "--symmetry", notation)
-    assert "needs the config of a known family" in said
+    assert "--rotate-residual executes the model" in said
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     said = refusal("inspect", llama, "--rotate-residual")

@@ -9,9 +9,9 @@ from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.evaluation import evaluate
 from fedbasin.strategies.symmetry.discover.discovery import discover
-from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.tensors.state import State, interpolate
+from tests.strategies.symmetry.by_hand.residual_rotation import rotating_residual_transformer
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
 SHORT = Search(steps=25, smoothing=0.0)

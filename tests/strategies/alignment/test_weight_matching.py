@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
 from fedbasin.strategies.symmetry.discover.discovery import discover
-from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.symmetry.transform import Transform, random
 from fedbasin.strategies.tensors.state import distance
+from tests.strategies.symmetry.by_hand.prenorm_transformer import preln_transformer
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
 few = settings(max_examples=6, deadline=None)

@@ -15,7 +15,7 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
-from fedbasin.strategies.symmetry.models.lora_symmetry import adapters
+from fedbasin.strategies.symmetry.lora_symmetry import adapters
 from tests.accepting import accept
 
 A, B, TABLE = "x.lora_A.weight", "x.lora_B.weight", "e.lora_embedding_A"

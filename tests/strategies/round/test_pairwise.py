@@ -10,10 +10,10 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.pairwise import LinkModels, merge_in_pairs
 from fedbasin.strategies.round.stage import StageResult
-from fedbasin.strategies.symmetry.models.residual_rotation import rotating_residual_transformer
 from fedbasin.strategies.tensors.state import floating
 from tests.accepting import accept
 from tests.strategies.round.two_layers import BLOCKS, SYMMETRY, assert_same, gram_update, plain_update, state
+from tests.strategies.symmetry.by_hand.residual_rotation import rotating_residual_transformer
 from tests.strategies.symmetry.families import Transformer
 
 ASKED = Request("", start=Start.own, matcher="learned", path_points=5)

@@ -7,8 +7,9 @@ from torch import Tensor
 from fedbasin.strategies.symmetry.groups.block_groups import DirectSum, PairSigns, Rotary
 from fedbasin.strategies.symmetry.groups.general_linear import Conformal, General, Positive
 from fedbasin.strategies.symmetry.groups.group_notation import NotationError, parse_group
-from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath, gated, signed
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
+from tests.strategies.symmetry.by_hand.draft import gated, signed
 from tests.strategies.symmetry.test_groups import drawn, matrices, random_scores, rows, scores_of, width
 
 HEAD = (Rotary(4, 2), Orthogonal(3))

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import CheckReport, check, prove
 from fedbasin.strategies.symmetry.discover.discovery import discover
-from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
+from tests.strategies.symmetry.by_hand.prenorm_transformer import preln_transformer
 from tests.strategies.symmetry.families import FAMILIES, ResNet, Transformer, mlp
 
 IMAGES = torch.zeros(2, 8, 8)

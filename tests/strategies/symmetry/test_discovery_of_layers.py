@@ -395,3 +395,21 @@ def test_a_model_that_cannot_run_in_double_precision_is_told() -> None:
     symmetry = parse("write S(6) write.weight[0] write.bias[0] read.weight[1]")
     with pytest.raises(SymmetryError, match=r"Narrow does not run on inputs of torch\.float64"):
         check(Narrow(), symmetry, torch.zeros(2, 4))
+
+
+class Amplifying(nn.Module):
+    """A network that multiplies rounding by a number that its inputs decide, up to 1e16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(10 ** (6.5 + 3 * x[0, 0]) * self.head(torch.relu(self.first(x))))
+
+
+def test_inputs_on_which_rounding_is_amplified_decide_nothing() -> None:
+    torch.manual_seed(0)
+    (space,) = discover(Amplifying(), torch.zeros(3, 4)).symmetry.spaces
+    assert str(space.group) == "S(8)"

@@ -12,15 +12,18 @@ from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform, random
 from fedbasin.strategies.tensors.state import distance
 from tests.strategies.symmetry.test_transform import grams_of
-from tests.strategies.symmetry.tiny_transformers import MODELS, symmetry_of
+from tests.strategies.symmetry.tiny_transformers import MODELS, discovered
 
-every_model = pytest.mark.parametrize("name", MODELS)
+# One member of each kind of family; all others have `slow`.
+SAMPLE = ("gpt2", "qwen3", "mixtral", "t5_gated", "deberta_v2")
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in MODELS]
+)
 State = dict[str, Tensor]
 
 
 def anchored(name: str) -> tuple[Symmetry, State]:
-    model = MODELS[name].model().double()
-    return symmetry_of(model), model.state_dict()
+    return discovered(name), MODELS[name].model().double().state_dict()
 
 
 def near(state: Mapping[str, Tensor], size: float, generator: torch.Generator) -> State:
@@ -100,7 +103,7 @@ def test_an_inverse_undoes_and_a_product_acts_in_turn(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "gpt_neox", "mixtral", "deberta_v2"])
 def test_grams_move_with_the_layers_that_read_them(name: str, ones: bool) -> None:
     model = MODELS[name].model().double()
-    symmetry, state = symmetry_of(model), model.state_dict()
+    symmetry, state = discovered(name), model.state_dict()
     (tokens,) = MODELS[name].inputs.values()
     transform = random(symmetry, torch.Generator().manual_seed(5))
     before = grams_of(model, state, tokens, ones=ones)

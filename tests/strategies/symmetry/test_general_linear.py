@@ -12,9 +12,9 @@ from fedbasin.strategies.symmetry.groups.block_groups import agreement
 from fedbasin.strategies.symmetry.groups.general_linear import Conformal, General, IllConditionedError, contragredient
 from fedbasin.strategies.symmetry.groups.groups import Wreath
 from fedbasin.strategies.symmetry.groups.scale import best_scale
-from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
+from tests.strategies.symmetry.by_hand.prenorm_transformer import preln_transformer
 from tests.strategies.symmetry.families import Transformer
 from tests.strategies.symmetry.test_groups import drawn
 from tests.strategies.symmetry.test_transform import gram

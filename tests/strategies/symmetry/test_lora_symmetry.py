@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.check import check
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal
-from fedbasin.strategies.symmetry.models.lora_symmetry import adapted, adapters, general
+from fedbasin.strategies.symmetry.lora_symmetry import adapted, adapters, general
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.double_precision import Doubled

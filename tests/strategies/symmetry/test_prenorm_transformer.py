@@ -1,52 +1,33 @@
-from collections.abc import Mapping
+"""Discovery has at least what was written by hand for plain pre-norm transformers of any names."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import check
-from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
-from fedbasin.strategies.symmetry.models.prenorm_transformer import Names, preln_transformer
-from fedbasin.strategies.symmetry.symmetry import SymmetryError, parse
+from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.symmetry import Symmetry
+from tests.strategies.symmetry.by_hand.prenorm_transformer import Names, preln_transformer
 from tests.strategies.symmetry.families import Block, Transformer
+from tests.strategies.symmetry.test_discovery_of_families import axes, factors
 
 IMAGES = torch.zeros(2, 8, 8)
 
 
+def assert_at_least(symmetry: Symmetry, by_hand: Symmetry) -> None:
+    for space in by_hand.spaces:
+        (same,) = (found for found in symmetry.spaces if axes(space) <= axes(found))
+        assert factors(space) <= factors(same), (str(space.group), str(same.group))
+    assert set(by_hand.shifts) <= set(symmetry.shifts)
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_the_function_is_left_as_it_was(bias: bool, residual: bool, heads: int) -> None:
+def test_what_was_written_by_hand_is_discovered(bias: bool) -> None:
     torch.manual_seed(0)
-    model = Transformer(width=16, heads=heads, bias=bias)
-    symmetry = preln_transformer(model.state_dict(), heads, residual=residual)
-    report = check(model, symmetry, IMAGES)
-    assert report.passed, report
-
-
-def test_the_residual_stream_comes_first_then_block_by_block() -> None:
-    spaces = preln_transformer(Transformer().state_dict(), heads=4).spaces
-    names = ["residual", "heads.0", "mlp.0", "heads.1", "mlp.1"]
-    head = Wreath((Orthogonal(8), Orthogonal(8)), 4)
-    assert [space.name for space in spaces] == names
-    assert [space.group for space in spaces] == [*(Permutation(32), head, Permutation(64), head, Permutation(64))]
-
-
-def test_the_residual_stream_can_be_left_as_it_is() -> None:
-    state = Transformer().state_dict()
-    whole = preln_transformer(state, heads=4)
-    assert preln_transformer(state, heads=4, residual=False).spaces == whole.spaces[1:]
-
-
-def test_the_notation_holds_all_of_it() -> None:
-    symmetry = preln_transformer(Transformer().state_dict(), heads=4)
-    assert parse(str(symmetry)) == symmetry
-
-
-def test_a_key_bias_moves_but_says_nothing() -> None:
-    symmetry = preln_transformer(Transformer().state_dict(), heads=4)
-    silent = [m.tensor for space in symmetry.spaces for m in space.axes if not m.scored]
-    assert silent == [f"blocks.{block}.attention.key.bias" for block in (0, 1)]
+    model = Transformer(width=16, heads=4, bias=bias)
+    by_hand = preln_transformer(model.state_dict(), 4)
+    assert check(model, by_hand, IMAGES).passed
+    assert_at_least(discover(model, IMAGES).symmetry, by_hand)
 
 
 class Language(nn.Module):
@@ -85,74 +66,7 @@ LANGUAGE = Names(
 
 def test_any_naming_fits() -> None:
     torch.manual_seed(0)
-    model = Language()
-    symmetry = preln_transformer(model.state_dict(), 2, LANGUAGE)
-    assert len(symmetry.spaces) == 5
-    assert check(model, symmetry, torch.arange(10).reshape(2, 5)).passed
-
-
-def test_a_single_block_needs_no_number() -> None:
-    names = Names(query="blocks.0.attention.query")
-    spaces = preln_transformer(Transformer().state_dict(), 4, names).spaces
-    assert [space.name for space in spaces] == ["residual", "heads.0", "mlp.0"]
-
-
-def test_a_model_without_a_head_has_one_axis_less() -> None:
-    state = Transformer().state_dict()
-    (whole, *_), (bare, *_) = (preln_transformer(state, 4, names).spaces for names in (Names(), Names(head=None)))
-    assert [m.tensor for m in whole.axes if m not in bare.axes] == ["head.weight"]
-
-
-def changed(**tensors: Tensor | None) -> Mapping[str, Tensor]:
-    state = dict(Transformer().state_dict())
-    for name, tensor in tensors.items():
-        full = name.replace("__", ".")
-        if tensor is None:
-            del state[full]
-        else:
-            state[full] = tensor
-    return state
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "positions",
-        "embedding__weight",
-        "final_norm__weight",
-        "head__weight",
-        "blocks__0__attention__query__weight",
-        "blocks__0__attention__key__weight",
-        "blocks__1__attention__output__weight",
-        "blocks__1__mlp_norm__weight",
-        "blocks__1__mlp__down__weight",
-    ],
-)
-def test_a_missing_tensor_is_named(name: str) -> None:
-    with pytest.raises(SymmetryError, match=repr(name.replace("__", "."))):
-        preln_transformer(changed(**{name: None}), heads=4)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("positions", (8, 16)),
-        ("blocks__1__attention__query__weight", (32, 16)),
-        # Fewer keys than queries: another group.
-        ("blocks__0__attention__key__weight", (16, 32)),
-        ("blocks__0__attention__output__weight", (32, 64)),
-        ("blocks__0__mlp__down__bias", (64,)),
-        # A gated MLP writes two features for each that is read.
-        ("blocks__0__mlp__up__weight", (128, 32)),
-        ("blocks__0__attention__value__weight", (96,)),
-    ],
-)
-def test_a_shape_that_does_not_fit_is_named(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(SymmetryError, match=r"blocks\.|positions"):
-        preln_transformer(changed(**{name: torch.zeros(shape)}), heads=4)
-
-
-@pytest.mark.parametrize("heads", [0, 5, 64])
-def test_heads_that_do_not_divide_the_width_are_refused(heads: int) -> None:
-    with pytest.raises(SymmetryError, match="number of heads"):
-        preln_transformer(Transformer().state_dict(), heads)
+    model, tokens = Language(), torch.arange(10).reshape(2, 5)
+    by_hand = preln_transformer(model.state_dict(), 2, LANGUAGE)
+    assert check(model, by_hand, tokens).passed
+    assert_at_least(discover(model, tokens).symmetry, by_hand)

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from fedbasin.strategies.symmetry.models.families import FAMILIES
 from fedbasin.strategies.symmetry.symmetry import Symmetry
+from tests.strategies.symmetry.by_hand.families import FAMILIES
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "symmetries.md"
 

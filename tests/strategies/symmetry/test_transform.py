@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation
-from fedbasin.strategies.symmetry.models.prenorm_transformer import preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.symmetry.transform import Transform, identity, random
 from fedbasin.strategies.tensors.state import State, distance, tied
+from tests.strategies.symmetry.by_hand.prenorm_transformer import preln_transformer
 from tests.strategies.symmetry.families import FAMILIES, Transformer
 
 

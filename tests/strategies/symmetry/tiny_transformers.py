@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers as hf
 
-from fedbasin.strategies.symmetry.models.families import family
+from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from tests.double_precision import Doubled
+from tests.strategies.symmetry.by_hand.families import family
 
 TOKENS = torch.tensor([[3, 9, 21, 7, 15, 2], [5, 8, 30, 11, 4, 2]])
 PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -159,5 +161,13 @@ MODELS: dict[str, Tiny] = {
 
 
 def symmetry_of(model: nn.Module, *, residual: bool = True) -> Symmetry:
+    """Return the symmetry that was written by hand, an oracle of what is discovered."""
     config: Any = model.config
     return family(config.model_type, config, model.state_dict(), residual=residual)
+
+
+@cache
+def discovered(name: str) -> Symmetry:
+    """Return the symmetry of one of the models that execution finds."""
+    tiny = MODELS[name]
+    return discover(tiny.model(), *tiny.inputs.values()).symmetry

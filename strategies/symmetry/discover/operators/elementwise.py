@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.discover.units import Units, fixed
-from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk
+from fedbasin.strategies.symmetry.discover.units import Units, beside, fixed
+from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, of_value
 
 
 def broadcast(walk: Walk, call: Call, operands: Sequence[Tensor]) -> list[list[Units]]:
@@ -97,10 +97,7 @@ def multiplied(walk: Walk, call: Call) -> Value:
 
 def squared(walk: Walk, call: Call) -> Value:
     """Follow a square, whose sum a rotation keeps."""
-    value = walk.knowledge(call.args[0])
-    charge = walk.signs.new()
-    walk.even(value.axes, charge)
-    return walk.new(value.axes, charge, square=True)
+    return walk.unsigned(walk.knowledge(call.args[0]).axes, square=True)
 
 
 def powered(walk: Walk, call: Call) -> Value:
@@ -126,22 +123,18 @@ def unary_copy(walk: Walk, call: Call) -> Value | None:
     return walk.value(call.args[0])
 
 
-def odd(walk: Walk, call: Call) -> Value | None:
+@of_value
+def odd(walk: Walk, _call: Call, value: Value) -> Value:
     """Follow an odd function, with which signs commute."""
-    value = walk.value(call.args[0])
-    if value is not None:
-        walk.bend(value.axes)
+    walk.bend(value.axes)
     return value
 
 
-def even(walk: Walk, call: Call) -> Value | None:
+@of_value
+def even(walk: Walk, _call: Call, value: Value) -> Value:
     """Follow an even function, which forgets signs."""
-    value = odd(walk, call)
-    if value is None:
-        return None
-    charge = walk.signs.new()
-    walk.even(value.axes, charge)
-    return walk.new(value.axes, charge)
+    walk.bend(value.axes)
+    return walk.unsigned(value.axes)
 
 
 def curved(walk: Walk, call: Call) -> Value:
@@ -155,9 +148,7 @@ def curved(walk: Walk, call: Call) -> Value:
             if value.indexes is not None:
                 walk.fix([value.indexes])
     walk.bend(axes)
-    charge = walk.signs.new()
-    walk.even(axes, charge)
-    return walk.new(axes, charge)
+    return walk.unsigned(axes)
 
 
 def clamped(walk: Walk, call: Call) -> Value | None:
@@ -167,11 +158,9 @@ def clamped(walk: Walk, call: Call) -> Value | None:
     return odd(walk, call) if symmetric else curved(walk, call)
 
 
-def gated(walk: Walk, call: Call) -> Value | None:
+@of_value
+def gated(walk: Walk, call: Call, value: Value) -> Value:
     """Follow a gated linear unit: the first half of an axis times the sigmoid of the second."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     dim = call.arg(1, -1) % len(value.axes)
     size = call.shape[dim]
     linear, gate = walk.uniter.cut(value.axes[dim], (size, size))
@@ -182,7 +171,7 @@ def gated(walk: Walk, call: Call) -> Value | None:
     walk.signs.add_part(linear, [], value.charge, charge)
     walk.signs.add_part(gate, linear, value.charge, gates)
     walk.even([gate], gates)
-    walk.even((axis for place, axis in enumerate(axes) if place != dim), charge)
+    walk.even(beside(axes, dim), charge)
     return walk.new(axes, charge)
 
 
@@ -203,40 +192,26 @@ def soft_maximum(walk: Walk, call: Call) -> Value:
     value = walk.knowledge(call.args[0])
     walk.even(value.axes, value.charge)
     walk.bend(value.axes)
-    charge = walk.signs.new()
-    walk.even(value.axes, charge)
-    return walk.new(value.axes, charge)
+    return walk.unsigned(value.axes)
 
 
-def reduced(walk: Walk, call: Call) -> Any:
+@of_value
+def reduced(walk: Walk, call: Call, value: Value) -> Any:
     """Follow a reduction, whose result is the same for every order of the entries along the reduced axes."""
-    tensor = call.args[0]
-    value = walk.value(tensor)
-    if value is None:
-        return None
-    dims, keep = _reduced_dims(call, tensor.dim())
+    dims, keep = _reduced_dims(call, len(value.axes))
     gone = [value.axes[dim] for dim in dims]
-    if call.name in ("sum", "mean", "nansum") and not value.indexes:
-        walk.average(gone if not value.square else ())
-        walk.even(gone, value.charge)
-        charge: int | None = value.charge
-    elif call.name in ("var", "var_mean", "std", "std_mean"):
+    rest = [axis for dim, axis in enumerate(value.axes) if dim not in dims]
+    axes = [[] if dim in dims else axis for dim, axis in enumerate(value.axes)] if keep else rest
+    sums = call.name in ("sum", "mean", "nansum") and not value.indexes
+    is_norm = call.name == "linalg_vector_norm" and call.arg(1, 2) == 2
+    spreads = call.name in ("var", "var_mean", "std", "std_mean")
+    if spreads or (sums and not value.square):
         walk.average(gone)
-        walk.even(value.axes, value.charge)
-        walk.bend(axis for dim, axis in enumerate(value.axes) if dim not in dims)
-        charge = None
-    elif call.name == "linalg_vector_norm" and call.arg(1, 2) == 2:
-        walk.bend(axis for dim, axis in enumerate(value.axes) if dim not in dims)
-        charge = None
-    else:
-        walk.bend(value.axes)
-        walk.even(value.axes, value.charge)
-        charge = None
-    axes = [[] if dim in dims else axis for dim, axis in enumerate(value.axes) if keep or dim not in dims]
-    if charge is None:
-        charge = walk.signs.new()
-        walk.even(axes, charge)
-    result = walk.new(axes, charge, square=value.square and call.name in ("sum", "mean"))
+    if not sums:
+        walk.bend(rest if spreads or is_norm else value.axes)
+    if not is_norm:
+        walk.even(gone if sums else value.axes, value.charge)
+    result = walk.new(axes, value.charge, square=value.square) if sums else walk.unsigned(axes)
     return [result] * (1 if isinstance(call.out, Tensor) else len(call.out))
 
 
@@ -251,11 +226,9 @@ def _reduced_dims(call: Call, count: int) -> tuple[set[int], bool]:
     return chosen, len(shape) == count and count > 0
 
 
-def extreme(walk: Walk, call: Call) -> Any:
+@of_value
+def extreme(walk: Walk, call: Call, value: Value) -> Any:
     """Follow a maximum or minimum along one axis, whose places are indices of units."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     if len(call.args) < 2 and call.name in ("max", "min"):
         return reduced(walk, call)
     count = call.args[0].dim()
@@ -274,11 +247,9 @@ def extreme(walk: Walk, call: Call) -> Any:
     return [walk.new(axes), places]
 
 
-def ranked(walk: Walk, call: Call) -> Any:
+@of_value
+def ranked(walk: Walk, call: Call, value: Value) -> Any:
     """Follow a choice of the largest entries along an axis, or a sort of them."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     dim = call.arg(2, call.kwargs.get("dim", -1)) if call.name == "topk" else call.arg(1, call.kwargs.get("dim", -1))
     dim %= len(value.axes)
     walk.bend(value.axes)
@@ -308,22 +279,8 @@ _CURVED = (
     *("elu", "eq", "exp", "exp2", "expm1", "floor", "floor_divide", "fmod", "ge", "gelu", "gt", "hardsigmoid"),
     *("hardswish", "isfinite", "isinf", "isnan", "le", "leaky_relu", "log", "log10", "log1p", "log2", "log_sigmoid"),
     *("log_sigmoid_forward", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum"),
-    *(
-        "mish",
-        "nan_to_num",
-        "ne",
-        "_prelu_kernel",
-        "prelu",
-        "selu",
-        "reciprocal",
-        "relu",
-        "relu6",
-        "remainder",
-        "round",
-        "rsqrt",
-        "sigmoid",
-        "sign",
-    ),
+    *("mish", "nan_to_num", "ne", "_prelu_kernel", "prelu", "selu", "reciprocal", "relu", "relu6", "remainder"),
+    *("round", "rsqrt", "sigmoid", "sign"),
     *("silu", "softplus", "softshrink", "hardshrink", "special_expm1", "sqrt", "threshold", "trunc", "xlogy"),
 )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.discover.operators.rearrangement import sliced
-from fedbasin.strategies.symmetry.discover.units import Units, fixed, length
+from fedbasin.strategies.symmetry.discover.units import Units, beside, fixed, length
 from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, stop
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 
@@ -119,25 +119,25 @@ def _places_axes(walk: Walk, places: Sequence[Tensor], count: int) -> list[list[
     return result
 
 
+def _unite_beside(walk: Walk, tensor: Tensor, rival: Tensor, dim: int) -> None:
+    """Unite the axes of two tensors beside the one along which entries are chosen; those of other lengths are fixed."""
+    pairs = zip(walk.axes(tensor), tensor.shape, walk.axes(rival), rival.shape, strict=True)
+    for axis, size, other, other_size in beside(list(pairs), dim):
+        if size == other_size:
+            walk.uniter.unite(axis, other)
+        else:
+            walk.fix(axis)
+            walk.fix(other)
+
+
 def gathered(walk: Walk, call: Call) -> Value:
     """Follow a choice of entries along an axis, a place for each entry of the result."""
     tensor, dim, places = call.args[:3]
-    axes = list(walk.axes(tensor))
-    dim %= max(len(axes), 1)
-    _note_reading(walk, tensor, axes[dim], places)
-    result = list(walk.axes(places))
-    for number, axis in enumerate(axes):
-        if number == dim:
-            continue
-        if tensor.shape[number] == places.shape[number]:
-            walk.uniter.unite(axis, result[number])
-        else:
-            walk.fix(axis)
-            walk.fix(result[number])
-    value = walk.value(tensor)
-    if value is None:
-        return walk.new(result)
-    return walk.new(result, value.charge, uniform=value.uniform)
+    dim %= max(tensor.dim(), 1)
+    _note_reading(walk, tensor, walk.axes(tensor)[dim], places)
+    _unite_beside(walk, tensor, places, dim)
+    value, result = walk.value(tensor), list(walk.axes(places))
+    return walk.new(result) if value is None else walk.new(result, value.charge, uniform=value.uniform)
 
 
 def scattered(walk: Walk, call: Call) -> Value:
@@ -148,18 +148,11 @@ def scattered(walk: Walk, call: Call) -> Value:
     dim %= max(len(axes), 1)
     _note_reading(walk, tensor, axes[dim], places)
     for operand in (places, source) if isinstance(source, Tensor) else (places,):
-        for number, axis in enumerate(walk.axes(operand)):
-            if number == dim or operand.dim() != len(axes):
-                continue
-            if operand.shape[number] == tensor.shape[number]:
-                walk.uniter.unite(axes[number], axis)
-            else:
-                walk.fix(axes[number])
-                walk.fix(axis)
+        if operand.dim() == len(axes):
+            _unite_beside(walk, tensor, operand, dim)
     charge = walk.signs.new()
     if isinstance(source, Tensor):
-        rows = [axis for number, axis in enumerate(walk.axes(source)) if number != dim]
-        walk.signs.add(rows, charge, walk.charge(source))
+        walk.signs.add(beside(walk.axes(source), dim), charge, walk.charge(source))
     else:
         walk.even(axes, charge)
     return _written(walk, tensor, axes, charge)
@@ -171,7 +164,6 @@ def _written(walk: Walk, tensor: Tensor, axes: list[list[Units]], charge: int) -
         walk.even(axes, charge)
     elif value.uniform != "zero":
         walk.signs.add(axes, charge, value.charge)
-    walk.bend(axes[:0])
     return walk.new(axes, charge)
 
 
@@ -207,12 +199,10 @@ def index_added(walk: Walk, call: Call) -> Any:
     axes, source_axes = list(walk.axes(tensor)), walk.axes(source)
     dim %= len(axes)
     _note_reading(walk, tensor, axes[dim], places)
-    for number, (axis, rival) in enumerate(zip(axes, source_axes, strict=True)):
-        if number != dim:
-            walk.uniter.unite(axis, rival)
+    _unite_beside(walk, tensor, source, dim)
     walk.fix(source_axes[dim])
     charge = walk.signs.new()
-    walk.signs.add([axis for number, axis in enumerate(source_axes) if number != dim], charge, walk.charge(source))
+    walk.signs.add(beside(source_axes, dim), charge, walk.charge(source))
     return _written(walk, tensor, axes, charge)
 
 

@@ -2,28 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.discover.units import Units, concatenation, fixed, fresh, length
-from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, stop
+from fedbasin.strategies.symmetry.discover.units import Units, beside, concatenation, fixed, fresh, length
+from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, of_value, stop
 
 
-def with_axes(walk: Walk, call: Call, axes: list[list[Units]]) -> Value | None:
-    """Return the first operand's value with other axes."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
-    return walk.new(axes, value.charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
+def with_axes(walk: Walk, value: Value, axes: list[list[Units]], charge: int | None = None) -> Value:
+    """Return a value with other axes, of which all else that is known stays."""
+    charge = value.charge if charge is None else charge
+    return walk.new(axes, charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
 
 
-def reshaped(walk: Walk, call: Call) -> Value | None:
+@of_value
+def reshaped(walk: Walk, call: Call, value: Value) -> Value:
     """Follow a reshape, group by group of the axes that are merged and divided."""
-    axes, shape = walk.axes(call.args[0]), call.shape
-    if not math.prod(shape):
+    if not math.prod(call.shape):
         return stop(walk, call)[0]
-    return with_axes(walk, call, reshape(walk, axes, shape))
+    return with_axes(walk, value, reshape(walk, value.axes, call.shape))
 
 
 def reshape(walk: Walk, axes: list[list[Units]], shape: Sequence[int]) -> list[list[Units]]:
@@ -49,64 +46,64 @@ def reshape(walk: Walk, axes: list[list[Units]], shape: Sequence[int]) -> list[l
     return result
 
 
-def permuted(walk: Walk, call: Call) -> Value | None:
+@of_value
+def permuted(walk: Walk, call: Call, value: Value) -> Value:
     """Follow an exchange of axes."""
-    axes = walk.axes(call.args[0])
+    axes = value.axes
     count = len(axes)
     if call.name == "permute":
-        return with_axes(walk, call, [axes[dim] for dim in call.args[1]])
+        return with_axes(walk, value, [axes[dim] for dim in call.args[1]])
     left, right = (call.args[1] % count, call.args[2] % count) if call.name == "transpose" else (0, count - 1)
     order = list(range(count))
     if count > 1:
         order[left], order[right] = order[right], order[left]
-    return with_axes(walk, call, [axes[dim] for dim in order])
+    return with_axes(walk, value, [axes[dim] for dim in order])
 
 
-def unsqueezed(walk: Walk, call: Call) -> Value | None:
+@of_value
+def unsqueezed(walk: Walk, call: Call, value: Value) -> Value:
     """Follow an axis of length 1 that is added."""
-    axes = list(walk.axes(call.args[0]))
-    axes.insert(call.args[1] % (len(axes) + 1), [])
-    return with_axes(walk, call, axes)
+    dim = call.args[1] % (len(value.axes) + 1)
+    return with_axes(walk, value, [*value.axes[:dim], [], *value.axes[dim:]])
 
 
-def squeezed(walk: Walk, call: Call) -> Value | None:
+@of_value
+def squeezed(walk: Walk, call: Call, value: Value) -> Value:
     """Follow axes of length 1 that are left out."""
-    tensor, axes = call.args[0], walk.axes(call.args[0])
+    tensor, axes = call.args[0], value.axes
     dims = call.arg(1, list(range(len(axes))))
     dims = [dims] if isinstance(dims, int) else dims
     gone = {dim % max(len(axes), 1) for dim in dims}
-    return with_axes(walk, call, [a for dim, a in enumerate(axes) if not (dim in gone and tensor.shape[dim] == 1)])
+    return with_axes(walk, value, [a for dim, a in enumerate(axes) if not (dim in gone and tensor.shape[dim] == 1)])
 
 
-def expanded(walk: Walk, call: Call) -> Value | None:
+@of_value
+def expanded(walk: Walk, call: Call, value: Value) -> Value:
     """Follow axes along which entries are repeated; what is repeated may change places."""
-    tensor, shape = call.args[0], call.shape
-    axes: list[list[Units]] = [[]] * (len(shape) - tensor.dim()) + walk.axes(tensor)
-    return with_axes(walk, call, [a if length(a) == n else fresh(n) for a, n in zip(axes, shape, strict=True)])
+    shape = call.shape
+    axes: list[list[Units]] = [[]] * (len(shape) - len(value.axes)) + value.axes
+    return with_axes(walk, value, [a if length(a) == n else fresh(n) for a, n in zip(axes, shape, strict=True)])
 
 
-def repeated(walk: Walk, call: Call) -> Value | None:
+@of_value
+def repeated(walk: Walk, call: Call, value: Value) -> Value:
     """Follow a tensor that is laid out several times along its axes."""
-    tensor, counts = call.args[:2]
-    axes: list[list[Units]] = [[]] * (len(counts) - tensor.dim()) + walk.axes(tensor)
-    return with_axes(walk, call, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
+    counts = call.args[1]
+    axes: list[list[Units]] = [[]] * (len(counts) - len(value.axes)) + value.axes
+    return with_axes(walk, value, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
 
 
-def selected(walk: Walk, call: Call) -> Value | None:
+@of_value
+def selected(walk: Walk, call: Call, value: Value) -> Value:
     """Follow one slice along an axis."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     dim = call.args[1] % len(value.axes)
     pieces = places_along(walk, value, dim)
     if pieces is not None:
         return pieces[call.args[2] % len(pieces)]
-    axes = list(value.axes)
-    axis = axes.pop(dim)
-    result = walk.new(axes, value.charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
+    result = with_axes(walk, value, beside(value.axes, dim))
     if not value.uniform:
         # Models read one entry for its shape alone, too.
-        result.unused.append((axis, (walk.operation, walk.source())))
+        result.unused.append((value.axes[dim], (walk.operation, walk.source())))
     return result
 
 
@@ -115,7 +112,7 @@ def places_along(walk: Walk, value: Value, dim: int) -> list[Value] | None:
     pieces = None if value.uniform else walk.uniter.unstack(value.axes, dim)
     if pieces is None:
         return None
-    rest = [axis for place, axis in enumerate(value.axes) if place != dim]
+    rest = beside(value.axes, dim)
     result: list[Value] = []
     predecessors: list[list[Units]] = [[] for _ in rest]
     for axes in pieces:
@@ -130,79 +127,59 @@ def places_along(walk: Walk, value: Value, dim: int) -> list[Value] | None:
     return result
 
 
-def sliced(walk: Walk, call: Call) -> Value | None:
+@of_value
+def sliced(walk: Walk, call: Call, value: Value) -> Value | None:
     """Follow a slice; one with a step keeps every entry with the same remainder."""
-    tensor = call.args[0]
-    value = walk.value(tensor)
-    if value is None:
-        return None
-    dim = call.arg(1, 0) % tensor.dim()
-    total = tensor.shape[dim]
-    start, stop_at, step = call.arg(2), call.arg(3), call.arg(4, 1)
-    start, stop_at, step = slice(start, stop_at, step).indices(total)
+    dim = call.arg(1, 0) % len(value.axes)
+    total = call.args[0].shape[dim]
+    start, stop_at, step = slice(call.arg(2), call.arg(3), call.arg(4, 1)).indices(total)
     axes = list(value.axes)
     if stop_at <= start:
         return None
     if step == 1:
-        preceding, axes[dim] = piece(walk, axes[dim], start, min(stop_at, total) - start)
-        return part_of(walk, value, axes, dim, preceding)
+        sizes = [size for size in (start, stop_at - start, total - stop_at) if size]
+        return parts_of(walk, value, dim, sizes)[start > 0]
     if total % step == 0 and stop_at > total - step + start % step:
-        outer, inner = walk.uniter.split(axes[dim], (total // step, step))
+        axes[dim], inner = walk.uniter.split(axes[dim], (total // step, step))
         walk.fix(inner)
-        axes[dim] = outer
     else:
         walk.fix(axes[dim])
         axes[dim] = fixed(call.shape[dim])
-    return with_axes(walk, call, axes)
+    return with_axes(walk, value, axes)
 
 
-def piece(walk: Walk, axis: list[Units], start: int, size: int) -> tuple[list[Units], list[Units]]:
-    """Return the units before consecutive entries of an axis, and those of the entries."""
-    sizes = [start, size, length(axis) - start - size]
-    pieces = walk.uniter.cut(axis, [n for n in sizes if n])
-    return (pieces[0], pieces[1]) if start else ([], pieces[0])
-
-
-def part_of(walk: Walk, value: Value, axes: list[list[Units]], dim: int, before: list[Units]) -> Value:
-    """Return a part of a value, whose charges along an axis are those of the part."""
-    charge = value.charge
-    if before or length(axes[dim]) < length(value.axes[dim]):
-        charge = walk.signs.new()
-        walk.signs.add((axis for place, axis in enumerate(axes) if place != dim), charge, value.charge)
-        walk.signs.add_part(axes[dim], before, value.charge, charge)
-    return walk.new(axes, charge, uniform=value.uniform, indexes=value.indexes, square=value.square)
-
-
-def divided(walk: Walk, call: Call) -> list[Value] | None:
-    """Follow a split into several tensors."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
-    dim = call.arg(2, call.kwargs.get("dim", 0)) % len(value.axes)
-    sizes = [out.shape[dim] for out in call.out]
-    pieces = walk.uniter.cut(value.axes[dim], sizes)
+def parts_of(walk: Walk, value: Value, dim: int, sizes: Sequence[int]) -> list[Value]:
+    """Return consecutive parts of a value, whose charges along the axis that is cut are those of the part."""
+    if len(sizes) == 1:
+        return [value]
     preceding: list[Units] = []
     parts = []
-    for part in pieces:
-        parts.append(part_of(walk, value, [*value.axes[:dim], part, *value.axes[dim + 1 :]], dim, preceding))
+    for part in walk.uniter.cut(value.axes[dim], sizes):
+        charge = walk.signs.new()
+        walk.signs.add(beside(value.axes, dim), charge, value.charge)
+        walk.signs.add_part(part, preceding, value.charge, charge)
+        parts.append(with_axes(walk, value, [*value.axes[:dim], part, *value.axes[dim + 1 :]], charge))
         preceding = [*preceding, *part]
     return parts
 
 
-def unbound(walk: Walk, call: Call) -> list[Value] | None:
+@of_value
+def divided(walk: Walk, call: Call, value: Value) -> list[Value]:
+    """Follow a split into several tensors."""
+    dim = call.arg(2, call.kwargs.get("dim", 0)) % len(value.axes)
+    return parts_of(walk, value, dim, [out.shape[dim] for out in call.out])
+
+
+@of_value
+def unbound(walk: Walk, call: Call, value: Value) -> list[Value]:
     """Follow a split into the slices along an axis."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     dim = call.arg(1, 0) % len(value.axes)
     pieces = places_along(walk, value, dim)
     if pieces is not None:
         return pieces
-    axes = list(value.axes)
-    axis = axes.pop(dim)
     if not value.uniform:
-        walk.fix(axis)
-    return [walk.new(axes, value.charge, uniform=value.uniform) for _ in call.out]
+        walk.fix(value.axes[dim])
+    return [walk.new(beside(value.axes, dim), value.charge, uniform=value.uniform) for _ in call.out]
 
 
 def concatenated(walk: Walk, call: Call) -> Value:
@@ -216,24 +193,20 @@ def concatenated(walk: Walk, call: Call) -> Value:
     if stacks:
         for axes in lists:
             axes.insert(dim, [])
-    result: list[list[Units]] = []
-    for place in range(count):
-        if place == dim:
-            result.append(fixed(len(lists)) if stacks else concatenation([axes[place] for axes in lists]))
-            continue
-        for value, axes in zip(values[1:], lists[1:], strict=True):
-            del value
+    for place in set(range(count)) - {dim}:
+        for axes in lists[1:]:
             walk.uniter.unite(lists[0][place], axes[place])
-        result.append(lists[0][place])
+    joined = fixed(len(lists)) if stacks else concatenation([axes[dim] for axes in lists])
+    result = [*lists[0][:dim], joined, *lists[0][dim + 1 :]]
     charge = walk.signs.new()
     preceding: list[Units] = []
     for axes, value in zip(lists, values, strict=True):
-        if value is not None and value.uniform != "zero":
-            walk.signs.add((axis for place, axis in enumerate(axes) if place != dim), charge, value.charge)
+        if value is None:
+            walk.even(beside(result, dim), charge)
+        elif value.uniform != "zero":
+            walk.signs.add(beside(axes, dim), charge, value.charge)
             if not stacks:
                 walk.signs.add_part(axes[dim], preceding, charge, value.charge)
-        elif value is None:
-            walk.even((axis for place, axis in enumerate(result) if place != dim), charge)
         if value is not None and value.indexes is not None:
             walk.fix([value.indexes])
         preceding = [*preceding, *axes[dim]]
@@ -241,11 +214,9 @@ def concatenated(walk: Walk, call: Call) -> Value:
     return walk.new(result, charge, uniform=uniform)
 
 
-def padded(walk: Walk, call: Call) -> Value | None:
+@of_value
+def padded(walk: Walk, call: Call, value: Value) -> Value:
     """Follow padding, which adds entries at the ends of axes."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     widths, axes = call.args[1], list(value.axes)
     for number in range(len(widths) // 2):
         dim = len(axes) - 1 - number
@@ -255,24 +226,17 @@ def padded(walk: Walk, call: Call) -> Value | None:
                 walk.fix(axes[dim])
                 axes[dim] = fixed(call.shape[dim])
         elif front or back:
-            axes[dim] = concatenation(
-                [
-                    fixed(front) if front != 1 else [Units(1, fixed=True)],
-                    axes[dim] or [Units(1, fixed=True)],
-                    fixed(back) if back != 1 else [Units(1, fixed=True)],
-                ][slice(0 if front else 1, 3 if back else 2)]
-            )
+            ends = [fixed(front)] * (front > 0), [fixed(back)] * (back > 0)
+            axes[dim] = concatenation([*ends[0], axes[dim], *ends[1]])
     if call.arg(2, 0):
         walk.even(value.axes, value.charge)
         walk.bend(value.axes)
-    return with_axes(walk, call, axes)
+    return with_axes(walk, value, axes)
 
 
-def rolled(walk: Walk, call: Call) -> Value | None:
+@of_value
+def rolled(walk: Walk, call: Call, value: Value) -> Value | None:
     """Follow an operator that depends on the order along some axes, and on nothing else."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     place = 2 if call.name == "roll" else 1
     dims = call.arg(place, call.kwargs.get("dim", []))
     dims = [dims] if isinstance(dims, int) else list(dims)
@@ -283,27 +247,23 @@ def rolled(walk: Walk, call: Call) -> Value | None:
         walk.bend(value.axes)
         walk.even(value.axes, value.charge)
     axes = [fixed(n) if dim in chosen else value.axes[dim] for dim, n in enumerate(call.shape)]
-    result = with_axes(walk, call, axes)
+    result = with_axes(walk, value, axes)
     return result if isinstance(call.out, Tensor) else None
 
 
-def triangular(walk: Walk, call: Call) -> Value | None:
+@of_value
+def triangular(walk: Walk, _call: Call, value: Value) -> Value:
     """Follow an operator on matrices that depends on the order of rows and columns."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     for axis in value.axes[-2:]:
         walk.fix(axis)
-    return with_axes(walk, call, value.axes)
+    return with_axes(walk, value, value.axes)
 
 
 def windowed(dims: int) -> Rule:
     """Return the rule of an operator on windows of the last `dims` axes, channel by channel."""
 
-    def rule(walk: Walk, call: Call) -> Any:
-        value = walk.value(call.args[0])
-        if value is None:
-            return None
+    @of_value
+    def rule(walk: Walk, call: Call, value: Value) -> Value:
         for axis in value.axes[-dims:]:
             walk.fix(axis)
         averages = call.name.startswith(("adaptive_avg", "_adaptive_avg", "avg_pool", "upsample_bi", "upsample_n"))
@@ -317,42 +277,36 @@ def windowed(dims: int) -> Rule:
     return rule
 
 
-def unfolded(walk: Walk, call: Call) -> Value | None:
+@of_value
+def unfolded(walk: Walk, call: Call, value: Value) -> Value:
     """Follow windows along one axis, which become a new last axis."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     dim = call.args[1] % len(value.axes)
     walk.fix(value.axes[dim])
     axes = list(value.axes)
     axes[dim] = fixed(call.shape[dim])
-    return with_axes(walk, call, [*axes, fixed(call.shape[-1])])
+    return with_axes(walk, value, [*axes, fixed(call.shape[-1])])
 
 
-def pixels_shuffled(walk: Walk, call: Call) -> Value | None:
+@of_value
+def pixels_shuffled(walk: Walk, call: Call, value: Value) -> Value:
     """Follow the move of channels into space, or back."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     *leading, channels, height, width = value.axes
     walk.fix([*height, *width])
     factor, shape = call.args[1], call.shape
     if call.name == "pixel_shuffle":
         planes, down, right = walk.uniter.split(channels, (shape[-3], factor, factor))
         walk.fix([*down, *right])
-        return with_axes(walk, call, [*leading, planes, fixed(shape[-2]), fixed(shape[-1])])
-    return with_axes(walk, call, [*leading, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
+        return with_axes(walk, value, [*leading, planes, fixed(shape[-2]), fixed(shape[-1])])
+    return with_axes(walk, value, [*leading, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
 
 
-def complex_viewed(walk: Walk, call: Call) -> Value | None:
+@of_value
+def complex_viewed(walk: Walk, call: Call, value: Value) -> Value:
     """Follow pairs of entries that become complex numbers, or back."""
-    value = walk.value(call.args[0])
-    if value is None:
-        return None
     if call.name == "view_as_real":
-        return with_axes(walk, call, [*value.axes, fixed(2)])
+        return with_axes(walk, value, [*value.axes, fixed(2)])
     walk.fix(value.axes[-1])
-    return with_axes(walk, call, value.axes[:-1])
+    return with_axes(walk, value, value.axes[:-1])
 
 
 _POOLS = ("avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "max_pool", "adaptive_max_pool")

@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-from fedbasin.strategies.symmetry.models.decoders import gpt2, gpt_neox, llama, mixtral, qwen3
-from fedbasin.strategies.symmetry.models.draft import Config
-from fedbasin.strategies.symmetry.models.encoders import bert, deberta_v2, distilbert, roberta
-from fedbasin.strategies.symmetry.models.t5 import t5
-from fedbasin.strategies.symmetry.models.vision import clip, vit
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.decoders import gpt2, gpt_neox, llama, mixtral, qwen3
+from tests.strategies.symmetry.by_hand.draft import Config
+from tests.strategies.symmetry.by_hand.encoders import bert, deberta_v2, distilbert, roberta
+from tests.strategies.symmetry.by_hand.t5 import t5
+from tests.strategies.symmetry.by_hand.vision import clip, vit
 
 
 class Family(Protocol):

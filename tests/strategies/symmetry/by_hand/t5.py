@@ -6,10 +6,10 @@ its heads by itself. The decoder's attention to the encoder has no bias and perm
 one token table, so they share one residual stream, which has signs because its norms are root mean square norms.
 """
 
-from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath, gated, signed
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads, share
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.draft import Config, Draft, Projections, Role, gated, heads, share, signed
 
 # The role of `signed(n, scales=True)` that follows the order without the sign.
 _SCALES = 1

@@ -7,10 +7,10 @@ permutation holds for the whole network (Devlin et al. 2019, arXiv 1810.04805; L
 Sanh et al. 2019, arXiv 1910.01108; He et al. 2021, arXiv 2111.09543).
 """
 
-from fedbasin.strategies.symmetry.groups.groups import Permutation, signed
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads
+from fedbasin.strategies.symmetry.groups.groups import Permutation
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.draft import Config, Draft, Projections, Role, heads, signed
 
 
 def bert(config: Config, state: State, *, residual: bool) -> Symmetry:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fedbasin.strategies.symmetry.groups.block_groups import Inner
-from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Wreath
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import Output, Shift
@@ -265,3 +265,21 @@ def grouped_heads(draft: Draft, name: str, layers: Projections, rotation: Inner,
     query.writes(layers.query)
     space.at(1).writes(layers.value)
     output.reads(layers.output)
+
+
+def signed(count: int, *, scales: bool = False) -> Wreath:
+    """Return the signed permutations `O(1) wr S(count)`, with which a root mean square norm commutes.
+
+    Args:
+        count: number of units.
+        scales: add a second role that follows the order without the sign, for the weights of norms.
+    """
+    return Wreath((Orthogonal(1), Permutation(1)) if scales else (Orthogonal(1),), count)
+
+
+def gated(count: int) -> Wreath:
+    """Return the group of the hidden units of `down(act(gate(x)) * up(x))`: permutations, and signs on `up`.
+
+    Role 0 is the gate, role 1 are up and down, between which a unit may change its sign because `up` is linear.
+    """
+    return Wreath((Permutation(1), Orthogonal(1)), count)

@@ -8,9 +8,9 @@ stream of its own; the space in which they meet is an output of the model and st
 """
 
 from fedbasin.strategies.symmetry.groups.groups import Permutation
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, heads
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.draft import Config, Draft, Projections, Role, heads
 
 
 def vit(config: Config, state: State, *, residual: bool) -> Symmetry:

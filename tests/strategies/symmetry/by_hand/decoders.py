@@ -10,10 +10,19 @@ of the router.
 """
 
 from fedbasin.strategies.symmetry.groups.block_groups import DirectSum, Inner, PairSigns, Rotary
-from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath, gated, signed
-from fedbasin.strategies.symmetry.models.draft import Config, Draft, Projections, Role, grouped_heads, share
+from fedbasin.strategies.symmetry.groups.groups import Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.draft import (
+    Config,
+    Draft,
+    Projections,
+    Role,
+    gated,
+    grouped_heads,
+    share,
+    signed,
+)
 
 # The role of `signed(n, scales=True)` that follows the order without the sign.
 _SCALES = 1

@@ -16,10 +16,10 @@ from dataclasses import replace
 from fedbasin.strategies.symmetry.folding import Fold, Reader
 from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal
-from fedbasin.strategies.symmetry.models.families import family
-from fedbasin.strategies.symmetry.models.prenorm_transformer import Names, preln_transformer
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
+from tests.strategies.symmetry.by_hand.families import family
+from tests.strategies.symmetry.by_hand.prenorm_transformer import Names, preln_transformer
 
 _RESIDUAL = "residual"
 

@@ -1,1 +1,0 @@
-"""Symmetries of published architectures, derived from configuration and parameter names."""
