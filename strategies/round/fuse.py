@@ -92,6 +92,10 @@ class Fuse:
         return max(self._layer_graphs, key=self._layer_graphs.__getitem__, default=None)
 
     @property
+    def average(self) -> dict[str, Tensor] | None:
+        return self._accumulator.finalize(self._anchor) if self._recipe.points else None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return self._accumulator.notes
 
@@ -137,6 +141,10 @@ class AlignedFuse:
 
     def finish(self) -> dict[str, Tensor]:
         return self._fuse.finish()
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        return self._fuse.average
 
     @property
     def notes(self) -> tuple[str, ...]:

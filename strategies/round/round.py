@@ -101,6 +101,8 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         measure = partial(MeasureNorms, fused.model, stages.norms, stages.accumulate)
         measured = yield StagePlan(measure, fused.model, fused.nodes, may_fail=True)
         fused = replace(fused, model=measured.model)
+    if fused.average is not None and stages.merge is None:
+        return (yield from _or_average(_between(fused.average, fused, recipe.points), fused.model))
     if recipe.refit is None or stages.merge is not None:
         return RoundResult(fused.model)
     if recipe.chooses and fused.layer_graph is None:
@@ -125,6 +127,33 @@ def _or_average(further: Round, average: State) -> Round:
     except StopIteration as end:
         outcome: RoundResult = end.value
         return outcome
+
+
+def _between(average: State, fused: StageResult, points: int) -> Round:
+    """Take the point between two means of adapters' products at which the clients' loss is lowest.
+
+    The mean weighted by inputs is far ahead while clients know little of each other's data. Later it keeps what single
+    clients have overdone in directions of their own, and the mean by examples averages it out.
+    """
+    send = partial(ProbePath, average, 0, PathSpec(), 0)
+    sent = yield StagePlan(send, average, fused.nodes)
+    fitted = _Fitted(average, fused.model, fused.model, 1, sent.nodes)
+    line = (yield fitted.probe(PathSpec(), points)).curve
+    models = candidates(line, Origin.products)
+    if line is None or not models:
+        return RoundResult(dict(fused.model))
+    served, mean = min(models, key=lambda model: model.loss), models[0]
+    choice = Choice(
+        served=Origin.products.name,
+        served_round=0,
+        trained_on=Origin.products.name,
+        loss=served.loss,
+        accuracy=served.accuracy,
+        average_loss=mean.loss,
+        average_accuracy=mean.accuracy,
+        examples=line.examples,
+    )
+    return RoundResult(interpolate(average, fused.model, served.point), choice=choice)
 
 
 def _bootstrap(
