@@ -159,7 +159,8 @@ class Composition:
         # Pairs are aligned to each other, later.
         align: Align = "off" if merges else self.align
         accumulate = self._accumulate(number, recipe)
-        if self.lesson is not None:
+        # A recipe that compares models lets clients judge a distilled one, but not in rounds in which it compares nothing.
+        if self.lesson is not None and recipe.chooses == self.recipe.chooses:
             accumulate = partial(self._distilling, self.lesson, dtype)
         return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, accumulate)
 

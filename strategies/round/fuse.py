@@ -16,6 +16,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator
 from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, to_scales
 from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketch_encodings
 from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
@@ -93,6 +94,10 @@ class Fuse:
 
     @property
     def average(self) -> dict[str, Tensor] | None:
+        if not self._recipe.compares:
+            return None
+        if isinstance(self._accumulator, DistilledAccumulator):
+            return self._accumulator.average
         return self._accumulator.finalize(self._anchor) if self._recipe.points else None
 
     @property

@@ -144,7 +144,8 @@ def test_every_round_is_distilled_and_a_run_is_the_same_each_time(tmp_path, reci
     assert len(lines) == 2
     assert all("it is kept" in line for line in lines)
     assert same(one, start(tmp_path / "b", recipe=recipe, distillation=distillation()))
-    assert not same(one, start(tmp_path / "c", recipe=recipe))
+    # The recipe that compares may judge that the mean was better.
+    assert recipe == "auto" or not same(one, start(tmp_path / "c", recipe=recipe))
 
 
 def test_a_run_that_goes_on_ends_in_the_same_bits(tmp_path):
@@ -192,3 +193,14 @@ def test_adapters_have_no_outputs_of_their_own(tmp_path):
     with pytest.raises(SettingsError, match="adapters alone compute no outputs"):
         running.run(federation, adapted.server_model(), distillation=distillation())
     assert not federation.asked
+
+
+def test_clients_judge_a_distilled_model_where_the_recipe_compares(tmp_path):
+    # Trained on one input alone, which the inputs held out are too.
+    lessons = DistillationSet(tiny.net(1), [10 + 0 * inputs()], passes=200, rate=0.3)
+    federation = tiny.federation(recipe="auto", folder=str(tmp_path), align="off")
+    (report,) = running.run(federation, tiny.net(), 1, distillation=lessons).reports
+    assert [stage.stage for stage in report.stages][:4] == ["fuse", "probe", "probe", "head"]
+    assert all(client.is_accepted for stage in report.stages for client in stage.clients)
+    plain = running.run(tiny.federation(recipe="auto", folder=str(tmp_path / "p"), align="off"), tiny.net(), 1)
+    assert report.choice.average_loss == plain.reports[0].choice.average_loss

@@ -124,11 +124,11 @@ def _mean_outputs(module: nn.Module, teachers: Iterable[State], batches: Sequenc
 @torch.no_grad()
 def _divergence_of(module: nn.Module, judged: Sequence[tuple[Batch, Tensor]], task: Task) -> float:
     values = [divergence(task, goal, forward(module, batch), batch.mask) for batch, goal in judged]
-    # Rounding takes a divergence of equal outputs below zero.
-    mean = max(0.0, float(torch.stack(values).double().mean()))
+    mean = float(torch.stack(values).double().mean())
     if mean != mean or mean == float("inf"):
         raise ValueError(f"the divergence from the ensemble is {mean}; choose a smaller rate")
-    return mean
+    # Rounding takes a divergence of equal outputs below zero.
+    return max(0.0, mean)
 
 
 def _train(

@@ -65,6 +65,9 @@ class DistilledAccumulator:
 
     Laws: one client's model stays what it is; the order of the clients does not matter. At one time the memory holds
     one client's model beside the sum.
+
+    Attributes:
+        average: the last result of the sum without distillation, where distillation has changed it; None elsewhere.
     """
 
     def __init__(self, total: Accumulator, lesson: Lesson, file: BinaryIO, tell: Tell) -> None:
@@ -79,6 +82,7 @@ class DistilledAccumulator:
         self._total, self._lesson, self._tell = total, lesson, tell
         self._spool = Spool(file)
         self._models: list[tuple[str, dict[str, SpoolEntry]]] = []
+        self.average: dict[str, Tensor] | None = None
 
     notes: tuple[str, ...] = ()
 
@@ -122,7 +126,8 @@ class DistilledAccumulator:
             return fused
         result = self._lesson.learn(fused, self._teachers())
         self._tell(result)
-        if result.after >= result.before:
+        self.average = fused if result.after < result.before else None
+        if self.average is None:
             return fused
         return {
             name: result.state[name].to(tensor) if tensor.is_floating_point() else tensor

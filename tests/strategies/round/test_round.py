@@ -353,6 +353,17 @@ class TestProductsPath:
         assert end.choice is None
 
 
+def test_a_recipe_that_fits_layers_goes_on_from_the_better_of_a_mean_and_a_distilled_model():
+    steps = run_round(model(0.0), RECIPES["auto"], stages_of(RECIPES["fedavg"]), NODES)
+    next(steps)
+    steps.send(replace(result_of(model(1.0), NODES, ORDER), average=model(0.0)))
+    steps.send(result_of(model(0.0), NODES))
+    path = PathSums((0.0, 0.25, 0.5, 0.75, 1.0), (), (4, 3, 2, 1, 5), (), (), 2.0)
+    head = steps.send(result_of(model(1.0), NODES, path=path))
+    assert head.make().request.stage == "head"
+    assert {float(t.mean()) for name, t in head.carries.items() if name != "norm"} == {0.75}
+
+
 @pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
 @pytest.mark.parametrize("recipe", ["features", "head", "auto-features"])
 def test_a_model_without_layers_that_fit_is_fused_and_said_to_have_none(recipe, layer_graph):
