@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedbasin.client.mod import basin as basin
     from fedbasin.proto.report import RoundReport as RoundReport
+    from fedbasin.server.run.distillation_set import DistillationSet as DistillationSet
     from fedbasin.server.run.probe_set import ProbeSet as ProbeSet
     from fedbasin.server.run.result import RunResult as RunResult
     from fedbasin.server.run.settings import SettingsError as SettingsError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     align = match_weights
 
 _HOMES = {
+    "DistillationSet": "server.run.distillation_set",
     "FedBasin": "server.strategy",
     "ProbeSet": "server.run.probe_set",
     "RECIPES": "strategies.recipes",

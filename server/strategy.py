@@ -13,6 +13,7 @@ from fedbasin.proto.report import ClientReport
 from fedbasin.server.exchange.stage_attempt import ClientMetricsFn, MetricsFn
 from fedbasin.server.run.averaging import OWN_METHODS
 from fedbasin.server.run.composition import ScoreFn
+from fedbasin.server.run.distillation_set import DistillationSet
 from fedbasin.server.run.log_lines import settings_lines
 from fedbasin.server.run.loop import EvaluateFn, RunLoop
 from fedbasin.server.run.probe_set import ProbeSet
@@ -56,6 +57,7 @@ class FedBasin(Strategy):
         client_metrics_fn: ClientMetricsFn | None = None,
         score_fn: ScoreFn | None = None,
         probe_set: ProbeSet | None = None,
+        distillation: DistillationSet | None = None,
         **settings: Any,
     ) -> None:
         """Compose a strategy.
@@ -75,6 +77,8 @@ class FedBasin(Strategy):
             client_metrics_fn: makes further metrics of one client's accepted model, by node id and parameters.
             score_fn: scores a model, lower is better; for `bootstrap = "best"`.
             probe_set: data of the server's own, on which it compares some accepted clients' models.
+            distillation: inputs of the server's own, without labels, on which each round's model learns the outputs of
+                the clients' ensemble.
             settings: every setting of docs/reference/settings.md, by its name with underscores: those of FedAvg
                 (`fraction_train`, `fraction_evaluate`, `min_train_nodes`, `min_evaluate_nodes`,
                 `min_available_nodes`, `weighted_by_key`, `arrayrecord_key`, `configrecord_key`) and those of fedbasin.
@@ -87,7 +91,14 @@ class FedBasin(Strategy):
         self.probe_set = probe_set
         self._settings = read_settings(context.run_config if context else {}, arguments)
         self._parts = AppParts(
-            model, example, symmetry, score_fn, client_metrics_fn, train_metrics_aggr_fn, evaluate_metrics_aggr_fn
+            model,
+            example,
+            symmetry,
+            score_fn,
+            distillation,
+            client_metrics_fn,
+            train_metrics_aggr_fn,
+            evaluate_metrics_aggr_fn,
         )
         self.run = RunState(self._settings, self._parts)
 

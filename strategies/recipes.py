@@ -58,9 +58,16 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class LoraProducts:
-    """Fusion of low-rank adapters by the products of their factors, which are then split again."""
+    """Fusion of low-rank adapters by the products of their factors, which are then split again.
+
+    Attributes:
+        weighting: weights the mean of the products; None takes it by examples.
+        points: number of points between the mean by examples and the weighted one that clients evaluate; 0 takes the
+            weighted one.
+    """
 
     weighting: GramWeighting | SketchedGramWeighting | None = None
+    points: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,9 +191,20 @@ class Recipe:
         return self.probe is not None
 
     @property
+    def points(self) -> int:
+        """The number of points between two means of adapters' products that clients evaluate; 0 for other recipes."""
+        return self.fusion.points if isinstance(self.fusion, LoraProducts) else 0
+
+    @property
+    def compares(self) -> bool:
+        """True if clients evaluate several models of a round, of which one is taken."""
+        return self.chooses or self.points > 0
+
+    @property
     def averaging(self) -> "Recipe":
-        """The recipe without its refit."""
-        return replace(self, refit=None)
+        """The recipe without its refit, and with one mean of adapters' products."""
+        fusion = replace(self.fusion, points=0) if isinstance(self.fusion, LoraProducts) else self.fusion
+        return replace(self, fusion=fusion, refit=None)
 
     def override(
         self,
@@ -212,7 +230,7 @@ class Recipe:
             weighting = override_weighting(fusion.weighting, ridge, shrink)
             fusion = LoraAlternating(weighting)
         elif isinstance(fusion, LoraProducts) and fusion.weighting is not None:
-            fusion = LoraProducts(override_weighting(fusion.weighting, ridge, shrink))
+            fusion = replace(fusion, weighting=override_weighting(fusion.weighting, ridge, shrink))
         elif fusion is not None and not isinstance(fusion, LoraFusion):
             fusion = override_weighting(fusion, ridge, shrink)
         refit = self.refit
@@ -303,15 +321,15 @@ RECIPES = {
         Recipe("features", refit=LayerRefit(Target.features, ridge=3e-3), server_optimizer=Average()),
         Recipe("head", refit=HeadRefit(Evidence())),
         Recipe("features-head", refit=_HALF_FEATURES),
-        # Sketches as wide as the adapters cost half as much again as the factors themselves.
-        Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2)))),
+        # Sketches twice as wide as the adapters cost as much again as the factors themselves.
+        Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2)), _PROBE.points)),
         Recipe("lora-products", LoraProducts()),
         Recipe("lora-factors", LoraFactors()),
         Recipe("lora-rotated", LoraFactors(rotate=True)),
         # Sun et al. 2024, arXiv 2403.12313, and Chen et al. 2025, arXiv 2502.01755.
         Recipe("ffa-lora", LoraFactors(frozen=("lora_A",))),
         Recipe("rolora", LoraFactors(frozen=ALTERNATING)),
-        Recipe("lora-gram", LoraProducts(GramWeighting(Ridge(1e-2)))),
+        Recipe("lora-gram", LoraProducts(GramWeighting(Ridge(1e-2)), _PROBE.points)),
         Recipe("lorm", LoraAlternating(GramWeighting(Ridge(1e-3)))),
     )
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedbasin.client.client_state import fused_pieces, local_optimizer, round_start, sent_reply
 from fedbasin.client.collect import gram_statistics
 from fedbasin.client.held_out import DataPart
+from fedbasin.client.lora_names import complete_state
 from fedbasin.client.measure import path_sums
 from fedbasin.client.refit.head_sums import head_equations
 from fedbasin.client.refit.local_steps import trial
@@ -26,6 +27,7 @@ from fedbasin.strategies.capture.batchnorm_statistics import measure_anew, measu
 from fedbasin.strategies.diagnostics.barrier import grid
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.fusion.compression.formats import encode_cross_moment
+from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, set_scales
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.path_ends import path_ends
 from fedbasin.strategies.statistics.finite import check_statistic
@@ -76,7 +78,8 @@ def refit_reply(
         measured = measure_anew(model, fused, refit.norms, batches())
     path: PathSums | None = None
     if request.path_points and refit.path is not None:
-        ends = path_ends(refit.path, round_start(context), _merge(pieces[:1], model), fused)
+        anchor = round_start(context) if refit.path.extrapolate else {}
+        ends = path_ends(refit.path, anchor, _merge(pieces[:1], model), fused)
         if next(iter(judging()), None) is None:
             path = _without_examples(request.path_points)
         elif request.stage == TRIAL:
@@ -84,7 +87,9 @@ def refit_reply(
             optimizer = local_optimizer(context)
             path = trial(model, ends, fitting(), judging(), optimizer, request.seed, task)
         else:
-            path = path_sums(path_losses(model, *ends, judging(), request.path_points, task))
+            set_scales(model, scales_of(fused))
+            start, end = (complete_state(model, state) for state in ends)
+            path = path_sums(path_losses(model, start, end, judging(), request.path_points, task))
     return Reply(
         request.round,
         request.stage,

@@ -244,7 +244,7 @@ class StageAttempt:
             metrics_fn: aggregates the clients' metrics; None for their weighted means.
         """
         with self._working():
-            model = self._finish_stage()
+            model, average = self._finish_stage()
         sums = self._sums
         return StageResult(
             model,
@@ -253,17 +253,21 @@ class StageAttempt:
             sums.path if sums.path.points else None,
             {name: value for name, value in weighted_means(sums.variance).items() if isinstance(value, float)},
             self.stage.layer_graph,
+            average=average,
             cosines=sums.directions.finish if sums.directions else None,
         )
 
-    def _finish_stage(self) -> dict[str, Tensor]:
-        """Return the stage's model; where it is not finite, sum again without the client that is suspected most."""
+    def _finish_stage(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Return the stage's model and its mean by examples, as far as it has one.
+
+        Where they are not finite, sum again without the client that is suspected most.
+        """
+        name = f"the model of the stage {self.stage.request.stage}"
         while True:
             try:
-                model = self.stage.finish()
-                check_finite(
-                    changed(model, self._anchor), f"the model of the stage {self.stage.request.stage}", self._anchor
-                )
+                model, average = self.stage.finish(), self.stage.average
+                for state in (model, average or {}):
+                    check_finite(changed(state, self._anchor), name, self._anchor)
             except (ArithmeticError, ValueError, RuntimeError) as error:
                 if self.accepted - 1 < max(self.needed, 1):
                     raise StageFailedError(self.report(), error) from error
@@ -272,7 +276,7 @@ class StageAttempt:
                 self._add_candidates()
             else:
                 self._note_shares()
-                return model
+                return model, average
 
     def _note_shares(self) -> None:
         """Add to the report of each client what the fusion has made of its update."""

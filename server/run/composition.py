@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from flwr.app import ArrayRecord
@@ -15,6 +16,7 @@ from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.request import Request, Start
 from fedbasin.server.exchange.stage_attempt import StageLimits
 from fedbasin.server.run.averaging import reason_before
+from fedbasin.server.run.distillation_set import DistillationSet, log_distillation
 from fedbasin.server.run.model_arrays import array_names, state_of
 from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
@@ -23,6 +25,7 @@ from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.batchnorm import find_norms
 from fedbasin.strategies.fusion.compression.budget import BudgetError
 from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
+from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator, Lesson
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
@@ -58,6 +61,7 @@ class Composition:
         array_names: by the model's names, the names of arrays that are called otherwise.
         score_fn: scores a model, lower is better; for `bootstrap = "best"`.
         norms: the BatchNorm layers of the model.
+        lesson: what each round's mean is trained on; None where nothing is distilled.
     """
 
     settings: Settings
@@ -70,6 +74,7 @@ class Composition:
     array_names: Mapping[str, str] | None = None
     score_fn: ScoreFn | None = None
     norms: tuple[BatchNorm, ...] = ()
+    lesson: Lesson | None = None
 
     @property
     def limits(self) -> StageLimits:
@@ -140,7 +145,11 @@ class Composition:
         request = replace(
             self._request(number),
             # Fits, links, and the path that goes with an evaluation build on the client's models.
-            keep=recipe.refit is not None or merges or settings.fused_points > 0 or bool(self.measured_norms(number)),
+            keep=recipe.refit is not None
+            or recipe.compares
+            or merges
+            or settings.fused_points > 0
+            or bool(self.measured_norms(number)),
             layer_graph=recipe.refit is not None,
             optional=recipe.chooses,
             encodings=fuse_encodings(recipe, self.layers, settings.statistics_budget_bytes),
@@ -149,9 +158,17 @@ class Composition:
         dtype = torch.float64 if settings.sum == "reproducible" else torch.float32
         # Pairs are aligned to each other, later.
         align: Align = "off" if merges else self.align
-        return fusing_stage(
-            anchor, recipe, request, self.symmetry, align, self.blocks, dtype, self._accumulate(number, recipe)
-        )
+        accumulate = self._accumulate(number, recipe)
+        # A recipe that compares models lets clients judge a distilled one, but not in rounds in which it compares nothing.
+        if self.lesson is not None and recipe.chooses == self.recipe.chooses:
+            accumulate = partial(self._distilling, self.lesson, dtype)
+        return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, accumulate)
+
+    def _distilling(self, lesson: Lesson, dtype: torch.dtype, anchor: State) -> DistilledAccumulator:
+        return DistilledAccumulator(Accumulator.zero(anchor, dtype), lesson, self._spool(), log_distillation)
+
+    def _spool(self) -> BinaryIO:
+        return open_spool(Path(self.settings.resume or self.settings.folder))
 
     def measured_norms(self, number: int) -> tuple[BatchNorm, ...]:
         """Return the BatchNorm layers that a round measures anew: where it mixes models that share no start."""
@@ -177,12 +194,12 @@ class Composition:
 
     def _accumulate(self, number: int, recipe: Recipe) -> Accumulate | None:
         """Return what makes the accumulator of a rule, with a file of its own; None for a recipe that sums."""
-        robust, rule, folder = recipe.robust, recipe.rule, Path(self.settings.resume or self.settings.folder)
+        robust, rule = recipe.robust, recipe.rule
         if robust is not None:
-            return lambda anchor: RobustAccumulator(anchor, robust, open_spool(folder))
+            return lambda anchor: RobustAccumulator(anchor, robust, self._spool())
         if rule is not None:
             seed = f"{self.settings.seed} {number}"
-            return lambda anchor: RuleAccumulator(anchor, rule, open_spool(folder), seed)
+            return lambda anchor: RuleAccumulator(anchor, rule, self._spool(), seed)
         return None
 
     def _bootstrap_stage(self, template: State) -> Stage:
@@ -208,6 +225,7 @@ def compose(
     symmetry: Symmetry | None,
     arrays: ArrayRecord,
     score_fn: ScoreFn | None = None,
+    distillation: DistillationSet | None = None,
 ) -> Composition:
     """Check and compose everything that can be refused before the first message.
 
@@ -218,6 +236,7 @@ def compose(
         symmetry: the symmetry of the model; None derives it from model and example.
         arrays: the initial arrays.
         score_fn: scores a model.
+        distillation: inputs on which each round's mean is distilled from the clients' models.
 
     Raises:
         SettingsError: the configuration cannot be run.
@@ -251,12 +270,14 @@ def compose(
         names,
         score_fn,
         () if model is None or recipe.lora is not None else find_norms(model),
+        None if distillation is None else distillation.lesson(settings, recipe, state),
     )
 
 
 def averaging(recipe: Recipe, reason: str) -> Recipe:
     """Return a recipe that compares models without the comparison, and say why."""
-    _LOG.info("recipe %s only averages, as FedAvg: %s", recipe.name, reason)
+    what = "compares no models" if recipe.lora else "only averages, as FedAvg"
+    _LOG.info("recipe %s %s: %s", recipe.name, what, reason)
     return recipe.averaging
 
 

@@ -35,6 +35,7 @@ class Check:
     """A stage that asks a client whether it can take part."""
 
     layer_graph: LayerGraph | None = None
+    average = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, model: State, needs: Request) -> None:

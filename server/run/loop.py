@@ -143,7 +143,9 @@ class RunLoop:
         """Return this run as its folder is to know it."""
         app_values = {key: value for key, value in self._app_config.items() if not key.startswith(PREFIX)}
         told = {f"train_config[{key!r}]": value for key, value in train_config.items()}
-        configuration = {**json.loads(self._settings.decisive), **app_values, **told}
+        distillation = self._state.parts.distillation
+        lesson = {} if distillation is None else {"distillation": [distillation.passes, distillation.rate]}
+        configuration = {**json.loads(self._settings.decisive), **app_values, **told, **lesson}
         # Through JSON, as the folder has it.
         return RunRecord(self._app, self._rounds, json.loads(json.dumps(configuration, default=str)))
 
@@ -223,8 +225,8 @@ class RunLoop:
         self._average = saved.average or None
         self._standing = Standing()
         for report in checkpoint.read_reports(self._folder):
-            chooses = self._state.composition.recipe.chooses
-            if chooses and report.round <= saved.server_round and not _is_rolled_back(report):
+            compares = self._state.composition.recipe.compares
+            if compares and report.round <= saved.server_round and not _is_rolled_back(report):
                 self._standing = self._standing.after(report)
         self._note(*(Incident(IncidentKind.damaged_checkpoint.name, damage) for damage in saved.passed_over))
 
@@ -295,7 +297,7 @@ class RunLoop:
             _LOG.info("%s", line)
         report = self._guarded(report)
         if not _is_rolled_back(report):
-            self._standing = self._standing.after(report) if recipe.chooses else self._standing
+            self._standing = self._standing.after(report) if recipe.compares else self._standing
             self._patience = self._patience.after(report)
         report = replace(report, last=report.last or self._patience.is_over(number))
         self._save(report)

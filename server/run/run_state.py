@@ -18,6 +18,7 @@ from fedbasin.server.exchange.streaming_grid import NodeReply, StageReplies, awa
 from fedbasin.server.run.app_functions import AppFunctions
 from fedbasin.server.run.averaging import FLOWERS_LOOP
 from fedbasin.server.run.composition import Composition, ScoreFn, averaging, compose
+from fedbasin.server.run.distillation_set import DistillationSet
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.model_arrays import arrays_of, state_of
 from fedbasin.server.run.probe_set import ProbeRun
@@ -46,6 +47,7 @@ class AppParts:
     example: Example | None = None
     symmetry: Symmetry | None = None
     score_fn: ScoreFn | None = None
+    distillation: DistillationSet | None = None
     client_metrics_fn: ClientMetricsFn | None = None
     train_metrics_fn: MetricsFn | None = None
     evaluate_metrics_fn: MetricsFn | None = None
@@ -204,7 +206,7 @@ class RunState:
         merges = server_round == 1 and self.settings.start == "own" and self.settings.merge != "star"
         # Flower's own loop has no stage in which statistics could be measured.
         measures = self.in_start and self.composition.measured_norms(server_round)
-        return self.recipe.refit is None and not merges and not measures
+        return self.recipe.refit is None and not self.recipe.compares and not merges and not measures
 
     def follow(self, server_round: int, anchor: State, model: State) -> dict[str, Tensor]:
         """Return the new global model: the server optimizer's step from the anchor towards a round's model.
@@ -225,15 +227,16 @@ class RunState:
     def compose(self, arrays: ArrayRecord) -> Composition:
         """Return the fixed parts of the run, composed when the first arrays are known."""
         if self._composition is None:
+            parts = self.parts
             self._composition = compose(
-                self.settings, self.parts.model, self.parts.example, self.parts.symmetry, arrays, self.parts.score_fn
+                self.settings, parts.model, parts.example, parts.symmetry, arrays, parts.score_fn, parts.distillation
             )
             self.recipe = self._composition.recipe
         return self._composition
 
     def average(self, reason: str) -> None:
         """Only average from now on, where the recipe compares models, and say why."""
-        if self.composition.recipe.chooses:
+        if self.composition.recipe.compares:
             self.recipe = averaging(self.composition.recipe, reason)
             self._composition = replace(self.composition, recipe=self.recipe)
 

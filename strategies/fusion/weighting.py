@@ -48,7 +48,7 @@ class GramWeighting:
 
 @dataclass(frozen=True)
 class SketchedGramWeighting:
-    """A mean weighted by sketches of Gram matrices, as wide as the adapters' rank unless a budget says otherwise."""
+    """A mean weighted by sketches of Gram matrices, twice as wide as the adapters' rank unless a budget says otherwise."""
 
     # There is no `shrink`: the off-diagonal of a sketch is the product of its rows and cannot be scaled alone.
     ridge: Ridge

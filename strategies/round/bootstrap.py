@@ -26,6 +26,7 @@ class Bootstrap:
 
     stage = "bootstrap"
     layer_graph = None
+    average = None
     notes: tuple[str, ...] = ()
 
     def __init__(

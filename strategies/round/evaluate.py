@@ -17,6 +17,7 @@ class Evaluate:
 
     stage = "evaluate"
     layer_graph = None
+    average = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, model: State, path_points: int = 0) -> None:

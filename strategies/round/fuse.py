@@ -16,6 +16,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator
 from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, to_scales
 from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketch_encodings
 from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
@@ -92,6 +93,14 @@ class Fuse:
         return max(self._layer_graphs, key=self._layer_graphs.__getitem__, default=None)
 
     @property
+    def average(self) -> dict[str, Tensor] | None:
+        if not self._recipe.compares:
+            return None
+        if isinstance(self._accumulator, DistilledAccumulator):
+            return self._accumulator.average
+        return self._accumulator.finalize(self._anchor) if self._recipe.points else None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return self._accumulator.notes
 
@@ -137,6 +146,10 @@ class AlignedFuse:
 
     def finish(self) -> dict[str, Tensor]:
         return self._fuse.finish()
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        return self._fuse.average
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class LinkModels:
 
     stage = "link"
     layer_graph = None
+    average = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, template: State, link: Link, request: Request, symmetry: Symmetry | None) -> None:

@@ -33,6 +33,7 @@ class _Summed:
     """A stage whose clients reply with sums over some layers."""
 
     layer_graph = None
+    average = None
     _sums: "_Sums"
 
     @property
@@ -209,6 +210,7 @@ class ProbePath:
 
     stage = "probe"
     layer_graph = None
+    average = None
     notes: tuple[str, ...] = ()
 
     def __init__(self, model: State, sequence: int, path: PathSpec, points: int) -> None:

@@ -20,13 +20,14 @@ from fedbasin.proto.report import AlignmentReport, PathSums, StageReport, Update
 from fedbasin.proto.request import Request
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tensors.state import State
 
 # Makes an accumulator without clients: a sum, or the updates themselves for a robust or merging rule.
-Accumulate: TypeAlias = Callable[[State], Accumulator | RobustAccumulator | RuleAccumulator]
+Accumulate: TypeAlias = Callable[[State], Accumulator | RobustAccumulator | RuleAccumulator | DistilledAccumulator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,11 @@ class Stage(Protocol):
     @property
     def layer_graph(self) -> LayerGraph | None:
         """The model's layers as the first client reports them; None where that was not requested."""
+        ...
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        """The mean by examples, where clients compare it with the stage's model; None elsewhere."""
         ...
 
     @property
@@ -121,6 +127,7 @@ class StageResult:
         variance: variance ratios by layer, means over the clients that measured them.
         layer_graph: the model's layers, where the stage requested them.
         failed: whether too few clients replied, so that `model` is the one that the stage began with.
+        average: the mean by examples, where clients compare it with `model`; None elsewhere.
         cosines: makes the cosines of the clients' updates once the round's model is known; None where they were not
             measured.
     """
@@ -132,6 +139,7 @@ class StageResult:
     variance: Mapping[str, float] = field(default_factory=dict)
     layer_graph: LayerGraph | None = None
     failed: bool = False
+    average: dict[str, Tensor] | None = None
     cosines: Callable[[State], tuple[UpdateCosines, Tensor] | None] | None = None
 
     @property

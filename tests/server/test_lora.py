@@ -18,12 +18,13 @@ from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round.fuse import fusing_stage
 from tests import adapted, running, tiny
 from tests.accepting import accept
-from tests.server.fake_grid import FakeGrid
+from tests.server.fake_grid import ListGrid
 
 # peft asks transformers under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 ADAPTING = [name for name, recipe in RECIPES.items() if recipe.lora]
+COMPARING = [name for name in ADAPTING if RECIPES[name].compares]
 
 
 class Run:
@@ -93,16 +94,8 @@ def test_clients_of_smaller_ranks_take_part(tmp_path):
         close(found, u[:, :3] * s[:3] @ v[:3])
 
 
-class ListGrid(FakeGrid):
-    """Gives all replies as one list, as Flower's own grid does."""
-
-    def send_and_receive(self, messages, *, timeout=None):
-        keys = self.push_messages(list(messages))
-        return self.pull_messages([key for key in keys if key])
-
-
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("recipe", ADAPTING)
+@pytest.mark.parametrize("recipe", [name for name in ADAPTING if name not in COMPARING])
 def test_flowers_own_loop_gives_what_the_server_gives(tmp_path, recipe, packed):
     expected = Run(tmp_path, 2, recipe=recipe).model
     federation = adapted.federation()
@@ -113,6 +106,44 @@ def test_flowers_own_loop_gives_what_the_server_gives(tmp_path, recipe, packed):
     assert strategy.refusals == {}
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+class OwnMethods(FedBasin):
+    """A strategy with a method of its own, which further stages would pass by."""
+
+    def aggregate_train(self, server_round, replies):
+        return super().aggregate_train(server_round, replies)
+
+
+@pytest.mark.parametrize("recipe", COMPARING)
+def test_the_mean_weighted_by_inputs_is_taken_where_clients_are_asked_once_a_round(tmp_path, recipe, caplog):
+    how = {"fraction_evaluate": 0.0, "min_available_nodes": 3, "min_train_nodes": 3}
+    ends = []
+    for strategy, start in (
+        (FedBasin(recipe, **how), Strategy.start),
+        (OwnMethods(recipe, **how, folder=tmp_path), FedBasin.start),
+    ):
+        federation = adapted.federation()
+        grid = ListGrid(federation.contexts, federation.answer)
+        result = start(strategy, grid, ArrayRecord(adapted.server_model().state_dict()), 2)
+        ends.append(result.arrays.to_torch_state_dict())
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, atol=1e-6, rtol=1e-6)
+    reasons = [record.getMessage() for record in caplog.records if "compares no models" in record.getMessage()]
+    assert ["once a round" in reasons[0], "own configure_train" in reasons[1]] == [True, True]
+
+
+@pytest.mark.parametrize("recipe", COMPARING)
+def test_clients_choose_between_two_means_of_the_products(tmp_path, recipe):
+    run = Run(tmp_path, 3, recipe=recipe)
+    for report in run.result.reports:
+        assert [stage.stage for stage in report.stages] == ["fuse", "probe", "probe"]
+        assert all(client.is_accepted for stage in report.stages for client in stage.clients)
+        assert report.choice.loss <= report.choice.average_loss
+        assert (report.choice.trained_on, report.choice.pause) == ("products", 0)
+    losses = [report.choice.loss for report in run.result.reports]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[-1]
 
 
 @pytest.mark.parametrize("recipe", ["lora-factors", "lora-rotated", "lora-gram", "lora"])
@@ -169,7 +200,7 @@ def test_statistics_are_of_the_adapters_inputs_alone(tmp_path, recipe, sides):
         return reply
 
     Run(tmp_path, 2, recipe=recipe, tamper={100: spy})
-    assert seen == (sides if len(sides) == 2 else 2 * sides)
+    assert [sides for sides in seen if sides] == (sides if len(sides) == 2 else 2 * sides)
 
 
 def test_own_starts_keep_the_base_at_home(tmp_path):
@@ -197,6 +228,6 @@ def test_factors_that_are_to_be_turned_need_somebody_to_turn_them(tmp_path):
 
 def test_statistics_of_adapters_keep_to_a_budget(tmp_path):
     run = Run(tmp_path, recipe="lora-gram", statistics_budget_bytes=500)
-    (stage,) = run.result.reports[0].stages
+    stage = run.result.reports[0].stages[0]
     assert set(stage.encodings) == {(a.down,) for a in find_adapters(run.model) if a.is_linear}
     assert run.outcomes() == dict.fromkeys((100, 101, 102), "accepted")

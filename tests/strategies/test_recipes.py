@@ -29,7 +29,7 @@ FUSIONS = (
     LoraProducts(SketchedGramWeighting(Ridge())),
 )
 # Kind and regulariser of the fusion; target, regulariser, fraction and head of the refit; points and
-# extrapolation of the probe; server optimizer.
+# extrapolation of the probe, or points between products; server optimizer.
 MEAN = (type(None), None)
 SEARCH = (5, 2.0)
 HALF_FEATURES = (Target.features, 1e-1, 0.5, Evidence())
@@ -45,13 +45,13 @@ CATALOGUE = {
     "auto-features": (MEAN, HALF_FEATURES, SEARCH, Replace(1.0)),
     "auto": (MEAN, (Evidence(),), SEARCH, Replace(1.0)),
     "features-head": (MEAN, HALF_FEATURES, None, Replace(1.0)),
-    "lora": ((LoraProducts, SketchedGramWeighting, 1e-2), None, None, Replace(1.0)),
+    "lora": ((LoraProducts, SketchedGramWeighting, 1e-2), None, 5, Replace(1.0)),
     "lora-products": ((LoraProducts, *MEAN), None, None, Replace(1.0)),
     "lora-factors": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
     "lora-rotated": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
     "ffa-lora": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
     "rolora": ((LoraFactors, *MEAN), None, None, Replace(1.0)),
-    "lora-gram": ((LoraProducts, GramWeighting, 1e-2), None, None, Replace(1.0)),
+    "lora-gram": ((LoraProducts, GramWeighting, 1e-2), None, 5, Replace(1.0)),
     "lorm": ((LoraAlternating, GramWeighting, 1e-3), None, None, Replace(1.0)),
 }
 
@@ -68,7 +68,7 @@ def numbers(recipe):
     elif refit is not None:
         fit = (refit.head,)
     probe = refit and refit.probe
-    search = probe and (probe.points, probe.extrapolate)
+    search = (probe.points, probe.extrapolate) if probe else recipe.points or None
     return fusion, fit, search, recipe.server_optimizer
 
 

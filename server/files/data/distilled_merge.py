@@ -10,7 +10,7 @@ from fedbasin.server.files.library.tensor_layout import StoredState
 from fedbasin.server.files.merge.recipe import Distil, MergeRecipe
 from fedbasin.server.files.reading import StoredModel
 from fedbasin.server.files.stored_symmetry import Source, executable_of
-from fedbasin.strategies.fusion.distillation import Distillation, distil
+from fedbasin.strategies.fusion.distillation.distil import Distillation, distil
 from fedbasin.strategies.tasks.model_task import TASKS
 from fedbasin.strategies.tensors.batches import without_targets
 from fedbasin.strategies.tensors.state import State

@@ -116,15 +116,15 @@ def adapted_layers(state: State) -> list[Layer]:
 
 
 def sketch_encodings(state: State) -> dict[Block, Encoding]:
-    """Return encodings that send the Gram matrices of the adapters' inputs as sketches with as many rows as A.
+    """Return encodings that send the Gram matrices of the adapters' inputs as sketches with twice as many rows as A.
 
-    A sketch takes one row more than A itself. Adapters whose Gram matrix is smaller than the sketch are left out.
-    Raises as `find_adapters`.
+    A sketch of `2 r` rows describes the best `r` directions up to a part of `1 / r` of the rest (Ghashami et al. 2016,
+    arXiv 1501.01711). Adapters whose Gram matrix is smaller than the sketch are left out. Raises as `find_adapters`.
     """
     return {
-        layer.block: Encoding(GramForm(GramKind.sketch, layer.outputs), inputs=layer.inputs)
+        layer.block: Encoding(GramForm(GramKind.sketch, 2 * layer.outputs), inputs=layer.inputs)
         for layer in adapted_layers(state)
-        if 2 * (layer.outputs + 1) < layer.inputs + 1
+        if 2 * (2 * layer.outputs + 1) < layer.inputs + 1
     }
 
 

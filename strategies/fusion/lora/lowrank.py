@@ -9,6 +9,7 @@ rest, which bounds the error of the whole sum by the triangle inequality. Source
 value decomposition), Linear Algebra and its Applications 415.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,6 +85,20 @@ class LowRank:
         left, values, right = self.decompose()
         error = float(torch.linalg.vector_norm(values[width:]))
         return LowRank(left[:, :width] * values[:width], right[:width], self.dropped + error)
+
+    def closest_on(self, rank: int, weigh: Callable[[Tensor], Tensor]) -> "LowRank":
+        """Return the matrix of a rank whose outputs are closest to this one's: the least `tr (X - Y) G (X - Y)^T`.
+
+        Source: reduced-rank regression, Izenman 1975, Journal of Multivariate Analysis 5.
+
+        Args:
+            rank: largest rank.
+            weigh: multiplies a matrix by the Gram matrix G of the inputs, which is positive definite.
+        """
+        values, vectors = torch.linalg.eigh(weigh(self.right).to(self.right) @ self.right.mT)
+        outputs, _, _ = torch.linalg.svd(self.left @ (vectors * values.clamp_min(0).sqrt()), full_matrices=False)
+        kept = outputs[:, :rank]
+        return LowRank(kept, kept.mT @ self.left @ self.right, self.dropped)
 
     def balance(self, rank: int) -> "LowRank":
         """Return the closest matrix of a rank, as `U sqrt(S)` and `sqrt(S) V^T`, padded with zeros up to the rank."""

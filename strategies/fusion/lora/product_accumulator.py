@@ -4,8 +4,9 @@
     P = (sum_k B_k A_k G_k + rho P_0) (sum_k G_k + rho I)^-1  with Gram matrices G_k of the inputs; P_0 is the mean
 
 A mean of factors is not a mean of products, because B and A are unique only up to `B M^-1`, `M A`. The product is fused
-as the weight of any layer, and then split again at the rank of the global model. All other tensors of the state are
-averaged by an `Accumulator`.
+as the weight of any layer, and then split again at the rank of the global model: as the closest product in the norm of
+`sum_k G_k`, in which P is the closest to the clients', or in Frobenius norm without Gram matrices. All other tensors of
+the state are averaged by an `Accumulator`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +126,7 @@ class ProductAccumulator:
         return self.blocks[adapter.down,][0] if adapter in self.cross_moments else None
 
     def _solve(self, adapters: Sequence[Adapter], ridge: Ridge | None) -> list[LowRank]:
-        """Return the fused products of adapters that share one Gram matrix, or that have none."""
+        """Return the fused products of adapters that share one Gram matrix, or that have none, in the anchor's rank."""
         means = [self.products[adapter].scaled(1 / self.rest.examples) for adapter in adapters]
         precision = self._total(adapters[0])
         if precision is None or ridge is None:
@@ -139,9 +140,12 @@ class ProductAccumulator:
             moment.plus(mean.scaled(prior.weight), moment.width + mean.width)
             for moment, mean in zip(map(self.cross_moments.__getitem__, adapters), means, strict=True)
         ]
-        solution = (precision + prior).solve(torch.cat([total.right for total in totals]))
-        rights = solution.split([total.width for total in totals])
-        return [LowRank(t.left, right) for t, right in zip(totals, rights, strict=True)]
+        posterior = precision + prior
+        rights = posterior.solve(torch.cat([total.right for total in totals])).split([t.width for t in totals])
+        return [
+            LowRank(total.left, right).closest_on(self.widths[adapter] // _WIDTH, posterior.weigh)
+            for adapter, total, right in zip(adapters, totals, rights, strict=True)
+        ]
 
 
 def _cross_moment(update: Update, adapter: Adapter) -> LowRank:

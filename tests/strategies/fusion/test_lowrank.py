@@ -94,3 +94,21 @@ def test_directions_without_use_keep_the_anchors_rows_and_can_learn():
     again = unlearned.balance(4).align_to(unlearned)
     torch.testing.assert_close(again.right, anchor.right)
     assert not again.left.any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 99), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5))
+def test_the_closest_matrix_on_some_inputs_is_that_of_their_outputs(seed, outputs, inputs, width, rank):
+    matrix, scale = draw(seed, outputs, inputs, width), torch.rand(inputs, dtype=torch.float64) + 0.1
+    root = torch.randn(inputs, inputs, dtype=torch.float64) * scale + 1e-3 * torch.eye(inputs, dtype=torch.float64)
+    closest = matrix.closest_on(rank, lambda rows: rows @ root @ root.T)
+    u, values, v = torch.linalg.svd(dense(matrix) @ root, full_matrices=False)
+    expected = u[:, :rank] * values[:rank] @ v[:rank]
+    assert closest.width <= rank
+    torch.testing.assert_close(dense(closest) @ root, expected, atol=1e-7, rtol=1e-7)
+
+
+def test_nothing_is_lost_on_any_inputs_where_the_rank_suffices():
+    matrix = draw(0, rank=2)
+    weights = torch.tensor([1e-6, *13 * [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(dense(matrix.closest_on(3, lambda rows: rows * weights)), dense(matrix))

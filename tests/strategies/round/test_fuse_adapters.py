@@ -204,10 +204,10 @@ def test_no_tensor_is_ever_as_large_as_the_dense_product(recipe):
     assert 0 < seen.elements <= (9 if recipe == "lora-products" else 22) * rank * size
 
 
-def test_sketches_are_as_wide_as_the_adapters_unless_a_budget_says_otherwise():
-    anchor = {A: torch.randn(2, 9), B: torch.randn(4, 2), "y.lora_A.weight": torch.randn(2, 4), "y.lora_B.weight": torch.randn(4, 2)}  # fmt: skip
+def test_sketches_are_twice_as_wide_as_the_adapters_unless_a_budget_says_otherwise():
+    anchor = {A: torch.randn(2, 12), B: torch.randn(4, 2), "y.lora_A.weight": torch.randn(2, 4), "y.lora_B.weight": torch.randn(4, 2)}  # fmt: skip
     stage = fusing("lora", anchor=anchor)
-    assert stage.request.encodings == {(A,): Encoding(GramForm(GramKind.sketch, 2), inputs=9)}
-    told = {(A,): Encoding(GramForm(GramKind.diagonal), inputs=9)}
+    assert stage.request.encodings == {(A,): Encoding(GramForm(GramKind.sketch, 4), inputs=12)}
+    told = {(A,): Encoding(GramForm(GramKind.diagonal), inputs=12)}
     assert fusing("lora", anchor=anchor, encodings=told).request.encodings == told
     assert not fusing("lora-gram", anchor=anchor).request.encodings

@@ -313,6 +313,57 @@ class TestProbePath:
         assert Driven(RECIPES["features-head"]).choice is None
 
 
+class TestProductsPath:
+    """Between two means of adapters' products, 0 by examples and 1 weighted by inputs."""
+
+    def driven(self, losses, lost=""):
+        steps = run_round(model(0.0), RECIPES["lora"], stages_of(RECIPES["fedavg"]), NODES)
+        self.plans = [next(steps)]
+        try:
+            self.plans.append(steps.send(replace(result_of(model(1.0), NODES), average=model(0.0))))
+            self.plans.append(steps.send(replace(result_of(model(0.0), NODES[:5]), failed=lost == "first")))
+            path = PathSums((0.0, 0.25, 0.5, 0.75, 1.0), (), losses, (), 5 * (1.0,), 2.0) if losses else None
+            steps.send(replace(result_of(model(1.0), NODES[:5], path=path), failed=lost == "second"))
+        except StopIteration as end:
+            return end.value
+        raise AssertionError("the round has a further stage")
+
+    @pytest.mark.parametrize(
+        ("losses", "point"), [((5, 4, 3, 2, 1), 1.0), ((1, 2, 3, 4, 5), 0.0), ((4, 1, 0, 1, 4), 0.5)]
+    )
+    def test_the_point_of_lowest_loss_is_served_and_trained_on(self, losses, point):
+        end = self.driven(losses)
+        assert {float(tensor.mean()) for name, tensor in end.model.items() if name != "norm"} == {point}
+        assert (end.served, end.average) == (None, None)
+        assert (end.choice.loss, end.choice.average_loss) == (min(losses) / 2, losses[0] / 2)
+        assert (end.choice.served, end.choice.trained_on, end.choice.accuracy) == ("products", "products", 0.5)
+
+    def test_clients_get_both_means_and_then_evaluate_all_points(self):
+        self.driven((5, 4, 3, 2, 1))
+        _, mean, weighted = self.plans
+        assert [float(plan.carries["head.weight"].mean()) for plan in (mean, weighted)] == [0.0, 1.0]
+        assert (mean.nodes, weighted.nodes, mean.may_fail, weighted.may_fail) == (NODES, NODES[:5], True, True)
+        requests = [plan.make().request for plan in (mean, weighted)]
+        assert [(r.stage, r.refit.sequence, r.path_points) for r in requests] == [("probe", 0, 0), ("probe", 1, 5)]
+
+    @pytest.mark.parametrize(("losses", "lost"), [((5, 4, 3, 2, 1), "first"), ((5, 4, 3, 2, 1), "second"), ((), "")])
+    def test_the_weighted_mean_stays_where_nobody_can_compare(self, losses, lost):
+        end = self.driven(losses, lost)
+        assert float(end.model["head.weight"].mean()) == 1.0
+        assert end.choice is None
+
+
+def test_a_recipe_that_fits_layers_goes_on_from_the_better_of_a_mean_and_a_distilled_model():
+    steps = run_round(model(0.0), RECIPES["auto"], stages_of(RECIPES["fedavg"]), NODES)
+    next(steps)
+    steps.send(replace(result_of(model(1.0), NODES, ORDER), average=model(0.0)))
+    steps.send(result_of(model(0.0), NODES))
+    path = PathSums((0.0, 0.25, 0.5, 0.75, 1.0), (), (4, 3, 2, 1, 5), (), (), 2.0)
+    head = steps.send(result_of(model(1.0), NODES, path=path))
+    assert head.make().request.stage == "head"
+    assert {float(t.mean()) for name, t in head.carries.items() if name != "norm"} == {0.75}
+
+
 @pytest.mark.parametrize("layer_graph", [None, LayerGraph(())])
 @pytest.mark.parametrize("recipe", ["features", "head", "auto-features"])
 def test_a_model_without_layers_that_fit_is_fused_and_said_to_have_none(recipe, layer_graph):

@@ -6,7 +6,7 @@ Source: Lin et al. 2020 (FedDF), arXiv 2006.07242, which takes the mean of logit
 of classes or labels, and the squared error of numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,38 +37,42 @@ class Distillation:
 def distil(
     module: nn.Module,
     student: State,
-    teachers: Sequence[State],
+    teachers: Iterable[State],
     batches: Sequence[Batch],
     task: Task,
     passes: int,
     rate: float,
+    held_out: Sequence[Batch] = (),
 ) -> Distillation:
     """Train a model to give the outputs that the ensemble of others gives.
 
-    All run in evaluation mode, so running statistics stay as they are. Adam takes one step for each batch.
+    All run in evaluation mode, so running statistics stay as they are. Adam takes one step for each batch. A student that
+    gives the ensemble's outputs already stays as it is, bit by bit.
 
     Args:
         module: runs the models; its tensors are replaced.
         student: state to begin with.
-        teachers: states of the ensemble.
+        teachers: states of the ensemble, read once, one after the other.
         batches: the inputs; their targets are not read.
         task: the task, which says what outputs mean.
         passes: number of passes over the batches.
         rate: learning rate of Adam.
+        held_out: inputs by which the best pass is chosen; empty for the batches themselves.
 
     Raises:
         TaskError: the task has no divergence between outputs.
         ValueError: the divergence is not finite.
     """
     with evaluating(module):
-        goals = _mean_outputs(module, teachers, batches)
+        goals = _mean_outputs(module, teachers, [*batches, *held_out])
+        judged = list(zip(held_out or batches, goals[-len(held_out) :], strict=True))
         module.load_state_dict(student, strict=False)
-        before = after = _divergence_of(module, batches, goals, task)
+        before = after = _divergence_of(module, judged, task)
         best = _copy(module)
         optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
         for _ in range(passes):
             _train(module, batches, goals, task, optimizer)
-            value = _divergence_of(module, batches, goals, task)
+            value = _divergence_of(module, judged, task)
             if value < after:
                 after, best = value, _copy(module)
     return Distillation(best, before, after)
@@ -106,30 +110,31 @@ def divergence(task: Task, teacher: Tensor, student: Tensor, mask: Tensor | None
 
 
 @torch.no_grad()
-def _mean_outputs(module: nn.Module, teachers: Sequence[State], batches: Sequence[Batch]) -> list[Tensor]:
+def _mean_outputs(module: nn.Module, teachers: Iterable[State], batches: Sequence[Batch]) -> list[Tensor]:
     sums: list[Tensor] = []
+    count = 0
     for teacher in teachers:
+        count += 1
         module.load_state_dict(teacher, strict=False)
         outputs = [widen(forward(module, batch)) for batch in batches]
         sums = [total + part for total, part in zip(sums, outputs, strict=True)] if sums else outputs
-    return [total / len(teachers) for total in sums]
+    return [total / count for total in sums]
 
 
 @torch.no_grad()
-def _divergence_of(module: nn.Module, batches: Sequence[Batch], goals: Sequence[Tensor], task: Task) -> float:
-    values = [
-        divergence(task, goal, forward(module, batch), batch.mask) for batch, goal in zip(batches, goals, strict=True)
-    ]
+def _divergence_of(module: nn.Module, judged: Sequence[tuple[Batch, Tensor]], task: Task) -> float:
+    values = [divergence(task, goal, forward(module, batch), batch.mask) for batch, goal in judged]
     mean = float(torch.stack(values).double().mean())
     if mean != mean or mean == float("inf"):
         raise ValueError(f"the divergence from the ensemble is {mean}; choose a smaller rate")
-    return mean
+    # Rounding takes a divergence of equal outputs below zero.
+    return max(0.0, mean)
 
 
 def _train(
     module: nn.Module, batches: Sequence[Batch], goals: Sequence[Tensor], task: Task, optimizer: torch.optim.Optimizer
 ) -> None:
-    for batch, goal in zip(batches, goals, strict=True):
+    for batch, goal in zip(batches, goals, strict=False):
         optimizer.zero_grad()
         divergence(task, goal, forward(module, batch), batch.mask).backward()
         optimizer.step()

@@ -1,0 +1,1 @@
+"""Distillation of several models into one, on inputs without labels."""
