@@ -23,6 +23,7 @@ from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.batchnorm import find_norms
 from fedbasin.strategies.fusion.compression.budget import BudgetError
 from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
@@ -111,7 +112,7 @@ class Composition:
         draw = random.Random(f"{self.settings.seed}/{number}")  # noqa: S311 - not a secret
         return draw.sample(sorted(online), len(online))
 
-    def round_stages(self, number: int, recipe: Recipe) -> RoundStages:
+    def round_stages(self, number: int, recipe: Recipe, memory: HeadMemory) -> RoundStages:
         """Return the stages that a round chooses from."""
         settings = self.settings
         apart = self._starts_apart(number)
@@ -131,6 +132,9 @@ class Composition:
             grouping=settings.fit,
             encode=encode,
             accumulate=self._accumulate(number, recipe) or Accumulator.zero,
+            # A robust rule bounds the clients of a round, and knows nothing of those before.
+            memory=memory if recipe.robust is None else None,
+            number=number,
         )
 
     def fuse_stage(self, number: int, recipe: Recipe, anchor: State) -> Stage:

@@ -62,6 +62,7 @@ _DECISIVE = {
     "strikes",
     "quarantine_rounds",
     "patience",
+    "remembered_bytes",
 }
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -235,6 +236,12 @@ class Settings(BaseModel):
         ge=0,
         description="rounds without a lower loss of the served model after which the run ends; the model of the best round "
         "is then served. 0 for no early end",
+    )
+    remembered_bytes: int = Field(
+        2**27,
+        ge=0,
+        description="bytes of a head's sums of earlier rounds that the server keeps, by client, where a round asks only "
+        "a part of the clients; the oldest are forgotten first. 0 keeps none",
     )
     checkpoints: int = Field(3, ge=1, description="number of the last rounds whose global models are kept")
     seed: int = Field(0, ge=0, description="seed of the sampling of nodes")

@@ -19,6 +19,7 @@ from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
 from fedbasin.strategies.round.choice import Candidate, best_ahead, best_candidate, best_point, candidates, is_trainable
 from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
@@ -68,6 +69,8 @@ class RoundStages:
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
         accumulate: makes the accumulator of a stage that fits layers.
+        memory: the head's sums of earlier rounds; None for none.
+        number: number of the round.
     """
 
     fuse: Callable[[State], Stage]
@@ -78,6 +81,8 @@ class RoundStages:
     grouping: Grouping = "layer"
     encode: Encode | None = None
     accumulate: Accumulate = Accumulator.zero
+    memory: HeadMemory | None = None
+    number: int = 0
 
 
 def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence[int]) -> Round:
@@ -175,7 +180,8 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     if probe and refit.head and stages.bootstrap is not None:
         # The anchor of models that share no start is one client's model, of which the mean may be a poor image.
         head = HeadRefit(refit.head, probe)
-        client = yield from _fit(anchor, nodes, head, plan_refits(head, fused.layer_graph, "layer"), stages)
+        requests_of_head = plan_refits(head, fused.layer_graph, "layer")
+        client = yield from _fit(anchor, nodes, head, requests_of_head, replace(stages, memory=None))
         result = yield client.probe(PathSpec(), probe.points)
         models, nodes = candidates(result.curve, Origin.client), result.nodes
     fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
@@ -193,7 +199,7 @@ def _fit(
     # Each request brings the tensors that the stage before has changed, and clients keep the rest.
     model, carries = start, start
     for request in requests:
-        make = partial(refit_stage, refit, model, request, encodings, stages.accumulate)
+        make = partial(refit_stage, refit, model, request, encodings, stages.accumulate, stages.memory, stages.number)
         result = yield StagePlan(make, carries, nodes)
         carries = {name: t for name, t in result.model.items() if t is not model[name]}
         model, nodes = result.model, result.nodes

@@ -69,6 +69,7 @@ WRONG = [
     ("strikes", -1, "greater than or equal to 0"),
     ("quarantine-rounds", 0, "greater than or equal to 1"),
     ("patience", -1, "greater than or equal to 0"),
+    ("remembered-bytes", -1, "greater than or equal to 0"),
     ("checkpoints", 0, "greater than or equal to 1"),
     ("seed", -1, "greater than or equal to 0"),
     ("folder", 7, "path"),
