@@ -20,6 +20,7 @@ from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.attention_products import products
 from fedbasin.strategies.fusion.batchnorm import find_norms
 from fedbasin.strategies.fusion.compression.budget import BudgetError
 from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
@@ -121,7 +122,13 @@ class Composition:
         bootstrap = self._bootstrap_stage if bootstraps else None
         merge = None
         if settings.merge != "star" and apart:
-            merge = partial(merge_in_pairs, merge=settings.merge, request=self._request(number), symmetry=self.symmetry)
+            merge = partial(
+                merge_in_pairs,
+                merge=settings.merge,
+                request=self._request(number),
+                symmetry=self.symmetry,
+                products=settings.merge_heads == "products",
+            )
         encode = partial(fit_encodings, self.layers, settings.statistics_budget_bytes)
         return RoundStages(
             fuse=partial(self.fuse_stage, number, recipe),
@@ -238,6 +245,11 @@ def compose(
     if model is None and (recipe.statistic is not Statistic.none or recipe.refit) and recipe.lora is None:
         raise SettingsError(f"recipe = {recipe.name!r} needs the layers of the model; pass model=Net() to FedBasin")
     align, symmetry = symmetry_of_run(settings, model, example, symmetry, state)
+    if settings.merge_heads == "products" and not any(products(symmetry) if symmetry else ()):
+        raise SettingsError(
+            "merge-heads = 'products': the symmetry of the model has no heads with a rotation of their own; set "
+            "merge-heads = 'weights'"
+        )
     layers = _layers(recipe, model, state)
     _check_folds(align, recipe, symmetry)
     try:

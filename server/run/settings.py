@@ -48,6 +48,7 @@ _DECISIVE = {
     "start",
     "bootstrap",
     "merge",
+    "merge_heads",
     "sum",
     "probe_share",
     "fraction_train",
@@ -133,6 +134,11 @@ class Settings(BaseModel):
         "star",
         description="how models from independent initialisations are merged: all aligned to one anchor, or in pairs, "
         "one after the other (chain) or half by half (tree)",
+    )
+    merge_heads: Literal["weights", "products"] = Field(
+        "weights",
+        description="how heads of attention are merged in pairs: weight by weight, or by the products of queries and "
+        "keys, and of values and outputs, cut back to the rank of the head",
     )
     layers: str = Field(
         "",
@@ -380,6 +386,11 @@ class Settings(BaseModel):
         return robust_rule(self.robust, self.hostile_clients) if self.robust else None
 
     def _check_merge(self) -> None:
+        if self.merge == "star" and self.merge_heads != "weights":
+            raise ValueError(
+                f"merge-heads = {self.merge_heads!r} with merge = 'star': a sum of models has no products; set merge = "
+                "'chain' or 'tree', or merge-heads = 'weights'"
+            )
         if self.merge == "star":
             return
         if self.start != "own" or self.align not in ("auto", "client"):

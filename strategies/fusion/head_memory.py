@@ -63,10 +63,12 @@ class HeadMemory:
     Attributes:
         most_bytes: bytes of all sums; 0 remembers nothing.
         clients: the sums by node id.
+        newest: the sums of the last head, without and with remembered ones; None where there were none to add.
     """
 
     most_bytes: int = 0
     clients: dict[int, RememberedSums] = field(default_factory=dict)
+    newest: tuple[HeadSums, HeadSums] | None = None
 
     def add(self, number: int, node: int, sums: HeadSums) -> None:
         """Remember a copy of one client's sums, in place of its older ones.
@@ -100,6 +102,7 @@ class HeadMemory:
             earlier = _total(absent[node].sums for node in group)
             if earlier.sums.shape == fresh.sums.shape:
                 total = _total((total, _carried_over(earlier, fresh)))
+        self.newest = None if total is fresh else (fresh, total)
         return total
 
     def tensors(self) -> dict[str, Tensor]:

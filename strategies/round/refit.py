@@ -165,7 +165,7 @@ class RefitHead(_Summed):
 
     def finish(self) -> dict[str, Tensor]:
         ((block, (precision, moment)),) = self._sums.of_blocks.items()
-        if self._memory.clients and isinstance(precision, Gram) and len(block) > 1:
+        if isinstance(precision, Gram) and len(block) > 1:
             gram, moment = self._memory.complete(HeadSums(precision.matrix, moment), self._nodes)
             precision = Gram(gram)
         model = self._sums.model

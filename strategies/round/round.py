@@ -18,9 +18,12 @@ from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
+from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.head_memory import HeadMemory
+from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
+from fedbasin.strategies.round.absent_clients import for_all_clients
 from fedbasin.strategies.round.choice import Candidate, best_ahead, best_candidate, best_point, candidates, is_trainable
 from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
@@ -187,7 +190,17 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
     if probe is None:
         return RoundResult(dict(fitted.model))
-    return (yield from _choose(anchor, fitted, client, models, probe))
+
+    def for_all(curve: Path | None, path: PathSpec) -> Path | None:
+        head = fused.layer_graph.head if fused.layer_graph else None
+        if curve is None or head is None or stages.memory is None or stages.memory.newest is None:
+            return curve
+        names = tensor_names(head)
+        models = ({name: model[name] for name in names} for model in (anchor, fitted.start, fitted.model))
+        ends = (join(head, end) for end in path_ends(path, *models))
+        return for_all_clients(curve, *ends, *stages.memory.newest)
+
+    return (yield from _choose(anchor, fitted, client, models, probe, for_all))
 
 
 def _fit(
@@ -206,7 +219,14 @@ def _fit(
     return _Fitted(start, model, carries, len(requests), nodes)
 
 
-def _choose(anchor: State, fitted: _Fitted, client: _Fitted | None, models: list[Candidate], probe: LossProbe) -> Round:
+def _choose(
+    anchor: State,
+    fitted: _Fitted,
+    client: _Fitted | None,
+    models: list[Candidate],
+    probe: LossProbe,
+    for_all: Callable[[Path | None, PathSpec], Path | None],
+) -> Round:
     """Compare points between and beyond the fused and the fitted model, and try where training can go on.
 
     Args:
@@ -215,17 +235,19 @@ def _choose(anchor: State, fitted: _Fitted, client: _Fitted | None, models: list
         client: one client's model with a closed-form head; None for none.
         models: points of its line.
         probe: the search.
+        for_all: a path as all clients would have evaluated it, those included that the round has not asked.
     """
     result = yield fitted.probe(PathSpec(), probe.points)
-    line = result.curve
+    line = for_all(result.curve, PathSpec())
     best = best_point(line)
     path = PathSpec(best)
     models = [*candidates(line), *models]
     if probe.extrapolate:
         extended = PathSpec(best, probe.extrapolate)
         result = yield replace(fitted, nodes=result.nodes).probe(extended, probe.points, again=True)
-        models += candidates(result.curve, is_extended=True)
-        path = PathSpec(best, probe.extrapolate * best_ahead(result.curve, 1 / probe.extrapolate))
+        beyond = for_all(result.curve, extended)
+        models += candidates(beyond, is_extended=True)
+        path = PathSpec(best, probe.extrapolate * best_ahead(beyond, 1 / probe.extrapolate))
     if line is None or not line.examples:
         return RoundResult(dict(fitted.start))
     average = replace(models[0], origin=Origin.average)
