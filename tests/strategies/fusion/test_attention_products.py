@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbasin.strategies.alignment.pairwise_merging import MergedModel
 from fedbasin.strategies.fusion.attention_products import fuse_products
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.tensors.state import interpolate
@@ -69,3 +70,15 @@ def test_a_head_is_the_best_approximation_of_the_mean_product(head):
     target = 0.75 * product(models[0], head) + 0.25 * product(models[1], head)
     u, s, vh = torch.linalg.svd(target)
     torch.testing.assert_close(product(fused, head), u[:, :SIZE] * s[:SIZE] @ vh[:SIZE])
+
+
+@settings(max_examples=5)
+@given(st.floats(0.1, 9), st.floats(0.1, 9))
+def test_a_pair_is_merged_by_its_products_where_a_symmetry_is_given(examples, others):
+    first, second = (network(seed).state_dict() for seed in (1, 2))
+    moving = MergedModel(second, others, (2,), SYMMETRY)
+    merged = MergedModel(first, examples, (1,), SYMMETRY).combine(moving)
+    share = others / (examples + others)
+    expected = fuse_products(SYMMETRY, interpolate(first, second, share), [first, second], [1 - share, share])
+    assert all(torch.equal(merged.model[name], expected[name]) for name in first)
+    assert merged.products_of is SYMMETRY
