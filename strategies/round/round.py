@@ -197,8 +197,8 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
             return curve
         names = tensor_names(head)
         models = ({name: model[name] for name in names} for model in (anchor, fitted.start, fitted.model))
-        ends = (join(head, end) for end in path_ends(path, *models))
-        return for_all_clients(curve, *ends, *stages.memory.newest)
+        start, end = path_ends(path, *models)
+        return for_all_clients(curve, join(head, start), join(head, end), *stages.memory.newest)
 
     return (yield from _choose(anchor, fitted, client, models, probe, for_all))
 
