@@ -100,7 +100,7 @@ def forget(context: Context) -> None:
 
 def _reply(context: Context, name: str, request: Request) -> Reply | None:
     content = _get(context, name)
-    reply = Reply.from_message(content, request) if content else None
+    reply = Reply.from_message(content, request, trusted=True) if content else None
     return reply if reply is not None and reply.round == request.round else None
 
 

@@ -120,12 +120,14 @@ class Reply:
         return content
 
     @classmethod
-    def from_message(cls, content: RecordDict, request: Request) -> "Reply":
+    def from_message(cls, content: RecordDict, request: Request, *, trusted: bool = False) -> "Reply":
         """Read a reply from the content of a message; tensors are views of the message's bytes.
 
         Args:
             content: the content, as `to_content` makes it, or as an app without the mod replies.
             request: the request that was sent.
+            trusted: whether the reader has written the content itself, so that its header is not bounded. What a client
+                keeps answers an earlier stage than the one that reads it, and may be larger than any answer to that.
 
         Raises:
             WireError: the header does not parse or is of another version.
@@ -136,7 +138,8 @@ class Reply:
         weight = metrics.pop(request.weight_key, 0.0)
         # An app without the mod may reply with the config that it was sent, and the request's header lies in that.
         has_mod = HEADER in records(content, ConfigRecord)
-        reply = _typed(content, request) if has_mod else _ordinary(arrays, request)
+        bound = None if trusted else _bound(request)
+        reply = _typed(content, request, bound) if has_mod else _ordinary(arrays, request)
         return replace(
             reply,
             metrics=metrics,
@@ -159,9 +162,9 @@ class Reply:
         return header.ByteSize() + spectral if self.path or self.variance or vectors else 0
 
 
-def _typed(content: RecordDict, request: Request) -> Reply:
+def _typed(content: RecordDict, request: Request, bound: HeaderBound | None) -> Reply:
     """Read the header of a client with the mod, and the tensors that it names."""
-    header = read_header(content, pb.Reply(), _bound(request))
+    header = read_header(content, pb.Reply(), bound)
     try:
         reply = from_protobuf(Reply, header)
     except ConversionError as error:

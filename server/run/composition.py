@@ -22,10 +22,12 @@ from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.attention_products import products
 from fedbasin.strategies.fusion.batchnorm import find_norms
 from fedbasin.strategies.fusion.compression.budget import BudgetError
 from fedbasin.strategies.fusion.compression.stage_budget import check_budget, fit_encodings, fuse_encodings
 from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator, Lesson
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
@@ -116,7 +118,7 @@ class Composition:
         draw = random.Random(f"{self.settings.seed}/{number}")  # noqa: S311 - not a secret
         return draw.sample(sorted(online), len(online))
 
-    def round_stages(self, number: int, recipe: Recipe) -> RoundStages:
+    def round_stages(self, number: int, recipe: Recipe, memory: HeadMemory) -> RoundStages:
         """Return the stages that a round chooses from."""
         settings = self.settings
         apart = self._starts_apart(number)
@@ -125,7 +127,13 @@ class Composition:
         bootstrap = self._bootstrap_stage if bootstraps else None
         merge = None
         if settings.merge != "star" and apart:
-            merge = partial(merge_in_pairs, merge=settings.merge, request=self._request(number), symmetry=self.symmetry)
+            merge = partial(
+                merge_in_pairs,
+                merge=settings.merge,
+                request=self._request(number),
+                symmetry=self.symmetry,
+                products=settings.merge_heads == "products",
+            )
         encode = partial(fit_encodings, self.layers, settings.statistics_budget_bytes)
         return RoundStages(
             fuse=partial(self.fuse_stage, number, recipe),
@@ -136,6 +144,9 @@ class Composition:
             grouping=settings.fit,
             encode=encode,
             accumulate=self._accumulate(number, recipe) or Accumulator.zero,
+            # A robust rule bounds the clients of a round, and knows nothing of those before.
+            memory=memory if recipe.robust is None else None,
+            number=number,
         )
 
     def fuse_stage(self, number: int, recipe: Recipe, anchor: State) -> Stage:
@@ -253,6 +264,11 @@ def compose(
     if model is None and (recipe.statistic is not Statistic.none or recipe.refit) and recipe.lora is None:
         raise SettingsError(f"recipe = {recipe.name!r} needs the layers of the model; pass model=Net() to FedBasin")
     align, symmetry = symmetry_of_run(settings, model, example, symmetry, state)
+    if settings.merge_heads == "products" and not any(products(symmetry) if symmetry else ()):
+        raise SettingsError(
+            "merge-heads = 'products': the symmetry of the model has no heads with a rotation of their own; set "
+            "merge-heads = 'weights'"
+        )
     layers = _layers(recipe, model, state)
     _check_folds(align, recipe, symmetry)
     try:

@@ -220,6 +220,7 @@ class RunLoop:
         """Take the model of a checkpoint, and what belongs to it."""
         self._take(self._state.arrays({name: saved.model[name] for name in self._model}))
         self._state.optimizer_state = saved.optimizer_state
+        self._state.memory.restore(saved.memory)
         if saved.trained:
             self._train_on(self._state.arrays({name: saved.trained[name] for name in self._model}))
         self._average = saved.average or None
@@ -316,6 +317,7 @@ class RunLoop:
             self._state.optimizer_state,
             {} if self._arrays is self._served else dict(self._model),
             dict(self._average or {}),
+            self._state.memory.tensors(),
         )
         checkpoint.save(self._folder, saved, max(self._settings.checkpoints, self._settings.patience + 1))
 
@@ -392,7 +394,7 @@ class RunLoop:
         """Run the stages of a round up to its model, and take that; results are added as stages end."""
         settings, recipe = self._settings, self._state.recipe
         nodes = self._state.sample(self._grid, number, settings.fraction_train, settings.min_train_nodes)
-        stages = self._state.composition.round_stages(number, recipe)
+        stages = self._state.composition.round_stages(number, recipe, self._state.memory)
         plans = run_round(self._model, recipe, stages, nodes)
         try:
             plan = next(plans)
@@ -405,7 +407,12 @@ class RunLoop:
     def _take_round(self, number: int, outcome: RoundResult, results: list[StageResult]) -> None:
         """Take the round's models: as the strategy returned it, or as the last of several stages left them."""
         if self._state.is_single_stage(number):
-            self._take(self._trained)
+            resting = self._standing.resting(number)
+            if resting is None:
+                self._take(self._trained)
+            else:
+                self._train_on(self._trained)
+                self._average, self._choice = None, resting
             return
         served_before, average_before = (self._served, self._served_digest), self._average
         model = self._state.follow(number, self._train_anchor, outcome.model)

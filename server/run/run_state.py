@@ -24,6 +24,7 @@ from fedbasin.server.run.model_arrays import arrays_of, state_of
 from fedbasin.server.run.probe_set import ProbeRun
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.diagnostics.update_cosines import Vector
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError, changed, check_finite
 from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.judging.strikes import Strikes
@@ -62,6 +63,7 @@ class RunState:
         parts: what the app gives beside settings.
         recipe: the recipe of the next round; averaging, where nothing else has paid in the rounds before.
         optimizer_state: the state of the server optimizer.
+        memory: sums of the head by client, of the rounds so far.
         movement: the movement of the global model in the last round, at sampled entries.
         stream: the replies that are being read; None where Flower's own loop reads them.
         probe: keeps accepted models for the server's probe set; None outside of `FedBasin.start`.
@@ -81,6 +83,7 @@ class RunState:
     parts: AppParts
     recipe: Recipe = field(init=False)
     optimizer_state: OptimizerState = field(default_factory=dict)
+    memory: HeadMemory = field(init=False)
     movement: Vector | None = None
     stream: StageReplies | None = None
     probe: ProbeRun | None = None
@@ -97,6 +100,8 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.recipe = self.settings.composed
+        # Where every round asks everybody there is nobody to remember.
+        self.memory = HeadMemory(self.settings.remembered_bytes if self.settings.fraction_train < 1 else 0)
         self.strikes = Strikes(self.settings.strikes, self.settings.quarantine_rounds)
         self._composition: Composition | None = None
         self._evaluation: StageAttempt | None = None
@@ -272,6 +277,8 @@ class RunState:
     def sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
         """Wait for nodes and return the sampled ones."""
         online = self.online(grid, server_round, minimum)
+        # A client that is gone may come back under another id, and would count twice.
+        self.memory.keep(online)
         return self.composition.sample(online, server_round, fraction, minimum)
 
     def _ask_again(self, attempt: StageAttempt, grid: Grid, server_round: int) -> Iterable[Message]:

@@ -48,6 +48,7 @@ _DECISIVE = {
     "start",
     "bootstrap",
     "merge",
+    "merge_heads",
     "sum",
     "probe_share",
     "fraction_train",
@@ -62,6 +63,7 @@ _DECISIVE = {
     "strikes",
     "quarantine_rounds",
     "patience",
+    "remembered_bytes",
 }
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -132,6 +134,11 @@ class Settings(BaseModel):
         "star",
         description="how models from independent initialisations are merged: all aligned to one anchor, or in pairs, "
         "one after the other (chain) or half by half (tree)",
+    )
+    merge_heads: Literal["weights", "products"] = Field(
+        "weights",
+        description="how heads of attention are merged in pairs: weight by weight, or by the products of queries and "
+        "keys, and of values and outputs, cut back to the rank of the head",
     )
     layers: str = Field(
         "",
@@ -235,6 +242,12 @@ class Settings(BaseModel):
         ge=0,
         description="rounds without a lower loss of the served model after which the run ends; the model of the best round "
         "is then served. 0 for no early end",
+    )
+    remembered_bytes: int = Field(
+        2**27,
+        ge=0,
+        description="bytes of a head's sums of earlier rounds that the server keeps, by client, where a round asks only "
+        "a part of the clients; the oldest are forgotten first. 0 keeps none",
     )
     checkpoints: int = Field(3, ge=1, description="number of the last rounds whose global models are kept")
     seed: int = Field(0, ge=0, description="seed of the sampling of nodes")
@@ -373,6 +386,11 @@ class Settings(BaseModel):
         return robust_rule(self.robust, self.hostile_clients) if self.robust else None
 
     def _check_merge(self) -> None:
+        if self.merge == "star" and self.merge_heads != "weights":
+            raise ValueError(
+                f"merge-heads = {self.merge_heads!r} with merge = 'star': a sum of models has no products; set merge = "
+                "'chain' or 'tree', or merge-heads = 'weights'"
+            )
         if self.merge == "star":
             return
         if self.start != "own" or self.align not in ("auto", "client"):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from fedbasin.strategies.fusion.attention_products import fuse_products
+from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State, floating, interpolate
 
 Merge = Literal["star", "chain", "tree"]
@@ -27,11 +29,14 @@ class MergedModel:
         model: the mean's floating tensors.
         examples: number of examples behind the mean.
         nodes: the clients that contributed.
+        products_of: symmetry of the model, where the heads of attention are merged by their products; None merges them
+            as all other tensors.
     """
 
     model: State
     examples: float
     nodes: tuple[int, ...]
+    products_of: Symmetry | None = None
 
     def combine(self, other: "MergedModel") -> "MergedModel":
         """Return the mean of both models, weighted by examples."""
@@ -39,7 +44,9 @@ class MergedModel:
         # Clients may report no examples.
         share = other.examples / examples if examples else 0.5
         model = interpolate(floating(self.model), floating(other.model), share)
-        return MergedModel(model, examples, (*self.nodes, *other.nodes))
+        if self.products_of is not None and 0 < share < 1:
+            model = fuse_products(self.products_of, model, (self.model, other.model), (1 - share, share))
+        return MergedModel(model, examples, (*self.nodes, *other.nodes), self.products_of)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ mean below it trains as ever, so the two roles are kept apart. Everything is dec
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import sqrt
 
 from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -19,8 +20,17 @@ from fedbasin.strategies.round.refit import ProbePath
 # Rounds without a comparison after one in which closed forms did not pay; doubled each time, up to the second number.
 _PAUSE, _LONGEST_PAUSE = 1, 16
 
-# A loss that is this multiple of another is higher, whoever has measured the two.
-_MULTIPLE = 2.0
+# Closed forms pay where they lower the loss by this part of it. They cost as much as a round of training on a small
+# model, and the choice of the best of ten points alone lowers it a little.
+_GAIN = 0.02
+
+# Rounds whose comparison is followed by others as long as closed forms pay, and the number of rounds of averaging after
+# each later one that pays; the model that was served stays meanwhile.
+_FIRST_ROUNDS, _REST = 10, 6
+
+# A loss that is this multiple of another is higher, whoever has measured the two, where the accuracy is lower by this
+# number of standard errors.
+_MULTIPLE, _DEVIATIONS = 2.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,9 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
         choice: the choice among this round's models.
         earlier: the choice of the round before; None where its model was not compared.
         same_clients: whether the same clients judged both. Losses on the examples of others say nothing, unless one is
-            a multiple of the other.
+            a multiple of the other and the accuracies differ by more than chance.
     """
-    if earlier is None or not (same_clients or _MULTIPLE * earlier.loss < choice.loss):
+    if earlier is None or not (same_clients or _is_far_better(earlier, choice)):
         return choice
     model = Candidate(0.0, choice.loss, choice.accuracy)
     was = Candidate(0.0, earlier.loss, earlier.accuracy)
@@ -121,6 +131,29 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
     )
 
 
+def _is_far_better(earlier: Choice, choice: Choice) -> bool:
+    """Return whether a model is so much better than another one that it does not matter who has judged them."""
+    if _MULTIPLE * earlier.loss >= choice.loss:
+        return False
+    if earlier.accuracy is None or choice.accuracy is None:
+        return True
+    pairs = ((earlier.accuracy, earlier.examples), (choice.accuracy, choice.examples))
+    # One example more of each kind: no accuracy on a few examples is certain.
+    shares = [((share * examples + 1) / (examples + 2), examples + 2) for share, examples in pairs]
+    error = sqrt(sum(share * (1 - share) / examples for share, examples in shares))
+    return earlier.accuracy - choice.accuracy > _DEVIATIONS * error
+
+
+def gains(choice: Choice) -> bool:
+    """Return whether the served model is better than the mean by more than the choice of a best point gains by itself."""
+    return choice.served != Origin.average.name and choice.loss < (1 - _GAIN) * choice.average_loss
+
+
+def pays(choice: Choice) -> bool:
+    """Return whether closed forms are worth another comparison: for the model that is served, or for training."""
+    return gains(choice) or choice.trained_on == Origin.fitted.name
+
+
 def with_pause(choice: Choice, pause: int) -> Choice:
     """Return a choice with the rounds of plain averaging that follow where closed forms have not paid.
 
@@ -128,8 +161,7 @@ def with_pause(choice: Choice, pause: int) -> Choice:
         choice: the choice.
         pause: the pause before it; 0 for none.
     """
-    pays = {choice.served, choice.trained_on} != {Origin.average.name}
-    return replace(choice, pause=0 if pays else longer(pause))
+    return replace(choice, pause=0 if pays(choice) else longer(pause))
 
 
 def longer(pause: int) -> int:
@@ -156,12 +188,13 @@ class Standing:
     def after(self, report: RoundReport) -> "Standing":
         """Return the standing after a round whose model was taken."""
         choice = report.choice
-        if choice is None and report.round < self.resumes:
-            return replace(self, choice=None, judges=frozenset())
+        if report.round < self.resumes:
+            return self if choice else replace(self, choice=None, judges=frozenset())
         if choice is None:  # a comparison that failed, or nothing that could be compared
             pause = longer(self.pause)
             return Standing(pause=pause, resumes=report.round + 1 + pause)
-        return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + choice.pause)
+        rest = _REST if pays(choice) and report.round >= _FIRST_ROUNDS else choice.pause
+        return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 
     def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:
         """Return a round's choice with the number of its round, in view of the model served so far, and with its pause.
@@ -173,6 +206,15 @@ class Standing:
         """
         here = replace(choice, served_round=number)
         return with_pause(kept(here, self.choice, same_clients=judges(stages) == self.judges), self.pause)
+
+    def resting(self, number: int) -> Choice | None:
+        """Return the choice of a round that compares nothing because closed forms pay: the served model stays.
+
+        None for a round that compares, or that has only the mean.
+        """
+        if self.choice is None or number >= self.resumes or not gains(self.choice):
+            return None
+        return replace(self.choice, served=Origin.kept.name, trained_on=Origin.average.name)
 
     def goes_back(self, choice: Choice) -> bool:
         """Return whether a round that trained on fitted layers has left the mean worse than the mean before it."""

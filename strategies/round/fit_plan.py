@@ -12,6 +12,7 @@ from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Target
 from fedbasin.strategies.round.refit import RefitHead, RefitLayers
 from fedbasin.strategies.round.stage import Accumulate, Stage
@@ -98,6 +99,8 @@ def refit_stage(
     request: Refit,
     encodings: Mapping[Block, Encoding] | None,
     accumulate: Accumulate,
+    memory: HeadMemory | None = None,
+    number: int = 0,
 ) -> Stage:
     """Return the stage of one of a recipe's fits.
 
@@ -107,10 +110,21 @@ def refit_stage(
         request: the layers of this stage.
         encodings: encodings in which the sums are sent; None for exactly.
         accumulate: makes the accumulator of the stage.
+        memory: the head's sums of earlier rounds; None for none.
+        number: number of the round.
     """
     ridge, holds_out = refit.head or Evidence(), refit.probe is not None
     if request.target == Target.labels.name:
-        return RefitHead(model, request, ridge, encodings=encodings, accumulate=accumulate, holds_out=holds_out)
+        return RefitHead(
+            model,
+            request,
+            ridge,
+            encodings=encodings,
+            accumulate=accumulate,
+            holds_out=holds_out,
+            memory=memory,
+            number=number,
+        )
     if request.target == Target.values.name:
         # The evidence needs the energy of the targets, which only labels tell.
         strength = ridge.strength if isinstance(ridge, Ridge) else ridge.otherwise

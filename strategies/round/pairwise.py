@@ -61,7 +61,13 @@ class LinkModels:
 
 
 def merge_in_pairs(
-    nodes: list[int], template: State, merge: Merge, request: Request, symmetry: Symmetry | None
+    nodes: list[int],
+    template: State,
+    merge: Merge,
+    request: Request,
+    symmetry: Symmetry | None,
+    *,
+    products: bool = False,
 ) -> Generator[StagePlan, StageResult, dict[str, Tensor] | None]:
     """Link the clients' models one after the other.
 
@@ -71,16 +77,17 @@ def merge_in_pairs(
         merge: chain or tree.
         request: what a link asks apart from the link itself.
         symmetry: the symmetry of the model.
+        products: whether heads of attention are merged by their products.
 
     Returns:
         The merged model; None where no client could reply.
     """
-    merged = yield from _follow(LINKS[merge](nodes), template, request, symmetry)
+    merged = yield from _follow(LINKS[merge](nodes), template, request, symmetry, products=products)
     return None if merged is None else {**template, **merged.model}
 
 
 def _follow(
-    links: Links, template: State, request: Request, symmetry: Symmetry | None
+    links: Links, template: State, request: Request, symmetry: Symmetry | None, *, products: bool
 ) -> Generator[StagePlan, StageResult, MergedModel | None]:
     try:
         link = next(links)
@@ -88,16 +95,16 @@ def _follow(
             carries = {**template, **link.anchor.model} if link.anchor else template
             make = partial(LinkModels, template, link, request, symmetry)
             result = yield StagePlan(make, carries, [link.node], may_fail=True)
-            link = links.send(_merged_model(link, result))
+            link = links.send(_merged_model(link, result, symmetry if products else None))
     except StopIteration as end:
         merged: MergedModel | None = end.value
         return merged
 
 
-def _merged_model(link: Link, result: StageResult) -> MergedModel | None:
+def _merged_model(link: Link, result: StageResult, products_of: Symmetry | None) -> MergedModel | None:
     if not result.nodes:
         return None
     model = floating(result.model)
     if link.moving is not None:
         return replace(link.moving, model=model)
-    return MergedModel(model, result.examples, (link.node,))
+    return MergedModel(model, result.examples, (link.node,), products_of)

@@ -21,7 +21,8 @@ from fedbasin.proto.request import TRIAL, PathSpec, Refit, Request
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import replace_statistics
 from fedbasin.strategies.fusion.head import Evidence, closed_form
-from fedbasin.strategies.fusion.precisions import Precision
+from fedbasin.strategies.fusion.head_memory import HeadMemory, HeadSums
+from fedbasin.strategies.fusion.precisions import Gram, Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit
 from fedbasin.strategies.judging.statistic_checks import check_head
@@ -112,7 +113,10 @@ class MeasureNorms(_Summed):
 
 
 class RefitHead(_Summed):
-    """A stage that fits the last layer to labels, whatever its weights have been so far."""
+    """A stage that fits the last layer to labels, whatever its weights have been so far.
+
+    Clients that a round has not sampled take part by their sums of earlier rounds, as far as a memory holds them.
+    """
 
     stage = "head"
 
@@ -125,6 +129,8 @@ class RefitHead(_Summed):
         encodings: Mapping[Block, Encoding] | None = None,
         accumulate: Accumulate = Accumulator.zero,
         holds_out: bool = False,
+        memory: HeadMemory | None = None,
+        number: int = 0,
     ) -> None:
         """Compose the stage.
 
@@ -135,10 +141,14 @@ class RefitHead(_Summed):
             encodings: forms in which clients send their sums; those of other layers are ignored.
             accumulate: makes an accumulator of the clients.
             holds_out: whether clients leave out the examples on which the fitted model will be judged.
+            memory: the sums of earlier rounds, to which those of this one are added; None forgets.
+            number: number of the round.
         """
         self.request = _request(self.stage, refit, encodings, keep=holds_out)
         self._ridge = ridge
         self._sums = _Sums(model, refit, accumulate)
+        self._memory, self._number = memory or HeadMemory(), number
+        self._fresh, self._nodes = HeadMemory(self._memory.most_bytes), set[int]()
 
     def check(self, update: Update) -> Checked:
         checked = super().check(update)
@@ -146,10 +156,22 @@ class RefitHead(_Summed):
             check_head(block, precision, update.cross_moments[block])
         return checked
 
+    def add(self, node: int, update: Update) -> None:
+        super().add(node, update)
+        self._nodes.add(node)
+        for block, precision in update.precisions.items():
+            # Without a bias nothing tells how many examples a class has.
+            if isinstance(precision, Gram) and len(block) > 1:
+                self._fresh.add(self._number, node, HeadSums(precision.matrix, update.cross_moments[block]))
+
     def finish(self) -> dict[str, Tensor]:
-        ((block, sums),) = self._sums.of_blocks.items()
+        ((block, (precision, moment)),) = self._sums.of_blocks.items()
+        if isinstance(precision, Gram) and len(block) > 1:
+            gram, moment = self._memory.complete(HeadSums(precision.matrix, moment), self._nodes)
+            precision = Gram(gram)
         model = self._sums.model
-        solution = split(block, closed_form(block, *sums, self._ridge), model)
+        solution = split(block, closed_form(block, precision, moment, self._ridge), model)
+        self._memory.merge(self._fresh)
         return self._sums.restated({**model, **solution})
 
 

@@ -18,8 +18,12 @@ from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
+from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Accumulator
+from fedbasin.strategies.fusion.head_memory import HeadMemory
+from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
+from fedbasin.strategies.round.absent_clients import for_all_clients
 from fedbasin.strategies.round.choice import Candidate, best_ahead, best_candidate, best_point, candidates, is_trainable
 from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
@@ -71,6 +75,8 @@ class RoundStages:
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
         accumulate: makes the accumulator of a stage that fits layers.
+        memory: the head's sums of earlier rounds; None for none.
+        number: number of the round.
     """
 
     fuse: Callable[[State], Stage]
@@ -81,6 +87,8 @@ class RoundStages:
     grouping: Grouping = "layer"
     encode: Encode | None = None
     accumulate: Accumulate = Accumulator.zero
+    memory: HeadMemory | None = None
+    number: int = 0
 
 
 def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence[int]) -> Round:
@@ -212,13 +220,24 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     if probe and refit.head and stages.bootstrap is not None:
         # The anchor of models that share no start is one client's model, of which the mean may be a poor image.
         head = HeadRefit(refit.head, probe)
-        client = yield from _fit(anchor, nodes, head, plan_refits(head, fused.layer_graph, "layer"), stages)
+        requests_of_head = plan_refits(head, fused.layer_graph, "layer")
+        client = yield from _fit(anchor, nodes, head, requests_of_head, replace(stages, memory=None))
         result = yield client.probe(PathSpec(), probe.points)
         models, nodes = candidates(result.curve, Origin.client), result.nodes
     fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
     if probe is None:
         return RoundResult(dict(fitted.model))
-    return (yield from _choose(anchor, fitted, client, models, probe))
+
+    def for_all(curve: Path | None, path: PathSpec) -> Path | None:
+        head = fused.layer_graph.head if fused.layer_graph else None
+        if curve is None or head is None or stages.memory is None or stages.memory.newest is None:
+            return curve
+        names = tensor_names(head)
+        models = ({name: model[name] for name in names} for model in (anchor, fitted.start, fitted.model))
+        start, end = path_ends(path, *models)
+        return for_all_clients(curve, join(head, start), join(head, end), *stages.memory.newest)
+
+    return (yield from _choose(anchor, fitted, client, models, probe, for_all))
 
 
 def _fit(
@@ -230,14 +249,21 @@ def _fit(
     # Each request brings the tensors that the stage before has changed, and clients keep the rest.
     model, carries = start, start
     for request in requests:
-        make = partial(refit_stage, refit, model, request, encodings, stages.accumulate)
+        make = partial(refit_stage, refit, model, request, encodings, stages.accumulate, stages.memory, stages.number)
         result = yield StagePlan(make, carries, nodes)
         carries = {name: t for name, t in result.model.items() if t is not model[name]}
         model, nodes = result.model, result.nodes
     return _Fitted(start, model, carries, len(requests), nodes)
 
 
-def _choose(anchor: State, fitted: _Fitted, client: _Fitted | None, models: list[Candidate], probe: LossProbe) -> Round:
+def _choose(
+    anchor: State,
+    fitted: _Fitted,
+    client: _Fitted | None,
+    models: list[Candidate],
+    probe: LossProbe,
+    for_all: Callable[[Path | None, PathSpec], Path | None],
+) -> Round:
     """Compare points between and beyond the fused and the fitted model, and try where training can go on.
 
     Args:
@@ -246,17 +272,19 @@ def _choose(anchor: State, fitted: _Fitted, client: _Fitted | None, models: list
         client: one client's model with a closed-form head; None for none.
         models: points of its line.
         probe: the search.
+        for_all: a path as all clients would have evaluated it, those included that the round has not asked.
     """
     result = yield fitted.probe(PathSpec(), probe.points)
-    line = result.curve
+    line = for_all(result.curve, PathSpec())
     best = best_point(line)
     path = PathSpec(best)
     models = [*candidates(line), *models]
     if probe.extrapolate:
         extended = PathSpec(best, probe.extrapolate)
         result = yield replace(fitted, nodes=result.nodes).probe(extended, probe.points, again=True)
-        models += candidates(result.curve, is_extended=True)
-        path = PathSpec(best, probe.extrapolate * best_ahead(result.curve, 1 / probe.extrapolate))
+        beyond = for_all(result.curve, extended)
+        models += candidates(beyond, is_extended=True)
+        path = PathSpec(best, probe.extrapolate * best_ahead(beyond, 1 / probe.extrapolate))
     if line is None or not line.examples:
         return RoundResult(dict(fitted.start))
     average = replace(models[0], origin=Origin.average)

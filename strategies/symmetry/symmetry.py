@@ -100,6 +100,13 @@ class Axis:
         """Return the part as a matrix `[width, features]` with one row for every unit of the space."""
         return self._units(tensor).reshape(width, -1)
 
+    def replace(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """Return `tensor` with the part replaced by a matrix `[width, features]`, the inverse of `rows`."""
+        result = tensor.clone()
+        target = self._units(result)
+        target.copy_(rows.reshape(target.shape))
+        return result
+
     def act(self, element: Element, tensor: Tensor) -> Tensor:
         """Return `tensor` with the element applied to the part."""
         # Whole axes are the common case, and need no copy of the tensor to write into.

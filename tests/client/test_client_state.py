@@ -125,3 +125,10 @@ def test_what_is_forgotten_is_gone_and_the_apps_own_state_stays(context):
     assert trained_reply(context, request(3)) is None
     assert sent_reply(context, request(3)) is None
     assert list(context.state) == ["mine"]
+
+
+def test_what_was_sent_of_a_large_model_comes_back_in_a_stage_that_brings_no_tensors(context):
+    model = {f"layers.{index}.weight": torch.zeros(1) for index in range(300)}
+    content = Reply(3, "fuse", parameters=model, examples=9.0).to_content(request(3), packed=True)
+    keep_sent(context, request(3), content)
+    assert equal(sent_reply(context, request(3)).parameters, model)

@@ -1,8 +1,10 @@
 """Recipes of several stages over a federation in this process, held to what the clients' own models give directly."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ from torch.nn.functional import linear, one_hot, pad, relu
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import Request
 from fedbasin.server.exchange.quorum import QuorumLostError
-from fedbasin.server.run.settings import SettingsError
+from fedbasin.server.run.composition import Composition
+from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence, closed_form
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.recipes import RECIPES
+from fedbasin.strategies.round import choice as choice_module
 from fedbasin.strategies.round import round as round_module
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
@@ -316,6 +321,33 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, optimizer):
     assert {number for _, number in resumed.app.trained} == {3, 4}
 
 
+class TestRemembering:
+    """A round that asks some of the clients has the sums of the others from earlier rounds."""
+
+    PART: ClassVar = {"fraction_train": 0.4, "min_available_nodes": 3, "min_train_nodes": 2}
+
+    @pytest.mark.parametrize("recipe", ["head", pytest.param("auto", marks=pytest.mark.slow)])
+    def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, recipe):
+        whole = Run(tmp_path / "whole", 3, recipe=recipe, **self.PART)
+        cut = Run(tmp_path / "cut", 2, recipe=recipe, **self.PART)
+        resumed = Run(tmp_path, 3, recipe=recipe, resume=str(cut.result.folder), **self.PART)
+        assert equal(resumed.model, whole.model)
+        forgetful = Run(tmp_path / "forgetful", 3, recipe=recipe, remembered_bytes=0, **self.PART)
+        assert not equal(forgetful.model, whole.model)
+
+    def test_where_all_are_asked_nothing_is_remembered_and_nothing_differs(self, tmp_path):
+        whole, forgetful = Run(tmp_path, 2, recipe="head"), Run(tmp_path, 2, recipe="head", remembered_bytes=0)
+        assert equal(whole.model, forgetful.model)
+        assert not list(whole.result.folder.glob("optimizer-*"))
+
+    def test_a_robust_rule_knows_only_its_round(self):
+        settings, memory = Settings(recipe="head", robust="krum", hostile_clients=1, min_train_nodes=9), HeadMemory(1)
+        robust, plain = settings.composed, settings.composed.averaging
+        stages = Composition(settings, robust, "off").round_stages
+        assert stages(2, robust, memory).memory is None
+        assert stages(2, replace(plain, robust=None), memory).memory is memory
+
+
 class TestChoosing:
     """Two models of a round: the one that is served, and the one that the next round trains on."""
 
@@ -392,8 +424,14 @@ class TestChoosing:
         assert report.choice.accuracy >= report.choice.average_accuracy
         assert load_file(run.result.folder / "global.safetensors")["3.weight"].equal(run.model["3.weight"])
 
-    @pytest.mark.parametrize("pay", [True, False])
-    @pytest.mark.parametrize("recipe", ["auto-features", "auto"])
+    @pytest.mark.parametrize(
+        ("recipe", "pay"),
+        [
+            ("auto", True),
+            ("auto-features", False),
+            *(pytest.param(*case, marks=pytest.mark.slow) for case in (("auto", False), ("auto-features", True))),
+        ],
+    )
     def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, monkeypatch, recipe, pay):
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
         whole = Run(tmp_path / "whole", 4, recipe=recipe)
@@ -403,6 +441,22 @@ class TestChoosing:
         assert [r.choice for r in resumed.result.reports] == [r.choice for r in whole.result.reports]
         same = zip(resumed.result.trained_arrays.values(), whole.result.trained_arrays.values(), strict=True)
         assert all(a.data == b.data for a, b in same)
+
+    def test_a_model_that_closed_forms_have_made_is_served_while_later_rounds_rest(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
+        monkeypatch.setattr(choice_module, "_FIRST_ROUNDS", 2)
+        whole = Run(tmp_path / "whole", 5, recipe="auto")
+        assert [len(report.stages) for report in whole.result.reports] == [5, 5, 1, 1, 1]
+        rounds = [report.choice.served_round for report in whole.result.reports]
+        assert rounds[1] <= 2
+        assert set(rounds[1:]) == {rounds[1]}
+        cut = Run(tmp_path / "cut", 3, recipe="auto")
+        resumed = Run(tmp_path, 5, recipe="auto", resume=str(cut.result.folder))
+        assert equal(resumed.model, whole.model)
+        assert [r.choice for r in resumed.result.reports] == [r.choice for r in whole.result.reports]
+        trained = {name: array.numpy() for name, array in resumed.result.trained_arrays.items()}
+        averaged = Run(tmp_path / "mean", 5, recipe="fedavg").model
+        assert all((averaged[name].numpy() == trained[name]).all() for name in averaged)
 
     def test_pauses_survive_a_resume(self, tmp_path, monkeypatch):
         self.trials(monkeypatch, pay=False)

@@ -32,6 +32,7 @@ WRONG = [
     ("align", True, "'auto', 'client', 'server' or 'off'"),
     ("matcher", "best", "'weights', 'sinkhorn', 'activations' or 'learned'"),
     ("merge", "ring", "'star', 'chain' or 'tree'"),
+    ("merge-heads", "heads", "'weights' or 'products'"),
     ("layers", 3, "string"),
     ("start", "cold", "'shared' or 'own'"),
     ("bootstrap", "random", "'first', 'largest', 'medoid' or 'best'"),
@@ -69,6 +70,7 @@ WRONG = [
     ("strikes", -1, "greater than or equal to 0"),
     ("quarantine-rounds", 0, "greater than or equal to 1"),
     ("patience", -1, "greater than or equal to 0"),
+    ("remembered-bytes", -1, "greater than or equal to 0"),
     ("checkpoints", 0, "greater than or equal to 1"),
     ("seed", -1, "greater than or equal to 0"),
     ("folder", 7, "path"),
@@ -153,6 +155,12 @@ def test_every_key_has_a_wrong_value_in_the_table():
             {"robust": "median", "start": "own", "align": "client", "merge": "tree", "min_train_nodes": 3},
             {},
             "merge = 'tree' .* set merge = 'star'",
+        ),
+        ({"merge_heads": "products"}, {}, "merge-heads = 'products' .* set merge = 'chain'"),
+        (
+            {"merge_heads": "products", "merge": "chain", "start": "own", "align": "client"},
+            {},
+            "no heads with a rotation .* set merge-heads = 'weights'",
         ),
     ],
 )

@@ -2,8 +2,8 @@
 
     runs/<run>/global.safetensors             the last finished round's model; round, settings and checksums in its metadata
     runs/<run>/global-<round>.safetensors     the models of the rounds before
-    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, and models that are trained on and not
-                                              served, where there are any
+    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, models that are trained on and not served, and
+                                              the head's remembered sums, where there are any
     runs/<run>/rounds.jsonl                   one round report a line
 
 The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole. A file that a
@@ -26,8 +26,8 @@ from fedbasin.proto.report import ReportError, RoundReport
 MODEL = "global.safetensors"
 REPORTS = "rounds.jsonl"
 
-# Names of tensors of models in the file beside the served model's.
-_TRAINED, _AVERAGE = "trained/", "average/"
+# Names of tensors of models and sums in the file beside the served model's.
+_TRAINED, _AVERAGE, _MEMORY = "trained/", "average/", "memory/"
 
 
 class CheckpointError(ValueError):
@@ -45,6 +45,7 @@ class Checkpoint:
         optimizer_state: the state of the server optimizer.
         trained: the model that the next round trains on; empty where it is the served one.
         average: the mean from which training can go on as ever; empty where it is one of these.
+        memory: the head's sums of earlier rounds, by client.
         passed_over: damaged files of later rounds that were found on the way to this one, and what is wrong with them.
     """
 
@@ -54,6 +55,7 @@ class Checkpoint:
     optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
 
 
@@ -70,6 +72,7 @@ def save(folder: Path, checkpoint: Checkpoint, most: int = 3) -> None:
         **checkpoint.optimizer_state,
         **{f"{_TRAINED}{name}": tensor for name, tensor in _unshared(checkpoint.trained).items()},
         **{f"{_AVERAGE}{name}": tensor for name, tensor in _unshared(checkpoint.average).items()},
+        **{f"{_MEMORY}{name}": tensor for name, tensor in checkpoint.memory.items()},
     }
     if memory:
         _write(memory, _memory(folder, checkpoint.server_round), {})
@@ -134,8 +137,8 @@ def _load(folder: Path, path: Path) -> Checkpoint:
     for what, tensors, key in (("the model", model, "sha256"), (memory.name, remembered, "optimizer-sha256")):
         if packing.digest(tensors).hex() != metadata[key]:
             raise ValueError(f"{what} does not have the checksum with which it was written")
-    trained, average = _taken(remembered, _TRAINED), _taken(remembered, _AVERAGE)
-    return Checkpoint(done, model, metadata["settings"], remembered, trained, average)
+    trained, average, sums = (_taken(remembered, prefix) for prefix in (_TRAINED, _AVERAGE, _MEMORY))
+    return Checkpoint(done, model, metadata["settings"], remembered, trained, average, sums)
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

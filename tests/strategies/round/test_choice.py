@@ -33,22 +33,27 @@ def test_points_of_a_line_are_its_means():
 
 
 @pytest.mark.parametrize(
-    ("loss", "accuracy", "same_clients", "is_kept"),
+    ("loss", "accuracy", "examples", "is_kept"),
     [
-        (1.1, 0.7, True, True),
-        (1.1, 0.8, True, True),
-        (0.9, 0.7, True, False),  # lower loss
-        (1.1, 0.9, True, False),  # more accurate
-        (1.0, 0.8, True, False),  # as good
-        (1.1, 0.7, False, False),  # of other clients
-        (2.1, 0.7, False, True),  # a multiple
+        (1.1, 0.7, 0, True),
+        (1.1, 0.8, 0, True),
+        (0.9, 0.7, 0, False),  # lower loss
+        (1.1, 0.9, 0, False),  # more accurate
+        (1.0, 0.8, 0, False),  # as good
+        # Judged by other clients, on as many examples.
+        (1.9, 0.1, 1000, False),
+        (2.1, 0.7, 10, False),  # a multiple, and an accuracy that differs by chance
+        (2.1, 0.7, 1000, True),
+        (2.1, 0.1, 10, True),
+        (2.1, None, 10, True),
     ],
 )
-def test_the_model_served_so_far_is_kept_where_this_rounds_is_worse_in_both(loss, accuracy, same_clients, is_kept):
-    choice = replace(FITTED, served_round=5, loss=loss, accuracy=accuracy)
-    result = kept(choice, FITTED, same_clients=same_clients)
+def test_the_model_served_so_far_is_kept_where_this_rounds_is_worse_in_both(loss, accuracy, examples, is_kept):
+    earlier = replace(FITTED, examples=examples)
+    choice = replace(earlier, served_round=5, loss=loss, accuracy=accuracy)
+    result = kept(choice, earlier, same_clients=not examples)
     assert result == (replace(choice, served="kept", served_round=3, loss=1.0, accuracy=0.8) if is_kept else choice)
-    assert kept(choice, None, same_clients=same_clients) == choice
+    assert kept(choice, None, same_clients=not examples) == choice
 
 
 def test_averaging_alone_follows_for_longer_and_longer_until_closed_forms_pay():
@@ -57,7 +62,10 @@ def test_averaging_alone_follows_for_longer_and_longer_until_closed_forms_pay():
         pause = with_pause(AVERAGE, pause).pause
         pauses.append(pause)
     assert pauses == [1, 2, 4, 8, 16, 16, 16]
-    assert with_pause(FITTED, 16).pause == with_pause(replace(AVERAGE, served="fitted"), 16).pause == 0
+    better = replace(AVERAGE, served="fitted", loss=1.9)
+    assert with_pause(FITTED, 16).pause == with_pause(better, 16).pause == 0
+    # The best of ten points is always a little better than the first.
+    assert with_pause(replace(better, loss=1.99), 1).pause == 2
 
 
 def report(number, choice, nodes=(1, 2)):
@@ -72,6 +80,19 @@ def test_the_standing_follows_from_the_reports():
     # A model that nobody compared cannot be kept by comparison.
     assert (paused.choice, paused.pause, paused.resumes) == (None, 1, 3)
     assert paused.settled(AVERAGE, 3, ()).pause == 2
+
+
+@pytest.mark.parametrize(("loss", "trained_on", "stays"), [(1.0, "average", True), (1.99, "fitted", False)])
+def test_after_ten_rounds_a_comparison_that_pays_is_made_every_seventh_round(loss, trained_on, stays):
+    choice = replace(FITTED, loss=loss, trained_on=trained_on)
+    assert Standing().after(report(9, choice)).resumes == 10
+    standing = Standing().after(report(10, choice))
+    assert standing.resumes == 17
+    assert standing.resting(17) is None
+    resting = standing.resting(11)
+    assert resting == (replace(choice, served="kept", trained_on="average") if stays else None)
+    # What is kept meanwhile is still what the next comparison is held against.
+    assert standing.after(report(11, resting)).choice == (choice if stays else None)
 
 
 def test_a_round_that_trained_on_fitted_layers_in_vain_goes_back():
