@@ -7,6 +7,10 @@ from typing import Any
 _SELECTED = 'recipe=~"$recipe"'
 _SCRAPED = 'job="fedbasin"'
 
+# What a panel without data waits for.
+_NO_RATE = "Empty until the second round: a rate needs two values."
+_NO_PROBE_SET = "Empty without a probe set."
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -84,7 +88,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             stat(
                 "State",
-                "State of the run that reported last. A run that was killed stays running; see the time beside.",
+                "State of the run that reported last; lost where its process is gone and has not said that it ends.",
                 "none",
                 (f"fedbasin_run_state{{{_SELECTED}}} == 1", "{{recipe}}: {{state}}"),
                 show="name",
@@ -135,7 +139,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             curves(
                 "From the new global model to the clients",
-                "Barrier of the path, and the gap in its middle, which is negative where mixing both would help.",
+                "Barrier of the path, and the gap in its middle: negative if mixing helps. Empty without fused-points.",
                 "none",
                 (f"fedbasin_fused_barrier_loss{{{_SELECTED}}}", "{{recipe}} barrier"),
                 (f"fedbasin_fused_midpoint_gap_loss{{{_SELECTED}}}", "{{recipe}} gap in the middle"),
@@ -153,21 +157,22 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             curves(
                 "Barriers on the probe set",
-                "Highest barrier between the clients whose models were kept, and from the new global model to them.",
+                "Highest barrier between clients, and from the global model to them. " + _NO_PROBE_SET,
                 "none",
                 (f'fedbasin_probe_barrier_loss{{{_SELECTED}, measure="linear"}}', "{{recipe}} {{between}}"),
                 width=8,
             ),
             curves(
                 "Barriers by measure",
-                "Barrier between clients: above the chord, above the mean of the ends (Git Re-Basin), in the middle, area.",
+                "Above the chord, above the mean of the ends (Git Re-Basin), in the middle, area. " + _NO_PROBE_SET,
                 "none",
                 (f'fedbasin_probe_barrier_loss{{{_SELECTED}, between="clients"}}', "{{recipe}} {{measure}}"),
                 width=8,
             ),
             curves(
                 "Accuracy on the probe set",
-                "Accuracy of the global model, of the clients (mean) and of their ensemble, an upper bound in practice.",
+                "Accuracy of the global model, of clients (mean) and of their ensemble, a bound in practice. "
+                + _NO_PROBE_SET,
                 "percentunit",
                 (f"fedbasin_probe_accuracy_ratio{{{_SELECTED}}}", "{{recipe}} {{model}}"),
                 width=8,
@@ -179,7 +184,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             bars(
                 "Replies by outcome",
-                "Replies in each window; outcomes that never occurred are left out.",
+                "Replies in each window; outcomes that never occurred are left out. " + _NO_RATE,
                 "none",
                 (
                     f"{_increase(_UPDATES, 'outcome')} and on (outcome) "
@@ -189,7 +194,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             curves(
                 "Share accepted",
-                "Share of the replies in the window that were accepted.",
+                "Share of the replies in the window that were accepted. " + _NO_RATE,
                 "percentunit",
                 (_ACCEPTED_SHARE, "{{recipe}}"),
             ),
@@ -235,7 +240,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             curves(
                 "Hidden variance",
-                "Variance of the new global model over the clients' on the same data; far below 1, activations collapse.",
+                "Of the global model over the clients'; far below 1, activations collapse. Empty without fused-points.",
                 "none",
                 (f"fedbasin_variance_ratio{{{_SELECTED}}}", "{{recipe}} {{layers}}"),
                 width=8,
@@ -264,19 +269,20 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             curves(
                 "Seconds of probing, a round",
-                "Mean over the window: all clients together, and the server.",
+                "Mean over the window: all clients together, and the server. " + _NO_RATE,
                 "s",
                 *_probe_cost("seconds"),
             ),
             curves(
                 "Bytes of probing, a round",
-                "Mean over the window: in the clients' replies, and of the models that the server kept on disk.",
+                "Mean over the window: in the clients' replies, and of the models that the server kept on disk. "
+                + _NO_RATE,
                 "decbytes",
                 *_probe_cost("bytes"),
             ),
             curves(
                 "Bytes of a round",
-                "Mean over the window, all clients.",
+                "Mean over the window, all clients. " + _NO_RATE,
                 "decbytes",
                 *(
                     (
@@ -289,19 +295,19 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             curves(
                 "Seconds of a round",
-                "Seconds from start to end, estimated from the buckets.",
+                "Seconds from start to end, estimated from the buckets. " + _NO_RATE,
                 "s",
                 *_quantiles("fedbasin_round_duration_seconds"),
             ),
             curves(
                 "Seconds of a stage",
-                "Seconds from start to end, estimated from the buckets.",
+                "Seconds from start to end, estimated from the buckets. " + _NO_RATE,
                 "s",
                 *_quantiles("fedbasin_stage_duration_seconds", "stage"),
             ),
             curves(
                 "Seconds of a client",
-                "Seconds from a request to its accepted reply, estimated from the buckets.",
+                "Seconds from a request to its accepted reply, estimated from the buckets. " + _NO_RATE,
                 "s",
                 *_quantiles("fedbasin_client_duration_seconds", "stage"),
             ),
@@ -312,7 +318,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             curves(
                 "Seconds of the server's own work",
-                "Seconds of a stage for preparing, decoding, checking, adding and solving.",
+                "Seconds of a stage for preparing, decoding, checking, adding and solving. " + _NO_RATE,
                 "s",
                 *_quantiles("fedbasin_server_duration_seconds", "stage"),
             ),

@@ -1,8 +1,8 @@
 """The compose file on a real Docker engine, under a project name of its own."""
 
+import json
 import os
 import re
-import shlex
 import socket
 import subprocess
 import time
@@ -86,12 +86,10 @@ class Stack:
         return int(docker("inspect", "--format", "{{.RestartCount}}", self.container(service)))
 
     def _cli(self, config: Mapping[str, object]) -> list[str]:
-        words = shlex.split(self._interpolated(SERVICES["cli"]["command"]))
+        services = json.loads(self.compose("--profile", "cli", "config", "--format", "json"))["services"]
+        words = services["cli"]["command"]
         settings = [words[words.index("--run-config") + 1], *(f"{name}={value}" for name, value in config.items())]
         return ["run", "--rm", "-T", "cli", *words[: words.index("--run-config")], "--run-config", " ".join(settings)]
-
-    def _interpolated(self, text: str) -> str:
-        return re.sub(r"\$\{(\w+):?-([^}]*)\}", lambda found: self.environment.get(*found.groups()), text)
 
     def _start(self, arguments: list[str] | tuple[str, ...], *, text: bool = True, **streams: int) -> subprocess.Popen:
         command = ["docker", "compose", "-p", self.project, *arguments]

@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from fedbasin.deploy.processes import strip_colour
 from tests.deploy.containers import OBSERVER, ROOT, SERVICES, composed, docker, number_of
-from tests.deploy.test_grafana import targets
+from tests.deploy.test_grafana import panels
 from tests.waiting import wait_until
 
 pytestmark = [
@@ -68,16 +68,36 @@ def test_a_run_reaches_prometheus(stack, log):
         wait_until(lambda query=query: stack.asked(f"fedbasin_{query}"), log)
 
 
-def test_every_expression_of_the_dashboard_has_data_after_the_readmes_example(stack, log):
-    queries = {target.values[0].replace("$recipe", "regmean").replace("$window", "5m") for target in targets}
+def test_every_panel_has_data_after_the_readmes_example_or_says_what_it_waits_for(stack, log):
+    expressions = {target["expr"]: panel for panel in panels for target in panel["targets"]}
+    queries = {e.replace("$recipe", "regmean").replace("$window", "5m"): panel for e, panel in expressions.items()}
 
-    def without_data():
-        return {query for query in queries if not stack.asked(query)}
+    def silent():
+        return {
+            query
+            for query, panel in queries.items()
+            if not stack.asked(query) and not panel["description"].count("Empty ")
+        }
 
     end = time.monotonic() + 120  # several scrapes and evaluations of the rules
-    while without_data() and time.monotonic() < end:
+    while silent() and time.monotonic() < end:
         time.sleep(5)
-    assert without_data() == set(), log
+    assert silent() == set(), log
+    with_data = sum(bool(stack.asked(query)) for query in queries)
+    print(f"\n{with_data} of {len(queries)} expressions have data after one round", file=sys.stderr)
+
+
+def test_every_rate_has_data_after_two_rounds(stack):
+    stack.run(**SHORT)
+    rates = {
+        target["expr"].replace("$recipe", "regmean").replace("$window", "5m")
+        for panel in panels
+        if "until the second round" in panel["description"]
+        for target in panel["targets"]
+    }
+    assert rates
+    for query in rates:
+        wait_until(lambda query=query: stack.asked(query), query)
 
 
 def test_a_run_that_fails_ends_with_status_1_and_the_reason(stack):
@@ -86,19 +106,30 @@ def test_a_run_that_fails_ends_with_status_1_and_the_reason(stack):
     assert "no-such-recipe" in log
 
 
-@pytest.mark.parametrize("service", ["superlink", "nodes", "observer", "superexec"])
+@pytest.mark.parametrize("service", ["observer", "superlink", "superexec", "nodes"])
 def test_a_run_outlives_the_death_of_each_service(stack, undisturbed, service):
     status, log = stack.run_until("[ROUND 2", lambda: stack.die(service), **SHORT)
     if status:
         # The process of the run itself is gone; the same command goes on where it stopped.
         log = stack.run(**SHORT)
-    # Nodes that come back have other ids, and their sum another order.
-    torch.testing.assert_close(load(stack.model(number_of(log))), undisturbed, rtol=0, atol=1e-6)
+    # Nodes that come back have other ids, and so their sum another order, whose rounding later training enlarges.
+    tolerance = 1e-3 if service == "nodes" else 0.0
+    torch.testing.assert_close(load(stack.model(number_of(log))), undisturbed, rtol=0, atol=tolerance)
 
 
 def test_only_what_is_published_answers_an_unprivileged_user_of_the_machine(stack):
     places = {"superlink": [8000], "observer": [9470, 9471]}
     assert reached(stack, places) == {("monitoring", 9471)}  # its network is not internal, and it is published
+
+
+def test_the_secured_variant_runs_and_only_what_is_published_answers(tmp_path):
+    secrets = tmp_path / "secrets"
+    make = [sys.executable, "-m", "fedbasin.deploy.authority", str(secrets), "--clients", "5", "--host", "localhost"]
+    subprocess.run(make, check=True, timeout=LONG)
+    with composed(COMPOSE_FILE="compose.yaml:compose.secure.yaml", FEDBASIN_SECRETS=secrets) as stack:
+        assert load(stack.model(number_of(stack.run(**SHORT))))
+        ports = {"superlink": [8000], "proxy": [8443], "observer": [9470, 9471]}
+        assert reached(stack, ports) == {("monitoring", 9471), ("outside", 8443)}
 
 
 @pytest.mark.parametrize("clients", [20, 50])
