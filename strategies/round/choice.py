@@ -151,7 +151,7 @@ def gains(choice: Choice) -> bool:
 
 def pays(choice: Choice) -> bool:
     """Return whether closed forms are worth another comparison: for the model that is served, or for training."""
-    return gains(choice) or choice.trained_on == Origin.fitted.name
+    return gains(choice) or choice.trained_on in (Origin.fitted.name, Origin.products.name)
 
 
 def with_pause(choice: Choice, pause: int) -> Choice:
@@ -193,7 +193,9 @@ class Standing:
         if choice is None:  # a comparison that failed, or nothing that could be compared
             pause = longer(self.pause)
             return Standing(pause=pause, resumes=report.round + 1 + pause)
-        rest = _REST if pays(choice) and report.round >= _FIRST_ROUNDS else choice.pause
+        # A choice between two means of products is the fusion itself, and every round makes it.
+        rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
+        rest = _REST if rests else choice.pause
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 
     def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:

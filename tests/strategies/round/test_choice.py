@@ -95,6 +95,14 @@ def test_after_ten_rounds_a_comparison_that_pays_is_made_every_seventh_round(los
     assert standing.after(report(11, resting)).choice == (choice if stays else None)
 
 
+@pytest.mark.parametrize("number", [1, 9, 10, 30])
+def test_a_choice_between_two_means_of_products_is_made_in_every_round(number):
+    # However little the better one gains: it is the fusion itself.
+    products = replace(FITTED, served="products", trained_on="products", loss=1.99)
+    standing = Standing().after(report(number, with_pause(products, 0)))
+    assert standing.resumes == number + 1
+
+
 def test_a_round_that_trained_on_fitted_layers_in_vain_goes_back():
     standing = Standing().after(report(3, FITTED))
     worse = replace(FITTED, served="kept", average_loss=2.5)
