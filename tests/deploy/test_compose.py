@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flwr.common.config import parse_config_args
+from flwr.common.config import flatten_dict, parse_config_args
 
 from fedbasin.deploy.processes import SCRIPTS, strip_colour
 from fedbasin.server.run.settings import read_settings
@@ -176,3 +176,12 @@ def test_volumes_lie_where_the_image_made_folders_that_its_user_may_write():
 
 def test_prometheus_takes_its_configuration():
     subprocess.run([needed("promtool"), "check", "config", PROMETHEUS], check=True, timeout=LONG)
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.secure.yaml"])
+def test_the_command_line_sets_only_keys_that_the_app_has(name):
+    # Flower refuses a run with any other key. Compose's tags say how files are merged.
+    text = re.sub("!override|!reset", "", (ROOT / "deploy" / name).read_text())
+    words = shlex.split(interpolated(yaml.safe_load(text)["services"]["cli"]["command"]))
+    config = parse_config_args([words[words.index("--run-config") + 1]])
+    assert set(config) <= set(flatten_dict(DIGITS["config"]))
