@@ -39,7 +39,12 @@ Insecure = Annotated[
         "--insecure", envvar="FEDBASIN_INSECURE", help="Send the token to another machine without TLS, in plain text."
     ),
 ]
-Ca = Annotated[Path | None, typer.Option(help="PEM file of the authority of the observer's certificate; turns on TLS.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="FEDBASIN_OBSERVER_CA", help="PEM file of the authority of the observer's certificate; turns on TLS."
+    ),
+]
 
 
 @app.command()
