@@ -33,7 +33,7 @@ from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.finite_model import changed, check_finite
 from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure, opponents
-from fedbasin.strategies.judging.label_agreement import mislabelled
+from fedbasin.strategies.judging.label_agreement import contradicting_labels
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import RefitHead
@@ -399,23 +399,25 @@ class StageAttempt:
                 return {node: Verdict(measure.examples) for node, measure in measures.items()}
             verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
             refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
-            refusals = refusals or self._contradicting(measures, verdicts)
+            refusals = refusals or self._opponents_of(measures, verdicts)
             if not refusals:
                 return verdicts
             for node, refusal in refusals.items():
                 self._refuse(node, refusal)
 
-    def _contradicting(self, measures: Mapping[int, Measure], verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
+    def _opponents_of(self, measures: Mapping[int, Measure], verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
         """Return the refusals of clients that contradict most others: by their direction, or by their labels."""
         if self._compares_updates:
             return opponents(
                 {node: partial(self._cohort.__getitem__, node) for node in measures}, measures, self._anchor
             )
         if self.stage.request.stage == RefitHead.stage:
-            return mislabelled({node: partial(self._bounded, node, verdict) for node, verdict in verdicts.items()})
+            return contradicting_labels(
+                {node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()}
+            )
         return {}
 
-    def _bounded(self, node: int, verdict: Verdict) -> Update:
+    def _bound(self, node: int, verdict: Verdict) -> Update:
         return verdict.apply(self._cohort[node], self._anchor)
 
     @property
@@ -431,7 +433,7 @@ class StageAttempt:
 
     def _add(self, node: int, verdict: Verdict) -> None:
         candidate, sums = self._candidates[node], self._sums
-        update = self._bounded(node, verdict)
+        update = self._bound(node, verdict)
         self.stage.add(node, update)
         sums.nodes.append(node)
         sums.path += candidate.path

@@ -172,10 +172,10 @@ class Composition:
         accumulate = self._accumulate(number, recipe)
         # A recipe that compares models lets clients judge a distilled one, but not in rounds in which it compares nothing.
         if self.lesson is not None and recipe.chooses == self.recipe.chooses:
-            accumulate = partial(self._distilling, self.lesson, dtype)
+            accumulate = partial(self._distilled_sum, self.lesson, dtype)
         return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, accumulate)
 
-    def _distilling(self, lesson: Lesson, dtype: torch.dtype, anchor: State) -> DistilledAccumulator:
+    def _distilled_sum(self, lesson: Lesson, dtype: torch.dtype, anchor: State) -> DistilledAccumulator:
         return DistilledAccumulator(Accumulator.zero(anchor, dtype), lesson, self._spool(), log_distillation)
 
     def _spool(self) -> BinaryIO:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.fusion.distillation.distil import Distillation
-from fedbasin.strategies.fusion.distillation.distilled_accumulator import Lesson, parted
+from fedbasin.strategies.fusion.distillation.distilled_accumulator import Lesson, part_batches
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.tasks.model_task import Task, task_of
 from fedbasin.strategies.tensors.batches import Batches, forward, without_targets
@@ -70,7 +70,7 @@ class DistillationSet:
                 f"the distillation set's model has no tensor {lacking[0]!r} of shape {list(state[lacking[0]].shape)}; "
                 "give DistillationSet the model that the clients train"
             )
-        batches, held_out = parted(without_targets(self.batches, self.model))
+        batches, held_out = part_batches(without_targets(self.batches, self.model))
         if not batches or not held_out:
             raise SettingsError("the distillation set has no batch of at least five inputs; make its batches larger")
         forward(self.model, batches[0])

@@ -101,7 +101,7 @@ class HeadMemory:
         for _, group in groupby(_from_oldest(absent), lambda node: absent[node].round):
             earlier = _total(absent[node].sums for node in group)
             if earlier.sums.shape == fresh.sums.shape:
-                total = _total((total, _carried_over(earlier, fresh)))
+                total = _total((total, _carry_over(earlier, fresh)))
         self.newest = None if total is fresh else (fresh, total)
         return total
 
@@ -140,7 +140,7 @@ def _total(parts: Iterable[HeadSums]) -> HeadSums:
     return HeadSums(torch.stack([g.double() for g in grams]).sum(0), torch.stack([s.double() for s in sums]).sum(0))
 
 
-def _carried_over(earlier: HeadSums, fresh: HeadSums) -> HeadSums:
+def _carry_over(earlier: HeadSums, fresh: HeadSums) -> HeadSums:
     """Return the sums of earlier rounds, moved and discounted by what the class means of this round say."""
     now, before = fresh.sums.double(), earlier.sums
     common = (now[:, -1] > 0) & (before[:, -1] > 0)
@@ -151,17 +151,17 @@ def _carried_over(earlier: HeadSums, fresh: HeadSums) -> HeadSums:
     weights = weights / weights.sum()
     means, were = now[:, :-1] / now[:, -1:], before[:, :-1] / before[:, -1:]
     mean, was = (weights * means).sum(0), (weights * were).sum(0)
-    return _scaled(_moved(earlier, mean - was), _explained(weights, means - mean, were - was))
+    return _scale(_move(earlier, mean - was), _correlation(weights, means - mean, were - was))
 
 
-def _explained(weights: Tensor, now: Tensor, before: Tensor) -> float:
+def _correlation(weights: Tensor, now: Tensor, before: Tensor) -> float:
     """Return the part of the variance of centred class means that earlier ones explain."""
     covariance, *variances = ((weights * a * b).sum() for a, b in ((now, before), (now, now), (before, before)))
     largest = variances[0] * variances[1]
     return float(covariance.clamp(min=0).square() / largest) if largest > 0 else 0.0
 
 
-def _moved(sums: HeadSums, step: Float[Tensor, " features"]) -> HeadSums:
+def _move(sums: HeadSums, step: Float[Tensor, " features"]) -> HeadSums:
     """Return the sums of rows that a step has been added to, in units of the last input."""
     step = torch.cat([step, step.new_zeros(1)])
     ones = sums.gram[:, -1]
@@ -170,5 +170,5 @@ def _moved(sums: HeadSums, step: Float[Tensor, " features"]) -> HeadSums:
     return HeadSums(gram, sums.sums + sums.sums[:, -1:] * step)
 
 
-def _scaled(sums: HeadSums, factor: float) -> HeadSums:
+def _scale(sums: HeadSums, factor: float) -> HeadSums:
     return HeadSums(sums.gram * factor, sums.sums * factor)

@@ -36,7 +36,7 @@ _AGAINST = -0.25
 _SHRINKAGE = 1e-2
 
 
-def mislabelled(updates: Mapping[int, Callable[[], Update]]) -> dict[int, Refusal]:
+def contradicting_labels(updates: Mapping[int, Callable[[], Update]]) -> dict[int, Refusal]:
     """Return the refusal of the client whose labels contradict the others' most; empty where none contradicts them.
 
     One at a time, because its examples are among those that the next ones are compared with.
@@ -95,7 +95,7 @@ def _margin(
     shared = known & (sums[:, -1] >= _FEWEST_EXAMPLES)
     if not shared.any() or known.sum() < 2:
         return None
-    means, centres = (_whitened(part[:, :-1] / part[:, -1:], factor) for part in (sums[shared], others[known]))
+    means, centres = (_whiten(part[:, :-1] / part[:, -1:], factor) for part in (sums[shared], others[known]))
     distances = torch.cdist(means, centres).square()
     # The number of each shared class among the known ones.
     rows, labels = torch.arange(len(means)), known.cumsum(0)[shared] - 1
@@ -107,5 +107,5 @@ def _margin(
     return float((margins * sums[shared, -1]).sum() / sums[shared, -1].sum())
 
 
-def _whitened(means: Float[Tensor, "classes inputs"], factor: Tensor) -> Tensor:
+def _whiten(means: Float[Tensor, "classes inputs"], factor: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, means.mT, upper=False).mT

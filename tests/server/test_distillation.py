@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 
 from fedbasin import DistillationSet, FedBasin, SettingsError
 from fedbasin.strategies.fusion.accumulator import Accumulator
-from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator, Lesson, parted
+from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator, Lesson, part_batches
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tasks.model_task import TASKS
 from fedbasin.strategies.tensors.batches import without_targets
@@ -30,7 +30,7 @@ def distillation(**how):
 
 def lesson(passes=3):
     module = tiny.net(1)
-    return Lesson(module, *parted(without_targets([inputs()], module)), TASKS["classification"], passes, 1e-2)
+    return Lesson(module, *part_batches(without_targets([inputs()], module)), TASKS["classification"], passes, 1e-2)
 
 
 def distilled(states, tmp_path, passes=3):

@@ -49,7 +49,7 @@ class Lesson:
         return distil(self.module, student, teachers, self.batches, self.task, self.passes, self.rate, self.held_out)
 
 
-def parted(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
+def part_batches(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Return the part of batches that a model is trained on, and the fifth that is held out."""
     parts: tuple[list[Batch], list[Batch]] = [], []
     for batch in batches:

@@ -158,7 +158,7 @@ class General(_Stretching):
         conformal = Conformal(self.size).best(primal, dual)
         fits = (_least_squares(primal), torch.linalg.pinv(_least_squares(dual)).mT)
         # No ascent changes the sign of the determinant, because singular maps lie between.
-        return [conformal, _mirrored(conformal), *(fit for fit in fits if is_well_conditioned(fit))]
+        return [conformal, _mirror(conformal), *(fit for fit in fits if is_well_conditioned(fit))]
 
 
 def is_well_conditioned(maps: Maps) -> bool:
@@ -191,7 +191,7 @@ def _least_squares(role: Tensor) -> Tensor:
     return solution.mT
 
 
-def _mirrored(maps: Maps) -> Maps:
+def _mirror(maps: Maps) -> Maps:
     """Return the maps with their last left singular vector turned round."""
     left, values, right = torch.linalg.svd(maps)
     signs = torch.ones_like(values)

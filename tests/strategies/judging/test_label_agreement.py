@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.judging.label_agreement import mislabelled
+from fedbasin.strategies.judging.label_agreement import contradicting_labels
 from tests.benchmarks.hostile.federation import ATTACKS, HOSTILE, accuracy
 
 HEAD = ("head.weight", "head.bias")
@@ -50,7 +50,7 @@ class Cohort:
 def refused(updates: dict[int, Update]) -> set[int]:
     """All that are refused, one after the other."""
     out: set[int] = set()
-    while found := mislabelled({n: (lambda u=u: u) for n, u in updates.items() if n not in out}):
+    while found := contradicting_labels({n: (lambda u=u: u) for n, u in updates.items() if n not in out}):
         assert len(found) == 1
         out |= set(found)
     return out
