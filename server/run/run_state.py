@@ -277,8 +277,9 @@ class RunState:
     def sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
         """Wait for nodes and return the sampled ones."""
         online = self.online(grid, server_round, minimum)
-        # A client that is gone may come back under another id, and would count twice.
-        self.memory.keep(online)
+        # A client that is gone may come back under another id, and would count twice. What a client sent before it was
+        # refused is not trusted either.
+        self.memory.keep(set(online) - self.strikes.strikes.keys())
         return self.composition.sample(online, server_round, fraction, minimum)
 
     def _ask_again(self, attempt: StageAttempt, grid: Grid, server_round: int) -> Iterable[Message]:

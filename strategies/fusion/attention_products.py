@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Wreath
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry
 from fedbasin.strategies.tensors.state import State
 
@@ -53,10 +54,18 @@ def fuse_products(
 def products(symmetry: Symmetry) -> Iterator[tuple[Space, int, tuple[Side, Side]]]:
     """Yield the products of a model's heads: the space, the role, and the axes of each of the two factors."""
     for space in symmetry.spaces:
-        for role, size in enumerate(space.group.sizes):
+        for role in rotating_roles(space.group):
             sides = _sides(space, role)
-            if len(sides) == 2 and size > 1 and space.group.permutes_blocks and str(space.group).startswith("O("):
+            if len(sides) == 2:
                 yield space, role, (sides[0], sides[1])
+
+
+def rotating_roles(group: Group) -> list[int]:
+    """Return the roles on which heads turn by any rotation; positions leave a rotary role only some of them."""
+    if not isinstance(group, Wreath):
+        return []
+    owners = [inner for inner in group.inners for _ in inner.widths]
+    return [role for role, inner in enumerate(owners) if isinstance(inner, Orthogonal) and inner.size > 1]
 
 
 def _sides(space: Space, role: int) -> list[Side]:

@@ -171,7 +171,9 @@ class RefitHead(_Summed):
             precision = Gram(gram)
         model = self._sums.model
         solution = split(block, closed_form(block, precision, moment, self._ridge), model)
-        self._memory.merge(self._fresh)
+        # What is not finite is summed again without one client, whose sums are then not to be remembered.
+        if all(bool(tensor.isfinite().all()) for tensor in solution.values()):
+            self._memory.merge(self._fresh)
         return self._sums.restated({**model, **solution})
 
 

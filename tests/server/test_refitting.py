@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message
 from safetensors.torch import load_file
 from torch.nn.functional import linear, one_hot, pad, relu
 
@@ -19,7 +19,7 @@ from fedbasin.server.run.composition import Composition
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence, closed_form
-from fedbasin.strategies.fusion.head_memory import HeadMemory
+from fedbasin.strategies.fusion.head_memory import HeadMemory, HeadSums
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round import choice as choice_module
@@ -27,6 +27,7 @@ from fedbasin.strategies.round import round as round_module
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
 from tests.server.fake_grid import FakeGrid
+from tests.server.flowers_loop import arrays_of, fed_basin, grid_of
 
 NODES = [100, 101, 102]
 FIRST, HEAD = ("0.weight", "0.bias"), ("3.weight", "3.bias")
@@ -339,6 +340,15 @@ class TestRemembering:
         whole, forgetful = Run(tmp_path, 2, recipe="head"), Run(tmp_path, 2, recipe="head", remembered_bytes=0)
         assert equal(whole.model, forgetful.model)
         assert not list(whole.result.folder.glob("optimizer-*"))
+
+    def test_what_a_client_sent_before_it_was_refused_is_forgotten(self):
+        strategy = fed_basin(fraction_train=0.4)
+        state = strategy.run
+        for node in (100, 101, 102):
+            state.memory.add(1, node, HeadSums(torch.eye(3), torch.ones(2, 3)))
+        state.strikes.strikes[101] = {1}
+        list(strategy.configure_train(2, arrays_of(tiny.net()), ConfigRecord(), grid_of(tiny.federation(3))))
+        assert set(state.memory.clients) == {100, 102}
 
     def test_a_robust_rule_knows_only_its_round(self):
         settings, memory = Settings(recipe="head", robust="krum", hostile_clients=1, min_train_nodes=9), HeadMemory(1)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.alignment.pairwise_merging import MergedModel
-from fedbasin.strategies.fusion.attention_products import fuse_products
+from fedbasin.strategies.fusion.attention_products import fuse_products, rotating_roles
 from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.groups.group_notation import parse_group
 from fedbasin.strategies.tensors.state import interpolate
 from tests.strategies.symmetry.families import Transformer
 
@@ -82,3 +83,19 @@ def test_a_pair_is_merged_by_its_products_where_a_symmetry_is_given(examples, ot
     expected = fuse_products(SYMMETRY, interpolate(first, second, share), [first, second], [1 - share, share])
     assert all(torch.equal(merged.model[name], expected[name]) for name in first)
     assert merged.products_of is SYMMETRY
+
+
+@pytest.mark.parametrize(
+    ("notation", "roles"),
+    [
+        ("O(8)*O(8) wr S(2)", [0, 1]),
+        ("R(8,4)*O(8) wr S(2)", [1]),  # positions leave queries and keys some rotations only
+        ("O(8)*R(8,4) wr S(2)", [0]),
+        ("O(1)*S(1) wr S(4)", []),
+        ("(R(4,2)*O(3))xS(2) wr S(3)", []),  # several heads read one value
+        ("S(8)", []),
+        ("O(8)^2", []),
+    ],
+)
+def test_factors_belong_to_one_product_where_a_head_turns_by_any_rotation(notation, roles):
+    assert rotating_roles(parse_group(notation)) == roles

@@ -13,6 +13,7 @@ from fedbasin.proto.request import PathSpec, Refit
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence, closed_form
+from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.fusion.update import Update, join
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
@@ -347,3 +348,14 @@ class TestProbe:
     def test_nobodys_word_leaves_the_fused_model(self):
         assert best_point(None) == 0.0
         assert best_point(Path((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), 0.0)) == 0.0
+
+
+@pytest.mark.parametrize(("factor", "remembered"), [(1.0, {1}), (1e150, set())])
+def test_sums_without_a_finite_solution_are_not_remembered(factor, remembered):
+    memory = HeadMemory(2**20)
+    single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in model().items()}
+    stage = RefitHead(single, refit(FIRST, target="labels"), Evidence(), memory=memory, number=1)
+    update = labelled(FIRST)
+    stage.add(1, replace(update, cross_moments={FIRST: factor * update.cross_moments[FIRST]}))
+    assert bool(stage.finish()["first.weight"].isfinite().all()) == bool(remembered)
+    assert set(memory.clients) == remembered
