@@ -97,6 +97,9 @@ def run(
     run_config: Annotated[
         list[str] | None, typer.Option("--run-config", "-c", help="As of `flwr run`; repeatable.")
     ] = None,
+    federation_config: Annotated[
+        list[str] | None, typer.Option("--federation-config", help="As of `flwr run`, for a simulation; repeatable.")
+    ] = None,
     resumes: Annotated[int, typer.Option(min=0, help="How often a run whose process was lost is started again.")] = 3,
 ) -> None:
     """Run an app with `flwr run`, stream its log, and tell how it ended.
@@ -108,8 +111,10 @@ def run(
     """
     from fedbasin.server import flower_run
 
+    options = {"--run-config": run_config or [], "--federation-config": federation_config or []}
+    words = [word for option, values in options.items() for value in values for word in (option, value)]
     try:
-        flower_run.run(folder, superlink, run_config or [], resumes, typer.echo)
+        flower_run.run(folder, superlink, words, resumes, typer.echo)
     except flower_run.FlowerRunError as error:
         raise failure(str(error)) from error
 

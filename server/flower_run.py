@@ -20,13 +20,13 @@ class FlowerRunError(RuntimeError):
     """A run that did not start, or did not complete."""
 
 
-def run(app: Path, superlink: str, config: Sequence[str], resumes: int, say: Callable[[str], object]) -> None:
+def run(app: Path, superlink: str, options: Sequence[str], resumes: int, say: Callable[[str], object]) -> None:
     """Run an app, pass its log on, and return where the run is completed.
 
     Args:
         app: folder of the app.
         superlink: name of the SuperLink's connection in Flower's configuration; empty for its default.
-        config: values of `--run-config`.
+        options: further words of `flwr run`, such as `--run-config` and its value.
         resumes: how often a run whose process was lost is started again.
         say: takes each line of the log.
 
@@ -34,7 +34,7 @@ def run(app: Path, superlink: str, config: Sequence[str], resumes: int, say: Cal
         FlowerRunError: the run did not start, failed, was stopped, or its SuperLink does not answer; with the reason.
     """
     where = [superlink] if superlink else []
-    command = ["run", str(app), *where, "--stream", *(word for value in config for word in ("--run-config", value))]
+    command = ["run", str(app), *where, "--stream", *options]
     for remaining in range(resumes, -1, -1):
         run_id = _follow(command, say)
         status, details = _await_end(run_id, where)

@@ -88,8 +88,10 @@ class Stack:
     def _cli(self, config: Mapping[str, object]) -> list[str]:
         services = json.loads(self.compose("--profile", "cli", "config", "--format", "json"))["services"]
         words = services["cli"]["command"]
-        settings = [words[words.index("--run-config") + 1], *(f"{name}={value}" for name, value in config.items())]
-        return ["run", "--rm", "-T", "cli", *words[: words.index("--run-config")], "--run-config", " ".join(settings)]
+        settings = [f"{name}={value}" for name, value in config.items()]
+        place = words.index("--run-config") + 1
+        words[place] = " ".join([words[place], *settings])
+        return ["run", "--rm", "-T", "cli", *words]
 
     def _start(self, arguments: list[str] | tuple[str, ...], *, text: bool = True, **streams: int) -> subprocess.Popen:
         command = ["docker", "compose", "-p", self.project, *arguments]

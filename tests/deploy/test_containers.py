@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
 
 from fedbasin.deploy.processes import strip_colour
-from tests.deploy.containers import OBSERVER, ROOT, SERVICES, composed, docker, number_of
+from tests.deploy.containers import MOST_SECONDS, OBSERVER, ROOT, SERVICES, composed, docker, number_of
 from tests.deploy.test_grafana import panels
+from tests.quickstart_app import write_app
 from tests.waiting import LONG, wait_until
 
 pytestmark = [
@@ -139,9 +142,72 @@ def test_more_clients_finish_a_run_in_a_bounded_memory(clients):
         log = strip_colour(stack.run(**SHORT))
         memory = stack.memory("nodes")
     assert f"fuse: {clients} of {clients} clients accepted" in log
-    rounds = [line.split("finished in")[1].strip() for line in log.splitlines() if "round finished in" in line]
-    print(f"\n{clients} clients: rounds of {', '.join(rounds)}; {memory / 1e9:.1f} GB at most", file=sys.stderr)
+    print(f"\n{clients} clients: rounds of {seconds_of_rounds(log)}; {memory / 1e9:.1f} GB at most", file=sys.stderr)
     assert memory < 10e9
+
+
+def test_a_hundred_clients_are_simulated():
+    with composed(COMPOSE_FILE="compose.yaml:compose.simulation.yaml", FEDBASIN_CLIENTS=100) as stack:
+        log = strip_colour(stack.run(**SHORT))
+        memory = stack.memory("superexec")
+    assert "fuse: 100 of 100 clients accepted" in log
+    print(
+        f"\n100 simulated clients: rounds of {seconds_of_rounds(log)}; {memory / 1e9:.1f} GB at most", file=sys.stderr
+    )
+    assert memory < 8e9
+
+
+def test_an_app_has_its_own_libraries_and_its_data(tmp_path):
+    """As the README says it, with the quickstart's app as the own one."""
+    app = write_app(tmp_path / "app")
+    with (app / "quickstart/task.py").open("a") as task:
+        task.write(OWN_DATA)
+    data = tmp_path / "data"
+    data.mkdir(mode=0o755)
+    np.save(data / "patterns.npy", np.random.default_rng(0).normal(size=(10, 3 * 32 * 32)).astype("f4"))
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's folders are closed to the containers' user
+        folder.chmod(0o755)
+    with composed() as base, own_image(tmp_path / "image") as image:
+        del base  # which has built the image that ours stands on
+        own = {"FEDBASIN_APP_IMAGE": image, "FEDBASIN_DATA": data, "FEDBASIN_IMPORTS": "fedbasin.client,einops"}
+        with composed(FEDBASIN_CLIENTS=2, **own) as stack:
+            run = ["run", "--rm", "-T", "--volume", f"{app}:/app/own:ro", "cli", "fedbasin", "run", "own", "compose"]
+            log = strip_colour(stack.compose(*run))
+            stack.compose("cp", "superexec:/var/lib/fedbasin/final_model.pt", str(tmp_path))
+    assert "fuse: 2 of 2 clients accepted" in log
+    assert torch.load(tmp_path / "final_model.pt", weights_only=True)
+
+
+OWN_DATA = """
+
+import einops
+import numpy as np
+
+PATTERNS = einops.rearrange(
+    torch.from_numpy(np.load("/data/patterns.npy")), "label (channel y x) -> label channel y x", channel=3, y=32
+)
+"""
+
+
+@contextmanager
+def own_image(folder):
+    """The image of the README's three lines; the package index is that of the other builds."""
+    first, *lines = re.search(r"```dockerfile\n(.*?)```", (ROOT / "deploy/README.md").read_text(), re.DOTALL)[
+        1
+    ].splitlines()
+    secrets = {"pip": ("FEDBASIN_PIP_CONF", "/etc/pip.conf"), "ca": ("FEDBASIN_CA", "/run/secrets/ca")}
+    mounts = " ".join(f"--mount=type=secret,id={name},target={place},mode=0444" for name, (_, place) in secrets.items())
+    folder.mkdir()
+    text = "\n".join([first, *(line.replace("RUN ", f"RUN {mounts} ") for line in lines)])
+    (folder / "Dockerfile").write_text(text)
+    name = f"fedbasin-e2e-own:{os.getpid()}"
+    files = [f"--secret=id={name},src={os.environ.get(key, '/dev/null')}" for name, (key, _) in secrets.items()]
+    build = ["docker", "build", "--tag", name, *files, folder]
+    subprocess.run(build, env={**os.environ, "DOCKER_BUILDKIT": "1"}, check=True, timeout=MOST_SECONDS)
+    try:
+        yield name
+    finally:
+        docker("image", "rm", name)
 
 
 def test_a_changed_line_installs_no_library_again(tmp_path):
@@ -155,15 +221,24 @@ def test_a_changed_line_installs_no_library_again(tmp_path):
     for line in ("", "# A changed line.\n"):
         changed.write_text(changed.read_text() + line)
         build = ["docker", "compose", "-p", f"fedbasin-e2e-{os.getpid()}", "build", "--progress", "plain", "superlink"]
-        done = subprocess.run(build, cwd=tmp_path / "deploy", capture_output=True, text=True, timeout=1800, check=False)
+        start = time.monotonic()
+        done = subprocess.run(
+            build, cwd=tmp_path / "deploy", capture_output=True, text=True, timeout=MOST_SECONDS, check=False
+        )
+        seconds = time.monotonic() - start
         outputs.append(done.stdout + done.stderr)
         assert done.returncode == 0, outputs[-1]
+    print(f"\n{seconds:.1f} s to build the image after one changed line", file=sys.stderr)
     steps = outputs[1].split("\n\n")
     # Compose puts the service before the stage.
     libraries = [step for step in steps if re.search(r"\[(\w+ )?libraries .*\] (RUN|COPY|WORKDIR)", step)]
     assert libraries
     assert all("CACHED" in step for step in libraries), outputs[1]
     assert any(re.search(r"\[(\w+ )?package ", step) and "CACHED" not in step for step in steps)
+
+
+def seconds_of_rounds(log):
+    return ", ".join(re.findall(r"round finished in (.*? s)", log))
 
 
 def reached(stack, ports):
