@@ -30,6 +30,7 @@ from fedbasin.server.exchange.streaming_grid import NodeReply, Quorum
 from fedbasin.server.exchange.update_directions import UpdateDirections
 from fedbasin.strategies.diagnostics.probe_sampling import bound
 from fedbasin.strategies.diagnostics.update_cosines import Vector
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.finite_model import changed, check_finite
 from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure, opponents
@@ -107,6 +108,7 @@ class RoundContext:
         config_key: name of the record of settings.
         array_names: by the model's names, the names of arrays that are called otherwise.
         previous: the movement of the global model in the round before, at sampled entries.
+        files: where replies are kept until all have come.
     """
 
     number: int
@@ -117,6 +119,7 @@ class RoundContext:
     config_key: str = "config"
     array_names: Mapping[str, str] = field(default_factory=dict)
     previous: Vector | None = None
+    files: SpoolFiles = field(default_factory=SpoolFiles)
 
 
 class StageAttempt:
@@ -167,7 +170,7 @@ class StageAttempt:
         self._make = make
         self._previous = context.previous
         self._clients: dict[object, ClientReport] = {}
-        self._cohort = Cohort()
+        self._cohort = Cohort(context.files)
         self._candidates: dict[int, _Candidate] = {}
         with self._working():
             self._begin_sum()

@@ -4,9 +4,8 @@ import logging
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from flwr.app import ArrayRecord
@@ -32,6 +31,7 @@ from fedbasin.strategies.fusion.layers import Layer, gram_layers, known_blocks
 from fedbasin.strategies.fusion.lora.lora_factors import AdapterError, adapted_layers
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.recipes import Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
@@ -176,10 +176,12 @@ class Composition:
         return fusing_stage(anchor, recipe, request, self.symmetry, align, self.blocks, dtype, accumulate)
 
     def _distilled_sum(self, lesson: Lesson, dtype: torch.dtype, anchor: State) -> DistilledAccumulator:
-        return DistilledAccumulator(Accumulator.zero(anchor, dtype), lesson, self._spool(), log_distillation)
+        return DistilledAccumulator(Accumulator.zero(anchor, dtype), lesson, self.files.open(), log_distillation)
 
-    def _spool(self) -> BinaryIO:
-        return open_spool(Path(self.settings.resume or self.settings.folder))
+    @cached_property
+    def files(self) -> SpoolFiles:
+        """The files of replies, in the folder of runs."""
+        return SpoolFiles(partial(open_spool, Path(self.settings.resume or self.settings.folder)))
 
     def measured_norms(self, number: int) -> tuple[BatchNorm, ...]:
         """Return the BatchNorm layers that a round measures anew: where it mixes models that share no start."""
@@ -207,10 +209,10 @@ class Composition:
         """Return what makes the accumulator of a rule, with a file of its own; None for a recipe that sums."""
         robust, rule = recipe.robust, recipe.rule
         if robust is not None:
-            return lambda anchor: RobustAccumulator(anchor, robust, self._spool())
+            return lambda anchor: RobustAccumulator(anchor, robust, self.files.open())
         if rule is not None:
             seed = f"{self.settings.seed} {number}"
-            return lambda anchor: RuleAccumulator(anchor, rule, self._spool(), seed)
+            return lambda anchor: RuleAccumulator(anchor, rule, self.files.open(), seed)
         return None
 
     def _bootstrap_stage(self, template: State) -> Stage:

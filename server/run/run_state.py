@@ -311,6 +311,7 @@ class RunState:
             settings.configrecord_key,
             self.composition.array_names or {},
             self.movement,
+            self.composition.files,
         )
 
     def state(self, arrays: ArrayRecord) -> State:

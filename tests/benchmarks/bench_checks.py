@@ -18,6 +18,7 @@ from fedbasin.server.exchange.cohort import Cohort
 from fedbasin.server.exchange.receive import receive
 from fedbasin.server.exchange.stage_attempt import RoundContext, StageAttempt, StageLimits
 from fedbasin.server.exchange.streaming_grid import NodeReply
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.round.fuse import Fuse
 from tests.benchmarks.bench_fold import Round, flat
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process
@@ -31,7 +32,7 @@ PARTS = ("decode", "receive", "check", "keep", "bounds", "add")
 HOW = f"""{REPLIES} replies of 170 MB float32 to one averaged model in float64, through a whole `StageAttempt`. Seconds
 of the processor, on one thread, for each reply: `decode` is Flower's making of the message from its objects, as they come from the SuperLink (without
 their transfer); `receive` reads headers and finds the tensors; `check` is names, shapes, dtypes, finite entries and norms; `keep` the
-write to disk until all are judged, beyond 64 MB of replies; `bounds` the judgement by medians and directions; `add` the sum. The share of the checks is
+write to disk until all are judged, beyond 64 MB of replies, into the file of the stage before; `bounds` the judgement by medians and directions; `add` the sum. The share of the checks is
 that of `check`, `keep` and `bounds`: of the server's time a reply, with `decode`, and in brackets of receiving, checking and adding alone.
 Medians of {REPETITIONS} repetitions."""
 
@@ -69,11 +70,12 @@ def _timed(seconds: dict[str, float], part: str, owner: object, name: str) -> It
         yield
 
 
-def _attempt(of_round: Round) -> tuple[dict[str, float], StageAttempt]:
+def _attempt(of_round: Round, files: SpoolFiles) -> tuple[dict[str, float], StageAttempt]:
     """Return the seconds of each part for one reply, and the attempt that has the sum."""
     nodes = list(range(1, REPLIES + 1))
     stage = of_round.stage(torch.float64)
-    attempt = StageAttempt(lambda: stage, of_round.anchor, nodes, RoundContext(1, packed=True), StageLimits())
+    context = RoundContext(1, packed=True, files=files)
+    attempt = StageAttempt(lambda: stage, of_round.anchor, nodes, context, StageLimits())
     seconds = dict.fromkeys(PARTS, 0.0)
     with ExitStack() as timers:
         for part, owner, name in (
@@ -99,9 +101,9 @@ def _decoding_seconds(message: Message) -> float:
 def main(tensors: int, layout: str) -> None:
     torch.set_num_threads(1)
     of_round = Round(tensors, layout, REPLIES)
-    repetitions = []
+    repetitions, files = [], SpoolFiles()
     for _ in range(REPETITIONS):
-        seconds, attempt = _attempt(of_round)
+        seconds, attempt = _attempt(of_round, files)
         seconds["decode"] = _decoding_seconds(of_round.replies[0])
         repetitions.append(seconds)
     if attempt.accepted < REPLIES:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
 from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, robust_rule
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 from tests.benchmarks.figures import Figure, Goal, Say, in_fresh_process, peak_resident_bytes
 
@@ -58,7 +58,7 @@ def _run(name: str, clients: int) -> tuple[float, float, int]:
     make = partial(Accumulator.zero, anchor)
     if name != "sum":
         rule = robust_rule(name, 2 if name in COUNTED else 0)
-        make = partial(RobustAccumulator, anchor, rule, tempfile.TemporaryFile())  # noqa: SIM115 - the accumulator closes it
+        make = partial(RobustAccumulator, anchor, rule, SpoolFiles().open())
     accumulator, adding = make(), 0.0
     for update in _updates(clients):
         began = time.process_time()

@@ -18,6 +18,7 @@ from fedbasin.server.exchange.cohort import Cohort
 from fedbasin.server.exchange.quorum import StageFailedError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReply
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.judging.finite_model import changed, check_finite
 from fedbasin.strategies.judging.outcomes import Outcome
 from fedbasin.strategies.recipes import RECIPES
@@ -71,7 +72,7 @@ class RecordedStage:
     def run(self, replies: list[NodeReply]) -> tuple[list[ClientReport], State | None]:
         """Return the outcomes of some replies, and the stage's model; None where too few replies give one."""
         attempt = copy.copy(self.attempt)
-        attempt._clients, attempt._cohort, attempt._candidates = {}, Cohort(), {}
+        attempt._clients, attempt._cohort, attempt._candidates = {}, Cohort(SpoolFiles()), {}
         attempt._begin_sum()
         attempt.add_all(iter(replies))
         if not attempt.accepted:

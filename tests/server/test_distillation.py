@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from fedbasin import DistillationSet, FedBasin, SettingsError
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator, Lesson, part_batches
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tasks.model_task import TASKS
 from fedbasin.strategies.tensors.batches import without_targets
@@ -33,14 +34,13 @@ def lesson(passes=3):
     return Lesson(module, *part_batches(without_targets([inputs()], module)), TASKS["classification"], passes, 1e-2)
 
 
-def distilled(states, tmp_path, passes=3):
+def distilled(states, passes=3):
     told = []
     anchor = tiny.net().state_dict()
-    with (tmp_path / "spool").open("w+b") as file:
-        total = DistilledAccumulator(Accumulator.zero(anchor), lesson(passes), file, told.append)
-        for state in states:
-            total.add(Update(state, 10.0))
-        return total.finalize(anchor), told[0]
+    total = DistilledAccumulator(Accumulator.zero(anchor), lesson(passes), SpoolFiles().open(), told.append)
+    for state in states:
+        total.add(Update(state, 10.0))
+    return total.finalize(anchor), told[0]
 
 
 def spread(seed):
@@ -67,28 +67,27 @@ def divergence(state, states):
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10**6))
-def test_one_clients_model_distils_to_itself(tmp_path_factory, seed):
+def test_one_clients_model_distils_to_itself(seed):
     state = spread(seed)
-    found, told = distilled([state], tmp_path_factory.mktemp("one"))
+    found, told = distilled([state])
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     assert (told.before, told.after) == (0.0, 0.0)
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.permutations(range(4)))
-def test_the_order_of_clients_does_not_matter(tmp_path_factory, order):
+def test_the_order_of_clients_does_not_matter(order):
     states = [spread(seed) for seed in range(4)]
-    folder = tmp_path_factory.mktemp("order")
-    one, _ = distilled(states, folder)
-    other, _ = distilled([states[place] for place in order], folder)
+    one, _ = distilled(states)
+    other, _ = distilled([states[place] for place in order])
     # The mean that training starts from is summed in another order.
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-5)
 
 
-def test_the_distilled_model_is_closer_to_the_ensemble_on_inputs_that_it_was_not_trained_on(tmp_path):
+def test_the_distilled_model_is_closer_to_the_ensemble_on_inputs_that_it_was_not_trained_on():
     states = [spread(seed) for seed in range(4)]
-    found, told = distilled(states, tmp_path, passes=20)
+    found, told = distilled(states, passes=20)
     mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(t) for name, t in states[0].items()}
     assert told.after < 0.5 * told.before
     assert divergence(found, states) < 0.5 * divergence(mean, states)
@@ -103,14 +102,13 @@ class Worse(Lesson):
         return type(result)({name: t + 1 for name, t in result.state.items()}, 0.1, 0.2)
 
 
-def test_a_model_that_is_no_closer_on_what_is_held_out_is_not_taken(tmp_path):
+def test_a_model_that_is_no_closer_on_what_is_held_out_is_not_taken():
     given_lesson = lesson()
     worse = Worse(**{name: getattr(given_lesson, name) for name in Lesson.__dataclass_fields__})
     anchor, state = tiny.net().state_dict(), spread(1)
-    with (tmp_path / "spool").open("w+b") as file:
-        total = DistilledAccumulator(Accumulator.zero(anchor), worse, file, lambda _: None)
-        total.add(Update(state, 1.0))
-        assert all(torch.equal(t, state[name]) for name, t in total.finalize(anchor).items())
+    total = DistilledAccumulator(Accumulator.zero(anchor), worse, SpoolFiles().open(), lambda _: None)
+    total.add(Update(state, 1.0))
+    assert all(torch.equal(t, state[name]) for name, t in total.finalize(anchor).items())
 
 
 def start(folder, rounds=2, recipe="fedavg", way=FedBasin.start, **how):

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.distillation.distil import Distillation, distil
 from fedbasin.strategies.fusion.precisions import Precision
-from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolEntry
+from fedbasin.strategies.fusion.spool import Spool, SpoolEntry
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch
@@ -70,17 +70,17 @@ class DistilledAccumulator:
         average: the last result of the sum without distillation, where distillation has changed it; None elsewhere.
     """
 
-    def __init__(self, total: Accumulator, lesson: Lesson, file: BinaryIO, tell: Tell) -> None:
+    def __init__(self, total: Accumulator, lesson: Lesson, spool: Spool, tell: Tell) -> None:
         """Begin without clients.
 
         Args:
             total: sum without clients, whose result is the student.
             lesson: inputs and numbers of the distillation.
-            file: an empty file that can be written and read; it is closed with this object.
+            spool: an empty spool for the updates.
             tell: is told what the distillation has changed.
         """
         self._total, self._lesson, self._tell = total, lesson, tell
-        self._spool = Spool(file)
+        self._spool = spool
         self._models: list[tuple[str, dict[str, SpoolEntry]]] = []
         self.average: dict[str, Tensor] | None = None
 

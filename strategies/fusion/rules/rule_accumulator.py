@@ -5,7 +5,6 @@ statistics, and tensors that are not floating, are summed as in the mean.
 """
 
 import hashlib
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.precisions import Precision
 from fedbasin.strategies.fusion.rules.federated_rule import FederatedRule
 from fedbasin.strategies.fusion.rules.robust.client_distances import TooFewClientsError
-from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolEntry
+from fedbasin.strategies.fusion.spool import Spool, SpoolEntry
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.tensors.state import MEASURED, State, floating
 
@@ -27,18 +26,18 @@ class RuleAccumulator:
     random numbers, because a draw depends on the seed, the tensor and the client's own model.
     """
 
-    def __init__(self, anchor: State, rule: FederatedRule, file: BinaryIO, seed: str) -> None:
+    def __init__(self, anchor: State, rule: FederatedRule, spool: Spool, seed: str) -> None:
         """Begin without clients.
 
         Args:
             anchor: state that gives names and shapes, and from which the rule measures changes.
             rule: the rule.
-            file: an empty file that can be written and read; it is closed with this object.
+            spool: an empty spool for the updates.
             seed: seed of rules that draw random numbers, another one in every round.
         """
         self._anchor, self._rule, self._seed = anchor, rule, seed
         self._merged = [name for name in floating(anchor) if not name.endswith(MEASURED)]
-        self._spool = Spool(file)
+        self._spool = spool
         self._models: list[tuple[str, float, dict[str, SpoolEntry]]] = []
         self._sum = Accumulator.zero({name: t for name, t in anchor.items() if name not in self._merged})
 

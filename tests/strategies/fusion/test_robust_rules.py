@@ -3,7 +3,6 @@
 import io
 import re
 from dataclasses import replace
-from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -11,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbasin.strategies.fusion import spool
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.accumulator import fuse as mean
 from fedbasin.strategies.fusion.kronecker_precision import Kronecker
 from fedbasin.strategies.fusion.precisions import Diagonal, Gram, Sketched
-from fedbasin.strategies.fusion.rules.robust import spool
 from fedbasin.strategies.fusion.rules.robust.client_distances import TooFewClientsError
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
 from fedbasin.strategies.fusion.rules.robust.robust_rules import COUNTED, ROBUST_RULES, robust_rule
-from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolError
+from fedbasin.strategies.fusion.spool import Spool, SpoolError, SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 
 W = torch.float64
@@ -93,7 +92,7 @@ def updates(seed, kind="none", clients=CLIENTS, dtype=W):
 
 
 def fuse(name, anchor, contributions, hostile=2, ridge=None):
-    accumulator = RobustAccumulator(anchor, rule_of(name, hostile), io.BytesIO())
+    accumulator = RobustAccumulator(anchor, rule_of(name, hostile), SpoolFiles().open())
     for contribution in contributions:
         accumulator.add(contribution)
     return accumulator.finalize(anchor, ridge or Ridge(1e-3))
@@ -139,7 +138,7 @@ def test_the_share_of_a_client_far_away_is_told_and_the_smallest(name, kind):
     anchor, contributions = updates(0, kind)
     far = contributions[4]
     contributions[4] = replace(far, parameters={n: t * 1000 if t.dtype == W else t for n, t in far.parameters.items()})
-    accumulator = RobustAccumulator(anchor, rule_of(name), io.BytesIO())
+    accumulator = RobustAccumulator(anchor, rule_of(name), SpoolFiles().open())
     for contribution in contributions:
         accumulator.add(contribution)
     assert accumulator.notes == ()
@@ -289,7 +288,7 @@ def test_layers_with_one_gram_matrix_are_combined_with_one_set_of_coefficients(n
         return replace(u, parameters={**u.parameters, **more}, precisions={(n,): shared for n in names})
 
     anchor = {**anchor, **{n: normal(draw, 2, 4) for n in names}}
-    accumulator = RobustAccumulator(anchor, rule_of(name), io.BytesIO())
+    accumulator = RobustAccumulator(anchor, rule_of(name), SpoolFiles().open())
     for contribution in map(with_pair, contributions):
         accumulator.add(contribution)
     total = accumulator.total()
@@ -328,20 +327,6 @@ def test_memory_is_that_of_pieces_and_pieces_change_nothing(name, monkeypatch):
     assert_equal(fuse(name, anchor, contributions), expected)
 
 
-def test_tensors_come_back_from_a_spool_bit_by_bit_in_pieces_of_bounded_length(monkeypatch):
-    monkeypatch.setattr(spool, "_PIECE", 6)
-    kept = Spool(io.BytesIO())
-    for dtype, shape in product((torch.float32, torch.bfloat16, torch.int64, torch.bool), ((2, 5), (), (0, 2))):
-        tensors = [torch.randint(2, shape).to(dtype) for _ in range(3)]
-        places = [kept.write(tensor) for tensor in tensors]
-        assert all(torch.equal(kept.read(p), t) for p, t in zip(places, tensors, strict=True))
-        pieces = list(kept.pieces(places))
-        assert all(values.numel() <= 6 for _, values in pieces)
-        assert all(a.stop == b.start for (a, _), (b, _) in pairwise(pieces))
-        together = [values for _, values in pieces] or [torch.empty(3, 0, dtype=dtype)]
-        assert torch.equal(torch.cat(together, 1), torch.stack(tensors).reshape(3, -1))
-
-
 class FullDisk(io.BytesIO):
     """A file on a disk that has room for some bytes."""
 
@@ -356,7 +341,7 @@ class FullDisk(io.BytesIO):
 def test_a_full_disk_is_an_error_that_names_the_remedy_and_leaves_the_updates_before():
     anchor, contributions = updates(0)
     file = FullDisk()
-    accumulator = RobustAccumulator(anchor, rule_of("median"), file)
+    accumulator = RobustAccumulator(anchor, rule_of("median"), Spool(file))
     for contribution in contributions[:5]:
         accumulator.add(contribution)
     file.room = file.tell() + 20
@@ -370,7 +355,7 @@ def test_a_full_disk_is_an_error_that_names_the_remedy_and_leaves_the_updates_be
 def test_the_file_is_closed_with_its_accumulator():
     anchor, contributions = updates(0)
     file = io.BytesIO()
-    accumulator = RobustAccumulator(anchor, rule_of("median"), file)
+    accumulator = RobustAccumulator(anchor, rule_of("median"), Spool(file))
     accumulator.add(contributions[0])
     del accumulator
     assert file.closed

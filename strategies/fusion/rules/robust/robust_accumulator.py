@@ -19,7 +19,7 @@ bounded, because a mean enters with its square.
 from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
 from operator import add, mul
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ from fedbasin.strategies.fusion.rules.robust.client_distances import Products, T
 from fedbasin.strategies.fusion.rules.robust.geometric_median import GeometricMedian
 from fedbasin.strategies.fusion.rules.robust.median import Median, middle
 from fedbasin.strategies.fusion.rules.robust.robust_rules import CombinationRule, RobustRule
-from fedbasin.strategies.fusion.rules.robust.spool import Spool, SpoolEntry
 from fedbasin.strategies.fusion.rules.robust.trimmed_mean import TrimmedMean
+from fedbasin.strategies.fusion.spool import Spool, SpoolEntry
 from fedbasin.strategies.fusion.update import Update, join, tensor_names
 from fedbasin.strategies.tensors.parallel import zeros
 from fedbasin.strategies.tensors.state import State, floating
@@ -59,17 +59,17 @@ class RobustAccumulator:
         clients: number of updates.
     """
 
-    def __init__(self, anchor: State, rule: RobustRule, file: BinaryIO) -> None:
+    def __init__(self, anchor: State, rule: RobustRule, spool: Spool) -> None:
         """Begin without clients.
 
         Args:
             anchor: state that gives names and shapes, and from which updates are measured.
             rule: the rule.
-            file: an empty file that can be written and read; it is closed with this object.
+            spool: an empty spool for the updates.
         """
         self._anchor = anchor
         self._rule = rule
-        self._spool = Spool(file)
+        self._spool = spool
         self._examples: list[float] = []
         self._updates: list[dict[_Key, SpoolEntry]] = []
         self._scales: list[dict[Block, float]] = []

@@ -1,7 +1,5 @@
 """Merging rules as accumulators of a round: laws over all of them, and equality with the rule of tensors."""
 
-from tempfile import TemporaryFile
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from fedbasin.strategies.fusion.rules.merging_rules import RULES
 from fedbasin.strategies.fusion.rules.robust.client_distances import TooFewClientsError
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.rules.task_vectors.ties import ties
+from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 
 ANCHOR = {
@@ -30,7 +29,7 @@ def model(seed: int) -> dict[str, Tensor]:
 
 
 def merged(text: str, updates: list[Update], seed: str = "0 1") -> dict[str, Tensor]:
-    accumulator = RuleAccumulator(ANCHOR, federated_rule(text), TemporaryFile(), seed)  # noqa: SIM115 - closed with the accumulator
+    accumulator = RuleAccumulator(ANCHOR, federated_rule(text), SpoolFiles().open(), seed)
     for update in updates:
         accumulator.add(update)
     return accumulator.finalize(ANCHOR)

@@ -1,9 +1,11 @@
 """A spool: tensors of many clients in one file, which are read back piece by piece in bounded memory."""
 
 import math
+import mmap
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import torch
@@ -32,13 +34,42 @@ class SpoolEntry:
     shape: tuple[int, ...]
 
 
-class Spool:
-    """Tensors in a file, which is closed when the spool is no longer used."""
+class SpoolFiles:
+    """Files for the spools of a run, one spool after the other.
 
-    def __init__(self, file: BinaryIO) -> None:
+    A file is used again as soon as its spool and all tensors that were read from it are gone: pages that a file has
+    already cost a tenth of new ones.
+    """
+
+    def __init__(self, make: Callable[[], BinaryIO] = TemporaryFile) -> None:
+        """Begin without files.
+
+        Args:
+            make: opens an empty file without a name, for writing and reading.
+        """
+        self._make = make
+        self._free: list[BinaryIO] = []
+        weakref.finalize(self, _close, self._free)
+
+    def open(self) -> "Spool":
+        """Return an empty spool."""
+        file = self._free.pop() if self._free else self._make()
+        return Spool(file, lambda: self._free.append(file))
+
+
+class Spool:
+    """Tensors in a file."""
+
+    def __init__(self, file: BinaryIO, release: Callable[[], object] | None = None) -> None:
+        """Begin without tensors.
+
+        Args:
+            file: a file of the system, for writing and reading; what it holds is overwritten.
+            release: called when neither the spool nor a tensor that was read from it exists; closes the file if None.
+        """
         self._file = file
         self._end = 0
-        weakref.finalize(self, file.close)
+        weakref.finalize(self, release or file.close)
 
     def write(self, tensor: Tensor) -> SpoolEntry:
         """Append a tensor.
@@ -54,15 +85,21 @@ class Spool:
         except OSError as error:
             raise SpoolError(
                 error.errno,
-                f"a client's reply cannot be kept on disk for the robust rule ({error.strerror}); free space where "
-                "the run's folder lies, choose another fedbasin.folder, or ask fewer clients (fedbasin.fraction-train)",
+                f"a client's reply cannot be kept on disk ({error.strerror}); free space where the run's folder lies, "
+                "choose another fedbasin.folder, or ask fewer clients (fedbasin.fraction-train)",
             ) from error
-        self._end += tensor.nbytes
+        self._end += -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return place
 
     def read(self, place: SpoolEntry) -> Tensor:
-        """Return a tensor."""
-        return self._entries(place, 0, math.prod(place.shape)).view(place.shape)
+        """Return a tensor, which is read from the file where it is used."""
+        size = math.prod(place.shape)
+        if not size:
+            return torch.empty(place.shape, dtype=place.dtype)
+        length = size * place.dtype.itemsize
+        mapping = _Mapping(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=place.offset)
+        mapping.spool = self
+        return torch.frombuffer(mapping, dtype=place.dtype).view(place.shape)
 
     def pieces(self, places: Sequence[SpoolEntry]) -> Iterator[tuple[slice, Tensor]]:
         """Yield pieces of tensors of one shape: the entries' range, and the entries `[tensor, entry]`."""
@@ -78,3 +115,14 @@ class Spool:
         if self._file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined]
             raise SpoolError("a client's reply on disk is cut off; nothing but this run may write in its folder")
         return torch.frombuffer(buffer, dtype=place.dtype) if buffer else torch.empty(0, dtype=place.dtype)
+
+
+def _close(files: Sequence[BinaryIO]) -> None:
+    for file in files:
+        file.close()
+
+
+class _Mapping(mmap.mmap):
+    """A part of a spool's file in memory, which keeps the spool for as long as a tensor has it."""
+
+    spool: Spool
