@@ -251,7 +251,10 @@ class Settings(BaseModel):
     )
     checkpoints: int = Field(3, ge=1, description="number of the last rounds whose global models are kept")
     seed: int = Field(0, ge=0, description="seed of the sampling of nodes")
-    folder: Path = Field(Path("runs"), description="folder in which the run's folder is made")
+    folder: Path = Field(
+        Path("runs"),
+        description="folder in which the run's folder is made, and in which replies wait on disk for the others",
+    )
     resume: str = Field(
         "",
         description="empty: an unfinished run of this app in `folder` goes on after its last finished round, and where "

@@ -101,8 +101,9 @@ def _decoding_seconds(message: Message) -> float:
 def main(tensors: int, layout: str) -> None:
     torch.set_num_threads(1)
     of_round = Round(tensors, layout, REPLIES)
-    repetitions, files = [], SpoolFiles()
+    repetitions, files, attempt = [], SpoolFiles(), None
     for _ in range(REPETITIONS):
+        del attempt  # whose file the next one uses
         seconds, attempt = _attempt(of_round, files)
         seconds["decode"] = _decoding_seconds(of_round.replies[0])
         repetitions.append(seconds)
