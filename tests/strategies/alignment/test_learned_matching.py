@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.diagnostics.evaluation import evaluate
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
@@ -70,6 +72,15 @@ def loss_between(model: nn.Module, one: State, other: State, t: float = 0.5) -> 
     return evaluate(model, interpolate(one, other, t), digits()).loss
 
 
+def smoothed_loss_between(anchor: State, client: State) -> float:
+    middle = interpolate(anchor, client, 0.5)
+    losses = [
+        nn.functional.cross_entropy(outputs(Small(), middle, images), labels, label_smoothing=Search().smoothing)
+        for images, labels in digits()
+    ]
+    return float(torch.stack(losses).mean())
+
+
 def test_the_function_is_kept(symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
     anchor, client = pair
     found = match_learned(symmetry, Small(), anchor, client, digits(), search=SHORT)
@@ -101,11 +112,17 @@ def test_the_loss_is_lowered_where_the_two_will_be_merged(
     assert loss_between(model, folded, near.state, 0.2) < loss_between(model, folded, far.state, 0.2)
 
 
-def test_without_steps_it_is_matching_by_weights(
+def test_without_steps_it_is_the_better_of_weights_and_activations(
     symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
+    anchor, client = pair
     found = match_learned(symmetry, Small(), *pair, digits(), search=Search(steps=0))
-    torch.testing.assert_close(found.state, match_weights(symmetry, *pair).state, rtol=0, atol=0)
+    features = correlations(symmetry, Small(), symmetry.fold(anchor), symmetry.fold(client), digits())
+    starts = [match_weights(symmetry, *pair).state, match_activations(symmetry, *pair, features).state]
+    folded = symmetry.fold(anchor)
+    losses = [smoothed_loss_between(folded, start) for start in starts]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(found.state, starts[losses.index(min(losses))], rtol=0, atol=0)
 
 
 def test_steps_that_make_it_worse_are_not_taken(
@@ -113,7 +130,8 @@ def test_steps_that_make_it_worse_are_not_taken(
 ) -> None:
     wild = Search(steps=3, rate=50.0, smoothing=0.0)
     found = match_learned(symmetry, Small(), *pair, digits(), search=wild)
-    torch.testing.assert_close(found.state, match_weights(symmetry, *pair).state, rtol=0, atol=0)
+    start = match_learned(symmetry, Small(), *pair, digits(), search=Search(steps=0, smoothing=0.0))
+    torch.testing.assert_close(found.state, start.state, rtol=0, atol=0)
 
 
 def test_the_same_seed_gives_the_same_transform(
@@ -183,5 +201,5 @@ def test_a_loss_that_is_no_number_is_refused(
 ) -> None:
     anchor, client = pair
     broken = [(torch.full((2, 8, 8), torch.inf), torch.zeros(2, dtype=torch.long))]
-    with pytest.raises(ValueError, match="learn at a smaller rate"):
+    with pytest.raises(ValueError, match="not finite"):
         match_learned(symmetry, Small(), anchor, client, broken)
