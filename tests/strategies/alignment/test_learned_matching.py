@@ -158,6 +158,23 @@ def test_every_group_can_be_learned(name: str) -> None:
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
+def test_averaged_running_statistics_play_no_part() -> None:
+    make, example = FAMILIES["convnet"]
+    model, anchor, client = (drawn(make, seed) for seed in (0, 1, 2))
+    symmetry = discover(model, example).symmetry
+    draw = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(6, *example.shape[1:], generator=draw), torch.arange(6) % 4) for _ in range(2)]
+    shifted = {n: t + 3 if n.endswith("running_mean") else t for n, t in state_of(anchor).items()}
+    before = {name: tensor.clone() for name, tensor in shifted.items()}
+    found = [
+        match_learned(symmetry, model, state, state_of(client), batches, search=Search(20, rate=0.1)).transform
+        for state in (state_of(anchor), shifted)
+    ]
+    assert not found[0].is_identity
+    torch.testing.assert_close(*(transform.act(state_of(client)) for transform in found), rtol=0, atol=0)
+    torch.testing.assert_close(shifted, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("group", ["R(8,4) wr S(2)", "CO(8) wr S(2)", "(O(8))xS(2) wr S(1)"])
 def test_inner_groups_of_heads_are_drawn_into_the_search_or_left_alone(group: str) -> None:
     weights = {"w": torch.randn(16, 3), "v": torch.randn(4, 16)}
