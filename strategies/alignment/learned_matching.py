@@ -47,7 +47,8 @@ class Search:
 
     Attributes:
         steps: number of steps of Adam, one batch each; 0 leaves weight matching as it is.
-        rate: learning rate at the beginning; it falls to 0 along a cosine.
+        rate: learning rate of groups that mix entries, at the beginning; it falls to 0 along a cosine.
+        order_rate: learning rate of groups that permute, whose elements change only after many steps.
         spread: largest distance of the drawn point on the path from its place.
         smoothing: label smoothing. A client has memorised its own examples: without smoothing their loss soon
             vanishes, and the transform fits them alone.
@@ -56,6 +57,7 @@ class Search:
 
     steps: int = 400
     rate: float = 0.02
+    order_rate: float = 0.1
     spread: float = 0.1
     smoothing: float = 0.1
     seed: int = 0
@@ -183,7 +185,8 @@ def _descend(problem: _Problem, latents: "dict[str, _Latent]", batches: Batches,
     parameters = [role for latent in latents.values() for role in latent.roles]
     if not (parameters and search.steps):
         return
-    optimiser = torch.optim.Adam(parameters, search.rate)
+    rates = {True: search.rate, False: search.order_rate}
+    optimiser = torch.optim.Adam([{"params": list(q.roles), "lr": rates[q.mixes]} for q in latents.values()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, search.steps)
     # A separate generator, so that the app's random numbers stay the same.
     generator = torch.Generator().manual_seed(search.seed)

@@ -167,7 +167,7 @@ def test_averaged_running_statistics_play_no_part() -> None:
     shifted = {n: t + 3 if n.endswith("running_mean") else t for n, t in state_of(anchor).items()}
     before = {name: tensor.clone() for name, tensor in shifted.items()}
     found = [
-        match_learned(symmetry, model, state, state_of(client), batches, search=Search(20, rate=0.1)).transform
+        match_learned(symmetry, model, state, state_of(client), batches, search=Search(20)).transform
         for state in (state_of(anchor), shifted)
     ]
     assert not found[0].is_identity
