@@ -9,11 +9,12 @@ straight through the assignment where units are permuted (straight-through estim
 
     dL/dM = (G - T G^T T) / 2    or    dL/dM = G        G = dL/dT
 
-The search starts from weight matching, because from the identity it finds little. Nothing but T is trained.
+The search starts from the better of weight and activation matching, because from the identity it finds little. Nothing
+but T is trained. BatchNorm normalises each batch by its own statistics: those of the merged model are measured later.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -22,7 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedbasin.proto.report import SpaceReport
+from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.alignment.weight_matching import Alignment, distances, match_weights
+from fedbasin.strategies.capture.batchnorm_statistics import normalising_by_batch, read_normalised
+from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.diagnostics.geometry import fixed_points, largest_angle
 from fedbasin.strategies.symmetry.groups.element import Element
@@ -30,7 +34,7 @@ from fedbasin.strategies.symmetry.symmetry import Space, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tasks.guess import guess_task
 from fedbasin.strategies.tasks.model_task import Task
-from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
+from fedbasin.strategies.tensors.batches import Batch, Batches, forward
 from fedbasin.strategies.tensors.state import State, interpolate
 
 # Number of batches on which the start and the end of the search are compared.
@@ -43,7 +47,8 @@ class Search:
 
     Attributes:
         steps: number of steps of Adam, one batch each; 0 leaves weight matching as it is.
-        rate: learning rate at the beginning; it falls to 0 along a cosine.
+        rate: learning rate of groups that mix entries, at the beginning; it falls to 0 along a cosine.
+        order_rate: learning rate of groups that permute, whose elements change only after many steps.
         spread: largest distance of the drawn point on the path from its place.
         smoothing: label smoothing. A client has memorised its own examples: without smoothing their loss soon
             vanishes, and the transform fits them alone.
@@ -52,6 +57,7 @@ class Search:
 
     steps: int = 400
     rate: float = 0.02
+    order_rate: float = 0.1
     spread: float = 0.1
     smoothing: float = 0.1
     seed: int = 0
@@ -67,11 +73,12 @@ def match_learned(
     search: Search | None = None,
     task: Task | None = None,
 ) -> Alignment:
-    """Align `client` to `anchor` by weights, then by the loss near one point of the path between them.
+    """Align `client` to `anchor` by weights or activations, then by the loss near one point of the path between them.
 
     Laws: the client's function is kept; on the batches of the comparison, the smoothed loss at the place is never above
-    the one after weight matching. Spaces whose group stretches, and the order of blocks that rotate, stay as weight
-    matching left them. Unlike with weight matching, the distance to the anchor may rise.
+    the one after weight matching, each batch normalised by its own statistics where there is BatchNorm. Spaces whose
+    group stretches, and the order of blocks that rotate, stay as the start left them. Unlike with weight matching, the
+    distance to the anchor may rise.
 
     Args:
         symmetry: the spaces; `symmetry.check(anchor)` must hold.
@@ -90,9 +97,10 @@ def match_learned(
     """
     if isinstance(batches, Iterator):
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")
-    start, search = match_weights(symmetry, anchor, client), search or Search()
-    task = task or guess_task(model, batches)
-    problem = _Problem(symmetry, model, symmetry.fold(anchor), start.state, place, search.smoothing, task)
+    search, task = search or Search(), task or guess_task(model, batches)
+    folded = symmetry.fold(anchor)
+    start = _better_start(symmetry, model, folded, client, batches, place, search, task)
+    problem = _Problem(symmetry, model, folded, start.state, place, search.smoothing, task)
     learned = _learn_transform(problem, batches, search)
     if learned is None:
         return start
@@ -102,6 +110,35 @@ def match_learned(
     distance = math.hypot(*distances(symmetry, problem.anchor, state).values())
     report = replace(start.report, spaces=spaces, distance_after=distance)
     return Alignment(state, transform, report)
+
+
+def _better_start(
+    symmetry: Symmetry,
+    model: nn.Module,
+    anchor: State,
+    client: State,
+    batches: Batches,
+    place: float,
+    search: Search,
+    task: Task,
+) -> Alignment:
+    """Return the alignment by weights, or the one by activations where its loss at the place is lower."""
+    features = correlations(symmetry, model, anchor, symmetry.fold(client), batches)
+    starts = match_weights(symmetry, anchor, client), match_activations(symmetry, anchor, client, features)
+    problems = [_Problem(symmetry, model, anchor, s.state, place, search.smoothing, task) for s in starts]
+    losses = _losses(problems, [Transform(symmetry, {})] * 2, batches)
+    return starts[int(losses[1] < losses[0])]
+
+
+def _losses(problems: "Sequence[_Problem]", transforms: Sequence[Transform], batches: Batches) -> list[float]:
+    """Return the sum of each problem's losses at its place over the batches of the comparison."""
+    model = problems[0].model
+    with normalising_by_batch(model), torch.no_grad():
+        compared = list(islice(read_normalised(batches, model), _COMPARED))
+        return [
+            float(sum(problem.loss(transform, batch, problem.place) for batch in compared))
+            for problem, transform in zip(problems, transforms, strict=True)
+        ]
 
 
 def _update_report(space: SpaceReport, element: Element) -> SpaceReport:
@@ -136,21 +173,20 @@ class _Problem:
 def _learn_transform(problem: _Problem, batches: Batches, search: Search) -> Transform | None:
     """Return the transform at the end of the search, or None if its loss is not below that of the start."""
     latents = {space.name: _initial_latent(space) for space in problem.symmetry.spaces if _learnable(space)}
-    with evaluating(problem.model), torch.enable_grad():
+    with normalising_by_batch(problem.model), torch.enable_grad():
         _descend(problem, latents, batches, search)
     start = Transform(problem.symmetry, {})
     end = Transform(problem.symmetry, {name: latent.nearest() for name, latent in latents.items()})
-    with evaluating(problem.model), torch.no_grad():
-        compared = list(islice(read_batches(batches, problem.model), _COMPARED))
-        gains = [problem.loss(start, b, problem.place) - problem.loss(end, b, problem.place) for b in compared]
-    return end if torch.stack(gains).sum() > 0 else None
+    before, after = _losses([problem] * 2, [start, end], batches)
+    return end if after < before else None
 
 
 def _descend(problem: _Problem, latents: "dict[str, _Latent]", batches: Batches, search: Search) -> None:
     parameters = [role for latent in latents.values() for role in latent.roles]
     if not (parameters and search.steps):
         return
-    optimiser = torch.optim.Adam(parameters, search.rate)
+    rates = {True: search.rate, False: search.order_rate}
+    optimiser = torch.optim.Adam([{"params": list(q.roles), "lr": rates[q.mixes]} for q in latents.values()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, search.steps)
     # A separate generator, so that the app's random numbers stay the same.
     generator = torch.Generator().manual_seed(search.seed)
@@ -171,7 +207,7 @@ def _descend(problem: _Problem, latents: "dict[str, _Latent]", batches: Batches,
 
 def _repeat(batches: Batches, model: nn.Module) -> Iterator[Batch]:
     while True:
-        yield from read_batches(batches, model)
+        yield from read_normalised(batches, model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedbasin.proto.layer_graph import BatchNorm
-from fedbasin.strategies.tensors.batches import Batches, evaluating, forward, read_batches
+from fedbasin.strategies.tensors.batches import Batch, Batches, evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State
 
 
@@ -83,6 +83,41 @@ def _add_input(
         sums.add(args[0] if args else named["input"])
 
 
+@contextmanager
+def normalising_by_batch(model: nn.Module) -> Iterator[None]:
+    """Let every BatchNorm normalise a batch by its own statistics while a context is open, and keep its running ones.
+
+    The rest of the model is in evaluation mode. A mean of models has units of another variance than each of them, so
+    running statistics that were averaged would distort what the layers behind them read.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.training, norm.track_running_stats = True, False
+            yield
+        finally:
+            for norm, tracked in zip(norms, tracking, strict=True):
+                norm.track_running_stats = tracked
+
+
+def read_normalised(batches: Batches, model: nn.Module) -> Iterator[Batch]:
+    """Yield batches that `normalising_by_batch` can run: where there is BatchNorm, those of two examples or more.
+
+    Raises:
+        ValueError: there are no such batches.
+    """
+    least = 2 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 1
+    is_empty = True
+    for batch in read_batches(batches, model):
+        if len(batch.targets) >= least:
+            is_empty = False
+            yield batch
+    if is_empty:
+        raise ValueError("every batch has one example, of which BatchNorm has no variance; give batches of two or more")
+
+
 def measure_anew(model: nn.Module, state: State, norms: Collection[BatchNorm], batches: Batches) -> dict[str, Tensor]:
     """Return the running statistics that a model has on some data, with the other tensors of a state.
 
@@ -96,10 +131,7 @@ def measure_anew(model: nn.Module, state: State, norms: Collection[BatchNorm], b
         batches: the data, read once; batches of one example, which have no variance, are left out.
     """
     model.load_state_dict({**model.state_dict(), **state})
-    with evaluating(model), torch.no_grad(), measuring(model, norms) as inputs:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.training = True
+    with normalising_by_batch(model), torch.no_grad(), measuring(model, norms) as inputs:
         for batch in read_batches(batches, model):
             if len(batch.targets) > 1:
                 forward(model, batch)

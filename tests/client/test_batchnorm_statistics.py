@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedbasin.proto.layer_graph import BatchNorm
-from fedbasin.strategies.capture.batchnorm_statistics import measuring
+from fedbasin.strategies.capture.batchnorm_statistics import measuring, normalising_by_batch
 from fedbasin.strategies.fusion.batchnorm import find_norms
 
 
@@ -86,3 +86,13 @@ def test_a_module_that_is_no_batchnorm_is_refused_by_name(name):
         measuring(net(), [BatchNorm(name, 1e-5)]),
     ):
         pass
+
+
+def test_normalising_by_batch_is_training_that_leaves_running_statistics_alone():
+    model, trained = net(), net().train()
+    before = deepcopy(model.state_dict())
+    with normalising_by_batch(model):
+        torch.testing.assert_close(model(images()), trained(images()))
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert not any(module.training for module in model.modules())
+    assert [model.norm.track_running_stats, model.fleeting.track_running_stats] == [True, False]

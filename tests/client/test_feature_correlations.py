@@ -28,14 +28,52 @@ def mlp(seed=0):
     return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
 
 
-def test_correlations_are_the_covariance_of_both_models_features():
+def correlation(a, k):
+    a, k = a - a.mean(0), k - k.mean(0)
+    return torch.nan_to_num(a / a.norm(dim=0)).T @ torch.nan_to_num(k / k.norm(dim=0))
+
+
+def test_correlations_are_of_what_is_read_and_what_is_written_breaks_ties():
     anchor, own = mlp(0), mlp(1)
     symmetry = discover(anchor, torch.zeros(1, 5, dtype=torch.float64)).symmetry
     data = batches((50, 5), 50)
     (found,) = correlations(symmetry, mlp(2), anchor.state_dict(), own.state_dict(), data).values()
-    a, k = (model[0](data[0][0]).detach() for model in (anchor, own))
-    expected = (a - a.mean(0)).T @ (k - k.mean(0))
+    written = [model[0](data[0][0]).detach() for model in (anchor, own)]
+    expected = correlation(*map(torch.relu, written)) + 1e-3 * correlation(*written)
     torch.testing.assert_close(found[0], expected)
+
+
+def test_silent_units_are_found_by_what_is_written():
+    anchor = mlp(0)
+    with torch.no_grad():
+        anchor[0].bias[:3] = -100.0
+    symmetry = discover(anchor, torch.zeros(1, 5, dtype=torch.float64)).symmetry
+    client = random(symmetry, drawn(1)).act(anchor.state_dict())
+    found = correlations(symmetry, mlp(), anchor.state_dict(), client, batches((50, 5), 50))
+    assert match_activations(symmetry, anchor.state_dict(), client, found).report.distance_after == 0
+
+
+def normalised():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+
+def test_running_statistics_of_no_model_play_no_part_and_are_kept():
+    model = normalised()
+    symmetry = discover(model, torch.zeros(2, 5, dtype=torch.float64)).symmetry
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong = {**state, "1.running_mean": state["1.running_mean"] + 7}
+    found = [correlations(symmetry, model, anchor, state, batches((50, 5), 50)) for anchor in (state, wrong)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert int(wrong["1.num_batches_tracked"]) == 0
+
+
+def test_batchnorm_has_no_variance_of_one_example():
+    model = normalised()
+    symmetry = discover(model, torch.zeros(2, 5, dtype=torch.float64)).symmetry
+    with pytest.raises(ValueError, match="batches of two or more"):
+        correlations(symmetry, model, *[model.state_dict()] * 2, batches((3, 5), 1))
 
 
 def test_how_data_falls_into_batches_plays_no_part():

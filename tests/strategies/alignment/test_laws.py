@@ -132,6 +132,6 @@ def test_states_on_a_gpu_are_aligned_there_as_on_the_cpu(match, name):  # pragma
 
 def test_features_that_are_no_numbers_are_refused_by_their_space():
     symmetry, anchor = family("convnet")
-    broken = {n: -t if n.endswith("running_var") else t for n, t in anchor.items()}
+    broken = {n: t * float("nan") if n.endswith("conv1.weight") else t for n, t in anchor.items()}
     with pytest.raises(ValueError, match=r"features of the anchor or of the client.*not finite"):
         by_activations("convnet", symmetry, anchor, broken)

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.diagnostics.evaluation import evaluate
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
@@ -70,6 +72,15 @@ def loss_between(model: nn.Module, one: State, other: State, t: float = 0.5) -> 
     return evaluate(model, interpolate(one, other, t), digits()).loss
 
 
+def smoothed_loss_between(anchor: State, client: State) -> float:
+    middle = interpolate(anchor, client, 0.5)
+    losses = [
+        nn.functional.cross_entropy(outputs(Small(), middle, images), labels, label_smoothing=Search().smoothing)
+        for images, labels in digits()
+    ]
+    return float(torch.stack(losses).mean())
+
+
 def test_the_function_is_kept(symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
     anchor, client = pair
     found = match_learned(symmetry, Small(), anchor, client, digits(), search=SHORT)
@@ -101,11 +112,17 @@ def test_the_loss_is_lowered_where_the_two_will_be_merged(
     assert loss_between(model, folded, near.state, 0.2) < loss_between(model, folded, far.state, 0.2)
 
 
-def test_without_steps_it_is_matching_by_weights(
+def test_without_steps_it_is_the_better_of_weights_and_activations(
     symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
+    anchor, client = pair
     found = match_learned(symmetry, Small(), *pair, digits(), search=Search(steps=0))
-    torch.testing.assert_close(found.state, match_weights(symmetry, *pair).state, rtol=0, atol=0)
+    features = correlations(symmetry, Small(), symmetry.fold(anchor), symmetry.fold(client), digits())
+    starts = [match_weights(symmetry, *pair).state, match_activations(symmetry, *pair, features).state]
+    folded = symmetry.fold(anchor)
+    losses = [smoothed_loss_between(folded, start) for start in starts]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(found.state, starts[losses.index(min(losses))], rtol=0, atol=0)
 
 
 def test_steps_that_make_it_worse_are_not_taken(
@@ -113,7 +130,8 @@ def test_steps_that_make_it_worse_are_not_taken(
 ) -> None:
     wild = Search(steps=3, rate=50.0, smoothing=0.0)
     found = match_learned(symmetry, Small(), *pair, digits(), search=wild)
-    torch.testing.assert_close(found.state, match_weights(symmetry, *pair).state, rtol=0, atol=0)
+    start = match_learned(symmetry, Small(), *pair, digits(), search=Search(steps=0, smoothing=0.0))
+    torch.testing.assert_close(found.state, start.state, rtol=0, atol=0)
 
 
 def test_the_same_seed_gives_the_same_transform(
@@ -138,6 +156,23 @@ def test_every_group_can_be_learned(name: str) -> None:
     found = match_learned(symmetry, model, anchor, client, [(inputs, targets)], search=Search(3))
     before, after = (outputs(model, state, inputs) for state in (client, found.state))
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_averaged_running_statistics_play_no_part() -> None:
+    make, example = FAMILIES["convnet"]
+    model, anchor, client = (drawn(make, seed) for seed in (0, 1, 2))
+    symmetry = discover(model, example).symmetry
+    draw = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(6, *example.shape[1:], generator=draw), torch.arange(6) % 4) for _ in range(2)]
+    shifted = {n: t + 3 if n.endswith("running_mean") else t for n, t in state_of(anchor).items()}
+    before = {name: tensor.clone() for name, tensor in shifted.items()}
+    found = [
+        match_learned(symmetry, model, state, state_of(client), batches, search=Search(20)).transform
+        for state in (state_of(anchor), shifted)
+    ]
+    assert not found[0].is_identity
+    torch.testing.assert_close(*(transform.act(state_of(client)) for transform in found), rtol=0, atol=0)
+    torch.testing.assert_close(shifted, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("group", ["R(8,4) wr S(2)", "CO(8) wr S(2)", "(O(8))xS(2) wr S(1)"])
@@ -183,5 +218,5 @@ def test_a_loss_that_is_no_number_is_refused(
 ) -> None:
     anchor, client = pair
     broken = [(torch.full((2, 8, 8), torch.inf), torch.zeros(2, dtype=torch.long))]
-    with pytest.raises(ValueError, match="learn at a smaller rate"):
+    with pytest.raises(ValueError, match="not finite"):
         match_learned(symmetry, Small(), anchor, client, broken)
