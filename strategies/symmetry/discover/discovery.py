@@ -23,7 +23,7 @@ from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import OUTPUT, Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.translation import Shift, ShiftError
+from fedbasin.strategies.symmetry.translation import Shift
 from fedbasin.strategies.tensors.state import State
 
 _T = TypeVar("_T")
@@ -275,7 +275,7 @@ def compatible(keeps: Callable[[list[_T]], bool], members: Sequence[_T], base: S
 def _fits(shift: Shift, state: State) -> bool:
     try:
         shift.check(state)
-    except ShiftError:
+    except SymmetryError:
         return False
     return True
 

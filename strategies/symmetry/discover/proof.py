@@ -30,6 +30,9 @@ _ROUNDING = 1e-15
 # Largest error that counts as rounding where a model amplifies it, and in multiples of what rounded parameters change.
 _LOOSEST, _AMPLIFIED = 1e-8, 20
 
+# From this error on a symmetry is wrong however much a model amplifies rounding, which need not be measured.
+_WRONG = 1e-3
+
 # Draws of inputs, because a model may amplify rounding too much on some of them to decide.
 _DRAWS = 4
 
@@ -85,7 +88,7 @@ class Prover:
             if error < DOUBLE_TOLERANCE:
                 return True
             # Deep convolutional models may amplify rounding beyond the tolerance; what is wrong changes far more.
-            if not error < _AMPLIFIED * self._rounding(draw, training=training):
+            if not error < _WRONG or not error < _AMPLIFIED * self._rounding(draw, training=training):
                 return False
             if error < _LOOSEST:
                 return True
