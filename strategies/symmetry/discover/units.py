@@ -226,13 +226,22 @@ class Uniter:
             units.kind, units.parts = "product", (units.part(size), units.part(units.size // size))
             units.parts[0].whole = units
             return list(units.parts)
-        # A concatenation of equal parts is a stack of them.
-        if units.kind == "sum" and len(units.parts) == size and len({part.size for part in units.parts}) == 1:
-            index = Units(size, fixed=True)
-            return [index, Units(units.size // size, kind="family", parts=units.parts, index=index)]
-        return None
+        return self._take_heads(units, units.size // size) if units.kind == "sum" else None
+
+    def _take_heads(self, units: Units, entries: int) -> list[Units] | None:
+        """Refine a concatenation of runs of heads to heads and the entries inside them, which differ from run to run."""
+        if any(part.size % entries for part in units.parts):
+            return None
+        runs = [self._factors_of(part.root(), part.size // entries) for part in units.parts]
+        if any(run is None or len(run) > 2 for run in runs):
+            return None
+        heads, members = zip(*((run[:-1], run[-1]) for run in runs if run), strict=True)
+        index = Units(len(heads), fixed=True) if not any(heads) else concatenation(heads)[0]
+        return [index, Units(entries, kind="family", parts=members, index=index)]
 
     def _factors_of(self, units: Units, size: int) -> list[Units] | None:
+        if size == 1:
+            return [units]
         if units.kind == "product" and units.parts[0].size == size:
             return list(units.parts)
         return self._take_outer(units, size)
@@ -251,12 +260,49 @@ class Uniter:
         if len(axes[dim]) != 1:
             return None
         index = axes[dim][0].root()
+        if index.kind:
+            return None
         if index.whole is not None:
             _stack(index.whole.root(), index)
         rest = [[u.root() for u in axis] for place, axis in enumerate(axes) if place != dim]
         if not any(units.kind == "family" and units.index is index for axis in rest for units in axis):
             return None
         return [[[_member(units, index, n) for units in axis] for axis in rest] for n in range(index.size)]
+
+    def cut_along(self, axes: Sequence[Axis], dim: int, sizes: Sequence[int]) -> list[list[list[Units]]]:
+        """Return the axes of each of the consecutive pieces into which one axis is cut.
+
+        Entries inside heads differ from piece to piece if nothing treated all heads alike so far, as in a projection that
+        is divided into heads first, and into queries, keys and values then.
+        """
+        roots = [[units.root() for units in axis] for axis in axes]
+        outer = roots[dim][0] if len(roots[dim]) == 1 else None
+        inner = None if outer is None else next((u for axis in roots for u in axis if _is_inside(u, outer)), None)
+        if outer is None or inner is None:
+            return [[*roots[:dim], piece, *roots[dim + 1 :]] for piece in self.cut(axes[dim], sizes)]
+        return [
+            [piece if n == dim else [entries if u is inner else u for u in axis] for n, axis in enumerate(roots)]
+            for piece, entries in self._runs(outer, inner, sizes)
+        ]
+
+    def _runs(self, outer: Units, inner: Units, sizes: Sequence[int]) -> list[tuple[list[Units], Units]]:
+        """Return consecutive runs of heads, each with the entries inside them."""
+        if len(sizes) == 1:
+            return [([outer] if outer.size > 1 else [], inner)]
+        if not outer.kind and inner.kind != "family" and outer.is_untouched and inner.is_untouched:
+            _separate(outer, inner, sizes)
+        if inner.kind != "family":
+            return [(piece, inner) for piece in self.cut([outer], sizes)]
+        # The heads of a stack are single.
+        heads = outer.parts or [Units(1, fixed=True)] * outer.size
+        totals = [part.size for part in heads]
+        finest = _common([list(sizes), totals])
+        terms = zip(heads, inner.parts, _grouped(finest, finest, totals), strict=True)
+        runs = [run for part, entries, among in terms for run in self._runs(part.root(), entries.root(), among)]
+        return [
+            group[0] if len(group) == 1 else (concatenation([axis for axis, _ in group]), inner)
+            for group in _grouped(runs, finest, sizes)
+        ]
 
     def cut(self, axis: Axis, sizes: Sequence[int]) -> list[list[Units]]:
         """Cut an axis into consecutive pieces."""
@@ -338,6 +384,40 @@ def _stack(whole: Units, index: Units) -> None:
         whole.kind, whole.parts = "sum", tuple(inner.copy() for _ in range(index.size))
         index.fixed = True
         _become_family(inner, whole.parts, index)
+
+
+def _is_inside(units: Units, outer: Units) -> bool:
+    """Return whether units are entries inside heads, all alike or run by run."""
+    whole = None if outer.whole is None else outer.whole.root()
+    if whole is not None and whole.kind == "product" and len(whole.parts) == 2:
+        return whole.parts[0] is outer and whole.parts[1].root() is units
+    return units.kind == "family" and units.index is outer
+
+
+def _separate(outer: Units, inner: Units, sizes: Sequence[int]) -> None:
+    """Make the product of heads and entries a concatenation of runs of heads, each with entries of its own."""
+    whole = outer.whole.root() if outer.whole is not None else outer
+    members = tuple(inner.copy() for _ in sizes)
+    heads = tuple(outer.part(size) if size > 1 else Units(1, fixed=True) for size in sizes)
+    runs = []
+    for run, entries in zip(heads, members, strict=True):
+        product = replace(whole.part(run.size * inner.size), kind="product", parts=(run, entries))
+        run.whole = product
+        runs.append(product if run.size > 1 else entries)
+    whole.kind, whole.parts = "sum", tuple(runs)
+    outer.kind, outer.parts = "sum", heads
+    _become_family(inner, members, outer)
+
+
+def _grouped(items: Sequence[_T], sizes: Sequence[int], totals: Sequence[int]) -> list[list[_T]]:
+    """Return consecutive items in groups of which the sizes add to the totals."""
+    borders = set(itertools.accumulate(totals))
+    result: list[list[_T]] = [[]]
+    for item, border in zip(items, itertools.accumulate(sizes), strict=True):
+        result[-1].append(item)
+        if border in borders:
+            result.append([])
+    return result[:-1]
 
 
 def _become_family(units: Units, members: Sequence[Units], index: Units) -> None:
