@@ -17,7 +17,6 @@ from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.transformed_state import TransformedState
 from fedbasin.strategies.alignment.weight_matching import find_by_weights, fold_state
-from fedbasin.strategies.symmetry.folding import FoldError
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
@@ -192,7 +191,7 @@ def fold_stored(model: StoredModel, symmetry: Symmetry, state: State) -> State:
     """
     try:
         return fold_state(symmetry, state)
-    except FoldError as error:
+    except SymmetryError as error:
         raise ModelError(f"{model.path}: {error}") from error
 
 

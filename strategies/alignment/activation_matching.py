@@ -44,7 +44,7 @@ def match_activations(
         prior: strength of the preference for the identity.
 
     Raises:
-        FoldError: a norm's weight is too close to zero to divide by.
+        SymmetryError: a norm's weight is too close to zero to divide by.
         ValueError: features are not finite.
     """
     anchor, client = fold_state(symmetry, anchor), fold_state(symmetry, client)

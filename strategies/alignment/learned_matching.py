@@ -93,7 +93,7 @@ def match_learned(
     Raises:
         ValueError: there is no data, a state does not fit the model, or the loss is not finite.
         TypeError: the batches can be read only once.
-        FoldError: a norm's weight is too close to zero to divide by.
+        SymmetryError: a norm's weight is too close to zero to divide by.
     """
     if isinstance(batches, Iterator):
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")

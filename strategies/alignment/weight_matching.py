@@ -65,7 +65,7 @@ def match_weights(
         max_sweeps: largest number of passes over all spaces.
 
     Raises:
-        FoldError: a norm's weight is too close to zero to divide by.
+        SymmetryError: a norm's weight is too close to zero to divide by.
     """
     anchor, client = fold_state(symmetry, anchor), fold_state(symmetry, client)
     return finish_ascent(Ascent(symmetry, anchor, client, bounds or {}, prior), max_sweeps)

@@ -18,14 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedbasin.strategies.symmetry.symmetry_error import SymmetryError
 from fedbasin.strategies.tensors.state import State, tied
 
 # A bias divided by a smaller weight would exceed everything else on the stream by orders of magnitude.
 _SMALLEST_WEIGHT = 1e-6
-
-
-class FoldError(ValueError):
-    """A norm that cannot be folded; the message names the tensor and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +69,20 @@ class Fold:
         """Check that the fold fits a model.
 
         Raises:
-            FoldError: a tensor is missing or has another shape, nothing reads the norm, or a reader is tied.
+            SymmetryError: a tensor is missing or has another shape, nothing reads the norm, or a reader is tied.
         """
         shape = _shape(state, self.weight, self)
         if len(shape) != 1:
-            raise FoldError(f"{self}: give a norm with one weight per entry")
+            raise SymmetryError(f"{self}: give a norm with one weight per entry")
         if not self.readers:
-            raise FoldError(
+            raise SymmetryError(
                 f"{self.norm} has no reader in the model to fold into; a head that is tied to the token table cannot "
                 "be one: untie it (tie_word_embeddings = False)"
             )
         for reader in self.readers:
             read_shape = _shape(state, reader.tensor, self)
             if reader.axis >= len(read_shape) or read_shape[reader.axis] != shape[0]:
-                raise FoldError(
+                raise SymmetryError(
                     f"{self}: {reader.tensor} has shape {read_shape}, whose axis {reader.axis} does not meet "
                     f"the {shape[0]} entries of {self.weight}; name the axis that reads the norm"
                 )
@@ -108,7 +105,7 @@ class Fold:
     def _divide(self, bias: Tensor, weight: Tensor) -> Tensor:
         lost = (weight.abs() < _SMALLEST_WEIGHT) & (bias != 0)
         if bool(lost.any()):
-            raise FoldError(
+            raise SymmetryError(
                 f"{self.weight} is {float(weight[lost][0]):.2g} at entry {int(lost.nonzero()[0])}, where "
                 f"{self.norm}.bias is not 0, and a reader has no bias to absorb it; give "
                 f"{', '.join(r.tensor for r in self.readers)} a bias, or leave the stream to permutations"
@@ -121,7 +118,7 @@ def fold(folds: Iterable[Fold], state: State) -> dict[str, Tensor]:
     """Return a state with the same function in which the weight of every folded norm is 1; folding is idempotent.
 
     Raises:
-        FoldError: a bias would have to be divided by a weight that is almost 0.
+        SymmetryError: a bias would have to be divided by a weight that is almost 0.
     """
     result = dict(state)
     for step in folds:
@@ -133,7 +130,7 @@ def check_folds(folds: Iterable[Fold], state: State) -> None:
     """Check every fold against the tensors of a model, and that every reader reads one norm.
 
     Raises:
-        FoldError: a fold does not fit, or a reader reads two norms.
+        SymmetryError: a fold does not fit, or a reader reads two norms.
     """
     norms: dict[str, str] = {}
     for step in folds:
@@ -141,7 +138,7 @@ def check_folds(folds: Iterable[Fold], state: State) -> None:
         for reader in step.readers:
             norm = norms.setdefault(reader.tensor, step.norm)
             if norm != step.norm:
-                raise FoldError(
+                raise SymmetryError(
                     f"{reader.tensor} reads {norm} and {step.norm}, but only one norm can be folded into a "
                     "layer; leave one of the two out"
                 )
@@ -156,7 +153,7 @@ def _absorb(state: State, reader: Reader, norm_bias: Tensor) -> Tensor:
 
 def _shape(state: State, tensor: str, where: Fold) -> tuple[int, ...]:
     if tensor not in state:
-        raise FoldError(f"{where}: the model has no tensor {tensor!r}; name the norm and the layers that read it")
+        raise SymmetryError(f"{where}: the model has no tensor {tensor!r}; name the norm and the layers that read it")
     return tuple(state[tensor].shape)
 
 
@@ -166,7 +163,7 @@ def _refuse_tied(state: State, reader: Reader, where: Fold) -> None:
     name = names.get(reader.tensor)
     twins = [n for n, original in names.items() if original == name and n != reader.tensor]
     if name is not None and twins:
-        raise FoldError(
+        raise SymmetryError(
             f"{where}: {reader.tensor} and {twins[0]} are one tensor, and the norm's weight belongs to one of its "
             "uses alone; untie them (tie_word_embeddings = False), or leave the stream to permutations"
         )
@@ -179,10 +176,10 @@ def parse_fold(line: str) -> Fold:
     """Parse a line of the notation as a fold.
 
     Raises:
-        FoldError: the line is not in the notation.
+        SymmetryError: the line is not in the notation.
     """
     norm, _, readers = line.partition(" -> ")
     matches = [_READER.fullmatch(word) for word in readers.split()]
     if not norm or " " in norm.strip() or not matches or not all(matches):
-        raise FoldError(f"not a fold: {line!r}; write `norm -> reader.weight[1] ...`")
+        raise SymmetryError(f"not a fold: {line!r}; write `norm -> reader.weight[1] ...`")
     return Fold(norm.strip(), tuple(Reader(m["tensor"], int(m["axis"])) for m in matches if m))

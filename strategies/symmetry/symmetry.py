@@ -21,26 +21,20 @@ key.bias` is a bias to which any vector may be added (`translation.py`).
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.folding import Fold, FoldError, check_folds, fold, parse_fold
+from fedbasin.strategies.symmetry.folding import Fold, check_folds, fold, parse_fold
 from fedbasin.strategies.symmetry.groups.element import Element
-from fedbasin.strategies.symmetry.groups.group_notation import NotationError, parse_group
+from fedbasin.strategies.symmetry.groups.group_notation import parse_group
 from fedbasin.strategies.symmetry.groups.groups import Group
-from fedbasin.strategies.symmetry.translation import Shift, ShiftError, nearest, parse_shift, translate
+from fedbasin.strategies.symmetry.symmetry_error import SymmetryError as SymmetryError
+from fedbasin.strategies.symmetry.translation import Shift, nearest, parse_shift, translate
 from fedbasin.strategies.tensors.state import State
-
-_Line = TypeVar("_Line", Fold, Shift)
-
-
-class SymmetryError(ValueError):
-    """A symmetry that is not in the notation, or that does not fit the tensors it names."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,7 @@ class Symmetry:
         """Fold every norm into its readers, which keeps the function; without folds the state is only copied.
 
         Raises:
-            FoldError: a bias would have to be divided by a weight that is almost 0.
+            SymmetryError: a bias would have to be divided by a weight that is almost 0.
         """
         return fold(self.folds, state)
 
@@ -232,12 +226,9 @@ class Symmetry:
             for axis in space.axes:
                 _check_axis(space, axis, state)
         _check_overlaps(self, state)
-        try:
-            check_folds(self.folds, state)
-            for shift in self.shifts:
-                shift.check(state)
-        except (FoldError, ShiftError) as error:
-            raise SymmetryError(str(error)) from error
+        check_folds(self.folds, state)
+        for shift in self.shifts:
+            shift.check(state)
 
 
 def _check_axis(space: Space, axis: Axis, state: State) -> None:
@@ -329,17 +320,10 @@ def parse(text: str) -> Symmetry:
     """
     lines = [line for raw in text.splitlines() if (line := raw.strip()) and line[0] != "#"]
     # Names may contain "+" and "->", so only a sign that stands by itself makes a shift or a fold.
-    shifts = tuple(_parse_line(parse_shift, line) for line in lines if line.startswith("+ "))
-    folds = tuple(_parse_line(parse_fold, line) for line in lines if " -> " in line)
+    shifts = tuple(parse_shift(line) for line in lines if line.startswith("+ "))
+    folds = tuple(parse_fold(line) for line in lines if " -> " in line)
     spaces = (line for line in lines if " -> " not in line and not line.startswith("+ "))
     return Symmetry(tuple(_parse_space(line) for line in spaces), folds, shifts)
-
-
-def _parse_line(parse_one: Callable[[str], _Line], line: str) -> _Line:
-    try:
-        return parse_one(line)
-    except (FoldError, ShiftError) as error:
-        raise SymmetryError(str(error)) from error
 
 
 def _parse_space(line: str) -> Space:
@@ -369,5 +353,5 @@ def _parse_axis(word: str, line: str) -> Axis:
 def _parse_group(text: str, line: str) -> Group:
     try:
         return parse_group(text)
-    except NotationError as error:
+    except SymmetryError as error:
         raise SymmetryError(f"{error} in {line!r}") from error

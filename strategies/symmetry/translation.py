@@ -23,13 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedbasin.strategies.symmetry.symmetry_error import SymmetryError
 from fedbasin.strategies.tensors.state import State
 
 Vector = Float[Tensor, " width"]
-
-
-class ShiftError(ValueError):
-    """A shift that is not in the notation, or that does not fit the tensors it names."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +80,20 @@ class Shift:
         """Check that the shift fits a model.
 
         Raises:
-            ShiftError: a tensor is missing or has another shape; the message names it.
+            SymmetryError: a tensor is missing or has another shape; the message names it.
         """
         missing = [name for name in self.tensors if name not in state]
         if missing:
-            raise ShiftError(f"{self}: the model has no tensor {missing[0]!r}; was it made for another model?")
+            raise SymmetryError(f"{self}: the model has no tensor {missing[0]!r}; was it made for another model?")
         length, (start, stop) = state[self.bias].numel(), self.part or (0, state[self.bias].numel())
         if state[self.bias].dim() != 1 or length % (self.period or length) or not start < stop <= length:
-            raise ShiftError(
+            raise SymmetryError(
                 f"{self}: {self.bias} has shape {tuple(state[self.bias].shape)}; give a vector that holds the part"
             )
         if self.output is not None:
             shape = (*state[self.output.bias].shape, self.width(state))
             if tuple(self.output.matrix(state).shape) != shape:
-                raise ShiftError(f"{self}: the projection should be {shape}, bias by values")
+                raise SymmetryError(f"{self}: the projection should be {shape}, bias by values")
 
     def act(self, state: State, vector: Vector) -> dict[str, Tensor]:
         """Return the tensors that change when `vector` is added, by name."""
@@ -166,11 +163,11 @@ def parse_shift(line: str) -> Shift:
     """Parse a line of the notation as a shift.
 
     Raises:
-        ShiftError: the line is not in the notation.
+        SymmetryError: the line is not in the notation.
     """
     match = _SHIFT.fullmatch(line)
     if match is None:
-        raise ShiftError(f"not a shift: {line!r}; write `+ key.bias` or `+ value.bias out.weight[1] out.bias`")
+        raise SymmetryError(f"not a shift: {line!r}; write `+ key.bias` or `+ value.bias out.weight[1] out.bias`")
     part = (int(match["start"]), int(match["stop"])) if match["start"] else None
     output = Output(match["weight"], int(match["axis"]), match["output"]) if match["weight"] else None
     return Shift(match["bias"], part, int(match["period"]) if match["period"] else None, output)

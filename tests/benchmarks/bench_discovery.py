@@ -25,9 +25,9 @@ GOALS = {"tiny BERT": 5.0, "BERT-base": 60.0, "GPT-2": 60.0, "Llama of 12 layers
 CACHED = 1.0
 TOKENS = 8
 
-HOW = f"""Random weights and a batch of two texts of {TOKENS} tokens, or of two images, a fresh process for each model. Discovery follows
-the model in both modes and proves every group in float64. Cached: the same model once more, with the notation at hand.
-The peak is that of the process less what it held with the model and before discovery."""
+HOW = f"""Random weights and a batch of two texts of {TOKENS} tokens, or of two images, a fresh process for each model, one
+thread. Discovery follows the model in both modes and proves every group in float64. Cached: the same model once more,
+with the notation at hand. The peak is that of the process less what it held with the model and before discovery."""
 
 
 def measure(say: Say) -> Figure:
@@ -70,6 +70,7 @@ def build(name: str) -> nn.Module:
 
 
 def worker(name: str) -> dict[str, object]:
+    torch.set_num_threads(1)
     model = build(name)
     inputs = {"input_ids": torch.arange(2 * TOKENS).reshape(2, TOKENS) + 3}
     if name == "ViT-base":

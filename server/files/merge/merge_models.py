@@ -24,7 +24,7 @@ from fedbasin.server.files.stored_symmetry import symmetry_of
 from fedbasin.server.files.writing import FolderFiles, copy_other_files, list_files, replacing
 from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
 from fedbasin.strategies.fusion.rules.merging_rules import RULES
-from fedbasin.strategies.symmetry.folding import FoldError
+from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
 
@@ -277,7 +277,7 @@ def align_merge(merge: PreparedMerge, on_match: Callable[[str], None]) -> Prepar
         _refuse_not_finite(path, state)
         try:
             folded.append(fold_state(symmetry, state))
-        except FoldError as error:
+        except SymmetryError as error:
             raise ModelError(f"{path}: {error}") from error
 
     numbers = itertools.count(1)

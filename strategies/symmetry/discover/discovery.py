@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -22,8 +23,10 @@ from fedbasin.strategies.symmetry.discover.units import leaves
 from fedbasin.strategies.symmetry.discover.walk import OUTPUT, Record
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs
 from fedbasin.strategies.symmetry.symmetry import Space, Symmetry, SymmetryError, parse
-from fedbasin.strategies.symmetry.translation import Shift, ShiftError
+from fedbasin.strategies.symmetry.translation import Shift
 from fedbasin.strategies.tensors.state import State
+
+_T = TypeVar("_T")
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of the work that is done, 0 to 1."""
@@ -157,7 +160,8 @@ class _Search:
         # What has no effect on the outputs cannot be proven by them.
         self.unproven = [b for b in self.bundles if not any(place.tensor in reached for place in b.places())]
         self.bundles = [bundle for bundle in self.bundles if bundle not in self.unproven]
-        self._drop_broken(self.bundles)
+        kept = compatible(self._keeps, self.bundles)
+        self.broken = [bundle for bundle in self.bundles if bundle not in kept]
         classes = self._classes()
         for number, members in enumerate(classes):
             self.tell(f"enlarge {members[0].name}", 0.2 + 0.7 * number / max(len(classes), 1))
@@ -182,17 +186,6 @@ class _Search:
 
     def _keeps(self, members: Sequence[Bundle], kinds: Mapping[Cell, Kind] | None = None) -> bool:
         return self.prover.keeps(replace(self._symmetry(members, kinds), shifts=()))
-
-    def _drop_broken(self, members: Sequence[Bundle]) -> None:
-        """Find the bundles that do not keep the function, by bisection."""
-        if not members or self._keeps(members):
-            return
-        if len(members) == 1:
-            self.broken.append(members[0])
-            return
-        middle = len(members) // 2
-        self._drop_broken(members[:middle])
-        self._drop_broken(members[middle:])
 
     def _classes(self) -> list[list[Bundle]]:
         """Return the bundles by their form, which is alike for corresponding parts of all layers."""
@@ -237,26 +230,52 @@ class _Search:
 
     def _settle_by(self, keeps: Callable[[Symmetry], bool], members: Sequence[Bundle]) -> None:
         """Reduce what fails in a last proof, first to its smallest group and then to nothing."""
-        if keeps(self._symmetry(members)):
+        members = [bundle for bundle in members if bundle not in self.broken]
+        if not members or keeps(self._symmetry(members)):
             return
-        self.shifts = []
+        shifts, self.shifts = self.shifts, []
+
+        def together(some: Sequence[Bundle]) -> bool:
+            return keeps(self._symmetry(some))
+
+        kept = compatible(together, members)
         for bundle in members:
-            if bundle in self.broken or keeps(self._symmetry([bundle])):
-                continue
-            self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
-            self._enlarge([bundle])
-            if not keeps(self._symmetry([bundle])):
-                self.kinds = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
-            if not keeps(self._symmetry([bundle])):
-                self.broken.append(bundle)
-        if not keeps(self._symmetry(members)):
-            self.broken += members
+            if bundle not in kept and self._fits_reduced(bundle, kept, together):
+                kept.append(bundle)
+        self.broken += [bundle for bundle in members if bundle not in kept]
+        self.shifts = shifts
+        if not together(kept):
+            self.shifts = []
+
+    def _fits_reduced(self, bundle: Bundle, kept: Sequence[Bundle], keeps: Callable[[Sequence[Bundle]], bool]) -> bool:
+        """Give a bundle the groups that it keeps alone, or its smallest; return whether it then fits the others."""
+        smallest = {cell: kind for cell, kind in self.kinds.items() if cell not in bundle.leaves()}
+        self.kinds = smallest
+        self._enlarge([bundle])
+        if keeps([*kept, bundle]):
+            return True
+        self.kinds = smallest
+        return keeps([*kept, bundle])
+
+
+def compatible(keeps: Callable[[list[_T]], bool], members: Sequence[_T], base: Sequence[_T] = ()) -> list[_T]:
+    """Return members that keep the function together and with those of the base, by bisection.
+
+    Law: what is returned keeps it, and with any other of the members it does not, if all parts of what keeps it keep it.
+    """
+    if not members or keeps([*base, *members]):
+        return list(members)
+    if len(members) == 1:
+        return []
+    middle = len(members) // 2
+    kept = compatible(keeps, members[:middle], base)
+    return kept + compatible(keeps, members[middle:], [*base, *kept])
 
 
 def _fits(shift: Shift, state: State) -> bool:
     try:
         shift.check(state)
-    except ShiftError:
+    except SymmetryError:
         return False
     return True
 

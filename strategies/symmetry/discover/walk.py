@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.discover.signs import Signs
-from fedbasin.strategies.symmetry.discover.units import Axis, Uniter, Units, fixed, fresh, leaves
+from fedbasin.strategies.symmetry.discover.uniter import Uniter
+from fedbasin.strategies.symmetry.discover.units import Axis, Units, fixed, fresh, leaves
 from fedbasin.strategies.symmetry.float64_execution import TrueDouble
 from fedbasin.strategies.symmetry.symmetry import SymmetryError
 from fedbasin.strategies.tensors.state import MEASURED

@@ -15,6 +15,7 @@ from fedbasin.strategies.symmetry.groups.centred import Centred
 from fedbasin.strategies.symmetry.groups.general_linear import Conformal, General, Positive
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
+from fedbasin.strategies.symmetry.symmetry_error import SymmetryError
 
 _TOKEN = re.compile(r"(?:GL|CO|[SOCPRZ])\(\d+(?:,\d+)?\)|\^\d+| wr |[*+()x]")
 _ATOM = re.compile(r"(GL|CO|[SOCPRZ])\((\d+)(?:,(\d+))?\)")
@@ -25,33 +26,29 @@ _INNERS: dict[str, Callable[[int], Inner]] = {**_GROUPS, "P": Positive, "CO": Co
 _STRIDED: dict[str, Callable[[int, int], Inner]] = {"R": Rotary, "Z": PairSigns}
 
 
-class NotationError(ValueError):
-    """A text that is not a group in the notation."""
-
-
 def parse_group(text: str) -> Group:
     """Return the group that `text` denotes.
 
     Raises:
-        NotationError: the text is not in the notation; the message says where.
+        SymmetryError: the text is not in the notation; the message says where.
     """
     try:
         return _parse(text)
     except ValueError as error:
-        raise (error if isinstance(error, NotationError) else NotationError(f"{text!r}: {error}")) from error
+        raise (error if isinstance(error, SymmetryError) else SymmetryError(f"{text!r}: {error}")) from error
 
 
 def _parse(text: str) -> Group:
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != text:
-        raise NotationError(f"{text!r} is not a group; write for example S(8), O(8)^4 or O(8) wr S(4)")
+        raise SymmetryError(f"{text!r} is not a group; write for example S(8), O(8)^4 or O(8) wr S(4)")
     if re.search(r"(?<!\d)0", text):
-        raise NotationError(f"{text!r} is a group of 0 units; every number must be at least 1")
+        raise SymmetryError(f"{text!r} is a group of 0 units; every number must be at least 1")
     parser = _Parser(text, tokens)
     # An outermost product always has blocks, so ` wr ` tells the two rules apart without looking ahead.
     group = parser.wreath() if " wr " in tokens else parser.plain()
     if parser.tokens:
-        raise NotationError(f"{text!r} should end before {''.join(parser.tokens)!r}")
+        raise SymmetryError(f"{text!r} should end before {''.join(parser.tokens)!r}")
     return group
 
 
@@ -67,12 +64,12 @@ class _Parser:
         if self.tokens and self.tokens[0].startswith("^"):
             count = int(self.tokens.pop(0)[1:])
             if letter != "O" or count == 1:
-                raise NotationError(f"{self.text!r}: only rotations repeat; permutations in blocks need a space each")
+                raise SymmetryError(f"{self.text!r}: only rotations repeat; permutations in blocks need a space each")
             return Orthogonal(size, count)
         if self.tokens[:1] == ["*"]:
-            raise NotationError(f"{self.text!r} has several roles but no blocks; write two spaces, or add ` wr S(1)`")
+            raise SymmetryError(f"{self.text!r} has several roles but no blocks; write two spaces, or add ` wr S(1)`")
         if letter not in _GROUPS:
-            raise NotationError(f"{self.text!r} is a group inside a block; write `{self.text} wr S(1)`")
+            raise SymmetryError(f"{self.text!r} is a group inside a block; write `{self.text} wr S(1)`")
         return _GROUPS[letter](size)
 
     def wreath(self) -> Wreath:
@@ -106,7 +103,7 @@ class _Parser:
         """Parse S(n) and return n."""
         letter, size, _ = self._atom()
         if letter != "S":
-            raise NotationError(f"{self.text!r}: blocks change places by S(n), not by {letter}")
+            raise SymmetryError(f"{self.text!r}: blocks change places by S(n), not by {letter}")
         return size
 
     def _part(self) -> Inner:
@@ -117,13 +114,13 @@ class _Parser:
         """Parse the letter of a group and its one or two numbers."""
         match = _ATOM.fullmatch(self.tokens.pop(0)) if self.tokens else None
         if match is None:
-            raise NotationError(f"{self.text!r}: a group is missing, or a sign is not needed")
+            raise SymmetryError(f"{self.text!r}: a group is missing, or a sign is not needed")
         letter, size, stride = match.groups()
         if (letter in _STRIDED) != (stride is not None):
-            raise NotationError(f"{match[0]} in {self.text!r}: write S(n), O(n), C(n), R(n,s) or Z(n,s)")
+            raise SymmetryError(f"{match[0]} in {self.text!r}: write S(n), O(n), C(n), R(n,s) or Z(n,s)")
         return letter, int(size), int(stride) if stride else None
 
     def _expect(self, token: str) -> None:
         if self.tokens[:1] != [token]:
-            raise NotationError(f"{self.text!r} needs {token!r} before {''.join(self.tokens)!r}")
+            raise SymmetryError(f"{self.text!r} needs {token!r} before {''.join(self.tokens)!r}")
         self.tokens.pop(0)

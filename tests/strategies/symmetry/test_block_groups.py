@@ -6,9 +6,10 @@ from torch import Tensor
 
 from fedbasin.strategies.symmetry.groups.block_groups import DirectSum, PairSigns, Rotary
 from fedbasin.strategies.symmetry.groups.general_linear import Conformal, General, Positive
-from fedbasin.strategies.symmetry.groups.group_notation import NotationError, parse_group
+from fedbasin.strategies.symmetry.groups.group_notation import parse_group
 from fedbasin.strategies.symmetry.groups.groups import Group, Orthogonal, Permutation, Wreath
 from fedbasin.strategies.symmetry.groups.shared_heads import SharedHeads
+from fedbasin.strategies.symmetry.symmetry_error import SymmetryError
 from tests.strategies.symmetry.by_hand.draft import gated, signed
 from tests.strategies.symmetry.test_groups import drawn, matrices, random_scores, rows, scores_of, width
 
@@ -274,5 +275,5 @@ def test_pairs_that_do_not_fill_the_head_are_refused(size: int, stride: int) -> 
     ],
 )
 def test_what_is_no_group_is_refused(text: str) -> None:
-    with pytest.raises(NotationError):
+    with pytest.raises(SymmetryError):
         parse_group(text)

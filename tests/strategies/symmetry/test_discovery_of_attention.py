@@ -317,3 +317,39 @@ def test_places_among_the_inputs_are_no_slice() -> None:
 
     symmetry = discover(Chosen(), torch.randn(4, 5), torch.tensor([2, 3])).symmetry
     assert not any(axis.tensor == "first.weight" for space in symmetry.spaces for axis in space.axes)
+
+
+class HeadsFirst(nn.Module):
+    """One projection that is divided into heads first, and into queries, keys and values then; keys may be shared."""
+
+    def __init__(self, groups: int, heads: int) -> None:
+        super().__init__()
+        self.groups, self.heads = groups, heads
+        self.table = nn.Embedding(11, WIDTH)
+        self.qkv = nn.Linear(WIDTH, groups * (heads + 2) * 4)
+        self.out = nn.Linear(groups * heads * 4, WIDTH)
+        self.head = nn.Linear(WIDTH, 11, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        fused = self.qkv(x).view(*tokens.shape, self.groups, self.heads + 2, 4)
+        query, key, value = fused[..., :-2, :], fused[..., [-2], :], fused[..., -1:, :]
+        key, value = (part.expand_as(query).flatten(2, 3).transpose(1, 2) for part in (key, value))
+        mixed = nn.functional.scaled_dot_product_attention(query.flatten(2, 3).transpose(1, 2), key, value)
+        return self.head(x + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "group"),
+    [(1, 3, "(O(4)*O(4))xS(3) wr S(1)"), (2, 3, "(O(4)*O(4))xS(3) wr S(2)"), (2, 1, "O(4)*O(4) wr S(2)")],
+)
+def test_a_projection_that_is_divided_into_heads_first_has_the_groups_of_its_parts(
+    groups: int, heads: int, group: str
+) -> None:
+    torch.manual_seed(0)
+    model = HeadsFirst(groups, heads)
+    tokens = torch.arange(10).reshape(2, 5)
+    discovery = discover(model, tokens)
+    assert group in {str(space.group) for space in discovery.symmetry.spaces}
+    assert discovery.coverage.fraction == 1.0
+    assert check(model, discovery.symmetry, tokens).passed

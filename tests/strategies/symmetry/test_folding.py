@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedbasin.strategies.symmetry.folding import Fold, FoldError, Reader, fold, parse_fold
+from fedbasin.strategies.symmetry.folding import Fold, Reader, fold, parse_fold
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 
 
@@ -74,7 +74,7 @@ def test_a_reader_stored_the_other_way_is_folded_along_its_axis() -> None:
 def test_a_vanished_gain_is_refused_only_where_a_bias_would_be_divided_by_it() -> None:
     state = state_of(Normed(bias=False))
     state["norm.weight"][2] = 0.0
-    with pytest.raises(FoldError, match=r"norm\.weight is 0 at entry 2.*give left\.weight"):
+    with pytest.raises(SymmetryError, match=r"norm\.weight is 0 at entry 2.*give left\.weight"):
         fold([FOLD], state)
     state["norm.bias"][2] = 0.0
     assert fold([FOLD], state)["norm.bias"][2] == 0
@@ -92,7 +92,7 @@ def test_the_notation_is_read_back() -> None:
 
 @pytest.mark.parametrize("line", ["norm ->", "-> a.weight[1]", "norm -> a.weight", "a b -> c[1]"])
 def test_what_is_no_fold_is_refused(line: str) -> None:
-    with pytest.raises(FoldError, match="not a fold"):
+    with pytest.raises(SymmetryError, match="not a fold"):
         parse_fold(line)
 
 

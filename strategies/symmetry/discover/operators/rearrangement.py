@@ -154,11 +154,12 @@ def parts_of(walk: Walk, value: Value, dim: int, sizes: Sequence[int]) -> list[V
         return [value]
     preceding: list[Units] = []
     parts = []
-    for part in walk.uniter.cut(value.axes[dim], sizes):
+    for axes in walk.uniter.cut_along(value.axes, dim, sizes):
+        part = axes[dim]
         charge = walk.signs.new()
-        walk.signs.add(beside(value.axes, dim), charge, value.charge)
+        walk.signs.add(beside(axes, dim), charge, value.charge)
         walk.signs.add_part(part, preceding, value.charge, charge)
-        parts.append(with_axes(walk, value, [*value.axes[:dim], part, *value.axes[dim + 1 :]], charge))
+        parts.append(with_axes(walk, value, axes, charge))
         preceding = [*preceding, *part]
     return parts
 
