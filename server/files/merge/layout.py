@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,6 @@ from torch import Tensor
 
 from fedbasin.server.files.merge.plan import PlannedTensor
 from fedbasin.server.files.reading import INDEX, SINGLE
-
-# Bytes that are handed to the system before the disk is made to write them. Without it the system gathers them, and the
-# disk has nothing to write until everything is read and computed.
-_UNWRITTEN = 2**27
 
 # Names of dtypes in the headers of safetensors files.
 _DTYPES = {
@@ -79,9 +74,6 @@ class TensorWriter:
     def __init__(self, files: Iterable[PlannedFile], paths: Iterable[Path]) -> None:
         self._stack = ExitStack()
         self._places: dict[str, tuple[BinaryIO, int]] = {}
-        self._disk = self._stack.enter_context(ThreadPoolExecutor(1))
-        self._syncs: list[Future[None]] = []
-        self._unwritten = 0
         for file, path in zip(files, paths, strict=True):
             stream = self._stack.enter_context(path.open("xb"))
             stream.write(file.header)
@@ -99,18 +91,12 @@ class TensorWriter:
         while content:
             written = os.pwrite(stream.fileno(), content, place)
             content, place = content[written:], place + written
-        self._unwritten += tensor.nbytes
-        if self._unwritten >= _UNWRITTEN:
-            self._unwritten = 0
-            self._syncs.append(self._disk.submit(os.fdatasync, stream.fileno()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
             if kind is None:
-                for sync in self._syncs:
-                    sync.result()
                 for stream in {stream for stream, _ in self._places.values()}:
                     os.fsync(stream.fileno())
 
