@@ -12,8 +12,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Elements of a piece: 512 KiB of float32.
-_PIECE = 2**17
+# Elements of a piece: 1 MiB of float32. Half of it costs a tenth more time, by torch's work for each call.
+_PIECE = 2**18
 
 # Entries of a sample that bounds a quantile, to within 1.6 percent of the entries.
 _SAMPLE = 2**16

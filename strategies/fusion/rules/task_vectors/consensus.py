@@ -49,13 +49,15 @@ def _sum(deltas: Tensor, weights: Tensor, *, consensus: bool, normalize: bool) -
     if not consensus:
         total = weights @ deltas
         return total / sizes.sum() if normalize and sizes.any() else total
-    # Masks are numbers and are multiplied: torch selects by booleans entry by entry, ten times as slowly.
     parts = deltas.mul_(weights[:, None])
+    # Products with ones: torch's sum over the first axis takes twice as long.
+    ones = torch.ones_like(weights)
     # A sum of zero counts as positive, as in the paper's code.
-    signs = torch.copysign(torch.ones(()).to(parts), parts.sum(dim=0))
-    agreed = (parts * signs).gt_(0)
-    total = parts.mul_(agreed).sum(dim=0)
-    return total.div_((sizes @ agreed).clamp_(min=torch.finfo(parts.dtype).tiny)) if normalize else total
+    signs = torch.copysign(ones[0], ones @ parts)
+    # Signs are multiplied and not masked: torch selects by booleans entry by entry, ten times as slowly.
+    agreed = parts.mul_(signs).clamp_(min=0)
+    total = (ones @ agreed).mul_(signs)
+    return total.div_((sizes @ agreed.sign_()).clamp_(min=torch.finfo(parts.dtype).tiny)) if normalize else total
 
 
 def magnitude(rows: Tensor) -> Tensor:
