@@ -12,6 +12,7 @@ from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.learned_matching import match_learned
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
@@ -108,6 +109,8 @@ def _matcher(
             weights = examples, request.merged_examples
             share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
             return partial(match_learned, symmetry, model, request.anchor, trained, batches, share, task=task)
+        case Matcher.graph:
+            return partial(match_graph, symmetry, request.anchor, trained, request.identity_bounds)
         case Matcher.sinkhorn:
             return partial(match_sinkhorn, symmetry, request.anchor, trained, request.identity_bounds)
         case Matcher.weights:

@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedbasin.client import basin
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
@@ -113,7 +114,7 @@ def test_every_task_is_measured_on_a_gpu(name, tmp_path):
     "config",
     [
         *({"align": "client", "matcher": m, "start": s} for m in Matcher.__members__ for s in ("shared", "own")),
-        *({"align": "server", "matcher": m} for m in ("weights", "sinkhorn")),
+        *({"align": "server", "matcher": m} for m in ("weights", "sinkhorn", "graph")),
     ],
     ids=lambda config: "-".join(config.values()),
 )
@@ -145,7 +146,7 @@ def clients():
     return symmetry, anchor, model.state_dict()
 
 
-@pytest.mark.parametrize("match", [match_weights, match_sinkhorn])
+@pytest.mark.parametrize("match", [match_weights, match_sinkhorn, match_graph])
 def test_matching_finds_the_same_on_a_gpu(match):
     symmetry, anchor, client = clients()
     expected = match(symmetry, anchor, client).state

@@ -125,10 +125,10 @@ class Settings(BaseModel):
         description="who aligns a client's model to the global one; auto: the client where the model's symmetry is "
         "known, else nobody",
     )
-    matcher: Literal["weights", "sinkhorn", "activations", "learned"] = Field(
+    matcher: Literal["weights", "sinkhorn", "graph", "activations", "learned"] = Field(
         "weights",
-        description="what a client is aligned by: its weights, its weights with all spaces deciding together, its "
-        "features on its own data, or a transform that it learns on that data",
+        description="what a client is aligned by: its weights, its weights with all spaces deciding together by "
+        "annealing or as one graph, its features on its own data, or a transform that it learns on that data",
     )
     merge: Literal["star", "chain", "tree"] = Field(
         "star",

@@ -3,19 +3,19 @@
     P_s  <-  sinkhorn(M_s / t)        M_s under the soft P of all other spaces,  t falling to 0
 
 `sinkhorn` scales a matrix to row and column sums of 1 and is differentiable; at a low temperature it gives the best
-permutation (softassign: Gold and Rangarajan 1996; the scaling: Cuturi 2013; for networks: Peña et al. 2023, CVPR). Soft
-matrices are not symmetries: the search only passes through them and ends in permutations, from which coordinate ascent
-continues. Its result is used only where it is closer to the anchor than ascent from the client as it is. Needs no data.
+permutation (softassign: Gold and Rangarajan 1996; the scaling: Cuturi 2013; for networks: Peña et al. 2023, CVPR). Its
+result is used only where it is closer to the anchor than ascent from the client as it is. Needs no data.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedbasin.strategies.alignment.coordinate_ascent import Ascent, agreement
+from fedbasin.strategies.alignment.coordinate_ascent import agreement
 from fedbasin.strategies.alignment.identity_bound import IdentityBounds
+from fedbasin.strategies.alignment.relaxation import continue_ascent, relaxed_spaces, soft_element
 from fedbasin.strategies.alignment.transformed_state import TransformedState
-from fedbasin.strategies.alignment.weight_matching import Alignment, finish_ascent, fold_state, match_weights
+from fedbasin.strategies.alignment.weight_matching import Alignment, fold_state, match_weights
 from fedbasin.strategies.symmetry.groups.element import Element
 from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
@@ -66,10 +66,8 @@ def match_sinkhorn(
     if all(space.certified for space in best.report.spaces):
         return best
     for _ in range(_MOST_STARTS):
-        ascent = Ascent(symmetry, anchor, client, {}, prior)
-        for name, element in _anneal(symmetry, anchor, best.state, prior).items():
-            ascent.client.elements[name] = element.after(best.transform.elements[name])
-        alignment = finish_ascent(ascent, max_sweeps)
+        steps = _anneal(symmetry, anchor, best.state, prior)
+        alignment = continue_ascent(symmetry, anchor, client, best, steps, prior=prior, max_sweeps=max_sweeps)
         if alignment.report.distance_after >= best.report.distance_after * (1 - _PROGRESS):
             break
         best = alignment
@@ -78,7 +76,7 @@ def match_sinkhorn(
 
 def _anneal(symmetry: Symmetry, anchor: State, client: State, prior: float) -> dict[str, Element]:
     """Return the permutations in which soft ones of falling temperature end, by space name."""
-    spaces = [s for s in symmetry.spaces if s.group.is_permutation and not s.quadratic]
+    spaces = relaxed_spaces(symmetry)
     soft = TransformedState(symmetry, client, {})
     scores: dict[str, Tensor] = {}
     for temperature in _TEMPERATURES:
@@ -92,7 +90,5 @@ def _anneal(symmetry: Symmetry, anchor: State, client: State, prior: float) -> d
 
 
 def _soften(score: Tensor, temperature: float) -> Element:
-    """Return a soft permutation as one block that mixes all units; it is not a group element."""
     spread = float(score.double().std(correction=0)) or 1.0
-    plan = sinkhorn(score.double() / spread, temperature)
-    return Element(torch.arange(1), (plan.cpu()[None],), (len(plan),))
+    return soft_element(sinkhorn(score.double() / spread, temperature))

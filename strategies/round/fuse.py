@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.request import Request
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
@@ -39,6 +40,13 @@ from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 
 Align = Literal["client", "server", "off"]
+
+# The matchers that need no data, so that the server can align by them.
+_BY_WEIGHTS = {
+    Matcher.weights.name: match_weights,
+    Matcher.sinkhorn.name: match_sinkhorn,
+    Matcher.graph.name: match_graph,
+}
 
 
 class Fuse:
@@ -130,7 +138,7 @@ class AlignedFuse:
         self._anchor = anchor
         self._symmetry = symmetry
         self._bounds = identity_bounds(symmetry, anchor)
-        self._match = match_sinkhorn if fuse.request.matcher == Matcher.sinkhorn.name else match_weights
+        self._match = _BY_WEIGHTS[fuse.request.matcher]
 
     def check(self, update: Update) -> Checked:
         # Checked before it is aligned: an assignment over NaN has no answer.

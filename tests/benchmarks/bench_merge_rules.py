@@ -35,8 +35,8 @@ PAIRWISE = {"slerp", "nuslerp", "nearswap", "arcee_fusion", "passthrough"}
 HOW = f"""Digit classifiers 64-256-256-10. Parts: from one start, trained for 3 epochs on all classes, three models are trained
 on for 5 epochs, one on each of the classes {", ".join(map(str, PARTS))}. Runs: three models trained on for 5 epochs on all
 classes, in other orders. Unrelated: three models trained for 15 epochs from independent initialisations, merged as they are
-and after a star of alignment by weights; the first is the anchor of rules with one. Test accuracy of the merged model, means of
-{SEEDS} seeds, with the rules' defaults but for a density of .3. Rules with statistics collect them on what each model was trained on.
+and after a star of alignment by weights; the first is the anchor of rules with one. Unrelated parts: the same, each trained on one of
+the parts. Test accuracy of the merged model, means of {SEEDS} seeds, with the rules' defaults but for a density of .3. Rules with statistics collect them on what each model was trained on.
 Rules of two models, and of a score, are left out."""
 
 
@@ -49,7 +49,7 @@ def measure(say: Say) -> Figure:
             singles.setdefault(setting, []).append(statistics.fmean(map(accuracy, models)))
             for name, rule in RULES.items():
                 if name not in PAIRWISE and not rule.scored:
-                    merged = merge_states(rule, anchor, models, PARTS if setting == "parts" else (ALL,) * len(models))
+                    merged = merge_states(rule, anchor, models, PARTS if "parts" in setting else (ALL,) * len(models))
                     scores.setdefault(name, {}).setdefault(setting, []).append(accuracy(merged))
     settings = list(singles)
     rows = [("mean of the models alone", *(f"{statistics.fmean(singles[s]):.3f}" for s in settings))]
@@ -100,15 +100,22 @@ def cases(seed: int) -> dict[str, tuple[State, list[State]]]:
     parts = [trained(start, 100 * seed + number, 5, classes) for number, classes in enumerate(PARTS)]
     runs = [trained(start, 100 * seed + 10 + number, 5) for number in range(3)]
     unrelated = [trained(None, 100 * seed + 20 + number, 15) for number in range(3)]
-    symmetry = discover(network(), torch.zeros(2, 64)).symmetry
-    first, *others = unrelated
-    aligned = [first, *(match_weights(symmetry, first, other).state for other in others)]
+    alone = [trained(None, 100 * seed + 30 + number, 15, classes) for number, classes in enumerate(PARTS)]
     return {
         "parts": (start, parts),
         "runs": (start, runs),
-        "unrelated": (first, unrelated),
-        "unrelated, aligned": (first, aligned),
+        "unrelated": (unrelated[0], unrelated),
+        "unrelated, aligned": (unrelated[0], star(unrelated)),
+        "unrelated parts": (alone[0], alone),
+        "unrelated parts, aligned": (alone[0], star(alone)),
     }
+
+
+def star(models: Sequence[State]) -> list[State]:
+    """Return the models in the frame of the first, aligned by weights."""
+    symmetry = discover(network(), torch.zeros(2, 64)).symmetry
+    first, *rest = models
+    return [first, *(match_weights(symmetry, first, model).state for model in rest)]
 
 
 def network() -> nn.Sequential:

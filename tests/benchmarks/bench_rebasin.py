@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.barrier import grid, linear_barrier
@@ -117,7 +118,7 @@ def aligned(anchor: State, client: State) -> dict[str, tuple[State, float]]:
     """The client as each method leaves it, and the seconds that it took."""
     symmetry = discover(network(), torch.zeros(1, 64)).symmetry
     found: dict[str, tuple[State, float]] = {"unaligned": (client, 0.0)}
-    for name, match in (("weights", match_weights), ("sinkhorn", match_sinkhorn)):
+    for name, match in (("weights", match_weights), ("sinkhorn", match_sinkhorn), ("graph", match_graph)):
         started = time.perf_counter()
         state = match(symmetry, anchor, client).state
         found[name] = (state, time.perf_counter() - started)

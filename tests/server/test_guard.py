@@ -176,7 +176,7 @@ BAD_MODELS = {
 ALIGNING = [
     {"align": "off"},
     *({"align": "client", "matcher": matcher} for matcher in Matcher.__members__),
-    *({"align": "server", "matcher": matcher} for matcher in ("weights", "sinkhorn")),
+    *({"align": "server", "matcher": matcher} for matcher in ("weights", "graph")),
 ]
 
 

@@ -14,7 +14,7 @@ def alignments(result):
     return [client.alignment for client in stage.clients]
 
 
-@pytest.mark.parametrize("matcher", ["weights", "sinkhorn", "activations"])
+@pytest.mark.parametrize("matcher", ["weights", "graph", "activations"])
 def test_clients_of_their_own_starts_are_aligned_by_the_matcher_of_the_run(folder, matcher):
     found = alignments(start(tiny.federation(), folder, matcher=matcher, start="own"))
     assert all(each.distance_after <= each.distance_before for each in found)

@@ -30,7 +30,7 @@ WRONG = [
     ("rule", 1, "string"),
     ("align", "both", "'auto', 'client', 'server' or 'off'"),
     ("align", True, "'auto', 'client', 'server' or 'off'"),
-    ("matcher", "best", "'weights', 'sinkhorn', 'activations' or 'learned'"),
+    ("matcher", "best", "'weights', 'sinkhorn', 'graph', 'activations' or 'learned'"),
     ("merge", "ring", "'star', 'chain' or 'tree'"),
     ("merge-heads", "heads", "'weights' or 'products'"),
     ("layers", 3, "string"),

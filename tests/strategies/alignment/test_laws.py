@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
@@ -31,6 +32,10 @@ def by_sinkhorn(name, symmetry, anchor, client):
     return match_sinkhorn(symmetry, anchor, client)
 
 
+def by_graph(name, symmetry, anchor, client):
+    return match_graph(symmetry, anchor, client)
+
+
 def by_activations(name, symmetry, anchor, client):
     found = correlations(symmetry, symmetry_of(name)[1], anchor, client, batches(name))
     return match_activations(symmetry, anchor, client, found)
@@ -46,7 +51,7 @@ def batches(name):
     return [(part, torch.zeros(len(part), dtype=torch.long)) for part in inputs.split(32)]
 
 
-MATCHERS = [by_weights, by_weights_with_bounds, by_sinkhorn, by_activations]
+MATCHERS = [by_weights, by_weights_with_bounds, by_sinkhorn, by_graph, by_activations]
 # Without a space on both axes of a tensor, which no matcher promises to undo.
 PLANTED = ["mlp", "convnet"]
 every_matcher = pytest.mark.parametrize("match", MATCHERS)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedbasin.proto.layer_graph import Block
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.strategies.alignment.activation_matching import match_activations
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.pairwise_merging import LINKS, MergedModel
@@ -87,6 +88,10 @@ def by_sinkhorn(case: Federation, node: int, anchor: State, moving: State) -> Al
     return match_sinkhorn(case.symmetry, anchor, moving)
 
 
+def by_graph(case: Federation, node: int, anchor: State, moving: State) -> Alignment:
+    return match_graph(case.symmetry, anchor, moving)
+
+
 def by_activations(case: Federation, node: int, anchor: State, moving: State) -> Alignment:
     features = correlations(case.symmetry, case.model, anchor, moving, case.data[node])
     return match_activations(case.symmetry, anchor, moving, features)
@@ -114,6 +119,7 @@ def _middle(case: Federation, node: int, anchor: State, client: State) -> float:
 MATCH: Mapping[str, Callable[[Federation, int, State, State], Alignment]] = {
     Matcher.weights.name: by_weights,
     Matcher.sinkhorn.name: by_sinkhorn,
+    Matcher.graph.name: by_graph,
     Matcher.activations.name: by_activations,
     Matcher.learned.name: by_loss,
 }

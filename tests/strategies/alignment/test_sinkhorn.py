@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn, sinkhorn
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.discover.discovery import discover
@@ -34,8 +35,9 @@ def test_the_plan_can_be_differentiated():
     assert torch.autograd.gradcheck(lambda s: sinkhorn(s, 0.7), score)
 
 
+@pytest.mark.parametrize("match", [match_sinkhorn, match_graph])
 @pytest.mark.parametrize("seed", range(3))
-def test_deciding_softly_ends_no_further_from_the_anchor_than_space_after_space(seed):
+def test_deciding_softly_ends_no_further_from_the_anchor_than_space_after_space(match, seed):
     def state(number):
         torch.manual_seed(number)
         layers = nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)
@@ -44,7 +46,7 @@ def test_deciding_softly_ends_no_further_from_the_anchor_than_space_after_space(
     anchor, client = state(seed), state(100 + seed)
     symmetry = discover(anchor, torch.zeros(1, 6)).symmetry
     states = dict(anchor.state_dict()), dict(client.state_dict())
-    soft, hard = match_sinkhorn(symmetry, *states), match_weights(symmetry, *states)
+    soft, hard = match(symmetry, *states), match_weights(symmetry, *states)
     assert soft.report.distance_after <= hard.report.distance_after
     inputs = torch.randn(5, 6)
     client.load_state_dict(soft.state)

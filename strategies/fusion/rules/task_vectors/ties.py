@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors, magnitude
 from fedbasin.strategies.tensors.pieces import order_statistics
@@ -39,7 +38,7 @@ def ties(
         for delta, floor in zip(deltas, floors, strict=True):
             if floor > 0:
                 # Keeps what is beyond its bound, which is the number just below the floor.
-                delta.copy_(hardshrink(delta, _just_below(floor, delta)))
+                torch.hardshrink(delta, _just_below(floor, delta), out=delta)
         return deltas
 
     return add_task_vectors(anchor, tensors, weights, trim, consensus=True, normalize=normalize, scale=scale)
