@@ -49,6 +49,7 @@ from fedbasin.server.run.resumption.stop_signal import stop_signal
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError
+from fedbasin.strategies.judging.influence import small_norm
 from fedbasin.strategies.round.choice import Standing
 from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise
 from fedbasin.strategies.round.evaluate import Evaluate
@@ -373,7 +374,8 @@ class RunLoop:
         for node, until in self._state.strikes.quarantined(number).items():
             self._note(Incident(IncidentKind.quarantined.name, f"node {node} is not asked up to round {until}"))
         if guard != "off":
-            self._note(*(incident for stage in report.stages for incident in client_incidents(stage)))
+            small = small_norm(self._model)
+            self._note(*(incident for stage in report.stages for incident in client_incidents(stage, small)))
             losses = global_losses(report)
             rise = loss_rise(losses, self._losses, self._settings.loss_rise)
             if rise is not None:

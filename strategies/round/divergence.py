@@ -16,22 +16,29 @@ _LARGE_NORM = 2.5
 _FEWEST = 3
 
 
-def client_incidents(stage: StageReport) -> Iterator[Incident]:
-    """Yield the accepted clients whose loss or update is out of line with the others'."""
+def client_incidents(stage: StageReport, small: float) -> Iterator[Incident]:
+    """Yield the accepted clients whose loss or update is out of line with the others'.
+
+    Args:
+        stage: report of a stage.
+        small: norm up to which an update is small beside the model.
+    """
     if stage.stage != Fuse.stage:
         return
     for name in sorted({name for client in stage.accepted for name in client.metrics if _is_loss(name)}):
         losses = {client.node_id: client.metrics[name] for client in stage.accepted if name in client.metrics}
         yield from _out_of_line(losses, _LARGE_LOSS, IncidentKind.client_loss, name)
     norms = {client.node_id: client.update_norm for client in stage.accepted if client.update_norm is not None}
-    yield from _out_of_line(norms, _LARGE_NORM, IncidentKind.update_norm, "update norm")
+    yield from _out_of_line(norms, _LARGE_NORM, IncidentKind.update_norm, "update norm", small)
 
 
-def _out_of_line(values: Mapping[int, float], most: float, kind: IncidentKind, what: str) -> Iterator[Incident]:
+def _out_of_line(
+    values: Mapping[int, float], most: float, kind: IncidentKind, what: str, small: float = 0.0
+) -> Iterator[Incident]:
     finite = [value for value in values.values() if math.isfinite(value)]
     usual = median(finite) if len(finite) >= _FEWEST else math.inf
     for node, value in values.items():
-        if not math.isfinite(value) or value > most * usual > 0:
+        if not math.isfinite(value) or (value > most * usual > 0 and value > small):
             yield Incident(kind.name, f"node {node}: {what} {value:.3g}, the median is {usual:.3g}")
 
 

@@ -43,15 +43,30 @@ def test_no_statistic_weighs_more_than_five_times_the_median(values):
     assert max(taken) <= 5 * median(values) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("name", "refused"), [("layer.weight", {4}), ("layer.lora_A.weight", set())])
+@pytest.mark.parametrize(("name", "refused"), [("layer.weight", {7}), ("layer.lora_A.weight", set())])
 def test_an_update_turned_round_is_refused_except_of_adapters(name, refused):
     draw = torch.Generator().manual_seed(0)
     anchor = {name: torch.zeros(8, 8), name.replace("lora_A", "lora_B"): torch.zeros(8, 8)}
     common = {key: torch.randn(8, 8, generator=draw) for key in anchor}
     updates = {
         node: Update({key: sign * t + 0.1 * torch.randn(8, 8, generator=draw) for key, t in common.items()}, 10.0)
-        for node, sign in enumerate([1, 1, 1, 1, -1])
+        for node, sign in enumerate([1, 1, 1, 1, 1, 1, 1, -1])
     }
     measures = {node: Measure(10.0) for node in updates}
     getters = {node: (lambda update=update: update) for node, update in updates.items()}
     assert set(opponents(getters, measures, anchor)) == refused
+
+
+@given(st.lists(st.floats(0.0, 0.05), min_size=3, max_size=12), st.floats(1e-3, 1e3))
+def test_an_update_that_is_small_beside_the_model_is_not_judged_by_its_norm(norms, scale):
+    anchor = {"0.weight": torch.full((2, 2), 0.5 * scale)}  # of the norm `scale`
+    measures = {node: Measure(10.0, {"0.weight": 0.999 * norm * scale}) for node, norm in enumerate(norms)}
+    verdicts = judge(measures, anchor, shared_start=True).values()
+    assert all(verdict.refusal is None and verdict.update == 1.0 for verdict in verdicts)
+
+
+def test_a_larger_one_is_held_against_the_median():
+    anchor = {"0.weight": torch.full((2, 2), 0.5)}
+    norms = [1e-4, 1e-4, 1e-4, 0.06]
+    verdicts = judge({node: Measure(10.0, {"0.weight": n}) for node, n in enumerate(norms)}, anchor, shared_start=True)
+    assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
