@@ -199,7 +199,9 @@ def opponents(
 def small_norm(model: State) -> float:
     """Return the norm up to which an update is small beside a model, so that its norm says nothing against it."""
     weights = (tensor for name, tensor in floating(model).items() if not name.endswith(MEASURED))
-    return _SMALL * math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in weights))
+    # In float32: sums in float64 take twenty times as long. Beside a model whose squares overflow nothing counts as small.
+    size = math.hypot(*(float(torch.linalg.vector_norm(t.float())) for t in weights))
+    return _SMALL * size if math.isfinite(size) else 0.0
 
 
 class _Cohort:

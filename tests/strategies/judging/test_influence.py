@@ -70,3 +70,10 @@ def test_a_larger_one_is_held_against_the_median():
     norms = [1e-4, 1e-4, 1e-4, 0.06]
     verdicts = judge({node: Measure(10.0, {"0.weight": n}) for node, n in enumerate(norms)}, anchor, shared_start=True)
     assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
+
+
+def test_beside_a_model_whose_norm_overflows_nothing_is_small():
+    anchor = {"0.weight": torch.full((2, 2), 1e30)}
+    norms = [1.0, 1.0, 1.0, 1e28]
+    verdicts = judge({node: Measure(10.0, {"0.weight": n}) for node, n in enumerate(norms)}, anchor, shared_start=True)
+    assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
