@@ -1,6 +1,6 @@
 """The checked updates of a stage, kept until all clients have replied: what is ordinary shows only then.
 
-Updates up to a bound are kept in memory, and the rest in one file each, so that memory does not grow with the number of
+Updates up to a bound are kept in memory, and the rest in one file, so that memory does not grow with the number of
 clients.
 """
 

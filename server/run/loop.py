@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -374,7 +375,7 @@ class RunLoop:
         for node, until in self._state.strikes.quarantined(number).items():
             self._note(Incident(IncidentKind.quarantined.name, f"node {node} is not asked up to round {until}"))
         if guard != "off":
-            small = small_norm(self._model)
+            small = partial(small_norm, self._model)
             self._note(*(incident for stage in report.stages for incident in client_incidents(stage, small)))
             losses = global_losses(report)
             rise = loss_rise(losses, self._losses, self._settings.loss_rise)

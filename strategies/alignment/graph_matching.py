@@ -41,7 +41,7 @@ def match_graph(
     space. Groups other than permutations, and spaces with one tensor on two axes, are left to coordinate ascent.
 
     Raises:
-        FoldError: a norm's weight is too close to zero to divide by.
+        SymmetryError: a norm's weight is too close to zero to divide by.
     """
     anchor, client = fold_state(symmetry, anchor), fold_state(symmetry, client)
     best = match_weights(symmetry, anchor, client, bounds, prior=prior, max_sweeps=max_sweeps)

@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import median
 from typing import TypeVar
 
@@ -209,9 +210,9 @@ class _Cohort:
 
     def __init__(self, measures: Iterable[Measure], anchor: State) -> None:
         measures = list(measures)
+        self._anchor = anchor
         self.most_examples = _MOST_EXAMPLES * median(measure.examples for measure in measures)
         self.norm = median(measure.norm for measure in measures)
-        self.small = small_norm(anchor)
         sizes = {name: t.numel() for name, t in floating(anchor).items() if not name.endswith(MEASURED)}
         # A tensor that most clients leave as it is may still move as far as its share of the model's entries.
         shares = {name: self.norm * math.sqrt(size / sum(sizes.values())) for name, size in sizes.items()}
@@ -221,6 +222,11 @@ class _Cohort:
         self.statistics = _usual(per_example)
         moments = _medians(self.per_example(measure, measure.moments) for measure in measures)
         self.moments = {block: (usual, _LARGE_STATISTIC) for block, usual in moments.items()}
+
+    @cached_property
+    def small(self) -> float:
+        """The norm of an update that is small beside the model; read where an update is out of line alone."""
+        return small_norm(self._anchor)
 
     def per_example(self, measure: Measure, values: Mapping[Block, float]) -> dict[Block, float]:
         """Return values of a client for each example that counts."""
@@ -272,16 +278,23 @@ def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> V
 def _update_factor(measure: Measure, cohort: _Cohort) -> float:
     """Return the factor on a client's update; raises a Refusal for one that is far out of line."""
     norm, usual = measure.norm, cohort.norm
-    if norm <= cohort.small:
+    far = [
+        name
+        for name, n in measure.norms.items()
+        if cohort.norms[name] and not n <= _LARGEST_TENSOR * cohort.norms[name]
+    ]
+    if norm <= _LARGE_NORM * usual and not far:
         return 1.0
-    if not norm <= _LARGEST_NORM * usual and usual:
+    is_small = norm <= cohort.small
+    if is_small:
+        # Running statistics are no weights, and have no part in the norm.
+        far = [name for name in far if name.endswith(MEASURED)]
+    elif not norm <= _LARGEST_NORM * usual and usual:
         raise Refusal(Outcome.out_of_line, f"the norm of its update is {norm:.3g}, the median is {usual:.3g}")
-    for name, value in measure.norms.items():
-        typical = cohort.norms[name]
-        if typical and not value <= _LARGEST_TENSOR * typical:
-            detail = f"the norm of its update of {name} is {value:.3g}, the median is {typical:.3g}"
-            raise Refusal(Outcome.out_of_line, detail)
-    return min(1.0, _LARGE_NORM * usual / norm) if norm else 1.0
+    for name in far:
+        what = f"the norm of its update of {name} is {measure.norms[name]:.3g}"
+        raise Refusal(Outcome.out_of_line, f"{what}, the median is {cohort.norms[name]:.3g}")
+    return 1.0 if is_small else min(1.0, _LARGE_NORM * usual / norm)
 
 
 def _statistic_factors(measure: Measure, cohort: _Cohort) -> dict[Block, float]:

@@ -1,7 +1,7 @@
 """Divergence of a round, seen in its reports: losses that explode, and updates that are out of line."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 
 from fedbasin.proto.report import ClientReport, Incident, IncidentKind, RoundReport, StageReport
@@ -16,12 +16,12 @@ _LARGE_NORM = 2.5
 _FEWEST = 3
 
 
-def client_incidents(stage: StageReport, small: float) -> Iterator[Incident]:
+def client_incidents(stage: StageReport, small: Callable[[], float]) -> Iterator[Incident]:
     """Yield the accepted clients whose loss or update is out of line with the others'.
 
     Args:
         stage: report of a stage.
-        small: norm up to which an update is small beside the model.
+        small: returns the norm up to which an update is small beside the model.
     """
     if stage.stage != Fuse.stage:
         return
@@ -33,12 +33,12 @@ def client_incidents(stage: StageReport, small: float) -> Iterator[Incident]:
 
 
 def _out_of_line(
-    values: Mapping[int, float], most: float, kind: IncidentKind, what: str, small: float = 0.0
+    values: Mapping[int, float], most: float, kind: IncidentKind, what: str, small: Callable[[], float] = float
 ) -> Iterator[Incident]:
     finite = [value for value in values.values() if math.isfinite(value)]
     usual = median(finite) if len(finite) >= _FEWEST else math.inf
     for node, value in values.items():
-        if not math.isfinite(value) or (value > most * usual > 0 and value > small):
+        if not math.isfinite(value) or (value > most * usual > 0 and value > small()):
             yield Incident(kind.name, f"node {node}: {what} {value:.3g}, the median is {usual:.3g}")
 
 

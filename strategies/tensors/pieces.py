@@ -1,15 +1,10 @@
 """Elementwise arithmetic on long tensors of any dtype, piece by piece, without temporaries of a tensor's length.
 
 Each piece is converted to float32 (float64 where the first tensor is float64), computed on while it lies in the cache,
-and rounded once. Threads share the pieces of a long tensor within `piece_threads`: where memory holds few long tensors
-at a time, one thread for each would leave most cores idle.
+and rounded once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +15,6 @@ from torch import Tensor
 # Elements of a piece: 1 MiB of float32. Half of it costs a tenth more time, by torch's work for each call.
 _PIECE = 2**18
 
-# Pieces of a tensor for each thread, at least: fewer are not worth a thread.
-_SHARE = 4
-
-_threads = 1
-
-T = TypeVar("T")
-Parts = Sequence[Tensor]
-
 # Entries of a sample that bounds a quantile, to within 1.6 percent of the entries.
 _SAMPLE = 2**16
 
@@ -37,66 +24,29 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-@contextmanager
-def piece_threads(count: int) -> Iterator[None]:
-    """Share the pieces of long tensors among so many threads for each tensor, in all threads of the process."""
-    global _threads
-    previous, _threads = _threads, count
-    try:
-        yield
-    finally:
-        _threads = previous
-
-
 def stacked_pieces(tensors: Sequence[Tensor]) -> Iterator[Float[Tensor, "tensors elements"]]:
     """Yield equal parts of tensors of one shape, stacked and converted."""
-    return map(_stack, _split(tensors))
+    dtype = working_dtype(tensors[0])
+    for parts in zip(*(tensor.reshape(-1).split(_PIECE) for tensor in tensors), strict=True):
+        rows = torch.empty(len(parts), len(parts[0]), dtype=dtype)
+        for row, part in zip(rows, parts, strict=True):
+            row.copy_(part)
+        yield rows
 
 
 def map_pieces(kernel: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """Return a tensor whose parts are `kernel` of stacked pieces, in the shape and dtype of the first tensor.
 
     Args:
-        kernel: takes a piece of all tensors, `[tensors, elements]`, and returns `[elements]`; may be called for several
-            pieces at the same time, in any order.
+        kernel: takes a piece of all tensors, `[tensors, elements]`, and returns `[elements]`.
         tensors: tensors of one shape.
     """
     result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
-    _for_pieces(partial(_write, kernel), (*tensors, result))
+    start = 0
+    for rows in stacked_pieces(tensors):
+        result.view(-1)[start : start + rows.shape[1]] = kernel(rows)
+        start += rows.shape[1]
     return result
-
-
-def map_pieces_in_order(kernel: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """Return the same, calling a `kernel` that draws random numbers for one piece after the other."""
-    result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
-    for parts in _split((*tensors, result)):
-        _write(kernel, parts)
-    return result
-
-
-def _write(kernel: Callable[[Tensor], Tensor], parts: Parts) -> None:
-    parts[-1].copy_(kernel(_stack(parts[:-1])))
-
-
-def _split(tensors: Sequence[Tensor]) -> Iterator[Parts]:
-    return zip(*(tensor.reshape(-1).split(_PIECE) for tensor in tensors), strict=True)
-
-
-def _stack(parts: Parts) -> Float[Tensor, "tensors elements"]:
-    rows = torch.empty(len(parts), len(parts[0]), dtype=working_dtype(parts[0]))
-    for row, part in zip(rows, parts, strict=True):
-        row.copy_(part)
-    return rows
-
-
-def _for_pieces(work: Callable[[Parts], T], tensors: Sequence[Tensor]) -> list[T]:
-    """Return what `work` returns for all pieces, in their order."""
-    pieces = list(_split(tensors))
-    threads = min(_threads, len(pieces) // _SHARE)
-    if threads < 2:
-        return list(map(work, pieces))
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, pieces))
 
 
 def row_blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Float[Tensor, "tensors rows columns"]]]:
@@ -160,19 +110,16 @@ def _select(
     bounds: Sequence[tuple[float, float]],
 ) -> list[float | None]:
     """Return the value at each rank, or None where it is not within its bounds."""
-
-    def count(parts: Parts) -> list[tuple[int, NDArray[np.floating]]]:
+    below = [0] * len(ranks)
+    inside: list[list[NDArray[np.floating]]] = [[] for _ in ranks]
+    for rows in stacked_pieces(tensors) if ranks else ():
         # By NumPy, which selects by booleans four times as fast.
-        values = kernel(_stack(parts)).numpy()
-        return [
-            (int(np.count_nonzero(values < low)), values[(values >= low) & (values <= high)]) for low, high in bounds
-        ]
-
-    counted = _for_pieces(count, tensors) if ranks else []
-    return [_at(rank, *zip(*pairs, strict=True)) for rank, *pairs in zip(ranks, *counted, strict=True)]
-
-
-def _at(rank: int, below: Sequence[int], inside: Sequence[NDArray[np.floating]]) -> float | None:
-    values = torch.from_numpy(np.concatenate(inside))
-    place = rank - sum(below)
-    return float(values.kthvalue(place + 1).values) if 0 <= place < len(values) else None
+        values = kernel(rows).numpy()
+        for number, (low, high) in enumerate(bounds):
+            below[number] += int(np.count_nonzero(values < low))
+            inside[number].append(values[(values >= low) & (values <= high)])
+    places = (torch.from_numpy(np.concatenate(parts)) for parts in inside)
+    return [
+        float(values.kthvalue(rank - less + 1).values) if 0 <= rank - less < len(values) else None
+        for rank, less, values in zip(ranks, below, places, strict=True)
+    ]

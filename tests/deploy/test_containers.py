@@ -200,14 +200,14 @@ def own_image(folder):
     folder.mkdir()
     text = "\n".join([first, *(line.replace("RUN ", f"RUN {mounts} ") for line in lines)])
     (folder / "Dockerfile").write_text(text)
-    name = f"fedbasin-e2e-own:{os.getpid()}"
+    tag = f"fedbasin-e2e-own:{os.getpid()}"
     files = [f"--secret=id={name},src={os.environ.get(key, '/dev/null')}" for name, (key, _) in secrets.items()]
-    build = ["docker", "build", "--tag", name, *files, folder]
+    build = ["docker", "build", "--tag", tag, *files, folder]
     subprocess.run(build, env={**os.environ, "DOCKER_BUILDKIT": "1"}, check=True, timeout=MOST_SECONDS)
     try:
-        yield name
+        yield tag
     finally:
-        docker("image", "rm", name)
+        docker("image", "rm", tag)
 
 
 def test_a_changed_line_installs_no_library_again(tmp_path):

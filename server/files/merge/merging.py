@@ -15,7 +15,6 @@ from fedbasin.server.files.merge.layout import TensorWriter
 from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin
 from fedbasin.server.files.reading import ModelError
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
-from fedbasin.strategies.tensors.pieces import piece_threads
 from fedbasin.strategies.tensors.state import State
 
 States = Mapping[Path, State]
@@ -47,10 +46,8 @@ def merge_tensors(
         writer.write(tensor.name, merge_tensor(tensor, states))
         return tensor.nbytes
 
-    cores = torch.get_num_threads()
-    threads = cores + 1
-    # Memory holds about two of the longest tensors with their sources.
-    with one_core(), piece_threads(max(1, cores // 2)), _cancelling(ThreadPoolExecutor(threads)) as pool:
+    threads = torch.get_num_threads() + 1
+    with one_core(), _cancelling(ThreadPoolExecutor(threads)) as pool:
         running: dict[Future[int], int] = {}
         for tensor in plan:
             cost = tensor.nbytes * (len(tensor.origins) + 1)

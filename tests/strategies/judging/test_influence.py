@@ -77,3 +77,11 @@ def test_beside_a_model_whose_norm_overflows_nothing_is_small():
     norms = [1.0, 1.0, 1.0, 1e28]
     verdicts = judge({node: Measure(10.0, {"0.weight": n}) for node, n in enumerate(norms)}, anchor, shared_start=True)
     assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-4])
+def test_running_statistics_are_held_against_the_median_beside_a_small_update(norm):
+    anchor = {"0.weight": torch.full((2, 2), 0.5), "1.running_mean": torch.zeros(2)}
+    norms = [{"0.weight": norm, "1.running_mean": mean} for mean in (0.1, 0.1, 0.1, 1e6)]
+    verdicts = judge({node: Measure(10.0, n) for node, n in enumerate(norms)}, anchor, shared_start=True)
+    assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]

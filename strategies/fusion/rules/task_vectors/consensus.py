@@ -11,7 +11,6 @@ from torch import Tensor
 from fedbasin.strategies.tensors.pieces import map_pieces
 
 Prune = Callable[[Tensor], Tensor]
-MapPieces = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Tensor]
 
 
 def add_task_vectors(
@@ -23,7 +22,6 @@ def add_task_vectors(
     consensus: bool,
     normalize: bool,
     scale: float,
-    mapping: MapPieces = map_pieces,
 ) -> Tensor:
     """Return the anchor plus the scaled sum of pruned task vectors.
 
@@ -36,7 +34,6 @@ def add_task_vectors(
         consensus: keep of each entry only the parts with the sign of the sum.
         normalize: divide by the sum of the absolute weights of the parts that are kept.
         scale: factor of the sum.
-        mapping: calls for the pieces; in order, where `prune` draws random numbers.
     """
     factors = torch.tensor(weights, dtype=torch.float64)
 
@@ -44,7 +41,7 @@ def add_task_vectors(
         deltas = prune(rows[1:].sub_(rows[0]))
         return _sum(deltas, factors.to(rows), consensus=consensus, normalize=normalize).mul_(scale).add_(rows[0])
 
-    return mapping(kernel, (anchor, *tensors))
+    return map_pieces(kernel, (anchor, *tensors))
 
 
 def _sum(deltas: Tensor, weights: Tensor, *, consensus: bool, normalize: bool) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fedbasin.strategies.fusion.rules.task_vectors.consensus import add_task_vectors
-from fedbasin.strategies.tensors.pieces import map_pieces_in_order
 
 
 def dare(
@@ -53,13 +52,4 @@ def dare(
                     delta.div_(part)
         return deltas
 
-    return add_task_vectors(
-        anchor,
-        tensors,
-        weights,
-        drop,
-        consensus=consensus,
-        normalize=normalize,
-        scale=scale,
-        mapping=map_pieces_in_order,
-    )
+    return add_task_vectors(anchor, tensors, weights, drop, consensus=consensus, normalize=normalize, scale=scale)
