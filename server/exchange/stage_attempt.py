@@ -33,8 +33,9 @@ from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.finite_model import changed, check_finite
-from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure, opponents
+from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure
 from fedbasin.strategies.judging.label_agreement import contradicting_labels
+from fedbasin.strategies.judging.opposing_updates import cut_opposing
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import RefitHead
@@ -402,23 +403,22 @@ class StageAttempt:
                 return {node: Verdict(measure.examples) for node, measure in measures.items()}
             verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
             refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
-            refusals = refusals or self._opponents_of(measures, verdicts)
+            refusals = refusals or self._contradicting_labels(verdicts)
             if not refusals:
-                return verdicts
+                return self._cut_opposing(verdicts, measures)
             for node, refusal in refusals.items():
                 self._refuse(node, refusal)
 
-    def _opponents_of(self, measures: Mapping[int, Measure], verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
-        """Return the refusals of clients that contradict most others: by their direction, or by their labels."""
-        if self._compares_updates:
-            return opponents(
-                {node: partial(self._cohort.__getitem__, node) for node in measures}, measures, self._anchor
-            )
-        if self.stage.request.stage == RefitHead.stage:
-            return contradicting_labels(
-                {node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()}
-            )
-        return {}
+    def _contradicting_labels(self, verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
+        if self.stage.request.stage != RefitHead.stage:
+            return {}
+        return contradicting_labels({node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()})
+
+    def _cut_opposing(self, verdicts: dict[int, Verdict], measures: Mapping[int, Measure]) -> dict[int, Verdict]:
+        if not self._compares_updates:
+            return verdicts
+        updates = {node: partial(self._cohort.__getitem__, node) for node in verdicts}
+        return cut_opposing(verdicts, updates, measures, self._anchor)
 
     def _bound(self, node: int, verdict: Verdict) -> Update:
         return verdict.apply(self._cohort[node], self._anchor)
