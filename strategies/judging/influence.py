@@ -84,6 +84,7 @@ class Verdict:
     Attributes:
         examples: the weight of the client.
         update: factor on the difference from the anchor.
+        weight: factor on the client's weight in every sum.
         statistics: factor on each layer's statistics; 1 where the layer is not listed.
         notes: what was cut back, in words.
         refusal: why nothing is added; None where something is.
@@ -91,9 +92,17 @@ class Verdict:
 
     examples: float
     update: float = 1.0
+    weight: float = 1.0
     statistics: Mapping[Block, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refusal: Refusal | None = None
+
+    def weakened(self, weight: float) -> "Verdict":
+        """Return the verdict on a client that counts less, as its update points against the others'; the same for 1."""
+        if weight == 1:
+            return self
+        note = f"weight cut to {weight:.2g} of its own: its update points against those of the others"
+        return replace(self, weight=weight, notes=(*self.notes, note))
 
     def apply(self, update: Update, anchor: State) -> Update:
         """Return what is added of an update."""
@@ -109,9 +118,10 @@ class Verdict:
                 factor = min(self.statistics.get(block, 1.0) for block in blocks)
                 precisions |= dict.fromkeys(blocks, update.precisions[blocks[0]].scaled(factor))
         moments = {block: m * self.statistics.get(block, 1.0) for block, m in update.cross_moments.items()}
-        return replace(
+        update = replace(
             update, parameters=parameters, examples=self.examples, precisions=precisions, cross_moments=moments
         )
+        return update.scaled(self.weight) if self.weight < 1 else update
 
     def _cut(self, name: str, tensor: Tensor, anchor: State) -> Tensor:
         if name.endswith(MEASURED) or not tensor.is_floating_point():
@@ -222,7 +232,7 @@ def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> V
     if statistics:
         names = ", ".join("+".join(block) for block in list(statistics)[:3])
         notes.append(f"statistics of {len(statistics)} layers cut back: {names}")
-    return Verdict(examples, factor, statistics, tuple(notes))
+    return Verdict(examples, factor, statistics=statistics, notes=tuple(notes))
 
 
 def _update_factor(measure: Measure, cohort: _Cohort) -> float:

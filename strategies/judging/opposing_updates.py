@@ -1,14 +1,13 @@
-"""Updates that point against the direction in which the median client moves.
+"""Weights of clients whose updates point against those of most others.
 
-The cosine with that direction tells them (as in FLTrust: Cao et al. 2021, arXiv 2012.13995). An update whose sign a
-hostile client has turned is one of them, and so is that of an honest client with labels that few others have: nothing
-in the numbers tells one from the other. They are therefore cut back and not left out, so that a minority of any size
-takes back a part of the majority's step, and nobody is refused for the labels it has.
+The cosine of an update with the sum of the others' directions tells them (as in FLTrust: Cao et al. 2021, arXiv
+2012.13995, whose server has a direction of its own). An update whose sign a hostile client has turned is one of them,
+and so is that of an honest client with labels that few others have: nothing in the numbers tells one from the other for
+certain. They therefore count less the more they point against the others, and nobody is refused for the labels it has.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -17,53 +16,40 @@ from torch import Tensor
 from fedbasin.strategies.diagnostics.update_cosines import Sample
 from fedbasin.strategies.fusion.lora.lora_factors import adapter_pairs
 from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.judging.influence import Measure, Verdict
+from fedbasin.strategies.judging.influence import Measure
 from fedbasin.strategies.tensors.state import MEASURED, State
 
-# Among fewer, the labels of a few clients decide what the median is: with two classes by Dirichlet(0.3), honest clients
-# of five have cosines of -.65.
+# Among fewer, the labels of a few clients decide where most of them go: with two classes by Dirichlet(0.3), honest
+# clients of five have cosines of -.65.
 _FEWEST = 8
-# Where the median client's direction means little to half of the clients, nobody is judged by it. An update with the
-# sign turned has about the median cosine, negative; honest clients of many classes reach -.21 (a transformer on digits,
-# twelve clients by Dirichlet), and of two classes -.54.
+# Where half of the clients agree with the others less than this, directions say nothing, and nobody is judged by them.
 _AGREEMENT = 0.2
-_AGAINST = 0.75
-_LEAST_AGAINST = 0.3
-# The part of the median client's step along the direction that a client may move against it.
-_OPPOSING = 0.25
+# Cosines from which an update counts less, and from which it has the least weight. Two of ten clients of digits by
+# Dirichlet(0.5) that turn their updates have -.5 to -.6. Honest clients have .1 and more with ten classes, and -.4 at
+# the least with two classes and twenty clients by Dirichlet(0.3).
+_FULL, _LEAST = -0.25, -0.5
+_LEAST_WEIGHT = 0.05
 _ENTRIES = 2**12
 
 
-def cut_opposing(
-    verdicts: Mapping[int, Verdict],
-    updates: Mapping[int, Callable[[], Update]],
-    measures: Mapping[int, Measure],
-    anchor: State,
-) -> dict[int, Verdict]:
-    """Return verdicts by which no update moves far against the median client's direction.
+def opposing_weights(
+    updates: Mapping[int, Callable[[], Update]], measures: Mapping[int, Measure], anchor: State
+) -> dict[int, float]:
+    """Return the factors on the weights of the clients whose updates point against the others'; 1 where none is listed.
 
     Args:
-        verdicts: the verdicts on all clients.
-        updates: gives the update of each.
+        updates: gives the update of each client.
         measures: their sizes.
         anchor: the model that the clients were sent.
     """
     # The few entries of adapters follow each client's labels: honest clients reach a cosine of -.6.
-    if len(verdicts) < _FEWEST or adapter_pairs(anchor):
-        return dict(verdicts)
-    moves = _moves((updates[node]() for node in verdicts), anchor, _seed(measures))
-    direction = torch.nn.functional.normalize(moves.median(0).values, dim=0)
-    steps = moves @ direction
-    cosines = steps / torch.linalg.vector_norm(moves, dim=1).clamp_min(1e-300)
-    agreement = float(cosines.quantile(0.5))
-    if agreement < _AGREEMENT:
-        return dict(verdicts)
-    limit = -max(_AGAINST * agreement, _LEAST_AGAINST)
-    factors = (_OPPOSING * steps.quantile(0.5) / -steps).tolist()
-    return {
-        node: _cut(verdict, cosine, factor) if cosine < limit else verdict
-        for (node, verdict), cosine, factor in zip(verdicts.items(), cosines.tolist(), factors, strict=True)
-    }
+    if len(updates) < _FEWEST or adapter_pairs(anchor):
+        return {}
+    cosines = _cosines_with_others(_moves((get() for get in updates.values()), anchor, _seed(measures)))
+    if cosines.quantile(0.5) < _AGREEMENT:
+        return {}
+    weights = ((cosines - _LEAST) / (_FULL - _LEAST)).clamp(min=_LEAST_WEIGHT)
+    return {node: weight for node, weight in zip(updates, weights.tolist(), strict=True) if weight < 1}
 
 
 def _seed(measures: Mapping[int, Measure]) -> int:
@@ -80,8 +66,8 @@ def _moves(updates: Iterable[Update], anchor: State, seed: int) -> Float[Tensor,
     return torch.stack([(sample.gather(update.parameters) - start).nan_to_num(0.0) for update in updates])
 
 
-def _cut(verdict: Verdict, cosine: float, factor: float) -> Verdict:
-    if verdict.update <= factor:
-        return verdict
-    what = f"update cut to {factor:.2g} of its length: its cosine with the median client's direction is {cosine:.2f}"
-    return replace(verdict, update=factor, notes=(*verdict.notes, what))
+def _cosines_with_others(moves: Float[Tensor, "clients entries"]) -> Float[Tensor, " clients"]:
+    """Return the cosine of each update with the sum of the others', each of length one, so that none outweighs them."""
+    directions = torch.nn.functional.normalize(moves, dim=1, eps=1e-300)
+    others = directions.sum(0) - directions
+    return torch.nn.functional.cosine_similarity(directions, others, eps=1e-300)

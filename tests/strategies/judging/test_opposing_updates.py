@@ -1,4 +1,4 @@
-"""Updates against the median client's direction: they take back a part of its step, and nobody is refused."""
+"""Updates that point against the others': they count less in the whole round, and nobody is refused."""
 
 from functools import partial
 
@@ -9,42 +9,46 @@ from hypothesis import strategies as st
 
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.influence import Measure, Verdict
-from fedbasin.strategies.judging.opposing_updates import cut_opposing
+from fedbasin.strategies.judging.opposing_updates import opposing_weights
 
 NAME = "layer.weight"
 
 
-def judged(signs, name=NAME, seed=0):
-    """Return the verdicts on noisy updates along one direction, and how far each that is taken moves along it."""
+def weights(steps, name=NAME, seed=0):
+    """Return the weights of noisy updates of given lengths along one direction, negative where they are turned."""
     draw = torch.Generator().manual_seed(seed)
     anchor = {key: torch.zeros(8, 8) for key in (name, name.replace("lora_A", "lora_B"))}
     common = {key: torch.randn(8, 8, generator=draw) for key in anchor}
     updates = {
-        node: Update({key: sign * t + 0.1 * torch.randn(8, 8, generator=draw) for key, t in common.items()}, 10.0)
-        for node, sign in enumerate(signs)
+        node: Update({key: step * t + 0.1 * torch.randn(8, 8, generator=draw) for key, t in common.items()}, 10.0)
+        for node, step in enumerate(steps)
     }
     getters = {node: partial(updates.__getitem__, node) for node in updates}
-    verdicts = cut_opposing(
-        {node: Verdict(10.0) for node in updates}, getters, {node: Measure(10.0) for node in updates}, anchor
-    )
-    direction = common[name] / common[name].square().sum()
-    steps = [float((verdicts[n].apply(u, anchor).parameters[name] * direction).sum()) for n, u in updates.items()]
-    return verdicts, steps
+    given_weights = opposing_weights(getters, {node: Measure(10.0) for node in updates}, anchor)
+    return [given_weights.get(node, 1.0) for node in updates]
 
 
-@given(st.integers(6, 9), st.integers(2, 5), st.floats(0.7, 3.0), st.integers(0, 99))
-def test_whoever_moves_against_the_majority_takes_back_a_quarter_of_its_step(most, few, size, seed):
-    verdicts, steps = judged([1.0] * most + [-size] * few, seed=seed)
-    assert steps[:most] == pytest.approx([1.0] * most, abs=0.1)
-    # A quarter of the median client's step, which is shorter than the majority's where a minority is large.
-    assert all(-0.3 <= step < 0 for step in steps[most:])
-    assert sum(steps) > 0
-    assert all(v.refusal is None for v in verdicts.values())
-    assert all("cosine" in " ".join(verdicts[node].notes) for node in range(most, most + few))
+@given(st.integers(7, 10), st.integers(1, 3), st.floats(0.5, 100.0), st.integers(0, 99))
+def test_turned_updates_have_the_least_weight_however_long_they_are(most, few, length, seed):
+    assert weights([1.0] * most + [-length] * few, seed=seed) == pytest.approx([1.0] * most + [0.05] * few)
+
+
+def test_the_weight_falls_as_the_update_turns():
+    anchor = {NAME: torch.zeros(2, 1)}
+    angles = torch.linspace(0, torch.pi, 30)
+    moves = [torch.tensor([[1.0], [0.0]])] * 12 + [torch.tensor([[a.cos()], [a.sin()]]) for a in angles]
+    found = []
+    for move in moves[12:]:
+        updates = {node: Update({NAME: m}, 10.0) for node, m in enumerate([*moves[:12], move])}
+        getters = {node: partial(updates.__getitem__, node) for node in updates}
+        found.append(opposing_weights(getters, {n: Measure(10.0) for n in updates}, anchor).get(12, 1.0))
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (1.0, pytest.approx(0.05))
+    assert any(0.1 < weight < 0.9 for weight in found)
 
 
 @pytest.mark.parametrize(
-    ("signs", "name"),
+    ("steps", "name"),
     [
         ([1] * 7 + [-1], "layer.lora_A.weight"),  # few entries, which follow each client's labels
         ([1] * 6 + [-1], NAME),  # too few clients
@@ -52,14 +56,13 @@ def test_whoever_moves_against_the_majority_takes_back_a_quarter_of_its_step(mos
         ([1] * 7 + [0], NAME),  # of no direction
     ],
 )
-def test_nothing_is_cut_where_a_direction_tells_nothing(signs, name):
-    verdicts, _ = judged(signs, name)
-    assert [verdict.update for verdict in verdicts.values()] == [1.0] * len(signs)
+def test_all_count_in_full_where_a_direction_tells_nothing(steps, name):
+    assert weights(steps, name) == [1.0] * len(steps)
 
 
-def test_what_was_cut_by_its_norm_is_not_cut_less():
-    updates = {node: Update({NAME: torch.ones(4, 4) * sign}, 10.0) for node, sign in enumerate([1] * 8 + [-1])}
-    verdicts = {node: Verdict(10.0, update=0.1 if node == 8 else 1.0, notes=("update norm",)) for node in updates}
-    getters = {node: partial(updates.__getitem__, node) for node in updates}
-    cut = cut_opposing(verdicts, getters, {n: Measure(10.0) for n in updates}, {NAME: torch.zeros(4, 4)})
-    assert cut == verdicts
+def test_less_weight_is_less_in_every_sum_and_leaves_the_parameters():
+    update = Update({NAME: torch.ones(2, 2)}, 10.0)
+    taken = Verdict(10.0).weakened(0.25).apply(update, {NAME: torch.zeros(2, 2)})
+    assert taken.examples == 2.5
+    assert torch.equal(taken.parameters[NAME], update.parameters[NAME])
+    assert Verdict(10.0).weakened(1.0) == Verdict(10.0)
