@@ -4,8 +4,9 @@ A batch is what a `DataLoader` yields: `(inputs, targets)`, or `(inputs, targets
 are a tensor, passed as `model(inputs)`, or a mapping, passed as `model(**inputs)`.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -156,11 +157,12 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
     # A model in bfloat16, which NumPy lacks, travels in float32 and runs in its own format.
     tensors = dict(chain(model.named_parameters(), model.named_buffers())) if state else {}
     values = {name: t.to(tensors[name].dtype) if name in tensors else t for name, t in (state or {}).items()}
-    # functional_call leaves the model's own tensors untouched, also if the forward pass raises.
-    if isinstance(inputs, Tensor):
-        output = functional_call(model, values, (inputs,))
-    else:
-        output = functional_call(model, values, (), dict(inputs))
+    with _uncompiled():
+        # functional_call leaves the model's own tensors untouched, also if the forward pass raises.
+        if isinstance(inputs, Tensor):
+            output = functional_call(model, values, (inputs,))
+        else:
+            output = functional_call(model, values, (), dict(inputs))
     primary = _first_output(output)
     if not isinstance(primary, Tensor):
         raise TypeError(
@@ -168,6 +170,12 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
             "`logits`, a tuple with the tensor first, or a mapping with the tensor as `logits` or `out`"
         )
     return primary
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run modules that `torch.compile` has compiled as they were written; hooks and states would compile them anew."""
+    # Whoever has compiled a module has imported it already; the import takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _first_output(output: Any) -> Any:
