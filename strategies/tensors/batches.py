@@ -64,18 +64,20 @@ class Batch:
 
 
 def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
-    """Yield each batch on the device of the model.
+    """Yield each batch that has examples, on the device of the model.
 
     Raises:
-        ValueError: the batches contain no example.
+        ValueError: no batch has any.
     """
     # A model without parameters and buffers runs where its inputs are, which is taken to be the CPU.
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     examples = 0
     for item in batches:
         batch = item if isinstance(item, Batch) else _batch(item)
-        examples += len(batch.targets)
-        yield batch.map(lambda tensor: tensor.to(device))
+        # Models and losses differ in what they make of no examples, as a loader that filters may yield.
+        if len(batch.targets):
+            examples += len(batch.targets)
+            yield batch.map(lambda tensor: tensor.to(device))
     if not examples:
         raise ValueError(
             "the data held no examples; pass at least one non-empty batch, and a fresh iterable "
@@ -115,8 +117,8 @@ def _from_mapping(item: Mapping[str, Any]) -> Batch:
 def without_targets(batches: Batches, model: nn.Module) -> list[Batch]:
     """Return the inputs of batches that may have targets or not, on the device of the model.
 
-    What has no targets gets zeros in their place. An item is a tensor, a sequence whose first part are the inputs, or a dictionary: with the keys of a batch, or of the
-    model's arguments.
+    What has no targets gets zeros in their place. An item is a tensor, a sequence whose first part are the inputs, or a
+    dictionary: with the keys of a batch, or of the model's arguments.
 
     Raises:
         TypeError: an item is of another kind.

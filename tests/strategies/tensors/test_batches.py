@@ -123,6 +123,14 @@ def test_an_output_without_logits_is_refused():
         forward(Named(), Batch(torch.zeros(2, 3), torch.zeros(2)))
 
 
+def test_batches_without_examples_are_left_out():
+    batch = torch.randn(3, 2), torch.zeros(3)
+    empty = batch[0][:0], batch[1][:0]
+    assert [len(b.targets) for b in read_batches([empty, batch, empty], nn.Linear(2, 1))] == [3]
+    with pytest.raises(ValueError, match="held no examples"):
+        list(read_batches([empty], nn.Linear(2, 1)))
+
+
 def test_a_compiled_model_is_run_as_it_was_written():
     graphs = []
     plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
