@@ -33,8 +33,9 @@ from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.finite_model import changed, check_finite
-from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure, opponents
+from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure
 from fedbasin.strategies.judging.label_agreement import contradicting_labels
+from fedbasin.strategies.judging.opposing_updates import opposing_weights
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import RefitHead
@@ -145,6 +146,7 @@ class StageAttempt:
         digest: bytes | None = None,
         client_metrics_fn: ClientMetricsFn | None = None,
         unanswered: Mapping[str, Unanswered] | None = None,
+        weights: Mapping[int, float] | None = None,
     ) -> None:
         """Prepare the request.
 
@@ -158,11 +160,13 @@ class StageAttempt:
             digest: their digest, if it is known.
             client_metrics_fn: makes further metrics of an accepted client's parameters.
             unanswered: messages of earlier rounds whose replies may still come, by their ids.
+            weights: factors on the weights of clients that count less since an earlier stage of the round.
         """
         self.nodes = list(nodes)
         self.limits = limits
         self._asked = set(nodes)
         self._unanswered = unanswered or {}
+        self._weights = weights or {}
         self._anchor = carries
         self._client_metrics_fn = client_metrics_fn
         self._started = time.perf_counter()
@@ -258,6 +262,7 @@ class StageAttempt:
             self.stage.layer_graph,
             average=average,
             cosines=sums.directions.finish if sums.directions else None,
+            weights=self._weights,
         )
 
     def _finish_stage(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -402,23 +407,23 @@ class StageAttempt:
                 return {node: Verdict(measure.examples) for node, measure in measures.items()}
             verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
             refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
-            refusals = refusals or self._opponents_of(measures, verdicts)
+            refusals = refusals or self._contradicting_labels(verdicts)
             if not refusals:
-                return verdicts
+                return self._weakened(verdicts, measures)
             for node, refusal in refusals.items():
                 self._refuse(node, refusal)
 
-    def _opponents_of(self, measures: Mapping[int, Measure], verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
-        """Return the refusals of clients that contradict most others: by their direction, or by their labels."""
+    def _contradicting_labels(self, verdicts: Mapping[int, Verdict]) -> dict[int, Refusal]:
+        if self.stage.request.stage != RefitHead.stage:
+            return {}
+        return contradicting_labels({node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()})
+
+    def _weakened(self, verdicts: Mapping[int, Verdict], measures: Mapping[int, Measure]) -> dict[int, Verdict]:
+        """Return the verdicts with less weight for clients that move against the others, here or earlier in the round."""
         if self._compares_updates:
-            return opponents(
-                {node: partial(self._cohort.__getitem__, node) for node in measures}, measures, self._anchor
-            )
-        if self.stage.request.stage == RefitHead.stage:
-            return contradicting_labels(
-                {node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()}
-            )
-        return {}
+            updates = {node: partial(self._cohort.__getitem__, node) for node in verdicts}
+            self._weights = opposing_weights(updates, measures, self._anchor)
+        return {node: verdict.weakened(self._weights.get(node, 1.0)) for node, verdict in verdicts.items()}
 
     def _bound(self, node: int, verdict: Verdict) -> Update:
         return verdict.apply(self._cohort[node], self._anchor)

@@ -93,7 +93,10 @@ class _Handlers:
         return await self._draw(request, lambda: draw_spaces(run))
 
     async def metrics(self, request: Request) -> Response:
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError) as error:
+            raise HTTPException(400, f"the header Accept cannot be read: {error}") from error
         return await _respond(request, lambda: encode(self._registry), media_type, self._scraping)
 
     async def runs(self, request: Request) -> Response:

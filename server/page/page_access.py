@@ -6,6 +6,7 @@
 import base64
 import binascii
 import hmac
+import re
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -17,6 +18,7 @@ from fedbasin.server.observe.access import Guard, read_token
 
 _OPEN = "/metrics"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+_HOST = re.compile(r"(\[(?P<address>[^\[\]]+)\]|(?P<name>[^:\[\]]+))(:[0-9]*)?")
 
 
 def page_guards(guard: Guard, host: str, allowed_hosts: Iterable[str] = ()) -> list[Middleware]:
@@ -81,8 +83,9 @@ class AllowedHosts:
 
 
 def _strip_port(host: str) -> str:
-    inside, bracket, _ = host.removeprefix("[").partition("]")
-    return inside if bracket else host.rpartition(":")[0] if ":" in host else host
+    """Return the name or address in a Host header; nothing where it has another form."""
+    match = _HOST.fullmatch(host)
+    return (match["address"] or match["name"]) if match else ""
 
 
 def _read_token(header: str) -> bytes:

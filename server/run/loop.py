@@ -469,6 +469,7 @@ class RunLoop:
             self._state.round_context(number, self._train_config),
             self._limits,
             digest=self._digest if plan.carries is self._model else None,
+            weights={node: weight for result in earlier for node, weight in result.weights.items()},
         )
         late = self._collect(attempt)
         while attempt.accepted < attempt.needed and (tries := tries - 1):

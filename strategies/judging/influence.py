@@ -8,15 +8,12 @@ Where most clients are honest, the cohort's medians say what is ordinary:
                   clipping: Sun et al. 2019, arXiv 1911.07963), left out above a larger one; not judged where it is
                   small beside the model, as most clients hardly move one that fits their data, and the rest do
     statistics    mean diagonal per example of each layer, and norm of its cross-moment; cut back, or left out
-    direction     an update against the direction in which the median client moves is left out (as the cosines of FLTrust:
-                  Cao et al. 2021, arXiv 2012.13995)
 
 Honest clients differ by the size and the labels of their data; the multiples are wide enough for these.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -26,8 +23,6 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block
-from fedbasin.strategies.diagnostics.update_cosines import Sample
-from fedbasin.strategies.fusion.lora.lora_factors import adapter_pairs
 from fedbasin.strategies.fusion.precisions import common
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
@@ -37,9 +32,6 @@ Key = TypeVar("Key")
 
 # Fewer clients have no majority that could be told from a minority.
 _FEWEST = 3
-# Among fewer, one honest client with labels of its own is told by nothing from one that turns the sign: with two classes
-# by Dirichlet(0.3), five clients have cosines of -.65.
-_FEWEST_DIRECTIONS = 8
 
 _MOST_EXAMPLES = 5.0
 _LARGE_NORM, _LARGEST_NORM = 2.5, 6.0
@@ -53,14 +45,6 @@ _SMALL = 0.05
 # four standard deviations of a normal distribution.
 _LARGE_STATISTIC, _LARGEST_STATISTIC = 5.0, 50.0
 _SPREAD, _DEVIATIONS = 0.1, 6.0
-
-# Cosines with the median client's direction. Where that direction means little to half of the clients, nobody is judged
-# by it. Honest clients with labels of their own reach -.21 (a transformer on digits, twelve clients by Dirichlet); an
-# update with the sign turned has about the median cosine, negative.
-_AGREEMENT = 0.2
-_AGAINST = 0.75
-_LEAST_AGAINST = 0.3
-_ENTRIES = 2**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +84,7 @@ class Verdict:
     Attributes:
         examples: the weight of the client.
         update: factor on the difference from the anchor.
+        weight: factor on the client's weight in every sum.
         statistics: factor on each layer's statistics; 1 where the layer is not listed.
         notes: what was cut back, in words.
         refusal: why nothing is added; None where something is.
@@ -107,9 +92,17 @@ class Verdict:
 
     examples: float
     update: float = 1.0
+    weight: float = 1.0
     statistics: Mapping[Block, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refusal: Refusal | None = None
+
+    def weakened(self, weight: float) -> "Verdict":
+        """Return the verdict on a client that counts less, as its update points against the others'; the same for 1."""
+        if weight == 1:
+            return self
+        note = f"weight cut to {weight:.2g} of its own: its update points against those of the others"
+        return replace(self, weight=weight, notes=(*self.notes, note))
 
     def apply(self, update: Update, anchor: State) -> Update:
         """Return what is added of an update."""
@@ -125,9 +118,10 @@ class Verdict:
                 factor = min(self.statistics.get(block, 1.0) for block in blocks)
                 precisions |= dict.fromkeys(blocks, update.precisions[blocks[0]].scaled(factor))
         moments = {block: m * self.statistics.get(block, 1.0) for block, m in update.cross_moments.items()}
-        return replace(
+        update = replace(
             update, parameters=parameters, examples=self.examples, precisions=precisions, cross_moments=moments
         )
+        return update.scaled(self.weight) if self.weight < 1 else update
 
     def _cut(self, name: str, tensor: Tensor, anchor: State) -> Tensor:
         if name.endswith(MEASURED) or not tensor.is_floating_point():
@@ -161,40 +155,6 @@ def judge(measures: Mapping[int, Measure], anchor: State, *, shared_start: bool)
         return {node: Verdict(measure.examples) for node, measure in measures.items()}
     cohort = _Cohort(measures.values(), anchor)
     return {node: _judge_client(measure, cohort, shared_start=shared_start) for node, measure in measures.items()}
-
-
-def opponents(
-    updates: Mapping[int, Callable[[], Update]], measures: Mapping[int, Measure], anchor: State
-) -> dict[int, Refusal]:
-    """Return the refusals of the clients whose updates point against the direction of the median client.
-
-    The entries that are compared follow from the sizes of all updates, so that no client knows them when it replies.
-
-    Args:
-        updates: gives the update of each client.
-        measures: their sizes.
-        anchor: the model that the clients were sent.
-    """
-    # The few entries of adapters follow each client's labels: honest clients reach a cosine of -.6.
-    if len(updates) < _FEWEST_DIRECTIONS or adapter_pairs(anchor):
-        return {}
-    sizes = repr([(node, measure.norm, measure.examples) for node, measure in sorted(measures.items())])
-    seed = int.from_bytes(hashlib.sha256(sizes.encode()).digest()[:7])
-    learned = {name: t for name, t in anchor.items() if not name.endswith(MEASURED)}
-    sample = Sample.draw(learned, _ENTRIES, seed)
-    start = sample.gather(learned)
-    moves = torch.stack([(sample.gather(get().parameters) - start).nan_to_num(0.0) for get in updates.values()])
-    direction = moves.median(0).values
-    lengths = torch.linalg.vector_norm(moves, dim=1) * torch.linalg.vector_norm(direction)
-    cosines = dict(zip(updates, (moves @ direction / lengths.clamp_min(1e-300)).tolist(), strict=True))
-    agreement = median(cosines.values())
-    if agreement < _AGREEMENT:
-        return {}
-    limit = -max(_AGAINST * agreement, _LEAST_AGAINST)
-    what = "its update has a cosine of {:.2f} with the direction of the median client"
-    return {
-        node: Refusal(Outcome.out_of_line, what.format(cosine)) for node, cosine in cosines.items() if cosine < limit
-    }
 
 
 def small_norm(model: State) -> float:
@@ -272,7 +232,7 @@ def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> V
     if statistics:
         names = ", ".join("+".join(block) for block in list(statistics)[:3])
         notes.append(f"statistics of {len(statistics)} layers cut back: {names}")
-    return Verdict(examples, factor, statistics, tuple(notes))
+    return Verdict(examples, factor, statistics=statistics, notes=tuple(notes))
 
 
 def _update_factor(measure: Measure, cohort: _Cohort) -> float:

@@ -38,7 +38,10 @@ class Outcome(Enum):
     unexpected_tensor = "the update has a tensor that the global model lacks; use the same model class"
     wrong_shape = "a tensor has another shape than in the global model; use the same model settings"
     wrong_dtype = "a tensor has another dtype than in the global model; convert it on the client"
-    non_finite = "a tensor has NaN or infinite entries; lower the learning rate or clip gradients"
+    non_finite = (
+        "a tensor has NaN or infinite entries; lower the learning rate or clip gradients, or, of a statistic, look for "
+        "such entries in the data"
+    )
     out_of_line = (
         "the update is far from those of the other clients, or from what finite inputs can give; look at the client's "
         "data, lower its learning rate, or leave it out"

@@ -36,6 +36,8 @@ _INDEFINITENESS = 1e-4
 # Relative tolerances of sums that belong together: of those in float32, and of those in forms of eight bits.
 _ROUNDING = 1e-3
 _COARSE = 0.05
+# A mean square below the smallest normal number in float32 may have become zero on its way.
+_VANISHED = torch.finfo(torch.float32).tiny
 # Least number of examples of a class that is divided by, as inexact sums can make it anything near zero.
 _LEAST = 0.5
 
@@ -151,11 +153,14 @@ def check_head(block: Block, precision: Precision, sums: Float[Tensor, "classes 
     scale = squares / factors
     counts, rows = sums[:, -1] / scale, squares / scale**2
     _refuse_contradiction(name, f"a class of {float(counts.min()):.4g} examples", bool(counts.min() < -_COARSE * rows))
-    spread = (gram.diagonal() * squares).sqrt()
-    strange = (sums.sum(0) * scale - gram[-1]).abs() > _COARSE * spread
+    diagonal = gram.diagonal() + squares * _VANISHED
+    spread = (diagonal * squares).sqrt()
+    # In 16 bits a class's sums have steps of 2^-24 of its largest one, which may be its count.
+    steps = 2**-23 * abs(scale) * sums.abs().amax(1).sum()
+    strange = (sums.sum(0) * scale - gram[-1]).abs() > _COARSE * spread + steps
     _refuse_contradiction(name, "classes whose sums are not those of all rows", bool(strange.any()))
     between = (sums.square() / counts.clamp(min=_LEAST)[:, None]).sum(0)
-    excess = between > (1 + _COARSE) ** 2 * gram.diagonal() + _COARSE * gram.diagonal().mean()
+    excess = between > (1 + _COARSE) ** 2 * diagonal + _COARSE * diagonal.mean()
     _refuse_contradiction(name, "a class whose inputs have a negative variance", bool(excess.any()))
 
 
@@ -170,7 +175,7 @@ def _check_rows(name: str, matrix: Float[Tensor, "*groups inputs inputs"]) -> No
     if bool((rows < 0).any()):
         raise Refusal(Outcome.not_positive, f"the Gram matrix of {name} has {float(rows.min()):.4g} rows")
     _refuse_contradiction(name, "inputs and no rows", bool(((rows == 0) & (squares != 0)).any()))
-    if bool((sums.square() > (1 + _ROUNDING) * rows * squares).any()):
+    if bool((sums.square() > (1 + _ROUNDING) * rows * (squares + rows * _VANISHED)).any()):
         raise Refusal(Outcome.not_positive, f"the Gram matrix of {name} has an input with a negative variance")
     largest = float((squares / rows.clamp(min=torch.finfo(rows.dtype).tiny)).max()) if squares.numel() else 0.0
     if largest > MOST_VARIANCE:

@@ -130,6 +130,7 @@ class StageResult:
         average: the mean by examples, where clients compare it with `model`; None elsewhere.
         cosines: makes the cosines of the clients' updates once the round's model is known; None where they were not
             measured.
+        weights: factors on the weights of clients that count less, by node, for the later stages of the round as well.
     """
 
     model: dict[str, Tensor]
@@ -141,6 +142,7 @@ class StageResult:
     failed: bool = False
     average: dict[str, Tensor] | None = None
     cosines: Callable[[State], tuple[UpdateCosines, Tensor] | None] | None = None
+    weights: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def curve(self) -> Path | None:

@@ -4,8 +4,9 @@ A batch is what a `DataLoader` yields: `(inputs, targets)`, or `(inputs, targets
 are a tensor, passed as `model(inputs)`, or a mapping, passed as `model(**inputs)`.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -63,18 +64,20 @@ class Batch:
 
 
 def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
-    """Yield each batch on the device of the model.
+    """Yield each batch that has examples, on the device of the model.
 
     Raises:
-        ValueError: the batches contain no example.
+        ValueError: no batch has any.
     """
     # A model without parameters and buffers runs where its inputs are, which is taken to be the CPU.
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     examples = 0
     for item in batches:
         batch = item if isinstance(item, Batch) else _batch(item)
-        examples += len(batch.targets)
-        yield batch.map(lambda tensor: tensor.to(device))
+        # Models and losses differ in what they make of no examples, as a loader that filters may yield.
+        if len(batch.targets):
+            examples += len(batch.targets)
+            yield batch.map(lambda tensor: tensor.to(device))
     if not examples:
         raise ValueError(
             "the data held no examples; pass at least one non-empty batch, and a fresh iterable "
@@ -114,8 +117,8 @@ def _from_mapping(item: Mapping[str, Any]) -> Batch:
 def without_targets(batches: Batches, model: nn.Module) -> list[Batch]:
     """Return the inputs of batches that may have targets or not, on the device of the model.
 
-    What has no targets gets zeros in their place. An item is a tensor, a sequence whose first part are the inputs, or a dictionary: with the keys of a batch, or of the
-    model's arguments.
+    What has no targets gets zeros in their place. An item is a tensor, a sequence whose first part are the inputs, or a
+    dictionary: with the keys of a batch, or of the model's arguments.
 
     Raises:
         TypeError: an item is of another kind.
@@ -156,11 +159,12 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
     # A model in bfloat16, which NumPy lacks, travels in float32 and runs in its own format.
     tensors = dict(chain(model.named_parameters(), model.named_buffers())) if state else {}
     values = {name: t.to(tensors[name].dtype) if name in tensors else t for name, t in (state or {}).items()}
-    # functional_call leaves the model's own tensors untouched, also if the forward pass raises.
-    if isinstance(inputs, Tensor):
-        output = functional_call(model, values, (inputs,))
-    else:
-        output = functional_call(model, values, (), dict(inputs))
+    with _uncompiled():
+        # functional_call leaves the model's own tensors untouched, also if the forward pass raises.
+        if isinstance(inputs, Tensor):
+            output = functional_call(model, values, (inputs,))
+        else:
+            output = functional_call(model, values, (), dict(inputs))
     primary = _first_output(output)
     if not isinstance(primary, Tensor):
         raise TypeError(
@@ -168,6 +172,12 @@ def forward(model: nn.Module, batch: Batch, state: State | None = None) -> Tenso
             "`logits`, a tuple with the tensor first, or a mapping with the tensor as `logits` or `out`"
         )
     return primary
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run modules that `torch.compile` has compiled as they were written; hooks and states would compile them anew."""
+    # Whoever has compiled a module has imported it already; the import takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _first_output(output: Any) -> Any:

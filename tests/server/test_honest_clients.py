@@ -32,14 +32,27 @@ SLOW = [
 QUICK = [("wine", "iid", "auto-features"), ("cancer", "dirichlet(0.3)", "fedavg"), ("cancer", "dirichlet(0.3)", "auto")]
 
 
+def refusals(reports):
+    """Return what was said of the clients that were not accepted."""
+    clients = [client for report in reports for stage in report.stages for client in stage.clients]
+    assert clients
+    return {(client.outcome, client.detail) for client in clients if client.outcome != "accepted"}
+
+
 @pytest.mark.parametrize(
     ("task", "split", "rule"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK)],
 )
 def test_every_reply_is_accepted(reports, tmp_path, task, split, rule):
     rules.run(Setting(task, split, "mlp", rule, clients=5), 9, tmp_path, lambda point: None)
-    clients = [client for report in reports for stage in report.stages for client in stage.clients]
-    assert clients
-    assert {(client.outcome, client.detail) for client in clients if client.outcome != "accepted"} == set()
+    assert refusals(reports) == set()
     assert [incident for report in reports for incident in report.incidents if "update_norm" in incident.kind] == []
     assert len(reports) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["fedavg", "auto", "regmean"])
+@pytest.mark.parametrize("size", [10, 20])
+def test_clients_of_two_classes_move_against_each_other_and_nobody_is_refused(reports, tmp_path, rule, size):
+    rules.run(Setting("cancer", "dirichlet(0.3)", "mlp", rule, clients=size), 9, tmp_path, lambda point: None)
+    assert refusals(reports) == set()

@@ -200,10 +200,20 @@ def test_scrapers_may_ask_for_openmetrics(client):
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=")
 
 
-def test_another_spaces_name_for_this_machine_is_refused(client):
-    assert client.get("/", headers={"host": "evil.example"}).status_code == 421
-    assert client.get("/", headers={"host": "localhost:1"}).status_code == 200
-    assert client.get("/", headers={"host": "[::1]:1"}).status_code == 200
+@pytest.mark.parametrize("version", ["\xff", "one", "1", "1.0.0.0.0", "", "9"])
+def test_whatever_a_scraper_accepts_is_answered_or_refused_by_name(client, version):
+    answer = client.get("/metrics", headers={b"accept": f"application/openmetrics-text; version={version}".encode()})
+    assert answer.status_code == 200 or (answer.status_code, "Accept" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost:1@evil", "[::1]evil", "[::1", ":1", ""])
+def test_another_spaces_name_for_this_machine_is_refused(client, host):
+    assert client.get("/", headers={"host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:", "[::1]:1", "[::1]"])
+def test_names_of_this_machine_are_answered(client, host):
+    assert client.get("/", headers={"host": host}).status_code == 200
 
 
 def test_a_token_guards_the_page_but_not_the_metrics(tmp_path):

@@ -71,7 +71,7 @@ def _head() -> str:
     setting = f"""Accuracy on the test examples of scikit-learn's digits after {ROUNDS} rounds. {CLIENTS} clients hold
 Dirichlet({DIRICHLET}) parts of the training examples and train a perceptron 64-{WIDTH}-{WIDTH}-10 for five epochs;
 {len(HOSTILE)} of them are hostile in every round. Rows are values of the setting `robust`, columns are attacks, one
-seed. `trimmed-mean`, `krum` and `multi-krum` are told of two hostile clients; `bulyan`, for which ten clients are too
+seed. A model of NaN is refused at once: its column is what the honest clients reach alone. `trimmed-mean`, `krum` and `multi-krum` are told of two hostile clients; `bulyan`, for which ten clients are too
 few for that, of one. A dash marks a run that failed; an empty cell was not measured. Which rule to choose is told in
 [hostile clients](../how-to/hostile-clients.md)."""
     return "\n\n".join(["# Hostile clients", *map(wrap, (written, setting))])

@@ -107,6 +107,8 @@ class Attack:
 
 ATTACKS = {
     "none": Attack(),
+    # Refused at once: what the honest clients reach alone.
+    "model of NaN": Attack(scale_model(float("nan"))),
     "flipped labels": Attack(labels=_flipped),
     "model x -10": Attack(scale_model(-10.0)),
     "2^53 examples, sign flip": Attack(scale_model(-1.0), claim_examples(2.0**53)),

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.fusion.update import Update
-from fedbasin.strategies.judging.influence import Measure, judge, opponents
+from fedbasin.strategies.judging.influence import Measure, judge
 
 LAYER = ("0.weight",)
 
@@ -41,20 +40,6 @@ def test_clients_within_a_tenth_of_the_median_are_never_cut_back(values):
 def test_no_statistic_weighs_more_than_five_times_the_median(values):
     taken = [value * factor for value, factor in zip(values, factors(values), strict=True)]
     assert max(taken) <= 5 * median(values) * (1 + 1e-9)
-
-
-@pytest.mark.parametrize(("name", "refused"), [("layer.weight", {7}), ("layer.lora_A.weight", set())])
-def test_an_update_turned_round_is_refused_except_of_adapters(name, refused):
-    draw = torch.Generator().manual_seed(0)
-    anchor = {name: torch.zeros(8, 8), name.replace("lora_A", "lora_B"): torch.zeros(8, 8)}
-    common = {key: torch.randn(8, 8, generator=draw) for key in anchor}
-    updates = {
-        node: Update({key: sign * t + 0.1 * torch.randn(8, 8, generator=draw) for key, t in common.items()}, 10.0)
-        for node, sign in enumerate([1, 1, 1, 1, 1, 1, 1, -1])
-    }
-    measures = {node: Measure(10.0) for node in updates}
-    getters = {node: (lambda update=update: update) for node, update in updates.items()}
-    assert set(opponents(getters, measures, anchor)) == refused
 
 
 @given(st.lists(st.floats(0.0, 0.05), min_size=3, max_size=12), st.floats(1e-3, 1e3))

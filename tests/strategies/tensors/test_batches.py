@@ -121,3 +121,24 @@ def test_an_output_without_logits_is_refused():
 
     with pytest.raises(TypeError, match="Named returned a dict"):
         forward(Named(), Batch(torch.zeros(2, 3), torch.zeros(2)))
+
+
+def test_batches_without_examples_are_left_out():
+    batch = torch.randn(3, 2), torch.zeros(3)
+    empty = batch[0][:0], batch[1][:0]
+    assert [len(b.targets) for b in read_batches([empty, batch, empty], nn.Linear(2, 1))] == [3]
+    with pytest.raises(ValueError, match="held no examples"):
+        list(read_batches([empty], nn.Linear(2, 1)))
+
+
+def test_a_compiled_model_is_run_as_it_was_written():
+    graphs = []
+    plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    compiled = torch.compile(plain, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    batch = Batch(torch.randn(4, 3), torch.zeros(4))
+    state = {f"_orig_mod.{name}": 2 * tensor for name, tensor in plain.state_dict().items()}
+    outputs = forward(compiled, batch, state)
+    assert torch.equal(outputs, 2 * plain(batch.inputs))
+    assert not graphs
+    compiled(batch.inputs)  # the app's own call is compiled as before
+    assert len(graphs) == 1
