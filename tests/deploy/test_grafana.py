@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fedbasin.deploy import dashboard
-from fedbasin.proto.observer_service import RemoteObserver
+from fedbasin.proto.observer_service import RemoteObserver, RunSummary
 from fedbasin.server.observe.push import connect
 from tests.federation import Federation
 from tests.needing import needed
@@ -134,13 +134,19 @@ def scraper(request, tmp_path_factory):
     needed("prometheus")  # before the run is computed that it is to watch
     reports = request.getfixturevalue("reports")
     folder = tmp_path_factory.mktemp("prometheus")
-    with observer() as addresses, prometheus(addresses.metrics.split("/")[2], folder) as source:
+    with (
+        observer() as addresses,
+        prometheus(addresses.metrics.split("/")[2], folder) as source,
+        connect(addresses.observer) as channel,
+    ):
+        reporter = RemoteObserver(channel)
+        attendance = reporter.attend(RunSummary(reports[0].run_id, "regmean", rounds=len(reports)))
         source.wait_for('fedbasin_rounds_total{recipe="regmean"} == 0')
         for number, report in enumerate(reports, start=1):
-            with connect(addresses.observer) as channel:
-                RemoteObserver(channel).push_round(report, timeout=LONG)
+            reporter.push_round(report, timeout=LONG)
             source.wait_for(f'fedbasin_rounds_total{{recipe="regmean"}} == {number}')
         yield source
+        attendance.cancel()
 
 
 @pytest.mark.parametrize("expression", targets)

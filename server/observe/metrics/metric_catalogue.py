@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 PREFIX = "fedbasin_"
 
-# Repeated here because importing them from fedbasin.strategies would bring torch; a test compares the two lists. The
-# counters of all recipes exist from the start, at zero, so that a rate also sees what the first round counts.
+# Repeated here because importing them from fedbasin.strategies would bring torch; a test compares the two lists.
 RECIPES = (
     "auto",
     "auto-features",

@@ -68,8 +68,6 @@ class Telemetry:
             "kind": Vocabulary(len(IncidentKind), IncidentKind.__members__),
         }
         self._gauges[catalogue.BUILD].labels(metadata.version("fedbasin")).set(1)
-        for recipe in catalogue.RECIPES:
-            self._create_counters(recipe)
 
     def observe(self, report: RoundReport) -> None:
         """Count a round; to be called once for each."""
@@ -95,6 +93,7 @@ class Telemetry:
     def set_state(self, recipe: str, state: str) -> None:
         """Show a state for the newest run of a recipe, between its reports."""
         recipe = self._words["recipe"].admit(recipe)
+        self._create_counters(recipe)
         for name in catalogue.STATES:
             self._gauges[catalogue.STATE].labels(recipe, name).set(name == state)
 
@@ -107,7 +106,10 @@ class Telemetry:
         ]
 
     def _create_counters(self, recipe: str) -> None:
-        """Create the counters of a recipe at zero where they are new: a rate needs a first value."""
+        """Create the counters of a recipe at zero once one of its runs begins: a rate needs a first value.
+
+        Those of all recipes would be most of every scrape.
+        """
         for metric in catalogue.COUNTERS:
             if metric.labels == ("recipe",):
                 self._counters[metric].labels(recipe)
