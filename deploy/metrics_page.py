@@ -24,9 +24,9 @@ _INTRODUCTION = """\
 Made by `python -m fedbasin.deploy.metrics_page`; do not edit.
 
 `fedbasin observe` shows these on its metrics port, for Prometheus to scrape. All are computed from the reports of
-rounds. Of each recipe, counters appear, at zero, when its first run begins, histograms with its first report, and gauges
-when its first round has ended. A gauge keeps its value until a round of that recipe measures it again.
-With a store, counters survive a restart.
+rounds. Of each recipe, counters appear, at zero, when its first run begins, histograms with its first report, and
+gauges when its first round has ended. A gauge keeps its value until a round of that recipe measures it again. With
+a store, counters survive a restart.
 
 - **Labels are bounded.** No label holds a client or a run. Beyond 32 recipes, 32 stages and 64 names of model metrics,
   the rest is counted as `other`.
