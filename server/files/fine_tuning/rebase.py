@@ -71,7 +71,7 @@ def rebase(
     for model in (fine, new):
         require_equal_shapes(model, old.stored)
     for model in (fine,) if aligned else (old.stored, fine, new):
-        refuse_not_finite(model)
+        refuse_not_finite(model, model.path)
     if not aligned:
         return Rebasing(RebasedState(new, old.stored, fine, strength, votes), None, None)
     alignment = align(new, old, old.symmetry, on_read, certify=False)

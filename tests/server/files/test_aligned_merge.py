@@ -1,0 +1,197 @@
+"""`fedbasin merge --align` with every matcher and every order, with data, and what it refuses."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedbasin.strategies.alignment import learned_matching
+from fedbasin.strategies.alignment.matchers import Matcher
+from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.transform import random
+from tests.server.files import given
+from tests.server.files.stored import answer, fedbasin, refusal
+
+LINKS = ("star", "chain", "tree", "universe")
+GIVEN = "tests.server.files.given"
+MODULE = ("--module", f"{GIVEN}:model")
+DATA = ("--align-data", f"{GIVEN}:rows")
+ROWS = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+
+
+def data_of(matcher: Matcher) -> tuple[str, ...]:
+    return DATA if matcher.reads_data else ()
+
+
+def network(kind: str = "model", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    module, _ = getattr(given, kind)()
+    for layer in module:
+        if isinstance(layer, nn.BatchNorm1d):
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            layer.running_mean, layer.running_var = torch.randn(6), torch.rand(6) + 0.5
+    return module.eval()
+
+
+def copies(folder: Path, kind: str = "model", count: int = 3) -> list[Path]:
+    """Write a model and copies of it whose units have other orders."""
+    folder.mkdir(exist_ok=True)
+    module, example = network(kind), getattr(given, kind)()[1]
+    symmetry, state = discover(module, example).symmetry, module.state_dict()
+    paths = [folder / f"{number}.safetensors" for number in range(count)]
+    for number, path in enumerate(paths):
+        transform = random(symmetry, torch.Generator().manual_seed(number))
+        save_file({**state, **transform.act(state)} if number else state, path)
+    return paths
+
+
+def unrelated(folder: Path, kind: str = "model", count: int = 2) -> list[Path]:
+    paths = [folder / f"{number}.safetensors" for number in range(count)]
+    for number, path in enumerate(paths):
+        save_file(network(kind, number).state_dict(), path)
+    return paths
+
+
+def outputs(path: Path, kind: str = "model") -> Tensor:
+    module = network(kind)
+    module.load_state_dict(load_file(path))
+    with torch.no_grad():
+        return module(ROWS)
+
+
+SAMPLE = {(Matcher.weights, "universe"), (Matcher.graph, "tree"), (Matcher.activations, "chain")}
+
+
+@pytest.mark.parametrize(
+    ("matcher", "links"),
+    [
+        pytest.param(matcher, links, marks=() if (matcher, links) in SAMPLE else pytest.mark.slow)
+        for matcher in Matcher
+        if matcher is not Matcher.learned
+        for links in LINKS
+    ],
+)
+def test_copies_in_other_orders_merge_into_the_model(tmp_path: Path, matcher: Matcher, links: str) -> None:
+    paths, out = copies(tmp_path), tmp_path / "out.safetensors"
+    chosen = ("--align", links, "--matcher", matcher.name, *data_of(matcher))
+    (report,) = answer("merge", *paths, "--rule", "linear", *chosen, *MODULE, "-o", out)
+    torch.testing.assert_close(outputs(out), outputs(paths[0]), rtol=1e-4, atol=1e-5)
+    assert report["change"] < 1e-8
+    assert len(report["alignments"]) >= 2
+
+
+@pytest.mark.parametrize(
+    "links", [pytest.param(links, marks=() if links == "tree" else pytest.mark.slow) for links in LINKS]
+)
+def test_learned_models_keep_their_functions_and_merge_again_to_the_same(
+    tmp_path: Path, links: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned_matching, "Search", partial(learned_matching.Search, steps=20))
+    paths, out = unrelated(tmp_path), tmp_path / "out.safetensors"
+    command = ("merge", *paths, "--rule", "linear", "--align", links, "--matcher", "learned", *DATA, *MODULE)
+    (report,) = answer(*command, "-o", out)
+    assert report["change"] < 1e-8
+    answer(*command, "--no-prove", "-o", tmp_path / "again.safetensors")
+    first, second = load_file(out), load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("matcher", ["weights", "activations"])
+def test_running_statistics_are_those_of_the_merged_model_on_the_data(tmp_path: Path, matcher: str) -> None:
+    paths, out = unrelated(tmp_path, "normed"), tmp_path / "out.safetensors"
+    chosen = ("--align", "star", "--matcher", matcher, *DATA, "--module", f"{GIVEN}:normed")
+    answer("merge", *paths, "--rule", "linear", *chosen, "-o", out)
+    state = load_file(out)
+    inputs = torch.cat([batch for batch, _ in given.rows()]) @ state["0.weight"].T + state["0.bias"]
+    torch.testing.assert_close(state["1.running_mean"], inputs.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state["1.running_var"], inputs.var(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_are_scored_alone_keep_their_running_statistics(tmp_path: Path) -> None:
+    paths, out = unrelated(tmp_path, "normed"), tmp_path / "out.safetensors"
+    shutil.copy(paths[0], tmp_path / "target.safetensors")
+    chosen = ("--align", "star", *DATA, "--module", f"{GIVEN}:normed", "--score", f"{GIVEN}:closeness")
+    (report,) = answer("merge", *paths, "--rule", "greedy_soup", *chosen, "-o", out)
+    assert report["score"]["models"][str(paths[0])] == 0
+    assert all(torch.equal(tensor, load_file(paths[0])[name]) for name, tensor in load_file(out).items())
+
+
+def test_a_recipe_has_the_same_keys(tmp_path: Path) -> None:
+    a, b = unrelated(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    keys = f"{{links: chain, matcher: activations, data: {GIVEN}:rows, prove: false}}"
+    recipe.write_text(
+        f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nalign: {keys}\nmodule: {GIVEN}:model\n"
+    )
+    (report,) = answer("merge", recipe, "-o", tmp_path / "x.safetensors")
+    assert report["change"] is None
+    chosen = ("--align", "chain", "--matcher", "activations", *DATA)
+    answer("merge", a, b, "--rule", "linear", *chosen, *MODULE, "-o", tmp_path / "y.safetensors")
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "xy")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("switch", ["off", "'off'"])
+def test_off_aligns_nothing(tmp_path: Path, switch: str) -> None:
+    a, b = unrelated(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nalign: {switch}\n")
+    (report,) = answer("merge", recipe, "-o", tmp_path / "out.safetensors")
+    assert report["alignments"] == []
+
+
+def test_the_proof_is_printed(tmp_path: Path) -> None:
+    done = fedbasin(
+        "merge", *copies(tmp_path), "--rule", "linear", "--align", "star", *MODULE, "-o", tmp_path / "o.safetensors"
+    )
+    assert "proven by execution: outputs change by" in done.stdout
+
+
+REFUSED = {
+    "no data": (("--align", "star", "--matcher", "activations", *MODULE), "data: the matcher activations reads data"),
+    "no data to learn on": (("--align", "tree", "--matcher", "learned", *MODULE), "the matcher learned reads data"),
+    "idle data": (("--align", "star", *DATA, *MODULE), "weights reads no data, and Sequential has no BatchNorm"),
+    "idle data of a graph": (("--align", "star", "--matcher", "graph", *DATA, *MODULE), "graph reads no data"),
+    "no matcher": (("--align", "star", "--matcher", "guess", *MODULE), "align.matcher: Input should be 'weights'"),
+    "no links": (("--align", "ring", *MODULE), "align.links: Input should be 'star'"),
+    "matcher alone": (("--matcher", "graph"), "--matcher: belongs to --align"),
+    "data alone": (DATA, "--align-data: belongs to --align"),
+    "off with a matcher": (("--align", "off", "--matcher", "graph"), "--matcher: belongs to --align"),
+    "no proof of nothing": (("--no-prove",), "--no-prove: belongs to --align"),
+    "no stream to rotate": (("--align", "star", "--rotate-residual", *MODULE), "residual stream"),
+    "no rotation of nothing": (("--rotate-residual",), "--rotate-residual: belongs to --align"),
+    "no module": (("--align", "star", "--matcher", "activations", *DATA), "has no symmetry in its metadata"),
+    "a task that is not read": (("--align", "star", *MODULE, "--task", "classification"), "task: is read only"),
+    "a module that is not run": (MODULE, "module: is run only by"),
+    "data that do not fit": (
+        ("--align", "star", "--matcher", "activations", "--align-data", f"{GIVEN}:wide", *MODULE),
+        "cannot be evaluated on it",
+    ),
+    "nothing as data": (
+        ("--align", "star", "--matcher", "learned", "--align-data", f"{GIVEN}:nothing", *MODULE),
+        "returns no batches",
+    ),
+    "unlabelled data": (
+        ("--align", "star", "--matcher", "learned", "--align-data", f"{GIVEN}:inputs", *MODULE),
+        "cannot be evaluated on it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(tmp_path: Path, case: str) -> None:
+    options, message = REFUSED[case]
+    paths = unrelated(tmp_path)
+    assert message in refusal("merge", *paths, "--rule", "linear", *options, "-o", tmp_path / "out.safetensors")
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_batches_of_one_example_have_no_variance(tmp_path: Path) -> None:
+    paths = unrelated(tmp_path, "normed")
+    options = ("--align", "star", "--align-data", f"{GIVEN}:single_rows", "--module", f"{GIVEN}:normed")
+    said = refusal("merge", *paths, "--rule", "linear", *options, "-o", tmp_path / "out.safetensors")
+    assert "every batch has one example" in said
