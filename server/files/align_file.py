@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
+from fedbasin.server.files.data.stored_matching import StoredMatching
 from fedbasin.server.files.library.executable_model import ExecutableModel, change_of_function
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
 from fedbasin.server.files.reading import ModelError, StoredModel, few
@@ -17,7 +18,7 @@ from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.transformed_state import TransformedState
-from fedbasin.strategies.alignment.weight_matching import find_by_weights, fold_state
+from fedbasin.strategies.alignment.weight_matching import fold_state
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
@@ -43,7 +44,13 @@ class FileAlignment:
 
 
 def align(
-    anchor: StoredModel, model: SymmetricModel, symmetry: Symmetry, on_read: Callable[[str], None], *, certify: bool
+    anchor: StoredModel,
+    model: SymmetricModel,
+    symmetry: Symmetry,
+    matching: StoredMatching,
+    on_read: Callable[[str], None],
+    *,
+    certify: bool,
 ) -> FileAlignment:
     """Find the transform that takes `model` into the basin of `anchor`, on the tensors that both have.
 
@@ -51,11 +58,12 @@ def align(
         anchor: the model that stays as it is.
         model: the model that the transform is for.
         symmetry: the part of its symmetry that is aligned.
+        matching: the matcher.
         on_read: called with the name of each tensor of `model` that the search reads.
-        certify: prove first at which spaces the identity is optimal; costs memory.
+        certify: prove first at which spaces the identity is optimal, for matchers by weights; costs memory.
 
     Raises:
-        ModelError: the models share nothing, an entry is infinite or not a number, or a norm cannot be folded.
+        ModelError: the models share nothing, do not run on the data, an entry is infinite or not a number, or a norm cannot be folded.
     """
     for stored in (anchor, model.stored):
         refuse_not_finite(stored, stored.path)
@@ -65,7 +73,7 @@ def align(
         for stored, state in ((anchor, shared.anchor), (model.stored, _WatchedState(shared.model, on_read)))
     ]
     bounds = identity_bounds(shared.symmetry, states[0]) if certify else None
-    match = find_by_weights(shared.symmetry, states[0], states[1], bounds)
+    match = matching.match(shared.symmetry, states[0], states[1], bounds=bounds)
     spaces = tuple(space for space in symmetry.spaces if space.name in match.transform.elements)
     transform = Transform(replace(symmetry, spaces=spaces), match.transform.elements)
     return FileAlignment(transform, match.report, shared.apart)

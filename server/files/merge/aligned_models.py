@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,20 +10,17 @@ from torch import Tensor
 from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.align_file import fold_stored, prove_function, refuse_not_finite, transformed
-from fedbasin.server.files.data.given_data import read_data, read_task
 from fedbasin.server.files.data.model_on_data import require_executable, run, runnable_state
+from fedbasin.server.files.data.stored_matching import StoredMatching, read_matching
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.recipe import MergeRecipe, ModelAlignment
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.files.stored_symmetry import Source, SymmetricModel, in_stored_names, symmetric_model
-from fedbasin.strategies.alignment.matchers import Matcher, MatchingData, prepare_match
-from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights
+from fedbasin.strategies.alignment.weight_matching import MatchResult
 from fedbasin.strategies.capture.batchnorm_statistics import measure_anew, read_normalised
 from fedbasin.strategies.fusion.batchnorm import find_running_norms
 from fedbasin.strategies.symmetry.symmetry import Symmetry
-from fedbasin.strategies.tasks.model_task import Task
-from fedbasin.strategies.tensors.batches import Batches
 from fedbasin.strategies.tensors.state import State
 
 # Keys of a config that say where a model comes from, not what it is.
@@ -37,20 +33,17 @@ class AlignableModels:
 
     Attributes:
         settings: the recipe's alignment.
-        reference: the first model, whose symmetry is that of all.
-        data: the batches that were given; None without.
-        task: the task of learned matching; None takes the one that the first batch shows.
+        matching: their matcher, with the first model, whose symmetry is that of all.
     """
 
     settings: ModelAlignment
-    reference: SymmetricModel
-    data: Batches | None
-    task: Task | None
+    matching: StoredMatching
 
     @property
     def norms(self) -> tuple[BatchNorm, ...]:
         """The BatchNorm layers whose running statistics are measured on the data; none without data."""
-        return () if self.data is None else find_running_norms(require_executable(self.reference).module)
+        matching = self.matching
+        return () if matching.data is None else find_running_norms(require_executable(matching.model).module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +77,14 @@ def check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> 
     for model in rest:
         if _identity(model) != _identity(first):
             raise ModelError(_two_architectures(first.stored, model.stored))
-    if settings.data is not None:
-        _refuse_idle_data(settings, first)
-    data = None if settings.data is None else read_data(settings.data, "--align-data")
-    return AlignableModels(settings, first, data, None if recipe.task is None else read_task(recipe.task))
+    matching = read_matching(settings.matcher, first, settings.data, recipe.task, "--align-data")
+    alignable = AlignableModels(settings, matching)
+    if matching.data is not None and not (matching.matcher.reads_data or alignable.norms):
+        raise ModelError(
+            f"align: the matcher {settings.matcher} reads no data, and the models have no BatchNorm to measure on them; "
+            "leave the data out, or choose the matcher activations or learned"
+        )
+    return alignable
 
 
 def align_models(
@@ -104,7 +101,7 @@ def align_models(
         ModelError: a model has entries that are not finite or a norm that cannot be folded, the data do not fit, or the
             function of a model would change.
     """
-    reference = models.reference
+    reference = models.matching.model
     folded = []
     for path, state in states.items():
         refuse_not_finite(state, path)
@@ -113,7 +110,7 @@ def align_models(
 
     def match(anchor: State, model: State, place: float) -> MatchResult:
         on_step(f"matching by {models.settings.matcher}, search {next(numbers)}")
-        return _match(models, anchor, model, place)
+        return models.matching.match(reference.symmetry, anchor, model, place)
 
     aligned = align_states(reference.symmetry, folded, models.settings.links, match)
     transforms = dict(zip(states, aligned.transforms, strict=True))
@@ -137,49 +134,16 @@ def measure_norms(models: AlignableModels, merged: State) -> State:
     Raises:
         ModelError: the data do not fit the model.
     """
-    reference, executable = models.reference, require_executable(models.reference)
+    reference, data = models.matching.model, models.matching.data or ()
+    executable = require_executable(reference)
     state = runnable_state(reference, ModuleState(reference.layout, merged))
 
     def measure() -> dict[str, Tensor]:
-        batches = list(read_normalised(models.data or (), executable.module))
+        batches = list(read_normalised(data, executable.module))
         return measure_anew(executable.module, state, models.norms, batches)
 
-    measured = run(executable.module, models.settings.data or "", measure)
+    measured = run(executable.module, models.matching.name, measure)
     return StoredState(executable.layout, merged, {**ModuleState(executable.layout, merged), **measured})
-
-
-def _match(models: AlignableModels, anchor: State, model: State, place: float) -> MatchResult:
-    symmetry, matcher = models.reference.symmetry, Matcher[models.settings.matcher]
-    if matcher is Matcher.weights:
-        # Without a copy of the models, which may be larger than the memory.
-        return find_by_weights(symmetry, anchor, model)
-    if models.data is None or not matcher.reads_data:
-        result = prepare_match(matcher, symmetry, dict(anchor), dict(model))()
-        return MatchResult(result.transform, result.report)
-    module = require_executable(models.reference).module
-    data = MatchingData(module, models.data, place, models.task)
-    start, end = (runnable_state(models.reference, state) for state in (anchor, model))
-    prepare = partial(prepare_match, matcher, symmetry, start, end, data=data)
-    alignment = run(module, models.settings.data or "", lambda: prepare()())
-    return MatchResult(alignment.transform, alignment.report)
-
-
-def _refuse_idle_data(settings: ModelAlignment, model: SymmetricModel) -> None:
-    """Refuse data on which nothing would be run, or on which the model cannot be run."""
-    executable = require_executable(model)
-    if not Matcher[settings.matcher].reads_data:
-        if not find_running_norms(executable.module):
-            raise ModelError(
-                f"align: the matcher {settings.matcher} reads no data, and {executable.kind} has no BatchNorm to measure "
-                "on them; leave the data out, or choose the matcher activations or learned"
-            )
-    elif model.by_hand:
-        moved = {axis.tensor for space in model.symmetry.spaces for axis in space.axes}
-        if renamed := sorted(name for name in moved if executable.layout.whole.get(name) != name):
-            raise ModelError(
-                f"{model.stored.path}: its symmetry names {few(renamed)}, which {executable.kind} has under other names, so "
-                f"the matcher {settings.matcher} cannot run it; choose a matcher by weights"
-            )
 
 
 def _identity(model: SymmetricModel) -> Symmetry:

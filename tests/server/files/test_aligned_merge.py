@@ -154,7 +154,7 @@ def test_the_proof_is_printed(tmp_path: Path) -> None:
 REFUSED = {
     "no data": (("--align", "star", "--matcher", "activations", *MODULE), "data: the matcher activations reads data"),
     "no data to learn on": (("--align", "tree", "--matcher", "learned", *MODULE), "the matcher learned reads data"),
-    "idle data": (("--align", "star", *DATA, *MODULE), "weights reads no data, and Sequential has no BatchNorm"),
+    "idle data": (("--align", "star", *DATA, *MODULE), "weights reads no data, and the models have no BatchNorm"),
     "idle data of a graph": (("--align", "star", "--matcher", "graph", *DATA, *MODULE), "graph reads no data"),
     "no matcher": (("--align", "star", "--matcher", "guess", *MODULE), "align.matcher: Input should be 'weights'"),
     "no links": (("--align", "ring", *MODULE), "align.links: Input should be 'star'"),
@@ -195,3 +195,48 @@ def test_batches_of_one_example_have_no_variance(tmp_path: Path) -> None:
     options = ("--align", "star", "--align-data", f"{GIVEN}:single_rows", "--module", f"{GIVEN}:normed")
     said = refusal("merge", *paths, "--rule", "linear", *options, "-o", tmp_path / "out.safetensors")
     assert "every batch has one example" in said
+
+
+@pytest.mark.parametrize("matcher", [m for m in Matcher if m is not Matcher.learned])
+def test_one_model_is_aligned_by_every_matcher(tmp_path: Path, matcher: Matcher) -> None:
+    anchor, model = copies(tmp_path, count=2)
+    out = tmp_path / "out.safetensors"
+    data = ("--data", f"{GIVEN}:rows") if matcher.reads_data else ()
+    answer("align", model, "--anchor", anchor, "--matcher", matcher.name, *data, *MODULE, "-o", out)
+    first, second = load_file(anchor), load_file(out)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_the_line_to_a_model_that_learned_its_alignment_has_no_higher_loss_than_to_the_one_by_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned_matching, "Search", partial(learned_matching.Search, steps=20, smoothing=0))
+    command = ("barrier", *unrelated(tmp_path), "--data", f"{GIVEN}:rows", "--points", 3, *MODULE)
+    (by_weights,), (learned,) = answer(*command), answer(*command, "--matcher", "learned", *DATA)
+    assert learned["after"]["loss"][1] <= by_weights["after"]["loss"][1] + 1e-6
+    assert learned["before"] == by_weights["before"]
+
+
+ALONE = {
+    "align, no data": (("align", "--matcher", "activations"), "--matcher activations: reads data; give --data"),
+    "align, idle data": (("align", "--data", f"{GIVEN}:rows"), "--data: the matcher weights reads no data"),
+    "align, idle task": (("align", "--task", "classification"), "--task: is read by the matcher learned alone"),
+    "align, unknown": (("align", "--matcher", "guess"), "--matcher guess: is unknown; give one of weights"),
+    "align, certified": (
+        ("align", "--matcher", "learned", "--data", f"{GIVEN}:rows", "--certify"),
+        "--certify: is a proof about weights",
+    ),
+    "barrier, no data": (("barrier", "--matcher", "learned"), "--matcher learned: reads data; give --align-data"),
+    "barrier, idle data": (("barrier", *DATA), "--align-data: the matcher weights reads no data"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_other_commands_refuse(tmp_path: Path, case: str) -> None:
+    (command, *options), message = ALONE[case]
+    anchor, model = unrelated(tmp_path)
+    rest = {
+        "align": (model, "--anchor", anchor, "-o", "o.safetensors"),
+        "barrier": (anchor, model, "--data", f"{GIVEN}:rows"),
+    }
+    assert message in refusal(command, *rest[command], *options, *MODULE)
