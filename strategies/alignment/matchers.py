@@ -27,8 +27,8 @@ class Matcher(Enum):
     weights = "which weights agree; needs no data"
     sinkhorn = "which weights agree, all spaces deciding together before any is settled; needs no data"
     graph = "which weights agree, all layers as one graph; needs no data"
-    activations = "which features agree on the client's data; only a client can do it"
-    learned = "the loss on the client's data between the two models; only a client can do it"
+    activations = "which features agree on data"
+    learned = "the loss on data between the two models"
 
     @property
     def reads_data(self) -> bool:

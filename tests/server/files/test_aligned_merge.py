@@ -14,7 +14,8 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from fedbasin.strategies.symmetry.transform import random
 from tests.server.files import given
-from tests.server.files.stored import answer, fedbasin, refusal
+from tests.server.files.stored import answer, fedbasin, planted, refusal, saved
+from tests.server.files.stored import outputs as library_outputs
 
 LINKS = ("star", "chain", "tree", "universe")
 GIVEN = "tests.server.files.given"
@@ -98,6 +99,24 @@ def test_learned_models_keep_their_functions_and_merge_again_to_the_same(
     answer(*command, "--no-prove", "-o", tmp_path / "again.safetensors")
     first, second = load_file(out), load_file(tmp_path / "again.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", ("--matcher", "activations", "--align-data", f"{GIVEN}:tokens")),
+        pytest.param("gpt2", ("--matcher", "activations", "--align-data", f"{GIVEN}:tokens"), marks=pytest.mark.slow),
+        pytest.param("llama", ("--matcher", "graph", "--rotate-residual"), marks=pytest.mark.slow),
+    ],
+)
+def test_copies_of_a_folder_merge_into_the_model(tmp_path: Path, name: str, options: tuple[str, ...]) -> None:
+    first = saved(name, tmp_path / "a")
+    for copy in "bc":
+        planted(name, tmp_path / copy)
+    paths = [tmp_path / copy for copy in "abc"]
+    (report,) = answer("merge", *paths, "--rule", "linear", "--align", "chain", *options, "-o", tmp_path / "out")
+    assert (library_outputs(name, tmp_path / "out") - library_outputs(name, first)).abs().max() < 1e-3
+    assert report["change"] < 1e-8
 
 
 @pytest.mark.parametrize("matcher", ["weights", "activations"])
