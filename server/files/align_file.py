@@ -124,7 +124,7 @@ def apply_transform(transform: Transform, model: SymmetricModel) -> State:
         transform.symmetry.check({name: tensor.to("meta") for name, tensor in model.state.items()})
     except SymmetryError as error:
         raise ModelError(f"{model.stored.path}: {error}") from error
-    return transformed(transform, model, model.stored, model.stored.path)
+    return transform_stored(transform, model, model.stored, model.stored.path)
 
 
 def prove_if_possible(transform: Transform, model: SymmetricModel, *, wanted: bool) -> float | None:
@@ -166,7 +166,7 @@ def prove_function(
         ModelError: the function changes, or the module does not run on its example.
     """
     double = _DoubleState(stored)
-    change = change_of_function(executable, double, transformed(transform, model, double, path))
+    change = change_of_function(executable, double, transform_stored(transform, model, double, path))
     # Also where it is not a number.
     if not change < _TOLERANCE:
         raise ModelError(
@@ -216,7 +216,7 @@ def describe_rest(model: SymmetricModel, apart: tuple[str, ...] = ()) -> list[st
     ]
 
 
-def transformed(transform: Transform, model: SymmetricModel, stored: State, path: Path) -> State:
+def transform_stored(transform: Transform, model: SymmetricModel, stored: State, path: Path) -> State:
     """Return stored tensors under a transform, each of which is computed when it is read.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.align_file import fold_stored, prove_function, refuse_not_finite, transformed
+from fedbasin.server.files.align_file import fold_stored, prove_function, refuse_not_finite, transform_stored
 from fedbasin.server.files.data.model_on_data import require_executable, run, runnable_state
 from fedbasin.server.files.data.stored_matching import StoredMatching, read_matching
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
@@ -122,7 +122,7 @@ def align_models(
             prove_function(transforms[path], reference, executable, state, path) for path, state in states.items()
         )
         change = max(changes)
-    moved = {path: transformed(transforms[path], reference, state, path) for path, state in states.items()}
+    moved = {path: transform_stored(transforms[path], reference, state, path) for path, state in states.items()}
     return AlignedModels(moved, tuple(aligned.reports), change)
 
 

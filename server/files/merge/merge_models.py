@@ -189,17 +189,17 @@ def _compute_whole(
     # A model alone, which a score compares, keeps its own statistics.
     if merge.alignable is not None and merge.alignable.norms and len(merge.recipe.paths()) > 1:
         on_step("measuring the running statistics of BatchNorm")
-        states = {_MERGED: measure_norms(merge.alignable, _merged(plan, states))}
+        states = {_MERGED: measure_norms(merge.alignable, _merge_all(plan, states))}
         plan = [_copied(tensor) for tensor in plan]
     settings = merge.recipe.distill
     if settings is None:
         return plan, states, None
-    merged = _merged(plan, states)
+    merged = _merge_all(plan, states)
     state, report = distil_merge(merge.recipe, settings, merge.reference, merge.states, merged, on_step)
     return [_copied(tensor) for tensor in merge.plan], {_MERGED: state}, report
 
 
-def _merged(plan: Sequence[PlannedTensor], states: Mapping[Path, State]) -> State:
+def _merge_all(plan: Sequence[PlannedTensor], states: Mapping[Path, State]) -> State:
     return {tensor.name: merge_tensor(tensor, states) for tensor in plan}
 
 
