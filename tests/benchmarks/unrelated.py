@@ -1,8 +1,10 @@
-"""Unrelated GPT-2s and ViTs, merged by each rule after each alignment: one JSON line for each result.
+r"""Unrelated GPT-2s and ViTs, merged by each rule after each alignment: one JSON line for each result.
 
     PYTHONPATH=. .venv/bin/python -m tests.benchmarks.unrelated train FOLDER gpt2 0 1 2 3
     PYTHONPATH=. .venv/bin/python -m tests.benchmarks.unrelated alone FOLDER gpt2 4
     PYTHONPATH=. .venv/bin/python -m tests.benchmarks.unrelated merge FOLDER gpt2 4 none weights learned
+    PYTHONPATH=. .venv/bin/fedbasin barrier FOLDER/gpt2/0 FOLDER/gpt2/1 --data tests.benchmarks.unrelated:gpt2_test \
+        --rotate-residual --matcher learned --align-data tests.benchmarks.unrelated:gpt2
 
 GPT-2s read the characters of Python's standard library, ViTs scikit-learn's digits; each is trained from an
 initialisation and in an order of its own. Data of an alignment and of statistics are training examples.
@@ -94,6 +96,14 @@ def gpt2_statistics() -> list[Batch]:
 
 def vit_statistics() -> list[Batch]:
     return examples("vit")[0][:8]
+
+
+def gpt2_test() -> list[Batch]:
+    return [examples("gpt2")[1]]
+
+
+def vit_test() -> list[Batch]:
+    return [examples("vit")[1]]
 
 
 def new_model(family: str) -> Any:
