@@ -44,6 +44,9 @@ NoProof = Annotated[
     bool, typer.Option("--no-prove", help="Write without executing the model before and after; needs less memory.")
 ]
 MatcherName = Annotated[str, typer.Option("--matcher", help="weights, sinkhorn, graph, activations or learned.")]
+Smoothing = Annotated[
+    float | None, typer.Option(help="Label smoothing of --matcher learned; 0 where data are many. Default: 0.1.")
+]
 RotateResidual = Annotated[
     bool,
     typer.Option(
@@ -112,6 +115,7 @@ def align(
     task: Annotated[
         str | None, typer.Option(help="Task of the data, for --matcher learned. Default: what the first batch shows.")
     ] = None,
+    smoothing: Smoothing = None,
     symmetry: Notation = None,
     config: Config = None,
     module: Module = None,
@@ -164,7 +168,7 @@ def align(
         with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
         part = choose_spaces(source.symmetry, spaces or (), first, last)
-        matching = read_matching(matcher, source, data, task, "--data")
+        matching = read_matching(matcher, source, data, task, "--data", smoothing)
         refuse_idle_options(matching, "--data", task, certify=certify)
         with matching_progress() as on_read:
             alignment = align_file.align(stored_anchor, source, part, matching, on_read, certify=certify)

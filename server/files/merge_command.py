@@ -13,6 +13,7 @@ from fedbasin.server.files.commands import (
     NoProof,
     Output,
     RotateResidual,
+    Smoothing,
     Threads,
     exit_on_failure,
     print_results,
@@ -56,6 +57,7 @@ def merge(
             help="Function that returns the batches on which models are aligned, and BatchNorm is measured anew.",
         ),
     ] = None,
+    smoothing: Smoothing = None,
     rotate_residual: RotateResidual = False,
     no_prove: NoProof = False,
     statistics: Annotated[
@@ -114,7 +116,9 @@ def merge(
         if threads is not None:
             torch.set_num_threads(threads)
         keys: dict[str, Any] = {
-            "align": _alignment(align, matcher, align_data, rotate_residual=rotate_residual, no_prove=no_prove),
+            "align": _alignment(
+                align, matcher, align_data, smoothing, rotate_residual=rotate_residual, no_prove=no_prove
+            ),
             "dtype": dtype,
             "rank": rank,
             "task": task,
@@ -182,7 +186,13 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def _alignment(
-    links: str | None, matcher: str | None, data: str | None, *, rotate_residual: bool, no_prove: bool
+    links: str | None,
+    matcher: str | None,
+    data: str | None,
+    smoothing: float | None,
+    *,
+    rotate_residual: bool,
+    no_prove: bool,
 ) -> dict[str, Any] | str | None:
     """Return the key `align`; None where the options say nothing of it."""
     from fedbasin.server.files.reading import ModelError
@@ -190,6 +200,7 @@ def _alignment(
     keys = {
         "--matcher": ("matcher", matcher),
         "--align-data": ("data", data),
+        "--smoothing": ("smoothing", smoothing),
         "--rotate-residual": ("rotate_residual", rotate_residual or None),
         "--no-prove": ("prove", False if no_prove else None),
     }

@@ -11,7 +11,7 @@ from torch import nn
 from fedbasin.strategies.alignment.activation_matching import match_activations
 from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.identity_bound import IdentityBounds
-from fedbasin.strategies.alignment.learned_matching import match_learned
+from fedbasin.strategies.alignment.learned_matching import Search, match_learned
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
 from fedbasin.strategies.capture.feature_correlations import correlations
@@ -51,12 +51,14 @@ class MatchingData:
         batches: the data, from their beginning at every iteration.
         place: weight of the client in the merge, at which learned matching lowers the loss.
         task: the task of that loss; None takes the one that the first batch shows.
+        search: settings of its search; None for the defaults.
     """
 
     model: nn.Module
     batches: Batches
     place: float = 0.5
     task: Task | None = None
+    search: Search | None = None
 
 
 def prepare_match(
@@ -87,4 +89,6 @@ def prepare_match(
     if matcher is Matcher.activations:
         features = correlations(symmetry, data.model, anchor, client, data.batches)
         return partial(match_activations, symmetry, anchor, client, features)
-    return partial(match_learned, symmetry, data.model, anchor, client, data.batches, data.place, task=data.task)
+    return partial(
+        match_learned, symmetry, data.model, anchor, client, data.batches, data.place, data.search, data.task
+    )

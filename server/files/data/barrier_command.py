@@ -14,6 +14,7 @@ from fedbasin.server.files.commands import (
     Module,
     Notation,
     RotateResidual,
+    Smoothing,
     Threads,
     exit_on_failure,
     print_results,
@@ -47,6 +48,7 @@ def barrier(
     ] = None,
     matcher: MatcherName = "weights",
     align_data: AlignData = None,
+    smoothing: Smoothing = None,
     symmetry: Notation = None,
     config: Config = None,
     module: Module = None,
@@ -83,7 +85,7 @@ def barrier(
                 raise ModelError(f"{picture}: is a folder; give the name of a file")
         with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
-        matching = read_matching(matcher, source, align_data, task, "--align-data")
+        matching = read_matching(matcher, source, align_data, task, "--align-data", smoothing)
         refuse_idle_options(matching, "--align-data")
         with progress_bar() as bar:
             task_bar = bar.add_task("matching", total=None)

@@ -8,6 +8,7 @@ from fedbasin.server.files.data.model_on_data import require_executable, run, ru
 from fedbasin.server.files.reading import ModelError, few
 from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.strategies.alignment.identity_bound import IdentityBounds
+from fedbasin.strategies.alignment.learned_matching import Search
 from fedbasin.strategies.alignment.matchers import Matcher, MatchingData, prepare_match
 from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights
 from fedbasin.strategies.symmetry.symmetry import Symmetry
@@ -26,13 +27,15 @@ class StoredMatching:
         data: the batches; None without.
         name: the user's name for the data.
         task: the task of learned matching; None takes the one that the first batch shows.
+        smoothing: its label smoothing; None for the default.
     """
 
     matcher: Matcher
     model: SymmetricModel
-    data: Batches | None
-    name: str
-    task: Task | None
+    data: Batches | None = None
+    name: str = ""
+    task: Task | None = None
+    smoothing: float | None = None
 
     def match(
         self, symmetry: Symmetry, anchor: State, moving: State, place: float = 0.5, bounds: IdentityBounds | None = None
@@ -56,7 +59,8 @@ class StoredMatching:
             alignment = prepare_match(self.matcher, symmetry, dict(anchor), dict(moving), bounds)()
             return MatchResult(alignment.transform, alignment.report)
         module = require_executable(self.model).module
-        data = MatchingData(module, self.data, place, self.task)
+        search = None if self.smoothing is None else Search(smoothing=self.smoothing)
+        data = MatchingData(module, self.data, place, self.task, search)
         start, end = (runnable_state(self.model, state) for state in (anchor, moving))
         prepare = partial(prepare_match, self.matcher, symmetry, start, end, data=data)
         alignment = run(module, self.name, lambda: prepare()())
@@ -65,10 +69,12 @@ class StoredMatching:
 
 def matching_by_weights(model: SymmetricModel) -> StoredMatching:
     """Return the matcher that reads no data and holds no copies of models."""
-    return StoredMatching(Matcher.weights, model, None, "", None)
+    return StoredMatching(Matcher.weights, model)
 
 
-def read_matching(name: str, model: SymmetricModel, data: str | None, task: str | None, option: str) -> StoredMatching:
+def read_matching(
+    name: str, model: SymmetricModel, data: str | None, task: str | None, option: str, smoothing: float | None = None
+) -> StoredMatching:
     """Return the matcher of a name with the data that a user gives.
 
     Args:
@@ -77,19 +83,23 @@ def read_matching(name: str, model: SymmetricModel, data: str | None, task: str 
         data: function that returns the batches, `package.module:function`; None without.
         task: name of the task; None takes the one that the first batch shows.
         option: the option that names the data, for errors.
+        smoothing: label smoothing of learned matching, 0 or above and below 1; None for the default.
 
     Raises:
-        ModelError: the matcher is unknown or reads data and has none, the model cannot be run, or the function fails.
+        ModelError: the matcher is unknown, reads no smoothing, or reads data and has none, the model cannot be run, or the function fails.
     """
     if name not in Matcher.__members__:
         raise ModelError(f"--matcher {name}: is unknown; give one of {', '.join(Matcher.__members__)}")
     matcher = Matcher[name]
     if matcher.reads_data and data is None:
         raise ModelError(f"--matcher {name}: reads data; give {option} package.module:function")
+    if smoothing is not None and not (matcher is Matcher.learned and 0 <= smoothing < 1):
+        raise ModelError(f"--smoothing {smoothing:g}: is from 0 to below 1, and read by the matcher learned alone")
     if matcher.reads_data:
         _refuse_other_names(matcher, model)
     batches = None if data is None else read_data(data, option)
-    return StoredMatching(matcher, model, batches, data or "", None if task is None else read_task(task))
+    chosen = None if task is None else read_task(task)
+    return StoredMatching(matcher, model, batches, data or "", chosen, smoothing)
 
 
 def refuse_idle_options(

@@ -77,7 +77,7 @@ def check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> 
     for model in rest:
         if _identity(model) != _identity(first):
             raise ModelError(_two_architectures(first.stored, model.stored))
-    matching = read_matching(settings.matcher, first, settings.data, recipe.task, "--align-data")
+    matching = read_matching(settings.matcher, first, settings.data, recipe.task, "--align-data", settings.smoothing)
     alignable = AlignableModels(settings, matching)
     if matching.data is not None and not (matching.matcher.reads_data or alignable.norms):
         raise ModelError(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedbasin.server.files.data import stored_matching
 from fedbasin.strategies.alignment import learned_matching
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.symmetry.discover.discovery import discover
@@ -183,6 +184,15 @@ REFUSED = {
     "no proof of nothing": (("--no-prove",), "--no-prove: belongs to --align"),
     "no stream to rotate": (("--align", "star", "--rotate-residual", *MODULE), "residual stream"),
     "no rotation of nothing": (("--rotate-residual",), "--rotate-residual: belongs to --align"),
+    "idle smoothing": (
+        ("--align", "star", "--smoothing", "0", *MODULE),
+        "--smoothing 0: is from 0 to below 1, and read",
+    ),
+    "smoothing of 1": (
+        ("--align", "star", "--matcher", "learned", "--smoothing", "1", *DATA, *MODULE),
+        "--smoothing 1: is from 0 to below 1",
+    ),
+    "smoothing alone": (("--smoothing", "0"), "--smoothing: belongs to --align"),
     "no module": (("--align", "star", "--matcher", "activations", *DATA), "has no symmetry in its metadata"),
     "a task that is not read": (("--align", "star", *MODULE, "--task", "classification"), "task: is read only"),
     "a module that is not run": (MODULE, "module: is run only by"),
@@ -229,9 +239,9 @@ def test_one_model_is_aligned_by_every_matcher(tmp_path: Path, matcher: Matcher)
 def test_the_line_to_a_model_that_learned_its_alignment_has_no_higher_loss_than_to_the_one_by_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learned_matching, "Search", partial(learned_matching.Search, steps=20, smoothing=0))
+    monkeypatch.setattr(stored_matching, "Search", partial(learned_matching.Search, steps=20))
     command = ("barrier", *unrelated(tmp_path), "--data", f"{GIVEN}:rows", "--points", 3, *MODULE)
-    (by_weights,), (learned,) = answer(*command), answer(*command, "--matcher", "learned", *DATA)
+    (by_weights,), (learned,) = answer(*command), answer(*command, "--matcher", "learned", "--smoothing", 0, *DATA)
     assert learned["after"]["loss"][1] <= by_weights["after"]["loss"][1] + 1e-6
     assert learned["before"] == by_weights["before"]
 
