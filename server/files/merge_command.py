@@ -270,10 +270,11 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
     ]
     for number, alignment in enumerate(report.alignments, 1):
         lines.append(f"search {number}: distance {alignment.distance_before:.6g} → {alignment.distance_after:.6g}")
-    if report.alignments:
-        lines.append(describe_change(report.change, proves=proves))
     if report.vocabulary is not None:
-        lines.append(f"merged by token, {report.vocabulary} tokens")
+        proof = ", which no module proves" if report.alignments else ""
+        lines.append(f"merged by token, {report.vocabulary} tokens{proof}")
+    elif report.alignments:
+        lines.append(describe_change(report.change, proves=proves))
     if report.distillation is not None:
         before, after = report.distillation.before, report.distillation.after
         lines.append(f"divergence from the ensemble {before:.4g} → {after:.4g}")

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.align_file import fold_stored, prove_function, refuse_not_finite, transform_stored
 from fedbasin.server.files.data.model_on_data import require_executable, run, runnable_state
 from fedbasin.server.files.data.stored_matching import StoredMatching, read_matching
-from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
+from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState, identity_layout
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.recipe import MergeRecipe, ModelAlignment
 from fedbasin.server.files.reading import ModelError, StoredModel, few
@@ -61,8 +61,15 @@ class AlignedModels:
     change: float | None
 
 
-def check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> AlignableModels | None:
+def check_alignment(
+    recipe: MergeRecipe, models: Mapping[Path, StoredModel], *, by_token: bool
+) -> AlignableModels | None:
     """Return the models that a recipe aligns, with the data that it names; None if it aligns none.
+
+    Args:
+        recipe: the recipe.
+        models: its models.
+        by_token: whether they have tables of other sizes, so that no module is all of theirs.
 
     Raises:
         ModelError: they have no symmetry, are of two architectures, or cannot be run on the data.
@@ -77,6 +84,7 @@ def check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> 
     for model in rest:
         if _identity(model) != _identity(first):
             raise ModelError(_two_architectures(first.stored, model.stored))
+    first = _in_file_names(first) if by_token else first
     matching = read_matching(settings.matcher, first, settings.data, recipe.task, "--align-data", settings.smoothing)
     alignable = AlignableModels(settings, matching)
     if matching.data is not None and not (matching.matcher.reads_data or alignable.norms):
@@ -88,13 +96,14 @@ def check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> 
 
 
 def align_models(
-    models: AlignableModels, states: Mapping[Path, State], on_step: Callable[[str], None]
+    models: AlignableModels, matched: Mapping[Path, State], states: Mapping[Path, State], on_step: Callable[[str], None]
 ) -> AlignedModels:
     """Align models, and prove by execution that each keeps its function.
 
     Args:
         models: the models.
-        states: their tensors, in the names of the files, in the order of the recipe.
+        matched: the tensors that are compared, in the names of the files, in the order of the recipe.
+        states: the tensors that are transformed.
         on_step: called with the number of each search, and when the proof begins.
 
     Raises:
@@ -103,7 +112,7 @@ def align_models(
     """
     reference = models.matching.model
     folded = []
-    for path, state in states.items():
+    for path, state in matched.items():
         refuse_not_finite(state, path)
         folded.append(fold_stored(path, reference.symmetry, ModuleState(reference.layout, state)))
     numbers = itertools.count(1)
@@ -144,6 +153,17 @@ def measure_norms(models: AlignableModels, merged: State) -> State:
 
     measured = run(executable.module, models.matching.name, measure)
     return StoredState(executable.layout, merged, {**ModuleState(executable.layout, merged), **measured})
+
+
+def _in_file_names(model: SymmetricModel) -> SymmetricModel:
+    symmetry = in_stored_names(model.symmetry, model.layout)
+    if symmetry is None:
+        raise ModelError(
+            f"{model.stored.path}: its tensors are stored in pieces, so it cannot be aligned and merged by token at once; "
+            "give models of one vocabulary, or leave align out"
+        )
+    layout = identity_layout(model.stored.shapes())
+    return replace(model, symmetry=symmetry, layout=layout, executable=None, by_hand=True)
 
 
 def _identity(model: SymmetricModel) -> Symmetry:

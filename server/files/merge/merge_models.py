@@ -23,7 +23,7 @@ from fedbasin.server.files.merge.merging import check_copies, merge_tensor, merg
 from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.result_config import write_config
-from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
+from fedbasin.server.files.merge.vocabularies import TokenPlan, is_table, order_tables, plan_tokens, write_tokenizer
 from fedbasin.server.files.reading import ModelError, StoredModel, open_model
 from fedbasin.server.files.writing import FolderFiles, copy_other_files, list_files, replacing
 from fedbasin.strategies.fusion.rules.merging_rules import RULES
@@ -73,21 +73,25 @@ class PreparedMerge:
     Attributes:
         recipe: the recipe.
         models: the opened models, the base model or the first one first.
-        states: their tensors, by token where a vocabulary was chosen.
+        whole: their tensors.
+        states: the same, by token where a vocabulary was chosen.
         tokens: the vocabulary of the result, if it is not that of all models.
         shapes: names, shapes and dtypes of their tensors.
         plan: the tensors of the result.
         alignable: the models with what their alignment needs; None if the recipe aligns none.
+        tables: names of the tables that have a row for each token, where a vocabulary was chosen.
         alignment: the aligned models, once they are.
     """
 
     recipe: MergeRecipe
     models: Mapping[Path, StoredModel]
+    whole: Mapping[Path, State]
     states: Mapping[Path, State]
     tokens: TokenPlan | None
     shapes: Mapping[Path, State]
     plan: Sequence[PlannedTensor]
     alignable: AlignableModels | None = None
+    tables: frozenset[str] = frozenset()
     alignment: AlignedModels | None = None
 
     @property
@@ -118,15 +122,16 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     if tokens is not None and runs:
         what = recipe.rule.name if recipe.rule.statistic else "distill" if recipe.distill else "align with data"
         raise ModelError(f"tokenizer: {what} runs the models, which must have the same tokens and tables")
-    alignable = check_alignment(recipe, models)
+    alignable = check_alignment(recipe, models, by_token=tokens is not None)
     if tokens is None:
-        return PreparedMerge(recipe, models, whole, None, shapes, plan_merge(recipe, shapes), alignable)
+        return PreparedMerge(recipe, models, whole, whole, None, shapes, plan_merge(recipe, shapes), alignable)
     tables = frozenset(
         name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
     )
-    by_token = {path: TokenState(path, whole, tokens, tables) for path in models}
+    by_token = order_tables(whole, tokens, tables)
     planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
-    return PreparedMerge(recipe, models, by_token, tokens, planned, plan_merge(recipe, planned), alignable)
+    plan = plan_merge(recipe, planned)
+    return PreparedMerge(recipe, models, whole, by_token, tokens, planned, plan, alignable, tables)
 
 
 def write_merge(
@@ -264,8 +269,13 @@ def align_merge(merge: PreparedMerge, on_step: Callable[[str], None]) -> Prepare
     """
     if merge.alignable is None or merge.alignment is not None:
         return merge
-    aligned = align_models(merge.alignable, merge.states, on_step)
-    return replace(merge, states=aligned.states, alignment=aligned)
+    if merge.tokens is None:
+        aligned = align_models(merge.alignable, merge.whole, merge.whole, on_step)
+        return replace(merge, states=aligned.states, alignment=aligned)
+    # A row that one model borrows from another says nothing of their units, and is borrowed from the aligned one.
+    matched = order_tables(merge.whole, merge.tokens.shared(), merge.tables)
+    aligned = align_models(merge.alignable, matched, merge.whole, on_step)
+    return replace(merge, states=order_tables(aligned.states, merge.tokens, merge.tables), alignment=aligned)
 
 
 def with_recipe(merge: PreparedMerge, recipe: MergeRecipe) -> PreparedMerge:

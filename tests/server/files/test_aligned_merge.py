@@ -1,5 +1,6 @@
 """`fedbasin merge --align` with every matcher and every order, with data, and what it refuses."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedbasin.server.files.data import stored_matching
 from fedbasin.strategies.alignment import learned_matching
@@ -17,6 +19,7 @@ from fedbasin.strategies.symmetry.transform import random
 from tests.server.files import given
 from tests.server.files.stored import answer, fedbasin, planted, refusal, saved
 from tests.server.files.stored import outputs as library_outputs
+from tests.strategies.symmetry.tiny_transformers import symmetry_of as library_symmetry
 
 LINKS = ("star", "chain", "tree", "universe")
 GIVEN = "tests.server.files.given"
@@ -269,3 +272,29 @@ def test_what_other_commands_refuse(tmp_path: Path, case: str) -> None:
         "barrier": (anchor, model, "--data", f"{GIVEN}:rows"),
     }
     assert message in refusal(command, *rest[command], *options, *MODULE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_tokens_that_a_model_lacks_are_those_of_the_aligned_model(tmp_path: Path, tied: bool) -> None:
+    """The second model is the first with units in another order, and without its last two tokens."""
+    words = ["unknown", *"abcdefgh"]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=len(words), tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config)
+    fewer = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "vocab_size": len(words) - 2}))
+    state = random(library_symmetry(model), torch.Generator().manual_seed(1)).act(model.state_dict())
+    fewer.load_state_dict({n: t[: len(words) - 2] if len(t) == len(words) else t for n, t in state.items()})
+    for folder, kind, count in (("a", model, len(words)), ("b", fewer, len(words) - 2)):
+        kind.save_pretrained(tmp_path / folder)
+        vocabulary = {word: place for place, word in enumerate(words[:count])}
+        tokenizer = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "unknown"}
+        text = json.dumps({"version": "1.0", "added_tokens": [], "model": tokenizer})
+        (tmp_path / folder / "tokenizer.json").write_text(text)
+    recipe = tmp_path / "recipe.yaml"
+    a, b, out = (tmp_path / name for name in ("a", "b", "out"))
+    sources = f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]"
+    recipe.write_text(f"{sources}\ntokenizer_source: union\nalign: star\n")
+    answer("merge", recipe, "-o", out)
+    first, merged = load_file(a / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.allclose(first[name], merged[name], atol=1e-4) for name in first)
