@@ -1,9 +1,8 @@
 """Alignment of a client's model to the anchor, by the matcher that the server requests."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,15 +10,9 @@ from torch import nn
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.proto.request import Request
-from fedbasin.strategies.alignment.activation_matching import match_activations
-from fedbasin.strategies.alignment.graph_matching import match_graph
-from fedbasin.strategies.alignment.learned_matching import match_learned
-from fedbasin.strategies.alignment.matchers import Matcher
-from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
-from fedbasin.strategies.alignment.weight_matching import Alignment, match_weights
-from fedbasin.strategies.capture.feature_correlations import correlations
+from fedbasin.strategies.alignment.matchers import Matcher, MatchingData, prepare_match
 from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
-from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
+from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
 
@@ -77,41 +70,23 @@ def align(
         return AlignedModel(trained)
     symmetry = parse(request.symmetry)
     started = time.perf_counter()
-    match = _matcher(request, symmetry, trained, examples, model, data, task)
+    matcher = Matcher[request.matcher]
+    given = _matching_data(request, examples, model, data, task) if matcher.reads_data else None
+    match = prepare_match(matcher, symmetry, request.anchor, trained, request.identity_bounds, given)
     with refusing_what_cannot_be_matched():
         alignment = match()
     report = replace(alignment.report, seconds=time.perf_counter() - started)
     state = alignment.state
     # Learned matching has optimised the loss at this very point, so a translation would move away from it.
-    if request.matcher != Matcher.learned.name:
+    if matcher is not Matcher.learned:
         state = symmetry.translate(symmetry.fold(request.anchor), state)
     return AlignedModel(state, report, symmetry.digest)
 
 
-def _matcher(
-    request: Request,
-    symmetry: Symmetry,
-    trained: State,
-    examples: float,
-    model: nn.Module,
-    data: Data | None,
-    task: Task | None,
-) -> Callable[[], Alignment]:
-    """Return the match that the server requests, once its data are at hand."""
-    # Identity bounds are distances between weights, so only the matchers by weights use them.
-    match Matcher[request.matcher]:
-        case Matcher.activations:
-            batches = required(data, "matching by activations")()
-            features = correlations(symmetry, model, request.anchor, trained, batches)
-            return partial(match_activations, symmetry, request.anchor, trained, features)
-        case Matcher.learned:
-            batches = FreshBatches(required(data, "learned matching"))
-            weights = examples, request.merged_examples
-            share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
-            return partial(match_learned, symmetry, model, request.anchor, trained, batches, share, task=task)
-        case Matcher.graph:
-            return partial(match_graph, symmetry, request.anchor, trained, request.identity_bounds)
-        case Matcher.sinkhorn:
-            return partial(match_sinkhorn, symmetry, request.anchor, trained, request.identity_bounds)
-        case Matcher.weights:
-            return partial(match_weights, symmetry, request.anchor, trained, request.identity_bounds)
+def _matching_data(
+    request: Request, examples: float, model: nn.Module, data: Data | None, task: Task | None
+) -> MatchingData:
+    batches = FreshBatches(required(data, f"matcher = {request.matcher!r}"))
+    weights = examples, request.merged_examples
+    share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
+    return MatchingData(model, batches, share, task)

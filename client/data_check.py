@@ -7,6 +7,7 @@ from torch import nn
 
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.request import Request
+from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.tensors.batches import evaluating, forward, read_batches
 
 
@@ -17,7 +18,7 @@ class UnreadableDataError(ValueError):
 def needs_data(request: Request) -> bool:
     """Return whether the reply to a request for training is measured on the client's data."""
     measured = request.statistic != "none" or request.path_points > 0 or request.layer_graph
-    return measured or (request.aligns and request.matcher in ("activations", "learned"))
+    return measured or (request.aligns and Matcher[request.matcher].reads_data)
 
 
 def check_data(make_model: Callable[[], nn.Module], data: Data | None) -> None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Group
 from rich.table import Column, Table
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.library.executable_model import change_of_function
+from fedbasin.server.files.data.stored_matching import StoredMatching
+from fedbasin.server.files.library.executable_model import ExecutableModel, change_of_function
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.files.shared_tensors import shared_tensors
@@ -16,7 +18,7 @@ from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.transformed_state import TransformedState
-from fedbasin.strategies.alignment.weight_matching import find_by_weights, fold_state
+from fedbasin.strategies.alignment.weight_matching import fold_state
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import is_finite, one_core
@@ -42,7 +44,13 @@ class FileAlignment:
 
 
 def align(
-    anchor: StoredModel, model: SymmetricModel, symmetry: Symmetry, on_read: Callable[[str], None], *, certify: bool
+    anchor: StoredModel,
+    model: SymmetricModel,
+    symmetry: Symmetry,
+    matching: StoredMatching,
+    on_read: Callable[[str], None],
+    *,
+    certify: bool,
 ) -> FileAlignment:
     """Find the transform that takes `model` into the basin of `anchor`, on the tensors that both have.
 
@@ -50,21 +58,22 @@ def align(
         anchor: the model that stays as it is.
         model: the model that the transform is for.
         symmetry: the part of its symmetry that is aligned.
+        matching: the matcher.
         on_read: called with the name of each tensor of `model` that the search reads.
-        certify: prove first at which spaces the identity is optimal; costs memory.
+        certify: prove first at which spaces the identity is optimal, for matchers by weights; costs memory.
 
     Raises:
-        ModelError: the models share nothing, an entry is infinite or not a number, or a norm cannot be folded.
+        ModelError: the models share nothing, do not run on the data, an entry is infinite or not a number, or a norm cannot be folded.
     """
     for stored in (anchor, model.stored):
-        refuse_not_finite(stored)
+        refuse_not_finite(stored, stored.path)
     shared = shared_tensors(anchor, model, symmetry)
     states = [
-        fold_stored(stored, shared.symmetry, state)
+        fold_stored(stored.path, shared.symmetry, state)
         for stored, state in ((anchor, shared.anchor), (model.stored, _WatchedState(shared.model, on_read)))
     ]
     bounds = identity_bounds(shared.symmetry, states[0]) if certify else None
-    match = find_by_weights(shared.symmetry, states[0], states[1], bounds)
+    match = matching.match(shared.symmetry, states[0], states[1], bounds=bounds)
     spaces = tuple(space for space in symmetry.spaces if space.name in match.transform.elements)
     transform = Transform(replace(symmetry, spaces=spaces), match.transform.elements)
     return FileAlignment(transform, match.report, shared.apart)
@@ -115,7 +124,7 @@ def apply_transform(transform: Transform, model: SymmetricModel) -> State:
         transform.symmetry.check({name: tensor.to("meta") for name, tensor in model.state.items()})
     except SymmetryError as error:
         raise ModelError(f"{model.stored.path}: {error}") from error
-    return _transformed(transform, model, model.stored)
+    return transform_stored(transform, model, model.stored, model.stored.path)
 
 
 def prove_if_possible(transform: Transform, model: SymmetricModel, *, wanted: bool) -> float | None:
@@ -135,13 +144,34 @@ def prove_if_possible(transform: Transform, model: SymmetricModel, *, wanted: bo
     """
     if not wanted or model.executable is None:
         return None
-    double = _DoubleState(model.stored)
-    change = change_of_function(model.executable, double, _transformed(transform, model, double))
+    return prove_function(transform, model, model.executable, model.stored, model.stored.path)
+
+
+def prove_function(
+    transform: Transform, model: SymmetricModel, executable: ExecutableModel, stored: State, path: Path
+) -> float:
+    """Execute a module with stored tensors and with the transformed ones, in float64.
+
+    Args:
+        transform: the transform that is to be applied.
+        model: a model of this architecture.
+        executable: its module.
+        stored: the tensors, in the names of the files.
+        path: where they are stored, for errors.
+
+    Returns:
+        The largest relative change of an output.
+
+    Raises:
+        ModelError: the function changes, or the module does not run on its example.
+    """
+    double = _DoubleState(stored)
+    change = change_of_function(executable, double, transform_stored(transform, model, double, path))
     # Also where it is not a number.
     if not change < _TOLERANCE:
         raise ModelError(
-            f"{model.stored.path}: its outputs would change by {change:.1e} in float64, so nothing is written; "
-            "report this model, or choose other spaces with --spaces"
+            f"{path}: its outputs would change by {change:.1e} in float64, so nothing is written; report this model, or "
+            "choose other spaces with --spaces"
         )
     return change
 
@@ -160,9 +190,19 @@ def render_alignment(report: AlignmentReport, lines: Sequence[str]) -> Group:
 
 def describe_proof(change: float | None, model: SymmetricModel) -> str:
     """Return a sentence on the proof of what was written."""
+    return describe_change(change, proves=model.executable is None)
+
+
+def describe_change(change: float | None, *, proves: bool) -> str:
+    """Return a sentence on the largest change of an output; None says that nothing was executed.
+
+    Args:
+        change: the change.
+        proves: whether a proof was wanted, so that without one the model cannot be executed.
+    """
     if change is not None:
         return f"proven by execution: outputs change by {change:.1e} in float64"
-    reason = "--no-prove" if model.executable is not None else "the model cannot be executed; give --module"
+    reason = "the model cannot be executed; give --module" if proves else "--no-prove"
     return f"not proven by execution: {reason}"
 
 
@@ -176,15 +216,26 @@ def describe_rest(model: SymmetricModel, apart: tuple[str, ...] = ()) -> list[st
     ]
 
 
-def _transformed(transform: Transform, model: SymmetricModel, stored: State) -> State:
-    state = fold_stored(model.stored, transform.symmetry, ModuleState(model.layout, stored))
+def transform_stored(transform: Transform, model: SymmetricModel, stored: State, path: Path) -> State:
+    """Return stored tensors under a transform, each of which is computed when it is read.
+
+    Args:
+        transform: the transform.
+        model: a model of this architecture.
+        stored: the tensors, in the names of the files.
+        path: where they are stored, for errors.
+
+    Raises:
+        ModelError: a norm cannot be folded.
+    """
+    state = fold_stored(path, transform.symmetry, ModuleState(model.layout, stored))
     # Without identity elements, tensors that stay are written byte for byte.
     elements = {name: e for name, e in transform.elements.items() if not e.is_identity}
     return StoredState(model.layout, stored, TransformedState(transform.symmetry, state, elements))
 
 
-def fold_stored(model: StoredModel, symmetry: Symmetry, state: State) -> State:
-    """Return the state of a stored model in the parametrisation on which a symmetry acts.
+def fold_stored(path: Path, symmetry: Symmetry, state: State) -> State:
+    """Return the state of the model at a path in the parametrisation on which a symmetry acts.
 
     Raises:
         ModelError: a norm cannot be folded.
@@ -192,18 +243,18 @@ def fold_stored(model: StoredModel, symmetry: Symmetry, state: State) -> State:
     try:
         return fold_state(symmetry, state)
     except SymmetryError as error:
-        raise ModelError(f"{model.path}: {error}") from error
+        raise ModelError(f"{path}: {error}") from error
 
 
-def refuse_not_finite(model: StoredModel) -> None:
+def refuse_not_finite(state: State, path: Path) -> None:
     """Refuse a model with entries that are not finite, which a search would follow.
 
     Raises:
         ModelError: names the tensor.
     """
     with one_core():
-        for name in model:
-            if not is_finite(model[name]):
+        for name in state:
+            if not is_finite(state[name]):
                 raise ModelError(
-                    f"{model.path}: {name!r} has entries that are infinite or not a number; leave this model out"
+                    f"{path}: {name!r} has entries that are infinite or not a number; leave this model out"
                 )

@@ -43,6 +43,10 @@ Module = Annotated[
 NoProof = Annotated[
     bool, typer.Option("--no-prove", help="Write without executing the model before and after; needs less memory.")
 ]
+MatcherName = Annotated[str, typer.Option("--matcher", help="weights, sinkhorn, graph, activations or learned.")]
+Smoothing = Annotated[
+    float | None, typer.Option(help="Label smoothing of --matcher learned; 0 where data are many. Default: 0.1.")
+]
 RotateResidual = Annotated[
     bool,
     typer.Option(
@@ -104,6 +108,14 @@ def align(
     model: Model,
     anchor: Annotated[Path, typer.Option(help="The model to align to; it stays as it is.")],
     output: Output,
+    matcher: MatcherName = "weights",
+    data: Annotated[
+        str | None, typer.Option(metavar="PACKAGE:FUNCTION", help="Function that returns the batches of the matcher.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task of the data, for --matcher learned. Default: what the first batch shows.")
+    ] = None,
+    smoothing: Smoothing = None,
     symmetry: Notation = None,
     config: Config = None,
     module: Module = None,
@@ -124,7 +136,7 @@ def align(
 ) -> None:
     """Move a model into the basin of another without changing its function.
 
-    Units and heads are permuted and rotated so that they come closest to the anchor's. The output has the layout, the
+    Units and heads are permuted and rotated so that they come closest to the anchor's, or agree with it on data. The output has the layout, the
     dtypes and the other files of MODEL. The anchor is read as MODEL's architecture, and the two are compared on what
     they share. Before anything is written the model is executed with its old and its new tensors.
 
@@ -138,6 +150,7 @@ def align(
         import torch
 
         from fedbasin.server.files import align_file, transform_file, writing
+        from fedbasin.server.files.data.stored_matching import read_matching, refuse_idle_options
         from fedbasin.server.files.reading import open_model
         from fedbasin.server.files.stored_symmetry import Source, choose_spaces, symmetric_model
 
@@ -155,8 +168,10 @@ def align(
         with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
         part = choose_spaces(source.symmetry, spaces or (), first, last)
+        matching = read_matching(matcher, source, data, task, "--data", smoothing)
+        refuse_idle_options(matching, "--data", task, certify=certify)
         with matching_progress() as on_read:
-            alignment = align_file.align(stored_anchor, source, part, on_read, certify=certify)
+            alignment = align_file.align(stored_anchor, source, part, matching, on_read, certify=certify)
         change = align_file.prove_if_possible(alignment.transform, source, wanted=not no_prove)
         write_model(stored, output, align_file.apply_transform(alignment.transform, source))
         if transform is not None:

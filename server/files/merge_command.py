@@ -10,7 +10,10 @@ from fedbasin.server.files.commands import (
     Force,
     Json,
     Module,
+    NoProof,
     Output,
+    RotateResidual,
+    Smoothing,
     Threads,
     exit_on_failure,
     print_results,
@@ -41,8 +44,22 @@ def merge(
         list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Parameter of the rule.")
     ] = None,
     align: Annotated[
-        str | None, typer.Option(metavar="ORDER", help="Align first: star, chain, tree or universe.")
+        str | None, typer.Option(metavar="LINKS", help="Align first: star, chain, tree or universe.")
     ] = None,
+    matcher: Annotated[
+        str | None,
+        typer.Option(help="With --align: weights, sinkhorn, graph, activations or learned. Default: weights."),
+    ] = None,
+    align_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE:FUNCTION",
+            help="Function that returns the batches on which models are aligned, and BatchNorm is measured anew.",
+        ),
+    ] = None,
+    smoothing: Smoothing = None,
+    rotate_residual: RotateResidual = False,
+    no_prove: NoProof = False,
     statistics: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,7 +99,7 @@ def merge(
     BASE+ADAPTER is a model with a low-rank adapter of the peft library; adapters alone are merged into an adapter.
 
     A recipe has mergekit's keys; docs/how-to/merging.md lists them and the rules. Options that a recipe has as keys
-    are refused beside one, apart from --align and --dtype, which replace its keys.
+    are refused beside one, apart from --align with --matcher and --align-data, and --dtype, which replace its keys.
 
     Exits with 0, with 2 if a file cannot be read, does not fit or cannot be written, and with 130 on Ctrl-C, which
     leaves nothing behind.
@@ -99,7 +116,9 @@ def merge(
         if threads is not None:
             torch.set_num_threads(threads)
         keys: dict[str, Any] = {
-            "align": align,
+            "align": _alignment(
+                align, matcher, align_data, smoothing, rotate_residual=rotate_residual, no_prove=no_prove
+            ),
             "dtype": dtype,
             "rank": rank,
             "task": task,
@@ -122,7 +141,7 @@ def merge(
         refuse_full_disk(merge, output)
         report, scores = _write(merge, output, int(shard_size * 1e9), settings)
     record = asdict(report) | ({} if scores is None else {"score": asdict(scores)})
-    print_results([record], _render(report, scores), as_json=as_json)
+    print_results([record], _render(report, scores, proves=bool(recipe.align and recipe.align.prove)), as_json=as_json)
 
 
 def _recipe(
@@ -164,6 +183,33 @@ def _parameter(text: str) -> tuple[str, Any]:
     if not equals or not value:
         raise ModelError(f"--parameter: {text!r} has no value; write NAME=VALUE")
     return name, yaml.safe_load(value)
+
+
+def _alignment(
+    links: str | None,
+    matcher: str | None,
+    data: str | None,
+    smoothing: float | None,
+    *,
+    rotate_residual: bool,
+    no_prove: bool,
+) -> dict[str, Any] | str | None:
+    """Return the key `align`; None where the options say nothing of it."""
+    from fedbasin.server.files.reading import ModelError
+
+    keys = {
+        "--matcher": ("matcher", matcher),
+        "--align-data": ("data", data),
+        "--smoothing": ("smoothing", smoothing),
+        "--rotate-residual": ("rotate_residual", rotate_residual or None),
+        "--no-prove": ("prove", False if no_prove else None),
+    }
+    chosen = {option: entry for option, entry in keys.items() if entry[1] is not None}
+    if links in (None, "off"):
+        if chosen:
+            raise ModelError(f"{next(iter(chosen))}: belongs to --align; give both, or leave it out")
+        return links
+    return {"links": links, **dict(chosen.values())}
 
 
 def _distillation(data: str | None, passes: int | None, rate: float | None) -> dict[str, Any] | None:
@@ -212,9 +258,10 @@ def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool) -> None
     merge_adapter_folders(recipe, output)
 
 
-def _render(report: "MergeReport", scores: "ScoreReport | None" = None) -> Any:
+def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool) -> Any:
     from rich.console import Group
 
+    from fedbasin.server.files.align_file import describe_change
     from fedbasin.server.report.charts.text import size
 
     lines = [
@@ -224,7 +271,10 @@ def _render(report: "MergeReport", scores: "ScoreReport | None" = None) -> Any:
     for number, alignment in enumerate(report.alignments, 1):
         lines.append(f"search {number}: distance {alignment.distance_before:.6g} → {alignment.distance_after:.6g}")
     if report.vocabulary is not None:
-        lines.append(f"merged by token, {report.vocabulary} tokens")
+        proof = ", which no module proves" if report.alignments else ""
+        lines.append(f"merged by token, {report.vocabulary} tokens{proof}")
+    elif report.alignments:
+        lines.append(describe_change(report.change, proves=proves))
     if report.distillation is not None:
         before, after = report.distillation.before, report.distillation.after
         lines.append(f"divergence from the ensemble {before:.4g} → {after:.4g}")

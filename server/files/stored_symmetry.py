@@ -129,19 +129,6 @@ def model_of_symmetry(
         raise ModelError(f"{model.path}: {error}") from error
 
 
-def symmetry_of(model: StoredModel, notation: Path | None = None, config: Path | None = None) -> Symmetry:
-    """Return the symmetry of a stored model in the names of its files.
-
-    Raises:
-        ModelError: no source gives a symmetry, it does not fit, or it acts on tensors that are stored in pieces.
-    """
-    symmetric = symmetric_model(model, Source(notation, config))
-    symmetry = in_stored_names(symmetric.symmetry, symmetric.layout)
-    if symmetry is None:
-        raise ModelError(f"{model.path}: its tensors are stored in pieces, in whose names no symmetry can be written")
-    return symmetry
-
-
 def choose_spaces(
     symmetry: Symmetry, globs: Sequence[str] = (), first: int | None = None, last: int | None = None
 ) -> Symmetry:

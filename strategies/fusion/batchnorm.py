@@ -24,10 +24,15 @@ from fedbasin.strategies.tensors.state import State
 
 def find_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
     """Return the BatchNorm layers with running statistics, a weight and a bias, in the order of the modules."""
+    return tuple(norm for norm in find_running_norms(model) if model.get_submodule(norm.name).affine)
+
+
+def find_running_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
+    """Return the BatchNorm layers with running statistics, also those without a weight, in the order of the modules."""
     return tuple(
         BatchNorm(name, module.eps)
         for name, module in model.named_modules()
-        if name and isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine
+        if name and isinstance(module, _BatchNorm) and module.running_mean is not None
     )
 
 

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.request import Request
-from fedbasin.strategies.alignment.graph_matching import match_graph
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
-from fedbasin.strategies.alignment.matchers import Matcher
-from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
-from fedbasin.strategies.alignment.weight_matching import match_weights
+from fedbasin.strategies.alignment.matchers import BY_WEIGHTS, Matcher
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.distillation.distilled_accumulator import DistilledAccumulator
 from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, to_scales
@@ -40,13 +37,6 @@ from fedbasin.strategies.symmetry.symmetry import Symmetry
 from fedbasin.strategies.tensors.state import State
 
 Align = Literal["client", "server", "off"]
-
-# The matchers that need no data, so that the server can align by them.
-_BY_WEIGHTS = {
-    Matcher.weights.name: match_weights,
-    Matcher.sinkhorn.name: match_sinkhorn,
-    Matcher.graph.name: match_graph,
-}
 
 
 class Fuse:
@@ -138,7 +128,7 @@ class AlignedFuse:
         self._anchor = anchor
         self._symmetry = symmetry
         self._bounds = identity_bounds(symmetry, anchor)
-        self._match = _BY_WEIGHTS[fuse.request.matcher]
+        self._match = BY_WEIGHTS[Matcher[fuse.request.matcher]]
 
     def check(self, update: Update) -> Checked:
         # Checked before it is aligned: an assignment over NaN has no answer.

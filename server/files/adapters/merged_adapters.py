@@ -71,7 +71,7 @@ def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:
     Raises:
         ModelError: the recipe does more than to add, or the adapters do not fit.
     """
-    if recipe.merge_method != "linear" or recipe.slices or recipe.align != "off":
+    if recipe.merge_method != "linear" or recipe.slices or recipe.align:
         raise ModelError("merge_method: adapters are added as products by linear, without slices and align")
     for key in ("score", "distill"):
         if getattr(recipe, key) is not None:

@@ -9,10 +9,12 @@ from fedbasin.server.files.commands import (
     Config,
     Force,
     Json,
+    MatcherName,
     Model,
     Module,
     Notation,
     RotateResidual,
+    Smoothing,
     Threads,
     exit_on_failure,
     print_results,
@@ -28,6 +30,10 @@ Data = Annotated[
 TaskName = Annotated[
     str | None, typer.Option("--task", help="Task of the data, as regression. Default: what the first batch shows.")
 ]
+AlignData = Annotated[
+    str | None,
+    typer.Option("--align-data", metavar="PACKAGE:FUNCTION", help="Function that returns the batches of the matcher."),
+]
 
 
 @app.command()
@@ -40,6 +46,9 @@ def barrier(
     picture: Annotated[
         Path | None, typer.Option(help="HTML file for the charts of both lines; it needs nothing else.")
     ] = None,
+    matcher: MatcherName = "weights",
+    align_data: AlignData = None,
+    smoothing: Smoothing = None,
     symmetry: Notation = None,
     config: Config = None,
     module: Module = None,
@@ -61,6 +70,7 @@ def barrier(
         from fedbasin.server.files import writing
         from fedbasin.server.files.data.barrier_page import render_page
         from fedbasin.server.files.data.file_barrier import measure_barrier, render_barrier
+        from fedbasin.server.files.data.stored_matching import read_matching, refuse_idle_options
         from fedbasin.server.files.reading import ModelError, open_model
         from fedbasin.server.files.stored_symmetry import Source, symmetric_model
 
@@ -75,10 +85,12 @@ def barrier(
                 raise ModelError(f"{picture}: is a folder; give the name of a file")
         with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
+        matching = read_matching(matcher, source, align_data, task, "--align-data", smoothing)
+        refuse_idle_options(matching, "--align-data")
         with progress_bar() as bar:
             task_bar = bar.add_task("matching", total=None)
             result = measure_barrier(
-                stored_anchor, source, data, points, task, lambda step: bar.update(task_bar, description=step)
+                stored_anchor, source, data, points, task, matching, lambda step: bar.update(task_bar, description=step)
             )
         if picture is not None:
             with writing.replacing(picture) as part:

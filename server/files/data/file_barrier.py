@@ -14,12 +14,12 @@ from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.align_file import fold_stored, refuse_not_finite
 from fedbasin.server.files.data.given_data import read_data, read_task
 from fedbasin.server.files.data.model_on_data import require_executable, run, runnable_state
+from fedbasin.server.files.data.stored_matching import StoredMatching
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.files.shared_tensors import SharedTensors, shared_tensors
 from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.server.report.charts.text import number
 from fedbasin.strategies.alignment.transformed_state import TransformedState
-from fedbasin.strategies.alignment.weight_matching import find_by_weights
 from fedbasin.strategies.diagnostics.barrier import Barriers, Path, barriers
 from fedbasin.strategies.diagnostics.ensemble import Ensemble
 from fedbasin.strategies.diagnostics.evaluation import predict
@@ -76,9 +76,15 @@ class FileBarrier:
 
 
 def measure_barrier(
-    anchor: StoredModel, model: SymmetricModel, data: str, points: int, task: str | None, on_step: Callable[[str], None]
+    anchor: StoredModel,
+    model: SymmetricModel,
+    data: str,
+    points: int,
+    task: str | None,
+    matching: StoredMatching,
+    on_step: Callable[[str], None],
 ) -> FileBarrier:
-    """Evaluate the lines from an anchor to a model, before and after aligning it by weights.
+    """Evaluate the lines from an anchor to a model, before and after aligning it.
 
     Args:
         anchor: the model at t = 0.
@@ -86,6 +92,7 @@ def measure_barrier(
         data: function that returns the batches, `package.module:function`.
         points: number of points of each line, at least 2.
         task: name of the task; None takes the one that the first batch shows.
+        matching: the matcher by which it is aligned.
         on_step: called with what is computed when it begins.
 
     Raises:
@@ -94,13 +101,13 @@ def measure_barrier(
     kind = None if task is None else read_task(task)
     executable, batches = require_executable(model), read_data(data)
     for stored in (anchor, model.stored):
-        refuse_not_finite(stored)
+        refuse_not_finite(stored, stored.path)
     shared = shared_tensors(anchor, model, model.symmetry)
     _require_all(anchor, model, shared)
-    start = fold_stored(anchor, shared.symmetry, shared.anchor)
-    end = fold_stored(model.stored, shared.symmetry, shared.model)
-    on_step("matching")
-    match = find_by_weights(shared.symmetry, start, end)
+    start = fold_stored(anchor.path, shared.symmetry, shared.anchor)
+    end = fold_stored(model.stored.path, shared.symmetry, shared.model)
+    on_step(f"matching by {matching.matcher.name}")
+    match = matching.match(shared.symmetry, start, end)
     aligned = TransformedState(shared.symmetry, end, dict(match.transform.elements))
 
     def path(name: str, *ends: Any) -> Path:

@@ -106,7 +106,7 @@ def write_statistics(
         ModelError: the data do not fit the model, or the file cannot be written.
     """
     require_parameters(model, executable)
-    refuse_not_finite(model)
+    refuse_not_finite(model, model.path)
     batches, chosen = read_data(data), None if task is None else read_task(task)
     collected = run(executable.module, data, partial(_collect, executable.module, batches, kind, chosen))
     for block, tensor in collected.items():

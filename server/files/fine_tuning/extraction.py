@@ -56,7 +56,7 @@ def extract_adapter(base: StoredModel, executable: ExecutableModel, fine: Stored
     """
     require_equal_shapes(fine, base)
     for model in (base, fine):
-        refuse_not_finite(model)
+        refuse_not_finite(model, model.path)
     change = _Change(executable, base, fine)
     if not change.names:
         raise ModelError(f"{fine.path} and {base.path} hold the same tensors; there is nothing to extract")

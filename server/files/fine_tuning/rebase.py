@@ -16,6 +16,7 @@ from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.align_file import align, apply_transform, prove_if_possible, refuse_not_finite
 from fedbasin.server.files.data.given_data import read_data
 from fedbasin.server.files.data.model_on_data import require_parameters, run
+from fedbasin.server.files.data.stored_matching import matching_by_weights
 from fedbasin.server.files.fine_tuning.gradient_signs import descent_votes
 from fedbasin.server.files.library.executable_model import ExecutableModel
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
@@ -71,10 +72,10 @@ def rebase(
     for model in (fine, new):
         require_equal_shapes(model, old.stored)
     for model in (fine,) if aligned else (old.stored, fine, new):
-        refuse_not_finite(model)
+        refuse_not_finite(model, model.path)
     if not aligned:
         return Rebasing(RebasedState(new, old.stored, fine, strength, votes), None, None)
-    alignment = align(new, old, old.symmetry, on_read, certify=False)
+    alignment = align(new, old, old.symmetry, matching_by_weights(old), on_read, certify=False)
     change = prove_if_possible(alignment.transform, old, wanted=prove)
     start, end = (apply_transform(alignment.transform, replace(old, stored=model)) for model in (old.stored, fine))
     return Rebasing(RebasedState(new, start, end, strength, votes), alignment.report, change)

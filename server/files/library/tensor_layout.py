@@ -203,10 +203,11 @@ class StoredState(Mapping[str, Tensor]):
         return result
 
     def _module_tensor(self, name: str) -> Tensor:
-        # The tensors of a stack of experts follow each other, and each needs the stack.
-        if self._last is None or self._last[0] != name:
-            self._last = (name, self._state[name])
-        return self._last[1]
+        # The tensors of a stack of experts follow each other, and each needs the stack. Threads share the last one.
+        last = self._last
+        if last is None or last[0] != name:
+            self._last = last = (name, self._state[name])
+        return last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

@@ -1,9 +1,9 @@
 """Alignment of the models of a merge, each into the frame of the base model or of one another.
 
-    star       every model to the first                  chain      every model to the one before it
+    star       every model to the first                  chain      every model to the mean of those before it
     tree       halves, and then one half to the other    universe   every model to the mean of the others, repeatedly
 
-Matching is by weights, and keeps every model's function. `universe` is Algorithm 3 of Ainsworth et al. 2023, arXiv
+Every model keeps its function. `universe` is Algorithm 3 of Ainsworth et al. 2023, arXiv
 2209.04836: as all maps go through one frame, they agree on cycles.
 """
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.merge.recipe import Align
+from fedbasin.server.files.merge.recipe import Links
 from fedbasin.strategies.alignment.transformed_state import TransformedState
 from fedbasin.strategies.alignment.weight_matching import MatchResult
 from fedbasin.strategies.fusion.rules.span import combine
 from fedbasin.strategies.symmetry.symmetry import Symmetry
-from fedbasin.strategies.symmetry.transform import identity
+from fedbasin.strategies.symmetry.transform import Transform, identity
 from fedbasin.strategies.tensors.state import State
 
 # Rounds of `universe` if the models still move; on digit classifiers it ends after 3 to 5.
@@ -28,7 +28,8 @@ _MOST_ROUNDS = 10
 # A round that brings no model closer by more than this is the last.
 _LEAST_GAIN = 1e-4
 
-Match = Callable[[State, State], MatchResult]
+Match = Callable[[State, State, float], MatchResult]
+"""Finds the transform that takes its second state to its first, for a merge with this weight of the second."""
 
 
 class MeanState(Mapping[str, Tensor]):
@@ -51,32 +52,31 @@ class MeanState(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class Aligned:
-    """Models in one frame.
+class FoundTransforms:
+    """The transforms that take models into one frame.
 
     Attributes:
-        states: the models, whose tensors are transformed when they are read.
+        transforms: one for each model, in their order.
         reports: the reports of all searches, in their order.
     """
 
-    states: list[State]
+    transforms: list[Transform]
     reports: list[AlignmentReport]
 
 
-def align_states(symmetry: Symmetry, states: Sequence[State], order: Align, match: Match) -> Aligned:
-    """Align models to one another.
+def align_states(symmetry: Symmetry, states: Sequence[State], links: Links, match: Match) -> FoundTransforms:
+    """Find the transforms that align models to one another.
 
     Args:
         symmetry: the symmetry of all models.
         states: the models, folded where the symmetry has folds; the first stays, but for `universe`.
-        order: the order of the searches; "off" moves nothing.
-        match: finds the transform that takes its second state closest to its first.
+        links: the order of the searches.
+        match: the match of each.
     """
     search = _Search(symmetry, states, match)
     orders = {"star": search.star, "chain": search.chain, "tree": search.tree, "universe": search.universe}
-    if order != "off":
-        orders[order]()
-    return Aligned([search.state(number) for number in range(len(states))], search.reports)
+    orders[links]()
+    return FoundTransforms(search.transforms, search.reports)
 
 
 class _Search:
@@ -84,13 +84,11 @@ class _Search:
 
     def __init__(self, symmetry: Symmetry, states: Sequence[State], match: Match) -> None:
         self.reports: list[AlignmentReport] = []
+        self.transforms = [identity(symmetry)] * len(states)
         self._symmetry, self._states, self._match = symmetry, states, match
-        self._transforms = [identity(symmetry)] * len(states)
 
-    def state(self, number: int) -> State:
-        """Return a model under its transform."""
-        elements = {n: e for n, e in self._transforms[number].elements.items() if not e.is_identity}
-        # Without identity elements, tensors that stay keep their bits.
+    def _state(self, number: int) -> State:
+        elements = {n: e for n, e in self.transforms[number].elements.items() if not e.is_identity}
         return TransformedState(self._symmetry, self._states[number], elements) if elements else self._states[number]
 
     def star(self) -> None:
@@ -99,7 +97,7 @@ class _Search:
 
     def chain(self) -> None:
         for number in range(1, len(self._states)):
-            self._move([number], [number - 1])
+            self._move([number], list(range(number)))
 
     def tree(self) -> None:
         self._merge_halves(list(range(len(self._states))))
@@ -120,9 +118,9 @@ class _Search:
 
     def _move(self, moving: Sequence[int], anchors: Sequence[int]) -> bool:
         """Move some models together to the mean of others; return True if that brought them closer."""
-        means = (MeanState([self.state(number) for number in numbers]) for numbers in (anchors, moving))
-        result = self._match(*means)
+        anchor, model = (MeanState([self._state(number) for number in numbers]) for numbers in (anchors, moving))
+        result = self._match(anchor, model, len(moving) / (len(moving) + len(anchors)))
         self.reports.append(result.report)
         for number in moving:
-            self._transforms[number] = result.transform.after(self._transforms[number])
+            self.transforms[number] = result.transform.after(self.transforms[number])
         return result.report.distance_after < result.report.distance_before * (1 - _LEAST_GAIN)

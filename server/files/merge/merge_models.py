@@ -1,6 +1,5 @@
 """A merge from recipe to files: models are opened, refused or planned by their headers, aligned, merged and written."""
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,27 +11,26 @@ from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adap
 from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
 from fedbasin.server.files.data.distilled_merge import DistillationReport, distil_merge
 from fedbasin.server.files.data.statistics_merge import check_statistics, merge_by_statistics
-from fedbasin.server.files.merge.alignment import align_states
+from fedbasin.server.files.merge.aligned_models import (
+    AlignableModels,
+    AlignedModels,
+    align_models,
+    check_alignment,
+    measure_norms,
+)
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensor, merge_tensors
 from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
 from fedbasin.server.files.merge.result_config import write_config
-from fedbasin.server.files.merge.vocabularies import TokenPlan, TokenState, is_table, plan_tokens, write_tokenizer
-from fedbasin.server.files.reading import ModelError, StoredModel, few, open_model
-from fedbasin.server.files.stored_symmetry import symmetry_of
+from fedbasin.server.files.merge.vocabularies import TokenPlan, is_table, order_tables, plan_tokens, write_tokenizer
+from fedbasin.server.files.reading import ModelError, StoredModel, open_model
 from fedbasin.server.files.writing import FolderFiles, copy_other_files, list_files, replacing
-from fedbasin.strategies.alignment.weight_matching import MatchResult, find_by_weights, fold_state
 from fedbasin.strategies.fusion.rules.merging_rules import RULES
-from fedbasin.strategies.symmetry.symmetry import SymmetryError
-from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
 
 # In place of a path, the model that was merged by statistics or distilled.
 _MERGED = Path()
-
-# Keys of a config that say where a model comes from, not what it is.
-_PROVENANCE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class MergeReport:
         seconds: time of reading, merging and writing.
         vocabulary: number of rows of its tables, if they were merged by token.
         alignments: reports of the searches, in their order.
+        change: largest relative change of an output by the alignment, in float64; None if nothing was proven.
         files: what became of the files in the folder of the first model.
         distillation: what distillation changed, if the recipe has one.
     """
@@ -62,6 +61,7 @@ class MergeReport:
     seconds: float
     vocabulary: int | None
     alignments: tuple[AlignmentReport, ...]
+    change: float | None
     files: FolderFiles
     distillation: DistillationReport | None = None
 
@@ -73,20 +73,26 @@ class PreparedMerge:
     Attributes:
         recipe: the recipe.
         models: the opened models, the base model or the first one first.
-        states: their tensors, by token where a vocabulary was chosen.
+        whole: their tensors.
+        states: the same, by token where a vocabulary was chosen.
         tokens: the vocabulary of the result, if it is not that of all models.
         shapes: names, shapes and dtypes of their tensors.
         plan: the tensors of the result.
-        alignments: reports of the searches by which the models were aligned.
+        alignable: the models with what their alignment needs; None if the recipe aligns none.
+        tables: names of the tables that have a row for each token, where a vocabulary was chosen.
+        alignment: the aligned models, once they are.
     """
 
     recipe: MergeRecipe
     models: Mapping[Path, StoredModel]
+    whole: Mapping[Path, State]
     states: Mapping[Path, State]
     tokens: TokenPlan | None
     shapes: Mapping[Path, State]
     plan: Sequence[PlannedTensor]
-    alignments: tuple[AlignmentReport, ...] = ()
+    alignable: AlignableModels | None = None
+    tables: frozenset[str] = frozenset()
+    alignment: AlignedModels | None = None
 
     @property
     def reference(self) -> StoredModel:
@@ -112,19 +118,20 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     shapes = {path: model.shapes() for path, model in models.items()}
     sizes = {path: size for path, model in models.items() if (size := _vocabulary_size(model, shapes[path]))}
     tokens = plan_tokens(list(models), recipe.vocabulary, sizes)
-    if tokens is not None and (recipe.rule.statistic or recipe.distill):
-        what = "distill" if recipe.distill else recipe.rule.name
+    runs = recipe.rule.statistic or recipe.distill or (recipe.align and recipe.align.data)
+    if tokens is not None and runs:
+        what = recipe.rule.name if recipe.rule.statistic else "distill" if recipe.distill else "align with data"
         raise ModelError(f"tokenizer: {what} runs the models, which must have the same tokens and tables")
-    if recipe.align != "off":
-        _check_alignment(recipe, models)
+    alignable = check_alignment(recipe, models, by_token=tokens is not None)
     if tokens is None:
-        return PreparedMerge(recipe, models, whole, None, shapes, plan_merge(recipe, shapes))
+        return PreparedMerge(recipe, models, whole, whole, None, shapes, plan_merge(recipe, shapes), alignable)
     tables = frozenset(
         name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
     )
-    by_token = {path: TokenState(path, whole, tokens, tables) for path in models}
+    by_token = order_tables(whole, tokens, tables)
     planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
-    return PreparedMerge(recipe, models, by_token, tokens, planned, plan_merge(recipe, planned))
+    plan = plan_merge(recipe, planned)
+    return PreparedMerge(recipe, models, whole, by_token, tokens, planned, plan, alignable, tables)
 
 
 def write_merge(
@@ -169,7 +176,8 @@ def write_merge(
         merge.nbytes,
         time.perf_counter() - start,
         None if merge.tokens is None else merge.tokens.size,
-        merge.alignments,
+        () if merge.alignment is None else merge.alignment.reports,
+        None if merge.alignment is None else merge.alignment.change,
         list_files(merge.reference, [m for m in merge.models.values() if m is not merge.reference], target),
         distillation,
     )
@@ -183,12 +191,21 @@ def _compute_whole(
     if merge.recipe.rule.statistic:
         states = {_MERGED: merge_by_statistics(merge.recipe, plan, merge.reference, states, on_step)}
         plan = [_copied(tensor) for tensor in plan]
+    # A model alone, which a score compares, keeps its own statistics.
+    if merge.alignable is not None and merge.alignable.norms and len(merge.recipe.paths()) > 1:
+        on_step("measuring the running statistics of BatchNorm")
+        states = {_MERGED: measure_norms(merge.alignable, _merge_all(plan, states))}
+        plan = [_copied(tensor) for tensor in plan]
     settings = merge.recipe.distill
     if settings is None:
         return plan, states, None
-    merged = {tensor.name: merge_tensor(tensor, states) for tensor in plan}
+    merged = _merge_all(plan, states)
     state, report = distil_merge(merge.recipe, settings, merge.reference, merge.states, merged, on_step)
     return [_copied(tensor) for tensor in merge.plan], {_MERGED: state}, report
+
+
+def _merge_all(plan: Sequence[PlannedTensor], states: Mapping[Path, State]) -> State:
+    return {tensor.name: merge_tensor(tensor, states) for tensor in plan}
 
 
 def refuse_full_disk(merge: PreparedMerge, target: Path) -> None:
@@ -240,56 +257,25 @@ def _token_shapes(shapes: State, tables: frozenset[str], tokens: TokenPlan) -> S
     }
 
 
-def _check_alignment(recipe: MergeRecipe, models: Mapping[Path, StoredModel]) -> None:
-    """Refuse models that cannot be aligned: without a symmetry, or of two architectures."""
-    reference, *rest = models.values()
-    symmetry = symmetry_of(reference)
-    for model in rest:
-        if symmetry_of(model) != symmetry:
-            raise ModelError(_two_architectures(reference, model))
-    if len(models) < 2:
-        raise ModelError(f"align: {recipe.align} needs a second model; leave align out")
-
-
-def _two_architectures(first: StoredModel, model: StoredModel) -> str:
-    keys = (first.config.keys() | model.config.keys()) - _PROVENANCE
-    differ = sorted(key for key in keys if first.config.get(key) != model.config.get(key))
-    # Equal configs may still differ in tensors, such as a head that one file leaves out.
-    where = f"configs differ in {few(differ)}" if differ else "files hold different tensors"
-    return f"{model.path} and {first.path} are of two architectures: their {where}; align only models of one"
-
-
-def align_merge(merge: PreparedMerge, on_match: Callable[[str], None]) -> PreparedMerge:
-    """Return a merge whose models are aligned, so that its recipe aligns no more.
+def align_merge(merge: PreparedMerge, on_step: Callable[[str], None]) -> PreparedMerge:
+    """Return a merge whose models are aligned, if its recipe aligns them, which a second call leaves as it is.
 
     Args:
         merge: the merge.
-        on_match: called with the number of each search when it begins.
+        on_step: called with the number of each search when it begins.
 
     Raises:
-        ModelError: a model has entries that are not finite, or a norm that cannot be folded.
+        ModelError: a model has entries that are not finite, or a norm that cannot be folded, or the data do not fit.
     """
-    if merge.recipe.align == "off":
+    if merge.alignable is None or merge.alignment is not None:
         return merge
-    symmetry = symmetry_of(next(iter(merge.models.values())))
-    folded = []
-    for path, state in merge.states.items():
-        _refuse_not_finite(path, state)
-        try:
-            folded.append(fold_state(symmetry, state))
-        except SymmetryError as error:
-            raise ModelError(f"{path}: {error}") from error
-
-    numbers = itertools.count(1)
-
-    def match(anchor: State, model: State) -> MatchResult:
-        on_match(f"matching, search {next(numbers)}")
-        return find_by_weights(symmetry, anchor, model)
-
-    aligned = align_states(symmetry, folded, merge.recipe.align, match)
-    recipe = merge.recipe.model_copy(update={"align": "off"})
-    states = dict(zip(merge.states, aligned.states, strict=True))
-    return replace(merge, recipe=recipe, states=states, alignments=tuple(aligned.reports))
+    if merge.tokens is None:
+        aligned = align_models(merge.alignable, merge.whole, merge.whole, on_step)
+        return replace(merge, states=aligned.states, alignment=aligned)
+    # A row that one model borrows from another says nothing of their units, and is borrowed from the aligned one.
+    matched = order_tables(merge.whole, merge.tokens.shared(), merge.tables)
+    aligned = align_models(merge.alignable, matched, merge.whole, on_step)
+    return replace(merge, states=order_tables(aligned.states, merge.tokens, merge.tables), alignment=aligned)
 
 
 def with_recipe(merge: PreparedMerge, recipe: MergeRecipe) -> PreparedMerge:
@@ -299,15 +285,6 @@ def with_recipe(merge: PreparedMerge, recipe: MergeRecipe) -> PreparedMerge:
         ModelError: the recipe does not fit the models.
     """
     return replace(merge, recipe=recipe, plan=plan_merge(recipe, merge.shapes))
-
-
-def _refuse_not_finite(path: Path, state: State) -> None:
-    with one_core():
-        for name in state:
-            if not is_finite(state[name]):
-                raise ModelError(
-                    f"{path}: {name!r} has entries that are infinite or not a number; leave this model out"
-                )
 
 
 def _metadata(merge: PreparedMerge) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
 merge_method: ties          base_model: BASE          models: [{model: A, parameters: {weight: 0.5}}, ...]
 slices: [{sources: [{model: A, layer_range: [0, 8]}]}]          parameters, dtype, out_dtype, tokenizer_source
-align: star | chain | tree | universe          seed: 0
+align: star | chain | tree | universe, or {links, matcher, data, smoothing, rotate_residual, prove}          seed: 0
 statistics: package.module:function          task: classification
 """
 
@@ -14,9 +14,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedbasin.server.files.reading import ModelError
+from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.fusion.rules.merging_rules import RULES, Rule
 
-Align = Literal["off", "star", "chain", "tree", "universe"]
+Links = Literal["star", "chain", "tree", "universe"]
+MatcherName = Literal["weights", "sinkhorn", "graph", "activations", "learned"]
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Parameters = dict[str, Any]
 
@@ -63,6 +65,30 @@ class Distil(BaseModel):
     rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
 
 
+class ModelAlignment(BaseModel):
+    """Alignment of the models before they are merged: which to which, by what, and whether it is proven."""
+
+    model_config = _STRICT
+    links: Links = "star"
+    matcher: MatcherName = "weights"
+    data: str | None = None
+    smoothing: float | None = None
+    rotate_residual: bool = False
+    prove: bool = True
+
+    @model_validator(mode="after")
+    def check_data(self) -> "ModelAlignment":
+        """Refuse a matcher that reads data without any."""
+        if Matcher[self.matcher].reads_data and not self.data:
+            raise ValueError(f"data: the matcher {self.matcher} reads data; give package.module:function")
+        return self
+
+
+def _read_links(value: Any) -> Any:
+    """Return the keys of an alignment that is given by its links alone; `off`, which YAML reads as False, is none."""
+    return None if value in ("off", False) else {"links": value} if isinstance(value, str) else value
+
+
 class MergeRecipe(BaseModel):
     """A merge: a rule, its models, and its parameters by model, slice and tensor."""
 
@@ -76,7 +102,7 @@ class MergeRecipe(BaseModel):
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     tokenizer: TokenizerChoice | None = None
-    align: Align = "off"
+    align: Annotated[ModelAlignment | None, BeforeValidator(_read_links)] = None
     statistics: str | None = None
     task: str | None = None
     module: str | None = None
@@ -94,7 +120,7 @@ class MergeRecipe(BaseModel):
             raise ValueError("models, slices: give one of the two")
         if self.tokenizer and self.tokenizer_source:
             raise ValueError("tokenizer, tokenizer_source: give one of the two")
-        if self.slices and self.align != "off":
+        if self.slices and self.align:
             raise ValueError("align: only whole models can be aligned; leave slices or align out")
         self._check_statistics()
         if self.rule.scored and not self.score:
@@ -131,8 +157,10 @@ class MergeRecipe(BaseModel):
 
     def _check_statistics(self) -> None:
         data = [self.data_of(source) for part in self.parts for source in part.sources]
-        if not self.rule.statistic and (any(data) or (not self.distill and (self.task or self.module))):
-            raise ValueError(f"statistics: {self.merge_method} reads no data; leave statistics, task and module out")
+        if not self.rule.statistic and any(data):
+            raise ValueError(f"statistics: {self.merge_method} reads no data; leave statistics out")
+        if self.module and not (self.rule.statistic or self.distill or self.align):
+            raise ValueError("module: is run only by rules with data, --align and --distill; leave module out")
         if self.rule.statistic and self.slices:
             raise ValueError(f"slices: {self.merge_method} runs whole models; write models in place of slices")
         if self.rule.statistic and not all(data):
@@ -146,13 +174,18 @@ class MergeRecipe(BaseModel):
                 f"statistics: {self.merge_method} runs the merged layers on data, which {files[0]} does not hold; give "
                 "package.module:function"
             )
-        if files and self.align != "off":
+        if files and self.align:
             raise ValueError(
                 f"statistics: {files[0]} is of the model as it was before it is aligned; leave align out, or give "
                 "package.module:function"
             )
-        if self.task and not self.distill and (self.rule.statistic != "fisher" or len(files) == len(data)):
-            raise ValueError("task: is read only where Fisher information is collected on data; leave it out")
+        collects = self.rule.statistic == "fisher" and len(files) < len(data)
+        learns = self.align is not None and self.align.matcher == "learned"
+        if self.task and not (self.distill or collects or learns):
+            raise ValueError(
+                "task: is read only where Fisher information is collected on data, by the matcher learned and by "
+                "--distill; leave it out"
+            )
 
     def _check_parameters(self) -> None:
         sources = [source.parameters for part in self.parts for source in part.sources]

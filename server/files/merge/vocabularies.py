@@ -8,7 +8,7 @@ with the row of the base model or, if that lacks it too, with the mean of the mo
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ class TokenPlan:
     added: tuple[str, ...]
     size: int
     rows: Mapping[Path, Tensor]
+
+    def shared(self) -> "TokenPlan":
+        """Return the plan of the tokens that every model has."""
+        everywhere = torch.stack(list(self.rows.values())).ge(0).all(0)
+        rows = {path: rows[everywhere] for path, rows in self.rows.items()}
+        return replace(self, size=int(everywhere.sum()), rows=rows)
 
 
 def read_vocabulary(model: Path) -> Vocabulary | None:
@@ -160,6 +166,11 @@ class TokenState(Mapping[str, Tensor]):
             total = total + part.to(working_dtype(part)) * has.reshape(-1, *[1] * (part.dim() - 1))
             count += has
         return total / count.clamp(min=1).reshape(-1, *[1] * (total.dim() - 1))
+
+
+def order_tables(states: States, tokens: TokenPlan, tables: frozenset[str]) -> States:
+    """Return all models' states with the rows of their tables in the order of a vocabulary."""
+    return {path: TokenState(path, states, tokens, tables) for path in states}
 
 
 def write_tokenizer(tokens: TokenPlan, folder: Path) -> None:

@@ -72,3 +72,12 @@ def fails_on(path: Path) -> float:
 
 def not_a_number(path: Path) -> float:
     return float("nan")
+
+
+def normed() -> tuple[nn.Module, Tensor]:
+    layers = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)
+    return nn.Sequential(*layers), torch.zeros(2, 4)
+
+
+def single_rows() -> list[tuple[Tensor, Tensor]]:
+    return [(inputs[:1], targets[:1]) for inputs, targets in rows()]

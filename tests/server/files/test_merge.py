@@ -438,10 +438,8 @@ def test_an_overlap_of_options_and_recipe(models: Path) -> None:
     ("name", "order"),
     [
         ("gpt2", "star"),
-        ("llama", "chain"),
-        ("llama", "tree"),
+        *(pytest.param("llama", order, marks=pytest.mark.slow) for order in ("chain", "tree", "universe")),
         pytest.param("gpt2", "universe", marks=pytest.mark.slow),
-        ("llama", "universe"),
     ],
 )
 def test_aligned_copies_of_one_model_merge_into_it(tmp_path: Path, name: str, order: str) -> None:
