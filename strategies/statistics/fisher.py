@@ -67,6 +67,7 @@ def diagonal_fisher(
                 layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
             task = task or _guess(model, batch)
             scores, squares = layers.squares(task, batch, generator)
+            _require_single_examples(model, task, batch, scores.shape[-1])
             rest = {n: p.detach() for n, p in trained.items() if n not in layers.names}
             for name, square in chain(squares.items(), _other_squares(model, task, rest, batch, scores)):
                 sums[name] += square
@@ -89,6 +90,18 @@ def normalise(fisher: Tensor, examples: float) -> Tensor:
 def _guess(model: nn.Module, batch: Batch) -> Task:
     with torch.no_grad():
         return task_of_batch(forward(model, batch), batch)
+
+
+def _require_single_examples(model: nn.Module, task: Task, batch: Batch, numbers: int) -> None:
+    """Refuse a model whose outputs compare the examples of a batch, as those of two towers do."""
+    with torch.no_grad():
+        alone = task.arrange(forward(model, replace(batch, mask=None).map(itemgetter(slice(1)))))
+    if alone.shape[-1] != numbers:
+        raise ValueError(
+            f"{type(model).__name__} gives {numbers} numbers for an example in its batch and {alone.shape[-1]} for the "
+            "same example alone, so no example has a likelihood of its own, and there is no Fisher information; choose "
+            "another statistic"
+        )
 
 
 def _other_squares(
@@ -125,10 +138,10 @@ def _sum_squares(
         squares = partial(_squares, model, task, parameters)
         try:
             return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
-        except RuntimeError as error:
-            # As does a model that decides by its inputs, such as one of `transformers` by the attention mask.
-            if "data-dependent control flow" not in str(error):
-                raise
+        except RuntimeError:
+            # As do a model that decides by its inputs, such as one of `transformers` by the attention mask, and operators
+            # of which PyTorch's rule for many examples is wrong, such as PReLU with a slope for each unit.
+            pass
     return _sum_squares_in_turn(model, task, parameters, batch, scores)
 
 
