@@ -64,10 +64,10 @@ def diagonal_fisher(
     with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read_batches(batches, model):
             if layers is None:
+                _require_single_examples(model, batch)
                 layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
             task = task or _guess(model, batch)
             scores, squares = layers.squares(task, batch, generator)
-            _require_single_examples(model, task, batch, scores.shape[-1])
             rest = {n: p.detach() for n, p in trained.items() if n not in layers.names}
             for name, square in chain(squares.items(), _other_squares(model, task, rest, batch, scores)):
                 sums[name] += square
@@ -92,15 +92,19 @@ def _guess(model: nn.Module, batch: Batch) -> Task:
         return task_of_batch(forward(model, batch), batch)
 
 
-def _require_single_examples(model: nn.Module, task: Task, batch: Batch, numbers: int) -> None:
-    """Refuse a model whose outputs compare the examples of a batch, as those of two towers do."""
-    with torch.no_grad():
-        alone = task.arrange(forward(model, replace(batch, mask=None).map(itemgetter(slice(1)))))
-    if alone.shape[-1] != numbers:
+def _require_single_examples(model: nn.Module, batch: Batch) -> None:
+    """Refuse a model whose outputs compare the examples of a batch, as those of two towers or of a graph's nodes do."""
+    try:
+        with torch.no_grad():
+            few = [forward(model, batch.map(itemgetter(slice(count)))) for count in (1, 2)]
+        compares = few[1].numel() != few[0].numel() * len(batch.targets[:2])
+    except RuntimeError:
+        # If the whole batch does not run either, the model has another fault, which this run tells.
+        compares = bool(forward(model, batch).numel())
+    if compares:
         raise ValueError(
-            f"{type(model).__name__} gives {numbers} numbers for an example in its batch and {alone.shape[-1]} for the "
-            "same example alone, so no example has a likelihood of its own, and there is no Fisher information; choose "
-            "another statistic"
+            f"the outputs of {type(model).__name__} for an example depend on the others in its batch, so no example has "
+            "a likelihood of its own, and there is no Fisher information; choose another statistic"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.architectures.library_models import random_model
-from tests.architectures.plain_modules import MODULES, pairs, rows, sequences, signals, tokens
+from tests.architectures.plain_modules import MODULES, graphs, pairs, rows, sequences, signals, tokens
 from tests.architectures.plain_modules import images as pictures
 from tests.strategies.symmetry.tiny_transformers import MODELS as LIBRARY
 
@@ -176,6 +176,11 @@ def _numbers(most: int, *shape: int, least: int = 0) -> Callable[[int, torch.Gen
     return lambda count, draw: torch.randint(least, most, (count, *shape), generator=draw)
 
 
+def _edges(count: int, draw: torch.Generator) -> Tensor:
+    """Return a random graph in which every node is its own neighbour, as numbers."""
+    return (torch.rand(count, count, generator=draw) < 0.5).double().fill_diagonal_(1)
+
+
 def _named(**inputs: Callable[[int, torch.Generator], Tensor]) -> Callable[[int, torch.Generator], Inputs]:
     return lambda count, draw: {name: each(count, draw) for name, each in inputs.items()}
 
@@ -242,6 +247,7 @@ _SHAPES: Mapping[Any, Callable[[int, torch.Generator], Inputs]] = {
     sequences: _noise(6, 8),
     signals: _noise(3, 32),
     pairs: _named(x=_noise(8), y=_noise(8)),
+    graphs: _named(x=_noise(8), y=_edges),
 }
 
 # Kinds of layer among the plain modules that end in classes.
@@ -252,6 +258,7 @@ _KINDS = (
     *("state space", "attention fused", "attention interleaved", "attention by einsum", "attention with shared keys"),
     *("attention with relative positions", "decoder of torch", "class token", "shared layers", "positions"),
     *("siamese concatenation", "film", "highway", "splines", "matrix by hand"),
+    *("graph convolution", "graph attention"),
 )
 
 KINDS: Mapping[str, Example] = {name.replace(" ", "_"): _module(name) for name in _KINDS}
@@ -296,5 +303,5 @@ FURTHER: Mapping[str, Example] = {
 
 EXAMPLES_BY_NAME: Mapping[str, Example] = {**PLAIN, **KINDS, **FAMILIES, **FURTHER}
 # Models whose outputs compare the examples of a batch, which therefore have no likelihood of their own.
-COMPARING = ("two_towers", "clip")
+COMPARING = ("two_towers", "clip", "graph_convolution", "graph_attention")
 NAMES: Sequence[str] = tuple(EXAMPLES_BY_NAME)
