@@ -154,8 +154,10 @@ class Walk(TrueDouble):
         has_rule = name.removesuffix("_") in self.rules or name in _CREATIONS
         if not has_rule and any(self.value(tensor) is not None for tensor in tensors_in((args, kwargs))):
             composed = self._composed(func, args, kwargs)
-            if composed is not NotImplemented:
+            if composed is not NotImplemented and name.endswith("_"):
                 return composed
+            if composed is not NotImplemented:
+                return self._noted_as(composed, super().__torch_dispatch__(func, types, args, kwargs))
         out = super().__torch_dispatch__(func, types, args, kwargs)
         call = Call(name.removesuffix("_"), args, kwargs, out)
         if call.name in _CREATIONS:
@@ -190,6 +192,15 @@ class Walk(TrueDouble):
             raise
         except Exception:  # noqa: BLE001 - a composition may not know an overload, or not be made for such a tensor
             return NotImplemented
+
+    def _noted_as(self, composed: Any, out: Any) -> Any:
+        """Note of an operator's own results, whose memory may be laid out differently, what its composition shows."""
+        for tensor, twin in zip(tensors_in((out,)), tensors_in((composed,)), strict=False):
+            if (value := self.value(twin)) is not None:
+                self.note(tensor, value)
+            if id(twin) in self.driven:
+                self.drive([tensor])
+        return out
 
     # Values
 
