@@ -157,10 +157,17 @@ def _sum_squares_in_turn(
     for row, some in enumerate(scores):
         # The scores are zero where the mask is false, so the mask itself is not needed.
         example = replace(batch, mask=None).map(itemgetter(slice(row, row + 1)))
-        gradients = grad(partial(_weighted_outputs, model, task, example))
+        # Not by functorch, which refuses an `autograd.Function` of the old kind, such as BLOOM's GELU.
+        with torch.enable_grad():
+            learnt = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+            outputs = task.arrange(forward(model, example, learnt))
         for score in some:
-            for name, gradient in gradients(parameters, score).items():
-                sums[name] += widen(gradient).square()
+            gradients = torch.autograd.grad(
+                outputs, list(learnt.values()), score.to(outputs), retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(learnt, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += widen(gradient).square()
     return sums
 
 
