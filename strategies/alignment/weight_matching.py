@@ -9,7 +9,7 @@ attention heads. Needs no data.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,7 +19,7 @@ from fedbasin.proto.report import AlignmentReport as AlignmentReport
 from fedbasin.proto.report import SpaceReport as SpaceReport
 from fedbasin.strategies.alignment.coordinate_ascent import Ascent
 from fedbasin.strategies.alignment.identity_bound import IdentityBounds
-from fedbasin.strategies.symmetry.symmetry import Symmetry
+from fedbasin.strategies.symmetry.symmetry import Axis, Symmetry
 from fedbasin.strategies.symmetry.transform import Transform
 from fedbasin.strategies.tensors.parallel import one_core
 from fedbasin.strategies.tensors.state import State, distance
@@ -104,7 +104,7 @@ def _report(ascent: Ascent, sweeps: int, aligned: State) -> AlignmentReport:
     # Distances per tensor and not in total, so that tensors which stay need not be read again.
     initial = distances(symmetry, anchor, ascent.state, ascent.distances)
     touched = [name for name in initial if ascent.client.is_touched(name)]
-    final = initial | _tensor_distances(touched, anchor, aligned)
+    final = initial | _tensor_distances(touched, anchor, aligned, _unscored(symmetry))
     return AlignmentReport(
         tuple(ascent.report(space) for space in symmetry.spaces),
         sweeps,
@@ -123,8 +123,8 @@ def distances(
 ) -> dict[str, float]:
     """Measure the distance from anchor to client for each floating tensor that counts in matching.
 
-    Tensors that a space carries along without scoring, such as running statistics, are left out: matching may raise
-    their distance.
+    What a space carries along without scoring, such as running statistics and the keys' part of a fused bias, is left
+    out: matching may raise its distance.
 
     Args:
         symmetry: the spaces.
@@ -132,13 +132,38 @@ def distances(
         client: the state to align.
         measured: distances that need not be measured again, by tensor.
     """
-    silent = {axis.tensor for space in symmetry.spaces for axis in space.axes if not axis.scored}
+    unscored = _unscored(symmetry)
+    silent = {name for name, axes in unscored.items() if any(axis.is_whole for axis in axes)}
     missing = (name for name in anchor if name not in silent and name not in measured)
-    return {**measured, **_tensor_distances(missing, anchor, client)}
+    return {**measured, **_tensor_distances(missing, anchor, client, unscored)}
 
 
-def _tensor_distances(names: Iterable[str], anchor: State, client: State) -> dict[str, float]:
+def _unscored(symmetry: Symmetry) -> dict[str, list[Axis]]:
+    """Return the axes that do not count in matching, by their tensors."""
+    result: dict[str, list[Axis]] = {}
+    for space in symmetry.spaces:
+        for axis in space.axes:
+            if not axis.scored:
+                result.setdefault(axis.tensor, []).append(axis)
+    return result
+
+
+def _tensor_distances(
+    names: Iterable[str], anchor: State, client: State, unscored: Mapping[str, Sequence[Axis]]
+) -> dict[str, float]:
     pairs = ((name, anchor[name]) for name in names)
     with one_core():
         # `distance` wants states; one tensor at a time keeps no more than that in memory.
-        return {name: distance({name: tensor}, client) for name, tensor in pairs if tensor.is_floating_point()}
+        return {
+            name: distance({name: _with_parts_of(client, name, tensor, unscored.get(name, ()))}, client)
+            for name, tensor in pairs
+            if tensor.is_floating_point()
+        }
+
+
+def _with_parts_of(client: State, name: str, tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Return a tensor of the anchor with the client's entries on some axes, which then have no distance."""
+    result = tensor.clone() if axes else tensor
+    for axis in axes:
+        axis.view(result).copy_(axis.view(client[name]))
+    return result

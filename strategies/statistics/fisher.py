@@ -64,6 +64,7 @@ def diagonal_fisher(
     with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
         for batch in read_batches(batches, model):
             if layers is None:
+                _require_single_examples(model, batch)
                 layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
             task = task or _guess(model, batch)
             scores, squares = layers.squares(task, batch, generator)
@@ -89,6 +90,22 @@ def normalise(fisher: Tensor, examples: float) -> Tensor:
 def _guess(model: nn.Module, batch: Batch) -> Task:
     with torch.no_grad():
         return task_of_batch(forward(model, batch), batch)
+
+
+def _require_single_examples(model: nn.Module, batch: Batch) -> None:
+    """Refuse a model whose outputs compare the examples of a batch, as those of two towers or of a graph's nodes do."""
+    try:
+        with torch.no_grad():
+            few = [forward(model, batch.map(itemgetter(slice(count)))) for count in (1, 2)]
+        compares = few[1].numel() != few[0].numel() * len(batch.targets[:2])
+    except RuntimeError:
+        # If the whole batch does not run either, the model has another fault, which this run tells.
+        compares = bool(forward(model, batch).numel())
+    if compares:
+        raise ValueError(
+            f"the outputs of {type(model).__name__} for an example depend on the others in its batch, so no example has "
+            "a likelihood of its own, and there is no Fisher information; choose another statistic"
+        )
 
 
 def _other_squares(
@@ -125,10 +142,10 @@ def _sum_squares(
         squares = partial(_squares, model, task, parameters)
         try:
             return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}
-        except RuntimeError as error:
-            # As does a model that decides by its inputs, such as one of `transformers` by the attention mask.
-            if "data-dependent control flow" not in str(error):
-                raise
+        except RuntimeError:
+            # As do a model that decides by its inputs, such as one of `transformers` by the attention mask, and operators
+            # of which PyTorch's rule for many examples is wrong, such as PReLU with a slope for each unit.
+            pass
     return _sum_squares_in_turn(model, task, parameters, batch, scores)
 
 
@@ -140,10 +157,17 @@ def _sum_squares_in_turn(
     for row, some in enumerate(scores):
         # The scores are zero where the mask is false, so the mask itself is not needed.
         example = replace(batch, mask=None).map(itemgetter(slice(row, row + 1)))
-        gradients = grad(partial(_weighted_outputs, model, task, example))
+        # Not by functorch, which refuses an `autograd.Function` of the old kind, such as BLOOM's GELU.
+        with torch.enable_grad():
+            learnt = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+            outputs = task.arrange(forward(model, example, learnt))
         for score in some:
-            for name, gradient in gradients(parameters, score).items():
-                sums[name] += widen(gradient).square()
+            gradients = torch.autograd.grad(
+                outputs, list(learnt.values()), score.to(outputs), retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(learnt, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += widen(gradient).square()
     return sums
 
 

@@ -123,6 +123,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": None},
     "gptj": {"rotary_dim": 4, "n_inner": None},
     "codegen": {"rotary_dim": 4, "n_inner": None},
+    "kimi_linear": {**_LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
     "longformer": {"attention_window": 4},
     "mamba": {"state_size": 4, "time_step_rank": 4},
     "mamba2": {"state_size": 4, "head_dim": 8, "num_heads": 8, "n_groups": 1, "chunk_size": 4},

@@ -24,8 +24,13 @@ _INTERNAL = (
 
 
 def build(model_type: str, architecture: str) -> nn.Module:
-    """Return a tiny model with random parameters, in evaluation mode."""
+    """Return a tiny model whose random parameters are the same every time, in evaluation mode."""
     torch.manual_seed(0)
+    return random_model(model_type, architecture)
+
+
+def random_model(model_type: str, architecture: str) -> nn.Module:
+    """Return a tiny model with random parameters, in evaluation mode."""
     config = tiny_config(model_type)
     # The product of all experts at once has no float64.
     config._experts_implementation = "eager"

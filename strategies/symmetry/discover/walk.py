@@ -2,7 +2,8 @@
 
 A dispatch mode sees every ATen operator with its tensors, after torch has decomposed what it can: attention into
 products and a softmax, recurrent layers into their gates, `einsum` into batched products. Each value gets the units
-along each of its axes. What an operator without a rule reads is fixed, which is always correct.
+along each of its axes. An operator without a rule, such as a norm, is followed through the operators of which torch
+composes it; what has neither is fixed, which is always correct.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
 
 from fedbasin.strategies.symmetry.discover.signs import Signs
 from fedbasin.strategies.symmetry.discover.uniter import Uniter
@@ -145,11 +147,19 @@ class Walk(TrueDouble):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and follow its features."""
-        out = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name.removeprefix("aten::")
         self.operation = name
         self.operators.add(name)
-        call = Call(name.removesuffix("_"), args, kwargs or {}, out)
+        kwargs = kwargs or {}
+        has_rule = name.removesuffix("_") in self.rules or name in _CREATIONS
+        if not has_rule and any(self.value(tensor) is not None for tensor in tensors_in((args, kwargs))):
+            composed = self._composed(func, args, kwargs)
+            if composed is not NotImplemented and name.endswith("_"):
+                return composed
+            if composed is not NotImplemented:
+                return self._noted_as(composed, super().__torch_dispatch__(func, types, args, kwargs))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        call = Call(name.removesuffix("_"), args, kwargs, out)
         if call.name in _CREATIONS:
             self._create(call)
             return out
@@ -171,6 +181,25 @@ class Walk(TrueDouble):
         if call.name not in _KEEPS_SQUARES:
             self._bend_squares(operands)
         self._annotate(call, self._follow(call), in_place=func._schema.is_mutable)
+        return out
+
+    def _composed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operators of which torch composes an operator, and follow these; NotImplemented if there are none."""
+        try:
+            with self:
+                return decomposition_table.get(func, func.decompose)(*args, **kwargs)
+        except SymmetryError:
+            raise
+        except Exception:  # noqa: BLE001 - a composition may not know an overload, or not be made for such a tensor
+            return NotImplemented
+
+    def _noted_as(self, composed: Any, out: Any) -> Any:
+        """Note of an operator's own results, whose memory may be laid out differently, what its composition shows."""
+        for tensor, twin in zip(tensors_in((out,)), tensors_in((composed,)), strict=False):
+            if (value := self.value(twin)) is not None:
+                self.note(tensor, value)
+            if id(twin) in self.driven:
+                self.drive([tensor])
         return out
 
     # Values

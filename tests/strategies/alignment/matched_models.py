@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.architectures.library_models import random_model
+from tests.architectures.plain_modules import MODULES, graphs, pairs, rows, sequences, signals, tokens
+from tests.architectures.plain_modules import images as pictures
 from tests.strategies.symmetry.tiny_transformers import MODELS as LIBRARY
 
 CLASSES = 4
@@ -152,12 +157,28 @@ class Normed(nn.Module):
         return self.head(self.body(x))
 
 
+class Contrast(nn.Module):
+    """Two towers of the library, whose answer is how well each text fits each image."""
+
+    def __init__(self, towers: nn.Module) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        return self.towers(input_ids, pixel_values).logits_per_image
+
+
 def _noise(*shape: int) -> Callable[[int, torch.Generator], Tensor]:
     return lambda count, draw: torch.randn(count, *shape, generator=draw, dtype=torch.float64)
 
 
-def _numbers(most: int, *shape: int) -> Callable[[int, torch.Generator], Tensor]:
-    return lambda count, draw: torch.randint(most, (count, *shape), generator=draw)
+def _numbers(most: int, *shape: int, least: int = 0) -> Callable[[int, torch.Generator], Tensor]:
+    return lambda count, draw: torch.randint(least, most, (count, *shape), generator=draw)
+
+
+def _edges(count: int, draw: torch.Generator) -> Tensor:
+    """Return a random graph in which every node is its own neighbour, as numbers."""
+    return (torch.rand(count, count, generator=draw) < 0.5).double().fill_diagonal_(1)
 
 
 def _named(**inputs: Callable[[int, torch.Generator], Tensor]) -> Callable[[int, torch.Generator], Inputs]:
@@ -166,6 +187,26 @@ def _named(**inputs: Callable[[int, torch.Generator], Tensor]) -> Callable[[int,
 
 def _plain(make: Callable[[], nn.Module], *shape: int) -> Example:
     return Example(make, _noise(*shape), _numbers(CLASSES))
+
+
+def _module(name: str) -> Example:
+    """Return a module whose outputs are classes."""
+    classes = 2 if MODULES[name].inputs is pairs else 3
+    return Example(MODULES[name].make, _SHAPES[MODULES[name].inputs], _numbers(classes))
+
+
+def _library(model_type: str, architecture: str, inputs: Any, targets: Any) -> Example:
+    return Example(partial(random_model, model_type, architecture), inputs, targets)
+
+
+def _language(model_type: str, architecture: str) -> Example:
+    """Return a model of the library that predicts tokens."""
+    # The lowest tokens are special ones, which would mask a position.
+    return _library(model_type, architecture, _named(input_ids=_numbers(60, 6, least=3)), _numbers(60, 6))
+
+
+def _vision(model_type: str, architecture: str) -> Example:
+    return _library(model_type, architecture, _named(pixel_values=_noise(3, 32, 32)), _numbers(2))
 
 
 def _text(name: str, length: int = 6, **more: Callable[[int, torch.Generator], Tensor]) -> Example:
@@ -199,5 +240,68 @@ FAMILIES: Mapping[str, Example] = {
     "vit": Example(LIBRARY["vit"].make, _named(pixel_values=_noise(3, 8, 8)), _numbers(5)),
 }
 
-EXAMPLES_BY_NAME: Mapping[str, Example] = {**PLAIN, **FAMILIES}
+_SHAPES: Mapping[Any, Callable[[int, torch.Generator], Inputs]] = {
+    rows: _noise(8),
+    pictures: _noise(3, 16, 16),
+    tokens: _numbers(30, 7),
+    sequences: _noise(6, 8),
+    signals: _noise(3, 32),
+    pairs: _named(x=_noise(8), y=_noise(8)),
+    graphs: _named(x=_noise(8), y=_edges),
+}
+
+# Kinds of layer among the plain modules that end in classes.
+_KINDS = (
+    *("maxout", "bilinear", "prelu per unit", "rms norm", "instance norm", "weight norm", "spectral norm"),
+    *("convolution in one dimension", "channel shuffle", "dense connections", "squeeze and excitation"),
+    *("lstm in both directions", "lstm with projection", "gru in both directions", "rnn", "lstm cell", "gru cell"),
+    *("state space", "attention fused", "attention interleaved", "attention by einsum", "attention with shared keys"),
+    *("attention with relative positions", "decoder of torch", "class token", "shared layers", "positions"),
+    *("siamese concatenation", "film", "highway", "splines", "matrix by hand"),
+    *("graph convolution", "graph attention"),
+)
+
+KINDS: Mapping[str, Example] = {name.replace(" ", "_"): _module(name) for name in _KINDS}
+
+FURTHER: Mapping[str, Example] = {
+    **{name: _text(name) for name in ("roberta", "distilbert", "mistral", "qwen2")},
+    "two_towers": Example(MODULES["two towers"].make, _SHAPES[pairs], _numbers(EXAMPLES)),
+    "clip": Example(
+        lambda: Contrast(LIBRARY["clip"].make()),
+        _named(input_ids=_numbers(TOKENS, 6), pixel_values=_noise(3, 8, 8)),
+        _numbers(EXAMPLES),
+    ),
+    "mamba": _language("mamba", "MambaForCausalLM"),
+    "falcon": _language("falcon", "FalconForCausalLM"),
+    "deepseek_v3": _language("deepseek_v3", "DeepseekV3ForCausalLM"),
+    "qwen2_moe": _language("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "phi3": _language("phi3", "Phi3ForCausalLM"),
+    "gemma3": _language("gemma3_text", "Gemma3ForCausalLM"),
+    "olmo2": _language("olmo2", "Olmo2ForCausalLM"),
+    "bloom": _language("bloom", "BloomForCausalLM"),
+    "opt": _language("opt", "OPTForCausalLM"),
+    "granite": _language("granite", "GraniteForCausalLM"),
+    "modernbert": _language("modernbert", "ModernBertForMaskedLM"),
+    "albert": _language("albert", "AlbertForMaskedLM"),
+    "electra": _language("electra", "ElectraForMaskedLM"),
+    "xlm-roberta": _language("xlm-roberta", "XLMRobertaForMaskedLM"),
+    "bart": _library(
+        *("bart", "BartForConditionalGeneration"),
+        _named(input_ids=_numbers(60, 6, least=3), decoder_input_ids=_numbers(60, 4, least=3)),
+        _numbers(60, 4),
+    ),
+    "whisper": _library(
+        *("whisper", "WhisperForConditionalGeneration"),
+        _named(input_features=_noise(8, 32), decoder_input_ids=_numbers(60, 4, least=3)),
+        _numbers(60, 4),
+    ),
+    "swin": _vision("swin", "SwinForImageClassification"),
+    "convnext": _vision("convnext", "ConvNextForImageClassification"),
+    "resnet": _vision("resnet", "ResNetForImageClassification"),
+    "dinov2": _vision("dinov2", "Dinov2ForImageClassification"),
+}
+
+EXAMPLES_BY_NAME: Mapping[str, Example] = {**PLAIN, **KINDS, **FAMILIES, **FURTHER}
+# Models whose outputs compare the examples of a batch, which therefore have no likelihood of their own.
+COMPARING = ("two_towers", "clip", "graph_convolution", "graph_attention")
 NAMES: Sequence[str] = tuple(EXAMPLES_BY_NAME)

@@ -20,6 +20,7 @@ from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.alignment.pairwise_merging import LINKS, MergedModel
 from fedbasin.strategies.alignment.sinkhorn import match_sinkhorn
 from fedbasin.strategies.alignment.weight_matching import Alignment, find_by_weights, match_weights
+from fedbasin.strategies.capture.batchnorm_statistics import normalising_by_batch
 from fedbasin.strategies.capture.feature_correlations import correlations
 from fedbasin.strategies.diagnostics.evaluation import bind
 from fedbasin.strategies.fusion.accumulator import Ridge, fuse
@@ -37,7 +38,7 @@ from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.batches import Batch, forward
 from fedbasin.strategies.tensors.state import State, distance, floating, interpolate
 from tests.double_precision import Doubled
-from tests.strategies.alignment.matched_models import EXAMPLES_BY_NAME, NAMES, Example
+from tests.strategies.alignment.matched_models import COMPARING, EXAMPLES_BY_NAME, NAMES, Example
 
 CLIENTS = 3
 STEPS = 3
@@ -111,7 +112,8 @@ def _middle(case: Federation, node: int, anchor: State, client: State) -> float:
     batches = [Batch(*item) for item in case.data[node]]
     middle = interpolate(anchor, client, 0.5)
     case.model.eval()
-    with torch.no_grad():
+    # As the search does: running statistics of a merged model are measured after it.
+    with torch.no_grad(), normalising_by_batch(case.model):
         losses = [case.task.losses(forward(case.model, batch, bind(case.model, middle)), batch) for batch in batches]
     return float(torch.cat(losses).mean())
 
@@ -234,6 +236,10 @@ def test_a_matcher_keeps_functions_and_brings_models_closer(name: str, matcher: 
 def test_aligned_models_are_fused_by_every_statistic(name: str, matcher: str, statistic: str) -> None:
     case = federation(name)
     states = aligned_to_first(name, matcher)
+    if statistic == Statistic.fisher.name and name in COMPARING:
+        with pytest.raises(ValueError, match="no example has a likelihood of its own"):
+            precisions(case, 0, states[0], Statistic.fisher)
+        return
     each = [precisions(case, node, state, Statistic[statistic]) for node, state in enumerate(states)]
     updates = [Update(state, 1.0, values) for state, values in zip(states, each, strict=True)]
     fused = fuse(states[0], updates, Ridge())

@@ -1,9 +1,10 @@
+import pytest
 import torch
 
 from fedbasin.proto.report import Decision
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
 from fedbasin.strategies.alignment.transformed_state import TransformedState
-from fedbasin.strategies.alignment.weight_matching import find_by_weights, match_weights
+from fedbasin.strategies.alignment.weight_matching import distances, find_by_weights, match_weights
 from fedbasin.strategies.symmetry.symmetry import parse
 from fedbasin.strategies.symmetry.transform import random
 from tests.strategies.alignment.test_weight_matching import drawn, equal, family, near
@@ -62,3 +63,10 @@ def test_only_tensors_of_spaces_that_moved_are_touched():
     (first, _) = symmetry.spaces
     moved = TransformedState(symmetry, state, {"a": first.group.random(drawn(0))})
     assert [moved.is_touched(name) for name in state] == [True, False, False]
+
+
+def test_a_part_that_does_not_count_in_matching_has_no_distance():
+    symmetry = parse("h  S(2)  a[0] b[0,0:2] (b[0,2:4])")
+    anchor = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    client = {"a": torch.ones(2, 3), "b": torch.tensor([3.0, 4.0, 50.0, 60.0])}
+    assert distances(symmetry, anchor, client) == pytest.approx({"a": 6**0.5, "b": 5.0})

@@ -413,3 +413,31 @@ def test_inputs_on_which_rounding_is_amplified_decide_nothing() -> None:
     torch.manual_seed(0)
     (space,) = discover(Amplifying(), torch.zeros(3, 4)).symmetry.spaces
     assert str(space.group) == "S(8)"
+
+
+class Between(nn.Module):
+    """Two layers with a function between them."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 6), inner, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda x: x.lerp(x.relu(), 0.3),
+        lambda x: x.addcmul_(x.relu(), x.sigmoid()),
+        lambda x: torch.logaddexp(x, 2 * x),
+        # A composition may lay out its results otherwise than the operator, by which a view is possible or not.
+        lambda x: x.mT.repeat(1, 1).view(-1).view(6, -1).mT,
+    ],
+    ids=["a mean", "in place", "of two tensors", "of another layout"],
+)
+def test_an_operator_without_a_rule_is_followed_through_its_composition(inner: Callable[[Tensor], Tensor]) -> None:
+    model = Between(inner)
+    (space,) = trace(model, torch.randn(5, 4)).spaces
+    assert {axis.tensor for axis in space.axes} == {"first.weight", "first.bias", "last.weight"}

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fedbasin.strategies.symmetry.discover.units import Units, beside, fixed
+from fedbasin.strategies.symmetry.discover.units import Units, fixed
 from fedbasin.strategies.symmetry.discover.walk import Call, Rule, Value, Walk, of_value
 
 
@@ -57,14 +56,6 @@ def addition(walk: Walk, call: Call) -> Value:
             # A term that is the same for all units forbids signs.
             walk.even((axis for dim, axis in enumerate(axes) if dim not in dims), charge)
     return walk.new(axes, charge)
-
-
-def added_product(walk: Walk, call: Call) -> Value:
-    """Follow a sum with a product or a quotient."""
-    name = "mul" if call.name == "addcmul" else "div"
-    product = getattr(torch, name)(*call.args[1:3])
-    walk.note(product, multiplied(walk, Call(name, call.args[1:3], {}, product)))
-    return addition(walk, Call("add", (call.args[0], product), {}, call.out))
 
 
 def multiplied(walk: Walk, call: Call) -> Value:
@@ -158,23 +149,6 @@ def clamped(walk: Walk, call: Call) -> Value | None:
     return odd(walk, call) if symmetric else curved(walk, call)
 
 
-@of_value
-def gated(walk: Walk, call: Call, value: Value) -> Value:
-    """Follow a gated linear unit: the first half of an axis times the sigmoid of the second."""
-    dim = call.arg(1, -1) % len(value.axes)
-    size = call.shape[dim]
-    linear, gate = walk.uniter.cut(value.axes[dim], (size, size))
-    walk.uniter.unite(linear, gate)
-    walk.bend([linear])
-    axes = [*value.axes[:dim], linear, *value.axes[dim + 1 :]]
-    charge, gates = walk.signs.new(), walk.signs.new()
-    walk.signs.add_part(linear, [], value.charge, charge)
-    walk.signs.add_part(gate, linear, value.charge, gates)
-    walk.even([gate], gates)
-    walk.even(beside(axes, dim), charge)
-    return walk.new(axes, charge)
-
-
 def noisy(walk: Walk, call: Call) -> Any:
     """Follow dropout, whose mask is drawn for every entry."""
     value = walk.knowledge(call.args[0])
@@ -187,14 +161,6 @@ def random_numbers(walk: Walk, call: Call) -> Value:
     return walk.new(walk.axes(call.args[0]), uniform="noise")
 
 
-def soft_maximum(walk: Walk, call: Call) -> Value:
-    """Follow a softmax, which sums over one axis and is the same for every order of its entries."""
-    value = walk.knowledge(call.args[0])
-    walk.even(value.axes, value.charge)
-    walk.bend(value.axes)
-    return walk.unsigned(value.axes)
-
-
 @of_value
 def reduced(walk: Walk, call: Call, value: Value) -> Any:
     """Follow a reduction, whose result is the same for every order of the entries along the reduced axes."""
@@ -202,7 +168,7 @@ def reduced(walk: Walk, call: Call, value: Value) -> Any:
     gone = [value.axes[dim] for dim in dims]
     rest = [axis for dim, axis in enumerate(value.axes) if dim not in dims]
     axes = [[] if dim in dims else axis for dim, axis in enumerate(value.axes)] if keep else rest
-    sums = call.name in ("sum", "mean", "nansum") and not value.indexes
+    sums = call.name in ("sum", "mean") and not value.indexes
     is_norm = call.name == "linalg_vector_norm" and call.arg(1, 2) == 2
     spreads = call.name in ("var", "var_mean", "std", "std_mean")
     if spreads or (sums and not value.square):
@@ -292,15 +258,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("add", "sub", "rsub", "where"), addition),
     **dict.fromkeys(("mul", "div"), multiplied),
     **dict.fromkeys(("clamp", "hardtanh"), clamped),
-    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), soft_maximum),
-    **dict.fromkeys(("sum", "mean", "nansum", "var", "var_mean", "std", "std_mean", "linalg_vector_norm"), reduced),
-    **dict.fromkeys(("amax", "amin", "aminmax", "all", "any", "logsumexp", "prod"), reduced),
+    **dict.fromkeys(("sum", "mean", "var", "var_mean", "std", "std_mean", "linalg_vector_norm"), reduced),
+    **dict.fromkeys(("amax", "amin", "all", "any", "prod"), reduced),
     **dict.fromkeys(("max", "min", "argmax", "argmin"), extreme),
     **dict.fromkeys(("topk", "sort", "argsort"), ranked),
     **dict.fromkeys(("bernoulli", "normal", "uniform", "rand_like", "randn_like"), random_numbers),
-    **dict.fromkeys(("addcmul", "addcdiv"), added_product),
     "copy": copied,
-    "glu": gated,
     "native_dropout": noisy,
     "pow": powered,
     "square": squared,

@@ -31,26 +31,6 @@ def _note_reading(walk: Walk, tensor: Tensor, axis: list[Units], places: Tensor)
         walk.fix([numbered])
 
 
-def embedded(walk: Walk, call: Call) -> Value:
-    """Follow a table that is read by tokens."""
-    weight, places = call.args[:2]
-    rows, columns = walk.axes(weight)
-    _note_reading(walk, weight, rows, places)
-    charge = walk.charge(weight)
-    return walk.new([*walk.axes(places), columns], charge)
-
-
-def index_selected(walk: Walk, call: Call) -> Value | None:
-    """Follow `index_select`."""
-    tensor, dim, places = call.args[:3]
-    axes = list(walk.axes(tensor))
-    dim %= len(axes)
-    _note_reading(walk, tensor, axes[dim], places)
-    axes[dim] = list(walk.axes(places)[0]) if places.dim() else []
-    value = walk.value(tensor)
-    return None if value is None else walk.new(axes, value.charge)
-
-
 def _without_masks(walk: Walk, places: Sequence[Any]) -> list[Any]:
     """Return places with the numbers of entries for a mask over several axes, unless it depends on parameters."""
     result: list[Any] = []
@@ -228,8 +208,6 @@ def located(walk: Walk, call: Call) -> Any:
 
 
 RULES: dict[str, Rule] = {
-    "embedding": embedded,
-    "index_select": index_selected,
     "index": indexed,
     "gather": gathered,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scattered),

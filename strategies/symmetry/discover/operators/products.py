@@ -1,8 +1,6 @@
-"""Rules of matrix products, convolutions and normalisations."""
+"""Rules of matrix products and convolutions, and of what is composed of other operators."""
 
-from collections.abc import Iterable
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from fedbasin.strategies.symmetry.discover.units import Axis, Units, fixed, leaves
@@ -44,58 +42,21 @@ def product(walk: Walk, call: Call) -> Value:
     return contract(walk, *call.args[:2])
 
 
-def dotted(walk: Walk, call: Call) -> Value:
-    """Follow a product of two vectors."""
-    left, right = call.args[:2]
-    a, b = walk.axes(left), walk.axes(right)
-    _unite_summed(walk, left, right, a[0], b[0])
-    walk.signs.add(a, walk.charge(left), walk.charge(right))
-    return walk.new([])
+def dotted(walk: Walk, call: Call) -> Value | None:
+    """Follow a product of two vectors as one of matrices."""
+    with walk:
+        return walk.value(torch.mm(call.args[0][None], call.args[1][:, None]).squeeze())
 
 
-def added_product(walk: Walk, call: Call) -> Value:
-    """Follow `addmm` and its relatives: a product to which a bias is added."""
-    bias, left, right = call.args[:3]
-    result = contract(walk, left, right)
-    if call.kwargs.get("beta", 1) == 0:
-        return result
-    return add_bias(walk, result, bias, range(len(result.axes)))
-
-
-def add_bias(walk: Walk, result: Value, bias: Tensor, dims: Iterable[int]) -> Value:
-    """Note that a bias with the given axes of a result is added to it."""
-    places = list(dims)[-bias.dim() :] if bias.dim() else []
-    axes = walk.axes(bias)
-    differing = [(dim, axis) for dim, axis, n in zip(places, axes, bias.shape, strict=True) if n > 1]
-    for dim, axis in differing:
-        walk.uniter.unite(result.axes[dim], axis)
-    walk.signs.add([axis for _, axis in differing], result.charge, walk.charge(bias))
-    constant = set(range(len(result.axes))) - {dim for dim, _ in differing}
-    value = walk.value(bias)
-    # What is the same for all units forbids signs, unless it is the batch.
-    if value is None or value.uniform != "zero":
-        walk.even([result.axes[dim] for dim in constant], result.charge)
-    return result
-
-
-def scale(walk: Walk, axes: list[list[Units]], charge: int, weight: Tensor | None, dims: list[int]) -> int:
-    """Note that entries are multiplied by a weight with the given axes; return the charge of the product."""
-    if weight is None:
-        return charge
-    for dim, axis in zip(dims, walk.axes(weight), strict=True):
-        walk.uniter.unite(axes[dim], axis)
-    walk.bend(axes[dim] for dim in dims)
-    scaled = walk.signs.new()
-    walk.signs.add([axes[dim] for dim in dims], scaled, charge, walk.charge(weight))
-    walk.signs.add([axis for dim, axis in enumerate(axes) if dim not in dims], scaled, charge)
-    return scaled
-
-
-def convolved(walk: Walk, call: Call) -> Value:
+def convolved(walk: Walk, call: Call) -> Value | None:
     """Follow a convolution, forward or transposed, of any number of groups."""
     tensor, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     spatial = weight.dim() - 2
+    if bias is not None:
+        with walk:
+            unbiased = torch.convolution(tensor, weight, None, *call.args[3:])
+            return walk.value(unbiased + bias.view(-1, *(1,) * spatial))
     x, w = list(walk.axes(tensor)), list(walk.axes(weight))
     for axis in x[-spatial:]:
         walk.fix(axis)
@@ -116,8 +77,7 @@ def convolved(walk: Walk, call: Call) -> Value:
         walk.signs.add([written[1:]], charge, filters)
     batch = x[: -spatial - 1]
     walk.signs.add(batch, charge, features)
-    result = walk.new([*batch, written, *map(fixed, call.shape[-spatial:])], charge)
-    return result if bias is None else add_bias(walk, result, bias, [len(batch)])
+    return walk.new([*batch, written, *map(fixed, call.shape[-spatial:])], charge)
 
 
 def _unite_groups(walk: Walk, call: Call, channels: Axis, read: Axis, written: Axis) -> list[Units]:
@@ -138,93 +98,32 @@ def _unite_groups(walk: Walk, call: Call, channels: Axis, read: Axis, written: A
     return [*outer, *columns]
 
 
-def layer_normed(walk: Walk, call: Call) -> Any:
-    """Follow a layer normalisation or a root mean square normalisation over the last axes."""
-    tensor, lengths, weight = call.args[:3]
-    bias = call.arg(3) if call.name == "native_layer_norm" else None
-    axes = list(walk.axes(tensor))
-    dims = list(range(len(axes) - len(lengths), len(axes)))
-    charge = walk.charge(tensor)
-    if call.name == "native_layer_norm":
-        walk.average(axes[dim] for dim in dims)
-        walk.even((axes[dim] for dim in dims), charge)
-    result = walk.new(axes, scale(walk, axes, charge, weight, dims))
-    if bias is not None:
-        add_bias(walk, result, bias, dims)
-    rest = [walk.new([[] if dim in dims else axis for dim, axis in enumerate(axes)]) for _ in range(2)]
-    return [result, *rest] if isinstance(call.out, tuple) else result
-
-
-def group_normed(walk: Walk, call: Call) -> Any:
+def group_normed(walk: Walk, call: Call) -> list[Value | None]:
     """Follow a normalisation over groups of channels, inside which channels may change places."""
-    tensor, weight, bias = call.args[:3]
-    groups = call.args[6]
-    axes = list(walk.axes(tensor))
-    if tensor.shape[1] > 1:
-        outer, inner = walk.uniter.split(axes[1], (groups, tensor.shape[1] // groups))
-        axes[1] = [*outer, *inner]
-        walk.bend([outer])
-        walk.average([inner])
-        for leaf in leaves(outer):
-            leaf.outer = True
-    for axis in axes[2:]:
-        walk.fix(axis)
-    walk.even(axes, walk.charge(tensor))
-    charge = walk.signs.new()
-    walk.even(axes[2:], charge)
-    walk.signs.add([axes[1]], charge)
-    result = walk.new(axes, scale(walk, axes, charge, weight, [1]))
-    if bias is not None:
-        add_bias(walk, result, bias, [1])
-    return [result, walk.new([axes[0], fixed(groups)]), walk.new([axes[0], fixed(groups)])]
+    tensor, weight, bias, *_, groups, epsilon = call.args
+    with walk:
+        grouped = tensor.unflatten(1, (groups, -1))
+        variance, mean = torch.var_mean(grouped, tuple(range(2, grouped.dim())), keepdim=True)
+        normed = ((grouped - mean) / (variance + epsilon).sqrt()).flatten(1, 2)
+        for function, operand in ((torch.mul, weight), (torch.add, bias)):
+            normed = normed if operand is None else function(normed, operand.view(-1, *(1,) * (tensor.dim() - 2)))
+    return [walk.value(normed)]
 
 
-def batch_normed(walk: Walk, call: Call) -> Any:
-    """Follow a batch normalisation, channel by channel."""
-    tensor, weight, bias, mean, variance = call.args[:5]
-    axes = list(walk.axes(tensor))
-    charge = walk.charge(tensor)
-    walk.bend([axes[1]])
-    for statistic in (mean, variance):
-        if statistic is not None:
-            walk.uniter.unite(axes[1], walk.axes(statistic)[0])
-            walk.bend([axes[1]])
-    if mean is not None and walk.value(mean) is not None:
-        walk.signs.add([axes[1]], charge, walk.charge(mean))
-    elif mean is not None:
-        walk.even([axes[1]], charge)
-    if variance is not None:
-        walk.even([axes[1]], walk.charge(variance))
-    result = walk.new(axes, scale(walk, axes, charge, weight, [1]))
-    if bias is not None:
-        add_bias(walk, result, bias, [1])
-    outs = len(call.out) if isinstance(call.out, tuple) else 1
-    return [result, *(walk.new([list(axes[1])] * (call.out[n].dim())) for n in range(1, outs))]
-
-
-def weight_normed(walk: Walk, call: Call) -> Any:
-    """Follow a weight normalisation: matrices of norm 1 along all axes but one, times a gain along that."""
-    direction, gain = call.args[:2]
-    dim = call.arg(2, 0) % direction.dim()
-    axes = list(walk.axes(direction))
-    walk.uniter.unite(axes[dim], walk.axes(gain)[dim])
-    walk.bend([axes[dim]])
-    charge = walk.signs.new()
-    walk.signs.add([axes[dim]], charge, walk.charge(direction), walk.charge(gain))
-    walk.signs.add(axes[:dim] + axes[dim + 1 :], charge, walk.charge(direction))
-    return [walk.new(axes, charge), walk.new([[] if n != dim else axes[dim] for n in range(len(axes))])]
+def trilinear(walk: Walk, call: Call) -> Value | None:
+    """Follow the product and sum of three tensors, which a bilinear layer is made of."""
+    with walk:
+        factors = list(call.args[:3])
+        for number, dims in enumerate(call.args[3:6]):
+            for dim in dims:
+                factors[number] = factors[number].unsqueeze(dim)
+        return walk.value((factors[0] * factors[1] * factors[2]).sum(call.args[6]))
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm", "mv"), product),
-    **dict.fromkeys(("addmm", "baddbmm", "addmv"), added_product),
     **dict.fromkeys(("dot", "vdot"), dotted),
-    "_weight_norm_interface": weight_normed,
     "convolution": convolved,
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_normed),
     "native_group_norm": group_normed,
-    **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"), batch_normed
-    ),
-    "_batch_norm_with_update": batch_normed,
+    "_trilinear": trilinear,
 }

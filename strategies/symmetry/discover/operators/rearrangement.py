@@ -86,14 +86,6 @@ def expanded(walk: Walk, call: Call, value: Value) -> Value:
 
 
 @of_value
-def repeated(walk: Walk, call: Call, value: Value) -> Value:
-    """Follow a tensor that is laid out several times along its axes."""
-    counts = call.args[1]
-    axes: list[list[Units]] = [[]] * (len(counts) - len(value.axes)) + value.axes
-    return with_axes(walk, value, [[*fresh(n), *axis] for axis, n in zip(axes, counts, strict=True)])
-
-
-@of_value
 def selected(walk: Walk, call: Call, value: Value) -> Value:
     """Follow one slice along an axis."""
     dim = call.args[1] % len(value.axes)
@@ -184,20 +176,16 @@ def unbound(walk: Walk, call: Call, value: Value) -> list[Value]:
 
 
 def concatenated(walk: Walk, call: Call) -> Value:
-    """Follow a concatenation along an axis, or a stack along a new one."""
+    """Follow a concatenation along an axis."""
     tensors = [t for t in call.args[0] if t.numel()]
     count = len(call.shape)
     dim = call.arg(1, call.kwargs.get("dim", 0)) % count
     values = [walk.value(t) for t in tensors]
-    stacks = call.name == "stack"
-    lists = [list(walk.axes(t)) for t in tensors]
-    if stacks:
-        for axes in lists:
-            axes.insert(dim, [])
+    lists = [walk.axes(t) for t in tensors]
     for place in set(range(count)) - {dim}:
         for axes in lists[1:]:
             walk.uniter.unite(lists[0][place], axes[place])
-    joined = fixed(len(lists)) if stacks else concatenation([axes[dim] for axes in lists])
+    joined = concatenation([axes[dim] for axes in lists])
     result = [*lists[0][:dim], joined, *lists[0][dim + 1 :]]
     charge = walk.signs.new()
     preceding: list[Units] = []
@@ -206,8 +194,7 @@ def concatenated(walk: Walk, call: Call) -> Value:
             walk.even(beside(result, dim), charge)
         elif value.uniform != "zero":
             walk.signs.add(beside(axes, dim), charge, value.charge)
-            if not stacks:
-                walk.signs.add_part(axes[dim], preceding, charge, value.charge)
+            walk.signs.add_part(axes[dim], preceding, charge, value.charge)
         if value is not None and value.indexes is not None:
             walk.fix([value.indexes])
         preceding = [*preceding, *axes[dim]]
@@ -252,14 +239,6 @@ def rolled(walk: Walk, call: Call, value: Value) -> Value | None:
     return result if isinstance(call.out, Tensor) else None
 
 
-@of_value
-def triangular(walk: Walk, _call: Call, value: Value) -> Value:
-    """Follow an operator on matrices that depends on the order of rows and columns."""
-    for axis in value.axes[-2:]:
-        walk.fix(axis)
-    return with_axes(walk, value, value.axes)
-
-
 def windowed(dims: int) -> Rule:
     """Return the rule of an operator on windows of the last `dims` axes, channel by channel."""
 
@@ -289,19 +268,6 @@ def unfolded(walk: Walk, call: Call, value: Value) -> Value:
 
 
 @of_value
-def pixels_shuffled(walk: Walk, call: Call, value: Value) -> Value:
-    """Follow the move of channels into space, or back."""
-    *leading, channels, height, width = value.axes
-    walk.fix([*height, *width])
-    factor, shape = call.args[1], call.shape
-    if call.name == "pixel_shuffle":
-        planes, down, right = walk.uniter.split(channels, (shape[-3], factor, factor))
-        walk.fix([*down, *right])
-        return with_axes(walk, value, [*leading, planes, fixed(shape[-2]), fixed(shape[-1])])
-    return with_axes(walk, value, [*leading, [*channels, *fixed(factor), *fixed(factor)], *map(fixed, shape[-2:])])
-
-
-@of_value
 def complex_viewed(walk: Walk, call: Call, value: Value) -> Value:
     """Follow pairs of entries that become complex numbers, or back."""
     if call.name == "view_as_real":
@@ -323,18 +289,15 @@ RULES: dict[str, Rule] = {
     "unsqueeze": unsqueezed,
     "squeeze": squeezed,
     "expand": expanded,
-    "repeat": repeated,
     "select": selected,
     "slice": sliced,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"), divided),
     "unbind": unbound,
-    **dict.fromkeys(("cat", "stack"), concatenated),
+    "cat": concatenated,
     **dict.fromkeys(
         ("constant_pad_nd", *(f"{k}_pad{n}d" for k in ("reflection", "replication") for n in (1, 2, 3))), padded
     ),
     **dict.fromkeys(("flip", "roll", "cumsum", "cumprod"), rolled),
-    **dict.fromkeys(("tril", "triu"), triangular),
     "unfold": unfolded,
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), pixels_shuffled),
     **dict.fromkeys(("view_as_complex", "view_as_real"), complex_viewed),
 }
