@@ -1,9 +1,9 @@
 """Which of a round's models is served, and which one the next round trains on.
 
-    served       the evaluated point with the lowest loss among those that are no worse than the mean of the clients'
-                 models, neither in loss nor in accuracy
-    trained on   the search's own point, where the clients' first local steps from there lower its loss and end no
-                 higher than the same steps from the mean; otherwise the mean
+    served       the evaluated point with the lowest loss among those whose loss is below that of the mean of the clients'
+                 models by more than chance, and whose accuracy is no lower; otherwise the mean
+    trained on   the search's own point, where the mean is not getting there by itself, the clients' first local steps
+                 from the point lower its loss, and they end no higher than from the mean; otherwise the mean
 
 A closed-form head on features that are nearly untrained is accurate and so large that training from it diverges. The
 mean below it trains as ever, so the two roles are kept apart. Everything is decided by sums over the clients' examples.
@@ -11,7 +11,7 @@ mean below it trains as ever, so the two roles are kept apart. Everything is dec
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 
 from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -24,13 +24,19 @@ _PAUSE, _LONGEST_PAUSE = 1, 16
 # model, and the choice of the best of ten points alone lowers it a little.
 _GAIN = 0.02
 
+# Averaging is slow where a round leaves more than this part of what the mean's loss was above the served model's.
+# Training on fitted layers memorises more, and is worth that only where averaging does not arrive.
+_SLOW = 0.75
+
 # Rounds whose comparison is followed by others as long as closed forms pay, and the number of rounds of averaging after
 # each later one that pays; the model that was served stays meanwhile.
 _FIRST_ROUNDS, _REST = 10, 6
 
-# A loss that is this multiple of another is higher, whoever has measured the two, where the accuracy is lower by this
-# number of standard errors.
-_MULTIPLE, _DEVIATIONS = 2.0, 2.0
+# Standard errors by which a difference is more than chance.
+_DEVIATIONS = 2.0
+
+# A loss that is this multiple of another is higher, whoever has measured the two, where the accuracy is lower too.
+_MULTIPLE = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,22 @@ class Candidate:
             self.accuracy is None or other.accuracy is None or self.accuracy >= other.accuracy
         )
 
+    def is_below(self, other: "Candidate | Choice", examples: float) -> bool:
+        """Return whether the loss is lower than another one by more than chance.
+
+        Only sums are known, so the variance of an example's loss is taken from its mean: the mean itself for a loss in
+        nats, most of which comes from few examples, and the mean's square for losses without right and wrong, whose
+        unit is the targets'. Both models are judged on the same examples, so that the error of the difference is rather
+        smaller.
+
+        Args:
+            other: the other model.
+            examples: number of examples that have judged both.
+        """
+        power = 2 if self.accuracy is None else 1
+        variance = self.loss**power + other.loss**power
+        return other.loss - self.loss > _DEVIATIONS * sqrt(variance / max(examples, 1.0))
+
 
 def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended: bool = False) -> list[Candidate]:
     """Return the evaluated points of a line; none where no client has evaluated it."""
@@ -69,9 +91,16 @@ def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended
     ]
 
 
-def best_candidate(average: Candidate, models: Iterable[Candidate]) -> Candidate:
-    """Return the model with the lowest loss among those that match the average, which matches itself."""
-    return min((average, *(model for model in models if model.matches(average))), key=lambda model: model.loss)
+def best_candidate(average: Candidate, models: Iterable[Candidate], examples: float) -> Candidate:
+    """Return the model with the lowest loss among those that are better than the average; the average where none is.
+
+    Args:
+        average: the mean of the clients' models.
+        models: the other models.
+        examples: number of examples that have judged them.
+    """
+    better = (model for model in models if model.matches(average) and model.is_below(average, examples))
+    return min(better, key=lambda model: model.loss, default=average)
 
 
 def best_point(path: Path | None) -> float:
@@ -111,8 +140,19 @@ def is_trainable(trial: PathSums | None) -> bool:
     return after[-1] < before[-1] and after[-1] <= after[0]
 
 
+def is_slow(average: Candidate, served: Candidate, shortfall: float) -> bool:
+    """Return whether the mean of the clients' models hardly comes closer to the served model.
+
+    Args:
+        average: the mean.
+        served: the best of the round's models.
+        shortfall: difference of their losses when they were last compared; infinite where they were not.
+    """
+    return average.loss - served.loss > _SLOW * shortfall
+
+
 def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:
-    """Return a choice that keeps the model served so far, where none of this round's matches it.
+    """Return a choice that keeps the model served so far, where none of this round's is as good within chance.
 
     Args:
         choice: the choice among this round's models.
@@ -120,11 +160,13 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
         same_clients: whether the same clients judged both. Losses on the examples of others say nothing, unless one is
             a multiple of the other and the accuracies differ by more than chance.
     """
-    if earlier is None or not (same_clients or _is_far_better(earlier, choice)):
+    if earlier is None:
         return choice
     model = Candidate(0.0, choice.loss, choice.accuracy)
     was = Candidate(0.0, earlier.loss, earlier.accuracy)
-    if not was.matches(model) or model.matches(was):
+    examples = min(choice.examples, earlier.examples)
+    better = was.is_below(model, examples) if same_clients else _is_far_better(earlier, choice)
+    if not was.matches(model) or not better:
         return choice
     return replace(
         choice, served=Origin.kept.name, served_round=earlier.served_round, loss=earlier.loss, accuracy=earlier.accuracy
@@ -184,6 +226,11 @@ class Standing:
     judges: frozenset[int] = frozenset()
     pause: int = 0
     resumes: int = 1
+
+    @property
+    def shortfall(self) -> float:
+        """The loss of the mean above that of the served model; infinite where they were not compared."""
+        return self.choice.average_loss - self.choice.loss if self.choice else inf
 
     def after(self, report: RoundReport) -> "Standing":
         """Return the standing after a round whose model was taken."""

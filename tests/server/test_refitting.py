@@ -48,6 +48,13 @@ FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
 W = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def a_few_examples_decide(monkeypatch):
+    """Let every difference count, and averaging be slow: a run of a round or two then has all stages."""
+    monkeypatch.setattr(choice_module, "_DEVIATIONS", 0.0)
+    monkeypatch.setattr(round_module, "is_slow", lambda *_: True)
+
+
 class Run:
     """A run that remembers what every client sent, and may do something to a reply on its way."""
 
@@ -365,7 +372,7 @@ class TestChoosing:
     def trials(monkeypatch, *, pay):
         """Let every trial end as a test wants it, and every closed form pay or none."""
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
-        monkeypatch.setattr(round_module, "best_candidate", lambda average, models: models[-1] if pay else average)
+        monkeypatch.setattr(round_module, "best_candidate", lambda average, models, _: models[-1] if pay else average)
 
     def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
         self.trials(monkeypatch, pay=True)
@@ -398,7 +405,7 @@ class TestChoosing:
         assert equal(run.model, Run(tmp_path / "mean", 3, recipe="fedavg").model)
 
     def test_after_own_starts_one_clients_model_with_a_head_is_a_candidate(self, tmp_path, monkeypatch):
-        def clients(_, models):
+        def clients(_, models, _examples):
             return next(model for model in models if model.origin.name == "client" and model.point == 1.0)
 
         monkeypatch.setattr(round_module, "best_candidate", clients)
