@@ -11,7 +11,7 @@ mean below it trains as ever, so the two roles are kept apart. Everything is dec
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import inf, log, sqrt
 
 from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -29,14 +29,16 @@ _GAIN = 0.02
 _SLOW = 0.75
 
 # Rounds whose comparison is followed by others as long as closed forms pay, and the number of rounds of averaging after
-# each later one that pays; the model that was served stays meanwhile.
+# each later one that pays; the model that was served stays meanwhile. There are fewer where averaging will catch up.
 _FIRST_ROUNDS, _REST = 10, 6
 
-# Standard errors by which a difference is more than chance.
-_DEVIATIONS = 2.0
+# Standard errors by which a difference is more than chance, between models that the same examples have judged. The error
+# is estimated as if others had, and is rather smaller.
+_DEVIATIONS = 1.0
 
-# A loss that is this multiple of another is higher, whoever has measured the two, where the accuracy is lower too.
-_MULTIPLE = 2.0
+# A loss that is this multiple of another is higher, whoever has measured the two, where the accuracy is lower by this
+# number of standard errors.
+_MULTIPLE, _DEVIATIONS_APART = 2.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ class Candidate:
 
         Only sums are known, so the variance of an example's loss is taken from its mean: the mean itself for a loss in
         nats, most of which comes from few examples, and the mean's square for losses without right and wrong, whose
-        unit is the targets'. Both models are judged on the same examples, so that the error of the difference is rather
-        smaller.
+        unit is the targets'.
 
         Args:
             other: the other model.
@@ -151,6 +152,18 @@ def is_slow(average: Candidate, served: Candidate, shortfall: float) -> bool:
     return average.loss - served.loss > _SLOW * shortfall
 
 
+def rounds_until_caught(choice: Choice, earlier: Choice | None) -> int:
+    """Return the number of rounds in which averaging is still behind the served model, at its present speed.
+
+    Args:
+        choice: the choice of this round.
+        earlier: the choice of the comparison before; None where there was none.
+    """
+    if earlier is None or choice.loss <= 0 or choice.average_loss >= earlier.average_loss:
+        return _REST
+    return int(log(choice.loss / choice.average_loss) / log(choice.average_loss / earlier.average_loss))
+
+
 def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:
     """Return a choice that keeps the model served so far, where none of this round's is as good within chance.
 
@@ -183,7 +196,7 @@ def _is_far_better(earlier: Choice, choice: Choice) -> bool:
     # One example more of each kind: no accuracy on a few examples is certain.
     shares = [((share * examples + 1) / (examples + 2), examples + 2) for share, examples in pairs]
     error = sqrt(sum(share * (1 - share) / examples for share, examples in shares))
-    return earlier.accuracy - choice.accuracy > _DEVIATIONS * error
+    return earlier.accuracy - choice.accuracy > _DEVIATIONS_APART * error
 
 
 def gains(choice: Choice) -> bool:
@@ -243,6 +256,8 @@ class Standing:
         # A choice between two means of products is the fusion itself, and every round makes it.
         rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
         rest = _REST if rests else choice.pause
+        if rests and judges(report.stages) == self.judges:
+            rest = min(_REST, rounds_until_caught(choice, self.choice))
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 
     def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:

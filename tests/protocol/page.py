@@ -14,7 +14,8 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 `python -m tests.protocol run`; the scripts are in `tests/protocol`, and `--help` says what they take.
 
 - Every rule has the same examples in the same slices, the same first model and the same local training (AdamW,
-  learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every round.
+  learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every round, unless
+  a rule has `fraction_train`.
 - Recipes of fedbasin (lower case) run through `FedBasin` and the client's mod; Flower's strategies (`FedAvg`,
   `FedAvgM`, `FedAdam`, `FedProx`) are the real objects, over the same clients. Only the network is missing.
 - Bytes are those of all records of all messages, both ways. Seconds are processor time on one thread: training,
@@ -53,6 +54,12 @@ python -m tests.protocol run --task wine --task cancer --split iid --split 'diri
     --rule fedavg --rule 'FedAvgM(server_momentum=[0.5, 0.7, 0.9])' --rule RidgeHead --rule auto-features --rule auto --rule head
 python -m tests.protocol run --task digits --split 'shards(2)' --seeds 5 --rounds 10 --jobs 2 --rule fedavg --rule features \\
     --rule 'FedAvgM(server_momentum=[0.5, 0.7, 0.9])' --rule RidgeHead --rule auto-features --rule auto --rule head
+python -m tests.protocol run --task letters --split 'dirichlet([0.05, 0.3])' --seeds 1 --rounds 10 --jobs 2 \\
+    --rule FedAvg --rule 'FedAvgM(server_momentum=[0.5, 0.7])' --rule RidgeHead --rule RandomFeaturesHead --rule auto
+python -m tests.protocol run --task letters --split 'few(5)' --clients 50 --seeds 3 --jobs 2 \\
+    --rule FedAvg --rule 'FedAvgM(server_momentum=[0.5, 0.7])' --rule RidgeHead --rule RandomFeaturesHead --rule auto
+python -m tests.protocol run --task letters --clients 50 --seeds 1 --jobs 2 \\
+    --rule 'fedavgm(fraction_train=0.2)' --rule 'head(fraction_train=0.2)' --rule 'auto(fraction_train=0.2)'
 python -m tests.protocol report
 ```
 """

@@ -132,6 +132,15 @@ def test_after_ten_rounds_a_comparison_that_pays_is_made_every_seventh_round(los
     assert standing.after(report(11, resting)).choice == (choice if stays else None)
 
 
+@pytest.mark.parametrize(("mean", "rest"), [(3.9, 6), (3.0, 1), (2.5, 0), (4.0, 6), (4.5, 6)])
+def test_the_rest_ends_where_averaging_will_have_caught_up(mean, rest):
+    before = Standing().after(report(9, replace(FITTED, loss=2.5, average_loss=4.0)))
+    after = replace(FITTED, loss=2.0, average_loss=mean)
+    assert before.after(report(10, after)).resumes == 11 + rest
+    # By other clients' losses nobody knows how fast it is.
+    assert before.after(report(10, after, nodes=(1, 3))).resumes == 17
+
+
 @pytest.mark.parametrize("number", [1, 9, 10, 30])
 def test_a_choice_between_two_means_of_products_is_made_in_every_round(number):
     # However little the better one gains: it is the fusion itself.

@@ -313,8 +313,8 @@ class TestProbePath:
         assert (driven.choice.served, driven.choice.trained_on) == ("fitted", "fitted" if slow else "average")
 
     def test_a_gain_by_chance_leaves_the_mean(self):
-        # Less than two standard errors: 2 * sqrt((2 + 1.7) / 100) is .38.
-        driven = self.driven((2.0, 1.7, 1.7, 1.7, 1.7))
+        # Less than the standard error: sqrt((2 + 1.85) / 100) is .196.
+        driven = self.driven((2.0, 1.85, 1.85, 1.85, 1.85))
         assert driven.end.served is None
         assert (driven.choice.served, driven.choice.trained_on) == ("average", "average")
 
