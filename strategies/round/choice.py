@@ -157,9 +157,11 @@ def rounds_until_caught(choice: Choice, earlier: Choice | None) -> int:
 
     Args:
         choice: the choice of this round.
-        earlier: the choice of the comparison before; None where there was none.
+        earlier: the choice of the comparison before; None where there was none, and the next one shows the speed.
     """
-    if earlier is None or choice.loss <= 0 or choice.average_loss >= earlier.average_loss:
+    if earlier is None:
+        return 0
+    if choice.loss <= 0 or choice.average_loss >= earlier.average_loss:
         return _REST
     return int(log(choice.loss / choice.average_loss) / log(choice.average_loss / earlier.average_loss))
 
@@ -256,7 +258,7 @@ class Standing:
         # A choice between two means of products is the fusion itself, and every round makes it.
         rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
         rest = _REST if rests else choice.pause
-        if rests and judges(report.stages) == self.judges:
+        if rests and (self.choice is None or judges(report.stages) == self.judges):
             rest = min(_REST, rounds_until_caught(choice, self.choice))
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 

@@ -122,8 +122,9 @@ def test_the_standing_follows_from_the_reports():
 @pytest.mark.parametrize(("loss", "trained_on", "stays"), [(1.0, "average", True), (1.99, "fitted", False)])
 def test_after_ten_rounds_a_comparison_that_pays_is_made_every_seventh_round(loss, trained_on, stays):
     choice = replace(FITTED, loss=loss, trained_on=trained_on)
-    assert Standing().after(report(9, choice)).resumes == 10
-    standing = Standing().after(report(10, choice))
+    before = Standing().after(report(9, choice))
+    assert before.resumes == 10
+    standing = before.after(report(10, choice))
     assert standing.resumes == 17
     assert standing.resting(17) is None
     resting = standing.resting(11)
@@ -137,6 +138,8 @@ def test_the_rest_ends_where_averaging_will_have_caught_up(mean, rest):
     before = Standing().after(report(9, replace(FITTED, loss=2.5, average_loss=4.0)))
     after = replace(FITTED, loss=2.0, average_loss=mean)
     assert before.after(report(10, after)).resumes == 11 + rest
+    # Nothing is known of the speed after a pause, and one more comparison shows it.
+    assert Standing().after(report(10, after)).resumes == 11
     # By other clients' losses nobody knows how fast it is.
     assert before.after(report(10, after, nodes=(1, 3))).resumes == 17
 
