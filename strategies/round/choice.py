@@ -95,13 +95,18 @@ def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended
 def best_candidate(average: Candidate, models: Iterable[Candidate], examples: float) -> Candidate:
     """Return the model with the lowest loss among those that are better than the average; the average where none is.
 
+    A model beyond those of the round must be better than all between them by more than chance too: it is more confident
+    on examples that clients have learned, and no more right.
+
     Args:
         average: the mean of the clients' models.
         models: the other models.
         examples: number of examples that have judged them.
     """
-    better = (model for model in models if model.matches(average) and model.is_below(average, examples))
-    return min(better, key=lambda model: model.loss, default=average)
+    better = [model for model in models if model.matches(average) and model.is_below(average, examples)]
+    best = min((m for m in better if not m.is_extended), key=lambda m: m.loss, default=average)
+    beyond = (m for m in better if m.is_extended and m.is_below(best, examples))
+    return min(beyond, key=lambda m: m.loss, default=best)
 
 
 def best_point(path: Path | None) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.proto.report import Choice, ClientReport, RoundReport, StageReport
+from fedbasin.proto.report import Choice, ClientReport, Origin, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.round.choice import Candidate, Standing, best_candidate, candidates, is_slow, kept, with_pause
 
@@ -15,7 +15,9 @@ FITTED = Choice("fitted", 3, "fitted", loss=1.0, accuracy=0.8, average_loss=2.0,
 AVERAGE = replace(FITTED, served="average", trained_on="average", loss=2.0, accuracy=0.5)
 
 losses = st.floats(0, 10)
-models = st.builds(Candidate, st.floats(0, 1), losses, st.floats(0, 1) | st.none())
+models = st.builds(
+    Candidate, st.floats(0, 1), losses, st.floats(0, 1) | st.none(), st.just(Origin.fitted), st.booleans()
+)
 
 
 @given(models, st.lists(models), st.integers(0, 1000))
@@ -25,7 +27,16 @@ def test_what_is_served_is_the_mean_or_better_than_it_in_loss_and_no_worse_in_ac
     assert best.accuracy is None or average.accuracy is None or best.accuracy >= average.accuracy
     better = [model for model in others if model.matches(average) and model.is_below(average, examples)]
     assert best is average or best in better
-    assert all(best.loss <= model.loss for model in better)
+    assert all(best.loss <= model.loss for model in better if not model.is_extended)
+    assert not any(model.is_below(best, examples) for model in better)
+
+
+def test_a_model_beyond_those_of_the_round_is_served_where_it_is_better_by_more_than_chance():
+    average, fitted = Candidate(0.0, 2.0, 0.5), Candidate(1.0, 1.0, 0.8)
+    little, much = (Candidate(2.0, loss, 0.8, is_extended=True) for loss in (0.95, 0.5))
+    assert best_candidate(average, [fitted, little], 100) is fitted
+    assert best_candidate(average, [fitted, little, much], 100) is much
+    assert best_candidate(average, [little], 100) is little
 
 
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1) | st.none(), st.integers(1, 1000))
