@@ -14,8 +14,8 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 `python -m tests.protocol run`; the scripts are in `tests/protocol`, and `--help` says what they take.
 
 - Every rule has the same examples in the same slices, the same first model and the same local training (AdamW,
-  learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every round, unless
-  a rule has `fraction_train`.
+  learning rate 1e-3, weight decay 1e-2, batches of 32), from the same seeds. All clients take part in every
+  round, unless a rule has `fraction_train`.
 - Recipes of fedbasin (lower case) run through `FedBasin` and the client's mod; Flower's strategies (`FedAvg`,
   `FedAvgM`, `FedAdam`, `FedProx`) are the real objects, over the same clients. Only the network is missing.
 - Bytes are those of all records of all messages, both ways. Seconds are processor time on one thread: training,
@@ -74,14 +74,22 @@ no user can do.
 
 
 def write(file: Path, curves: Curves) -> None:
-    """Write the page, and beside it a folder of its name with the pictures."""
+    """Write the page, and beside it a folder of its name with the pictures.
+
+    What that folder's `notes.txt` and `earlier.txt` say comes before the tables and after them: what the results do not
+    know, such as the machines, and tables whose results are no longer there.
+    """
     folder = file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     measured = scenes(curves)
     sections = [_section(scene, rows, folder) for scene, rows in measured.items()]
-    file.write_text(
-        "\n".join([_HEAD, _BEHIND, behind.cells(measured), "", *sections, wrap(f"Written {machine()}."), ""])
-    )
+    notes, earlier = (_text_of(folder / name) for name in ("notes.txt", "earlier.txt"))
+    written = wrap(f"Written {machine()}.") + "\n"
+    file.write_text("\n".join([_HEAD, *notes, _BEHIND, behind.cells(measured), "", *sections, written, *earlier]))
+
+
+def _text_of(file: Path) -> list[str]:
+    return [file.read_text()] if file.is_file() else []
 
 
 def _section(scene: Scene, rows: list[Row], folder: Path) -> str:
