@@ -24,9 +24,9 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
   features, exact sums over any split in one round. A rule that does not beat them on a task has not learned a
   representation there. Their bytes are those of float32 sums, the Gram as a triangle.
 - Both closed forms are drawn as level lines: nothing follows their one round.
-- Numbers are test accuracies and test losses, means over the seeds that all rules of a table have. Where a rule was tried with several
-  settings, the table has its best one, chosen by the mean test accuracy over all rounds, for every rule alike; that
-  flatters what was tried more.
+- Numbers are test accuracies and test losses, means over the seeds that all rules of a table have. Where a rule was
+  tried with several settings, the table has its best one, chosen by the mean test accuracy over all rounds, for every
+  rule alike; that flatters what was tried more.
 
 - On glyphs the settings of Flower's strategies were tried on one seed and 15 rounds of Dirichlet(0.3), FedAvgM with
   0.5, 0.7 and 0.9 and FedAdam with 0.01 and 0.03, and the best one, FedAvgM with 0.7, was run on all seeds and splits;
@@ -67,9 +67,9 @@ python -m tests.protocol report
 
 _BEHIND = """## Where `auto` is behind
 
-More than a point of accuracy below the best of Flower's strategies, or a loss more than 2 % above the lowest, in rounds
-1, 2, 5, 10, 15, 20 and 60. The best one is chosen for each cell anew, on the test examples and among all settings, which
-no user can do.
+More than a point of accuracy below the best of Flower's strategies, or a loss more than 2 % above the lowest, in
+rounds 1, 2, 5, 10, 15, 20 and 60. The best one is chosen for each cell anew, on the test examples and among all
+settings, which no user can do.
 """
 
 
