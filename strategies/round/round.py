@@ -171,16 +171,7 @@ def _between(average: State, fused: StageResult, points: int) -> Round:
     if line is None or not models:
         return RoundResult(dict(fused.model))
     served, mean = min(models, key=lambda model: model.loss), models[0]
-    choice = Choice(
-        served=Origin.products.name,
-        served_round=0,
-        trained_on=Origin.products.name,
-        loss=served.loss,
-        accuracy=served.accuracy,
-        average_loss=mean.loss,
-        average_accuracy=mean.accuracy,
-        examples=line.examples,
-    )
+    choice = _choice(served, mean, Origin.products, line.examples)
     return RoundResult(interpolate(average, fused.model, served.point), choice=choice)
 
 
@@ -308,7 +299,17 @@ def _choose(
         make = partial(Trial, fitted.model, fitted.sequence, path)
         trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
     trained_on = Origin.fitted if is_trainable(trial) else Origin.average
-    choice = Choice(
+    choice = _choice(served, average, trained_on, line.examples)
+    model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
+    if trained_on is Origin.average:
+        return RoundResult(dict(fitted.start), model, choice=choice)
+    _, further = path_ends(path, anchor, fitted.start, fitted.model)
+    return RoundResult(further, model, dict(fitted.start), choice)
+
+
+def _choice(served: Candidate, average: Candidate, trained_on: Origin, examples: float) -> Choice:
+    """Return the choice of a round, whose number the loop knows."""
+    return Choice(
         served=served.origin.name,
         served_round=0,
         trained_on=trained_on.name,
@@ -316,13 +317,8 @@ def _choose(
         accuracy=served.accuracy,
         average_loss=average.loss,
         average_accuracy=average.accuracy,
-        examples=line.examples,
+        examples=examples,
     )
-    model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
-    if trained_on is Origin.average:
-        return RoundResult(dict(fitted.start), model, choice=choice)
-    _, further = path_ends(path, anchor, fitted.start, fitted.model)
-    return RoundResult(further, model, dict(fitted.start), choice)
 
 
 def _model_of(
