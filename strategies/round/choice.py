@@ -11,7 +11,7 @@ mean below it trains as ever, so the two roles are kept apart. Everything is dec
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, log, sqrt
+from math import hypot, inf, sqrt
 
 from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -76,9 +76,9 @@ class Candidate:
             other: the other model.
             examples: number of examples that have judged both.
         """
-        power = 2 if self.accuracy is None else 1
-        variance = self.loss**power + other.loss**power
-        return other.loss - self.loss > _DEVIATIONS * sqrt(variance / max(examples, 1.0))
+        losses = self.loss, other.loss
+        deviation = hypot(*losses) if self.accuracy is None else sqrt(max(0.0, sum(losses)))
+        return other.loss - self.loss > _DEVIATIONS * deviation / sqrt(max(examples, 1.0))
 
 
 def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended: bool = False) -> list[Candidate]:
@@ -166,9 +166,9 @@ def rounds_until_caught(choice: Choice, earlier: Choice | None) -> int:
     """
     if earlier is None:
         return 0
-    if choice.loss <= 0 or choice.average_loss >= earlier.average_loss:
-        return _REST
-    return int(log(choice.loss / choice.average_loss) / log(choice.average_loss / earlier.average_loss))
+    progress, gap = earlier.average_loss - choice.average_loss, choice.average_loss - choice.loss
+    # A comparison with what is no number is false.
+    return int(max(0.0, min(_REST, gap / progress))) if progress > 0 else _REST
 
 
 def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:
@@ -264,7 +264,7 @@ class Standing:
         rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
         rest = _REST if rests else choice.pause
         if rests and (self.choice is None or judges(report.stages) == self.judges):
-            rest = min(_REST, rounds_until_caught(choice, self.choice))
+            rest = rounds_until_caught(choice, self.choice)
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 
     def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:

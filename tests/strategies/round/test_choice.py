@@ -144,7 +144,7 @@ def test_after_ten_rounds_a_comparison_that_pays_is_made_every_seventh_round(los
     assert standing.after(report(11, resting)).choice == (choice if stays else None)
 
 
-@pytest.mark.parametrize(("mean", "rest"), [(3.9, 6), (3.0, 1), (2.5, 0), (4.0, 6), (4.5, 6)])
+@pytest.mark.parametrize(("mean", "rest"), [(3.9, 6), (3.2, 1), (2.5, 0), (4.0, 6), (4.5, 6)])
 def test_the_rest_ends_where_averaging_will_have_caught_up(mean, rest):
     before = Standing().after(report(9, replace(FITTED, loss=2.5, average_loss=4.0)))
     after = replace(FITTED, loss=2.0, average_loss=mean)
@@ -153,6 +153,18 @@ def test_the_rest_ends_where_averaging_will_have_caught_up(mean, rest):
     assert Standing().after(report(10, after)).resumes == 11
     # By other clients' losses nobody knows how fast it is.
     assert before.after(report(10, after, nodes=(1, 3))).resumes == 17
+
+
+ANY = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@given(ANY, ANY, ANY)
+def test_losses_that_are_no_numbers_end_no_run(loss, mean, mean_before):
+    before = Standing().after(report(9, replace(FITTED, average_loss=mean_before)))
+    choice = replace(FITTED, loss=loss, average_loss=mean)
+    assert 11 <= before.after(report(10, choice)).resumes <= 17
+    Candidate(0.0, loss, 0.5).is_below(Candidate(0.0, mean, 0.5), 10)
+    Candidate(0.0, loss).is_below(Candidate(0.0, mean), 10)
 
 
 @pytest.mark.parametrize("number", [1, 9, 10, 30])
