@@ -29,7 +29,7 @@ _GAIN = 0.02
 _SLOW = 0.75
 
 # Rounds whose comparison is followed by others as long as closed forms pay, and the number of rounds of averaging after
-# each later one that pays; the model that was served stays meanwhile. There are fewer where averaging will catch up.
+# each later one that pays; the model that was served stays meanwhile. Only where rounds sample clients.
 _FIRST_ROUNDS, _REST = 10, 6
 
 # Standard errors by which a difference is more than chance, between models that the same examples have judged. The error
@@ -157,20 +157,6 @@ def is_slow(average: Candidate, served: Candidate, shortfall: float) -> bool:
     return average.loss - served.loss > _SLOW * shortfall
 
 
-def rounds_until_caught(choice: Choice, earlier: Choice | None) -> int:
-    """Return the number of rounds in which averaging is still behind the served model, at its present speed.
-
-    Args:
-        choice: the choice of this round.
-        earlier: the choice of the comparison before; None where there was none, and the next one shows the speed.
-    """
-    if earlier is None:
-        return 0
-    progress, gap = earlier.average_loss - choice.average_loss, choice.average_loss - choice.loss
-    # A comparison with what is no number is false.
-    return int(max(0.0, min(_REST, gap / progress))) if progress > 0 else _REST
-
-
 def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:
     """Return a choice that keeps the model served so far, where none of this round's is as good within chance.
 
@@ -262,9 +248,9 @@ class Standing:
             return Standing(pause=pause, resumes=report.round + 1 + pause)
         # A choice between two means of products is the fusion itself, and every round makes it.
         rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
+        # Where the same clients judge every round, averaging would overtake the served model unseen.
+        rests = rests and self.choice is not None and judges(report.stages) != self.judges
         rest = _REST if rests else choice.pause
-        if rests and (self.choice is None or judges(report.stages) == self.judges):
-            rest = rounds_until_caught(choice, self.choice)
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 
     def settled(self, choice: Choice, number: int, stages: Iterable[StageReport]) -> Choice:

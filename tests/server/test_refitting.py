@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from operator import itemgetter
 from typing import ClassVar
 
@@ -462,6 +463,9 @@ class TestChoosing:
     def test_a_model_that_closed_forms_have_made_is_served_while_later_rounds_rest(self, tmp_path, monkeypatch):
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
         monkeypatch.setattr(choice_module, "_FIRST_ROUNDS", 2)
+        # As if every round had sampled other clients.
+        numbers = count()
+        monkeypatch.setattr(choice_module, "judges", lambda _: frozenset({next(numbers)}))
         whole = Run(tmp_path / "whole", 5, recipe="auto")
         assert [len(report.stages) for report in whole.result.reports] == [5, 5, 1, 1, 1]
         rounds = [report.choice.served_round for report in whole.result.reports]
