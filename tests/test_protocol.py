@@ -62,7 +62,7 @@ class TestASpec:
             parse(text)
 
     def test_that_names_nothing_is_told_what_there_is(self):
-        with pytest.raises(SpecError, match=r"no split is called 'iidd'; there are iid, dirichlet"):
+        with pytest.raises(SpecError, match=r"no split is called 'iidd'; there are iid, few, dirichlet"):
             made("split", parse("iidd"), SPLITS)
 
 
