@@ -1,6 +1,7 @@
 """The protocol measures what it says: the same start for all, real bytes, and results that are only added to."""
 
 import json
+import math
 import multiprocessing
 from collections import deque
 from dataclasses import replace
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.protocol import jobs, page, results, rules, summary, tables, tasks
+from tests.protocol import behind, jobs, page, results, rules, summary, tables, tasks
 from tests.protocol.cli import app
 from tests.protocol.experiment import prepare
 from tests.protocol.models import MODELS
@@ -61,7 +62,7 @@ class TestASpec:
             parse(text)
 
     def test_that_names_nothing_is_told_what_there_is(self):
-        with pytest.raises(SpecError, match=r"no split is called 'iidd'; there are iid, dirichlet"):
+        with pytest.raises(SpecError, match=r"no split is called 'iidd'; there are iid, few, dirichlet"):
             made("split", parse("iidd"), SPLITS)
 
 
@@ -84,6 +85,13 @@ class TestASplit:
         labels = [task.train[1][own].unique() for own in SPLITS["shards"](2)(task, 10, 0)]
         assert max(map(len, labels)) <= 4
 
+    def test_of_few_gives_each_client_examples_of_its_own(self, scratch):
+        slices = SPLITS["few"](5)(tasks.load("digits", scratch), 50, 0)
+        assert [len(own) for own in slices] == 50 * [5]
+        assert len(torch.cat(slices).unique()) == 250
+        with pytest.raises(SpecError, match="more examples than the task has"):
+            SPLITS["few"](5)(tasks.load("wine", scratch), 50, 0)
+
     def test_by_group_keeps_sources_together(self, scratch):
         task = tasks.load("glyphs(train=200, test=20)", scratch)
         fonts = [set(task.groups[own].tolist()) for own in SPLITS["groups"]()(task, 4, 0)]
@@ -97,6 +105,17 @@ class TestATask:
         for inputs, labels in (task.train, task.test):
             assert len(inputs) == len(labels)
             assert set(labels.tolist()) == set(range(task.classes))
+
+    def test_of_letters_is_read_from_the_users_file(self, tmp_path):
+        with pytest.raises(SpecError, match=r"there is no .*letter-recognition\.data"):
+            tasks.load("letters", tmp_path)
+        lines = (
+            f"{'TIDNG'[row % 5]},{','.join(str((row + column) % 15) for column in range(16))}" for row in range(50)
+        )
+        (tmp_path / "letter-recognition.data").write_text("\n".join(lines))
+        task = tasks.load("letters", tmp_path)
+        assert (task.train[0].shape, task.test[0].shape) == ((35, 16), (15, 16))
+        assert set(task.train[1].tolist()) == {ord(letter) - ord("A") for letter in "TIDNG"}
 
     def test_of_glyphs_is_drawn_once(self, scratch):
         text = "glyphs(train=30, test=20)"
@@ -240,8 +259,8 @@ class TestResults:
         assert len({setting.digest for setting in (QUICK, *others)}) == 5
 
 
-def curve(accuracies, rule="fedavg", seed=0):
-    points = {n: Point(n, a, 1.0, 1_000_000 * n, 0, 2.0 * n) for n, a in enumerate(accuracies)}
+def curve(accuracies, rule="fedavg", seed=0, loss=1.0):
+    points = {n: Point(n, a, loss, 1_000_000 * n, 0, 2.0 * n) for n, a in enumerate(accuracies)}
     return {replace(QUICK, rule=rule, seed=seed): points}
 
 
@@ -275,6 +294,25 @@ class TestASummary:
         assert (cells["rounds to 0.90"], cells["MB to 0.90"]) == ("2", "2.0")
         assert "rounds to 0.95" not in cells
         assert cells["client s / round"] == "2.00"
+
+    def test_of_losses_has_the_settings_with_the_lowest(self):
+        curves = curve([0, 0.9], "FedAvgM(server_momentum=0.9)", loss=math.nan)
+        curves |= curve([0, 0.2], "FedAvgM(server_momentum=0.5)", loss=0.25)
+        ((_, rows),) = summary.scenes(curves).items()
+        (_, _, line) = tables.losses(summary.lowest_of_each(rows)).splitlines()
+        assert line == "| `FedAvgM(server_momentum=0.5)` | 1 | 0.250 |"
+
+    def test_lists_the_cells_in_which_the_default_recipe_is_behind(self):
+        curves = curve([0, 0.5, 0.9], "auto") | curve([0, 0.52, 0.905], "FedAvg", loss=0.9)
+        curves |= curve([0, 0.1, 0.1], "FedAvgM(server_momentum=0.9)", loss=math.nan)
+        count, *lines = behind.cells(summary.scenes(curves)).splitlines()
+        assert count == "3 of 4 cells."
+        assert [line.split(" | ")[1:] for line in lines[3:]] == [
+            ["1", "accuracy 0.500", "0.520, `FedAvg` |"],
+            ["1", "loss 1.000", "0.900, `FedAvg` |"],
+            ["2", "loss 1.000", "0.900, `FedAvg` |"],
+        ]
+        assert behind.cells(summary.scenes(curve([0, 0.5], "auto") | curve([0, 0.5]))) == "None of 2 cells."
 
     def test_becomes_a_page_with_pictures(self, tmp_path):
         page.write(tmp_path / "protocol.md", curve([0, 0.5]) | curve([0, 0.3], "RidgeHead"))

@@ -156,7 +156,7 @@ def _files_of_index(index: Path) -> dict[str, Path]:
         raise ModelError(f"{index}: has no weight_map from tensors to shards; fetch it again")
     for name, shard in weight_map.items():
         # A path would let an index read files outside the model's folder.
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
             raise ModelError(f"{index}: the shard of {name!r} is {shard!r}, not a file beside it")
     files = {name: index.with_name(shard) for name, shard in weight_map.items()}
     _check_shards(index, files)

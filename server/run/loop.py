@@ -398,6 +398,7 @@ class RunLoop:
         settings, recipe = self._settings, self._state.recipe
         nodes = self._state.sample(self._grid, number, settings.fraction_train, settings.min_train_nodes)
         stages = self._state.composition.round_stages(number, recipe, self._state.memory)
+        stages = replace(stages, shortfall=self._standing.shortfall)
         plans = run_round(self._model, recipe, stages, nodes)
         try:
             plan = next(plans)

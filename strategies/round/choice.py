@@ -1,9 +1,9 @@
 """Which of a round's models is served, and which one the next round trains on.
 
-    served       the evaluated point with the lowest loss among those that are no worse than the mean of the clients'
-                 models, neither in loss nor in accuracy
-    trained on   the search's own point, where the clients' first local steps from there lower its loss and end no
-                 higher than the same steps from the mean; otherwise the mean
+    served       the evaluated point with the lowest loss among those whose loss is below that of the mean of the clients'
+                 models by more than chance, and whose accuracy is no lower; otherwise the mean
+    trained on   the search's own point, where the mean is not getting there by itself, the clients' first local steps
+                 from the point lower its loss, and they end no higher than from the mean; otherwise the mean
 
 A closed-form head on features that are nearly untrained is accurate and so large that training from it diverges. The
 mean below it trains as ever, so the two roles are kept apart. Everything is decided by sums over the clients' examples.
@@ -11,7 +11,7 @@ mean below it trains as ever, so the two roles are kept apart. Everything is dec
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import hypot, inf, sqrt
 
 from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -24,13 +24,21 @@ _PAUSE, _LONGEST_PAUSE = 1, 16
 # model, and the choice of the best of ten points alone lowers it a little.
 _GAIN = 0.02
 
+# Averaging is slow where a round leaves more than this part of what the mean's loss was above the served model's.
+# Training on fitted layers memorises more, and is worth that only where averaging does not arrive.
+_SLOW = 0.75
+
 # Rounds whose comparison is followed by others as long as closed forms pay, and the number of rounds of averaging after
-# each later one that pays; the model that was served stays meanwhile.
+# each later one that pays; the model that was served stays meanwhile. Only where rounds sample clients.
 _FIRST_ROUNDS, _REST = 10, 6
+
+# Standard errors by which a difference is more than chance, between models that the same examples have judged. The error
+# is estimated as if others had, and is rather smaller.
+_DEVIATIONS = 1.0
 
 # A loss that is this multiple of another is higher, whoever has measured the two, where the accuracy is lower by this
 # number of standard errors.
-_MULTIPLE, _DEVIATIONS = 2.0, 2.0
+_MULTIPLE, _DEVIATIONS_APART = 2.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,21 @@ class Candidate:
             self.accuracy is None or other.accuracy is None or self.accuracy >= other.accuracy
         )
 
+    def is_below(self, other: "Candidate | Choice", examples: float) -> bool:
+        """Return whether the loss is lower than another one by more than chance.
+
+        Only sums are known, so the variance of an example's loss is taken from its mean: the mean itself for a loss in
+        nats, most of which comes from few examples, and the mean's square for losses without right and wrong, whose
+        unit is the targets'.
+
+        Args:
+            other: the other model.
+            examples: number of examples that have judged both.
+        """
+        losses = self.loss, other.loss
+        deviation = hypot(*losses) if self.accuracy is None else sqrt(max(0.0, sum(losses)))
+        return other.loss - self.loss > _DEVIATIONS * deviation / sqrt(max(examples, 1.0))
+
 
 def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended: bool = False) -> list[Candidate]:
     """Return the evaluated points of a line; none where no client has evaluated it."""
@@ -69,9 +92,21 @@ def candidates(path: Path | None, origin: Origin = Origin.fitted, *, is_extended
     ]
 
 
-def best_candidate(average: Candidate, models: Iterable[Candidate]) -> Candidate:
-    """Return the model with the lowest loss among those that match the average, which matches itself."""
-    return min((average, *(model for model in models if model.matches(average))), key=lambda model: model.loss)
+def best_candidate(average: Candidate, models: Iterable[Candidate], examples: float) -> Candidate:
+    """Return the model with the lowest loss among those that are better than the average; the average where none is.
+
+    A model beyond those of the round must be better than all between them by more than chance too: it is more confident
+    on examples that clients have learned, and no more right.
+
+    Args:
+        average: the mean of the clients' models.
+        models: the other models.
+        examples: number of examples that have judged them.
+    """
+    better = [model for model in models if model.matches(average) and model.is_below(average, examples)]
+    best = min((m for m in better if not m.is_extended), key=lambda m: m.loss, default=average)
+    beyond = (m for m in better if m.is_extended and m.is_below(best, examples))
+    return min(beyond, key=lambda m: m.loss, default=best)
 
 
 def best_point(path: Path | None) -> float:
@@ -111,8 +146,19 @@ def is_trainable(trial: PathSums | None) -> bool:
     return after[-1] < before[-1] and after[-1] <= after[0]
 
 
+def is_slow(average: Candidate, served: Candidate, shortfall: float) -> bool:
+    """Return whether the mean of the clients' models hardly comes closer to the served model.
+
+    Args:
+        average: the mean.
+        served: the best of the round's models.
+        shortfall: difference of their losses when they were last compared; infinite where they were not.
+    """
+    return average.loss - served.loss > _SLOW * shortfall
+
+
 def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:
-    """Return a choice that keeps the model served so far, where none of this round's matches it.
+    """Return a choice that keeps the model served so far, where none of this round's is as good within chance.
 
     Args:
         choice: the choice among this round's models.
@@ -120,11 +166,13 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
         same_clients: whether the same clients judged both. Losses on the examples of others say nothing, unless one is
             a multiple of the other and the accuracies differ by more than chance.
     """
-    if earlier is None or not (same_clients or _is_far_better(earlier, choice)):
+    if earlier is None:
         return choice
     model = Candidate(0.0, choice.loss, choice.accuracy)
     was = Candidate(0.0, earlier.loss, earlier.accuracy)
-    if not was.matches(model) or model.matches(was):
+    examples = min(choice.examples, earlier.examples)
+    better = was.is_below(model, examples) if same_clients else _is_far_better(earlier, choice)
+    if not was.matches(model) or not better:
         return choice
     return replace(
         choice, served=Origin.kept.name, served_round=earlier.served_round, loss=earlier.loss, accuracy=earlier.accuracy
@@ -141,7 +189,7 @@ def _is_far_better(earlier: Choice, choice: Choice) -> bool:
     # One example more of each kind: no accuracy on a few examples is certain.
     shares = [((share * examples + 1) / (examples + 2), examples + 2) for share, examples in pairs]
     error = sqrt(sum(share * (1 - share) / examples for share, examples in shares))
-    return earlier.accuracy - choice.accuracy > _DEVIATIONS * error
+    return earlier.accuracy - choice.accuracy > _DEVIATIONS_APART * error
 
 
 def gains(choice: Choice) -> bool:
@@ -185,6 +233,11 @@ class Standing:
     pause: int = 0
     resumes: int = 1
 
+    @property
+    def shortfall(self) -> float:
+        """The loss of the mean above that of the served model; infinite where they were not compared."""
+        return self.choice.average_loss - self.choice.loss if self.choice else inf
+
     def after(self, report: RoundReport) -> "Standing":
         """Return the standing after a round whose model was taken."""
         choice = report.choice
@@ -195,6 +248,8 @@ class Standing:
             return Standing(pause=pause, resumes=report.round + 1 + pause)
         # A choice between two means of products is the fusion itself, and every round makes it.
         rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
+        # Where the same clients judge every round, averaging would overtake the served model unseen.
+        rests = rests and self.choice is not None and judges(report.stages) != self.judges
         rest = _REST if rests else choice.pause
         return Standing(choice, judges(report.stages), choice.pause, report.round + 1 + rest)
 

@@ -10,6 +10,7 @@ evaluation, checkpoint, report) is written once, in `fedbasin.server.run`.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import TypeAlias
 
 from torch import Tensor
@@ -24,7 +25,15 @@ from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.update import join, tensor_names
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
 from fedbasin.strategies.round.absent_clients import for_all_clients
-from fedbasin.strategies.round.choice import Candidate, best_ahead, best_candidate, best_point, candidates, is_trainable
+from fedbasin.strategies.round.choice import (
+    Candidate,
+    best_ahead,
+    best_candidate,
+    best_point,
+    candidates,
+    is_slow,
+    is_trainable,
+)
 from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
 from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, Trial
@@ -77,6 +86,8 @@ class RoundStages:
         accumulate: makes the accumulator of a stage that fits layers.
         memory: the head's sums of earlier rounds; None for none.
         number: number of the round.
+        shortfall: loss of the mean above that of the served model when they were last compared; infinite where they
+            were not.
     """
 
     fuse: Callable[[State], Stage]
@@ -89,6 +100,7 @@ class RoundStages:
     accumulate: Accumulate = Accumulator.zero
     memory: HeadMemory | None = None
     number: int = 0
+    shortfall: float = inf
 
 
 def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence[int]) -> Round:
@@ -159,16 +171,7 @@ def _between(average: State, fused: StageResult, points: int) -> Round:
     if line is None or not models:
         return RoundResult(dict(fused.model))
     served, mean = min(models, key=lambda model: model.loss), models[0]
-    choice = Choice(
-        served=Origin.products.name,
-        served_round=0,
-        trained_on=Origin.products.name,
-        loss=served.loss,
-        accuracy=served.accuracy,
-        average_loss=mean.loss,
-        average_accuracy=mean.accuracy,
-        examples=line.examples,
-    )
+    choice = _choice(served, mean, Origin.products, line.examples)
     return RoundResult(interpolate(average, fused.model, served.point), choice=choice)
 
 
@@ -237,7 +240,7 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
         start, end = path_ends(path, *models)
         return for_all_clients(curve, join(head, start), join(head, end), *stages.memory.newest)
 
-    return (yield from _choose(anchor, fitted, client, models, probe, for_all))
+    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall))
 
 
 def _fit(
@@ -263,6 +266,7 @@ def _choose(
     models: list[Candidate],
     probe: LossProbe,
     for_all: Callable[[Path | None, PathSpec], Path | None],
+    shortfall: float,
 ) -> Round:
     """Compare points between and beyond the fused and the fitted model, and try where training can go on.
 
@@ -273,6 +277,7 @@ def _choose(
         models: points of its line.
         probe: the search.
         for_all: a path as all clients would have evaluated it, those included that the round has not asked.
+        shortfall: loss of the mean above that of the served model when they were last compared.
     """
     result = yield fitted.probe(PathSpec(), probe.points)
     line = for_all(result.curve, PathSpec())
@@ -288,13 +293,23 @@ def _choose(
     if line is None or not line.examples:
         return RoundResult(dict(fitted.start))
     average = replace(models[0], origin=Origin.average)
-    served = best_candidate(average, models)
+    served = best_candidate(average, models, line.examples)
     trial = None
-    if served is not average:
+    if served is not average and is_slow(average, served, shortfall):
         make = partial(Trial, fitted.model, fitted.sequence, path)
         trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
     trained_on = Origin.fitted if is_trainable(trial) else Origin.average
-    choice = Choice(
+    choice = _choice(served, average, trained_on, line.examples)
+    model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
+    if trained_on is Origin.average:
+        return RoundResult(dict(fitted.start), model, choice=choice)
+    _, further = path_ends(path, anchor, fitted.start, fitted.model)
+    return RoundResult(further, model, dict(fitted.start), choice)
+
+
+def _choice(served: Candidate, average: Candidate, trained_on: Origin, examples: float) -> Choice:
+    """Return the choice of a round, whose number the loop knows."""
+    return Choice(
         served=served.origin.name,
         served_round=0,
         trained_on=trained_on.name,
@@ -302,13 +317,8 @@ def _choose(
         accuracy=served.accuracy,
         average_loss=average.loss,
         average_accuracy=average.accuracy,
-        examples=line.examples,
+        examples=examples,
     )
-    model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
-    if trained_on is Origin.average:
-        return RoundResult(dict(fitted.start), model, choice=choice)
-    _, further = path_ends(path, anchor, fitted.start, fitted.model)
-    return RoundResult(further, model, dict(fitted.start), choice)
 
 
 def _model_of(

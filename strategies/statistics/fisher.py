@@ -6,7 +6,7 @@ Source: Matena and Raffel 2022, arXiv 2111.09832. It is a sum over examples, so 
 is the sum of theirs. It belongs to the present weights: collect it after aligning.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -30,6 +30,8 @@ from fedbasin.strategies.tensors.state import State
 GRADIENT_ELEMENTS = 2**24
 # Each gradient also holds activations; small models have more of these than weights.
 MOST_GRADIENTS = 256
+# Examples and numbers of small batches that a recurrent model runs as one: each of its steps costs more than its numbers.
+JOINED_EXAMPLES, JOINED_ELEMENTS = 256, 2**15
 
 
 def diagonal_fisher(
@@ -45,7 +47,7 @@ def diagonal_fisher(
     Args:
         model: the model, which runs in evaluation mode, so that examples do not meet in BatchNorm, and is left as it
             was.
-        batches: the client's data, read once.
+        batches: the client's data, read once. A recurrent model runs small batches of the same form as one.
         generator: generator that draws targets, on the CPU.
         task: the task, which also says up to how many gradients the expectation is exact; None takes the one that the
             first batch shows.
@@ -62,7 +64,7 @@ def diagonal_fisher(
     layers: LayerSquares | None = None
     # Fused attention kernels have no rule for vmap, which would run them example by example.
     with evaluating(model), layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
-        for batch in read_batches(batches, model):
+        for batch in _joined(read_batches(batches, model)) if _is_recurrent(model) else read_batches(batches, model):
             if layers is None:
                 _require_single_examples(model, batch)
                 layers = LayerSquares.of(model, batch, GRADIENT_ELEMENTS)
@@ -85,6 +87,37 @@ def normalise(fisher: Tensor, examples: float) -> Tensor:
     if not mean > 0:
         return torch.full_like(fisher, examples)
     return fisher * (examples / mean).to(fisher.dtype)
+
+
+def _is_recurrent(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+
+def _joined(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches with those that follow them, as long as they are alike and small."""
+    parts: list[Batch] = []
+    for batch in batches:
+        if parts and not _are_small_and_alike([*parts, batch]):
+            yield _concatenated(parts)
+            parts = []
+        parts.append(batch)
+    if parts:
+        yield _concatenated(parts)
+
+
+def _are_small_and_alike(parts: list[Batch]) -> bool:
+    """Return whether batches may be run as one."""
+    forms = {tuple((name, t.shape[1:], t.dtype) for name, t in part.tensors.items()) for part in parts}
+    elements = sum(t.numel() for part in parts for t in part.tensors.values())
+    examples = sum(len(part.targets) for part in parts)
+    return len(forms) == 1 and elements <= JOINED_ELEMENTS and examples <= JOINED_EXAMPLES
+
+
+def _concatenated(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    tensors = iter([torch.cat(same) for same in zip(*(part.tensors.values() for part in parts), strict=True)])
+    return parts[0].map(lambda _: next(tensors))
 
 
 def _guess(model: nn.Module, batch: Batch) -> Task:
@@ -138,7 +171,7 @@ def _sum_squares(
 ) -> dict[str, Tensor]:
     """Return the squared gradients of every example and score, summed over both."""
     # PyTorch has no rule to run recurrent layers for many examples at once, and would run them far more slowly.
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    if not _is_recurrent(model):
         squares = partial(_squares, model, task, parameters)
         try:
             return {n: square.sum(0) for n, square in vmap(squares)(batch.inputs, batch.targets, scores).items()}

@@ -53,6 +53,13 @@ class Batch:
                 "yield torch.bool of shape [batch, tokens], true where a token counts"
             )
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a name of its own, in the order in which `map` takes them."""
+        inputs = {"inputs": self.inputs} if isinstance(self.inputs, Tensor) else self.inputs
+        mask = {} if self.mask is None else {"its mask": self.mask}
+        return {**{f"of {name}": tensor for name, tensor in inputs.items()}, **mask, "targets": self.targets}
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with a function applied to every tensor."""
         inputs = self.inputs

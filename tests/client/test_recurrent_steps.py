@@ -70,3 +70,19 @@ def test_fisher_information_equals_the_loop_over_examples_and_classes(make, form
                 expected[name] += log.exp().detach() * gradient**2
     for name, fisher in found.items():
         torch.testing.assert_close(fisher, expected[name], rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 5), (4, 1, 2), (200, 100)])
+def test_small_batches_are_run_as_one_and_give_the_same(sizes, monkeypatch):
+    torch.manual_seed(0)
+    model = Reader(nn.LSTM(3, 4, batch_first=True), 1).to(W)
+    # The last batch is longer, and no part of another.
+    shapes = [*((size, 5, 3) for size in sizes), (2, 6, 3)]
+    data = [(torch.randn(shape, dtype=W), torch.zeros(shape[0], dtype=torch.long)) for shape in shapes]
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    joined, count = diagonal_fisher(model, data), len(runs)
+    monkeypatch.setattr("fedbasin.strategies.statistics.fisher.JOINED_EXAMPLES", 0)
+    for name, fisher in diagonal_fisher(model, data).items():
+        torch.testing.assert_close(joined[name], fisher)
+    assert len(runs) - count - count == (2 if sum(sizes) <= 256 else 0)

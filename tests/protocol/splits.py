@@ -26,6 +26,18 @@ def iid() -> Split:
     return split
 
 
+def few(each: int = 5) -> Split:
+    """That many examples to a client, at random; the rest is left out."""
+
+    def split(task: Task, clients: int, seed: int) -> list[Tensor]:
+        if each * clients > len(task.train[1]):
+            raise SpecError(f"few({each}): {clients} clients would need more examples than the task has")
+        order = np.random.default_rng(seed).permutation(len(task.train[1]))
+        return _kept(list(order[: each * clients].reshape(clients, each)))
+
+    return split
+
+
 def dirichlet(alpha: float) -> Split:
     """Each label's examples in shares that a Dirichlet(alpha) draws, label by label."""
     if alpha <= 0:
@@ -76,4 +88,10 @@ def _kept(parts: list[np.ndarray]) -> list[Tensor]:
     return [torch.tensor(part) for part in parts if len(part) >= _FEWEST]
 
 
-SPLITS: dict[str, Callable[..., Split]] = {"iid": iid, "dirichlet": dirichlet, "shards": shards, "groups": groups}
+SPLITS: dict[str, Callable[..., Split]] = {
+    "iid": iid,
+    "few": few,
+    "dirichlet": dirichlet,
+    "shards": shards,
+    "groups": groups,
+}

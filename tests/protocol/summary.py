@@ -1,5 +1,6 @@
 """Curves of several seeds as one row: accuracy by round, and how soon, and at what price, it is reached."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,11 @@ class Row:
         """By what settings are compared: the mean accuracy over the first rounds."""
         return fmean(p.accuracy for p in self.points if 0 < p.round <= rounds)
 
+    def mean_loss(self, rounds: int) -> float:
+        """By what settings are compared in tables of losses: the mean loss over the first rounds; infinite for NaN."""
+        mean = fmean(p.loss for p in self.points if 0 < p.round <= rounds)
+        return math.inf if math.isnan(mean) else mean
+
     @property
     def best(self) -> float:
         """The highest accuracy of any round."""
@@ -70,16 +76,32 @@ def scenes(curves: Curves) -> dict[Scene, list[Row]]:
 
 def best_of_each(rows: Iterable[Row]) -> list[Row]:
     """The best settings of every rule, chosen by the same measure and said so; best rule last."""
-    families: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        families[parse(row.rule).name].append(row)
-    best = [_best(family) for family in families.values()]
+    best = [_best(family) for family in _families(rows).values()]
     return sorted(best, key=lambda row: row.score(row.last))
 
 
+def lowest_of_each(rows: Iterable[Row]) -> list[Row]:
+    """The settings of every rule with the lowest mean loss; the lowest rule first."""
+    lowest = [
+        replace(min(family, key=lambda row: row.mean_loss(_common(family))), tried=len(family))
+        for family in _families(rows).values()
+    ]
+    return sorted(lowest, key=lambda row: row.mean_loss(row.last))
+
+
+def _families(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    families: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        families[parse(row.rule).name].append(row)
+    return families
+
+
+def _common(family: list[Row]) -> int:
+    return min(row.last for row in family)
+
+
 def _best(family: list[Row]) -> Row:
-    common = min(row.last for row in family)
-    return replace(max(family, key=lambda row: row.score(common)), tried=len(family))
+    return replace(max(family, key=lambda row: row.score(_common(family))), tried=len(family))
 
 
 def _rows(rules: dict[str, dict[int, dict[int, Point]]]) -> list[Row]:

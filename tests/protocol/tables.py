@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tests.protocol.setting import Point
 from tests.protocol.summary import MARKS, Row, Scene
 
-_ROUNDS = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50)
+_ROUNDS = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60)
 _MEGA = 1e6
 
 
@@ -30,12 +30,23 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def settings_note(rows: Sequence[Row]) -> str:
+def losses(rows: Sequence[Row]) -> str:
+    """Test loss by round."""
+    last = max(row.last for row in rows)
+    rounds = [number for number in _ROUNDS if number <= last]
+    lines = [["rule", "seeds", *(f"r{number}" for number in rounds)], ["---", *["--:"] * (len(rounds) + 1)]]
+    for row in rows:
+        measured = (row.at(number) for number in rounds)
+        lines.append([f"`{row.rule}`", str(len(row.seeds)), *(f"{p.loss:.3f}" if p else "" for p in measured)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def settings_note(rows: Sequence[Row], measure: str = "the mean test accuracy") -> str:
     """How settings were chosen, where there was a choice."""
     tuned = [f"{row.rule.split('(')[0]} {row.tried}" for row in rows if row.tried > 1]
     if not tuned:
         return ""
-    return f"Best of several settings, by the mean test accuracy over rounds: {', '.join(tuned)}."
+    return f"Best of several settings, by {measure} over rounds: {', '.join(tuned)}."
 
 
 def _cells(row: Row, rounds: Sequence[int], marks: Sequence[float]) -> list[str]:

@@ -17,17 +17,17 @@ _PIXELS, _HIDDEN, _CLASSES = 64, 48, 10
 def digits() -> Task:
     """1257 and 540 images of 8x8 pixels. Every closed form looks good on it: raw pixels give 0.94."""
     images, labels = load_digits(return_X_y=True)
-    return _divided((images / 16).reshape(-1, 1, 8, 8), labels)
+    return divided((images / 16).reshape(-1, 1, 8, 8), labels)
 
 
 def wine() -> Task:
     """124 and 54 wines of three growers, 13 measurements."""
-    return _standardised(_divided(*load_wine(return_X_y=True)))
+    return standardised(divided(*load_wine(return_X_y=True)))
 
 
 def cancer() -> Task:
     """398 and 171 tumours, benign or malignant, 30 measurements."""
-    return _standardised(_divided(*load_breast_cancer(return_X_y=True)))
+    return standardised(divided(*load_breast_cancer(return_X_y=True)))
 
 
 def clusters() -> Task:
@@ -60,13 +60,15 @@ def _cut(inputs: Tensor, labels: Tensor) -> Task:
     return Task((inputs[:end], labels[:end]), (inputs[end:], labels[end:]), _CLASSES)
 
 
-def _divided(inputs: Any, labels: Any) -> Task:
+def divided(inputs: Any, labels: Any) -> Task:
+    """Three tenths for the test, with each label's share."""
     parts = train_test_split(inputs.astype(np.float32), labels, test_size=0.3, random_state=0, stratify=labels)
     train, test, train_labels, test_labels = map(torch.tensor, parts)
     return Task((train, train_labels), (test, test_labels), len(np.unique(labels)))
 
 
-def _standardised(task: Task) -> Task:
+def standardised(task: Task) -> Task:
+    """Each measurement with mean 0 and deviation 1 on the training examples."""
     (train, labels), (test, test_labels) = task.train, task.test
     mean, deviation = train.mean(0), train.std(0)
     return Task(((train - mean) / deviation, labels), ((test - mean) / deviation, test_labels), task.classes)

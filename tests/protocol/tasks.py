@@ -5,18 +5,20 @@ from functools import cache, partial
 from pathlib import Path
 
 from tests.protocol import sequences, tabular
+from tests.protocol.letters import letters
 from tests.protocol.spec import made, parse
 from tests.protocol.task import Task
 
 
 def catalogue(cache_folder: Path) -> dict[str, Callable[..., Task]]:
-    """Every task by name; what takes seconds to draw is kept in `cache_folder`."""
+    """Every task by name; what takes seconds to draw, or a user has fetched, is kept in `cache_folder`."""
     return {
         "digits": tabular.digits,
         "wine": tabular.wine,
         "cancer": tabular.cancer,
         "clusters": tabular.clusters,
         "teacher": tabular.teacher,
+        "letters": partial(letters, cache_folder),
         "glyphs": partial(_glyphs, cache_folder),
         "recall": sequences.recall,
         "modular_sum": sequences.modular_sum,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from operator import itemgetter
 from typing import ClassVar
 
@@ -46,6 +47,13 @@ STAGES = {
 }
 FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
 W = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def a_few_examples_decide(monkeypatch):
+    """Let every difference count, and averaging be slow: a run of a round or two then has all stages."""
+    monkeypatch.setattr(choice_module, "_DEVIATIONS", 0.0)
+    monkeypatch.setattr(round_module, "is_slow", lambda *_: True)
 
 
 class Run:
@@ -365,7 +373,7 @@ class TestChoosing:
     def trials(monkeypatch, *, pay):
         """Let every trial end as a test wants it, and every closed form pay or none."""
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
-        monkeypatch.setattr(round_module, "best_candidate", lambda average, models: models[-1] if pay else average)
+        monkeypatch.setattr(round_module, "best_candidate", lambda average, models, _: models[-1] if pay else average)
 
     def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
         self.trials(monkeypatch, pay=True)
@@ -398,7 +406,7 @@ class TestChoosing:
         assert equal(run.model, Run(tmp_path / "mean", 3, recipe="fedavg").model)
 
     def test_after_own_starts_one_clients_model_with_a_head_is_a_candidate(self, tmp_path, monkeypatch):
-        def clients(_, models):
+        def clients(_, models, _examples):
             return next(model for model in models if model.origin.name == "client" and model.point == 1.0)
 
         monkeypatch.setattr(round_module, "best_candidate", clients)
@@ -455,6 +463,9 @@ class TestChoosing:
     def test_a_model_that_closed_forms_have_made_is_served_while_later_rounds_rest(self, tmp_path, monkeypatch):
         monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
         monkeypatch.setattr(choice_module, "_FIRST_ROUNDS", 2)
+        # As if every round had sampled other clients.
+        numbers = count()
+        monkeypatch.setattr(choice_module, "judges", lambda _: frozenset({next(numbers)}))
         whole = Run(tmp_path / "whole", 5, recipe="auto")
         assert [len(report.stages) for report in whole.result.reports] == [5, 5, 1, 1, 1]
         rounds = [report.choice.served_round for report in whole.result.reports]

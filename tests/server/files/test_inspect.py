@@ -186,6 +186,7 @@ def change_index(folder: Path, **changes: object) -> None:
         ({"lm_head.weight": None}, "index.json: 'lm_head.weight' missing in it"),
         ({"extra": "../other.safetensors"}, "the shard of 'extra' is '../other.safetensors'"),
         ({"extra": 3}, "the shard of 'extra' is 3"),
+        *(({"extra": shard}, f"the shard of 'extra' is '{shard}'") for shard in ("", ".", "..")),
     ],
 )
 def test_an_index_of_another_model_is_refused(sharded: Path, changes: dict[str, object], message: str) -> None:
@@ -226,6 +227,14 @@ def test_a_config_of_another_size_is_refused(llama: Path) -> None:
     config = llama / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 8'))
     assert "LlamaForCausalLM does not load" in refusal("inspect", llama)
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -1, "two"])
+def test_a_config_with_a_number_that_makes_no_model_is_refused(llama: Path, key: str, value: object) -> None:
+    config = llama / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    assert refusal("inspect", llama).startswith(f"{llama}")
 
 
 def test_a_file_without_a_symmetry_asks_for_one(tmp_path: Path) -> None:

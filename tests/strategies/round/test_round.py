@@ -1,6 +1,7 @@
 """The stages of a round, one after the other, for every recipe, grouping and kind of start."""
 
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import pytest
 import torch
@@ -58,10 +59,11 @@ class Driven:
     path: PathSums | None = None
     trial: PathSums | None = None
     encode: object = None
+    shortfall: float = 0.0
     plans: list[StagePlan] = field(default_factory=list)
 
     def __post_init__(self):
-        stages = stages_of(self.recipe, self.grouping, encode=self.encode)
+        stages = stages_of(self.recipe, self.grouping, encode=self.encode, shortfall=self.shortfall)
         steps = run_round(model(0.0), self.recipe, stages, NODES)
         state, plan = model(0.0), next(steps)
         try:
@@ -244,13 +246,14 @@ PAYS = trial_of((4, 2), (3, 1))
 
 
 class TestProbePath:
-    def driven(self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS):
-        """The fused model is 0 everywhere, the fitted one is -7 in the head."""
+    def driven(self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS, shortfall=0.0):
+        """The fused model is 0 everywhere, the fitted one is -7 in the head; a hundred examples judge them."""
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
-        path = PathSums(points, (), losses, (), correct, 1.0)
+        sums = (tuple(100.0 * value for value in values) for values in (losses, correct))
+        path = PathSums(points, (), next(sums), (), next(sums), 100.0)
         refit = RECIPES["auto-features"].refit
         refit = replace(refit, probe=replace(refit.probe, extrapolate=extrapolate))
-        return Driven(replace(RECIPES["auto-features"], refit=refit), path=path, trial=trial)
+        return Driven(replace(RECIPES["auto-features"], refit=refit), path=path, trial=trial, shortfall=shortfall)
 
     def test_evaluates_the_path_to_the_fitted_model(self):
         stage = self.driven((5, 4, 3, 2, 1)).stages[-2]
@@ -302,6 +305,18 @@ class TestProbePath:
         driven = self.driven((4, 3, 2, 1, 0), correct=(0.5, 0.5, 0.4, 0.2, 0.1))
         assert torch.equal(driven.end.served["head.weight"], torch.full((2, 2), -7.0 / 4))
         assert (driven.choice.loss, driven.choice.accuracy) == (3, 0.5)
+
+    @pytest.mark.parametrize(("shortfall", "slow"), [(3.9, True), (4.1, False), (inf, False)])
+    def test_the_mean_is_trained_on_without_a_trial_where_averaging_closes_the_gap(self, shortfall, slow):
+        driven = self.driven((4, 3, 2, 1, 1), shortfall=shortfall)
+        assert driven.stages[-1].request.stage == ("trial" if slow else "probe")
+        assert (driven.choice.served, driven.choice.trained_on) == ("fitted", "fitted" if slow else "average")
+
+    def test_a_gain_by_chance_leaves_the_mean(self):
+        # Less than the standard error: sqrt((2 + 1.85) / 100) is .196.
+        driven = self.driven((2.0, 1.85, 1.85, 1.85, 1.85))
+        assert driven.end.served is None
+        assert (driven.choice.served, driven.choice.trained_on) == ("average", "average")
 
     def test_a_mean_that_nothing_matches_is_served_without_a_trial(self):
         driven = self.driven((1, 2, 3, 4, 5), extrapolate=3.0)
