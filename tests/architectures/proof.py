@@ -141,7 +141,8 @@ def largest_change(
     state = {name: tensor.detach() for name, tensor in state.items()}
     for seed in range(seeds):
         moved = random(symmetry, torch.Generator().manual_seed(seed)).act(symmetry.fold(state))
-        transformed = copy.deepcopy(shaken)
+        # Training mode clears what some modules compute once in evaluation mode, such as the biases of LeViT's attention.
+        transformed = copy.deepcopy(shaken).train().eval()
         _replace(transformed, moved)
         for example, before in runs:
             worst = max(worst, _change(before, _execute(transformed, example, answers)), key=lambda x: (x != x, x))
