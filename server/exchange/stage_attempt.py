@@ -409,7 +409,7 @@ class StageAttempt:
             refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
             refusals = refusals or self._contradicting_labels(verdicts)
             if not refusals:
-                return self._weakened(verdicts, measures)
+                return self._weigh(verdicts, measures)
             for node, refusal in refusals.items():
                 self._refuse(node, refusal)
 
@@ -418,12 +418,12 @@ class StageAttempt:
             return {}
         return contradicting_labels({node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()})
 
-    def _weakened(self, verdicts: Mapping[int, Verdict], measures: Mapping[int, Measure]) -> dict[int, Verdict]:
+    def _weigh(self, verdicts: Mapping[int, Verdict], measures: Mapping[int, Measure]) -> dict[int, Verdict]:
         """Return the verdicts with less weight for clients that move against the others, here or earlier in the round."""
         if self._compares_updates:
             updates = {node: partial(self._cohort.__getitem__, node) for node in verdicts}
             self._weights = opposing_weights(updates, measures, self._anchor)
-        return {node: verdict.weakened(self._weights.get(node, 1.0)) for node, verdict in verdicts.items()}
+        return {node: verdict.with_weight(self._weights.get(node, 1.0)) for node, verdict in verdicts.items()}
 
     def _bound(self, node: int, verdict: Verdict) -> Update:
         return verdict.apply(self._cohort[node], self._anchor)

@@ -97,7 +97,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     refusal: Refusal | None = None
 
-    def weakened(self, weight: float) -> "Verdict":
+    def with_weight(self, weight: float) -> "Verdict":
         """Return the verdict on a client that counts less, as its update points against the others'; the same for 1."""
         if weight == 1:
             return self

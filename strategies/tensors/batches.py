@@ -205,9 +205,13 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Set every module to training or evaluation mode, and restore each module's mode afterwards."""
     # Per module, because apps train with some modules in evaluation mode, as a frozen BatchNorm.
     modes = {module: module.training for module in model.modules()}
+    # Training mode first and last: it clears what modules keep in evaluation mode, such as the biases of LeViT's
+    # attention, which belong to the state that was run before.
+    model.train()
     model.train(training)
     try:
         yield
     finally:
+        model.train()
         for module, mode in modes.items():
             module.training = mode

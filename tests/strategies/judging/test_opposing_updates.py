@@ -62,7 +62,7 @@ def test_all_count_in_full_where_a_direction_tells_nothing(steps, name):
 
 def test_less_weight_is_less_in_every_sum_and_leaves_the_parameters():
     update = Update({NAME: torch.ones(2, 2)}, 10.0)
-    taken = Verdict(10.0).weakened(0.25).apply(update, {NAME: torch.zeros(2, 2)})
+    taken = Verdict(10.0).with_weight(0.25).apply(update, {NAME: torch.zeros(2, 2)})
     assert taken.examples == 2.5
     assert torch.equal(taken.parameters[NAME], update.parameters[NAME])
-    assert Verdict(10.0).weakened(1.0) == Verdict(10.0)
+    assert Verdict(10.0).with_weight(1.0) == Verdict(10.0)

@@ -142,3 +142,30 @@ def test_a_compiled_model_is_run_as_it_was_written():
     assert not graphs
     compiled(batch.inputs)  # the app's own call is compiled as before
     assert len(graphs) == 1
+
+
+class KeepsBias(nn.Linear):
+    """Computes its bias once in evaluation mode, and forgets it in training mode, as LeViT's attention does."""
+
+    kept = None
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, inputs):
+        if not self.training:
+            self.kept = 2 * self.bias if self.kept is None else self.kept
+        return inputs @ self.weight.mT + (2 * self.bias if self.training else self.kept)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_module_keeps_of_one_state_is_not_used_with_another(training):
+    model = KeepsBias(3, 2).train(training)
+    batch = Batch(torch.zeros(4, 3), torch.zeros(4))
+    for value in (1.0, 5.0):
+        state = {"weight": model.weight, "bias": torch.full((2,), value)}
+        with evaluating(model), torch.no_grad():
+            assert torch.equal(forward(model, batch, state), torch.full((4, 2), 2 * value))
+    assert model.training == training
+    assert torch.equal(model(batch.inputs), 2 * model.bias.expand(4, 2))
