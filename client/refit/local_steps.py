@@ -21,11 +21,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from fedbasin.proto.report import PathSums
 from fedbasin.strategies.diagnostics.evaluation import Score, evaluate
 from fedbasin.strategies.tasks.model_task import Task
-from fedbasin.strategies.tensors.batches import Batches, forward, in_mode, read_batches
+from fedbasin.strategies.tensors.batches import Batch, Batches, forward, in_mode, read_batches
 from fedbasin.strategies.tensors.state import State
 
-# Steps of a trial, as a part of the app's own and at most: a head that is too large for a learning rate shows at once.
-_PART, MOST_STEPS = 4, 10
+# Steps of a trial: the app's own, and no more than these. The first steps of Adam are as large as the learning rate in
+# every parameter, so that any new head is worse after ten of them, and many are better after forty.
+MOST_STEPS = 40
+
+# Examples of a step. Batches of data are as large as statistics want them, and the app's own may be smaller.
+_EXAMPLES = 32
 
 # Optimizers whose step needs more than gradients, or that take only some parameters of a model.
 _UNFIT = ("LBFGS", "SparseAdam", "Muon")
@@ -88,30 +92,21 @@ def seeing_optimizer() -> Iterator[LocalOptimizer]:
 
 
 def trial(
-    model: nn.Module,
-    ends: tuple[State, State],
-    data: Batches,
-    held_out: Batches,
-    optimizer: LocalOptimizer,
-    seed: int,
-    task: Task,
+    model: nn.Module, state: State, data: Batches, held_out: Batches, optimizer: LocalOptimizer, seed: int, task: Task
 ) -> PathSums:
-    """Return the losses of two models before and after a client's first local steps from them.
+    """Return the losses of a model before a client's first local steps from it (t = 0) and after them (t = 1).
 
     Args:
         model: module that runs the states; its tensors are replaced.
-        ends: the two models.
+        state: the model.
         data: batches that the steps are taken on.
         held_out: batches that losses are measured on.
         optimizer: the optimizer of the app's own training.
         seed: seed of what the model draws in training.
         task: the task, which gives the loss.
     """
-    before = [evaluate(model, state, held_out, task) for state in ends]
-    after = [_after_steps(model, state, data, held_out, optimizer, seed, task) for state in ends]
-    return PathSums(
-        (0.0, 1.0), _losses(before), _losses(after), _correct(before), _correct(after), before[0].examples, clients=1
-    )
+    scores = [evaluate(model, state, held_out, task), _after_steps(model, state, data, held_out, optimizer, seed, task)]
+    return PathSums((0.0, 1.0), (), _losses(scores), (), _correct(scores), scores[0].examples, clients=1)
 
 
 def _after_steps(
@@ -120,15 +115,25 @@ def _after_steps(
     model.load_state_dict({**model.state_dict(), **state})
     if optimizer.name:
         stepping = optimizer.make(model)
-        batches = cycle(list(islice(read_batches(data, model), MOST_STEPS)))
+        batches = cycle(_small_batches(data, model, seed))
         # What the app draws must not depend on a trial.
         with torch.random.fork_rng(), in_mode(model, training=True), torch.enable_grad():
             torch.manual_seed(seed % 2**63)
-            for batch in islice(batches, min(max(1, optimizer.steps // _PART), MOST_STEPS)):
+            for batch in islice(batches, min(optimizer.steps, MOST_STEPS)):
                 stepping.zero_grad()
                 task.losses(forward(model, batch), batch).mean().backward()
                 stepping.step()
     return evaluate(model, model.state_dict(), held_out, task)
+
+
+def _small_batches(data: Batches, model: nn.Module, seed: int) -> list[Batch]:
+    """Return the batches of a trial's steps in random order; each is drawn from all over a batch, which may be sorted."""
+    small = []
+    for batch in islice(read_batches(data, model), MOST_STEPS):
+        parts = -(-len(batch.targets) // _EXAMPLES)
+        small += [batch.map(lambda tensor, part=slice(first, None, parts): tensor[part]) for first in range(parts)]
+    order = torch.randperm(len(small), generator=torch.Generator().manual_seed(seed % 2**63))
+    return [small[index] for index in order.tolist()]
 
 
 def _losses(scores: list[Score]) -> tuple[float, ...]:

@@ -85,7 +85,7 @@ def refit_reply(
         elif request.stage == TRIAL:
             task = task or guess_task(model, batches())
             optimizer = local_optimizer(context)
-            path = trial(model, ends, fitting(), judging(), optimizer, request.seed, task)
+            path = trial(model, ends[1], fitting(), judging(), optimizer, request.seed, task)
         else:
             set_scales(model, scales_of(fused))
             start, end = (complete_state(model, state) for state in ends)

@@ -4,7 +4,7 @@ import math
 
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.report import PathSums
-from fedbasin.proto.request import TRIAL, Request
+from fedbasin.proto.request import Request
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.diagnostics.probe_sampling import draw
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
@@ -28,7 +28,7 @@ def checked_path(reply: Reply, request: Request, node: int) -> PathSums | None:
         raise Refusal(Outcome.missing_statistic, f"the path has points {list(path.points)}, not {count} from 0 to 1")
     aligned = _checked_curves(path, "after", path.loss_after, path.correct_after)
     trained: tuple[tuple[float, ...], tuple[float, ...]] = (), ()
-    if request.kind != "evaluate" or request.stage == TRIAL:
+    if request.kind != "evaluate":
         trained = _checked_curves(path, "before", path.loss_before, path.correct_before)
     return PathSums(points, trained[0], aligned[0], trained[1], aligned[1], path.examples, clients=1)
 

@@ -2,8 +2,8 @@
 
     served       the evaluated point with the lowest loss among those whose loss is below that of the mean of the clients'
                  models by more than chance, and whose accuracy is no lower; otherwise the mean
-    trained on   the search's own point, where the mean is not getting there by itself, the clients' first local steps
-                 from the point lower its loss, and they end no higher than from the mean; otherwise the mean
+    trained on   the search's own point, where the mean is not getting there by itself and the clients' first local
+                 steps from the point lower its loss; otherwise the mean
 
 A closed-form head on features that are nearly untrained is accurate and so large that training from it diverges. The
 mean below it trains as ever, so the two roles are kept apart. Everything is decided by sums over the clients' examples.
@@ -135,15 +135,15 @@ def best_ahead(path: Path | None, otherwise: float) -> float:
 
 
 def is_trainable(trial: PathSums | None) -> bool:
-    """Return whether clients' first steps from the end of a trial lower its loss, and end as low as from its start.
+    """Return whether clients' first steps from a model lower its loss.
+
+    Where they would end from the mean is not asked: where clients have few classes each, the mean is the quicker to
+    learn what one of them knows, which no other client gains by.
 
     Args:
-        trial: losses before and after the steps, at the average (first) and at another model (last).
+        trial: losses before the steps and after them; None where no client has taken any.
     """
-    if trial is None or not trial.examples or not trial.loss_before:
-        return False
-    before, after = trial.loss_before, trial.loss_after
-    return after[-1] < before[-1] and after[-1] <= after[0]
+    return trial is not None and trial.examples > 0 and trial.loss_after[-1] < trial.loss_after[0]
 
 
 def is_slow(average: Candidate, served: Candidate, shortfall: float) -> bool:
@@ -235,8 +235,14 @@ class Standing:
 
     @property
     def shortfall(self) -> float:
-        """The loss of the mean above that of the served model; infinite where they were not compared."""
-        return self.choice.average_loss - self.choice.loss if self.choice else inf
+        """The loss of the mean above that of the served model, for a round of averaging to lower.
+
+        Zero where the last round trained on fitted layers: what such a round gains says nothing of averaging. Infinite
+        where the two were not compared.
+        """
+        if self.choice is None:
+            return inf
+        return 0.0 if self.choice.trained_on == Origin.fitted.name else self.choice.average_loss - self.choice.loss
 
     def after(self, report: RoundReport) -> "Standing":
         """Return the standing after a round whose model was taken."""

@@ -262,10 +262,9 @@ class ProbePath:
 
 
 class Trial(ProbePath):
-    """A stage in which clients take their first local steps from two models, which nobody keeps.
+    """A stage in which clients take their first local steps from a model, and keep nothing of them.
 
-    Only sums come back: of the loss and of the number of correct examples, before and after the steps, at the fused
-    model and at the end of the path.
+    Only sums come back: of the loss and of the number of correct examples, before the steps and after them.
     """
 
     stage = TRIAL
@@ -276,6 +275,6 @@ class Trial(ProbePath):
         Args:
             model: the refitted model, in which the stage ends.
             sequence: number of the last piece of it.
-            path: the path whose end is compared with the fused model.
+            path: the path whose end the steps are taken from.
         """
         super().__init__(model, sequence, path, points=2)

@@ -111,8 +111,10 @@ def test_averaging_is_slow_where_it_does_not_close_a_quarter_of_the_gap(mean, se
 
 
 def test_the_shortfall_is_that_of_the_last_comparison():
-    standing = Standing().after(report(1, FITTED))
-    assert standing.shortfall == FITTED.average_loss - FITTED.loss == 1.0
+    averaged = replace(FITTED, trained_on="average")
+    assert Standing().after(report(1, averaged)).shortfall == FITTED.average_loss - FITTED.loss == 1.0
+    # What a round on fitted layers has gained says nothing of averaging.
+    assert Standing().after(report(1, FITTED)).shortfall == 0
     assert Standing().after(report(1, None)).shortfall == math.inf
 
 
