@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -105,25 +106,24 @@ def trial(
         seed: seed of what the model draws in training.
         task: the task, which gives the loss.
     """
-    scores = [evaluate(model, state, held_out, task), _after_steps(model, state, data, held_out, optimizer, seed, task)]
-    return PathSums((0.0, 1.0), (), _losses(scores), (), _correct(scores), scores[0].examples, clients=1)
-
-
-def _after_steps(
-    model: nn.Module, state: State, data: Batches, held_out: Batches, optimizer: LocalOptimizer, seed: int, task: Task
-) -> Score:
+    before = evaluate(model, state, held_out, task)
     model.load_state_dict({**model.state_dict(), **state})
     if optimizer.name:
-        stepping = optimizer.make(model)
-        batches = cycle(_small_batches(data, model, seed))
-        # What the app draws must not depend on a trial.
-        with torch.random.fork_rng(), in_mode(model, training=True), torch.enable_grad():
-            torch.manual_seed(seed % 2**63)
-            for batch in islice(batches, min(optimizer.steps, MOST_STEPS)):
-                stepping.zero_grad()
-                task.losses(forward(model, batch), batch).mean().backward()
-                stepping.step()
-    return evaluate(model, model.state_dict(), held_out, task)
+        _take_steps(model, data, optimizer, seed, task)
+    scores = [before, evaluate(model, model.state_dict(), held_out, task)]
+    return PathSums((0.0, 1.0), (), _losses(scores), (), _correct(scores), before.examples, clients=1)
+
+
+def _take_steps(model: nn.Module, data: Batches, optimizer: LocalOptimizer, seed: int, task: Task) -> None:
+    stepping = optimizer.make(model)
+    batches = cycle(_small_batches(data, model, seed))
+    # What the app draws must not depend on a trial.
+    with torch.random.fork_rng(), in_mode(model, training=True), torch.enable_grad():
+        torch.manual_seed(seed % 2**63)
+        for batch in islice(batches, min(optimizer.steps, MOST_STEPS)):
+            stepping.zero_grad()
+            task.losses(forward(model, batch), batch).mean().backward()
+            stepping.step()
 
 
 def _small_batches(data: Batches, model: nn.Module, seed: int) -> list[Batch]:
@@ -131,7 +131,7 @@ def _small_batches(data: Batches, model: nn.Module, seed: int) -> list[Batch]:
     small = []
     for batch in islice(read_batches(data, model), MOST_STEPS):
         parts = -(-len(batch.targets) // _EXAMPLES)
-        small += [batch.map(lambda tensor, part=slice(first, None, parts): tensor[part]) for first in range(parts)]
+        small += [batch.map(itemgetter(slice(first, None, parts))) for first in range(parts)]
     order = torch.randperm(len(small), generator=torch.Generator().manual_seed(seed % 2**63))
     return [small[index] for index in order.tolist()]
 

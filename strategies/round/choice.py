@@ -3,7 +3,7 @@
     served       the evaluated point with the lowest loss among those whose loss is below that of the mean of the clients'
                  models by more than chance, and whose accuracy is no lower; otherwise the mean
     trained on   the search's own point, where the mean is not getting there by itself and the clients' first local
-                 steps from the point lower its loss; otherwise the mean
+                 steps from the point lose less than it is ahead of the mean; otherwise the mean
 
 A closed-form head on features that are nearly untrained is accurate and so large that training from it diverges. The
 mean below it trains as ever, so the two roles are kept apart. Everything is decided by sums over the clients' examples.
@@ -134,26 +134,36 @@ def best_ahead(path: Path | None, otherwise: float) -> float:
     return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
-def is_trainable(trial: PathSums | None) -> bool:
-    """Return whether clients' first steps from a model lower its loss.
+def is_trainable(trial: PathSums | None, gain: float) -> bool:
+    """Return whether a model loses less by clients' first local steps from it than it is ahead of the mean.
 
-    Where they would end from the mean is not asked: where clients have few classes each, the mean is the quicker to
-    learn what one of them knows, which no other client gains by.
+    Some loss is to be expected. A new head is worse after Adam's first steps, and small clients soon know their own
+    examples by heart, which averaging takes back. A head that is too large for the learning rate loses everything.
 
     Args:
         trial: losses before the steps and after them; None where no client has taken any.
+        gain: loss of the mean above the model's.
     """
-    return trial is not None and trial.examples > 0 and trial.loss_after[-1] < trial.loss_after[0]
+    if trial is None or not trial.examples:
+        return False
+    before, after = trial.loss_after
+    return after != before and (after - before) / trial.examples < gain
 
 
-def is_slow(average: Candidate, served: Candidate, shortfall: float) -> bool:
+def is_slow(
+    average: Candidate, served: Candidate, shortfall: float, start: Candidate | None = None, examples: float = 0.0
+) -> bool:
     """Return whether the mean of the clients' models hardly comes closer to the served model.
 
     Args:
         average: the mean.
         served: the best of the round's models.
         shortfall: difference of their losses when they were last compared; infinite where they were not.
+        start: the model that the round began with, which the mean is compared with where there was no comparison.
+        examples: number of examples that have judged the mean and the start.
     """
+    if shortfall == inf:
+        return start is not None and not average.is_below(start, examples)
     return average.loss - served.loss > _SLOW * shortfall
 
 

@@ -283,22 +283,25 @@ def _choose(
     line = for_all(result.curve, PathSpec())
     best = best_point(line)
     path = PathSpec(best)
-    models = [*candidates(line), *models]
+    models, start = [*candidates(line), *models], None
     if probe.extrapolate:
         extended = PathSpec(best, probe.extrapolate)
         result = yield replace(fitted, nodes=result.nodes).probe(extended, probe.points, again=True)
         beyond = for_all(result.curve, extended)
-        models += candidates(beyond, is_extended=True)
+        extension = candidates(beyond, is_extended=True)
+        models += extension
+        # After a search for an anchor it is a trained model, which the mean need not surpass.
+        start = extension[0] if extension and client is None else None
         path = PathSpec(best, probe.extrapolate * best_ahead(beyond, 1 / probe.extrapolate))
     if line is None or not line.examples:
         return RoundResult(dict(fitted.start))
     average = replace(models[0], origin=Origin.average)
     served = best_candidate(average, models, line.examples)
     trial = None
-    if served is not average and is_slow(average, served, shortfall):
+    if served is not average and is_slow(average, served, shortfall, start, line.examples):
         make = partial(Trial, fitted.model, fitted.sequence, path)
         trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
-    trained_on = Origin.fitted if is_trainable(trial) else Origin.average
+    trained_on = Origin.fitted if is_trainable(trial, average.loss - served.loss) else Origin.average
     choice = _choice(served, average, trained_on, line.examples)
     model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
     if trained_on is Origin.average:

@@ -372,7 +372,7 @@ class TestChoosing:
     @staticmethod
     def trials(monkeypatch, *, pay):
         """Let every trial end as a test wants it, and every closed form pay or none."""
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: pay)
         monkeypatch.setattr(round_module, "best_candidate", lambda average, models, _: models[-1] if pay else average)
 
     def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
@@ -430,7 +430,7 @@ class TestChoosing:
         assert equal(run.model, Run(tmp_path / "mean", 8, recipe="fedavg").model)
 
     def test_the_mean_is_trained_on_while_a_head_is_served(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: False)
         run = Run(tmp_path, recipe="auto")
         averaged = Run(tmp_path / "mean", recipe="fedavg").model
         trained = {name: array.numpy() for name, array in run.result.trained_arrays.items()}
@@ -451,7 +451,7 @@ class TestChoosing:
         ],
     )
     def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, monkeypatch, recipe, pay):
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial: pay)
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: pay)
         whole = Run(tmp_path / "whole", 4, recipe=recipe)
         cut = Run(tmp_path / "cut", 2, recipe=recipe)
         resumed = Run(tmp_path, 4, recipe=recipe, resume=str(cut.result.folder))
@@ -461,7 +461,7 @@ class TestChoosing:
         assert all(a.data == b.data for a, b in same)
 
     def test_a_model_that_closed_forms_have_made_is_served_while_later_rounds_rest(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial: False)
+        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: False)
         monkeypatch.setattr(choice_module, "_FIRST_ROUNDS", 2)
         # As if every round had sampled other clients.
         numbers = count()

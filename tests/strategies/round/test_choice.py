@@ -110,6 +110,15 @@ def test_averaging_is_slow_where_it_does_not_close_a_quarter_of_the_gap(mean, se
     assert not is_slow(average, best, Standing().shortfall)
 
 
+@given(losses, losses, losses)
+def test_averaging_is_slow_at_first_where_it_has_not_lowered_the_loss(mean, begin, served):
+    average, start = Candidate(0.0, mean), Candidate(0.0, begin, is_extended=True)
+    slow = is_slow(average, Candidate(1.0, served), Standing().shortfall, start, 100.0)
+    assert slow == (not average.is_below(start, 100.0))
+    # Later on the comparison before tells.
+    assert is_slow(average, Candidate(1.0, mean), 1.0, start, 100.0) is False
+
+
 def test_the_shortfall_is_that_of_the_last_comparison():
     averaged = replace(FITTED, trained_on="average")
     assert Standing().after(report(1, averaged)).shortfall == FITTED.average_loss - FITTED.loss == 1.0

@@ -57,6 +57,7 @@ class Driven:
     grouping: str = "layer"
     layer_graph: LayerGraph | None = ORDER
     path: PathSums | None = None
+    extended: PathSums | None = None
     trial: PathSums | None = None
     encode: object = None
     shortfall: float = 0.0
@@ -74,7 +75,8 @@ class Driven:
                 moved = {n: torch.full_like(state[n], -float(len(self.plans))) for b in (refit.blocks if refit else ()) for n in b}  # fmt: skip
                 state = {**state, **moved}
                 nodes = NODES[: 10 - len(self.plans)]
-                path = self.trial if request.stage == "trial" else self.path
+                is_extended = self.extended is not None and refit is not None and refit.path == PathSpec(1.0, 3.0)
+                path = self.trial if request.stage == "trial" else self.extended if is_extended else self.path
                 plan = steps.send(result_of(state, nodes, self.layer_graph, path))
         except StopIteration as end:
             self.end = end.value
@@ -238,22 +240,26 @@ def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_i
     assert regularisers(RECIPES["head"].override(ridge=0.5)) == [Ridge(0.5, "anchor")]
 
 
-def trial_of(before, after, examples=1.0):
-    return PathSums((0.0, 1.0), (), (before, after), (), (0.0, 0.0), examples)
+def trial_of(before, after, examples=10.0):
+    return PathSums((0.0, 1.0), (), (10.0 * before, 10.0 * after), (), (0.0, 0.0), examples)
 
 
-PAYS = trial_of(2, 1)
+# Steps that lose half of what the fitted model of these tests is ahead of the mean at least.
+PAYS = trial_of(2, 2.1)
 
 
 class TestProbePath:
-    def driven(self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS, shortfall=0.0):
+    def driven(self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS, shortfall=0.0, extended=None):
         """The fused model is 0 everywhere, the fitted one is -7 in the head; a hundred examples judge them."""
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
         sums = (tuple(100.0 * value for value in values) for values in (losses, correct))
         path = PathSums(points, (), next(sums), (), next(sums), 100.0)
+        if extended is not None:
+            extended = replace(path, loss_after=tuple(100.0 * loss for loss in extended))
         refit = RECIPES["auto-features"].refit
         refit = replace(refit, probe=replace(refit.probe, extrapolate=extrapolate))
-        return Driven(replace(RECIPES["auto-features"], refit=refit), path=path, trial=trial, shortfall=shortfall)
+        recipe = replace(RECIPES["auto-features"], refit=refit)
+        return Driven(recipe, path=path, extended=extended, trial=trial, shortfall=shortfall)
 
     def test_evaluates_the_path_to_the_fitted_model(self):
         stage = self.driven((5, 4, 3, 2, 1)).stages[-2]
@@ -292,8 +298,8 @@ class TestProbePath:
 
     @pytest.mark.parametrize(
         "trial",
-        [None, trial_of(2, 2), trial_of(2, 1, examples=0.0)],
-        ids=["nobody", "steps do not help", "no examples"],
+        [None, trial_of(0, 4), trial_of(2, 2), trial_of(2, 1, examples=0.0)],
+        ids=["nobody", "all is lost", "no steps", "no examples"],
     )
     def test_the_mean_is_trained_on_where_steps_from_the_best_point_do_not_pay(self, trial):
         driven = self.driven((4, 3, 2, 1, 0), trial=trial)
@@ -311,6 +317,13 @@ class TestProbePath:
         driven = self.driven((4, 3, 2, 1, 1), shortfall=shortfall)
         assert driven.stages[-1].request.stage == ("trial" if slow else "probe")
         assert (driven.choice.served, driven.choice.trained_on) == ("fitted", "fitted" if slow else "average")
+
+    @pytest.mark.parametrize(("start", "slow"), [(4.0, True), (9.0, False)])
+    def test_a_first_round_that_has_not_lowered_the_loss_tries_the_best_point(self, start, slow):
+        extended = (start, 3.0, 3.0, 3.0, 3.0)
+        driven = self.driven((4.0, 3.0, 2.0, 1.0, 0.5), extrapolate=3.0, extended=extended, shortfall=inf)
+        assert driven.stages[-1].request.stage == ("trial" if slow else "probe")
+        assert driven.choice.trained_on == ("fitted" if slow else "average")
 
     def test_a_gain_by_chance_leaves_the_mean(self):
         # Less than the standard error: sqrt((2 + 1.85) / 100) is .196.
