@@ -355,7 +355,8 @@ class StageAttempt:
         return ClientReport(
             reply.node_id,
             problem.outcome.name,
-            problem.detail,
+            # Names of a client's tensors may be as long as the whole reply.
+            shortened(problem.detail),
             bytes_up=_payload_bytes(reply.message),
             bytes_down=self._bytes_down,
             seconds=reply.seconds,
