@@ -376,7 +376,7 @@ class StageAttempt:
         content = _app_content(node_reply.message.content)
         # Before anything is kept: a report that cannot be made leaves no trace.
         report = self._describe(node_reply, received, checked.alignment)
-        sizes = measure(checked.update, checked.distances)
+        sizes = measure(checked.update, checked.distances, self._anchor)
         self._candidates[node] = _Candidate(
             report, sizes, received.reply.metrics, content, path or PathSums(), variance
         )
