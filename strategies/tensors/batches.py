@@ -47,6 +47,10 @@ class Batch:
             )
         if not isinstance(self.targets, Tensor):
             raise TypeError(f"targets of a batch are a {type(self.targets).__name__}; yield a tensor")
+        if not self.targets.ndim:
+            raise TypeError(
+                "targets of a batch have no axis, as of single examples; pass a DataLoader and not the data set"
+            )
         if self.mask is not None and (self.mask.dtype != torch.bool or self.mask.ndim != 2):
             raise ValueError(
                 f"mask of a batch is {self.mask.dtype} {list(self.mask.shape)}; "

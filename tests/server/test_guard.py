@@ -169,6 +169,7 @@ def shortened(reply):
 
 BAD_MODELS = {
     **{f"an entry of {value:g}": weights(first_entry(value)) for value in (math.nan, math.inf, 1e19, 1e30, 3e38)},
+    "zeros": weights(lambda name, tensor: torch.zeros_like(tensor)),
     "another width": weights(lambda n, t: t[:-1] if n == "0.bias" else t),
     "names of DataParallel": renamed,
     "a tensor less": shortened,
