@@ -118,7 +118,8 @@ def _after_steps(
     model: nn.Module, state: State, data: Batches, held_out: Batches, optimizer: LocalOptimizer, seed: int, task: Task
 ) -> Score:
     model.load_state_dict({**model.state_dict(), **state})
-    if optimizer.name:
+    # A model that is frozen as it is made can be tried no better than one of an app without an optimizer.
+    if optimizer.name and any(parameter.requires_grad for parameter in model.parameters()):
         stepping = optimizer.make(model)
         batches = cycle(list(islice(read_batches(data, model), MOST_STEPS)))
         # What the app draws must not depend on a trial.

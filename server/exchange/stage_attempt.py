@@ -79,6 +79,10 @@ class StageLimits:
         """Return the number of clients that must be accepted."""
         return max(1, math.ceil(self.quorum * asked), min(self.least_clients, asked))
 
+    def is_by_rule(self, asked: int) -> bool:
+        """Return whether it is not the quorum that needs as many."""
+        return self.needed(asked) > max(1, math.ceil(self.quorum * asked))
+
     def early_end(self, asked: int, accepted: int = 0) -> Quorum | None:
         """Return when to stop waiting before the deadline; None for never.
 

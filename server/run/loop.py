@@ -511,13 +511,17 @@ class RunLoop:
         report = attempt.report()
         self._state.note(report, number)
         if plan.may_fail:
-            _LOG.warning("%s", QuorumLostError(report, attempt.needed, self._limits.attempts))
+            _LOG.warning("%s", self._quorum_lost(report, attempt))
             return StageResult(dict(plan.carries), report, failed=True)
         # A search for an anchor asks client by client: its end names all who failed before.
         failed = [r.report for r in earlier if r.report.stage == report.stage]
         clients = [client for stage in (*failed, report) for client in stage.clients]
         report = replace(report, clients=tuple(clients))
-        raise QuorumLostError(report, attempt.needed, self._limits.attempts)
+        raise self._quorum_lost(report, attempt)
+
+    def _quorum_lost(self, report: StageReport, attempt: StageAttempt) -> QuorumLostError:
+        by_rule = self._limits.is_by_rule(len(attempt.nodes))
+        return QuorumLostError(report, attempt.needed, self._limits.attempts, by_rule=by_rule)
 
     def _collect(self, attempt: StageAttempt) -> dict[str, int]:
         """Ask and add what comes; return the nodes that have not answered, by the id of the message."""
@@ -540,12 +544,13 @@ class RunLoop:
         strategy, limits = self._strategy, self._limits
         arrays = self._arrays if anchor is self._model else self._state.arrays(anchor)
         self._train_anchor = self._state.state(arrays)
-        report, needed = StageReport(Fuse.stage), 1
+        report, needed, by_rule = StageReport(Fuse.stage), 1, False
         self._state.training = None
         for _ in range(limits.attempts):
             messages = list(strategy.configure_train(number, arrays, self._train_config, self._grid))
             attempt = self._state.training
-            needed = attempt.needed if attempt else limits.needed(len(messages))
+            asked = len(attempt.nodes if attempt else messages)
+            needed, by_rule = limits.needed(asked), limits.is_by_rule(asked)
             self._state.stream = stream = StageReplies(self._stream(messages, attempt))
             trained, metrics = strategy.aggregate_train(number, stream)
             if attempt is not None:
@@ -563,7 +568,7 @@ class RunLoop:
                     self._result.train_metrics_clientapp,
                     number,
                 )
-        raise QuorumLostError(report, needed, limits.attempts)
+        raise QuorumLostError(report, needed, limits.attempts, by_rule=by_rule)
 
     def _evaluate_on_clients(self, number: int) -> StageResult | None:
         """Evaluate the new model on clients; it stands also where none of them can evaluate it."""

@@ -51,6 +51,13 @@ def test_an_optimizer_that_was_seen_takes_the_steps_of_the_apps_own(make):
         torch.testing.assert_close(a, b)
 
 
+def test_a_model_that_is_frozen_as_it_is_made_takes_no_steps():
+    frozen = net().requires_grad_(False)
+    ends = net(1).state_dict(), net(2).state_dict()
+    losses = trial(frozen, ends, BATCHES, BATCHES, seen(OPTIMIZERS["SGD"]), 0, TASK)
+    assert losses.loss_before == losses.loss_after
+
+
 def test_the_largest_learning_rate_of_a_schedule_counts():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
