@@ -44,7 +44,9 @@ def check_tensors(model: nn.Module, anchor: State) -> None:
 def _prefix_advice(tensors: State, anchor: State) -> str:
     """Return what to do where the names differ by a prefix, as those of `DataParallel` and `torch.compile` do."""
     prefixes = {name.removesuffix(end) for end in anchor for name in tensors if name.endswith(f".{end}")}
-    wrapper = next((prefix for prefix in sorted(prefixes) if {f"{prefix}{name}" for name in anchor} <= tensors.keys()), "")
+    wrapper = next(
+        (prefix for prefix in sorted(prefixes) if {f"{prefix}{name}" for name in anchor} <= tensors.keys()), ""
+    )
     return f"; make the model within, without {wrapper!r}, and wrap it in the app's own function" if wrapper else ""
 
 

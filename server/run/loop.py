@@ -218,7 +218,9 @@ class RunLoop:
         if missing := checkpoint.missing_reports(self._folder, self._done):
             rounds = f"{', '.join(map(str, missing[:3]))}{' and more' if len(missing) > 3 else ''}"
             detail = f"{self._folder / checkpoint.REPORTS} has no whole report of round {rounds}"
-            self._note(Incident(IncidentKind.damaged_checkpoint.name, f"{detail}; the run goes on without what it says"))
+            self._note(
+                Incident(IncidentKind.damaged_checkpoint.name, f"{detail}; the run goes on without what it says")
+            )
         for report in checkpoint.read_reports(self._folder):
             if report.round > saved.server_round:
                 break
@@ -514,7 +516,7 @@ class RunLoop:
             _LOG.warning("%s", self._quorum_lost(report, attempt))
             return StageResult(dict(plan.carries), report, failed=True)
         # A search for an anchor asks client by client: its end names all who failed before.
-        failed = [r.report for r in earlier if r.report.stage == report.stage]
+        failed = [r.report for r in earlier if r.failed and r.report.stage == report.stage]
         clients = [client for stage in (*failed, report) for client in stage.clients]
         report = replace(report, clients=tuple(clients))
         raise self._quorum_lost(report, attempt)
@@ -618,7 +620,9 @@ def _finished(attempt: StageAttempt, plan: StagePlan) -> StageResult:
 def _whole(rounds: object) -> int:
     """Return a number of rounds; raises a SettingsError for what is none."""
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise SettingsError(f"num_rounds = {rounds!r}: give the number of rounds, as a whole number that is not negative")
+        raise SettingsError(
+            f"num_rounds = {rounds!r}: give the number of rounds, as a whole number that is not negative"
+        )
     return rounds
 
 

@@ -47,10 +47,6 @@ class Batch:
             )
         if not isinstance(self.targets, Tensor):
             raise TypeError(f"targets of a batch are a {type(self.targets).__name__}; yield a tensor")
-        if not self.targets.ndim:
-            raise TypeError(
-                "targets of a batch have no axis, as of single examples; pass a DataLoader and not the data set"
-            )
         if self.mask is not None and (self.mask.dtype != torch.bool or self.mask.ndim != 2):
             raise ValueError(
                 f"mask of a batch is {self.mask.dtype} {list(self.mask.shape)}; "
@@ -78,6 +74,7 @@ def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
     """Yield each batch that has examples, on the device of the model.
 
     Raises:
+        TypeError: the data gives single examples.
         ValueError: no batch has any.
     """
     # A model without parameters and buffers runs where its inputs are, which is taken to be the CPU.
@@ -85,6 +82,8 @@ def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
     examples = 0
     for item in batches:
         batch = item if isinstance(item, Batch) else _batch(item)
+        if not batch.targets.ndim:
+            raise TypeError("targets have no axis, as of single examples; pass a DataLoader and not the data set")
         # Models and losses differ in what they make of no examples, as a loader that filters may yield.
         if len(batch.targets):
             examples += len(batch.targets)

@@ -133,7 +133,14 @@ FOR_THE_SERVER_TO_FIND = [outcome for outcome in Outcome if outcome.name not in 
 @pytest.mark.parametrize("outcome", FOR_THE_SERVER_TO_FIND, ids=lambda outcome: outcome.name)
 def test_no_client_names_an_outcome_that_is_for_the_server_to_find(outcome):
     sent = attempt()
-    own = Reply(sent.request.round, sent.request.stage, sent.request.anchor_digest, outcome=outcome.name, detail="so it says", examples=5.0)
+    own = Reply(
+        sent.request.round,
+        sent.request.stage,
+        sent.request.anchor_digest,
+        outcome=outcome.name,
+        detail="so it says",
+        examples=5.0,
+    )
     reply = Message(own.to_content(sent.request), reply_to=sent.messages[0])
     with pytest.raises(Refusal, match="which no client finds for itself") as refused:
         receive(reply, sent.request, 2**31)

@@ -157,7 +157,9 @@ def test_a_round_that_cannot_be_saved_says_where_and_what_to_do(tmp_path, name):
             (tmp_path / "1" / name).mkdir()
         return MetricRecord()
 
-    with pytest.raises(CheckpointError, match=f"round 2 cannot be saved in {tmp_path / '1'}: .*{name}.*make room there"):
+    with pytest.raises(
+        CheckpointError, match=f"round 2 cannot be saved in {tmp_path / '1'}: .*{name}.*make room there"
+    ):
         start(tiny.federation(), tmp_path, evaluate_fn=evaluate)
 
 
