@@ -279,7 +279,7 @@ def test_what_is_no_host_and_port_is_refused_by_every_caller(address, tmp_path):
         assert "HOST:PORT" in done.stderr
         assert "\x1b" not in done.stderr
     if address:
-        with pytest.raises(SettingsError, match="observer = .*HOST:PORT"):
+        with pytest.raises(SettingsError, match=r"observer = .*HOST:PORT"):
             running.run(tiny.federation(observer=address, folder=str(tmp_path)), tiny.net())
 
 

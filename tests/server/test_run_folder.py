@@ -173,7 +173,7 @@ def test_what_is_no_number_of_rounds_is_refused(tmp_path, rounds):
 
 def test_fewer_rounds_than_are_done_are_refused(tmp_path):
     first = start(tiny.federation(), tmp_path, 3)
-    with pytest.raises(SettingsError, match="num_rounds = 2, and .* has 3 finished rounds"):
+    with pytest.raises(SettingsError, match=r"num_rounds = 2, and .* has 3 finished rounds"):
         start(tiny.federation(), tmp_path, 2, resume=str(first.folder))
 
 

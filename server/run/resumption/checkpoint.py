@@ -151,7 +151,8 @@ def _round_of(metadata: Mapping[str, str]) -> int:
     """Return the round of a checkpoint's metadata; raises a ValueError where they are not those that are written."""
     if missing := [key for key in ("round", "settings", "sha256", "optimizer-sha256") if key not in metadata]:
         raise ValueError(f"its metadata lack {', '.join(missing)}")
-    if not isinstance(json.loads(metadata["settings"]), dict):
+    settings = json.loads(metadata["settings"])
+    if type(settings) is not dict:
         raise ValueError("its settings are no JSON object")
     text = metadata["round"]
     if not (text.isascii() and text.isdecimal() and 0 < len(text) <= _ROUND_DIGITS and int(text)):

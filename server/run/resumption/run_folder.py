@@ -189,7 +189,7 @@ def _read_record(file: Path) -> RunRecord:
     """Read the record of a run; raises an error of `_UNREADABLE` where it is none of this version."""
     record = RunRecord(**json.loads(file.read_text(encoding="utf-8")))
     if not (isinstance(record.configuration, dict) and isinstance(record.rounds, int)):
-        raise ValueError("its values are none of a run's")
+        raise TypeError("its values are none of a run's")
     return record
 
 
