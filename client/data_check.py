@@ -5,14 +5,49 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from fedbasin.client.lora_names import model_names
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.tensors.batches import evaluating, forward, read_batches
+from fedbasin.strategies.tensors.state import State
 
 
 class UnreadableDataError(ValueError):
     """Batches that the model or the mod cannot take."""
+
+
+class OtherModelError(ValueError):
+    """A model that has not the tensors of the global model."""
+
+
+def check_tensors(model: nn.Module, anchor: State) -> None:
+    """Check that a model has the tensors of the state that travels, in its shapes.
+
+    Raises:
+        OtherModelError: it lacks one, or has it in another shape; names the tensor.
+    """
+    tensors = model.state_dict()
+    try:
+        names = model_names(model, anchor)
+    except ValueError as error:
+        raise OtherModelError(f"{error}{_prefix_advice(tensors, anchor)}") from error
+    for name, own_name in names.items():
+        # A client may have adapters of a smaller rank.
+        if tensors[own_name].shape != anchor[name].shape and ".lora_" not in name:
+            raise OtherModelError(
+                f"{name!r} is {tuple(tensors[own_name].shape)} in the model that basin(model=...) makes, and "
+                f"{tuple(anchor[name].shape)} in the global model; make the model with the same settings"
+            )
+
+
+def _prefix_advice(tensors: State, anchor: State) -> str:
+    """Return what to do where the names differ by a prefix, as those of `DataParallel` and `torch.compile` do."""
+    prefixes = {name.removesuffix(end) for end in anchor for name in tensors if name.endswith(f".{end}")}
+    wrapper = next(
+        (prefix for prefix in sorted(prefixes) if {f"{prefix}{name}" for name in anchor} <= tensors.keys()), ""
+    )
+    return f"; make the model within, without {wrapper!r}, and wrap it in the app's own function" if wrapper else ""
 
 
 def needs_data(request: Request) -> bool:
@@ -21,20 +56,23 @@ def needs_data(request: Request) -> bool:
     return measured or (request.aligns and Matcher[request.matcher].reads_data)
 
 
-def check_data(make_model: Callable[[], nn.Module], data: Data | None) -> None:
-    """Run the model on the first batch.
+def check_data(make_model: Callable[[], nn.Module], data: Data | None, anchor: State) -> None:
+    """Check that the model runs the state that travels, and run it on the first batch.
 
     Args:
         make_model: makes the model; its initial weights are used.
         data: gives the client's own batches, anew at every call.
+        anchor: the state that the server has sent.
 
     Raises:
         MissingDataError: there is no data.
+        OtherModelError: the model has not the tensors of the state.
         UnreadableDataError: the batch is in none of the known forms, the model does not take it, or there is no second
             pass over the data.
     """
     batches = required(data, "the recipe")()
     model = make_model()
+    check_tensors(model, anchor)
     # A shuffling DataLoader draws from the global generator, and what the app draws must not depend on this look.
     with torch.random.fork_rng(), evaluating(model), torch.no_grad():
         if isinstance(batches, Iterator) and required(data, "the recipe")() is batches:
@@ -43,7 +81,13 @@ def check_data(make_model: Callable[[], nn.Module], data: Data | None) -> None:
                 "a new iterator at every call"
             )
         try:
-            forward(model, next(iter(read_batches(batches, model))))
+            batch = next(iter(read_batches(batches, model)))
+        except Exception as error:
+            raise UnreadableDataError(
+                f"the data that the mod was given cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            forward(model, batch)
         except Exception as error:
             raise UnreadableDataError(
                 f"the first batch of the data that the mod was given does not go through the model: "

@@ -32,7 +32,15 @@ def model_factory(model: Factory[nn.Module]) -> Callable[[Context], nn.Module]:
         raise TypeError(
             f"model= is a {type(model).__name__}; pass the model's class or a function that makes the model"
         )
-    return _of_context(model, "model")
+    make = _of_context(model, "model")
+
+    def made(context: Context) -> nn.Module:
+        module = make(context)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model= has made a {type(module).__name__}; let it return the model, a torch.nn.Module")
+        return module
+
+    return made
 
 
 def data_factory(data: Factory[Batches] | Batches, keyword: str = "data") -> Callable[[Context], Batches]:

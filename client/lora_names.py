@@ -28,9 +28,9 @@ def model_names(model: nn.Module, state: State) -> dict[str, str]:
     weights = (name for name in state if not name.endswith(SCALE))
     names = {name: name if name in tensors else saved.get(name, "") for name in weights}
     if unknown := [name for name, own_name in names.items() if not own_name]:
+        adapters = ", with its adapters" if any(".lora_" in name for name in state) else ""
         raise ValueError(
-            f"the model has no tensor {unknown[0]!r}; give fedbasin.client.basin the model whose state travels, "
-            "with its adapters"
+            f"the model has no tensor {unknown[0]!r}; give basin(model=...) the model whose state travels{adapters}"
         )
     return names
 

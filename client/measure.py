@@ -170,7 +170,8 @@ def _singular_vectors(
     Where nothing was searched and no path is requested, nothing is compared: such a reply shall cost no decomposition.
     """
     is_searched = not all(space.certified for space in report.spaces)
-    layers = affordable(request.anchor, _SPECTRAL_BUDGET)
+    # A matrix of zeros has no direction.
+    layers = [n for n in affordable(request.anchor, _SPECTRAL_BUDGET) if request.anchor[n].any() and trained[n].any()]
     if not layers or not (is_searched or request.path_points):
         return None
     trained_vectors = vectors = spectral_alignment(request.anchor, trained, layers=layers)

@@ -126,7 +126,7 @@ def _prepared(
         with torch.random.fork_rng([]):
             task = app_task.resolve(request, make_model, context, data)
             if needs_data(request) and request.round <= 1 and not request.moving and request.refit is None:
-                check_data(partial(make_model, context), data)
+                check_data(partial(make_model, context), data, request.anchor)
     except Exception as error:
         if not (request.optional and request.layer_graph):
             raise

@@ -16,9 +16,11 @@ from torch.utils.dlpack import from_dlpack
 from fedbasin.proto.packing import PackingError
 
 _MAGIC = b"\x93NUMPY\x01\x00"
-# A pattern and not NumPy's parser, which evaluates Python literals and fails with many kinds of exceptions.
+# Patterns and not NumPy's parser, which evaluates Python literals and fails with many kinds of exceptions.
+_DTYPE = re.compile(rb"\{'descr': '([^']{1,16})', 'fortran_order': (?:False|True), 'shape': \([\d, ]*\), \} *\n")
+_READ = rb"<[fiu][248]|\|[iub]1"
 _HEADER = re.compile(
-    rb"\{'descr': '(<[fiu][248]|\|[iub]1)', 'fortran_order': (False|True), "
+    rb"\{'descr': '(" + _READ + rb")', 'fortran_order': (False|True), "
     rb"'shape': \(((?:\d{1,18}(?:, |,(?=\))|(?=\)))){0,32})\), \} *\n"
 )
 
@@ -48,7 +50,7 @@ def _view(name: str, array: Array) -> Tensor:
     start = len(_MAGIC) + 2 + int.from_bytes(array.data[len(_MAGIC) : len(_MAGIC) + 2], "little")
     header = _HEADER.fullmatch(array.data, len(_MAGIC) + 2, start)
     if header is None or not array.data.startswith(_MAGIC):
-        raise PackingError(f"array {name!r} is not an .npy 1.0 file of numbers; send it as Flower's Array does")
+        raise PackingError(f"array {name!r} {_fault(array.data, start)}")
     dtype = np.dtype(header[1].decode())
     shape = tuple(int(size) for size in header[3].decode().replace(",", " ").split())
     # Checked before memory is viewed; empty dimensions count as 1, because strides are computed from them too.
@@ -61,6 +63,16 @@ def _view(name: str, array: Array) -> Tensor:
     values = np.frombuffer(array.data, dtype, offset=start)
     fortran = header[2] == b"True"
     return _tensor(values.reshape(shape[::-1]).T if fortran else values.reshape(shape))
+
+
+def _fault(data: bytes, start: int) -> str:
+    """Return why an array cannot be read, in words."""
+    other = _DTYPE.fullmatch(data, len(_MAGIC) + 2, start) if data.startswith(_MAGIC) else None
+    if other is None:
+        return "is not an .npy 1.0 file of numbers; send it as Flower's Array does"
+    if re.fullmatch(_READ, other[1]):
+        return "has more than 32 axes, or larger ones than any tensor; reshape it"
+    return f"has the NumPy dtype {other[1].decode('latin-1')!r}, which cannot be fused; convert it to the model's own"
 
 
 def _tensor(values: np.ndarray) -> Tensor:

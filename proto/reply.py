@@ -203,19 +203,29 @@ def _ordinary(arrays: Mapping[str, ArrayRecord], request: Request) -> Reply:
 
 
 def read_metrics(record: MetricRecord) -> dict[str, float | list[float]]:
-    """Return the metrics of a record, numbers and lists of numbers."""
-    return {
-        name: float(value) if isinstance(value, int | float) else [float(v) for v in value]
-        for name, value in record.items()
-    }
+    """Return the metrics of a record, numbers and lists of numbers.
+
+    Raises:
+        WireError: a metric is none, or is larger than any float.
+    """
+    return {name: _number(name, value) for name, value in record.items()}
+
+
+def _number(name: str, value: object) -> float | list[float]:
+    try:
+        return float(value) if isinstance(value, int | float) else [float(v) for v in value]  # type: ignore[attr-defined]
+    except (OverflowError, TypeError, ValueError) as error:
+        raise WireError(f"the metric {name!r} is no number that a float can hold: {error}") from error
 
 
 def _metrics(content: RecordDict) -> dict[str, float | list[float]]:
-    return {
-        name: value
-        for record in records(content, MetricRecord).values()
-        for name, value in read_metrics(record).items()
-    }
+    """Return the metrics of all records; raises a WireError where two of them give one metric."""
+    metrics: dict[str, float | list[float]] = {}
+    for where, record in records(content, MetricRecord).items():
+        if twice := metrics.keys() & record.keys():
+            raise WireError(f"the metric {min(twice)!r} is in {where!r} and in another record; give it once")
+        metrics |= read_metrics(record)
+    return metrics
 
 
 def _write_statistics(statistics: tuple[LayerStatistic, ...], header: pb.Reply) -> ArrayRecord:

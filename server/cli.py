@@ -20,6 +20,7 @@ from fedbasin.server.files.data import barrier_command, statistics_command
 from fedbasin.server.files.fine_tuning import fine_tuning_commands
 from fedbasin.server.observe import observer_commands
 from fedbasin.server.observe.observer_commands import Json, failure
+from fedbasin.server.printable import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,13 +81,17 @@ def report(
         render = report_file.folder_to_json_lines
     try:
         text = render(folder)
+        if damage := report_file.find_damage(folder):
+            typer.echo(f"fedbasin: {printable(damage)}", err=True)
         if output == Path("-") or (output is None and (as_markdown or as_json)):
             typer.echo(text, nl=False)
             return
         target = output or folder / "report.html"
         target.write_text(text, encoding="utf-8")
-    except (report_file.NoRunError, OSError) as error:
+    except report_file.NoRunError as error:
         raise failure(str(error)) from error
+    except OSError as error:
+        raise failure(f"{output or folder / 'report.html'} cannot be written: {error.strerror or error}") from error
     typer.echo(target)
 
 

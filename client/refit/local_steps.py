@@ -108,7 +108,8 @@ def trial(
     """
     before = evaluate(model, state, held_out, task)
     model.load_state_dict({**model.state_dict(), **state})
-    if optimizer.name:
+    # A model that is frozen as it is made can be tried no better than one of an app without an optimizer.
+    if optimizer.name and any(parameter.requires_grad for parameter in model.parameters()):
         _take_steps(model, data, optimizer, seed, task)
     scores = [before, evaluate(model, model.state_dict(), held_out, task)]
     return PathSums((0.0, 1.0), (), _losses(scores), (), _correct(scores), before.examples, clients=1)

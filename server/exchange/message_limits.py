@@ -10,6 +10,7 @@ from fedbasin.proto.header import HEADER, records
 from fedbasin.proto.packing import nbytes
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 
+MOST_RECORDS = 100
 MOST_METRICS = 1000
 MOST_NUMBERS = 10_000
 LONGEST_NAME = 256
@@ -28,6 +29,8 @@ def check_limits(content: RecordDict, max_bytes: int) -> None:
     Raises:
         Refusal: something is larger than the server takes, or a name cannot be printed.
     """
+    if len(content) > MOST_RECORDS:
+        raise Refusal(Outcome.too_large, f"{len(content)} records where {MOST_RECORDS} are allowed")
     _check_arrays(content, max_bytes)
     _check_metrics(content)
     _check_config(content)
@@ -36,7 +39,7 @@ def check_limits(content: RecordDict, max_bytes: int) -> None:
 
 
 def shortened(reason: str) -> str:
-    """Return the text of an error, cut off with a remark where it is long."""
+    """Return the text of an error or a refusal, cut off with a remark where it is long."""
     rest = len(reason) - _LONGEST_REASON
     return reason if rest <= 0 else f"{reason[:_LONGEST_REASON]} ... ({rest} more characters)"
 
@@ -64,7 +67,7 @@ def _check_metrics(content: RecordDict) -> None:
 
 def _check_config(content: RecordDict) -> None:
     size = sum(
-        len(key) + (len(value) if isinstance(value, str | bytes | list) else 8)
+        len(key) + _length(value)
         for name, record in records(content, ConfigRecord).items()
         for key, value in record.items()
         if name != HEADER
@@ -73,10 +76,16 @@ def _check_config(content: RecordDict) -> None:
         raise Refusal(Outcome.too_large, f"settings of {size} bytes where {MOST_CONFIG_BYTES} are allowed")
 
 
+def _length(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str | bytes) else 8
+
+
 def _check_name(what: str, name: str) -> None:
     if len(name) > LONGEST_NAME:
         raise Refusal(
             Outcome.too_large, f"a {what} with a name of {len(name)} characters where {LONGEST_NAME} are allowed"
         )
     if not name.isprintable() or not name:
-        raise Refusal(Outcome.malformed, f"the {what} {name!r} has a name that cannot be printed")
+        raise Refusal(Outcome.malformed, f"the {what} {name!r} has a name that cannot be printed; give it another")

@@ -16,11 +16,25 @@ class QuorumLostError(RuntimeError):
         report: the report of the last attempt.
     """
 
-    def __init__(self, report: StageReport, needed: int, attempts: int) -> None:
+    def __init__(self, report: StageReport, needed: int, attempts: int, *, by_rule: bool = False) -> None:
+        """Say who was refused and what to do.
+
+        Args:
+            report: the report of the last attempt.
+            needed: number of clients that had to be accepted.
+            attempts: number of attempts.
+            by_rule: whether the recipe's rule needs as many, which no quorum changes.
+        """
         accepted = len(report.accepted)
+        remedy = (
+            "let more nodes take part than the rule needs (fedbasin.min-train-nodes), or choose a rule that needs fewer"
+            if by_rule
+            else "lower fedbasin.quorum"
+        )
         super().__init__(
-            f"stage {report.stage}: {accepted} of {len(report.clients)} clients accepted, {needed} needed, after "
-            f"{attempts} attempts ({grouped_reasons(report)}); fix the clients, or lower fedbasin.quorum, and resume"
+            f"stage {report.stage}: {accepted} of {len(report.clients)} clients accepted, {needed} needed"
+            f"{' by the rule' if by_rule else ''}, after {attempts} attempts ({grouped_reasons(report)}); fix the clients, "
+            f"or {remedy}, and resume"
         )
         self.report = report
 

@@ -3,10 +3,10 @@
 import hashlib
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedbasin.proto.header import HeaderSizeError, SchemaVersionError, WireError
+from fedbasin.proto.header import HeaderSizeError, SchemaVersionError, WireError, records
 from fedbasin.proto.packing import PackingError
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import Request, Start
@@ -19,6 +19,21 @@ from fedbasin.strategies.round.decode_statistics import DecodedStatistics, decod
 # Flower's codes of an app that does not load, that raised, whose mod refused, that is invalid, that crashed; the
 # others are the SuperLink's.
 _CLIENT_ERRORS = {1, 2, 6, 7, 8}
+
+# What the mod finds by the server's rules for the model and the statistics of its own client. Every other outcome is
+# for the server to find: a client that named it could evade its strikes, or hide a refusal among those of lost nodes.
+_OWN_OUTCOMES = {
+    outcome.name
+    for outcome in (
+        Outcome.missing_tensor,
+        Outcome.unexpected_tensor,
+        Outcome.wrong_shape,
+        Outcome.wrong_dtype,
+        Outcome.non_finite,
+        Outcome.out_of_line,
+        Outcome.not_positive,
+    )
+}
 
 _MOD = "from fedbasin import basin; app = ClientApp(mods=[basin(model=Net, data=train_batches)])"
 
@@ -63,6 +78,7 @@ def receive(message: Message, request: Request, max_bytes: int) -> Received:
         _check_answers(reply, request)
     else:
         _check_needs_no_mod(reply, request)
+    _check_weight(message.content, request.weight_key)
     return Received(reply, _update(reply, request))
 
 
@@ -108,9 +124,20 @@ def _check_answers(reply: Reply, request: Request) -> None:
 
 def _own_refusal(reply: Reply) -> Refusal:
     """Return the refusal that a client has found for its own model by the same rules."""
-    if reply.outcome not in Outcome.__members__ or reply.outcome == Outcome.accepted.name:
-        return Refusal(Outcome.malformed, f"the client names the outcome {reply.outcome[:40]!r}")
+    if reply.outcome not in _OWN_OUTCOMES:
+        return Refusal(
+            Outcome.malformed, f"the client names the outcome {reply.outcome[:40]!r}, which no client finds for itself"
+        )
     return Refusal(Outcome[reply.outcome], reply.detail)
+
+
+def _check_weight(content: RecordDict, key: str) -> None:
+    """Check that a reply has a number as its client's weight; its size is checked with the update."""
+    metrics = {name: v for record in records(content, MetricRecord).values() for name, v in record.items()}
+    if not isinstance(metrics.get(key), int | float):
+        rest = f" and {len(metrics) - 3} more" if len(metrics) > 3 else ""
+        names = f"{', '.join(list(metrics)[:3]) or 'none'}{rest}"
+        raise Refusal(Outcome.bad_weight, f"the reply's metrics ({names}) have no number {key!r}")
 
 
 def _check_needs_no_mod(reply: Reply, request: Request) -> None:
@@ -141,7 +168,8 @@ def _update(reply: Reply, request: Request) -> Update:
         decoded = decode_statistics(reply.statistics, kind, request.encodings)
     parameters: dict[str, Tensor] = dict(reply.parameters or {})
     if request.refit is None and not parameters:
-        raise Refusal(Outcome.missing_tensor, f"the reply has no record {request.arrays_key!r}")
+        lacks = f"has no record {request.arrays_key!r}" if reply.parameters is None else "has a record without arrays"
+        raise Refusal(Outcome.missing_tensor, f"the reply {lacks}")
     return Update(
         parameters,
         reply.examples,

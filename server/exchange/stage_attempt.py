@@ -79,6 +79,10 @@ class StageLimits:
         """Return the number of clients that must be accepted."""
         return max(1, math.ceil(self.quorum * asked), min(self.least_clients, asked))
 
+    def is_by_rule(self, asked: int) -> bool:
+        """Return whether it is not the quorum that needs as many."""
+        return self.needed(asked) > max(1, math.ceil(self.quorum * asked))
+
     def early_end(self, asked: int, accepted: int = 0) -> Quorum | None:
         """Return when to stop waiting before the deadline; None for never.
 
@@ -355,7 +359,8 @@ class StageAttempt:
         return ClientReport(
             reply.node_id,
             problem.outcome.name,
-            problem.detail,
+            # Names of a client's tensors may be as long as the whole reply.
+            shortened(problem.detail),
             bytes_up=_payload_bytes(reply.message),
             bytes_down=self._bytes_down,
             seconds=reply.seconds,
@@ -375,7 +380,7 @@ class StageAttempt:
         content = _app_content(node_reply.message.content)
         # Before anything is kept: a report that cannot be made leaves no trace.
         report = self._describe(node_reply, received, checked.alignment)
-        sizes = measure(checked.update, checked.distances)
+        sizes = measure(checked.update, checked.distances, self._anchor)
         self._candidates[node] = _Candidate(
             report, sizes, received.reply.metrics, content, path or PathSums(), variance
         )

@@ -165,7 +165,7 @@ class StreamingGrid(Grid):
 
         Raises:
             httpx.HTTPError: the messages could not be sent before the deadline, or the SuperLink refuses
-                (a status below 500), then or later.
+                (a status below 500 that does not ask to wait), then or later.
         """
         batch = list(messages)
         sent = time.monotonic()
@@ -372,6 +372,10 @@ class _Rhythm:
         return max(0.0, min(max(shared, backoff), deadline - now))
 
 
+# A server, or a proxy before it, that has no time now.
+_WAIT = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS)
+
+
 def _push(grid: Grid, batch: list[Message], deadline: float) -> list[str]:
     # Sending twice is harmless: the SuperLink knows a message by the digest of its content.
     return _persist(lambda: grid.push_messages(batch), deadline) if batch else []
@@ -391,7 +395,8 @@ def _persist(request: Callable[[], Iterable[T]], deadline: float) -> list[T]:
 
 
 def _is_transient(error: httpx.HTTPError) -> bool:
-    """A failure on the way or within the SuperLink, rather than its refusal."""
+    """A failure on the way or within the SuperLink, or a request to wait, rather than its refusal."""
     if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+        status = error.response.status_code
+        return status >= httpx.codes.INTERNAL_SERVER_ERROR or status in _WAIT
     return isinstance(error, httpx.TransportError)

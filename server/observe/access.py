@@ -2,6 +2,7 @@
 
 import hmac
 import os
+import re
 import secrets
 import ssl
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,9 @@ from grpc import aio
 _HEADER = "authorization"
 _OPEN = "/grpc.health.v1.Health/Check"  # probes have no secrets
 _SHORTEST_TOKEN = 16
+# gRPC takes other words too, and then waits for what never answers: a URL, or a host whose port would be 443.
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]|[\w.-]+):([1-9][0-9]{0,4})", re.ASCII)
+_LAST_PORT = 65535
 
 
 class AccessError(ValueError):
@@ -117,12 +121,17 @@ class Pass:
         """Open a channel to an observer; nothing is sent yet.
 
         Raises:
-            AccessError: a file is missing, or the token would cross a network in plain text.
+            AccessError: the address is no host and port, a file is missing or is not what it should be, or the token would
+                cross a network in plain text.
         """
+        match = _ADDRESS.fullmatch(address)
+        if match is None or int(match[3]) > _LAST_PORT:
+            raise AccessError(f"{address!r} is no HOST:PORT, such as 127.0.0.1:9470 or [::1]:9470; write it so")
         if (self.cert is None) != (self.key is None):
             raise AccessError("a certificate needs its key; name both files, or neither")
         if not self.ca:
             return self._with_token(address, grpc.insecure_channel(address, options))
+        _check_files(self.cert, self.key, self.ca)
         pair = (_read_file(self.key), _read_file(self.cert)) if self.key and self.cert else ()
         credentials = grpc.ssl_channel_credentials(_read_file(self.ca), *pair)
         return self._with_token(address, grpc.secure_channel(address, credentials, options))
@@ -244,21 +253,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_files(cert: Path, key: Path, client_ca: Path | None) -> None:
-    """Refuse files that OpenSSL cannot use; gRPC would only say that the port cannot be opened."""
+def _check_files(cert: Path | None, key: Path | None, authorities: Path | None) -> None:
+    """Refuse files that OpenSSL cannot use; gRPC would only say that the port cannot be opened, or that nobody answers."""
     # OpenSSL does not name the file that it cannot read.
-    for path in filter(None, (cert, key, client_ca)):
+    for path in filter(None, (cert, key, authorities)):
         _read_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(cert, key)
+        if cert:
+            context.load_cert_chain(cert, key)
     except ssl.SSLError as error:
         raise AccessError(f"{cert} and {key} are not a certificate and its key in PEM: {error}") from error
     try:
-        if client_ca:
-            context.load_verify_locations(client_ca)
+        if authorities:
+            context.load_verify_locations(authorities)
     except ssl.SSLError as error:
-        raise AccessError(f"{client_ca} has no certificate of an authority in PEM: {error}") from error
+        raise AccessError(f"{authorities} has no certificate of an authority in PEM: {error}") from error
 
 
 def _read_file(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from fedbasin.server.report.document import render_report
 from fedbasin.server.report.markdown import render_markdown
 from fedbasin.server.report.reported_run import ReportedRun
 from fedbasin.server.report.summary import summary_to_json
-from fedbasin.server.run.resumption.checkpoint import MODEL, REPORTS, read_reports
+from fedbasin.server.run.resumption.checkpoint import MODEL, REPORTS, read_lines
 
 
 class NoRunError(ValueError):
@@ -25,9 +25,11 @@ def read_run(folder: Path) -> ReportedRun:
     if not folder.is_dir():
         raise NoRunError(f"{folder} is not a folder; give the folder of a run, such as runs/1234")
     try:
-        reports = read_reports(folder)
+        reports, unread = read_lines(folder)
     except (OSError, UnicodeDecodeError) as error:
         raise NoRunError(f"{folder / REPORTS} cannot be read: {error}") from error
+    if unread and not reports:
+        raise NoRunError(f"{folder / REPORTS} has {len(unread)} lines, and none is a round report: {unread[0]}")
     if not reports:
         raise NoRunError(f"{folder} has no round report in {REPORTS}; {_hint(folder)}")
     names = dict.fromkeys(report.run_id for report in reports)
@@ -66,6 +68,12 @@ def folder_to_json_lines(folder: Path) -> str:
     """
     rounds = read_run(folder).rounds
     return "".join(json.dumps(summary_to_json(r), allow_nan=False) + "\n" for r in rounds)
+
+
+def find_damage(folder: Path) -> str:
+    """Return what is wrong with lines of the reports that are left out; empty where all are read."""
+    unread = read_lines(folder)[1]
+    return f"{folder / REPORTS}: {len(unread)} lines are left out, the first is {unread[0]}" if unread else ""
 
 
 def _hint(folder: Path) -> str:

@@ -18,6 +18,7 @@ from functools import partial
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.reply import read_metrics
@@ -36,7 +37,7 @@ from fedbasin.server.run.probe_set import ProbeRun, ProbeSet
 from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
 from fedbasin.server.run.resumption import checkpoint
-from fedbasin.server.run.resumption.checkpoint import Checkpoint
+from fedbasin.server.run.resumption.checkpoint import Checkpoint, CheckpointError
 from fedbasin.server.run.resumption.run_folder import (
     RunFolder,
     RunRecord,
@@ -101,7 +102,7 @@ class RunLoop:
         composition = self._state.compose(arrays)
         self._limits = composition.limits
         self._grid = StreamingGrid(grid, self._settings.poll_seconds, max_bytes=self._settings.max_update_bytes)
-        self._rounds = rounds
+        self._rounds = _whole(rounds)
         self._run_id = run_id_of(context, grid)
         self._app = app_of(grid) or model_signature(arrays)
         self._app_config = {} if context is None else dict(context.run_config)
@@ -205,10 +206,21 @@ class RunLoop:
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._model.items()}
         if shapes != {name: (t.shape, t.dtype) for name, t in saved.model.items()}:
             raise SettingsError(f"{self._folder} holds another model; resume with the model class that made it")
+        if self._rounds < saved.server_round:
+            raise SettingsError(
+                f"num_rounds = {self._rounds}, and {self._folder} has {saved.server_round} finished rounds; give as many "
+                "or more, or set resume = 'new' to start anew"
+            )
         self._done = saved.server_round
         if not self._settings.resume:
             _LOG.info("%s is unfinished: the run goes on after its round %d", self._folder, self._done)
         self._restore(saved)
+        if missing := checkpoint.missing_reports(self._folder, self._done):
+            rounds = f"{', '.join(map(str, missing[:3]))}{' and more' if len(missing) > 3 else ''}"
+            detail = f"{self._folder / checkpoint.REPORTS} has no whole report of round {rounds}"
+            self._note(
+                Incident(IncidentKind.damaged_checkpoint.name, f"{detail}; the run goes on without what it says")
+            )
         for report in checkpoint.read_reports(self._folder):
             if report.round > saved.server_round:
                 break
@@ -303,7 +315,15 @@ class RunLoop:
             self._standing = self._standing.after(report) if recipe.compares else self._standing
             self._patience = self._patience.after(report)
         report = replace(report, last=report.last or self._patience.is_over(number))
-        self._save(report)
+        try:
+            self._save(report)
+        except (OSError, SafetensorError) as error:
+            unsaved = CheckpointError(
+                f"round {number} cannot be saved in {self._folder}: {error}; make room there, or let this process write, "
+                "and start the same app again: it goes on after the rounds that are there"
+            )
+            self._push(self._reporter.failed(number, unsaved))
+            raise unsaved from error
         failure = self._state.functions.failure
         self._push(report if failure is None else replace(report, problem=f"{type(failure).__name__}: {failure}"))
         self._state.functions.raise_failure()
@@ -382,8 +402,7 @@ class RunLoop:
             if rise is not None:
                 self._note(rise)
             # Before round 1 there is no checkpoint to go back to.
-            if rise is not None and guard == "roll back" and number > 1:
-                saved = checkpoint.load(self._folder)
+            if rise is not None and guard == "roll back" and number > 1 and (saved := self._last_whole()):
                 self._restore(saved)
                 self._go_back()
                 detail = f"{rise.detail}; the model of round {saved.server_round} is used again"
@@ -392,6 +411,14 @@ class RunLoop:
                 self._losses |= losses
         incidents, self._incidents = tuple(self._incidents), []
         return replace(report, incidents=incidents, model_digest=self._served_digest)
+
+    def _last_whole(self) -> Checkpoint | None:
+        """Return the last checkpoint; None, and an incident, where none can be read any more."""
+        try:
+            return checkpoint.load(self._folder)
+        except CheckpointError as error:
+            self._note(Incident(IncidentKind.damaged_checkpoint.name, f"the round cannot be rolled back: {error}"))
+            return None
 
     def _train(self, number: int, results: list[StageResult]) -> None:
         """Run the stages of a round up to its model, and take that; results are added as stages end."""
@@ -486,13 +513,17 @@ class RunLoop:
         report = attempt.report()
         self._state.note(report, number)
         if plan.may_fail:
-            _LOG.warning("%s", QuorumLostError(report, attempt.needed, self._limits.attempts))
+            _LOG.warning("%s", self._quorum_lost(report, attempt))
             return StageResult(dict(plan.carries), report, failed=True)
         # A search for an anchor asks client by client: its end names all who failed before.
-        failed = [r.report for r in earlier if r.report.stage == report.stage]
+        failed = [r.report for r in earlier if r.failed and r.report.stage == report.stage]
         clients = [client for stage in (*failed, report) for client in stage.clients]
         report = replace(report, clients=tuple(clients))
-        raise QuorumLostError(report, attempt.needed, self._limits.attempts)
+        raise self._quorum_lost(report, attempt)
+
+    def _quorum_lost(self, report: StageReport, attempt: StageAttempt) -> QuorumLostError:
+        by_rule = self._limits.is_by_rule(len(attempt.nodes))
+        return QuorumLostError(report, attempt.needed, self._limits.attempts, by_rule=by_rule)
 
     def _collect(self, attempt: StageAttempt) -> dict[str, int]:
         """Ask and add what comes; return the nodes that have not answered, by the id of the message."""
@@ -515,12 +546,13 @@ class RunLoop:
         strategy, limits = self._strategy, self._limits
         arrays = self._arrays if anchor is self._model else self._state.arrays(anchor)
         self._train_anchor = self._state.state(arrays)
-        report, needed = StageReport(Fuse.stage), 1
+        report, needed, by_rule = StageReport(Fuse.stage), 1, False
         self._state.training = None
         for _ in range(limits.attempts):
             messages = list(strategy.configure_train(number, arrays, self._train_config, self._grid))
             attempt = self._state.training
-            needed = attempt.needed if attempt else limits.needed(len(messages))
+            asked = len(attempt.nodes if attempt else messages)
+            needed, by_rule = limits.needed(asked), limits.is_by_rule(asked)
             self._state.stream = stream = StageReplies(self._stream(messages, attempt))
             trained, metrics = strategy.aggregate_train(number, stream)
             if attempt is not None:
@@ -538,7 +570,7 @@ class RunLoop:
                     self._result.train_metrics_clientapp,
                     number,
                 )
-        raise QuorumLostError(report, needed, limits.attempts)
+        raise QuorumLostError(report, needed, limits.attempts, by_rule=by_rule)
 
     def _evaluate_on_clients(self, number: int) -> StageResult | None:
         """Evaluate the new model on clients; it stands also where none of them can evaluate it."""
@@ -583,6 +615,15 @@ def _finished(attempt: StageAttempt, plan: StagePlan) -> StageResult:
             raise
         _LOG.warning("%s", error)
         return StageResult(dict(plan.carries), error.report, failed=True)
+
+
+def _whole(rounds: object) -> int:
+    """Return a number of rounds; raises a SettingsError for what is none."""
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+        raise SettingsError(
+            f"num_rounds = {rounds!r}: give the number of rounds, as a whole number that is not negative"
+        )
+    return rounds
 
 
 def _is_rolled_back(report: RoundReport) -> bool:

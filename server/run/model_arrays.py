@@ -33,9 +33,14 @@ def array_names(model: nn.Module | None, arrays: ArrayRecord) -> dict[str, str]:
         return {}
     if not shapes.keys() & array_shapes.keys() and list(shapes.values()) == list(array_shapes.values()):
         return dict(zip(shapes, array_shapes, strict=True))
+    remedy = "pass the arrays of this model to start, or this app's model to FedBasin"
+    if all("lora_" in name for name in array_shapes.keys() - shapes.keys()) and len(array_shapes) < len(shapes):
+        remedy = (
+            "where adapters alone travel, pass FedBasin(model=as_module(state)) with the same state of adapters; "
+            "as_module is in fedbasin.strategies.fusion.lora.lora_factors"
+        )
     raise SettingsError(
-        f"the initial arrays are not those of model={type(model).__name__}: {_difference(shapes, array_shapes)}; pass the "
-        "arrays of this model to start, or this app's model to FedBasin"
+        f"the initial arrays are not those of model={type(model).__name__}: {_difference(shapes, array_shapes)}; {remedy}"
     )
 
 

@@ -285,6 +285,7 @@ class Settings(BaseModel):
             )
         if self.align != "auto":
             RECIPES[self.recipe].check_align(self.align)
+        self._check_paths()
         self._check_keys()
         self._check_ridge()
         self._check_shrink()
@@ -304,6 +305,11 @@ class Settings(BaseModel):
             )
         self._check_fused_points()
         return self
+
+    def _check_paths(self) -> None:
+        for name, path in (("folder", str(self.folder)), ("resume", self.resume)):
+            if not path.isprintable():
+                raise ValueError(f"{name} = {path!r}: the path cannot be printed, and no file has it; give another")
 
     def _check_keys(self) -> None:
         reserved = {"fedbasin", "statistics", "moving"}

@@ -8,6 +8,8 @@ Where most clients are honest, the cohort's medians say what is ordinary:
                   clipping: Sun et al. 2019, arXiv 1911.07963), left out above a larger one; not judged where it is
                   small beside the model, as most clients hardly move one that fits their data, and the rest do
     statistics    mean diagonal per example of each layer, and norm of its cross-moment; cut back, or left out
+    integers      largest change of an entry of a counter, an index or a zero point; cut back above a multiple of the
+                  median, and so to no change where most clients make none
 
 Honest clients differ by the size and the labels of their data; the multiples are wide enough for these.
 """
@@ -34,6 +36,7 @@ Key = TypeVar("Key")
 _FEWEST = 3
 
 _MOST_EXAMPLES = 5.0
+_MOST_CHANGE = 5.0
 _LARGE_NORM, _LARGEST_NORM = 2.5, 6.0
 _LARGEST_TENSOR = 10.0
 # Share of the model's norm up to which an update is small. Honest clients of a model that fits most of them reached .02
@@ -56,12 +59,14 @@ class Measure:
         norms: Euclidean norm of the update of each tensor.
         statistics: mean diagonal of each layer's precision.
         moments: Euclidean norm of each layer's cross-moment.
+        changes: largest change of an entry of each integer tensor.
     """
 
     examples: float
     norms: Mapping[str, float] = field(default_factory=dict)
     statistics: Mapping[Block, float] = field(default_factory=dict)
     moments: Mapping[Block, float] = field(default_factory=dict)
+    changes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:
@@ -86,6 +91,7 @@ class Verdict:
         update: factor on the difference from the anchor.
         weight: factor on the client's weight in every sum.
         statistics: factor on each layer's statistics; 1 where the layer is not listed.
+        changes: largest change of an entry that is added, of each integer tensor that is cut back.
         notes: what was cut back, in words.
         refusal: why nothing is added; None where something is.
     """
@@ -94,6 +100,7 @@ class Verdict:
     update: float = 1.0
     weight: float = 1.0
     statistics: Mapping[Block, float] = field(default_factory=dict)
+    changes: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refusal: Refusal | None = None
 
@@ -111,6 +118,8 @@ class Verdict:
         parameters = update.parameters
         if self.update < 1:
             parameters = {name: self._cut(name, tensor, anchor) for name, tensor in parameters.items()}
+        limited = {name: _limit(parameters[name], anchor[name], most) for name, most in self.changes.items()}
+        parameters = {**parameters, **limited}
         precisions = dict(update.precisions)
         for blocks in common(update.precisions):
             # Scaled once for all layers that share a matrix, so that they share the result.
@@ -129,18 +138,35 @@ class Verdict:
         return torch.where(tensor == anchor[name], tensor, torch.lerp(anchor[name], tensor, self.update))
 
 
-def measure(update: Update, distances: Mapping[str, float]) -> Measure:
+def _limit(tensor: Tensor, anchor: Tensor, most: float) -> Tensor:
+    """Return an integer tensor with no entry farther from the anchor's than `most`."""
+    # In double: the difference of two integers of 64 bits may need more.
+    change = tensor.double() - anchor.double()
+    limits = torch.iinfo(tensor.dtype)
+    # The largest integer of 64 bits is no double, and the next one is no integer of 64 bits.
+    largest = min(limits.max, 2**63 - 1024)
+    nearest = (anchor.double() + change.clamp(-most, most)).clamp(limits.min, largest).to(tensor.dtype)
+    return torch.where(change.abs() <= most, tensor, nearest if most else anchor)
+
+
+def measure(update: Update, distances: Mapping[str, float], anchor: State) -> Measure:
     """Return the sizes of an update that has passed the checks.
 
     Args:
         update: the update.
         distances: Euclidean distance of each of its tensors from the model that the client was sent.
+        anchor: the model that the client was sent.
     """
     statistics: dict[Block, float] = {}
     for blocks in common(update.precisions):
         statistics |= dict.fromkeys(blocks, update.precisions[blocks[0]].isotropic(1.0).weight)
     moments = {block: float(torch.linalg.vector_norm(m)) for block, m in update.cross_moments.items()}
-    return Measure(update.examples, distances, statistics, moments)
+    changes = {
+        name: float((tensor.double() - anchor[name].double()).abs().max())
+        for name, tensor in update.parameters.items()
+        if tensor.numel() and not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+    }
+    return Measure(update.examples, distances, statistics, moments, changes)
 
 
 def judge(measures: Mapping[int, Measure], anchor: State, *, shared_start: bool) -> dict[int, Verdict]:
@@ -178,6 +204,8 @@ class _Cohort:
         shares = {name: self.norm * math.sqrt(size / sum(sizes.values())) for name, size in sizes.items()}
         usual = _medians(measure.norms for measure in measures)
         self.norms = {name: max(norm, shares.get(name, 0.0)) for name, norm in usual.items()}
+        changes = _medians(measure.changes for measure in measures)
+        self.changes = {name: _MOST_CHANGE * usual for name, usual in changes.items()}
         per_example = [self.per_example(measure, measure.statistics) for measure in measures]
         self.statistics = _usual(per_example)
         moments = _medians(self.per_example(measure, measure.moments) for measure in measures)
@@ -232,7 +260,9 @@ def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> V
     if statistics:
         names = ", ".join("+".join(block) for block in list(statistics)[:3])
         notes.append(f"statistics of {len(statistics)} layers cut back: {names}")
-    return Verdict(examples, factor, statistics=statistics, notes=tuple(notes))
+    changes = {name: cohort.changes[name] for name, n in measure.changes.items() if n > cohort.changes[name]}
+    notes += [f"changes of {name} cut from {measure.changes[name]:g} to {most:g}" for name, most in changes.items()]
+    return Verdict(examples, factor, statistics=statistics, changes=changes, notes=tuple(notes))
 
 
 def _update_factor(measure: Measure, cohort: _Cohort) -> float:

@@ -11,7 +11,10 @@ class Outcome(Enum):
     timeout = "no reply before the deadline; raise round-timeout-seconds, or look at the client's load"
     unavailable = "the SuperLink lost the node or the message; the client takes part again when it is back"
     left_out = "the app's own aggregate_train did not hand the reply on; nothing is to be done"
-    malformed = "the reply does not parse; install the same fedbasin on both sides and send it again"
+    malformed = (
+        "the reply cannot be read; its detail says what to change, and else install the same fedbasin on both sides and "
+        "send it again"
+    )
     schema_version = "client and server use different versions of the wire; install the same fedbasin on both"
     missing_mod = "the client's app lacks the mod; give it ClientApp(mods=[basin(model=..., data=...)])"
     wrong_round = "the reply answers another round or stage; it came late, nothing is to be done"
@@ -54,7 +57,10 @@ class Outcome(Enum):
         "handling the reply failed with an error that names no cause; install the same fedbasin on both sides, and report "
         "the error with its detail"
     )
-    bad_weight = "the client's weight must be a finite number above zero; send it in the metrics, as `num-examples`"
+    bad_weight = (
+        "the client's weight must be a finite number above zero; send it in the metrics, as `num-examples` or as "
+        "fedbasin.weighted-by-key names it"
+    )
     missing_statistic = "the recipe needs statistics that are not in the update; give the mod its data"
     unexpected_statistic = "the update has statistics that the recipe did not request"
     not_symmetric = "a Gram matrix is not symmetric; collect it with fedbasin.client"

@@ -199,7 +199,7 @@ def _adapted(
     factors = find_adapters(anchor)
     blocks: tuple[Block, ...] = ()
     if recipe.statistic is Statistic.gram:
-        blocks = tuple(blocks_of(factors, "up" if request.frozen_factor == "lora_A" else "down"))
+        blocks = tuple(blocks_of(factors, "up" if request.frozen_factor == "lora_A" else "down", anchor))
     if recipe.fusion == LoraFactors(rotate=True):
         symmetry = adapters(anchor)
     is_sketched = isinstance(recipe.weighting, SketchedGramWeighting)

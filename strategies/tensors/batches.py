@@ -74,6 +74,7 @@ def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
     """Yield each batch that has examples, on the device of the model.
 
     Raises:
+        TypeError: the data gives single examples.
         ValueError: no batch has any.
     """
     # A model without parameters and buffers runs where its inputs are, which is taken to be the CPU.
@@ -81,6 +82,8 @@ def read_batches(batches: Batches, model: nn.Module) -> Iterator[Batch]:
     examples = 0
     for item in batches:
         batch = item if isinstance(item, Batch) else _batch(item)
+        if not batch.targets.ndim:
+            raise TypeError("targets have no axis, as of single examples; pass a DataLoader and not the data set")
         # Models and losses differ in what they make of no examples, as a loader that filters may yield.
         if len(batch.targets):
             examples += len(batch.targets)

@@ -52,6 +52,12 @@ def test_an_optimizer_that_was_seen_takes_the_steps_of_the_apps_own(make):
         torch.testing.assert_close(a, b)
 
 
+def test_a_model_that_is_frozen_as_it_is_made_takes_no_steps():
+    frozen = net().requires_grad_(False)
+    losses = trial(frozen, net(2).state_dict(), BATCHES, BATCHES, seen(OPTIMIZERS["SGD"]), 0, TASK)
+    assert losses.loss_after[0] == losses.loss_after[1]
+
+
 def test_the_largest_learning_rate_of_a_schedule_counts():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

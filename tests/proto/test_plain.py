@@ -1,6 +1,7 @@
 """Flower's own arrays are read without a copy, and forged ones are refused before a size is believed."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -102,6 +103,17 @@ def test_the_forged_headers_below_are_read_where_they_are_true():
 def test_a_forged_header_is_refused_by_the_arrays_name(header):
     with pytest.raises(PackingError, match=r"'layer\.w'"):
         plain.read_arrays(forged(header))
+
+
+@pytest.mark.parametrize("dtype", ["<c8", "<c16", ">f4", "<U3", "|S4", "|O", "|V1", "<M8[s]", "<f16"])
+def test_a_dtype_that_cannot_be_fused_is_named(dtype):
+    with pytest.raises(PackingError, match=re.escape(f"the NumPy dtype '{dtype}'") + r".*convert it"):
+        plain.read_arrays(forged(shaped("(4,)", dtype)))
+
+
+def test_too_many_axes_are_named():
+    with pytest.raises(PackingError, match="more than 32 axes"):
+        plain.read_arrays(forged(shaped(f"({'1, ' * 33})"), b"\0" * 4))
 
 
 @given(data=st.binary(max_size=300))

@@ -13,11 +13,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from typer.testing import CliRunner
 
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.observer_service import SERVICE, RemoteObserver
+from fedbasin.server.cli import app
 from fedbasin.server.observe.access import AccessError, Guard, Pass, read_token
 from fedbasin.server.observe.push import connect
+from fedbasin.server.run.settings import SettingsError
+from tests import running, tiny
 from tests.observing import observer, push, report
 from tests.waiting import LONG
 
@@ -258,6 +262,46 @@ def test_an_observer_whose_files_cannot_be_used_says_which(folder, ours, token_f
     guard = replace(Guard(cert, key, ours.ca, token_file), **{file: folder / name})
     with pytest.raises(AccessError, match=re.escape(str(folder / name))), observer(guard=guard):
         pass
+
+
+NO_ADDRESSES = ["", " ", "localhost", "localhost:", ":9470", "127.0.0.1:x", "127.0.0.1:0", "127.0.0.1:65536", "h:1:2",
+                "http://127.0.0.1:9470", "unix:/run/observer", "a b:1", "[::1]", "::1:9470", "dns:///h:1", "h:²", "h:01",
+                "\x1b[2J:1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_what_is_no_host_and_port_is_refused_by_every_caller(address, tmp_path):
+    with pytest.raises(AccessError, match=r"is no HOST:PORT, such as 127\.0\.0\.1:9470"):
+        connect(address)
+    for command in (["rounds", address], ["watch", address], ["download", "run", address, "-o", str(tmp_path / "m")]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 1
+        assert "HOST:PORT" in done.stderr
+        assert "\x1b" not in done.stderr
+    if address:
+        with pytest.raises(SettingsError, match=r"observer = .*HOST:PORT"):
+            running.run(tiny.federation(observer=address, folder=str(tmp_path)), tiny.net())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9470", "[::1]:1", "observer.example:65535", "observer_1:9470"])
+def test_hosts_and_ports_are_addresses(address):
+    connect(address).close()
+
+
+@pytest.mark.parametrize("file", ["ca", "cert", "key"])
+def test_a_pass_whose_files_are_none_says_which(folder, ours, file):
+    cert, key = ours.issue("caller")
+    (folder / "none").write_text("no PEM")
+    with pytest.raises(AccessError, match="none"):
+        connect("127.0.0.1:1", replace(Pass(ours.ca, cert=cert, key=key), **{file: folder / "none"}))
+
+
+def test_a_host_that_is_not_there_is_named(tmp_path):
+    command = ["observe", "--host", "no.such.host.invalid", "--port", "0", "--metrics-port", "0", "--insecure"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "no.such.host.invalid" in done.stderr
+    assert "Unknown error" not in done.stderr
 
 
 def test_half_a_pair_of_files_is_no_pass(ours):

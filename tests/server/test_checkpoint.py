@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from fedbasin.proto.report import ClientReport, RoundReport, StageReport
@@ -50,32 +52,32 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_a_checkpoint_replaces_the_one_before(tmp_path):
     for number in (1, 2):
-        save(tmp_path, Checkpoint(number, {"w": torch.full((2,), float(number))}, ""))
+        save(tmp_path, Checkpoint(number, {"w": torch.full((2,), float(number))}, "{}"))
     assert load(tmp_path).server_round == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global-1.safetensors", MODEL]
 
 
 def test_a_crash_before_the_new_file_is_whole_leaves_the_old_one(tmp_path, monkeypatch):
-    save(tmp_path, Checkpoint(1, {"w": torch.ones(2)}, ""))
+    save(tmp_path, Checkpoint(1, {"w": torch.ones(2)}, "{}"))
 
     def crash(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, Checkpoint(2, {"w": torch.zeros(2)}, ""))
+        save(tmp_path, Checkpoint(2, {"w": torch.zeros(2)}, "{}"))
     monkeypatch.undo()
     assert (tmp_path / f"{MODEL}.part").exists()
     assert load(tmp_path).server_round == 1
-    save(tmp_path, Checkpoint(2, {"w": torch.zeros(2)}, ""))
+    save(tmp_path, Checkpoint(2, {"w": torch.zeros(2)}, "{}"))
     assert load(tmp_path).server_round == 2
 
 
 def test_half_a_part_file_is_in_nobodys_way(tmp_path):
-    save(tmp_path, Checkpoint(1, {"w": torch.ones(2)}, ""))
+    save(tmp_path, Checkpoint(1, {"w": torch.ones(2)}, "{}"))
     (tmp_path / f"{MODEL}.part").write_bytes(b"half")
     assert load(tmp_path).server_round == 1
-    save(tmp_path, Checkpoint(2, {"w": torch.ones(2)}, ""))
+    save(tmp_path, Checkpoint(2, {"w": torch.ones(2)}, "{}"))
     assert load(tmp_path).server_round == 2
 
 
@@ -97,7 +99,7 @@ def empty(data):
 
 @pytest.mark.parametrize("damage", [damage_end, damage_header, damage_everything, empty])
 def test_a_damaged_file_is_named(tmp_path, damage):
-    save(tmp_path, Checkpoint(1, {"w": torch.ones(20)}, ""))
+    save(tmp_path, Checkpoint(1, {"w": torch.ones(20)}, "{}"))
     path = tmp_path / MODEL
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match=str(path)):
@@ -105,10 +107,40 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 
 
 def test_a_model_without_a_round_is_no_checkpoint(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"w": torch.ones(2)}, tmp_path / MODEL)
     with pytest.raises(CheckpointError, match="no checkpoint of fedbasin"):
+        load(tmp_path)
+
+
+METADATA = {"round": "2", "settings": "{}", "sha256": "", "optimizer-sha256": ""}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"round": text} for text in ("", "0", "-4", "x", "²", "9" * 5000)),
+        *({"settings": text} for text in ("", "{{", "[]", "5", "[" * 100_000)),
+        *({key: None} for key in METADATA),
+    ],
+    ids=str,
+)
+def test_metadata_that_no_run_writes_are_damage_like_any_other(tmp_path, change):
+    save(tmp_path, Checkpoint(1, {"w": torch.ones(2)}, "{}"))
+    save(tmp_path, Checkpoint(2, {"w": torch.ones(2)}, "{}"))
+    with safe_open(tmp_path / MODEL, "pt") as file:
+        metadata = file.metadata()
+    changed = {key: value for key, value in {**metadata, **change}.items() if value is not None}
+    save_file({"w": torch.ones(2)}, tmp_path / MODEL, changed)
+    found = load(tmp_path)
+    assert found.server_round == 1
+    assert str(tmp_path / MODEL) in found.passed_over[0]
+    assert len(found.passed_over[0]) < 1000
+
+
+def test_where_no_checkpoint_is_whole_it_says_what_to_do(tmp_path):
+    save(tmp_path, Checkpoint(1, {"w": torch.ones(2)}, "{}"))
+    (tmp_path / MODEL).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="put back a copy of one, or set resume = 'new'"):
         load(tmp_path)
 
 

@@ -7,6 +7,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fedbasin.client import basin
 from fedbasin.server.exchange.quorum import QuorumLostError
@@ -129,10 +130,23 @@ def app_of(data=tiny.batches, *, evaluates=True, mods=None):
     return app
 
 
+def wider_net():
+    return nn.Sequential(nn.Linear(tiny.PIXELS, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, tiny.CLASSES))
+
+
 UNREADABLE = {
     "no batches": list,
     "names": lambda: [{"text": torch.zeros(2), "label": torch.zeros(2)}],
     "a shape": lambda: [(torch.zeros(2, 9), torch.zeros(2, dtype=torch.long))],
+    "single examples": lambda: TensorDataset(torch.zeros(2, tiny.PIXELS), torch.zeros(2, dtype=torch.long)),
+}
+OTHER_MODELS = {
+    "compiled": (lambda: torch.compile(tiny.net(), backend="eager"), "make the model within, without '_orig_mod.'"),
+    "in parallel": (lambda: nn.DataParallel(tiny.net()), "make the model within, without 'module.'"),
+    "another class": (lambda: nn.Linear(tiny.PIXELS, tiny.CLASSES), r"has no tensor '0\.weight'"),
+    "another width": (wider_net, r"'0\.weight' is \(9, 4\)"),
+    "no module": (lambda: tiny.net().state_dict(), "has made a OrderedDict; let it return the model"),
+    "nothing": (lambda: None, "has made a NoneType"),
 }
 
 
@@ -141,11 +155,25 @@ UNREADABLE = {
 def test_data_that_the_mod_cannot_read_is_told_before_anybody_trains(tmp_path, data, evaluate):
     app = app_of(data)
     federation = tiny.federation(app=app)
-    with pytest.raises(QuorumLostError, match="the first batch of the data"):
+    with pytest.raises(QuorumLostError, match=r"does not go through the model|given cannot be read"):
         start(federation, tmp_path, recipe="regmean", fraction_evaluate=evaluate)
     assert not app.trained
     if evaluate:
         assert len(federation.asked) == 2
+
+
+@pytest.mark.parametrize(("model", "told"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_model_that_is_not_the_global_one_is_told_before_anybody_trains(tmp_path, model, told):
+    app = app_of(mods=[basin(model=model, data=tiny.batches)])
+    with pytest.raises(QuorumLostError, match=told):
+        start(tiny.federation(app=app), tmp_path, recipe="regmean", fraction_evaluate=1.0)
+    assert not app.trained
+
+
+def test_data_of_single_examples_is_told_from_batches(tmp_path):
+    app = app_of(UNREADABLE["single examples"])
+    with pytest.raises(QuorumLostError, match="pass a DataLoader and not the data set"):
+        start(tiny.federation(app=app), tmp_path, recipe="regmean", fraction_evaluate=1.0)
 
 
 def test_a_missing_mod_is_told_before_anybody_trains(tmp_path):

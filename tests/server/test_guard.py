@@ -169,6 +169,7 @@ def shortened(reply):
 
 BAD_MODELS = {
     **{f"an entry of {value:g}": weights(first_entry(value)) for value in (math.nan, math.inf, 1e19, 1e30, 3e38)},
+    "zeros": weights(lambda name, tensor: torch.zeros_like(tensor)),
     "another width": weights(lambda n, t: t[:-1] if n == "0.bias" else t),
     "names of DataParallel": renamed,
     "a tensor less": shortened,
@@ -301,6 +302,24 @@ def test_examples_are_capped_at_a_multiple_of_the_median_and_the_report_says_so(
     # Honest clients have 20 to 25 examples.
     assert 5 * 20 < client.examples < 5 * 26
     assert client.detail.startswith("examples cut from 9.0072e+15 to")
+
+
+@pytest.mark.parametrize("recipe", ["fedavg", "regmean", "auto"])
+def test_a_counter_of_one_client_does_not_move_the_models(recipe, tmp_path):
+    def spoil(reply):
+        key = None if reply.has_error() else arrays_key(reply)
+        if key is not None:
+            state = plain.read_arrays(reply.content[key])
+            if "1.num_batches_tracked" in state:
+                state["1.num_batches_tracked"] = torch.tensor(2**63 - 1)
+                reply.content[key] = plain.write_arrays(state)
+        return reply
+
+    result = start(tmp_path, {BAD: spoil}, recipe=recipe)
+    (client,) = [c for c in result.reports[0].stages[0].clients if c.node_id == BAD]
+    assert "changes of 1.num_batches_tracked cut from 9.22337e+18 to 15" in client.detail
+    # Every client trains three batches.
+    assert 3 <= int(result.state_dict["1.num_batches_tracked"]) <= 15
 
 
 def test_a_client_that_is_refused_again_and_again_is_not_asked_for_some_rounds(tmp_path):

@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
+from peft import LoraConfig, get_peft_model
 from peft import get_peft_model_state_dict as saved
+from torch import nn
 
+from fedbasin.client import basin
 from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.header import read_header
 from fedbasin.proto.request import Request
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.server.strategy import FedBasin
-from fedbasin.strategies.fusion.lora.lora_factors import find_adapters
+from fedbasin.strategies.fusion.lora.lora_factors import as_module, find_adapters
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.recipes import RECIPES
@@ -21,7 +25,11 @@ from tests.accepting import accept
 from tests.server.fake_grid import ListGrid
 
 # peft asks transformers under a name that the latter is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+# It also takes a bias, which has one axis, for a factor of which a part is missing.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape"),
+]
 
 ADAPTING = [name for name, recipe in RECIPES.items() if recipe.lora]
 COMPARING = [name for name in ADAPTING if RECIPES[name].compares]
@@ -201,6 +209,48 @@ def test_statistics_are_of_the_adapters_inputs_alone(tmp_path, recipe, sides):
 
     Run(tmp_path, 2, recipe=recipe, tamper={100: spy})
     assert [sides for sides in seen if sides] == (sides if len(sides) == 2 else 2 * sides)
+
+
+def biased():
+    """A small network with adapters whose factor B has a bias."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    return get_peft_model(net, LoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"], lora_bias=True))
+
+
+def biased_app():
+    inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+    app = ClientApp(mods=[basin(model=biased, data=[(inputs, inputs[:, :3].argmax(1))])])
+
+    @app.train()
+    def train(message, context):
+        frozen = message.content["config"].get("frozen-factor", "none")
+        state = message.content["arrays"].to_torch_state_dict()
+        draw = torch.Generator().manual_seed(2)
+        app.sent = {n: t + (frozen not in n) * 0.3 * torch.randn(t.shape, generator=draw) for n, t in state.items()}
+        content = {"arrays": ArrayRecord(app.sent), "metrics": MetricRecord({"num-examples": 20})}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("recipe", ADAPTING)
+def test_equal_adapters_with_biases_give_that_adapter(tmp_path, recipe):
+    app = biased_app()
+    federation = adapted.federation(app=app, folder=str(tmp_path), recipe=recipe)
+    result = running.run(federation, as_module(saved(biased())), 1)
+    assert {c.outcome for s in result.reports[0].stages for c in s.clients} == {"accepted"}
+    for adapter, product in products(result.state_dict).items():
+        close(product, app.sent[adapter.up] @ app.sent[adapter.down])
+        bias = f"{adapter.up.removesuffix('weight')}bias"
+        close(result.state_dict[bias], app.sent[bias])
+
+
+def test_a_model_of_peft_beside_its_adapters_is_told_how_to_be_passed(tmp_path):
+    model = biased()
+    strategy = FedBasin(model=model, recipe="lora", folder=tmp_path)
+    with pytest.raises(SettingsError, match=r"where adapters alone travel, pass FedBasin\(model=as_module\(state\)\)"):
+        strategy.start(adapted.federation().grid(), ArrayRecord(dict(saved(model))), 1)
 
 
 def test_own_starts_keep_the_base_at_home(tmp_path):

@@ -16,7 +16,7 @@ from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto.header import read_header, write_header
 from fedbasin.proto.reply import Reply, _bound
 from fedbasin.proto.request import Request
-from fedbasin.server.exchange.message_limits import LONGEST_NAME, MOST_METRICS, MOST_NUMBERS, check_limits
+from fedbasin.server.exchange.message_limits import LONGEST_NAME, MOST_METRICS, MOST_NUMBERS, MOST_RECORDS, check_limits
 from fedbasin.server.exchange.receive import receive
 from fedbasin.server.exchange.reply_pulls import TOO_LARGE, _ByteLimit
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
@@ -138,6 +138,38 @@ def test_settings_and_arrays_without_an_end_are_refused():
     empty = Array(empty.dtype, empty.shape, empty.stype, b"")
     content = RecordDict({"arrays": ArrayRecord({str(i): empty for i in range(20_000)}), "metrics": MetricRecord()})
     assert refusal(content)[0] is Outcome.too_large
+
+
+def test_lists_of_settings_count_with_all_that_is_in_them():
+    content = reply_content()
+    content["extra"] = ConfigRecord({"texts": ["x" * 100_000] * 20})
+    outcome, detail = refusal(content)
+    assert outcome is Outcome.too_large
+    assert "settings of 2000005 bytes" in detail
+
+
+def test_records_without_an_end_are_refused():
+    content = reply_content()
+    for number in range(MOST_RECORDS):
+        content[str(number)] = ConfigRecord({})
+    outcome, detail = refusal(content)
+    assert outcome is Outcome.too_large
+    assert f"{MOST_RECORDS} are allowed" in detail
+
+
+def test_the_name_of_a_tensor_does_not_fill_the_report(tmp_path):
+    federation = tiny.federation()
+
+    def rename(reply):
+        if "arrays" in reply.content:
+            reply.content["arrays"] = ArrayRecord({"x" * 200_000: Array(np.zeros(3, np.float32))})
+        return reply
+
+    federation.tamper = {100: rename}
+    run = running.run(federation, tiny.net(), align="off", fraction_evaluate=0.0, folder=str(tmp_path))
+    (refused,) = [c for c in run.reports[0].stages[0].clients if not c.is_accepted]
+    assert refused.outcome == "missing_tensor"
+    assert len(refused.detail) < 3000
 
 
 def test_a_long_error_is_cut_off_with_a_remark(tmp_path):

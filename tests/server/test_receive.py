@@ -10,8 +10,9 @@ from fedbasin.client.align import align
 from fedbasin.client.request_reader import read_request
 from fedbasin.proto import packing, plain
 from fedbasin.proto.header import STATISTICS, records, without_header
+from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import Refit, Request, Start
-from fedbasin.server.exchange.receive import receive
+from fedbasin.server.exchange.receive import _OWN_OUTCOMES, receive
 from fedbasin.server.exchange.stage_attempt import RoundContext, StageAttempt, StageLimits
 from fedbasin.server.exchange.streaming_grid import NodeReply
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
@@ -122,8 +123,54 @@ def test_an_evaluation_has_metrics_alone():
     assert (received.update.parameters, received.update.examples) == ({}, 8)
     assert received.reply.metrics == {"accuracy": 0.5, "curve": [1.0]}
     assert received.reply.scalars == {"accuracy": 0.5}
-    nothing = receive(Message(RecordDict(), reply_to=message), sent.request, 1)
-    assert nothing.update.examples == 0
+    with pytest.raises(Refusal, match=r"bad_weight: the reply's metrics \(none\) have no number 'num-examples'"):
+        receive(Message(RecordDict(), reply_to=message), sent.request, 1)
+
+
+FOR_THE_SERVER_TO_FIND = [outcome for outcome in Outcome if outcome.name not in _OWN_OUTCOMES]
+
+
+@pytest.mark.parametrize("outcome", FOR_THE_SERVER_TO_FIND, ids=lambda outcome: outcome.name)
+def test_no_client_names_an_outcome_that_is_for_the_server_to_find(outcome):
+    sent = attempt()
+    own = Reply(
+        sent.request.round,
+        sent.request.stage,
+        sent.request.anchor_digest,
+        outcome=outcome.name,
+        detail="so it says",
+        examples=5.0,
+    )
+    reply = Message(own.to_content(sent.request), reply_to=sent.messages[0])
+    with pytest.raises(Refusal, match="which no client finds for itself") as refused:
+        receive(reply, sent.request, 2**31)
+    assert refused.value.outcome is Outcome.malformed
+    assert outcome.name in refused.value.detail
+
+
+@pytest.mark.parametrize("metrics", [{}, {"loss": 1.0}, {"num-examples": [5.0]}, {f"m{i}": 1.0 for i in range(9)}])
+def test_a_reply_without_a_weight_says_what_its_metrics_have(metrics):
+    sent = attempt()
+    content = {"arrays": plain.write_arrays(ANCHOR), "metrics": MetricRecord(metrics)}
+    with pytest.raises(Refusal, match=f"{next(iter(metrics), 'none')}.* have no number 'num-examples'") as refused:
+        receive(app_reply(sent, content), sent.request, 2**31)
+    assert refused.value.outcome is Outcome.bad_weight
+
+
+def test_a_metric_of_two_records_is_refused():
+    sent = attempt()
+    content = {"arrays": plain.write_arrays(ANCHOR), "own": MetricRecord({"num-examples": 5, "loss": 1.0})}
+    receive(app_reply(sent, {**content, "more": MetricRecord({"accuracy": 1.0})}), sent.request, 2**31)
+    with pytest.raises(Refusal, match="'num-examples' is in 'more' and in another record") as refused:
+        receive(app_reply(sent, {**content, "more": MetricRecord({"num-examples": 10**9})}), sent.request, 2**31)
+    assert refused.value.outcome is Outcome.malformed
+
+
+def test_a_record_without_arrays_is_not_called_missing():
+    sent = attempt()
+    content = {"arrays": ArrayRecord({}), "metrics": MetricRecord({"num-examples": 5})}
+    with pytest.raises(Refusal, match="has a record without arrays"):
+        receive(app_reply(sent, content), sent.request, 2**31)
 
 
 def test_a_bootstrap_sends_no_symmetry():

@@ -292,6 +292,35 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         read_run(tmp_path)
 
 
+LINES = {
+    "garbage": b"\x00\x01",
+    "another version": RoundReport("r", 1, schema_version=99).to_json().encode(),
+    "half a report": RoundReport("r", 1).to_json().encode()[:40],
+    "other JSON": b"[1, 2]",
+    "JSON without an end": b"[" * 100_000,
+    "an escape": b'{"\x1b]0;owned\x07',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_lines_that_are_no_reports_are_told_from_a_run_without_rounds(tmp_path, line):
+    (tmp_path / REPORTS).write_bytes(line + b"\n")
+    with pytest.raises(NoRunError, match="1 lines, and none is a round report: line 1: "):
+        read_run(tmp_path)
+    append_report(tmp_path, RoundReport("r", 2))
+    done = fedbasin("report", tmp_path)
+    assert done.returncode == 0
+    assert "1 lines are left out, the first is line 1: " in done.stderr
+    assert "\x1b" not in done.stderr
+    assert read_run(tmp_path).newest.number == 2
+
+
+def test_a_report_that_cannot_be_written_names_the_file(folder):
+    done = fedbasin("report", folder, "-o", "/dev/full")
+    assert done.returncode == 1
+    assert "/dev/full cannot be written: No space left on device" in done.stderr
+
+
 def test_a_store_of_several_runs_is_not_mixed(tmp_path):
     for name in ("one", "two"):
         append_report(tmp_path, RoundReport(name, 1 + (name == "two")))

@@ -98,8 +98,11 @@ def test_without_a_rule_or_bounds_the_same_client_takes_the_model_over(tmp_path)
 def test_too_few_replies_for_the_rule_end_the_round_by_name_and_leave_no_file(rule, tmp_path):
     spoiled = dict.fromkeys(range(100, 100 + CLIENTS - 2), nan_in_training)
     least = robust_rule(rule, int(rule in COUNTED)).least
-    with pytest.raises(QuorumLostError, match=f"2 of {CLIENTS} clients accepted, {least} needed"):
+    with pytest.raises(QuorumLostError, match=f"2 of {CLIENTS} clients accepted, {least} needed by the rule") as lost:
         robust_run(tmp_path, rule, spoiled, quorum=0.1, attempts=1)
+    # No quorum makes the rule need fewer.
+    assert "fedbasin.quorum" not in str(lost.value)
+    assert "fedbasin.min-train-nodes" in str(lost.value)
     assert files_beside(tmp_path / "1", tmp_path) == set()
 
 

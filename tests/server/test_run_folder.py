@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from filelock import FileLock
 from flwr.app import MetricRecord
 
 from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.resumption.checkpoint import CheckpointError
 from fedbasin.server.run.resumption.run_folder import LOCK, RECORD
 from fedbasin.server.run.settings import SettingsError
 from tests import running, tiny
@@ -106,6 +108,81 @@ def test_resume_new_leaves_the_unfinished_run(tmp_path):
 def test_a_run_that_never_finished_a_round_is_no_obstacle(tmp_path):
     interrupted(tmp_path, number=1)
     assert len(start(tiny.federation(), tmp_path, 1, seed=3).reports) == 1
+
+
+RECORDS = ["{{{", "", "[]", "null", "[" * 100_000, '{"app": 1}', None]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda text: "gone" if text is None else text[:12])
+def test_a_run_whose_record_cannot_be_read_is_left_by_name(tmp_path, record, caplog):
+    interrupted(tmp_path)
+    (tmp_path / "1" / RECORD).unlink()
+    if record is not None:
+        (tmp_path / "1" / RECORD).write_text(record)
+    run = start(tiny.federation(), tmp_path, 1)
+    assert run.folder.name == "1-2"
+    assert f"{tmp_path / '1' / RECORD} cannot be read" in caplog.text
+    assert f"resume = '{tmp_path / '1'}' goes on with it" in caplog.text
+    resumed = start(tiny.federation(), tmp_path, resume=str(tmp_path / "1"))
+    assert [report.round for report in resumed.reports] == [1, 2, 3, 4]
+
+
+def test_a_report_that_is_lost_is_named_when_the_run_goes_on(tmp_path):
+    interrupted(tmp_path)
+    file = tmp_path / "1" / checkpoint.REPORTS
+    file.write_bytes(b"garbage\n" + file.read_bytes().splitlines(keepends=True)[1])
+    run = start(tiny.federation(), tmp_path)
+    assert [report.round for report in run.reports] == [2, 3, 4]
+    (incident,) = run.reports[1].incidents
+    assert incident.kind == "damaged_checkpoint"
+    assert "no whole report of round 1" in incident.detail
+
+
+def test_a_round_that_cannot_be_rolled_back_does_not_end_the_run(tmp_path):
+    def evaluate(server_round, arrays):
+        if server_round == 2:
+            (tmp_path / "1" / checkpoint.MODEL).write_bytes(b"damaged")
+        return MetricRecord({"loss": 100.0 if server_round == 2 else 1.0})
+
+    run = start(tiny.federation(), tmp_path, 3, evaluate_fn=evaluate)
+    assert [report.round for report in run.reports] == [1, 2, 3]
+    assert [incident.kind for incident in run.reports[1].incidents] == ["loss_rose", "damaged_checkpoint"]
+
+
+@pytest.mark.parametrize("name", [checkpoint.REPORTS, checkpoint.MODEL])
+def test_a_round_that_cannot_be_saved_says_where_and_what_to_do(tmp_path, name):
+    def evaluate(server_round, arrays):
+        if server_round == 2:
+            (tmp_path / "1" / name).unlink()
+            (tmp_path / "1" / name).mkdir()
+        return MetricRecord()
+
+    with pytest.raises(
+        CheckpointError, match=f"round 2 cannot be saved in {tmp_path / '1'}: .*{name}.*make room there"
+    ):
+        start(tiny.federation(), tmp_path, evaluate_fn=evaluate)
+
+
+@pytest.mark.parametrize("rounds", [-1, 2.0, "3", None, True])
+def test_what_is_no_number_of_rounds_is_refused(tmp_path, rounds):
+    federation = tiny.federation()
+    with pytest.raises(SettingsError, match=re.escape(f"num_rounds = {rounds!r}")):
+        start(federation, tmp_path, rounds)
+    assert not federation.asked
+
+
+def test_fewer_rounds_than_are_done_are_refused(tmp_path):
+    first = start(tiny.federation(), tmp_path, 3)
+    with pytest.raises(SettingsError, match=r"num_rounds = 2, and .* has 3 finished rounds"):
+        start(tiny.federation(), tmp_path, 2, resume=str(first.folder))
+
+
+@pytest.mark.parametrize("setting", ["folder", "resume"])
+def test_a_path_that_no_file_has_is_refused(tmp_path, setting):
+    path = "runs\x00\x1b[2J"
+    folder, settings = (path, {}) if setting == "folder" else (tmp_path, {setting: path})
+    with pytest.raises(SettingsError, match=f"{setting} = .*cannot be printed"):
+        start(tiny.federation(), folder, **settings)
 
 
 def test_two_runs_never_write_one_folder(tmp_path):

@@ -10,7 +10,9 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedbasin.client import basin
+from fedbasin.proto import fedbasin_pb2 as pb
 from fedbasin.proto import packing
+from fedbasin.proto.header import read_header
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.run.log_lines import stage_line
 from fedbasin.server.run.resumption import checkpoint
@@ -117,6 +119,20 @@ class TestARun:
         assert {c.outcome for c in report.stages[1].clients} == {"unavailable"}
         assert set(report.metrics) == {"train_loss"}
         assert "evaluate: 0 of 3 clients accepted" in caplog.text
+
+    def test_that_loses_a_later_level_of_a_fit_counts_that_level_alone(self, folder):
+        federation = tiny.federation()
+        fits = []
+
+        def lose_the_second_level(reply):
+            # Two layers are fitted, one after the other.
+            if read_header(reply.content, pb.Reply()).stage == "fit":
+                fits.append(reply)
+            return gone(federation)(reply) if len(fits) > 3 else reply
+
+        federation.tamper = dict.fromkeys(federation.contexts, lose_the_second_level)
+        with pytest.raises(QuorumLostError, match="stage fit: 0 of 3 clients accepted, 2 needed"):
+            start(federation, folder, recipe="features", align="off")
 
     def test_that_loses_its_quorum_keeps_the_rounds_before(self, folder):
         federation = tiny.federation()

@@ -121,8 +121,8 @@ def test_server_errors_and_broken_connections_are_retried():
     grid = streaming(
         [2],
         echo,
-        push_failures=[http_error(500), httpx.ConnectError("refused")],
-        pull_failures=[http_error(500), httpx.ReadTimeout("slow"), http_error(503)],
+        push_failures=[http_error(500), httpx.ConnectError("refused"), http_error(429), http_error(408)],
+        pull_failures=[http_error(500), httpx.ReadTimeout("slow"), http_error(503), http_error(429)],
     )
     (reply,) = grid.stream(to([2]), 5)
     assert reply.message.has_content()

@@ -10,6 +10,7 @@ The model file is replaced in one step, so a run that is cut off anywhere leaves
 disk has damaged does not have its checksum, and the run goes on after the round before.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,11 @@ REPORTS = "rounds.jsonl"
 
 # Names of tensors of models and sums in the file beside the served model's.
 _TRAINED, _AVERAGE, _MEMORY = "trained/", "average/", "memory/"
+
+
+# What reading a damaged file may raise; nested too deeply, JSON ends in a RecursionError.
+_DAMAGES = (SafetensorError, OSError, ValueError, RecursionError)
+_ROUND_DIGITS = 9
 
 
 class CheckpointError(ValueError):
@@ -99,11 +105,11 @@ def load(folder: Path) -> Checkpoint:
     for path in _checkpoints(folder):
         try:
             return replace(_load(folder, path), passed_over=tuple(damaged))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except _DAMAGES as error:
             damaged.append(f"{path} is no checkpoint of fedbasin: {error}")
     if not damaged:
         raise CheckpointError(f"{folder / MODEL} is not there; resume takes the folder of a run with a finished round")
-    raise CheckpointError("; ".join(damaged))
+    raise CheckpointError(f"{'; '.join(damaged)}; put back a copy of one, or set resume = 'new' to start anew")
 
 
 def serve(folder: Path, server_round: int) -> dict[str, Tensor]:
@@ -119,7 +125,7 @@ def serve(folder: Path, server_round: int) -> dict[str, Tensor]:
     path = _earlier(folder, server_round)
     try:
         model = _load(folder, path).model
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except _DAMAGES as error:
         raise CheckpointError(f"{path}, the model of the best round, cannot be read: {error}") from error
     part = folder / f"{MODEL}.part"
     shutil.copyfile(path, part)
@@ -131,7 +137,7 @@ def _load(folder: Path, path: Path) -> Checkpoint:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    done = int(metadata["round"])
+    done = _round_of(metadata)
     memory = _memory(folder, done)
     remembered = load_file(memory) if memory.is_file() else {}
     for what, tensors, key in (("the model", model, "sha256"), (memory.name, remembered, "optimizer-sha256")):
@@ -139,6 +145,19 @@ def _load(folder: Path, path: Path) -> Checkpoint:
             raise ValueError(f"{what} does not have the checksum with which it was written")
     trained, average, sums = (_taken(remembered, prefix) for prefix in (_TRAINED, _AVERAGE, _MEMORY))
     return Checkpoint(done, model, metadata["settings"], remembered, trained, average, sums)
+
+
+def _round_of(metadata: Mapping[str, str]) -> int:
+    """Return the round of a checkpoint's metadata; raises a ValueError where they are not those that are written."""
+    if missing := [key for key in ("round", "settings", "sha256", "optimizer-sha256") if key not in metadata]:
+        raise ValueError(f"its metadata lack {', '.join(missing)}")
+    settings = json.loads(metadata["settings"])
+    if type(settings) is not dict:
+        raise ValueError("its settings are no JSON object")
+    text = metadata["round"]
+    if not (text.isascii() and text.isdecimal() and 0 < len(text) <= _ROUND_DIGITS and int(text)):
+        raise ValueError(f"its round is {text[:_ROUND_DIGITS]!r}")
+    return int(text)
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -202,19 +221,31 @@ def append_report(folder: Path, report: RoundReport) -> None:
 
 
 def read_reports(folder: Path) -> list[RoundReport]:
-    """The reports of a run, one for each round; of a round that was repeated, the last.
+    """Return the reports of a run, one for each round; of a round that was repeated, the last.
 
     A line that was cut off is left out.
     """
+    return read_lines(folder)[0]
+
+
+def read_lines(folder: Path) -> tuple[list[RoundReport], list[str]]:
+    """Return the reports of a run as `read_reports` does, and what is wrong with each line that is none."""
     path = folder / REPORTS
     reports: dict[int, RoundReport] = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    unread: list[str] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
             report = RoundReport.from_json(line)
-        except ReportError:
+        except ReportError as error:
+            unread += [f"line {number}: {str(error)[:200]}"] if line.strip() else []
             continue
         reports[report.round] = report
-    return [reports[number] for number in sorted(reports)]
+    return [reports[number] for number in sorted(reports)], unread
+
+
+def missing_reports(folder: Path, done: int) -> list[int]:
+    """Return the rounds up to the last finished one whose reports are not in the folder."""
+    return sorted(set(range(1, done + 1)) - {report.round for report in read_reports(folder)})
 
 
 def _unshared(model: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ record says that rounds are missing, and its lock is free.
 """
 
 import json
+import logging
 import os
 import secrets
 import tempfile
@@ -23,10 +24,16 @@ from filelock import FileLock, Timeout
 from flwr.app import Context
 from flwr.serverapp import Grid
 
+from fedbasin.server.run.resumption.checkpoint import REPORTS
 from fedbasin.server.run.settings import NEW_RUN, Settings, SettingsError
+
+# A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
+_LOG = logging.getLogger("flwr.fedbasin")
 
 RECORD = "run.json"
 LOCK = ".lock"
+# What reading a damaged record may raise; nested too deeply, JSON ends in a RecursionError.
+_UNREADABLE = (OSError, ValueError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class RunFolder:
     def write(self, *, finished: bool = False) -> None:
         """Write the record, in one step."""
         part = self.path / f"{RECORD}.part"
-        part.write_text(json.dumps(asdict(replace(self.record, finished=finished)), indent=1))
+        part.write_text(json.dumps(asdict(replace(self.record, finished=finished)), indent=1), encoding="utf-8")
         part.replace(self.path / RECORD)
 
 
@@ -161,20 +168,35 @@ def _unfinished(folder: Path, record: RunRecord) -> tuple[Path, FileLock] | None
 
 
 def _records(folder: Path) -> list[tuple[Path, RunRecord]]:
-    """Return the runs in a folder, the newest first; what is no record of this version is left out."""
+    """Return the runs in a folder, the newest first; one without a record of this version is left out, by name."""
     runs = []
-    for file in folder.glob(f"*/{RECORD}"):
+    # Not by their records alone: a run whose record is gone is to be named too.
+    for path in sorted({file.parent for name in (RECORD, REPORTS) for file in folder.glob(f"*/{name}")}):
         try:
-            runs.append((file.stat().st_mtime_ns, file.parent, RunRecord(**json.loads(file.read_text()))))
-        except (OSError, ValueError, TypeError):
-            continue
+            runs.append(((path / RECORD).stat().st_mtime_ns, path, _read_record(path / RECORD)))
+        except _UNREADABLE as error:
+            if any(path.glob("global*.safetensors")):
+                _LOG.warning(
+                    "%s cannot be read (%s), so that the run in its folder is left; resume = '%s' goes on with it",
+                    path / RECORD,
+                    error,
+                    path,
+                )
     return [(path, record) for _, path, record in sorted(runs, key=lambda run: run[:2], reverse=True)]
+
+
+def _read_record(file: Path) -> RunRecord:
+    """Read the record of a run; raises an error of `_UNREADABLE` where it is none of this version."""
+    record = RunRecord(**json.loads(file.read_text(encoding="utf-8")))
+    if not (isinstance(record.configuration, dict) and isinstance(record.rounds, int)):
+        raise TypeError("its values are none of a run's")
+    return record
 
 
 def _earlier_runs(folder: Path) -> tuple[str, ...]:
     try:
-        return tuple(map(str, json.loads((folder / RECORD).read_text())["runs"]))
-    except (OSError, ValueError, LookupError, TypeError):  # a new folder, or one of another version
+        return tuple(map(str, json.loads((folder / RECORD).read_text(encoding="utf-8"))["runs"]))
+    except (*_UNREADABLE, LookupError):  # a new folder, or one of another version
         return ()
 
 

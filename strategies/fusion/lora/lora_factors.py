@@ -60,8 +60,11 @@ def find_adapters(state: State) -> list[Adapter]:
     """
     adapters = adapter_pairs(state)
     if not adapters:
+        others = [name for name in state if "lora" in name.lower()]
+        has = f"; it has {', '.join(others[:3])}, which are named otherwise than by peft" if others else ""
         raise AdapterError(
-            "the state has no tensor named lora_A; pass the state of a model with adapters, or choose the recipe fedavg"
+            f"the state has no tensor named lora_A.weight or lora_embedding_A{has}; pass the state of a model with LoRA "
+            "adapters of peft, or choose the recipe fedavg"
         )
     for adapter in adapters:
         _check(adapter, state)
@@ -96,14 +99,17 @@ def narrow(state: State, rank: int) -> dict[str, Tensor]:
     return result
 
 
-def blocks_of(adapters: Iterable[Adapter], factor: str) -> list[Block]:
+def blocks_of(adapters: Iterable[Adapter], factor: str, state: State) -> list[Block]:
     """Return the blocks of linear layers' adapters that a Gram matrix describes.
 
     Args:
         adapters: adapters of the model.
         factor: `down` for Gram matrices of A's inputs, which are the layer's inputs; `up` for those of B's inputs.
+        state: the state with the adapters, whose factors may have biases (`lora_bias`).
     """
-    return [(getattr(adapter, factor),) for adapter in adapters if adapter.is_linear]
+    names = (getattr(adapter, factor) for adapter in adapters if adapter.is_linear)
+    pairs = ((name, f"{name.removesuffix('weight')}bias") for name in names)
+    return [(name, bias) if bias in state else (name,) for name, bias in pairs]
 
 
 def adapted_layers(state: State) -> list[Layer]:

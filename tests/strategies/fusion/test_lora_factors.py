@@ -46,8 +46,8 @@ def product(state):
 def test_pairs_are_found_in_models_and_in_what_is_saved_of_them(down, up):
     found = find_adapters({up: torch.ones(3, 2), "m.bias": torch.ones(3), down: torch.ones(2, 5)})
     assert found == [Adapter(down, up)]
-    assert blocks_of(found, "down") == ([] if "embedding" in down else [(down,)])
-    assert blocks_of(found, "up") == ([] if "embedding" in down else [(up,)])
+    assert blocks_of(found, "down", {}) == ([] if "embedding" in down else [(down,)])
+    assert blocks_of(found, "up", {}) == ([] if "embedding" in down else [(up,)])
 
 
 def test_biases_and_magnitudes_are_no_factors():
@@ -59,6 +59,8 @@ def test_biases_and_magnitudes_are_no_factors():
     ("wrong", "says"),
     [
         ({"w": torch.ones(2, 2)}, "no tensor named lora_A"),
+        ({"q.lora_A": torch.ones(2, 2)}, "it has q.lora_A, which are named otherwise than by peft"),
+        ({"q.lora_down.weight": torch.ones(2, 2)}, "it has q.lora_down.weight, which are named otherwise than by peft"),
         ({"x.lora_A.weight": torch.ones(2, 5)}, "has no partner 'x.lora_B.weight'"),
         (
             {"x.lora_A.weight": torch.ones(2, 5, 3, 3), "x.lora_B.weight": torch.ones(3, 2, 1, 1)},

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbasin.strategies.judging.influence import Measure, judge
+from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.influence import Measure, judge, measure
 
 LAYER = ("0.weight",)
 
@@ -70,3 +71,35 @@ def test_running_statistics_are_held_against_the_median_beside_a_small_update(no
     norms = [{"0.weight": norm, "1.running_mean": mean} for mean in (0.1, 0.1, 0.1, 1e6)]
     verdicts = judge({node: Measure(10.0, n) for node, n in enumerate(norms)}, anchor, shared_start=True)
     assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+def counted(values, dtype, start):
+    """What is added of each client's counter, after the server has sent `start`."""
+    anchor = {"count": torch.tensor([start], dtype=dtype)}
+    updates = [Update({"count": torch.tensor([value], dtype=dtype)}, 10.0) for value in values]
+    measures = {node: measure(update, {}, anchor) for node, update in enumerate(updates)}
+    verdicts = judge(measures, anchor, shared_start=True)
+    return [int(v.apply(updates[n], anchor).parameters["count"]) for n, v in verdicts.items()]
+
+
+@given(st.data(), st.sampled_from(INTEGERS), st.integers(3, 9))
+def test_no_integer_changes_by_more_than_five_times_the_median(data, dtype, clients):
+    limits = torch.iinfo(dtype)
+    start = data.draw(st.integers(limits.min, limits.max))
+    values = data.draw(st.lists(st.integers(limits.min, limits.max), min_size=clients, max_size=clients))
+    most = 5 * median(abs(float(value) - float(start)) for value in values)
+    for value, added in zip(values, counted(values, dtype, start), strict=True):
+        assert abs(added - start) <= most * (1 + 1e-15) + 2048 * (dtype is torch.int64)
+        assert added == value or abs(value - start) > most * (1 - 1e-15) - 2048
+
+
+@pytest.mark.parametrize("extreme", [2**63 - 1, -(2**63)])
+def test_an_index_that_one_client_alone_changes_stays(extreme):
+    assert counted([7, 7, extreme, 7], torch.int64, 7) == [7] * 4
+
+
+def test_counters_of_clients_with_more_data_are_kept():
+    assert counted([3, 12, 15, 40], torch.int64, 0) == [3, 12, 15, 40]
