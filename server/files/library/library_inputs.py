@@ -22,7 +22,10 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
     arguments = inspect.signature(module.forward).parameters
     config: Any = module.config
     required = {name for name, a in arguments.items() if a.default is a.empty and a.kind is not a.VAR_KEYWORD}
-    main = {str(module.main_input_name), *required}
+    encoder: Any = getattr(module, "encoder", None)
+    # A model that joins an encoder and a decoder reads what its encoder reads.
+    joined = {str(encoder.main_input_name)} if hasattr(encoder, "main_input_name") else set()
+    main = {str(module.main_input_name), *joined, *required}
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, Tensor] = {}
     if "input_ids" in arguments and (main & {"input_ids", "inputs"} or _is_text(config)):
@@ -34,8 +37,27 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
     if "input_values" in arguments and "input_values" in main:
         inputs["input_values"] = _sound(config, generator)
     if config.is_encoder_decoder and "decoder_input_ids" in arguments:
-        inputs["decoder_input_ids"] = _text(module, generator)
+        inputs["decoder_input_ids"] = _text(module, _part(config, "decoder"), generator)
+    if "encoder_hidden_states" in arguments and _reads_an_encoder(module):
+        inputs["encoder_hidden_states"] = _states(config, generator)
     return inputs
+
+
+def _part(config: Any, *names: str) -> Any:
+    """Return the config of the part that has one of these names, or the whole config."""
+    return next((part for name in names if hasattr(part := getattr(config, name, None), "model_type")), config)
+
+
+def _reads_an_encoder(module: nn.Module) -> bool:
+    """Return whether a decoder has attention to an encoder that is no part of it, which runs only with its states."""
+    config: Any = module.config
+    names = [name for name, _ in module.named_parameters()]
+    return not config.is_encoder_decoder and any("cross" in name or "encoder_attn" in name for name in names)
+
+
+def _states(config: Any, generator: torch.Generator) -> Tensor:
+    widths = (getattr(config, name, None) for name in ("cross_attention_hidden_size", "encoder_hidden_size"))
+    return torch.randn(_BATCH, _TOKENS, next(filter(None, widths), config.hidden_size), generator=generator)
 
 
 def _is_text(config: Any) -> bool:
@@ -55,8 +77,7 @@ def _length(module: nn.Module) -> int:
     return _TOKENS if runs_all() else min(_TOKENS * (getattr(config, "num_experts", None) or 1), _MOST_TOKENS)
 
 
-def _text(module: nn.Module, generator: torch.Generator) -> Tensor:
-    config: Any = module.config
+def _text(module: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
     text = config.get_text_config()
     special = (getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id"))
     # Special tokens would mask a position, or end the text.
@@ -65,8 +86,8 @@ def _text(module: nn.Module, generator: torch.Generator) -> Tensor:
 
 
 def _tokens(module: nn.Module, config: Any, arguments: set[str], generator: torch.Generator) -> dict[str, Tensor]:
-    tokens = _text(module, generator)
-    if config.is_encoder_decoder and config.eos_token_id is not None:
+    tokens = _text(module, _part(config, "encoder"), generator)
+    if config.is_encoder_decoder and getattr(config, "eos_token_id", None) is not None:
         # Classifiers of sequences read the state at the end of the text.
         tokens[:, -1] = config.eos_token_id
     if type(module).__name__.endswith("ForMultipleChoice"):
@@ -79,7 +100,7 @@ def _tokens(module: nn.Module, config: Any, arguments: set[str], generator: torc
 
 
 def _image(config: Any, generator: torch.Generator) -> Tensor:
-    vision = getattr(config, "vision_config", config)
+    vision = _part(config, "vision_config", "encoder")
     size = getattr(vision, "image_size", None) or getattr(vision, "input_size", None) or 224
     height, width = size if isinstance(size, list | tuple) else (size, size)
     shape: tuple[int, ...] = (getattr(vision, "num_channels", 3), height, width)
@@ -90,6 +111,7 @@ def _image(config: Any, generator: torch.Generator) -> Tensor:
 
 
 def _spectrum(config: Any, generator: torch.Generator) -> Tensor:
+    config = _part(config, "encoder")
     if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         shape: tuple[int, ...] = (config.num_mel_bins, 2 * config.max_source_positions)
     else:
@@ -98,6 +120,7 @@ def _spectrum(config: Any, generator: torch.Generator) -> Tensor:
 
 
 def _sound(config: Any, generator: torch.Generator) -> Tensor:
+    config = _part(config, "encoder")
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
         shape: tuple[int, ...] = (config.max_length, config.num_mel_bins)
     else:
