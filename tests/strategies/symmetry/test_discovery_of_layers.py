@@ -403,6 +403,15 @@ def test_a_proof_runs_on_the_running_statistics_of_the_model(batch: int) -> None
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_units_in_more_parts_than_are_written_stay_and_the_others_move() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 1100, 2))
+    found = discover(model, torch.randn(2, 1100, 2))
+    assert [space.name for space in found.symmetry.spaces] == ["0"]
+    assert [str(stop) for stop in found.stops] == [
+        "a structure that the notation cannot express fixes the units of '2'"
+    ]
+
+
 def test_a_model_that_cannot_run_in_double_precision_is_told() -> None:
     with pytest.raises(SymmetryError, match=r"Narrow does not run .* in float64: this kernel takes float32"):
         discover(Narrow(), torch.zeros(2, 4))
