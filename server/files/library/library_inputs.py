@@ -38,21 +38,34 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
         inputs["input_values"] = _sound(config, generator)
     if config.is_encoder_decoder and "decoder_input_ids" in arguments:
         inputs["decoder_input_ids"] = _text(module, _part(config, "decoder"), generator)
-    if "encoder_hidden_states" in arguments and _reads_an_encoder(module):
-        inputs["encoder_hidden_states"] = _states(config, generator)
-    return inputs
+    return inputs | _optional(module, set(arguments), inputs.get("input_ids"), generator)
+
+
+def _optional(
+    module: nn.Module, arguments: set[str], tokens: Tensor | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return the inputs without which a model does not run all of its layers, whose parameters would then stay."""
+    config: Any = module.config
+    names = [name for name, _ in module.named_parameters()]
+
+    def has(*words: str) -> bool:
+        return any(word in name for name in names for word in words)
+
+    optional: dict[str, Tensor] = {}
+    # A decoder with attention to an encoder that is no part of it.
+    states = next((name for name in ("encoder_hidden_states", "encoder_outputs") if name in arguments), None)
+    if states is not None and not config.is_encoder_decoder and has("cross", "encoder_attn"):
+        optional[states] = _states(config, generator)
+    if tokens is not None and "token_type_ids" in arguments and has("seg_embed"):
+        optional["token_type_ids"] = tokens % 2
+    if tokens is not None and "global_attention_mask" in arguments and has("_global"):
+        optional["global_attention_mask"] = torch.zeros_like(tokens).index_fill(-1, torch.tensor(0), 1)
+    return optional
 
 
 def _part(config: Any, *names: str) -> Any:
     """Return the config of the part that has one of these names, or the whole config."""
     return next((part for name in names if hasattr(part := getattr(config, name, None), "model_type")), config)
-
-
-def _reads_an_encoder(module: nn.Module) -> bool:
-    """Return whether a decoder has attention to an encoder that is no part of it, which runs only with its states."""
-    config: Any = module.config
-    names = [name for name, _ in module.named_parameters()]
-    return not config.is_encoder_decoder and any("cross" in name or "encoder_attn" in name for name in names)
 
 
 def _states(config: Any, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedbasin.server.files.library.library_inputs import example_inputs
 from tests.architectures.proof import _Exact
 from tests.server.files.stored import answer, fedbasin, refusal
 from tests.strategies.symmetry.tiny_transformers import DEBERTA, DISTIL, PIXELS, ROTARY, T5, TEXT, TOKENS, VISION, hf
@@ -371,10 +370,3 @@ def test_a_module_behind_an_encoder_of_t5_keeps_its_input(tmp_path: Path) -> Non
     assert report["distance_after"] < report["distance_before"]
     for expected, actual in zip(outputs(model, "T5EncoderModel"), outputs(out, "T5EncoderModel"), strict=True):
         assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_a_decoder_without_an_encoder_is_given_its_states() -> None:
-    (kind, config), _, _ = LAYOUTS["a decoder that reads an encoder"]
-    assert example_inputs(kind(config))["encoder_hidden_states"].shape[-1] == WIDTH
-    kind, config = bert("ForMaskedLM")
-    assert "encoder_hidden_states" not in example_inputs(kind(config))
