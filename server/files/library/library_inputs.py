@@ -38,7 +38,35 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
         inputs["input_values"] = _sound(config, generator)
     if config.is_encoder_decoder and "decoder_input_ids" in arguments:
         inputs["decoder_input_ids"] = _text(module, _part(config, "decoder"), generator)
+    if "pixel_values" in arguments and "pixel_values" not in inputs and _reads_images_as_tokens(config):
+        inputs |= _with_images(module, inputs["input_ids"], generator)
     return inputs | _optional(module, set(arguments), inputs.get("input_ids"), generator)
+
+
+def _with_images(module: nn.Module, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a text behind an image, which has as many tokens as the model makes of it; nothing if it wants more."""
+    config: Any = module.config
+    image = _image(config, generator)
+    # Some models take several images for each text.
+    for images in (image, image[:, None]):
+        if entries := _entries_of_features(module, images):
+            place = int(getattr(config, "image_token_id", None) or config.image_token_index)
+            length = entries // (_BATCH * config.get_text_config().hidden_size)
+            text = tokens.where(tokens != place, tokens.min())
+            return {"input_ids": torch.cat([torch.full((_BATCH, length), place), text], dim=1), "pixel_values": images}
+    return {}
+
+
+def _entries_of_features(module: nn.Module, images: Tensor) -> int:
+    """Return the number of entries that a model makes of images, or 0 if it does not take such images."""
+    model: Any = module
+    try:
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=images.to(model.dtype))
+    except Exception:  # noqa: BLE001 - some models take patches and their grids in place of images
+        return 0
+    features = getattr(features, "pooler_output", features)
+    return sum(part.numel() for part in ([features] if isinstance(features, Tensor) else features))
 
 
 def _optional(
@@ -78,9 +106,13 @@ def _is_text(config: Any) -> bool:
 
 
 def _has_two_towers(config: Any) -> bool:
-    """Return whether the model compares texts with images; models that read images as tokens run on text alone."""
-    reads_images_as_tokens = any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
-    return hasattr(config, "vision_config") and hasattr(config, "text_config") and not reads_images_as_tokens
+    """Return whether the model compares texts with images."""
+    has_both = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    return has_both and not _reads_images_as_tokens(config)
+
+
+def _reads_images_as_tokens(config: Any) -> bool:
+    return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
 
 
 def _length(module: nn.Module) -> int:
