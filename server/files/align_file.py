@@ -12,7 +12,7 @@ from fedbasin.proto.report import AlignmentReport
 from fedbasin.server.files.data.stored_matching import StoredMatching
 from fedbasin.server.files.library.executable_model import ExecutableModel, change_of_function
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
-from fedbasin.server.files.reading import ModelError, StoredModel, few
+from fedbasin.server.files.reading import ModelError, StoredModel, few, refuse_not_finite
 from fedbasin.server.files.shared_tensors import shared_tensors
 from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.server.report.charts.text import number
@@ -21,7 +21,6 @@ from fedbasin.strategies.alignment.transformed_state import TransformedState
 from fedbasin.strategies.alignment.weight_matching import fold_state
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.transform import Transform
-from fedbasin.strategies.tensors.parallel import is_finite, one_core
 from fedbasin.strategies.tensors.state import State
 
 # Far above rounding in float64, far below the effect of a tensor that is left behind.
@@ -65,9 +64,9 @@ def align(
     Raises:
         ModelError: the models share nothing, do not run on the data, an entry is infinite or not a number, or a norm cannot be folded.
     """
-    for stored in (anchor, model.stored):
-        refuse_not_finite(stored, stored.path)
     shared = shared_tensors(anchor, model, symmetry)
+    for state, stored in ((shared.anchor, anchor), (model.state, model.stored)):
+        refuse_not_finite(state, stored.path)
     states = [
         fold_stored(stored.path, shared.symmetry, state)
         for stored, state in ((anchor, shared.anchor), (model.stored, _WatchedState(shared.model, on_read)))
@@ -244,17 +243,3 @@ def fold_stored(path: Path, symmetry: Symmetry, state: State) -> State:
         return fold_state(symmetry, state)
     except SymmetryError as error:
         raise ModelError(f"{path}: {error}") from error
-
-
-def refuse_not_finite(state: State, path: Path) -> None:
-    """Refuse a model with entries that are not finite, which a search would follow.
-
-    Raises:
-        ModelError: names the tensor.
-    """
-    with one_core():
-        for name in state:
-            if not is_finite(state[name]):
-                raise ModelError(
-                    f"{path}: {name!r} has entries that are infinite or not a number; leave this model out"
-                )

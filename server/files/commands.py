@@ -95,7 +95,10 @@ def inspect(
 
         with progress_of_discovery() as progress:
             whole = symmetric_model(open_model(model), Source(symmetry, config, module, rotate_residual), progress)
-        part = choose_spaces(whole.symmetry, spaces or (), first, last)
+        part = whole.symmetry
+        # Where nothing moves, the reasons are shown.
+        if part.spaces or whole.by_hand:
+            part = choose_spaces(part, spaces or (), first, last)
         result = inspection.inspect_model(whole, part)
     if notation:
         typer.echo(str(in_stored_names(part, whole.layout) or part), nl=False)

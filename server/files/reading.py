@@ -18,12 +18,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedbasin.strategies.tensors.parallel import is_finite, one_core
+from fedbasin.strategies.tensors.state import State
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 # Endings of files that may hold weights.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
+
+
+_ONLY = "only safetensors files are read"
+_SAVE = "load the model with the library that wrote it and save it with `save_pretrained`"
 
 
 class ModelError(ValueError):
@@ -142,12 +149,10 @@ def _files_of_folder(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(folder / SINGLE), folder / SINGLE)
     if (folder / INDEX).is_file():
         return _files_of_index(folder / INDEX)
-    weights = sorted(path.name for end in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{end}"))
-    there = f"there are {', '.join(weights[:5])}; " if weights else ""
-    raise ModelError(
-        f"{folder}: neither {SINGLE} nor {INDEX} is in it; {there}give a file itself, or save the model with "
-        "`save_pretrained`"
-    )
+    weights = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHTS)
+    there = f"there is {few(weights)}; " if weights else ""
+    given = "give a file itself, or" if any(name.endswith(".safetensors") for name in weights) else f"{_ONLY}:"
+    raise ModelError(f"{folder}: neither {SINGLE} nor {INDEX} is in it; {there}{given} {_SAVE}")
 
 
 def _files_of_index(index: Path) -> dict[str, Path]:
@@ -179,11 +184,31 @@ def _check_shards(index: Path, files: Mapping[str, Path]) -> None:
 
 
 def _names(path: Path) -> list[str]:
+    if path.suffix in WEIGHTS and path.suffix != ".safetensors":
+        raise ModelError(f"{path}: {_ONLY}: {_SAVE}")
     try:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from error
+
+
+def refuse_not_finite(state: State, path: Path) -> None:
+    """Refuse a model with entries that are not finite, which a search would follow and no execution can prove.
+
+    Args:
+        state: the tensors that count; what the model does not read, such as old masks, may be infinite.
+        path: where they are stored.
+
+    Raises:
+        ModelError: names the tensor.
+    """
+    with one_core():
+        for name in state:
+            if not is_finite(state[name]):
+                raise ModelError(
+                    f"{path}: {name!r} has entries that are infinite or not a number; leave this model out"
+                )
 
 
 def few(names: Sequence[str]) -> str:

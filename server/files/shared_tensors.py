@@ -17,7 +17,7 @@ from fedbasin.server.files.library.library_model import layout_in
 from fedbasin.server.files.library.tensor_layout import ModuleState
 from fedbasin.server.files.reading import ModelError, StoredModel, few, read_json
 from fedbasin.server.files.stored_symmetry import SymmetricModel, derived
-from fedbasin.strategies.symmetry.symmetry import Axis, Symmetry
+from fedbasin.strategies.symmetry.symmetry import Axis, Symmetry, SymmetryError
 from fedbasin.strategies.tensors.state import State
 
 # Keys of a config that change the lengths of tables whose rows correspond all the same.
@@ -30,6 +30,8 @@ _HARMLESS = {
     *("label2id", "problem_type", "use_cache", "n_ctx", "finetuning_task", "task_specific_params"),
     *("tie_word_embeddings", "initializer_range", "classifier_dropout", "gradient_checkpointing", "bos_token_id"),
     *("eos_token_id", "pad_token_id", "decoder_start_token_id", "output_past", "summary_first_dropout"),
+    # A stored encoder says that it is no encoder-decoder.
+    "is_encoder_decoder",
 }
 
 
@@ -197,14 +199,17 @@ def _require_equal_structure(anchor: StoredModel, model: SymmetricModel, executa
         return
     # As the model's architecture, because a base and a fine-tuned model differ in their heads.
     config = {**anchor.config, "architectures": [executable.kind]}
-    structure = derived(anchor, from_folder(anchor, config, anchor.path), model.source)
+    refusal = ModelError(
+        f"{model.stored.path} and {anchor.path} are of two architectures: their configs differ in {few(differ)}; align "
+        "only models of one architecture"
+    )
+    try:
+        structure = derived(anchor, from_folder(anchor, config, anchor.path), model.source)
+    except (ModelError, SymmetryError) as error:
+        raise refusal from error
     groups = _groups(model.symmetry)
-    apart = [name for name, group in _groups(structure.symmetry).items() if groups.get(name, group) != group]
-    if apart:
-        raise ModelError(
-            f"{model.stored.path} and {anchor.path} are of two architectures: their configs differ in {few(differ)}; "
-            "align only models of one architecture"
-        )
+    if any(groups.get(name, group) != group for name, group in _groups(structure.symmetry).items()):
+        raise refusal
 
 
 def _groups(symmetry: Symmetry) -> dict[Axis, str]:

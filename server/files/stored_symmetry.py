@@ -17,7 +17,7 @@ from fedbasin.server.files.library.executable_model import ExecutableModel, from
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState, TensorLayout, identity_layout
 from fedbasin.server.files.reading import CONFIG, ModelError, StoredModel, few, read_json
 from fedbasin.server.files.symmetry_cache import SymmetryCache
-from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.discover.discovery import NOT_READ, Discovery, discover
 from fedbasin.strategies.symmetry.discover.rotation import rotate_residual
 from fedbasin.strategies.symmetry.symmetry import Axis, Space, Symmetry, SymmetryError, parse
 from fedbasin.strategies.tensors.state import State
@@ -153,7 +153,9 @@ def choose_spaces(
     )
     if not spaces:
         names = [space.name for space in symmetry.spaces]
-        there = f"there are {few(names)}" if names else "the symmetry has none"
+        there = (
+            f"there are {few(names)}" if names else "the symmetry has none, for which `fedbasin inspect` has reasons"
+        )
         raise ModelError(f"no space is chosen by {few(globs) or 'these options'}; {there}")
     return replace(symmetry, spaces=spaces)
 
@@ -268,11 +270,12 @@ def derived(
     module, layout, example = executable.module, executable.layout, executable.example
     discovery = discover(module, example, cache=SymmetryCache(), progress=progress)
     symmetry, stays = _storable(discovery.symmetry, layout)
+    symmetry, untouched = _apart_from_idle(symmetry, _idle(discovery, executable))
     if source.rotate_residual:
         symmetry = rotate_residual(module, symmetry, example)
         _refuse_tied_head(model, executable, symmetry)
     _refuse_narrow_dtypes(model, symmetry, layout)
-    stops = (*map(str, discovery.stops), *stays)
+    stops = (*map(str, discovery.stops), *stays, *untouched)
     return SymmetricModel(model, symmetry, layout, executable, by_hand=False, source=source, stops=stops)
 
 
@@ -304,6 +307,36 @@ def _storable(symmetry: Symmetry, layout: TensorLayout) -> tuple[Symmetry, tuple
     spaces = tuple(space for space in symmetry.spaces if space.name not in lacking)
     return replace(symmetry, spaces=spaces, shifts=shifts), tuple(
         f"the files lack {tensor!r}, which fixes the units of {space!r}" for space, tensor in lacking.items()
+    )
+
+
+def _idle(discovery: Discovery, executable: ExecutableModel) -> dict[str, torch.Size]:
+    """Return the shapes of the stored weights that the example does not run, such as those of a tower for images."""
+    unread = {stop.part for stop in discovery.stops if stop.operation == NOT_READ}
+    parameters = executable.module.named_parameters(remove_duplicate=False)
+    return {
+        name: tensor.shape
+        for name, tensor in parameters
+        # Vectors stand for masked entries in training, or belong to a layer that has a matrix too.
+        if name in unread and name in executable.layout.pieces and sum(length > 1 for length in tensor.shape) > 1
+    }
+
+
+def _apart_from_idle(symmetry: Symmetry, idle: Mapping[str, torch.Size]) -> tuple[Symmetry, tuple[str, ...]]:
+    """Return the spaces that no weight can touch which the example does not run, and a sentence for each other one.
+
+    Nothing shows what such a weight reads or writes. What has none of its lengths it does not touch.
+    """
+    touching = {
+        space.name: name
+        for space in symmetry.spaces
+        for name, shape in idle.items()
+        if set(shape) & {space.group.count, *space.group.sizes, *map(space.width, range(len(space.group.sizes)))} - {1}
+    }
+    spaces = tuple(space for space in symmetry.spaces if space.name not in touching)
+    return replace(symmetry, spaces=spaces), tuple(
+        f"{tensor!r}, which the example of the inputs does not run, may touch the units of {space!r}"
+        for space, tensor in touching.items()
     )
 
 

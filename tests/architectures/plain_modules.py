@@ -349,6 +349,20 @@ MODULES: dict[str, Case] = {
     "flattened convolution": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 3)), images
     ),
+    "flattened steps": Case(
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(2400, 3)),
+        lambda: [torch.randn(2, 300, 8)],
+    ),
+    "depthwise convolutions that widen": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 1),
+            *(layer for n in (4, 8, 16) for layer in (nn.Conv2d(n, 2 * n, 3, groups=n), nn.ReLU())),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 3),
+        ),
+        images,
+    ),
     "depthwise convolution": Case(
         lambda: Net(
             lambda m, x: m.o(m.d(F.relu(m.a(x))).mean((2, 3))),

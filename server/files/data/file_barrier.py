@@ -11,11 +11,11 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.align_file import fold_stored, refuse_not_finite
+from fedbasin.server.files.align_file import fold_stored
 from fedbasin.server.files.data.given_data import read_data, read_task
 from fedbasin.server.files.data.model_on_data import require_executable, run, runnable_state
 from fedbasin.server.files.data.stored_matching import StoredMatching
-from fedbasin.server.files.reading import ModelError, StoredModel, few
+from fedbasin.server.files.reading import ModelError, StoredModel, few, refuse_not_finite
 from fedbasin.server.files.shared_tensors import SharedTensors, shared_tensors
 from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.server.report.charts.text import number
@@ -100,9 +100,9 @@ def measure_barrier(
     """
     kind = None if task is None else read_task(task)
     executable, batches = require_executable(model), read_data(data)
-    for stored in (anchor, model.stored):
-        refuse_not_finite(stored, stored.path)
     shared = shared_tensors(anchor, model, model.symmetry)
+    for state, stored in ((shared.anchor, anchor), (model.state, model.stored)):
+        refuse_not_finite(state, stored.path)
     _require_all(anchor, model, shared)
     start = fold_stored(anchor.path, shared.symmetry, shared.anchor)
     end = fold_stored(model.stored.path, shared.symmetry, shared.model)

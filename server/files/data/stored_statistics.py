@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedbasin.proto.layer_graph import Block
-from fedbasin.server.files.align_file import refuse_not_finite
 from fedbasin.server.files.data.given_data import read_data, read_task
 from fedbasin.server.files.data.model_on_data import require_parameters, run
 from fedbasin.server.files.library.executable_model import ExecutableModel
-from fedbasin.server.files.reading import ModelError, StoredModel
+from fedbasin.server.files.library.tensor_layout import ModuleState
+from fedbasin.server.files.reading import ModelError, StoredModel, refuse_not_finite
 from fedbasin.server.files.writing import replacing
 from fedbasin.strategies.statistics.fisher import diagonal_fisher
 from fedbasin.strategies.statistics.gram import grams
@@ -106,7 +106,7 @@ def write_statistics(
         ModelError: the data do not fit the model, or the file cannot be written.
     """
     require_parameters(model, executable)
-    refuse_not_finite(model, model.path)
+    refuse_not_finite(ModuleState(executable.layout, model), model.path)
     batches, chosen = read_data(data), None if task is None else read_task(task)
     collected = run(executable.module, data, partial(_collect, executable.module, batches, kind, chosen))
     for block, tensor in collected.items():

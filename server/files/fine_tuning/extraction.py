@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.server.files.adapters.adapter_folder import AdapterModule, StoredAdapter
-from fedbasin.server.files.align_file import refuse_not_finite
 from fedbasin.server.files.library.executable_model import ExecutableModel
 from fedbasin.server.files.library.tensor_layout import ModuleState
-from fedbasin.server.files.reading import ModelError, StoredModel, few
+from fedbasin.server.files.reading import ModelError, StoredModel, few, refuse_not_finite
 from fedbasin.server.files.shared_tensors import require_equal_shapes
 from fedbasin.strategies.tensors.state import State
 

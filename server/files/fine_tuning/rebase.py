@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.align_file import align, apply_transform, prove_if_possible, refuse_not_finite
+from fedbasin.server.files.align_file import align, apply_transform, prove_if_possible
 from fedbasin.server.files.data.given_data import read_data
 from fedbasin.server.files.data.model_on_data import require_parameters, run
 from fedbasin.server.files.data.stored_matching import matching_by_weights
 from fedbasin.server.files.fine_tuning.gradient_signs import descent_votes
 from fedbasin.server.files.library.executable_model import ExecutableModel
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState
-from fedbasin.server.files.reading import ModelError, StoredModel
+from fedbasin.server.files.reading import ModelError, StoredModel, refuse_not_finite
 from fedbasin.server.files.shared_tensors import require_equal_shapes
 from fedbasin.server.files.stored_symmetry import SymmetricModel
 from fedbasin.strategies.tasks.model_task import Task

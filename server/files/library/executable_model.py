@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from fedbasin.server.files.library.library_inputs import example_inputs
 from fedbasin.server.files.library.library_model import architecture_of, layout_in
 from fedbasin.server.files.library.tensor_layout import ModuleState, TensorLayout, find_layout, with_copies
 from fedbasin.server.files.library.user_function import import_function
-from fedbasin.server.files.reading import ModelError, StoredModel
+from fedbasin.server.files.reading import ModelError, StoredModel, refuse_not_finite
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.float64_execution import true_double
 from fedbasin.strategies.symmetry.outputs import answers
@@ -52,13 +53,27 @@ def from_folder(model: StoredModel, config: Mapping[str, object], where: Path) -
         where: folder or path of the config.
 
     Raises:
-        ModelError: the library has no such architecture, or the weights do not fit it.
+        ModelError: the library has no such architecture, the weights do not fit it, or a parameter is not finite.
     """
     # Another module of the folder reads the stream that a head would leave free to move.
     architecture, library_config = architecture_of(where, config, bare=bool(model.readers))
     module, layout = layout_in(architecture, library_config, model.shapes(), where=model.path)
     layout = with_copies(layout, model)
-    return ExecutableModel(_filled(module, model, layout), example_inputs(module), layout, architecture, library_config)
+    _count_no_padding(module)
+    try:
+        example = example_inputs(module)
+    except Exception as error:  # a config may lack anything
+        kind = architecture.__name__
+        raise ModelError(f"{where}: gives no example of the inputs of {kind}: {error}; give --module") from error
+    return ExecutableModel(_filled(module, model, layout), example, layout, architecture, library_config)
+
+
+def _count_no_padding(module: nn.Module) -> None:
+    """Let a classifier of texts without a padding token run on several texts, in which every token counts."""
+    config: Any = module.config
+    text = config.get_text_config()
+    if type(module).__name__.endswith("ForSequenceClassification") and text.pad_token_id is None:
+        text.pad_token_id = -1
 
 
 def from_factory(model: StoredModel, factory: str) -> ExecutableModel:
@@ -67,7 +82,8 @@ def from_factory(model: StoredModel, factory: str) -> ExecutableModel:
     The function takes no arguments and returns the module and an example of its inputs, `module, input, ...`.
 
     Raises:
-        ModelError: there is no such function, it returns something else, or the weights do not fit.
+        ModelError: there is no such function, it returns something else, the weights do not fit, or a parameter is not
+            finite.
     """
     make_model = import_function(factory, "--module")
     try:
@@ -133,10 +149,15 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _filled(module: nn.Module, model: StoredModel, layout: TensorLayout) -> nn.Module:
-    """Return the module with the stored values in place of the numbers by which the layout was found."""
+    """Return the module with the stored values in place of the numbers by which the layout was found.
+
+    Raises:
+        ModelError: a parameter has entries that are not finite.
+    """
     state = ModuleState(layout, model)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             if name in state:
                 tensor.copy_(state[name])
+    refuse_not_finite({name: p for name, p in module.named_parameters() if name in state}, model.path)
     return module.float().eval()

@@ -11,6 +11,9 @@ from fedbasin.server.files.library.tensor_layout import TensorLayout, find_layou
 from fedbasin.server.files.reading import CONFIG, ModelError, few
 from fedbasin.strategies.tensors.state import State
 
+# What DistributedDataParallel and torch.compile put before the names of the module that they wrap.
+_WRAPPERS = ("module.", "_orig_mod.")
+
 
 def library() -> Any:
     """Return the `transformers` library, which speaks only of errors."""
@@ -52,9 +55,15 @@ def architecture_of(folder: Path, config: Mapping[str, Any], *, bare: bool = Fal
             return kind, library_config
         if is_model and not bare:
             return kind, kind.config_class.from_pretrained(path, local_files_only=True)
-        return hf.MODEL_MAPPING[type(library_config)], library_config
+        return _bare(hf, kind, type(library_config)), library_config
     except Exception as error:  # validators of configs raise classes of their own
         raise ModelError(f"{path}: cannot be read as the config of {name or 'a model'}: {error}") from error
+
+
+def _bare(hf: Any, named: Any, config: Any) -> Any:
+    """Return the model without a head: the one that is named if it has none, such as the encoder of an encoder-decoder."""
+    encoder = hf.MODEL_FOR_TEXT_ENCODING_MAPPING.get(config, None)
+    return encoder if encoder is not None and encoder is named else hf.MODEL_MAPPING[config]
 
 
 def _load(
@@ -73,9 +82,29 @@ def _load(
             ignore_mismatched_sizes=other_sizes,
         )
     except Exception as error:  # a model of a strange config raises anything, as for heads that are none
+        # The library names the tensors in a table on stderr alone.
+        if "ignore_mismatched_sizes" in str(error) and (apart := _of_other_shapes(architecture, config, state)):
+            raise ModelError(
+                f"{where}: {architecture.__name__} has other shapes by its config: {few(apart)}; use the config that was "
+                "saved with these weights"
+            ) from error
         raise ModelError(f"{where}: {architecture.__name__} does not load: {error}") from error
     names = [*info["missing_keys"], *info["mismatched_keys"]]
     return module.eval(), {name if isinstance(name, str) else name[0] for name in names}
+
+
+def _of_other_shapes(architecture: Any, config: Any, state: State) -> list[str]:
+    """Return the tensors of a file that have another shape in the module of a config, as far as names tell."""
+    with torch.device("meta"):
+        expected = architecture(config).state_dict()
+    prefix = f"{architecture.base_model_prefix}."
+    names = {name: {name, prefix + name, name.removeprefix(prefix)} & state.keys() for name in expected}
+    return [
+        f"{stored} {tuple(state[stored].shape)} for {tuple(expected[name].shape)}"
+        for name, found in names.items()
+        for stored in sorted(found)
+        if state[stored].shape != expected[name].shape
+    ]
 
 
 def layout_in(
@@ -104,8 +133,14 @@ def layout_in(
 
     layout = find_layout(state, load_numbers)
     if not layout.pieces:
+        wrapped = all(name.startswith(_WRAPPERS) for name in state)
         raise ModelError(
-            f"{where}: none of its tensors is loaded by {architecture.__name__} ({few(layout.unread)}); use the config "
-            "that was saved with these weights"
+            f"{where}: none of its tensors is loaded by {architecture.__name__} ({few(layout.unread)}); "
+            + ("save the module inside its wrapper" if wrapped else "use the config that was saved with these weights")
+        )
+    if integers := [name for name, _ in modules[0].named_parameters() if name in layout.integers]:
+        raise ModelError(
+            f"{where}: {few(integers)} of {architecture.__name__} would be loaded from integers, which a quantised model "
+            "has; convert it to bfloat16 or float32"
         )
     return modules[0], layout

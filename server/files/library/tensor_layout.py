@@ -65,6 +65,7 @@ class TensorLayout:
         pieces: for each of the module's tensors that is stored, its blocks.
         unread: stored tensors that the module does not load; they stay as they are.
         missing: the module's tensors, or parts of them, that are not stored, so that no element may move them.
+        integers: floating tensors of the module that are loaded from stored integers; they are missing too.
         whole: for each stored tensor that is one tensor of the module, under another name perhaps, that name.
         copies: for each stored tensor that is a copy of another, because the module ties the two, that other one.
     """
@@ -72,6 +73,7 @@ class TensorLayout:
     pieces: Mapping[str, tuple[StoredBlock, ...]]
     unread: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,17 +112,20 @@ def find_layout(stored: State, load: Callable[[State], tuple[State, set[str]]]) 
     numbering = _Numbering(list(floating), torch.tensor(starts), sum(t.numel() for t in floating.values()))
     pieces: dict[str, tuple[StoredBlock, ...]] = {}
     missing = set(lacking)
+    integers = []
     for name, tensor in state.items():
         if name in lacking or not tensor.is_floating_point() or not tensor.numel():
             continue
         blocks = numbering.pieces(tensor.double())
         if blocks is None:
             missing.add(name)
+            # Stored integers have no numbers, and arrive as the zeros that stand for them.
+            integers += [] if tensor.any() else [name]
         else:
             pieces[name] = blocks
     read = {piece.stored for parts in pieces.values() for piece in parts}
     unread = tuple(name for name in stored if name not in read)
-    return TensorLayout(pieces, unread, tuple(sorted(missing)), _whole(pieces, stored))
+    return TensorLayout(pieces, unread, tuple(sorted(missing)), tuple(integers), _whole(pieces, stored))
 
 
 def with_copies(layout: TensorLayout, stored: State) -> TensorLayout:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fedbasin.proto.layer_graph import BatchNorm
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.align_file import fold_stored, prove_function, refuse_not_finite, transform_stored
+from fedbasin.server.files.align_file import fold_stored, prove_function, transform_stored
 from fedbasin.server.files.data.model_on_data import require_executable, run, runnable_state
 from fedbasin.server.files.data.stored_matching import StoredMatching, read_matching
 from fedbasin.server.files.library.tensor_layout import ModuleState, StoredState, identity_layout
 from fedbasin.server.files.merge.alignment import align_states
 from fedbasin.server.files.merge.recipe import MergeRecipe, ModelAlignment
-from fedbasin.server.files.reading import ModelError, StoredModel, few
+from fedbasin.server.files.reading import ModelError, StoredModel, few, refuse_not_finite
 from fedbasin.server.files.stored_symmetry import Source, SymmetricModel, in_stored_names, symmetric_model
 from fedbasin.strategies.alignment.weight_matching import MatchResult
 from fedbasin.strategies.capture.batchnorm_statistics import measure_anew, read_normalised
@@ -113,8 +113,9 @@ def align_models(
     reference = models.matching.model
     folded = []
     for path, state in matched.items():
-        refuse_not_finite(state, path)
-        folded.append(fold_stored(path, reference.symmetry, ModuleState(reference.layout, state)))
+        named = ModuleState(reference.layout, state)
+        refuse_not_finite(named, path)
+        folded.append(fold_stored(path, reference.symmetry, named))
     numbers = itertools.count(1)
 
     def match(anchor: State, model: State, place: float) -> MatchResult:

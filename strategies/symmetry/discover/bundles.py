@@ -241,7 +241,7 @@ def _mark_shared(cells: Mapping[Units, Cell], moving: list[Units]) -> None:
     if len(moving) == 3 and cells[moving[2]] not in cells[moving[1]].inside:
         cells[moving[1]].shared = True
     elif len(moving) > 3:
-        raise UnwritableError(moving[-1])
+        raise UnwritableError(next(units for units in reversed(moving) if not units.is_fixed))
 
 
 def _signs(

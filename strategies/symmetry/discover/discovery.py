@@ -102,6 +102,9 @@ def discover(
 
 _STOP = "# stop "
 
+# The operation of a stop for a tensor that the example leaves out.
+NOT_READ = "not being read by the forward pass"
+
 
 def _notation(symmetry: Symmetry, stops: Iterable[Stop]) -> str:
     """Return a symmetry and what stopped it as one text, which `parse` reads too."""
@@ -300,5 +303,5 @@ def _stops(record: Record, search: _Search) -> Iterable[Stop]:
     for bundle in search.unproven:
         stops[Stop(bundle.name, "having no effect on the outputs", "")] = None
     for name in sorted(record.unread):
-        stops[Stop(name, "not being read by the forward pass", "")] = None
+        stops[Stop(name, NOT_READ, "")] = None
     return stops

@@ -21,7 +21,7 @@ def follow(model: nn.Module, inputs: tuple[Tensor | None, ...], names: Mapping[i
     """Follow a model in evaluation and in training mode.
 
     Args:
-        model: a copy of the model in float64, whose buffers may change.
+        model: a copy of the model in float64.
         inputs: arguments of its forward method.
         names: the first name of every tensor of its state, by the identity of the tensor.
 
@@ -43,7 +43,7 @@ def _run(
 ) -> None:
     walk = Walk(model, record, dict(names), _RULES)
     walk.drive(tensor for tensor in inputs if tensor is not None and tensor.is_floating_point())
-    with in_mode(model, training=training), decomposed(), walk:
+    with executing(model, training=training), walk:
         try:
             output = model(*inputs)
         except SymmetryError:
@@ -67,13 +67,26 @@ def _run(
 
 
 @contextmanager
-def decomposed() -> Iterator[None]:
-    """Let torch compute attention by products, without gradients, and create double tensors."""
+def executing(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run a model in a mode, with attention by products, without gradients, and with double tensors.
+
+    Running statistics that training changes are given back: with those of a single batch a deep model may amplify
+    rounding until no proof can tell it from an error.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), double_by_default():
+    saved = [buffer.clone() for buffer in model.buffers()] if training else []
+    with (
+        in_mode(model, training=training),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        double_by_default(),
+    ):
         torch.manual_seed(0)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+            for buffer, values in zip(model.buffers(), saved, strict=False):
+                buffer.copy_(values)

@@ -12,7 +12,7 @@ from fedbasin.strategies.symmetry.discover.units import Units, length
 from fedbasin.strategies.symmetry.discover.walk import Value
 
 # An axis whose fixed outer units are more than these is not written as so many parts.
-_MOST_PARTS = 256
+_MOST_PARTS = 1024
 
 
 class UnwritableError(ValueError):
@@ -108,6 +108,8 @@ class _Tensor:
             period = cell.size * run
         elif outer and period != cell.size * run and (stop - start) != cell.size * run:
             raise UnwritableError(outer[0])
+        if cell.is_fixed and cell.size > _MOST_PARTS:
+            raise UnwritableError(next(units for units in (*inner, *outer) if not units.is_fixed))
         for row, (part, size) in enumerate(self._divisions(cell)):
             pieces = [*outer, *part, *inner]
             numbered = (*rows, (cell, row)) if cell.is_fixed else rows
@@ -128,6 +130,4 @@ class _Tensor:
     def _divisions(cell: Units) -> list[tuple[list[Units], int]]:
         if cell.kind == "sum" and not cell.is_fixed:
             return [([part.root()] if part.size > 1 else [], part.size) for part in cell.parts]
-        if cell.size > _MOST_PARTS:
-            raise UnwritableError(cell)
         return [([], 1)] * cell.size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbasin.strategies.symmetry.check import DOUBLE_TOLERANCE, random_transform
-from fedbasin.strategies.symmetry.discover.follow import decomposed
+from fedbasin.strategies.symmetry.discover.follow import executing
 from fedbasin.strategies.symmetry.discover.twin import aliases, as_in, double_twin, draw_noise
 from fedbasin.strategies.symmetry.example_inputs import Example, positional_inputs, redraw
 from fedbasin.strategies.symmetry.float64_execution import TrueDouble
@@ -21,7 +21,6 @@ from fedbasin.strategies.symmetry.outputs import answers
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError
 from fedbasin.strategies.symmetry.translation import random as random_translation
 from fedbasin.strategies.symmetry.translation import translate
-from fedbasin.strategies.tensors.batches import in_mode
 from fedbasin.strategies.tensors.state import State
 
 # Rounding of a parameter, relative to its size, that a proof must not notice.
@@ -139,7 +138,7 @@ class Prover:
         inputs = redraw(self.inputs, generator)
         parameters = self.model.state_dict(keep_vars=True)
         learnt = {name: parameters[name] for name in self.names if parameters[name].requires_grad}
-        with in_mode(self.model, training=False), decomposed(), TrueDouble(), torch.enable_grad():
+        with executing(self.model, training=False), TrueDouble(), torch.enable_grad():
             results = [tensor for tensor in answers(self.model(*inputs)) if tensor.requires_grad]
             total = torch.stack([_sensitive(tensor, generator) for tensor in results]).sum()
             gradients = torch.autograd.grad(total, list(learnt.values()), allow_unused=True)
@@ -197,11 +196,8 @@ class Prover:
     def _run(self, draw: int, *, training: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(draw)
         inputs = redraw(self.inputs, generator)
-        buffers = [buffer.clone() for buffer in self.model.buffers()] if training else []
-        with in_mode(self.model, training=training), decomposed(), _WithoutDropout():
+        with executing(self.model, training=training), _WithoutDropout():
             results = [tensor.clone() for tensor in answers(self.model(*inputs))]
-        for buffer, saved in zip(self.model.buffers(), buffers, strict=False):
-            buffer.copy_(saved)
         if not results:
             raise SymmetryError(
                 f"{type(self.model).__name__} returned no floating tensor, so its function cannot be compared; wrap it "

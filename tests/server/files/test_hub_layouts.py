@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.architectures.proof import _Exact
-from tests.server.files.stored import answer, fedbasin
+from tests.server.files.stored import answer, fedbasin, refusal
 from tests.strategies.symmetry.tiny_transformers import DEBERTA, DISTIL, PIXELS, ROTARY, T5, TEXT, TOKENS, VISION, hf
 
 State = dict[str, Tensor]
@@ -69,6 +69,24 @@ def same(state: State) -> State:
 LEFTOVER = {"decoder__block__0__layer__1__EncDecAttention__relative_attention_bias__weight": torch.randn(32, 3)}
 OLD_ANGLES = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(2)}
 MASKS = {"h__0__attn__bias": torch.tril(torch.ones(16, 16))[None, None]}
+ENDLESS = {"transformer__h__0__attn__masked_bias": torch.tensor(-torch.inf)}
+SOUND = {
+    "conv_dim": [4, 4],
+    "conv_stride": [5, 2],
+    "conv_kernel": [10, 3],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+READING = {"is_decoder": True, "add_cross_attention": True}
+
+
+def joined(kind: str, encoder: Any, decoder: Any) -> tuple[type, Any]:
+    """Return a model of an encoder and a decoder that were trained apart."""
+    config = getattr(hf, f"{kind}Config").from_encoder_decoder_configs(encoder, decoder)
+    return getattr(hf, f"{kind}Model"), config
+
+
 T5_CONFIG = hf.T5Config(**T5, decoder_start_token_id=0)
 
 # How a file came to be: the model that wrote it, what happened to its names, and the architecture that the config names.
@@ -129,6 +147,37 @@ LAYOUTS: dict[str, tuple[tuple[type, Any], Callable[[State], State], str]] = {
         plus(vocab_projector__bias=torch.randn(31), vocab_transform__weight=torch.randn(12, 12)),
         "DistilBertForQuestionAnswering",
     ),
+    "old masks that are infinite": ((hf.GPT2LMHeadModel, hf.GPT2Config(**GPT2)), plus(**ENDLESS), "GPT2LMHeadModel"),
+    "a classifier without a token for padding": (
+        (hf.GPT2ForSequenceClassification, hf.GPT2Config(**GPT2, pad_token_id=None)),
+        same,
+        "GPT2ForSequenceClassification",
+    ),
+    "a decoder that reads an encoder": (
+        (hf.BertLMHeadModel, hf.BertConfig(**TEXT, **READING, pad_token_id=0)),
+        same,
+        "BertLMHeadModel",
+    ),
+    "a decoder that reads an encoder, fused": (
+        (hf.GPT2LMHeadModel, hf.GPT2Config(**GPT2, add_cross_attention=True)),
+        same,
+        "GPT2LMHeadModel",
+    ),
+    "text to text": (
+        joined("EncoderDecoder", hf.BertConfig(**TEXT, pad_token_id=0), hf.BertConfig(**TEXT, **READING)),
+        same,
+        "EncoderDecoderModel",
+    ),
+    "image to text": (
+        joined("VisionEncoderDecoder", hf.ViTConfig(**VISION), hf.GPT2Config(**GPT2, add_cross_attention=True)),
+        same,
+        "VisionEncoderDecoderModel",
+    ),
+    "sound to text": (
+        joined("SpeechEncoderDecoder", hf.Wav2Vec2Config(**TEXT, **SOUND), hf.BertConfig(**TEXT, **READING)),
+        same,
+        "SpeechEncoderDecoderModel",
+    ),
     "no architecture": (bert("ForMaskedLM"), same, ""),
     "deberta": (
         (hf.DebertaV2ForTokenClassification, hf.DebertaV2Config(**DEBERTA)),
@@ -146,6 +195,8 @@ LAYOUTS: dict[str, tuple[tuple[type, Any], Callable[[State], State], str]] = {
 SAMPLE = {
     *("bert-base-uncased", "gpt2", "t5-small", "a token classifier with an unused pooler", "multiple choice"),
     *("a language model as a base", "a tied head that is stored", "experts one by one"),
+    *("old masks that are infinite", "a classifier without a token for padding", "a decoder that reads an encoder"),
+    "image to text",
 }
 
 
@@ -173,15 +224,30 @@ def outputs(folder: Path, architecture: str) -> list[Tensor]:
     kind = getattr(hf, architecture or "BertForMaskedLM")
     torch.manual_seed(0)
     model = kind.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
-    inputs = {"pixel_values": PIXELS.double()} if architecture.startswith("ViT") else {"input_ids": TOKENS}
-    if architecture == "T5ForConditionalGeneration":
-        inputs["decoder_input_ids"] = TOKENS[:, :4]
-    if architecture.endswith("MultipleChoice"):
-        inputs = {"input_ids": torch.stack([TOKENS, TOKENS.flip(1)], dim=1)}
     with torch.no_grad(), _Exact():
-        result = model(**inputs)
+        result = model(**inputs_of(model))
     heads = [value for name, value in result.items() if "logits" in name]
     return heads or [value for name, value in result.items() if name in ("last_hidden_state", "pooler_output")]
+
+
+def inputs_of(model: Any) -> dict[str, Tensor]:
+    """Return what a model reads, with the states of an encoder where it has attention to one."""
+    name = type(model).__name__
+    if name.startswith("Vi"):
+        inputs = {"pixel_values": PIXELS.double()}
+    elif name.startswith("Speech"):
+        inputs = {"input_values": torch.randn(2, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    elif name.endswith("MultipleChoice"):
+        inputs = {"input_ids": torch.stack([TOKENS, TOKENS.flip(1)], dim=1)}
+    else:
+        # A classifier without padding reads one text alone.
+        inputs = {"input_ids": TOKENS[:1] if model.config.get_text_config().pad_token_id is None else TOKENS}
+    if name == "T5ForConditionalGeneration" or name.endswith("EncoderDecoderModel"):
+        inputs["decoder_input_ids"] = TOKENS[:, :4]
+    if getattr(model.config, "add_cross_attention", False):
+        states = torch.randn(1, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        inputs["encoder_hidden_states"] = states.expand(len(inputs["input_ids"]), -1, -1)
+    return inputs
 
 
 @pytest.mark.parametrize(
@@ -237,3 +303,70 @@ def test_a_head_that_is_not_stored_keeps_the_stream_in_place(tmp_path: Path) -> 
         del LAYOUTS["no head"]
     assert any("the files lack 'classifier.weight'" in stop for stop in report["stops"])
     assert "encoder.layer.0.output.dense.bias" in report["untouched"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda state: {"module." + name: tensor for name, tensor in state.items()},
+            "save the module inside its wrapper",
+        ),
+        (lambda state: {"_orig_mod." + name: tensor for name, tensor in state.items()}, "inside its wrapper"),
+        (lambda state: {"net." + name: tensor for name, tensor in state.items()}, "use the config that was saved"),
+        (
+            lambda state: state | {"lm_head.weight": torch.randn(33, 16)},
+            "'lm_head.weight (33, 16) for (31, 16)'; use the config",
+        ),
+        (
+            lambda state: {name: (9 * t).to(torch.int8) if "up_proj" in name else t for name, t in state.items()},
+            "would be loaded from integers",
+        ),
+    ],
+)
+def test_what_the_library_does_not_load_is_refused_by_name(
+    change: Callable[[State], State], said: str, tmp_path: Path
+) -> None:
+    LAYOUTS["refused"] = ((hf.LlamaForCausalLM, hf.LlamaConfig(**ROTARY)), change, "LlamaForCausalLM")
+    try:
+        write("refused", tmp_path / "model", 0)
+        assert said in refusal("inspect", tmp_path / "model")
+    finally:
+        del LAYOUTS["refused"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_parameters_that_are_not_finite_are_refused_by_every_command(value: float, tmp_path: Path) -> None:
+    anchor, model, sick = (tmp_path / part for part in ("anchor", "model", "sick"))
+    for seed, folder in enumerate((anchor, model, sick)):
+        write("a language model as a base", folder, seed)
+    state = load_file(sick / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    save_file(state, sick / "model.safetensors", {"format": "pt"})
+    answer("align", model, "--anchor", anchor, "-o", tmp_path / "out", "--transform", tmp_path / "t")
+    for command in (
+        ("inspect", sick),
+        ("check", sick),
+        ("align", sick, "--anchor", anchor, "-o", tmp_path / "no"),
+        ("align", anchor, "--anchor", sick, "-o", tmp_path / "no"),
+        ("apply", tmp_path / "t", sick, "-o", tmp_path / "no", "--no-prove"),
+    ):
+        said = refusal(*command)
+        assert said.startswith(f"{sick}: 'layers.0.mlp.up_proj.weight' has entries that are infinite or not a number")
+
+
+def test_a_module_behind_an_encoder_of_t5_keeps_its_input(tmp_path: Path) -> None:
+    anchor, model, out = (tmp_path / part for part in ("anchor", "model", "out"))
+    LAYOUTS["encoder"] = ((hf.T5EncoderModel, hf.T5Config(**T5)), same, "T5EncoderModel")
+    try:
+        for seed, folder in enumerate((anchor, model)):
+            write("encoder", folder, seed)
+    finally:
+        del LAYOUTS["encoder"]
+    (model / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.randn(4, WIDTH)}, model / "2_Dense" / "model.safetensors")
+    (model / "2_Dense" / "config.json").write_text("{}")
+    (report,) = answer("align", model, "--anchor", anchor, "-o", out)
+    assert report["distance_after"] < report["distance_before"]
+    for expected, actual in zip(outputs(model, "T5EncoderModel"), outputs(out, "T5EncoderModel"), strict=True):
+        assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -156,7 +156,15 @@ def test_a_folder_without_a_model_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     said = refusal("inspect", tmp_path)
     assert "neither model.safetensors nor model.safetensors.index.json" in said
-    assert "there are pytorch_model.bin" in said
+    assert "there is 'pytorch_model.bin'; only safetensors files are read" in said
+    assert "save_pretrained" in said
+
+
+def test_a_pickle_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(2)}, path)
+    said = refusal("inspect", path)
+    assert said.startswith(f"{path}: only safetensors files are read")
     assert "save_pretrained" in said
 
 
@@ -226,7 +234,8 @@ def test_a_file_that_is_not_a_config_is_refused(llama: Path, content: str) -> No
 def test_a_config_of_another_size_is_refused(llama: Path) -> None:
     config = llama / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 8'))
-    assert "LlamaForCausalLM does not load" in refusal("inspect", llama)
+    said = refusal("inspect", llama)
+    assert "LlamaForCausalLM has other shapes by its config: 'model.embed_tokens.weight (31, 16) for (31, 8)'" in said
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "num_attention_heads"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.server.files.stored import answer, fedbasin, refusal
 from tests.server.files.test_hub_layouts import outputs
-from tests.strategies.symmetry.tiny_transformers import ROTARY, TEXT, hf
+from tests.strategies.symmetry.tiny_transformers import ROTARY, T5, TEXT, hf
 
 
 def save(folder: Path, kind: str, config: Any, seed: int) -> Path:
@@ -189,3 +189,20 @@ def test_nothing_is_written_when_the_function_would_change(tmp_path: Path) -> No
     done = fedbasin(*command, "--no-prove")
     assert done.exit_code == 0
     assert "not proven by execution: --no-prove" in done.stdout
+
+
+def test_an_encoder_decoder_is_aligned_to_a_stored_encoder(tmp_path: Path) -> None:
+    # An encoder changes the config that it is made of.
+    config, other = (hf.T5Config(**T5, decoder_start_token_id=0) for _ in range(2))
+    anchor = save(tmp_path / "anchor", "T5EncoderModel", config, 0)
+    model = save(tmp_path / "model", "T5ForConditionalGeneration", other, 1)
+    report = align(model, anchor, "T5ForConditionalGeneration")
+    assert report["distance_after"] < report["distance_before"]
+    assert all(name.startswith(("decoder.", "lm_head.")) for name in report["apart"])
+
+
+def test_an_anchor_that_does_not_load_as_the_model_is_of_another_architecture(tmp_path: Path) -> None:
+    model = bert(tmp_path / "model", "ForMaskedLM")
+    anchor = save(tmp_path / "anchor", "LlamaForCausalLM", hf.LlamaConfig(**ROTARY), 0)
+    said = refusal("align", model, "--anchor", anchor, "-o", tmp_path / "out")
+    assert "are of two architectures: their configs differ in " in said

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrizations
 
 from fedbasin.strategies.symmetry.check import check
 from fedbasin.strategies.symmetry.discover.discovery import discover
+from fedbasin.strategies.symmetry.discover.follow import follow
+from fedbasin.strategies.symmetry.discover.proof import proving
 from fedbasin.strategies.symmetry.symmetry import Symmetry, SymmetryError, parse
 from tests.strategies.symmetry.families import FAMILIES, ConvNet, ResNet, mlp
 
@@ -387,6 +389,27 @@ class Narrow(nn.Module):
         if hidden.dtype != torch.float32:
             raise TypeError("this kernel takes float32")
         return self.read(hidden.relu())
+
+
+@pytest.mark.parametrize("batch", [2, 1], ids=["trains", "fails in training mode"])
+def test_a_proof_runs_on_the_running_statistics_of_the_model(batch: int) -> None:
+    # Those of the batch that was followed make EfficientNetV2 amplify rounding by 1e14.
+    layers = (nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4))
+    with proving(nn.Sequential(*layers), torch.randn(batch, 3, 2, 2)) as prover:
+        before = {name: tensor.clone() for name, tensor in prover.model.state_dict().items()}
+        state = prover.model.state_dict(keep_vars=True)
+        follow(prover.model, prover.inputs, {id(state[name]): name for name in prover.names})
+        after = prover.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_units_in_more_parts_than_are_written_stay_and_the_others_move() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 1100, 2))
+    found = discover(model, torch.randn(2, 1100, 2))
+    assert [space.name for space in found.symmetry.spaces] == ["0"]
+    assert [str(stop) for stop in found.stops] == [
+        "a structure that the notation cannot express fixes the units of '2'"
+    ]
 
 
 def test_a_model_that_cannot_run_in_double_precision_is_told() -> None:
