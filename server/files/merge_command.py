@@ -16,6 +16,7 @@ from fedbasin.server.files.commands import (
     Smoothing,
     Threads,
     exit_on_failure,
+    finite,
     print_results,
     progress_bar,
 )
@@ -89,7 +90,9 @@ def merge(
     distill_rate: Annotated[float | None, typer.Option(help="Learning rate. Default: 0.001.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
-    shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
+    shard_size: Annotated[
+        float, typer.Option(min=1e-6, callback=finite, help="Largest size of a file of a folder, in GB.")
+    ] = 5.0,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -108,7 +111,7 @@ def merge(
         import torch
 
         from fedbasin.server.files import writing
-        from fedbasin.server.files.adapters.adapter_folder import is_adapter
+        from fedbasin.server.files.adapters.adapter_folder import is_adapter, split_model
         from fedbasin.server.files.merge.merge_models import prepare_merge, refuse_full_disk
         from fedbasin.server.files.reading import ModelError
         from fedbasin.server.files.search.coefficients import with_start
@@ -133,7 +136,7 @@ def merge(
             return
         if recipe.rank is not None:
             raise ModelError("rank: belongs to adapters; leave it out")
-        sources = [Path(part) for path in recipe.paths() for part in str(path).split("+")]
+        sources = [part for path in recipe.paths() for part in split_model(path)]
         merge = prepare_merge(recipe if settings is None else with_start(recipe))
         for source in (*sources, *inputs[: rule is None]):
             writing.refuse_overlap(source, output)
@@ -170,8 +173,20 @@ def _recipe(
             raise ModelError(f"--{name}: was given {len(listed)} times for {len(inputs)} models; give one for each")
         for model, value in zip(models, listed, strict=False):
             model |= {"parameters": {name: value}} if name == "weight" else {name: value}
-    content = {"merge_method": rule, "models": models, "parameters": dict(map(_parameter, parameters)), **options}
+    content = {"merge_method": rule, "models": models, "parameters": _parameters(parameters, by_model), **options}
     return make_recipe(content | ({"base_model": anchor} if anchor else {}), "fedbasin merge")
+
+
+def _parameters(texts: list[str], by_model: dict[str, list[Any] | None]) -> dict[str, Any]:
+    """Return the values of parameters by name, each of which is given once."""
+    from fedbasin.server.files.reading import ModelError
+
+    values: dict[str, Any] = {}
+    for name, value in map(_parameter, texts):
+        if name in values or by_model.get(name):
+            raise ModelError(f"--parameter: {name} was given twice; give it once")
+        values[name] = value
+    return values
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -182,7 +197,10 @@ def _parameter(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not value:
         raise ModelError(f"--parameter: {text!r} has no value; write NAME=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ModelError(f"--parameter: the value of {name} cannot be read as YAML: {error}") from error
 
 
 def _alignment(
@@ -279,6 +297,7 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
         before, after = report.distillation.before, report.distillation.after
         lines.append(f"divergence from the ensemble {before:.4g} → {after:.4g}")
     lines += _describe_files(report)
+    lines += [f"without effect: {setting}" for setting in report.unused]
     if scores is not None:
         lines += [f"score {value:.6g} of {model}" for model, value in scores.models.items()]
         candidates = f", the best of {scores.trials} candidates" if scores.trials else ""
@@ -288,11 +307,18 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
 
 def _describe_files(report: "MergeReport") -> list[str]:
     """Return sentences on the files of the first model's folder that were not merged."""
-    from fedbasin.server.files.reading import few
+    from fedbasin.server.files.reading import CONFIG, few
 
     files = report.files
+    differing = [name for name in files.differing if name != CONFIG]
     return [
         *([f"copied from the first model: {few(files.copied)}"] if files.copied else []),
-        *([f"not merged, though the models differ in it: {few(files.differing)}"] if files.differing else []),
+        *([f"not merged, though the models differ in it: {few(differing)}"] if differing else []),
+        *([f"the models differ in these keys of {CONFIG}: {few(report.config)}"] if report.config else []),
         *([f"left out: {few(files.left)}"] if files.left else []),
+        *(
+            [f"left out, because some models lack it and none needs it: {few(report.dropped)}"]
+            if report.dropped
+            else []
+        ),
     ]

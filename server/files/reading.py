@@ -25,6 +25,10 @@ CONFIG = "config.json"
 # Endings of files that may hold weights.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
 
+# First bytes of a file that Git LFS left in place of another, and of files of `torch.save`.
+_POINTER = b"version https://git-lfs"
+_PICKLES = (b"PK", b"\x80")
+
 
 class ModelError(ValueError):
     """A model that cannot be read or written; the message names file and tensor, and what to do."""
@@ -144,9 +148,9 @@ def _files_of_folder(folder: Path) -> dict[str, Path]:
         return _files_of_index(folder / INDEX)
     weights = sorted(path.name for end in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{end}"))
     there = f"there are {', '.join(weights[:5])}; " if weights else ""
+    files = "give a file itself, or " if any(name.endswith(".safetensors") for name in weights) else ""
     raise ModelError(
-        f"{folder}: neither {SINGLE} nor {INDEX} is in it; {there}give a file itself, or save the model with "
-        "`save_pretrained`"
+        f"{folder}: neither {SINGLE} nor {INDEX} is in it; {there}{files}save the model with `save_pretrained`"
     )
 
 
@@ -183,6 +187,15 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
+        with path.open("rb") as content:
+            start = content.read(len(_POINTER))
+        if start == _POINTER:
+            raise ModelError(f"{path}: is a pointer of Git LFS to the file; fetch it with `git lfs pull`") from error
+        if start.startswith(_PICKLES):
+            raise ModelError(
+                f"{path}: holds pickled weights, which can run code when they are read; load the model with "
+                "`from_pretrained`, and save it with `save_pretrained`"
+            ) from error
         raise ModelError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from error
 
 

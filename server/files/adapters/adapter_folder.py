@@ -96,6 +96,20 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file()
 
 
+def split_model(path: Path) -> tuple[Path, ...]:
+    """Return base and adapter of a path BASE+ADAPTER, or the path alone; either may have a plus in its own name."""
+    if path.exists():
+        return (path,)
+    parts = str(path).split("+")
+    pairs = [
+        (Path("+".join(parts[:number])), Path("+".join(parts[number:])))
+        for number in range(1, len(parts))
+        if parts[number - 1] and parts[number]
+    ]
+    there = [pair for pair in pairs if pair[0].exists() and is_adapter(pair[1])]
+    return next(iter(there or pairs), (path,))
+
+
 def open_adapter(path: Path) -> StoredAdapter:
     """Read an adapter.
 
