@@ -91,8 +91,9 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
     shard_size: Annotated[
-        float, typer.Option(min=1e-6, callback=finite, help="Largest size of a file of a folder, in GB.")
-    ] = 5.0,
+        float | None,
+        typer.Option(min=1e-6, callback=finite, help="Largest size of a file of a folder, in GB. Default: 5."),
+    ] = None,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -132,7 +133,9 @@ def merge(
         recipe = _recipe(inputs, rule, anchor, {"weight": weight, "statistics": statistics}, parameter or [], keys)
         settings = _search(recipe, search, search_points)
         if all(is_adapter(path) for path in recipe.paths()):
-            _merge_adapters(recipe, output, force=force)
+            if shard_size is not None:
+                raise ModelError("--shard-size: adapters are one file; leave it out")
+            _merge_adapters(recipe, output, force=force, as_json=as_json)
             return
         if recipe.rank is not None:
             raise ModelError("rank: belongs to adapters; leave it out")
@@ -142,7 +145,7 @@ def merge(
             writing.refuse_overlap(source, output)
         writing.refuse_target(merge.reference, output, force=force)
         refuse_full_disk(merge, output)
-        report, scores = _write(merge, output, int(shard_size * 1e9), settings)
+        report, scores = _write(merge, output, int((shard_size or 5.0) * 1e9), settings)
     record = asdict(report) | ({} if scores is None else {"score": asdict(scores)})
     print_results([record], _render(report, scores, proves=bool(recipe.align and recipe.align.prove)), as_json=as_json)
 
@@ -269,11 +272,18 @@ def _write(
         return write_merge(merge, output, shard, lambda size: progress.advance(task, size), show), None
 
 
-def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool) -> None:
+def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool, as_json: bool) -> None:
+    from rich.console import Group
+
     from fedbasin.server.files.adapters.merged_adapters import merge_adapter_folders, refuse_adapter_target
+    from fedbasin.server.files.reading import few
 
     refuse_adapter_target(recipe.paths(), output, force=force)
-    merge_adapter_folders(recipe, output)
+    report = merge_adapter_folders(recipe, output)
+    lines = [f"{report.rule} of {len(report.adapters)} adapters: {report.layers} layers, rank at most {report.rank}"]
+    if len(report.bases) > 1:
+        lines.append(f"the adapters name several bases: {few(report.bases)}; a sum of changes belongs to one")
+    print_results([asdict(report)], Group(*lines), as_json=as_json)
 
 
 def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool) -> Any:
@@ -298,6 +308,7 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
         lines.append(f"divergence from the ensemble {before:.4g} → {after:.4g}")
     lines += _describe_files(report)
     lines += [f"without effect: {setting}" for setting in report.unused]
+    lines += [f"{path}: the adapter names another base, {named!r}" for path, named in report.bases.items()]
     if scores is not None:
         lines += [f"score {value:.6g} of {model}" for model, value in scores.models.items()]
         candidates = f", the best of {scores.trials} candidates" if scores.trials else ""

@@ -3,11 +3,17 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter, split_model
+from fedbasin.server.files.adapters.adapter_folder import (
+    StoredAdapter,
+    is_adapter,
+    open_adapter,
+    other_base,
+    split_model,
+)
 from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
 from fedbasin.server.files.data.distilled_merge import DistillationReport, distil_merge
 from fedbasin.server.files.data.statistics_merge import check_statistics, merge_by_statistics
@@ -55,6 +61,7 @@ class MergeReport:
         dropped: names of tensors that only some models have and none needs, which the result does not have.
         config: keys in which configurations differ from the result's.
         unused: settings of the recipe that changed nothing.
+        bases: for each BASE+ADAPTER the base that the adapter's configuration names, if that is another.
         distillation: what distillation changed, if the recipe has one.
     """
 
@@ -72,6 +79,7 @@ class MergeReport:
     dropped: tuple[str, ...] = ()
     config: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
     distillation: DistillationReport | None = None
 
 
@@ -90,6 +98,7 @@ class PreparedMerge:
         alignable: the models with what their alignment needs; None if the recipe aligns none.
         tables: names of the tables that have a row for each token, where a vocabulary was chosen.
         dropped: names of tensors that only some models have and none needs.
+        bases: for each BASE+ADAPTER the base that the adapter's configuration names, if that is another.
         alignment: the aligned models, once they are.
     """
 
@@ -103,6 +112,7 @@ class PreparedMerge:
     alignable: AlignableModels | None = None
     tables: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
     alignment: AlignedModels | None = None
 
     @property
@@ -128,6 +138,7 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     refuse_other_heads(models)
     whole: dict[Path, State] = {**models, **{path: AppliedAdapter(models[path], adapters[path]) for path in adapters}}
     shapes: dict[Path, State] = {path: model.shapes() for path, model in models.items()}
+    bases = {str(path): name for path, own in adapters.items() if (name := other_base(own, models[path].path))}
     dropped: tuple[str, ...] = ()
     # What runs models, or belongs to one as it is stored, has their names.
     if not (recipe.align or recipe.rule.statistic or recipe.distill):
@@ -144,14 +155,14 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     alignable = check_alignment(recipe, models, by_token=tokens is not None)
     if tokens is None:
         plan = plan_merge(recipe, shapes)
-        return PreparedMerge(recipe, models, whole, whole, None, shapes, plan, alignable, dropped=dropped)
+        return PreparedMerge(recipe, models, whole, whole, None, shapes, plan, alignable, dropped=dropped, bases=bases)
     tables = frozenset(
         name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
     )
     by_token = order_tables(whole, tokens, tables)
     planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
     plan = plan_merge(recipe, planned)
-    return PreparedMerge(recipe, models, whole, by_token, tokens, planned, plan, alignable, tables, dropped)
+    return PreparedMerge(recipe, models, whole, by_token, tokens, planned, plan, alignable, tables, dropped, bases)
 
 
 def write_merge(
@@ -202,6 +213,7 @@ def write_merge(
         merge.dropped,
         config_differences(merge.reference, merge.models.values()),
         unused_settings(merge.recipe, merge.plan),
+        merge.bases,
         distillation,
     )
 
