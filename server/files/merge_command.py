@@ -321,9 +321,11 @@ def _describe_files(report: "MergeReport") -> list[str]:
     from fedbasin.server.files.reading import CONFIG, few
 
     files = report.files
+    is_first = report.models[0].partition("+")[0] == report.reference or report.models[0] == report.reference
+    source = "the first model" if is_first else report.reference
     differing = [name for name in files.differing if name != CONFIG]
     return [
-        *([f"copied from the first model: {few(files.copied)}"] if files.copied else []),
+        *([f"copied from {source}: {few(files.copied)}"] if files.copied else []),
         *([f"not merged, though the models differ in it: {few(differing)}"] if differing else []),
         *([f"the models differ in these keys of {CONFIG}: {few(report.config)}"] if report.config else []),
         *([f"left out: {few(files.left)}"] if files.left else []),

@@ -29,7 +29,7 @@ from fedbasin.server.files.merge.merging import check_copies, merge_tensor, merg
 from fedbasin.server.files.merge.model_configs import config_differences, refuse_other_heads
 from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
-from fedbasin.server.files.merge.result_config import write_config
+from fedbasin.server.files.merge.result_config import text_config, write_config
 from fedbasin.server.files.merge.stored_names import RenamedState, common_names
 from fedbasin.server.files.merge.unused_settings import unused_settings
 from fedbasin.server.files.merge.vocabularies import TokenPlan, is_table, order_tables, plan_tokens, write_tokenizer
@@ -57,7 +57,8 @@ class MergeReport:
         vocabulary: number of rows of its tables, if they were merged by token.
         alignments: reports of the searches, in their order.
         change: largest relative change of an output by the alignment, in float64; None if nothing was proven.
-        files: what became of the files in the folder of the first model.
+        reference: path of the model whose folder gives the files that are not merged.
+        files: what became of the files in this folder.
         dropped: names of tensors that only some models have and none needs, which the result does not have.
         config: keys in which configurations differ from the result's.
         unused: settings of the recipe that changed nothing.
@@ -75,6 +76,7 @@ class MergeReport:
     vocabulary: int | None
     alignments: tuple[AlignmentReport, ...]
     change: float | None
+    reference: str
     files: FolderFiles
     dropped: tuple[str, ...] = ()
     config: tuple[str, ...] = ()
@@ -209,6 +211,7 @@ def write_merge(
         None if merge.tokens is None else merge.tokens.size,
         () if merge.alignment is None else merge.alignment.reports,
         None if merge.alignment is None else merge.alignment.change,
+        str(merge.reference.path),
         list_files(merge.reference, [m for m in merge.models.values() if m is not merge.reference], target),
         merge.dropped,
         config_differences(merge.reference, merge.models.values()),
@@ -279,7 +282,7 @@ def _numel(tensor: PlannedTensor) -> int:
 
 
 def _vocabulary_size(model: StoredModel, shapes: State) -> int | None:
-    size = model.config.get("vocab_size")
+    size = text_config(model.config).get("vocab_size")
     has_table = isinstance(size, int) and any(is_table(name, shapes[name].shape, size) for name in shapes)
     return size if has_table else None
 

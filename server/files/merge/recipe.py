@@ -79,7 +79,9 @@ class TokenizerChoice(BaseModel):
     """The tokenizer of the result."""
 
     model_config = _STRICT
-    source: str = "union"
+    source: Annotated[str, BeforeValidator(lambda value: _read_path(value) if isinstance(value, dict) else value)] = (
+        "union"
+    )
     pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 

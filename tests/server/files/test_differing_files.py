@@ -262,3 +262,57 @@ def test_a_size_of_files_that_is_not_finite_is_bad_usage(models: Path, size: str
     done = fedbasin("merge", "a", "b", "--rule", "linear", "-o", "out", "--shard-size", size)
     assert done.exit_code == 2
     assert "is not a finite number" in done.stderr
+
+
+def tokenized(folder: Path, tokens: object, seed: int) -> Path:
+    llama(folder, seed)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
+    return folder
+
+
+WORDS = {f"w{place}": place for place in range(31)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ({}, "has no tokens"),
+        ({"a": -1}, "the place of 'a' is no number of a row"),
+        ({"a": "x"}, "the place of 'a' is no"),
+    ],
+    ids=str,
+)
+def test_tokenizers_without_tokens_or_places_are_refused(models: Path, tokens: object, reason: str) -> None:
+    tokenized(Path("c"), tokens, 2)
+    tokenized(Path("d"), WORDS, 3)
+    assert reason in refusal("merge", "c", "d", "--rule", "linear", "-o", "out")
+
+
+@pytest.mark.parametrize("source", ["d", "./d", "{folder}/d", {"model": {"path": "d"}}], ids=str)
+def test_any_spelling_of_a_model_gives_the_tokenizer(models: Path, source: object) -> None:
+    tokenized(Path("c"), WORDS, 2)
+    tokenized(Path("d"), {f"w{place}": 30 - place for place in range(31)}, 3)
+    spelt = source.format(folder=models) if isinstance(source, str) else source
+    recipe = {"merge_method": "linear", "models": [{"model": "c"}, {"model": "d"}], "tokenizer": {"source": spelt}}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    (report,) = answer("merge", "recipe.yaml", "-o", "out")
+    assert report["reference"] == "d"
+    table = "model.embed_tokens.weight"
+    expected = (tensors(Path("c"))[table].flip(0) + tensors(Path("d"))[table]) / 2
+    torch.testing.assert_close(tensors(Path("out"))[table], expected)
+    shown = fedbasin("merge", "recipe.yaml", "-o", "again").stdout
+    assert "copied from d: " in shown
+
+
+def test_the_number_of_tokens_of_a_text_model_is_written_where_it_stands(models: Path) -> None:
+    for seed, name in enumerate("cd"):
+        words = {f"w{place}": place for place in range(31)} | ({"x": 31} if name == "d" else {})
+        tokenized(Path(name), words, seed)
+        config = json.loads(Path(name, "config.json").read_text())
+        nested = {key: config.pop(key) for key in ("vocab_size",)}
+        Path(name, "config.json").write_text(json.dumps({**config, "text_config": nested}))
+    Path("recipe.yaml").write_text("merge_method: linear\nmodels: [{model: c}, {model: d}]\ntokenizer_source: union\n")
+    (report,) = answer("merge", "recipe.yaml", "-o", "out")
+    assert report["vocabulary"] == 32
+    assert json.loads(Path("out/config.json").read_text())["text_config"] == {"vocab_size": 32}
+    assert len(tensors(Path("out"))["lm_head.weight"]) == 32
