@@ -25,7 +25,7 @@ def read_data(name: str, option: str = "--data") -> Batches:
     try:
         data = function()
         batches = list(data) if isinstance(data, Iterable) else None
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a script
         raise ModelError(f"{option} {name}: {type(error).__name__}: {error}") from error
     if not batches:
         kind = "no batches" if batches is not None else f"a {type(data).__name__}"

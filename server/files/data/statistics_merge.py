@@ -77,7 +77,8 @@ def merge_by_statistics(
             collect = partial(collect_fisher, task=task, scaled=bool(arguments["normalize"]))
         return merge_updates(models[0].state, _updates(module, models, collect, arguments), ridge)
 
-    fused = run(module, recipe.statistics or "of a model", merge)
+    names = dict.fromkeys(f"{recipe.data_of(source)}" for source in recipe.parts[0].sources)
+    fused = run(module, f"--statistics {', '.join(names)}", merge)
     return StoredState(executable.layout, states[recipe.parts[0].sources[0].model], fused)
 
 

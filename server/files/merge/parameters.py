@@ -12,7 +12,7 @@ from typing import Any
 
 from fedbasin.server.files.merge.recipe import Parameters
 from fedbasin.server.files.reading import ModelError
-from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, FRACTIONS, Rule, Scalar
+from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, BOUNDS, Rule, Scalar
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,10 @@ def _typed(name: str, value: Any, default: Scalar | None) -> Scalar:
             raise ModelError(f"parameters: {name} is {value!r}; it must be true or false")
         return bool(value)
     number = _number(name, value)
-    if name in FRACTIONS and not 0 <= number <= 1:
-        raise ModelError(f"parameters: {name} is {value!r}; it is a fraction, from 0 to 1")
+    least, most = BOUNDS.get(name, (-math.inf, math.inf))
+    if not least <= number <= most:
+        words = f"it is a fraction, from {least:g} to {most:g}" if most == 1 else f"it must be at least {least:g}"
+        raise ModelError(f"parameters: {name} is {value!r}; {words}")
     if not isinstance(default, int):
         return number
     if not number.is_integer():

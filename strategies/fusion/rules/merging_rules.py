@@ -3,6 +3,7 @@
 Names of rules and parameters are those of mergekit where it has them, so that its configurations mean the same here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,8 +41,12 @@ ARGUMENTS = MappingProxyType(
 )
 
 
-# Parameters that are fractions: a percentage would be taken for all.
-FRACTIONS = frozenset({"density", "epsilon", "gamma", "select_topk", "decay", "shrink"})
+# The smallest and largest value of parameters; a percentage in place of a fraction would be taken for all.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("density", "epsilon", "gamma", "select_topk", "decay", "shrink"), (0.0, 1.0)),
+    "max_iter": (1, math.inf),
+    "tol": (0.0, math.inf),
+}
 
 
 @dataclass(frozen=True)

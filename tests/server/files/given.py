@@ -52,6 +52,10 @@ def fails() -> None:
     raise OSError("no such disk")
 
 
+def ends(*_: object) -> None:
+    raise SystemExit(3)
+
+
 number = 5
 
 

@@ -83,6 +83,7 @@ def test_a_task_without_classes_has_no_accuracy(folder: Path) -> None:
         ("nothing", [], "returns no batches"),
         ("number", [], "is a int; name a function"),
         ("fails", [], "OSError: no such disk"),
+        ("ends", [], "SystemExit: 3"),
         ("lost", [], "has no attribute 'lost'"),
         ("wide", [], "cannot be evaluated on it"),
         ("rows", ["--picture", "1.safetensors"], "is 1.safetensors itself"),

@@ -380,6 +380,10 @@ REFUSALS = {
         "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {density: 30}\n",
         "density is 30; it is a fraction, from 0 to 1",
     ),
+    "tolerance": (
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {tol: -1}\n",
+        "tol is -1; it must be at least 0",
+    ),
     "not a number": (
         "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: .nan}\n",
         "weight is nan; it must be a number",
