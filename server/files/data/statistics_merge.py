@@ -60,7 +60,8 @@ def merge_by_statistics(
     for source, weight in zip(recipe.parts[0].sources, weights, strict=True):
         on_step(f"reading the data of {source.model}")
         name = recipe.data_of(source) or ""
-        data = _open_of(source.model, states, name) if is_statistics(name) else read_data(name, "--statistics")
+        is_file = is_statistics(name)
+        data = _open_of(source.model, states, name) if is_file else read_data(name, module, "--statistics")
         models.append(_Model(module_state(executable, source.model, states[source.model]), data, weight))
     task = None if recipe.task is None else read_task(recipe.task)
     on_step("collecting statistics")
