@@ -5,6 +5,7 @@ fit or cannot be written; and with 130 on Ctrl-C. It imports what it needs when 
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from fedbasin.server.files.reading import StoredModel
 
 app = typer.Typer()
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse `nan` and `inf`, which pass the bounds of an option."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 Model = Annotated[Path, typer.Argument(help="A .safetensors file, or a folder with config.json and model.safetensors.")]
 Notation = Annotated[
@@ -45,7 +54,8 @@ NoProof = Annotated[
 ]
 MatcherName = Annotated[str, typer.Option("--matcher", help="weights, sinkhorn, graph, activations or learned.")]
 Smoothing = Annotated[
-    float | None, typer.Option(help="Label smoothing of --matcher learned; 0 where data are many. Default: 0.1.")
+    float | None,
+    typer.Option(callback=finite, help="Label smoothing of --matcher learned; 0 where data are many. Default: 0.1."),
 ]
 RotateResidual = Annotated[
     bool,

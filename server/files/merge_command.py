@@ -16,6 +16,7 @@ from fedbasin.server.files.commands import (
     Smoothing,
     Threads,
     exit_on_failure,
+    finite,
     print_results,
     progress_bar,
 )
@@ -89,7 +90,10 @@ def merge(
     distill_rate: Annotated[float | None, typer.Option(help="Learning rate. Default: 0.001.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the result. Default: that of the first model.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of merged adapters. Default: exact.")] = None,
-    shard_size: Annotated[float, typer.Option(min=1e-6, help="Largest size of a file of a folder, in GB.")] = 5.0,
+    shard_size: Annotated[
+        float | None,
+        typer.Option(min=1e-6, callback=finite, help="Largest size of a file of a folder, in GB. Default: 5."),
+    ] = None,
     threads: Threads = None,
     force: Force = False,
     as_json: Json = False,
@@ -108,7 +112,7 @@ def merge(
         import torch
 
         from fedbasin.server.files import writing
-        from fedbasin.server.files.adapters.adapter_folder import is_adapter
+        from fedbasin.server.files.adapters.adapter_folder import is_adapter, split_model
         from fedbasin.server.files.merge.merge_models import prepare_merge, refuse_full_disk
         from fedbasin.server.files.reading import ModelError
         from fedbasin.server.files.search.coefficients import with_start
@@ -129,17 +133,19 @@ def merge(
         recipe = _recipe(inputs, rule, anchor, {"weight": weight, "statistics": statistics}, parameter or [], keys)
         settings = _search(recipe, search, search_points)
         if all(is_adapter(path) for path in recipe.paths()):
-            _merge_adapters(recipe, output, force=force)
+            if shard_size is not None:
+                raise ModelError("--shard-size: adapters are one file; leave it out")
+            _merge_adapters(recipe, output, force=force, as_json=as_json)
             return
         if recipe.rank is not None:
             raise ModelError("rank: belongs to adapters; leave it out")
-        sources = [Path(part) for path in recipe.paths() for part in str(path).split("+")]
+        sources = [part for path in recipe.paths() for part in split_model(path)]
         merge = prepare_merge(recipe if settings is None else with_start(recipe))
         for source in (*sources, *inputs[: rule is None]):
             writing.refuse_overlap(source, output)
         writing.refuse_target(merge.reference, output, force=force)
         refuse_full_disk(merge, output)
-        report, scores = _write(merge, output, int(shard_size * 1e9), settings)
+        report, scores = _write(merge, output, int((shard_size or 5.0) * 1e9), settings)
     record = asdict(report) | ({} if scores is None else {"score": asdict(scores)})
     print_results([record], _render(report, scores, proves=bool(recipe.align and recipe.align.prove)), as_json=as_json)
 
@@ -170,8 +176,20 @@ def _recipe(
             raise ModelError(f"--{name}: was given {len(listed)} times for {len(inputs)} models; give one for each")
         for model, value in zip(models, listed, strict=False):
             model |= {"parameters": {name: value}} if name == "weight" else {name: value}
-    content = {"merge_method": rule, "models": models, "parameters": dict(map(_parameter, parameters)), **options}
+    content = {"merge_method": rule, "models": models, "parameters": _parameters(parameters, by_model), **options}
     return make_recipe(content | ({"base_model": anchor} if anchor else {}), "fedbasin merge")
+
+
+def _parameters(texts: list[str], by_model: dict[str, list[Any] | None]) -> dict[str, Any]:
+    """Return the values of parameters by name, each of which is given once."""
+    from fedbasin.server.files.reading import ModelError
+
+    values: dict[str, Any] = {}
+    for name, value in map(_parameter, texts):
+        if name in values or by_model.get(name):
+            raise ModelError(f"--parameter: {name} was given twice; give it once")
+        values[name] = value
+    return values
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -182,7 +200,10 @@ def _parameter(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not value:
         raise ModelError(f"--parameter: {text!r} has no value; write NAME=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ModelError(f"--parameter: the value of {name} cannot be read as YAML: {error}") from error
 
 
 def _alignment(
@@ -251,11 +272,18 @@ def _write(
         return write_merge(merge, output, shard, lambda size: progress.advance(task, size), show), None
 
 
-def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool) -> None:
+def _merge_adapters(recipe: "MergeRecipe", output: Path, *, force: bool, as_json: bool) -> None:
+    from rich.console import Group
+
     from fedbasin.server.files.adapters.merged_adapters import merge_adapter_folders, refuse_adapter_target
+    from fedbasin.server.files.reading import few
 
     refuse_adapter_target(recipe.paths(), output, force=force)
-    merge_adapter_folders(recipe, output)
+    report = merge_adapter_folders(recipe, output)
+    lines = [f"{report.rule} of {len(report.adapters)} adapters: {report.layers} layers, rank at most {report.rank}"]
+    if len(report.bases) > 1:
+        lines.append(f"the adapters name several bases: {few(report.bases)}; a sum of changes belongs to one")
+    print_results([asdict(report)], Group(*lines), as_json=as_json)
 
 
 def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool) -> Any:
@@ -279,6 +307,8 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
         before, after = report.distillation.before, report.distillation.after
         lines.append(f"divergence from the ensemble {before:.4g} → {after:.4g}")
     lines += _describe_files(report)
+    lines += [f"without effect: {setting}" for setting in report.unused]
+    lines += [f"{path}: the adapter names another base, {named!r}" for path, named in report.bases.items()]
     if scores is not None:
         lines += [f"score {value:.6g} of {model}" for model, value in scores.models.items()]
         candidates = f", the best of {scores.trials} candidates" if scores.trials else ""
@@ -288,11 +318,20 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
 
 def _describe_files(report: "MergeReport") -> list[str]:
     """Return sentences on the files of the first model's folder that were not merged."""
-    from fedbasin.server.files.reading import few
+    from fedbasin.server.files.reading import CONFIG, few
 
     files = report.files
+    is_first = report.models[0].partition("+")[0] == report.reference or report.models[0] == report.reference
+    source = "the first model" if is_first else report.reference
+    differing = [name for name in files.differing if name != CONFIG]
     return [
-        *([f"copied from the first model: {few(files.copied)}"] if files.copied else []),
-        *([f"not merged, though the models differ in it: {few(files.differing)}"] if files.differing else []),
+        *([f"copied from {source}: {few(files.copied)}"] if files.copied else []),
+        *([f"not merged, though the models differ in it: {few(differing)}"] if differing else []),
+        *([f"the models differ in these keys of {CONFIG}: {few(report.config)}"] if report.config else []),
         *([f"left out: {few(files.left)}"] if files.left else []),
+        *(
+            [f"left out, because some models lack it and none needs it: {few(report.dropped)}"]
+            if report.dropped
+            else []
+        ),
     ]

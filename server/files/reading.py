@@ -28,6 +28,9 @@ CONFIG = "config.json"
 # Endings of files that may hold weights.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
 
+# First bytes of a file that Git LFS left in place of another, and of files of `torch.save`.
+_POINTER = b"version https://git-lfs"
+_PICKLES = (b"PK", b"\x80")
 
 _ONLY = "only safetensors files are read"
 _SAVE = "load the model with the library that wrote it and save it with `save_pretrained`"
@@ -184,13 +187,27 @@ def _check_shards(index: Path, files: Mapping[str, Path]) -> None:
 
 
 def _names(path: Path) -> list[str]:
-    if path.suffix in WEIGHTS and path.suffix != ".safetensors":
-        raise ModelError(f"{path}: {_ONLY}: {_SAVE}")
     try:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from error
+        raise ModelError(f"{path}: {_fault_of(path, error)}") from error
+
+
+def _fault_of(path: Path, error: Exception) -> str:
+    """Return why a file cannot be read, and what to do."""
+    try:
+        with path.open("rb") as content:
+            start = content.read(len(_POINTER))
+    except OSError:
+        start = b""
+    if start == _POINTER:
+        return "is a pointer of Git LFS to the file; fetch it with `git lfs pull`"
+    if start.startswith(_PICKLES):
+        return f"holds pickled weights, which can run code when they are read; {_ONLY}: {_SAVE}"
+    if path.suffix in WEIGHTS and path.suffix != ".safetensors":
+        return f"{_ONLY}: {_SAVE}"
+    return f"not a whole safetensors file ({error}); fetch or save it again"
 
 
 def refuse_not_finite(state: State, path: Path) -> None:

@@ -74,7 +74,7 @@ def refuse_target(model: StoredModel, target: Path, *, force: bool) -> None:
         raise ModelError(
             f"{target}: is {kinds[target.is_dir()]} and would become {kinds[model.is_folder]}; give another name"
         )
-    if target.is_dir() and not any((target / name).is_file() for name in (SINGLE, INDEX)):
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in (SINGLE, INDEX)):
         raise ModelError(f"{target}: is a folder without a model, which --force does not replace; give another name")
 
 

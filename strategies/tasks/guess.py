@@ -121,7 +121,9 @@ def _is_sigmoid(outputs: Tensor) -> bool:
 
 
 def _are_inputs(batch: Batch) -> bool:
-    """Return True if the targets are the input tokens, wherever they count."""
+    """Return True if the targets are the input tokens, wherever they count, and no decoder reads others."""
+    if isinstance(batch.inputs, Mapping) and "decoder_input_ids" in batch.inputs:
+        return False
     tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, Mapping) else batch.inputs
     if tokens is None or tokens.is_floating_point() or tokens.shape != batch.targets.shape:
         return False

@@ -80,6 +80,9 @@ def order_statistics(
         kernel: takes a piece of all tensors, `[tensors, elements]`, and returns `[elements]`, entry by entry.
         tensors: tensors of one shape.
         ranks: places in ascending order of the entries.
+
+    Raises:
+        ValueError: some entries are not numbers.
     """
     count = tensors[0].numel()
     step = -(-count // _SAMPLE)
@@ -92,7 +95,10 @@ def order_statistics(
     # A sample that misled, as of entries in a period, costs a pass that collects all entries.
     everything = _select(kernel, tensors, [ranks[number] for number in missed], [(-torch.inf, torch.inf)] * len(missed))
     rest = iter(everything)
-    return [float(next(rest) if value is None else value) for value in values]  # type: ignore[arg-type]
+    found = [next(rest) if value is None else value for value in values]
+    if None in found:
+        raise ValueError("some entries are not numbers, so they have no order")
+    return [float(value) for value in found if value is not None]
 
 
 def _bounds(sample: Tensor, part: float) -> tuple[float, float]:

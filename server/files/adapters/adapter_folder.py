@@ -12,6 +12,7 @@ Hu et al. 2022, arXiv 2106.09685; Kalajdzievski 2023 (rsLoRA), arXiv 2312.03732;
 2402.09353; Zhang et al. 2023 (AdaLoRA), arXiv 2303.10512. `peft` need not be installed.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedbasin.server.files.reading import ModelError, few, read_json
+from fedbasin.strategies.tensors.parallel import is_finite
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
@@ -36,15 +38,55 @@ _PREFIX = re.compile(r"^base_model\.model\.")
 # Added to the rank of an AdaLoRA adapter by `peft`.
 _ADALORA = 1e-5
 
-# Settings under which an adapter is more than a low-rank product, with the value that says that they are off.
-_UNKNOWN = {
-    "target_parameters": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-}
+# Settings under which an adapter is a low-rank product, or which only say how it was trained. Others are refused where
+# they are set, because those of a later `peft` may change what an adapter computes.
+_KNOWN = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "ensure_weight_tying",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "monteclora_config",
+        "qalora_group_size",
+        "runtime_config",
+        "target_r",
+        "init_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+    ]
+)
 
 # Initialisations that take a part of the base's weights away.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -96,12 +138,30 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file()
 
 
+def split_model(path: Path) -> tuple[Path, ...]:
+    """Return base and adapter of a path BASE+ADAPTER, or the path alone; either may have a plus in its own name."""
+    if path.exists():
+        return (path,)
+    parts = str(path).split("+")
+    pairs = [
+        (Path("+".join(parts[:number])), Path("+".join(parts[number:])))
+        for number in range(1, len(parts))
+        if parts[number - 1] and parts[number]
+    ]
+    there = [pair for pair in pairs if pair[0].exists() and is_adapter(pair[1])]
+    return next(iter(there or pairs), (path,))
+
+
 def open_adapter(path: Path) -> StoredAdapter:
     """Read an adapter.
 
     Raises:
         ModelError: it cannot be read, is of a kind that has no low-rank product, or contradicts its configuration.
     """
+    if not is_adapter(path):
+        inside = sorted(str(found.parent) for found in path.glob(f"*/{ADAPTER_CONFIG}"))
+        advice = f"give one of {few(inside)}" if inside else "give the folder that `save_pretrained` of `peft` wrote"
+        raise ModelError(f"{path}: has no {ADAPTER_CONFIG}; {advice}")
     config = read_json(path / ADAPTER_CONFIG)
     _refuse_unknown(path, config)
     try:
@@ -111,6 +171,8 @@ def open_adapter(path: Path) -> StoredAdapter:
     parts: dict[str, dict[str, Tensor]] = {}
     replacements = {}
     for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ModelError(f"{path / ADAPTER_MODEL}: {name!r} is infinite or not a number; leave this adapter out")
         match = _NAME.fullmatch(name)
         if match is None:
             replacements[_PREFIX.sub("", name).replace(".base_layer.", ".")] = tensor
@@ -130,15 +192,32 @@ def _refuse_unknown(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise ModelError(f"{path / ADAPTER_CONFIG}: peft_type is {kind!r}; adapters of LORA and ADALORA can be merged")
-    for key, off in _UNKNOWN.items():
-        if config.get(key) not in (None, off, [], {}):
-            raise ModelError(f"{path / ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not a low-rank product")
+    for key, value in config.items():
+        # An empty table is a setting with defaults; of the lists an empty one is none.
+        if key not in _KNOWN and value not in (None, False, []):
+            raise ModelError(
+                f"{path / ADAPTER_CONFIG}: {key} is {value!r}, which is not known to be a low-rank product; merge the "
+                "adapter into its base by `merge_and_unload` of `peft`, and merge the models"
+            )
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(path, key, config.get(key) or {})
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_RESIDUAL):
         raise ModelError(
             f"{path / ADAPTER_CONFIG}: init_lora_weights {start!r} changes the base model; save the adapter with "
             "path_initial_model_for_weight_conversion"
         )
+
+
+def _check_pattern(path: Path, key: str, patterns: object) -> None:
+    """Refuse ranks or alphas by module that are no table of regular expressions and numbers."""
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{path / ADAPTER_CONFIG}: {key} is {patterns!r}; it must have names of modules and numbers")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ModelError(f"{path / ADAPTER_CONFIG}: {key} has the pattern {pattern!r}: {error}") from error
 
 
 def _make_module(path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> AdapterModule:
@@ -149,6 +228,14 @@ def _make_module(path: Path, name: str, parts: Mapping[str, Tensor], config: Map
         raise ModelError(
             f"{path / ADAPTER_MODEL}: {name!r} has the ranks {down.shape[0]} and {up.shape[1]} in A and B; save it again"
         )
+    # What the configuration does not switch on `peft` would not load, and what is missing it would begin anew.
+    for part, key in (("magnitude", "use_dora"), ("Bbias", "lora_bias")):
+        if (part in parts) != bool(config.get(key)) and (part in parts or part == "magnitude"):
+            there = "has a" if part in parts else "has no"
+            raise ModelError(
+                f"{path / ADAPTER_MODEL}: {name!r} {there} {part.replace('Bb', 'b')}, but {key} is {config.get(key)!r} "
+                f"in {ADAPTER_CONFIG}; use the configuration that was saved with them"
+            )
     scale = _scale(path, name, len(down), config)
     # In double, so that the product changes by no more than one rounding.
     module = AdapterModule(down.double(), scale * up.double(), "embedding" in parts)
@@ -161,13 +248,16 @@ def _make_module(path: Path, name: str, parts: Mapping[str, Tensor], config: Map
 
 def _scale(path: Path, name: str, rank: int, config: Mapping[str, Any]) -> float:
     alpha = _of_module(name, config.get("alpha_pattern"), config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelError(
             f"{path / ADAPTER_CONFIG}: lora_alpha is {alpha!r}, so the scale of {name!r} is unknown; give it"
         )
     if config["peft_type"] == "ADALORA":
+        start = config.get("init_r")
+        if not isinstance(start, int) or start < 1:
+            raise ModelError(f"{path / ADAPTER_CONFIG}: init_r is {start!r}, which the scale is divided by; give it")
         # The rank of the configuration counts also where a layer has less.
-        return (alpha if alpha > 0 else config["init_r"]) / (config["init_r"] + _ADALORA)
+        return (alpha if alpha > 0 else start) / (start + _ADALORA)
     expected = _of_module(name, config.get("rank_pattern"), config.get("r"))
     if expected != rank:
         raise ModelError(
@@ -183,6 +273,12 @@ def _of_module(name: str, patterns: Mapping[str, Any] | None, default: Any) -> A
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def other_base(adapter: StoredAdapter, base: Path) -> str | None:
+    """Return the base that an adapter's configuration names, if it has another name than the given one."""
+    named = adapter.config.get("base_model_name_or_path")
+    return str(named) if named and Path(str(named)).name not in (base.name, base.resolve().name) else None
 
 
 def describe_difference(first: StoredAdapter, other: StoredAdapter) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fedbasin.server.files.adapters.adapter_folder import AdapterModule, StoredAdapter
 from fedbasin.server.files.reading import ModelError, StoredModel, few
 from fedbasin.server.files.stored_symmetry import Source, executable_of
+from fedbasin.strategies.tensors.state import State
 
 
 class AppliedAdapter(Mapping[str, Tensor]):
@@ -24,6 +25,7 @@ class AppliedAdapter(Mapping[str, Tensor]):
         self._base, self._adapter = base, adapter
         self._prefix = _prefix(base, adapter) or ""
         shapes = base.shapes()
+        self._check_replacements(shapes)
         for name, module in adapter.modules.items():
             if f"{name.removeprefix(self._prefix)}.weight" not in base and _repeats_table(module, adapter):
                 continue
@@ -31,18 +33,39 @@ class AppliedAdapter(Mapping[str, Tensor]):
             if module.bias is not None and f"{name.removeprefix(self._prefix)}.bias" not in base:
                 raise ModelError(f"{adapter.path}: has a bias for {name!r}, which {base.path} has not; leave it out")
 
+    def _check_replacements(self, shapes: State) -> None:
+        """Refuse tensors that replace none of the base's, or one of another shape."""
+        others = self._adapter.others
+        held = {name: shapes.get(name.removeprefix(self._prefix), shapes.get(name)) for name in others}
+        for name, stored in held.items():
+            if stored is None and not any(
+                held[table] is not None and torch.equal(others[name], others[table]) for table in others
+            ):
+                raise ModelError(
+                    f"{self._adapter.path}: holds {name!r}, which {self._base.path} does not have; give the base with "
+                    "the head that it was trained with"
+                )
+            if stored is not None and stored.shape != others[name].shape:
+                raise ModelError(
+                    f"{self._adapter.path}: holds {name!r} of shape {tuple(others[name].shape)}, which is "
+                    f"{tuple(stored.shape)} in {self._base.path}; give the base that it was trained on, as after "
+                    "`resize_token_embeddings`"
+                )
+
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._base[name]
         layer, _, part = f"{self._prefix}{name}".rpartition(".")
         replacement = self._adapter.others.get(self._prefix + name, self._adapter.others.get(name))
+        dtype = tensor.dtype
+        # `peft` stores the weight of an adapted table beside its adapter, which is added to it.
         if replacement is not None:
-            return replacement.to(tensor.dtype)
+            tensor = replacement.to(dtype)
         module = self._adapter.modules.get(layer)
         if module is None or part not in ("weight", "bias"):
             return tensor
         if part == "bias":
-            return tensor if module.bias is None else (tensor.double() + module.bias).to(tensor.dtype)
-        return _apply(tensor, module, self._adapter).to(tensor.dtype)
+            return tensor if module.bias is None else (tensor.double() + module.bias).to(dtype)
+        return _apply(tensor, module, self._adapter).to(dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
@@ -100,8 +123,7 @@ def _refuse_shared_table(base: StoredModel, adapter: StoredAdapter) -> None:
     parameters = dict(executable_of(base, Source()).module.named_parameters(remove_duplicate=False))
     for name in (*tables, *replaced):
         for sharing, parameter in parameters.items():
-            module = adapter.modules.get(sharing.removesuffix(".weight"))
-            is_adapted = sharing in adapter.others or (module is not None and _repeats_table(module, adapter))
+            is_adapted = _changes_alike(adapter, name, sharing)
             if sharing != name and parameter is parameters.get(name) and not is_adapted:
                 raise ModelError(
                     f"{adapter.path}: changes {name!r}, but not {sharing!r}, and {base.path} has one weight for both; "
@@ -109,10 +131,31 @@ def _refuse_shared_table(base: StoredModel, adapter: StoredAdapter) -> None:
                 )
 
 
+def _changes_alike(adapter: StoredAdapter, name: str, sharing: str) -> bool:
+    """Return True if an adapter leaves two tensors equal that are one in the base."""
+    first, second = (adapter.others.get(tensor) for tensor in (name, sharing))
+    if first is not None and second is not None and not torch.equal(first, second):
+        return False
+    layers = [adapter.modules.get(tensor.removesuffix(".weight")) for tensor in (name, sharing)]
+    changed = [module for module in layers if module is not None]
+    if not changed:
+        return first is not None and second is not None
+    return len(changed) == 2 and any(_repeats_table(module, adapter) for module in changed)
+
+
 def _repeats_table(module: AdapterModule, adapter: StoredAdapter) -> bool:
     """Return True if a head has the product of a token table, whose tensor it shares in the base."""
-    tables = (table for table in adapter.modules.values() if table.is_embedding)
-    return any(torch.equal(module.up, table.down.T) and torch.equal(module.down, table.up.T) for table in tables)
+    tables = (table for table in adapter.modules.values() if table.is_embedding and table.rank == module.rank)
+    return any(_are_transposed(module, table) for table in tables)
+
+
+def _are_transposed(head: AdapterModule, table: AdapterModule) -> bool:
+    """Return True if the factors of a head are those of a table in turn; the scale is in one of them."""
+    if head.up.shape != table.down.T.shape or head.down.shape != table.up.T.shape:
+        return False
+    norms = torch.linalg.vector_norm(head.up), torch.linalg.vector_norm(table.down)
+    scale = norms[0] / norms[1] if norms[1] > 0 else torch.ones(())
+    return torch.allclose(head.up, scale * table.down.T) and torch.allclose(scale * head.down, table.up.T)
 
 
 def is_transposed(module: AdapterModule, adapter: StoredAdapter) -> bool:

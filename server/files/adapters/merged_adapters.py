@@ -9,7 +9,7 @@ ranks. A smaller rank gives the closest product of that rank. Means of factors a
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from fedbasin.server.files.adapters.adapter_folder import (
 from fedbasin.server.files.merge.layer_names import depth_of, layer_counts
 from fedbasin.server.files.merge.parameters import TensorPosition, rule_arguments
 from fedbasin.server.files.merge.recipe import MergeRecipe
-from fedbasin.server.files.reading import ModelError
+from fedbasin.server.files.reading import ModelError, few
 from fedbasin.server.files.writing import refuse_existing, refuse_overlap, replacing
 from fedbasin.strategies.fusion.lora.lowrank import LowRank
 from fedbasin.strategies.fusion.rules.span import normalised
+from fedbasin.strategies.tensors.parallel import is_finite
 
 # Weights of the adapters at a layer.
 Weigh = Callable[[str], Sequence[float]]
@@ -65,14 +66,38 @@ def merge_adapters(adapters: Sequence[StoredAdapter], weigh: Weigh, rank: int | 
     return StoredAdapter(reference.path, reference.config, modules, means)
 
 
-def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:
+@dataclass(frozen=True)
+class AdapterReport:
+    """The report of a merge of adapters.
+
+    Attributes:
+        rule: name of the rule.
+        adapters: paths of the adapters.
+        output: path of the result.
+        layers: number of adapted layers.
+        rank: largest rank of the result.
+        bases: names of the bases that the adapters' configurations give, each once.
+    """
+
+    rule: str
+    adapters: tuple[str, ...]
+    output: str
+    layers: int
+    rank: int
+    bases: tuple[str, ...]
+
+
+def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> AdapterReport:
     """Merge the adapters of a recipe into a folder.
 
     Raises:
         ModelError: the recipe does more than to add, or the adapters do not fit.
     """
     if recipe.merge_method != "linear" or recipe.slices or recipe.align:
-        raise ModelError("merge_method: adapters are added as products by linear, without slices and align")
+        raise ModelError(
+            f"merge_method: adapters are added as products by linear, without slices and align; for {recipe.merge_method} "
+            "write BASE+ADAPTER, which merges adapted models"
+        )
     for key in ("score", "distill"):
         if getattr(recipe, key) is not None:
             raise ModelError(f"{key}: is of whole models; write BASE+ADAPTER for adapted models")
@@ -93,7 +118,15 @@ def merge_adapter_folders(recipe: MergeRecipe, target: Path) -> StoredAdapter:
     except ValueError as error:
         raise ModelError(str(error)) from error
     write_adapter(merged, target, getattr(torch, recipe.out_dtype or recipe.dtype or "float32"))
-    return merged
+    bases = (adapter.config.get("base_model_name_or_path") for adapter in adapters)
+    return AdapterReport(
+        recipe.merge_method,
+        tuple(str(adapter.path) for adapter in adapters),
+        str(target),
+        len(merged.modules),
+        max(module.rank for module in merged.modules.values()),
+        tuple(dict.fromkeys(str(base) for base in bases if base)),
+    )
 
 
 def refuse_adapter_target(sources: Iterable[Path], target: Path, *, force: bool) -> None:
@@ -120,6 +153,8 @@ def write_adapter(adapter: StoredAdapter, target: Path, dtype: torch.dtype) -> N
         tensors |= {f"base_model.model.{name}.{part}": value for part, value in _parts(module).items()}
     tensors |= {f"base_model.model.{_adapted_name(adapter, name)}": value for name, value in adapter.others.items()}
     converted = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
+    if infinite := [name for name, tensor in converted.items() if not is_finite(tensor)]:
+        raise ModelError(f"{few(infinite)}: not finite in {dtype}; choose a wider dtype or smaller weights")
     try:
         with replacing(target) as part:
             part.mkdir()

@@ -49,7 +49,7 @@ def distil_merge(
     require_parameters(reference, executable)
     task = TASKS["classification"] if recipe.task is None else read_task(recipe.task)
     on_step("reading the data of the distillation")
-    data = read_data(settings.data, "--distill")
+    data = read_data(settings.data, executable.module, "--distill")
     teachers = [module_state(executable, source.model, states[source.model]) for source in recipe.parts[0].sources]
     student = module_state(executable, Path("the merged model"), merged)
     on_step("distilling")

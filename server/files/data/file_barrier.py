@@ -99,7 +99,8 @@ def measure_barrier(
         ModelError: the models differ in their tensors, cannot be executed or aligned, or the data do not fit them.
     """
     kind = None if task is None else read_task(task)
-    executable, batches = require_executable(model), read_data(data)
+    executable = require_executable(model)
+    batches = read_data(data, executable.module)
     shared = shared_tensors(anchor, model, model.symmetry)
     for state, stored in ((shared.anchor, anchor), (model.state, model.stored)):
         refuse_not_finite(state, stored.path)

@@ -60,7 +60,8 @@ def merge_by_statistics(
     for source, weight in zip(recipe.parts[0].sources, weights, strict=True):
         on_step(f"reading the data of {source.model}")
         name = recipe.data_of(source) or ""
-        data = _open_of(source.model, states, name) if is_statistics(name) else read_data(name, "--statistics")
+        is_file = is_statistics(name)
+        data = _open_of(source.model, states, name) if is_file else read_data(name, module, "--statistics")
         models.append(_Model(module_state(executable, source.model, states[source.model]), data, weight))
     task = None if recipe.task is None else read_task(recipe.task)
     on_step("collecting statistics")
@@ -77,7 +78,8 @@ def merge_by_statistics(
             collect = partial(collect_fisher, task=task, scaled=bool(arguments["normalize"]))
         return merge_updates(models[0].state, _updates(module, models, collect, arguments), ridge)
 
-    fused = run(module, recipe.statistics or "of a model", merge)
+    names = dict.fromkeys(f"{recipe.data_of(source)}" for source in recipe.parts[0].sources)
+    fused = run(module, f"--statistics {', '.join(names)}", merge)
     return StoredState(executable.layout, states[recipe.parts[0].sources[0].model], fused)
 
 

@@ -97,7 +97,8 @@ def read_matching(
         raise ModelError(f"--smoothing {smoothing:g}: is from 0 to below 1, and read by the matcher learned alone")
     if matcher.reads_data:
         _refuse_other_names(matcher, model)
-    batches = None if data is None else read_data(data, option)
+    module = None if model.executable is None else model.executable.module
+    batches = None if data is None else read_data(data, module, option)
     chosen = None if task is None else read_task(task)
     return StoredMatching(matcher, model, batches, data or "", chosen, smoothing)
 

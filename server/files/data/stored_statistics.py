@@ -107,7 +107,7 @@ def write_statistics(
     """
     require_parameters(model, executable)
     refuse_not_finite(ModuleState(executable.layout, model), model.path)
-    batches, chosen = read_data(data), None if task is None else read_task(task)
+    batches, chosen = read_data(data, executable.module), None if task is None else read_task(task)
     collected = run(executable.module, data, partial(_collect, executable.module, batches, kind, chosen))
     for block, tensor in collected.items():
         if not is_finite(tensor):

@@ -17,6 +17,7 @@ from fedbasin.server.files.commands import (
     Output,
     Threads,
     exit_on_failure,
+    finite,
     matching_progress,
     print_results,
     progress_of_discovery,
@@ -36,7 +37,7 @@ def rebase(
     fine: Annotated[Path, typer.Argument(help="The fine-tuned model.")],
     new: Annotated[Path, typer.Argument(help="Another base of the same shape.")],
     output: Output,
-    strength: Annotated[float, typer.Option(help="Factor on the change from OLD to FINE.")] = 1.0,
+    strength: Annotated[float, typer.Option(callback=finite, help="Factor on the change from OLD to FINE.")] = 1.0,
     data: Annotated[
         str | None,
         typer.Option(

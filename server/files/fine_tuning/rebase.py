@@ -94,7 +94,7 @@ def votes_of(new: StoredModel, executable: ExecutableModel, data: str, task: Tas
         ModelError: the base cannot be executed, or the data do not fit it.
     """
     require_parameters(new, executable)
-    batches = read_data(data)
+    batches = read_data(data, executable.module)
     votes = run(executable.module, data, lambda: descent_votes(executable.module, batches, task))
     # Buffers, and tensors that the module does not read, have no votes: they are NaN, at which every change is kept.
     missing = {

@@ -3,11 +3,17 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedbasin.proto.report import AlignmentReport
-from fedbasin.server.files.adapters.adapter_folder import StoredAdapter, is_adapter, open_adapter
+from fedbasin.server.files.adapters.adapter_folder import (
+    StoredAdapter,
+    is_adapter,
+    open_adapter,
+    other_base,
+    split_model,
+)
 from fedbasin.server.files.adapters.applied_adapter import AppliedAdapter
 from fedbasin.server.files.data.distilled_merge import DistillationReport, distil_merge
 from fedbasin.server.files.data.statistics_merge import check_statistics, merge_by_statistics
@@ -20,9 +26,12 @@ from fedbasin.server.files.merge.aligned_models import (
 )
 from fedbasin.server.files.merge.layout import PlannedFile, TensorWriter, plan_files, write_index
 from fedbasin.server.files.merge.merging import check_copies, merge_tensor, merge_tensors
+from fedbasin.server.files.merge.model_configs import config_differences, refuse_other_heads
 from fedbasin.server.files.merge.plan import PlannedTensor, TensorOrigin, plan_merge
 from fedbasin.server.files.merge.recipe import MergeRecipe
-from fedbasin.server.files.merge.result_config import write_config
+from fedbasin.server.files.merge.result_config import text_config, write_config
+from fedbasin.server.files.merge.stored_names import RenamedState, common_names
+from fedbasin.server.files.merge.unused_settings import unused_settings
 from fedbasin.server.files.merge.vocabularies import TokenPlan, is_table, order_tables, plan_tokens, write_tokenizer
 from fedbasin.server.files.reading import ModelError, StoredModel, open_model
 from fedbasin.server.files.writing import FolderFiles, copy_other_files, list_files, replacing
@@ -48,7 +57,12 @@ class MergeReport:
         vocabulary: number of rows of its tables, if they were merged by token.
         alignments: reports of the searches, in their order.
         change: largest relative change of an output by the alignment, in float64; None if nothing was proven.
-        files: what became of the files in the folder of the first model.
+        reference: path of the model whose folder gives the files that are not merged.
+        files: what became of the files in this folder.
+        dropped: names of tensors that only some models have and none needs, which the result does not have.
+        config: keys in which configurations differ from the result's.
+        unused: settings of the recipe that changed nothing.
+        bases: for each BASE+ADAPTER the base that the adapter's configuration names, if that is another.
         distillation: what distillation changed, if the recipe has one.
     """
 
@@ -62,7 +76,12 @@ class MergeReport:
     vocabulary: int | None
     alignments: tuple[AlignmentReport, ...]
     change: float | None
+    reference: str
     files: FolderFiles
+    dropped: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
     distillation: DistillationReport | None = None
 
 
@@ -80,6 +99,8 @@ class PreparedMerge:
         plan: the tensors of the result.
         alignable: the models with what their alignment needs; None if the recipe aligns none.
         tables: names of the tables that have a row for each token, where a vocabulary was chosen.
+        dropped: names of tensors that only some models have and none needs.
+        bases: for each BASE+ADAPTER the base that the adapter's configuration names, if that is another.
         alignment: the aligned models, once they are.
     """
 
@@ -92,6 +113,8 @@ class PreparedMerge:
     plan: Sequence[PlannedTensor]
     alignable: AlignableModels | None = None
     tables: frozenset[str] = frozenset()
+    dropped: tuple[str, ...] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
     alignment: AlignedModels | None = None
 
     @property
@@ -114,8 +137,17 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
     """
     models, adapters = _open(recipe.paths())
     check_statistics(recipe)
+    refuse_other_heads(models)
     whole: dict[Path, State] = {**models, **{path: AppliedAdapter(models[path], adapters[path]) for path in adapters}}
-    shapes = {path: model.shapes() for path, model in models.items()}
+    shapes: dict[Path, State] = {path: model.shapes() for path, model in models.items()}
+    bases = {str(path): name for path, own in adapters.items() if (name := other_base(own, models[path].path))}
+    dropped: tuple[str, ...] = ()
+    # What runs models, or belongs to one as it is stored, has their names.
+    if not (recipe.align or recipe.rule.statistic or recipe.distill):
+        common = common_names(models)
+        dropped = common.dropped
+        whole = {path: RenamedState(state, common.names[path]) for path, state in whole.items()}
+        shapes = {path: RenamedState(state, common.names[path]) for path, state in shapes.items()}
     sizes = {path: size for path, model in models.items() if (size := _vocabulary_size(model, shapes[path]))}
     tokens = plan_tokens(list(models), recipe.vocabulary, sizes)
     runs = recipe.rule.statistic or recipe.distill or (recipe.align and recipe.align.data)
@@ -124,14 +156,15 @@ def prepare_merge(recipe: MergeRecipe) -> PreparedMerge:
         raise ModelError(f"tokenizer: {what} runs the models, which must have the same tokens and tables")
     alignable = check_alignment(recipe, models, by_token=tokens is not None)
     if tokens is None:
-        return PreparedMerge(recipe, models, whole, whole, None, shapes, plan_merge(recipe, shapes), alignable)
+        plan = plan_merge(recipe, shapes)
+        return PreparedMerge(recipe, models, whole, whole, None, shapes, plan, alignable, dropped=dropped, bases=bases)
     tables = frozenset(
         name for path, state in shapes.items() for name in state if is_table(name, state[name].shape, sizes[path])
     )
     by_token = order_tables(whole, tokens, tables)
     planned = {path: _token_shapes(shapes[path], tables, tokens) for path in models}
     plan = plan_merge(recipe, planned)
-    return PreparedMerge(recipe, models, whole, by_token, tokens, planned, plan, alignable, tables)
+    return PreparedMerge(recipe, models, whole, by_token, tokens, planned, plan, alignable, tables, dropped, bases)
 
 
 def write_merge(
@@ -178,7 +211,12 @@ def write_merge(
         None if merge.tokens is None else merge.tokens.size,
         () if merge.alignment is None else merge.alignment.reports,
         None if merge.alignment is None else merge.alignment.change,
+        str(merge.reference.path),
         list_files(merge.reference, [m for m in merge.models.values() if m is not merge.reference], target),
+        merge.dropped,
+        config_differences(merge.reference, merge.models.values()),
+        unused_settings(merge.recipe, merge.plan),
+        merge.bases,
         distillation,
     )
 
@@ -223,13 +261,12 @@ def _open(paths: Iterable[Path]) -> tuple[dict[Path, StoredModel], dict[Path, St
     """Open models; a path BASE+ADAPTER is a base model and the adapter that is applied to it."""
     models, adapters = {}, {}
     for path in paths:
-        base, plus, adapter = str(path).partition("+")
+        base, *adapter = split_model(path)
         if is_adapter(path):
             raise ModelError(f"{path}: is an adapter; write BASE+ADAPTER, or merge adapters alone")
-        if plus and not path.exists():
-            models[path], adapters[path] = open_model(Path(base)), open_adapter(Path(adapter))
-        else:
-            models[path] = open_model(path)
+        models[path] = open_model(base)
+        if adapter:
+            adapters[path] = open_adapter(adapter[0])
     return models, adapters
 
 
@@ -245,7 +282,7 @@ def _numel(tensor: PlannedTensor) -> int:
 
 
 def _vocabulary_size(model: StoredModel, shapes: State) -> int | None:
-    size = model.config.get("vocab_size")
+    size = text_config(model.config).get("vocab_size")
     has_table = isinstance(size, int) and any(is_table(name, shapes[name].shape, size) for name in shapes)
     return size if has_table else None
 

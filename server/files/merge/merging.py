@@ -72,10 +72,14 @@ def merge_tensor(tensor: PlannedTensor, states: States) -> Tensor:
         # Wide enough that a difference of dtypes, or to a narrower result, rounds once.
         merged = tensor.rule.function(*_promote(anchor, sources, tensor.dtype), tensor.weights, **tensor.arguments)
     except (ValueError, RuntimeError) as error:
+        if place := _not_finite(tensor, anchor, sources):
+            raise ModelError(f"{tensor.name}: is infinite or not a number {place}") from error
         raise ModelError(f"{tensor.name}: {tensor.rule.name}: {error}") from error
     result: Tensor = merged.to(tensor.dtype)
     if not is_finite(result):
-        raise ModelError(f"{tensor.name}: is infinite or not a number {_culprit(tensor, anchor, sources)}")
+        place = _not_finite(tensor, anchor, sources)
+        advice = f"after merging in {tensor.dtype}; choose a wider dtype or smaller weights"
+        raise ModelError(f"{tensor.name}: is infinite or not a number {place or advice}")
     return result
 
 
@@ -111,12 +115,13 @@ def _tensor_of(origin: TensorOrigin, states: States) -> Tensor:
     return states[origin.model][origin.name]
 
 
-def _culprit(tensor: PlannedTensor, anchor: Tensor | None, sources: Sequence[Tensor]) -> str:
+def _not_finite(tensor: PlannedTensor, anchor: Tensor | None, sources: Sequence[Tensor]) -> str:
+    """Return which model has entries that are not finite; nothing if none has."""
     tensors = sources if anchor is None else (anchor, *sources)
     for origin, value in zip(tensor.origins, tensors, strict=True):
         if not is_finite(value):
             return f"in {origin.model}; leave this model out"
-    return f"after merging in {tensor.dtype}; choose a wider dtype or smaller weights"
+    return ""
 
 
 def _collect(running: dict[Future[int], int], on_write: Callable[[int], None]) -> None:

@@ -5,13 +5,14 @@
 A gradient is interpolated linearly from the first layer to the last; tensors outside the layers have its first value.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedbasin.server.files.merge.recipe import Parameters
 from fedbasin.server.files.reading import ModelError
-from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, Rule, Scalar
+from fedbasin.strategies.fusion.rules.merging_rules import ARGUMENTS, BOUNDS, Rule, Scalar
 
 
 @dataclass(frozen=True)
@@ -86,27 +87,43 @@ def _evaluate_filters(conditions: Sequence[Mapping[str, Any]], place: TensorPosi
             raise ModelError(f"parameters: {name} has the key {unknown[0]!r}; a filter has filter and value")
         if "value" not in condition:
             raise ModelError(f"parameters: {name} has a filter without a value; give one")
+        if not isinstance(condition.get("filter"), str | None):
+            raise ModelError(
+                f"parameters: {name} has the filter {condition['filter']!r}; a filter is one text, so write an entry for "
+                "each"
+            )
     for condition in conditions:
         pattern = condition.get("filter")
-        if pattern in (None, "*") or str(pattern) in place.name:
+        if pattern in (None, "*") or pattern in place.name:
             return _evaluate(condition["value"], place, name)
     return None
 
 
 def _typed(name: str, value: Any, default: Scalar | None) -> Scalar:
     if isinstance(default, bool):
-        if not isinstance(value, bool):
+        # Files of mergekit, whose parameters are numbers, also have 1 and 0.
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise ModelError(f"parameters: {name} is {value!r}; it must be true or false")
-        return value
+        return bool(value)
     number = _number(name, value)
-    return int(number) if isinstance(default, int) else number
+    least, most = BOUNDS.get(name, (-math.inf, math.inf))
+    if not least <= number <= most:
+        words = f"it is a fraction, from {least:g} to {most:g}" if most == 1 else f"it must be at least {least:g}"
+        raise ModelError(f"parameters: {name} is {value!r}; {words}")
+    if not isinstance(default, int):
+        return number
+    if not number.is_integer():
+        raise ModelError(f"parameters: {name} is {value!r}; it must be a whole number")
+    return int(number)
 
 
 def _number(name: str, value: Any) -> float:
     # YAML reads 1e-5 as a word, because it has no point.
     if not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     raise ModelError(f"parameters: {name} is {value!r}; it must be a number")

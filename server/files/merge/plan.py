@@ -217,7 +217,7 @@ def _plan_tensor(recipe: MergeRecipe, row: _Row, shapes: Shapes) -> PlannedTenso
     weights, arguments = rule_arguments(recipe.rule, row.place, shared, by_model)
     if recipe.rule.random:
         arguments["seeds"] = [_seed(recipe.seed, number, row.place.name) for number in range(len(models))]
-    is_merged = reference.is_floating_point() and reference.dtype.itemsize > 1
+    is_merged = _is_merged(reference.dtype)
     name = recipe.out_dtype or recipe.dtype
     dtype = getattr(torch, name) if name and is_merged else reference.dtype
     rule = recipe.rule if is_merged else None
@@ -240,12 +240,17 @@ def _check_tensors(place: TensorPosition, origins: Sequence[TensorOrigin], shape
                 f"{origin.model}: {origin.name!r} has shape {tuple(tensor.shape)}, but in {origins[0].model} "
                 f"{tuple(reference.shape)}; merge models of one architecture"
             )
-        if tensor.is_floating_point() != reference.is_floating_point():
+        if _is_merged(tensor.dtype) != _is_merged(reference.dtype):
             raise ModelError(
                 f"{origin.model}: {origin.name!r} is {tensor.dtype}, but in {origins[0].model} {reference.dtype}; "
                 "convert the models to one dtype first"
             )
     return reference
+
+
+def _is_merged(dtype: torch.dtype) -> bool:
+    """Return True for dtypes that are merged; others are copied, as eight bits count in units that lie elsewhere."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _seed(seed: int, model: int, name: str) -> int:

@@ -7,6 +7,7 @@ statistics: package.module:function          task: classification
 """
 
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +26,34 @@ Parameters = dict[str, Any]
 # Keys of mergekit that choose how it computes, not what.
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
-# Older files of mergekit nest a path as it was once represented.
-_Path = Annotated[Path, BeforeValidator(lambda value: value["model"]["path"] if isinstance(value, dict) else value)]
+
+def _read_path(value: Any) -> Any:
+    """Return a model's path, which mergekit also writes as `{model: {path: BASE}, lora: {path: ADAPTER}}`."""
+    if isinstance(value, str):
+        return value.strip()
+    if not isinstance(value, dict):
+        if isinstance(value, Path):
+            return value
+        raise ValueError(f"{value!r} is no text; write the path in quotes")
+    parts: list[Any] = []
+    for key in ("model", "lora"):
+        part = value.get(key)
+        content = part if isinstance(part, dict) else {"path": part}
+        others = {f"{key}.{name}": entry for name, entry in content.items() if name != "path"}
+        if chosen := [name for name, entry in others.items() if entry is not None]:
+            raise ValueError(f"{chosen[0]} is unknown here; models are local paths, as they lie there")
+        parts += [content["path"]] if content.get("path") else []
+    if chosen := [name for name, entry in value.items() if name not in ("model", "lora") and entry is not None]:
+        raise ValueError(f"{chosen[0]} is unknown here; write {{model: {{path: BASE}}, lora: {{path: ADAPTER}}}}")
+    if not (parts and all(isinstance(part, str) for part in parts)):
+        raise ValueError("has no path; write {model: {path: BASE}}, or the path alone")
+    return "+".join(parts)
+
+
+_Path = Annotated[Path, BeforeValidator(_read_path)]
+
+# A key of which only the name or comments are written.
+_Parameters = Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class MergeSource(BaseModel):
@@ -36,7 +63,7 @@ class MergeSource(BaseModel):
     model: _Path
     statistics: str | None = None
     layer_range: tuple[int, int] | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: _Parameters = Field(default_factory=dict)
 
 
 class Slice(BaseModel):
@@ -45,14 +72,16 @@ class Slice(BaseModel):
     model_config = _STRICT
     sources: tuple[MergeSource, ...] = Field(min_length=1)
     base_model: _Path | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: _Parameters = Field(default_factory=dict)
 
 
 class TokenizerChoice(BaseModel):
     """The tokenizer of the result."""
 
     model_config = _STRICT
-    source: str = "union"
+    source: Annotated[str, BeforeValidator(lambda value: _read_path(value) if isinstance(value, dict) else value)] = (
+        "union"
+    )
     pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 
@@ -97,7 +126,7 @@ class MergeRecipe(BaseModel):
     models: tuple[MergeSource, ...] | None = Field(default=None, min_length=1)
     slices: tuple[Slice, ...] | None = Field(default=None, min_length=1)
     base_model: _Path | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: _Parameters = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
@@ -191,8 +220,21 @@ class MergeRecipe(BaseModel):
         sources = [source.parameters for part in self.parts for source in part.sources]
         for parameters in (self.parameters, *(part.parameters for part in self.parts), *sources):
             if unknown := sorted(parameters.keys() - self.rule.parameters):
-                choices = ", ".join(sorted(self.rule.parameters)) or "none"
+                choices = ", ".join(sorted(self.rule.parameters - self.rule.ignored)) or "none"
                 raise ValueError(f"parameters: {self.merge_method} has no parameter {unknown[0]!r}; it has {choices}")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without a second entry of one key, which would replace the first unseen."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (_, name) in enumerate(keys):
+            if keys[number] in keys[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {name!r} is there twice; leave one out")
+        return node
 
 
 def read_recipe(path: Path) -> MergeRecipe:
@@ -202,8 +244,8 @@ def read_recipe(path: Path) -> MergeRecipe:
         ModelError: the file is not YAML, or a key is unknown, missing or has a wrong value.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)  # noqa: S506
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ModelError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds no keys; a recipe has merge_method, and models or slices")
@@ -217,16 +259,52 @@ def make_recipe(content: dict[str, Any], name: str) -> MergeRecipe:
         ModelError: a key is unknown, missing or has a wrong value.
     """
     try:
-        return MergeRecipe.model_validate(content)
+        return _with_one_spelling(MergeRecipe.model_validate(content))
     except ValidationError as error:
         raise ModelError(f"{name}: {'; '.join(_describe(error.errors()))}") from error
 
 
+def _with_one_spelling(recipe: MergeRecipe) -> MergeRecipe:
+    """Return a recipe that names each model by one path: a link to the base model is the base model."""
+    spellings: dict[Path, Path] = {}
+    for path in recipe.paths():
+        spellings.setdefault(path.resolve(), path)
+    if len(spellings) == len(recipe.paths()):
+        return recipe
+
+    def respelt(part: Any) -> Any:
+        names = [name for name in ("base_model", "model") if getattr(part, name, None) is not None]
+        paths = {name: spellings[getattr(part, name).resolve()] for name in names}
+        lists = [name for name in ("models", "slices", "sources") if getattr(part, name, None) is not None]
+        return part.model_copy(
+            update={**paths, **{name: tuple(respelt(entry) for entry in getattr(part, name)) for name in lists}}
+        )
+
+    changed: MergeRecipe = respelt(recipe)
+    return changed
+
+
+def _shared(error: Any, other: Any) -> int:
+    """Return how many keys the places of two faults have in common, from the first on."""
+    pairs = zip(error["loc"], other["loc"], strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
 def _describe(errors: Iterable[Any]) -> list[str]:
     """Return each fault with the key where it is."""
-    words = {"extra_forbidden": "is unknown here; leave it out", "missing": "is missing; give it"}
+    words = {
+        "extra_forbidden": "is unknown here; leave it out",
+        "missing": "is missing; give it",
+        "tuple_type": "must be a list",
+        "dict_type": "must have keys and values",
+        "model_type": "must have keys and values",
+    }
     lines = []
-    for error in errors:
+    faults = list(errors)
+    for error in faults:
+        # A list whose entries are at fault counts as too short for them.
+        if error["type"] == "too_short" and any(len(e["loc"]) > len(error["loc"]) == _shared(e, error) for e in faults):
+            continue
         place = ".".join(map(str, error["loc"]))
         text = words.get(error["type"], error["msg"].removeprefix("Value error, "))
         lines.append(f"{place}: {text}" if place and error["type"] not in words else f"{place} {text}".strip())

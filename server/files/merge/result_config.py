@@ -23,11 +23,20 @@ def write_config(merge: "PreparedMerge", folder: Path) -> None:
     if merge.recipe.slices:
         config |= _layer_config(merge, config)
     if merge.tokens is not None:
-        config["vocab_size"] = merge.tokens.size
+        if "vocab_size" in config:
+            config["vocab_size"] = merge.tokens.size
+        else:
+            config["text_config"] = {**text_config(config), "vocab_size": merge.tokens.size}
     if dtype := merge.recipe.out_dtype or merge.recipe.dtype:
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
     if config != merge.reference.config:
         (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the entries on a model's tokens, which those of several media have in a configuration of their own."""
+    nested = config.get("text_config")
+    return nested if "vocab_size" not in config and isinstance(nested, dict) else config
 
 
 def _layer_config(merge: "PreparedMerge", config: Mapping[str, Any]) -> dict[str, Any]:

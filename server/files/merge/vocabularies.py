@@ -68,18 +68,29 @@ def read_vocabulary(model: Path) -> Vocabulary | None:
             entries = content.get("model", {}).get("vocab", {})
             # Unigram models list their tokens with scores.
             places = dict(entries) if isinstance(entries, dict) else {entry[0]: i for i, entry in enumerate(entries)}
-            return places | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+            places |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+            return _checked(places, model / TOKENIZER)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise ModelError(
                 f"{model / TOKENIZER}: its vocabulary cannot be read ({error!r}); save it again"
             ) from error
     if (model / "vocab.json").is_file():
         added = model / "added_tokens.json"
-        return read_json(model / "vocab.json") | (read_json(added) if added.is_file() else {})
+        places = read_json(model / "vocab.json") | (read_json(added) if added.is_file() else {})
+        return _checked(places, model / "vocab.json")
     if (model / "vocab.txt").is_file():
         lines = (model / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {token: number for number, token in enumerate(lines)}
+        return _checked({token: number for number, token in enumerate(lines)}, model / "vocab.txt")
     return None
+
+
+def _checked(places: Mapping[str, Any], path: Path) -> Vocabulary:
+    """Return the places of tokens, once there are some and all are numbers of rows."""
+    if not places:
+        raise ModelError(f"{path}: has no tokens; save the tokenizer again")
+    if wrong := [token for token, place in places.items() if type(place) is not int or place < 0]:
+        raise ModelError(f"{path}: the place of {few(wrong)} is no number of a row; save the tokenizer again")
+    return places
 
 
 def plan_tokens(paths: Sequence[Path], choice: TokenizerChoice | None, sizes: Mapping[Path, int]) -> TokenPlan | None:
@@ -212,10 +223,12 @@ def _tokenizer_model(
 ) -> Path:
     """Return the model whose tokenizer the result has."""
     if choice is not None:
-        model = paths[0] if choice.source == "base" else Path(choice.source)
-        if model not in vocabularies:
-            raise ModelError(f"tokenizer_source: {choice.source} is not a model of this merge; give union, base or one")
-        return model
+        if choice.source == "base":
+            return paths[0]
+        for path in vocabularies:
+            if path.resolve() == Path(choice.source).resolve():
+                return path
+        raise ModelError(f"tokenizer_source: {choice.source} is not a model of this merge; give union, base or one")
     largest = max(paths, key=lambda path: len(vocabularies[path]))
     for path in paths:
         if lacking := [token for token in vocabularies[path] if token not in vocabularies[largest]]:

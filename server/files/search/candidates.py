@@ -30,7 +30,7 @@ def read_score(name: str) -> Score:
     def score(path: Path) -> float:
         try:
             value = float(function(path))
-        except Exception as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a script
             raise ModelError(f"--score {name}: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
             raise ModelError(f"--score {name}: returned {value}; return a finite number, the higher the better")

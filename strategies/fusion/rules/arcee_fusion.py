@@ -21,7 +21,8 @@ _FLOOR = 1e-8
 def arcee_fusion(anchor: Tensor, tensors: Sequence[Tensor], _weights: Sequence[float]) -> Tensor:
     """Return the anchor with the most important entries of the other tensor."""
     pair = (anchor, *tensors)
-
+    if not anchor.numel():
+        return anchor.clone()
     importance = map_rows(_importance, [tensor.to(working_dtype(anchor)) for tensor in pair])
     quartiles = [int(q * (anchor.numel() - 1)) for q in (0.25, 0.5, 0.75)]
     lower, median, upper = order_statistics(lambda rows: rows[0], (importance,), quartiles)

@@ -3,6 +3,7 @@
 Names of rules and parameters are those of mergekit where it has them, so that its configurations mean the same here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,6 +41,14 @@ ARGUMENTS = MappingProxyType(
 )
 
 
+# The smallest and largest value of parameters; a percentage in place of a fraction would be taken for all.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("density", "epsilon", "gamma", "select_topk", "decay", "shrink"), (0.0, 1.0)),
+    "max_iter": (1, math.inf),
+    "tol": (0.0, math.inf),
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """A merging rule, and what a merge must give it.
@@ -57,7 +66,8 @@ class Rule:
         statistic: what each model must have collected on data: Fisher information, Gram matrices, or Gram matrices of
             what the merged layers before compute; empty for a rule of the weights alone.
         scored: True if its models are chosen by their scores.
-        ignored: names that mergekit has for its own arithmetic and memory, and that change no result here.
+        ignored: names that mergekit has for its own arithmetic and memory, and that change no result here. Its files
+            give the width of masks to every rule.
     """
 
     name: str
@@ -71,7 +81,7 @@ class Rule:
     random: bool = False
     statistic: Literal["", "fisher", "gram", "features"] = ""
     scored: bool = False
-    ignored: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset({"int8_mask"})
 
     @property
     def parameters(self) -> set[str]:
@@ -83,7 +93,7 @@ def _task_vectors(
     name: str, function: Callable[..., Tensor], *, normalize: bool, shared: Defaults | None = None, **rest: object
 ) -> Rule:
     defaults = {"normalize": normalize, "lambda": 1.0, **(shared or {})}
-    return Rule(name, function, shared=defaults, ignored=frozenset({"int8_mask"}), **rest)  # type: ignore[arg-type]
+    return Rule(name, function, shared=defaults, **rest)  # type: ignore[arg-type]
 
 
 def _pruned(name: str, function: Callable[..., Tensor], *, normalize: bool, **per_model: float) -> Rule:
@@ -116,13 +126,19 @@ RULES: Mapping[str, Rule] = {
         _dropping("della", partial(della, consensus=True), normalize=True, epsilon=0.15),
         _pruned("breadcrumbs", partial(breadcrumbs, consensus=False), normalize=False, gamma=0.01),
         _pruned("breadcrumbs_ties", partial(breadcrumbs, consensus=True), normalize=False, gamma=0.01),
-        Rule("sce", sce, shared={"select_topk": 1.0}, weighted=False, ignored=frozenset({"int8_mask"})),
+        Rule("sce", sce, shared={"select_topk": 1.0}, weighted=False),
         Rule("ram", partial(ram, r=0.0, alpha=0.0), shared={"epsilon": 1e-5}, weighted=False),
         Rule("ramplus_tl", ram, shared={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}, weighted=False),
         Rule("model_stock", model_stock, least=2, shared={"filter_wise": False}, weighted=False),
         Rule("slerp", slerp, most=1, shared={"t": None}, weighted=False),
         Rule("nuslerp", nuslerp, "optional", 2, 2, shared={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
-        Rule("multislerp", multislerp, "optional", shared={"normalize_weights": True}, ignored=frozenset({"eps"})),
+        Rule(
+            "multislerp",
+            multislerp,
+            "optional",
+            shared={"normalize_weights": True},
+            ignored=frozenset({"int8_mask", "eps"}),
+        ),
         Rule("karcher", karcher, "none", shared={"max_iter": 10, "tol": 1e-5}),
         Rule("nearswap", nearswap, most=1, shared={"t": None}, weighted=False),
         Rule("arcee_fusion", arcee_fusion, most=1, weighted=False),

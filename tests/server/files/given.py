@@ -52,6 +52,10 @@ def fails() -> None:
     raise OSError("no such disk")
 
 
+def ends(*_: object) -> None:
+    raise SystemExit(3)
+
+
 number = 5
 
 
@@ -81,3 +85,9 @@ def normed() -> tuple[nn.Module, Tensor]:
 
 def single_rows() -> list[tuple[Tensor, Tensor]]:
     return [(inputs[:1], targets[:1]) for inputs, targets in rows()]
+
+
+def decoded() -> list[dict[str, Tensor]]:
+    (batch,) = tokens()
+    ids = batch["labels"]
+    return [{**batch, "decoder_input_ids": torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)}]

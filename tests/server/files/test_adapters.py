@@ -187,7 +187,7 @@ def test_what_cannot_be_added_is_refused_by_name(tmp_path: Path) -> None:
         "lora_alpha": (None, "lora_alpha is None, so the scale of"),
         "peft_type": ("IA3", "peft_type is 'IA3'; adapters of LORA and ADALORA can be merged"),
         "init_lora_weights": ("pissa", "changes the base model; save the adapter with path_initial_model"),
-        "target_parameters": (["x"], "target_parameters is ['x'], which is not a low-rank product"),
+        "target_parameters": (["x"], "target_parameters is ['x'], which is not known to be a low-rank product"),
     }
     for key, (value, reason) in wrong.items():
         shutil.copytree(a, tmp_path / key)

@@ -1,11 +1,14 @@
 """`fedbasin barrier` on small models: the two lines, the picture, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.server.files import given
 from tests.server.files.stored import answer, fedbasin, perceptron, planted, refusal, saved
@@ -83,6 +86,7 @@ def test_a_task_without_classes_has_no_accuracy(folder: Path) -> None:
         ("nothing", [], "returns no batches"),
         ("number", [], "is a int; name a function"),
         ("fails", [], "OSError: no such disk"),
+        ("ends", [], "SystemExit: 3"),
         ("lost", [], "has no attribute 'lost'"),
         ("wide", [], "cannot be evaluated on it"),
         ("rows", ["--picture", "1.safetensors"], "is 1.safetensors itself"),
@@ -105,3 +109,22 @@ def test_a_model_without_its_head_is_refused(folder: Path) -> None:
     config["architectures"] = ["LlamaForSequenceClassification"]
     Path("a/config.json").write_text(json.dumps(config))
     assert "score.weight" in refusal("barrier", "a", "a", "--data", f"{GIVEN}:tokens")
+
+
+@pytest.mark.parametrize("data", ["tokens", "decoded"])
+def test_encoder_decoders_decode_from_the_labels(data: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "d_kv": 4, "d_ff": 10, "num_layers": 2, "num_heads": 3, "vocab_size": 31}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, dropout_rate=0))
+    model.save_pretrained("a")
+    (result,) = answer("barrier", "a", "a", "--data", f"{GIVEN}:{data}", "--points", 3)
+    (batch,) = given.tokens()
+    assert result["before"]["loss"][0] == pytest.approx(float(model.eval()(**batch).loss.detach()), rel=1e-5)
+    for command in (
+        ("--rule", "regmean", "--statistics", f"{GIVEN}:{data}"),
+        ("--rule", "linear", "--distill", f"{GIVEN}:{data}", "--distill-passes", 1),
+        ("--rule", "linear", "--align", "star", "--matcher", "activations", "--align-data", f"{GIVEN}:{data}"),
+    ):
+        shutil.copytree("a", "b", dirs_exist_ok=True)
+        done = fedbasin("merge", "a", "b", *command, "-o", "out", "--force")
+        assert done.exit_code == 0, done.output

@@ -251,6 +251,18 @@ slices:
   - sources: [{model: a, layer_range: [1, 4]}]
 merge_method: passthrough
 """,
+    "masks": "models: [{model: a}, {model: b}]\nmerge_method: linear\nparameters: {int8_mask: true, normalize: 1.0}\n",
+    "no parameters": "models:\n- model: a\n  parameters:\n    # none\n- model: b\nmerge_method: linear\nparameters:\n",
+    "shared parameters": """
+models:
+- model: a
+  parameters: &shared {weight: 0.5, density: 0.5}
+- model: b
+  parameters: {<<: *shared, weight: 0.2}
+merge_method: ties
+base_model: base
+""",
+    "nested path": "models: [{model: {model: {path: a, revision: null}, lora: null}}]\nmerge_method: passthrough\n",
     "tokenizer_source": "models: [{model: a}, {model: b}]\nmerge_method: linear\nparameters: {weight: 0.5}\ndtype: float32\n",
 }
 
@@ -347,6 +359,40 @@ REFUSALS = {
         "have [2, 3] layers; give equally many",
     ),
     "dtype": ("merge_method: linear\nmodels: [{model: a}]\ndtype: int3\n", "dtype: Input should be 'float16'"),
+    "revision": (
+        "merge_method: linear\nmodels: [{model: {model: {path: a, revision: v2}}}]\n",
+        "models.0.model: model.revision is unknown here",
+    ),
+    "nested": (
+        "merge_method: linear\nmodels: [{model: {path: a}}]\n",
+        "models.0.model: path is unknown here; write {model: {path: BASE}, lora: {path: ADAPTER}}",
+    ),
+    "number": ("merge_method: linear\nmodels: [{model: 2024}]\n", "models.0.model: 2024 is no text; write the path in"),
+    "twice": (
+        "merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight: 1\n    weight: 2\n",
+        "line 6: the key 'weight' is there twice; leave one out",
+    ),
+    "whole number": (
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: 3.7}\n",
+        "max_iter is 3.7; it must be a whole number",
+    ),
+    "percentage": (
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {density: 30}\n",
+        "density is 30; it is a fraction, from 0 to 1",
+    ),
+    "tolerance": (
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {tol: -1}\n",
+        "tol is -1; it must be at least 0",
+    ),
+    "not a number": (
+        "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: .nan}\n",
+        "weight is nan; it must be a number",
+    ),
+    "list of filters": (
+        "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: {filter: [q, k], value: 1}}\n",
+        "weight has the filter ['q', 'k']; a filter is one text",
+    ),
+    "no list": ("merge_method: linear\nmodels: {model: a}\n", "recipe.yaml: models must be a list"),
     "yaml": ("merge_method: [\n", "cannot be read as YAML"),
     "words": ("hello", "holds no keys"),
     "align": (
@@ -373,6 +419,15 @@ def test_impossible_recipes_are_refused_by_name(models: Path, name: str) -> None
         (("a", "b", "-o", "out"), "--rule: is missing"),
         (("a", "b", "--rule", "linear", "--weight", 1, "-o", "out"), "--weight: was given 1 times for 2 models"),
         (("a", "--rule", "linear", "-p", "normalize", "-o", "out"), "--parameter: 'normalize' has no value"),
+        (("a", "--rule", "linear", "-p", "normalize=[", "-o", "out"), "the value of normalize cannot be read as YAML"),
+        (
+            ("a", "--rule", "linear", "-p", "normalize=true", "-p", "normalize=false", "-o", "out"),
+            "--parameter: normalize was given twice",
+        ),
+        (
+            ("a", "--rule", "linear", "-p", "weight=1", "--weight", 2, "-o", "out"),
+            "--parameter: weight was given twice",
+        ),
         (("a", "--rule", "linear", "-o", "a"), "is a itself"),
         (("a", "b", "--rule", "linear", "-o", "c"), "is there already"),
         (("a", "b", "--rule", "linear", "-o", "no/where"), "its folder does not exist"),

@@ -95,6 +95,7 @@ def test_models_are_aligned_once_for_all_candidates(folder: Path) -> None:
         (["--rule", "linear", *SCORE, "--search", "3", "--weight", "0"], "given 1 times for 3 models"),
         (["--rule", "greedy_soup"], "chooses models by their scores"),
         (["--rule", "linear", "--score", f"{GIVEN}:fails_on"], "OSError: no such disk"),
+        (["--rule", "linear", "--score", f"{GIVEN}:ends"], "SystemExit: 3"),
         (["--rule", "linear", "--score", f"{GIVEN}:not_a_number"], "returned nan"),
         (["--rule", "linear", "--score", f"{GIVEN}:lost"], "has no attribute 'lost'"),
         (["--rule", "karcher", *SCORE, "--search", "3", "-p", "weight=[0, 1]"], "from which no search starts"),

@@ -80,10 +80,11 @@ def test_what_leaves_a_choice_is_refused_with_its_reason(outputs, targets, reaso
     [
         (TOKENS, TOKENS, "language-modelling"),
         ({"input_ids": TOKENS}, TOKENS.masked_fill(TOKENS == 2, -100), "language-modelling"),
+        ({"input_ids": TOKENS, "decoder_input_ids": TOKENS.roll(1, 1)}, TOKENS, "tokens"),
         (TOKENS, TOKENS.roll(-1, 1), "tokens"),
         (TOKENS, torch.full_like(TOKENS, -100), "tokens"),
     ],
-    ids=["inputs", "inputs apart from padding", "shifted already", "none"],
+    ids=["inputs", "inputs apart from padding", "of a decoder", "shifted already", "none"],
 )
 def test_language_models_are_known_by_targets_that_are_the_inputs(inputs, targets, expected):
     assert task_of_batch(draw(4, 6, 9), Batch(inputs, targets)).name == expected

@@ -60,7 +60,7 @@ def karcher(
         tensors: the tensors.
         weights: weight of each.
         max_iter: largest number of iterations.
-        tol: length of a step, in radians, below which the iteration ends.
+        tol: length of a step, in radians, with which the iteration ends.
     """
     norms, units = _directions(inner_products(None, tensors))
     if len(tensors) == 1 or not (norms > tol).any():
@@ -73,7 +73,7 @@ def karcher(
     for _ in range(max_iter):
         step = _mean_tangent(mean, parts, units)
         size = _norm(step, units)
-        if size < tol:
+        if size <= tol:
             break
         angle = torch.tensor(size, dtype=torch.float64)
         mean = angle.cos() * mean + angle.sin() / angle * step

@@ -227,6 +227,11 @@ def test_the_karcher_mean_balances_the_tangents(spread: float) -> None:
     assert float(total.norm()) < 1e-7
 
 
+def test_the_karcher_mean_of_equal_tensors_ends_at_a_tolerance_of_zero() -> None:
+    tensor = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    near(merge("karcher", None, [tensor, tensor.clone()], tol=0.0), tensor)
+
+
 def test_the_karcher_mean_of_two_is_the_middle_of_the_arc() -> None:
     a, b = fine_tuned(count=2, spread=1.0)[1]
     b *= a.norm() / b.norm()
