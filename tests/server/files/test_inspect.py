@@ -137,7 +137,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/no: there is no such file or folder" in refusal("inspect", f"{tmp_path}/no")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -164,7 +164,7 @@ def test_a_pickle_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"w": torch.ones(2)}, path)
     said = refusal("inspect", path)
-    assert said.startswith(f"{path}: only safetensors files are read")
+    assert said.startswith(f"{path}: holds pickled weights, which can run code when they are read; only safetensors")
     assert "save_pretrained" in said
 
 
