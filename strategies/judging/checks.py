@@ -217,5 +217,6 @@ def _refuse(outcome: Outcome, blocks: Iterable[Block]) -> None:
 
 
 def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+    # A client can send a tensor without a name.
+    shown = ", ".join(name or "''" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -313,6 +313,9 @@ CASES = {
     "a tensor more": Case(
         O.unexpected_tensor, tensors(lambda s: s.update(extra=s["3.bias"])), detail="extra"
     ),
+    "a tensor without a name": Case(
+        O.unexpected_tensor, tensors(lambda s: s.update({"": s["3.bias"]})), detail="''"
+    ),
     "a transposed tensor": Case(
         O.wrong_shape,
         tensors(lambda s: s.update({"0.weight": s["0.weight"].mT})),
