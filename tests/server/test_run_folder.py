@@ -110,6 +110,16 @@ def test_a_run_that_never_finished_a_round_is_no_obstacle(tmp_path):
     assert len(start(tiny.federation(), tmp_path, 1, seed=3).reports) == 1
 
 
+def test_a_run_that_was_cut_off_before_its_first_model_begins_anew(tmp_path):
+    interrupted(tmp_path, server_optimizer="momentum")
+    # The optimizer's memory is written before the model, as on a disk that becomes full between the two.
+    for path in (tmp_path / "1").glob("global*"):
+        path.unlink()
+    assert list((tmp_path / "1").rglob("*.safetensors"))
+    run = start(tiny.federation(), tmp_path, server_optimizer="momentum")
+    assert [report.round for report in run.reports] == [1, 2, 3, 4]
+
+
 RECORDS = ["{{{", "", "[]", "null", "[" * 100_000, '{"app": 1}', None]
 
 

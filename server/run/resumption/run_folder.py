@@ -150,7 +150,7 @@ def _unfinished(folder: Path, record: RunRecord) -> tuple[Path, FileLock] | None
     """
     rival: tuple[Path, RunRecord] | None = None
     for path, earlier in _records(folder):
-        is_open = earlier.app == record.app and not earlier.finished and any(path.rglob("*.safetensors"))
+        is_open = earlier.app == record.app and not earlier.finished and _has_checkpoint(path)
         lock = _held(path) if is_open else None
         if lock is None:
             continue
@@ -167,6 +167,11 @@ def _unfinished(folder: Path, record: RunRecord) -> tuple[Path, FileLock] | None
     return None
 
 
+def _has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has saved a model; what goes with it is written first, and may be all there is."""
+    return any(folder.glob("global*.safetensors"))
+
+
 def _records(folder: Path) -> list[tuple[Path, RunRecord]]:
     """Return the runs in a folder, the newest first; one without a record of this version is left out, by name."""
     runs = []
@@ -175,7 +180,7 @@ def _records(folder: Path) -> list[tuple[Path, RunRecord]]:
         try:
             runs.append(((path / RECORD).stat().st_mtime_ns, path, _read_record(path / RECORD)))
         except _UNREADABLE as error:
-            if any(path.glob("global*.safetensors")):
+            if _has_checkpoint(path):
                 _LOG.warning(
                     "%s cannot be read (%s), so that the run in its folder is left; resume = '%s' goes on with it",
                     path / RECORD,
