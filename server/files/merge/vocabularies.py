@@ -105,7 +105,14 @@ def plan_tokens(paths: Sequence[Path], choice: TokenizerChoice | None, sizes: Ma
         ModelError: the tokenizers differ and nothing chooses between them, or a chosen one is missing.
     """
     vocabularies = {path: words for path in paths if (words := read_vocabulary(path)) is not None}
-    if choice is None and (len(vocabularies) < len(paths) or _all_equal(vocabularies, sizes)):
+    if choice is None and (lacking := [path for path in paths if path not in vocabularies]):
+        if not _all_equal(vocabularies, {}):
+            raise ModelError(
+                f"{lacking[0]}: has no {TOKENIZER}, and those of the other models differ, so that its rows are of unknown "
+                "tokens; save its tokenizer beside it, or merge the others without it"
+            )
+        return None
+    if choice is None and _all_equal(vocabularies, sizes):
         return None
     if missing := [str(path) for path in paths if path not in vocabularies or path not in sizes]:
         raise ModelError(f"{missing[0]}: has no tokenizer and vocab_size, which a choice of a tokenizer needs")

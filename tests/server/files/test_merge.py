@@ -548,6 +548,20 @@ def test_a_superset_is_chosen_and_its_tokens_kept(tmp_path: Path, monkeypatch: p
     assert Path("out/tokenizer.json").read_bytes() == Path("b/tokenizer.json").read_bytes()
 
 
+def test_a_model_without_a_tokenizer_among_others_that_differ_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer(Path("a"), ["x", "y"], table(1, 2))
+    tokenizer(Path("b"), ["y", "x"], table(20, 10))
+    tokenizer(Path("c"), ["x", "y"], table(5, 6))
+    Path("c/tokenizer.json").unlink()
+    said = refusal("merge", "--rule", "linear", "a", "b", "c", "-o", "out")
+    assert "c: has no tokenizer.json, and those of the other models differ" in said
+    # Row by row where nothing speaks against it.
+    assert not fedbasin("merge", "--rule", "linear", "a", "c", "-o", "out").exit_code
+
+
 def test_tokenizers_that_differ_need_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer(Path("a"), ["x", "y", "mine"], table(1, 2, 3))
