@@ -10,7 +10,7 @@ from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.matchers import Matcher
 from fedbasin.strategies.tensors.batches import evaluating, forward, read_batches
-from fedbasin.strategies.tensors.state import State
+from fedbasin.strategies.tensors.state import State, added_prefix
 
 
 class UnreadableDataError(ValueError):
@@ -31,7 +31,11 @@ def check_tensors(model: nn.Module, anchor: State) -> None:
     try:
         names = model_names(model, anchor)
     except ValueError as error:
-        raise OtherModelError(f"{error}{_prefix_advice(tensors, anchor)}") from error
+        wrapper = added_prefix(tensors, anchor)
+        advice = (
+            f"; make the model within, without {wrapper!r}, and wrap it in the app's own function" if wrapper else ""
+        )
+        raise OtherModelError(f"{error}{advice}") from error
     for name, own_name in names.items():
         # A client may have adapters of a smaller rank.
         if tensors[own_name].shape != anchor[name].shape and ".lora_" not in name:
@@ -39,15 +43,6 @@ def check_tensors(model: nn.Module, anchor: State) -> None:
                 f"{name!r} is {tuple(tensors[own_name].shape)} in the model that basin(model=...) makes, and "
                 f"{tuple(anchor[name].shape)} in the global model; make the model with the same settings"
             )
-
-
-def _prefix_advice(tensors: State, anchor: State) -> str:
-    """Return what to do where the names differ by a prefix, as those of `DataParallel` and `torch.compile` do."""
-    prefixes = {name.removesuffix(end) for end in anchor for name in tensors if name.endswith(f".{end}")}
-    wrapper = next(
-        (prefix for prefix in sorted(prefixes) if {f"{prefix}{name}" for name in anchor} <= tensors.keys()), ""
-    )
-    return f"; make the model within, without {wrapper!r}, and wrap it in the app's own function" if wrapper else ""
 
 
 def needs_data(request: Request) -> bool:

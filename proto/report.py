@@ -127,7 +127,8 @@ class LayerVariance:
 class PathSums:
     """Sums over one or more clients' examples along the straight line from a model (t = 0) to the client's (t = 1).
 
-    In the path from the fused model the curves `before` are empty.
+    In the path from the fused model the curves `before` are empty. So they are in a trial, which has no such line: its
+    t goes from before a client's first local steps to after them.
 
     Attributes:
         points: values of t.

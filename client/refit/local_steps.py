@@ -128,11 +128,16 @@ def _take_steps(model: nn.Module, data: Batches, optimizer: LocalOptimizer, seed
 
 
 def _small_batches(data: Batches, model: nn.Module, seed: int) -> list[Batch]:
-    """Return the batches of a trial's steps in random order; each is drawn from all over a batch, which may be sorted."""
+    """Return the batches of a trial's steps in random order; each is drawn from all over a batch, which may be sorted.
+
+    A batch with a tensor of another length, such as the edges of a graph, has no examples that can be parted.
+    """
     small = []
     for batch in islice(read_batches(data, model), MOST_STEPS):
-        parts = -(-len(batch.targets) // _EXAMPLES)
-        small += [batch.map(itemgetter(slice(first, None, parts))) for first in range(parts)]
+        count = len(batch.targets)
+        is_parted = all(tensor.shape[:1] == (count,) for tensor in batch.tensors.values())
+        parts = -(-count // _EXAMPLES) if is_parted else 1
+        small += [batch.map(itemgetter(slice(first, None, parts))) if parts > 1 else batch for first in range(parts)]
     order = torch.randperm(len(small), generator=torch.Generator().manual_seed(seed % 2**63))
     return [small[index] for index in order.tolist()]
 

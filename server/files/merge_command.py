@@ -318,10 +318,11 @@ def _render(report: "MergeReport", scores: "ScoreReport | None", *, proves: bool
 
 def _describe_files(report: "MergeReport") -> list[str]:
     """Return sentences on the files of the first model's folder that were not merged."""
+    from fedbasin.server.files.adapters.adapter_folder import split_model
     from fedbasin.server.files.reading import CONFIG, few
 
     files = report.files
-    is_first = report.models[0].partition("+")[0] == report.reference or report.models[0] == report.reference
+    is_first = split_model(Path(report.models[0]))[0] == Path(report.reference)
     source = "the first model" if is_first else report.reference
     differing = [name for name in files.differing if name != CONFIG]
     return [

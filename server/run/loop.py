@@ -215,13 +215,14 @@ class RunLoop:
         if not self._settings.resume:
             _LOG.info("%s is unfinished: the run goes on after its round %d", self._folder, self._done)
         self._restore(saved)
-        if missing := checkpoint.missing_reports(self._folder, self._done):
+        reports = checkpoint.read_reports(self._folder)
+        if missing := sorted(set(range(1, self._done + 1)) - {report.round for report in reports}):
             rounds = f"{', '.join(map(str, missing[:3]))}{' and more' if len(missing) > 3 else ''}"
             detail = f"{self._folder / checkpoint.REPORTS} has no whole report of round {rounds}"
             self._note(
                 Incident(IncidentKind.damaged_checkpoint.name, f"{detail}; the run goes on without what it says")
             )
-        for report in checkpoint.read_reports(self._folder):
+        for report in reports:
             if report.round > saved.server_round:
                 break
             for stage in report.stages:

@@ -18,7 +18,7 @@ from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.judging.statistic_checks import MOST_VARIANCE, check_precisions, check_statistic
 from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.tensors.parallel import distances, is_finite
-from fedbasin.strategies.tensors.state import State, floating
+from fedbasin.strategies.tensors.state import State, added_prefix, floating
 
 # A larger count is not one of examples, and its product with a weight could overflow the sum.
 _MOST_EXAMPLES = 2**53
@@ -143,15 +143,11 @@ def _check_names(parameters: State, anchor: State) -> None:
     unexpected = sorted(parameters.keys() - anchor.keys())
     if missing:
         instead = f"; in place of them it has {_list(unexpected)}" if unexpected else ""
-        raise Refusal(Outcome.missing_tensor, f"{_list(missing)}{instead}{_prefix_advice(missing, unexpected)}")
+        prefix = added_prefix(set(unexpected), missing)
+        advice = f"; send the state dict of the model within, without {prefix!r}" if prefix else ""
+        raise Refusal(Outcome.missing_tensor, f"{_list(missing)}{instead}{advice}")
     if unexpected:
         raise Refusal(Outcome.unexpected_tensor, _list(unexpected))
-
-
-def _prefix_advice(missing: list[str], unexpected: list[str]) -> str:
-    """Return what to do where the names differ by a prefix, as those of `DataParallel` and `torch.compile` do."""
-    ends = [name for name in unexpected if name.endswith(f".{missing[0]}")]
-    return f"; send the state dict of the model within, without {ends[0].removesuffix(missing[0])!r}" if ends else ""
 
 
 def _check_form(name: str, tensor: Tensor, like: Tensor) -> None:

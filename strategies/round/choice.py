@@ -142,11 +142,12 @@ def is_trainable(trial: PathSums | None, gain: float) -> bool:
 
     Args:
         trial: losses before the steps and after them; None where no client has taken any.
-        gain: loss of the mean above the model's.
+        gain: loss of the mean above that of the round's best model.
     """
     if trial is None or not trial.examples:
         return False
     before, after = trial.loss_after
+    # Equal where no client could take a step.
     return after != before and (after - before) / trial.examples < gain
 
 

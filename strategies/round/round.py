@@ -283,7 +283,8 @@ def _choose(
     line = for_all(result.curve, PathSpec())
     best = best_point(line)
     path = PathSpec(best)
-    models, start = [*candidates(line), *models], None
+    models = [*candidates(line), *models]
+    start: Candidate | None = None
     if probe.extrapolate:
         extended = PathSpec(best, probe.extrapolate)
         result = yield replace(fitted, nodes=result.nodes).probe(extended, probe.points, again=True)

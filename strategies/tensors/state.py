@@ -1,7 +1,7 @@
 """The state of a model: its tensors by name, as `torch.nn.Module.state_dict` gives them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 import torch
@@ -33,6 +33,16 @@ def tied(state: State) -> dict[str, str]:
         name: first_names.setdefault((t.data_ptr(), t.shape, t.stride()), name) if t.numel() else name
         for name, t in state.items()
     }
+
+
+def added_prefix(names: Collection[str], wanted: Collection[str]) -> str:
+    """Return what stands before every wanted name among other names; empty where nothing does.
+
+    `DataParallel` and `torch.compile` put such a prefix before the names of the module that they wrap.
+    """
+    first = next(iter(wanted), "")
+    prefixes = sorted(name.removesuffix(first) for name in names if name.endswith(f".{first}"))
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in names for name in wanted)), "")
 
 
 def distance(a: State, b: State) -> float:

@@ -164,3 +164,17 @@ def test_steps_are_taken_on_small_parts_of_large_and_sorted_batches():
     assert len(parts) == local.steps == 4
     assert all(len(part) == 25 and part[0] < 0.05 and part[-1] > 0.95 for part in parts)
     assert sorted(chain(*parts)) == inputs[:, 0].tolist()
+
+
+def test_steps_on_a_graph_are_taken_on_all_of_it():
+    class Graph(nn.Linear):
+        def forward(self, x, edges):
+            sizes.append(len(x))
+            return super().forward(x).index_add(0, edges[1], x[edges[0]])
+
+    sizes = []
+    x, edges = torch.randn(100, 3), torch.randint(100, (2, 40))
+    model, batches = Graph(3, 3), [({"x": x, "edges": edges}, x.argmax(1))]
+    sums = trial(model, model.state_dict(), batches, batches, seen(OPTIMIZERS["SGD"]), 7, TASK)
+    assert set(sizes) == {100}
+    assert sums.loss_after[1] < sums.loss_after[0]

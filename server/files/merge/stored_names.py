@@ -99,7 +99,7 @@ def _readable(names: Mapping[str, object]) -> set[str]:
 
 
 def _is_unread(name: str, models: Mapping[Path, StoredModel], names: Mapping[Path, Mapping[str, str]]) -> bool:
-    """Return True if a tensor is a buffer: one vector of angles, numbers of places, or a mask of four axes."""
+    """Return True if a tensor is a buffer: rotary frequencies, position ids, or a causal mask, which has four axes."""
     if not _UNREAD.fullmatch(name):
         return False
     holders = [models[path][own[name]] for path, own in names.items() if name in own]

@@ -243,11 +243,6 @@ def read_lines(folder: Path) -> tuple[list[RoundReport], list[str]]:
     return [reports[number] for number in sorted(reports)], unread
 
 
-def missing_reports(folder: Path, done: int) -> list[int]:
-    """Return the rounds up to the last finished one whose reports are not in the folder."""
-    return sorted(set(range(1, done + 1)) - {report.round for report in read_reports(folder)})
-
-
 def _unshared(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tied tensors written out in full: safetensors refuses memory that two names share."""
     result, end = {}, 0

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedbasin.strategies.tensors.state import distance, extrapolate, floating, interpolate
+from fedbasin.strategies.tensors.state import added_prefix, distance, extrapolate, floating, interpolate
 
 
 def test_only_floating_tensors_can_be_averaged() -> None:
@@ -38,3 +40,13 @@ def test_beyond_its_end_a_path_takes_running_statistics_from_there() -> None:
     moved = extrapolate(a, b, 2.0)
     assert moved["norm.weight"] == 3.0  # a gain is learned, and positive only for once
     assert moved["norm.running_var"] == 1.0
+
+
+@given(st.lists(st.sampled_from(["a.weight", "a.bias", "b.0.weight", "c"]), min_size=1, unique=True))
+def test_a_prefix_is_found_where_it_stands_before_every_name(names: list[str]) -> None:
+    for prefix in ("module.", "_orig_mod.", "model.encoder."):
+        wrapped = {prefix + name for name in names}
+        assert added_prefix(wrapped, names) == prefix
+        assert added_prefix(wrapped | {"other"}, names) == prefix
+        assert added_prefix(wrapped, [*names, "another"]) == ""
+    assert added_prefix(names, names) == added_prefix([], names) == added_prefix(names, []) == ""
