@@ -257,19 +257,25 @@ class PathSpec(_message.Message):
 
     MIX_FIELD_NUMBER: _builtins.int
     EXTRAPOLATE_FIELD_NUMBER: _builtins.int
+    SCALED_FIELD_NUMBER: _builtins.int
     mix: _builtins.float
     extrapolate: _builtins.float
+    @_builtins.property
+    def scaled(self) -> Global___Block: ...
     def __init__(
         self,
         *,
         mix: _builtins.float = ...,
         extrapolate: _builtins.float = ...,
+        scaled: Global___Block | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scaled", b"_scaled", "scaled", b"scaled"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extrapolate", b"extrapolate", "mix", b"mix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scaled", b"_scaled", "extrapolate", b"extrapolate", "mix", b"mix", "scaled", b"scaled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__scaled: _TypeAlias = _typing.Literal["scaled"]  # noqa: Y015
+    _WhichOneofArgType__scaled: _TypeAlias = _typing.Literal["_scaled", b"_scaled"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scaled) -> _WhichOneofReturnType__scaled | None: ...
 
 Global___PathSpec: _TypeAlias = PathSpec  # noqa: Y015
 
@@ -1034,6 +1040,8 @@ class Choice(_message.Message):
     AVERAGE_ACCURACY_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     PAUSE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    SCALE_GAIN_FIELD_NUMBER: _builtins.int
     served: _builtins.str
     served_round: _builtins.int
     trained_on: _builtins.str
@@ -1043,6 +1051,8 @@ class Choice(_message.Message):
     average_accuracy: _builtins.float
     examples: _builtins.float
     pause: _builtins.int
+    scale: _builtins.float
+    scale_gain: _builtins.float
     def __init__(
         self,
         *,
@@ -1055,19 +1065,25 @@ class Choice(_message.Message):
         average_accuracy: _builtins.float | None = ...,
         examples: _builtins.float = ...,
         pause: _builtins.int = ...,
+        scale: _builtins.float | None = ...,
+        scale_gain: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_average_accuracy", b"_average_accuracy", "accuracy", b"accuracy", "average_accuracy", b"average_accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_average_accuracy", b"_average_accuracy", "_scale", b"_scale", "accuracy", b"accuracy", "average_accuracy", b"average_accuracy", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_average_accuracy", b"_average_accuracy", "accuracy", b"accuracy", "average_accuracy", b"average_accuracy", "average_loss", b"average_loss", "examples", b"examples", "loss", b"loss", "pause", b"pause", "served", b"served", "served_round", b"served_round", "trained_on", b"trained_on"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy", "_average_accuracy", b"_average_accuracy", "_scale", b"_scale", "accuracy", b"accuracy", "average_accuracy", b"average_accuracy", "average_loss", b"average_loss", "examples", b"examples", "loss", b"loss", "pause", b"pause", "scale", b"scale", "scale_gain", b"scale_gain", "served", b"served", "served_round", b"served_round", "trained_on", b"trained_on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accuracy: _TypeAlias = _typing.Literal["accuracy"]  # noqa: Y015
     _WhichOneofArgType__accuracy: _TypeAlias = _typing.Literal["_accuracy", b"_accuracy"]  # noqa: Y015
     _WhichOneofReturnType__average_accuracy: _TypeAlias = _typing.Literal["average_accuracy"]  # noqa: Y015
     _WhichOneofArgType__average_accuracy: _TypeAlias = _typing.Literal["_average_accuracy", b"_average_accuracy"]  # noqa: Y015
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__accuracy) -> _WhichOneofReturnType__accuracy | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__average_accuracy) -> _WhichOneofReturnType__average_accuracy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
 
 Global___Choice: _TypeAlias = Choice  # noqa: Y015
 

@@ -353,6 +353,8 @@ class Choice:
         average_accuracy: its accuracy.
         examples: number of examples of the comparison.
         pause: number of rounds without a comparison that follow.
+        scale: factor of the outputs of the served model's last layer, where the model was too sure of them; None for 1.
+        scale_gain: part of the loss that this factor has removed.
     """
 
     served: str
@@ -364,6 +366,8 @@ class Choice:
     average_accuracy: float | None = None
     examples: float = 0.0
     pause: int = 0
+    scale: float | None = None
+    scale_gain: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,13 @@ class PathSpec:
         mix: share of the refitted model in a point of the line from the fused to the refitted model.
         extrapolate: 0 for that line itself, up to the point at `mix`; otherwise the path runs from the global model
             through the point at `mix`, to this multiple of its distance.
+        scaled: tensors of the last layer, where the path ends in that end and these tensors are zero at its start: the
+            model whose outputs are multiplied by 0 to 1. None for a path between models.
     """
 
     mix: float = 1.0
     extrapolate: float = 0.0
+    scaled: Block | None = None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,19 @@ class TestASplit:
         first, same, other = (split(task, 5, seed)[0].tolist() for seed in (0, 0, 1))
         assert first == same != other
 
+    def test_of_quantity_gives_clients_shares_of_very_different_sizes(self, scratch):
+        sizes = sorted(len(own) for own in SPLITS["quantity"](0.3)(tasks.load("digits", scratch), 10, 0))
+        assert sizes[0] >= 2
+        assert sizes[-1] > 10 * sizes[0]
+        assert sum(sizes) == len(tasks.load("digits", scratch).train[1])
+
+    @pytest.mark.parametrize("name", ["diabetes", "sayings", "scenes", "python_topics"])
+    def test_by_dirichlet_skews_targets_that_are_no_classes_by_their_strata(self, scratch, name):
+        task = tasks.load(name, scratch)
+        strata = [task.labels[own].unique() for own in SPLITS["dirichlet"](0.1)(task, 10, 0)]
+        assert len(task.labels.unique()) == 10
+        assert min(map(len, strata)) < 5
+
     def test_of_shards_leaves_few_labels_to_a_client(self, scratch):
         task = tasks.load("digits", scratch)
         labels = [task.train[1][own].unique() for own in SPLITS["shards"](2)(task, 10, 0)]
@@ -97,6 +110,16 @@ class TestASplit:
         fonts = [set(task.groups[own].tolist()) for own in SPLITS["groups"]()(task, 4, 0)]
         assert sum(map(len, fonts)) == len(set.union(*fonts)) == 16
 
+    def test_by_group_gives_clients_instruments_of_their_own(self, scratch):
+        plain, task = (tasks.load(name, scratch) for name in ("digits", "digits(sources=4)"))
+        assert torch.equal(plain.train[1], task.train[1])
+        for own in SPLITS["groups"]()(task, 4, 0):
+            (source,) = task.groups[own].unique()
+            ratio = (task.train[0][own].flatten(1).std(0) / plain.train[0][own].flatten(1).std(0)).nan_to_num(1.0)
+            others = task.train[0][task.groups != source].flatten(1).mean(0)
+            assert ratio.std() > 0.1
+            assert (task.train[0][own].flatten(1).mean(0) - others).abs().max() > 0.1
+
 
 class TestATask:
     @pytest.mark.parametrize("name", ["digits", "wine", "cancer", "clusters", "teacher", "recall"])
@@ -105,6 +128,55 @@ class TestATask:
         for inputs, labels in (task.train, task.test):
             assert len(inputs) == len(labels)
             assert set(labels.tolist()) == set(range(task.classes))
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "outputs"),
+        [("diabetes", (10,), 1), ("friedman", (10,), 1), ("sayings", (1, 8, 8), 6), ("scenes", (1, 16, 16), 11)],
+    )
+    def test_without_classes_has_targets_of_its_kind(self, scratch, name, shape, outputs):
+        task = tasks.load(name, scratch)
+        assert (task.shape, task.classes) == (shape, outputs)
+        targets = torch.cat([task.train[1], task.test[1]])
+        if task.kind == "regression":
+            assert targets.dtype == torch.float32
+            assert abs(targets.mean()) < 0.1
+        else:
+            assert set(targets.unique().tolist()) == set(range(11 if task.kind == "pixels" else 2))
+
+    @pytest.mark.parametrize("name", ["modules", "python_topics"])
+    def test_of_text_has_passages_that_are_not_those_of_the_test(self, scratch, name):
+        task = tasks.load(name, scratch)
+        passages = [set(map(tuple, part[0].tolist())) for part in (task.train, task.test)]
+        # Rules of tables are all alike.
+        assert len(set.intersection(*passages)) <= len(passages[0]) / 100
+        assert int(task.train[0].max()) < task.tokens
+
+    @pytest.mark.parametrize("name", ["satellite", "vowels", "handwriting"])
+    def test_of_a_file_that_is_not_there_says_where_it_comes_from(self, tmp_path, name):
+        with pytest.raises(SpecError, match=r"fetched\.py says where it comes from"):
+            tasks.load(name, tmp_path)
+
+    def test_of_vowels_is_read_from_series_of_different_lengths(self, tmp_path):
+        folder = tmp_path / "JapaneseVowels"
+        folder.mkdir()
+        for part in ("TRAIN", "TEST"):
+            lines = ("1,2:3,4:1", "5,6,7:8,9,10:9")
+            (folder / f"JapaneseVowels_{part}.ts").write_text("@dimensions 2\n@data\n" + "\n".join(lines) + "\n")
+        (inputs, labels), _ = (task := tasks.load("vowels", tmp_path)).train, task.test
+        assert inputs.shape == (2, 29, 2)
+        assert inputs[0, -2:].tolist() == [[1, 3], [2, 4]]
+        assert not inputs[0, :-2].any()
+        assert labels.tolist() == [0, 8]
+
+    def test_of_handwriting_is_read_from_a_file_for_each_digit(self, tmp_path):
+        folder = tmp_path / "mnist-digits"
+        folder.mkdir()
+        for digit in range(10):
+            (folder / f"{digit}.json").write_text(json.dumps({"data": 2 * 784 * [digit / 10]}))
+        task = tasks.load("handwriting(train=12, test=8)", tmp_path)
+        inputs, labels = (torch.cat(parts) for parts in zip(task.train, task.test, strict=True))
+        assert inputs.shape == (20, 1, 28, 28)
+        assert torch.allclose(inputs[:, 0, 0, 0], labels / 10)
 
     def test_of_letters_is_read_from_the_users_file(self, tmp_path):
         with pytest.raises(SpecError, match=r"there is no .*letter-recognition\.data"):
@@ -135,6 +207,13 @@ class TestATask:
         ("cnn_norm", "digits"),
         ("transformer", "digits"),
         ("transformer", "recall"),
+        ("mlp(8)", "diabetes"),
+        ("small_cnn", "sayings"),
+        ("segmenter", "scenes"),
+        ("resnet(4)", "digits"),
+        ("quickstart", "colour_digits"),
+        ("lstm(8)", "modules"),
+        ("gpt2(8)", "python_topics"),
         ("lora(rank=2, width=8)", "digits"),
         pytest.param("lora_bert(rank=2)", "topics", marks=pytest.mark.slow),
     ],
@@ -187,6 +266,43 @@ class TestARule:
         assert heavy[1].loss == pytest.approx(mean[1].loss, rel=1e-4)
         assert plain[1].loss != pytest.approx(mean[1].loss, rel=1e-3)
 
+    def test_has_clients_that_keep_a_tenth_of_their_examples_out_of_training(self, scratch):
+        experiment = prepare(DIGITS, scratch, print)
+        for client, own in enumerate(experiment.slices):
+            trained, kept = experiment.examples(client), experiment.others(client)
+            assert len(kept[1]) == max(1, round(len(own) / 10))
+            both = torch.cat([trained[0], kept[0]]).flatten(1)
+            whole = experiment.task.train[0][own].flatten(1)
+            assert torch.equal(both[both.sum(1).argsort()].sum(1), whole[whole.sum(1).argsort()].sum(1))
+
+    def test_compares_models_by_what_clients_do_not_train_on_unless_it_says_otherwise(self, run):
+        setting = replace(DIGITS, rule="auto", split="dirichlet(0.3)")
+        kept, own = (run(replace(setting, rule=rule), 2) for rule in ("auto", "auto(held_out=0.1)"))
+        assert kept[0].loss == own[0].loss
+        assert kept[-1].loss != own[-1].loss
+
+    def test_trains_with_the_optimizer_that_the_setting_names(self, run):
+        adam, sgd = (run(replace(DIGITS, training=Training(1, optimizer=name)), 1) for name in ("adamw", "sgd"))
+        assert adam[0].loss == sgd[0].loss
+        assert adam[1].loss != sgd[1].loss
+        with pytest.raises(SpecError, match="no optimizer is called 'adam'; there are adamw, sgd"):
+            run(replace(DIGITS, training=Training(1, optimizer="adam")), 1)
+
+    @pytest.mark.parametrize("task", ["scenes", "python_topics"])
+    def test_of_a_closed_form_refuses_a_task_of_places(self, run, task):
+        model = "segmenter" if task == "scenes" else "gpt2(8)"
+        with pytest.raises(SpecError, match="predicts one row for an example"):
+            run(replace(QUICK, task=task, model=model, rule="RidgeHead"))
+
+    def test_of_clients_alone_is_level_with_none_of_their_merges(self, run):
+        setting = replace(DIGITS, training=Training(10), split="iid")
+        (alone,), (ensemble,) = (run(replace(setting, rule=rule)) for rule in ("Alone", "Ensemble"))
+        (_, mean) = run(replace(setting, rule="fedavg(start='own')"), 1)
+        assert 0.2 < alone.accuracy < ensemble.accuracy
+        assert mean.accuracy < alone.accuracy
+        with pytest.raises(SpecError, match="averages the probabilities of classes"):
+            run(replace(setting, task="diabetes", rule="Ensemble"))
+
     def test_fedprox_holds_clients_at_the_model_that_was_sent(self, run):
         free, held = (run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3))
         assert abs(held[1].loss - held[0].loss) < abs(free[1].loss - free[0].loss)
@@ -206,6 +322,7 @@ class TestARule:
 
     def test_of_a_closed_form_does_not_depend_on_the_split(self, run):
         head = replace(DIGITS, rule="RidgeHead")
+        head = replace(head, training=Training(1, held=0.0))
         (skewed,), (even,) = run(head), run(replace(head, split="iid"))
         assert skewed.loss == pytest.approx(even.loss, rel=1e-4)
         assert even.accuracy > 0.9
@@ -313,6 +430,21 @@ class TestASummary:
             ["2", "loss 1.000", "0.900, `FedAvg` |"],
         ]
         assert behind.cells(summary.scenes(curve([0, 0.5], "auto") | curve([0, 0.5]))) == "None of 2 cells."
+
+    def test_without_right_and_wrong_are_compared_by_loss_alone(self, tmp_path):
+        curves = curve([math.nan, math.nan], "auto", loss=0.5) | curve([math.nan, math.nan], "FedAvg", loss=0.4)
+        curves |= curve([math.nan, math.nan], "FedAvgM(server_momentum=0.5)", loss=0.3)
+        curves |= curve([math.nan, math.nan], "FedAvgM(server_momentum=0.9)", loss=0.7)
+        count, *lines = behind.cells(summary.scenes(curves)).splitlines()
+        assert count == "1 of 1 cells."
+        assert "loss 0.500 | 0.300, `FedAvgM(server_momentum=0.5)`" in lines[-1]
+        page.write(tmp_path / "protocol.md", curves)
+        text = (tmp_path / "protocol.md").read_text()
+        assert "![Loss by round" in text
+        assert "| rule | seeds | client s / round |" in text
+        assert "by the mean test loss over rounds: FedAvgM 2" in text
+        (picture,) = (tmp_path / "protocol").glob("*.svg")
+        assert "nan" not in picture.read_text()
 
     def test_becomes_a_page_with_pictures(self, tmp_path):
         page.write(tmp_path / "protocol.md", curve([0, 0.5]) | curve([0, 0.3], "RidgeHead"))

@@ -55,7 +55,10 @@ NoProof = Annotated[
 MatcherName = Annotated[str, typer.Option("--matcher", help="weights, sinkhorn, graph, activations or learned.")]
 Smoothing = Annotated[
     float | None,
-    typer.Option(callback=finite, help="Label smoothing of --matcher learned; 0 where data are many. Default: 0.1."),
+    typer.Option(
+        callback=finite,
+        help="Label smoothing of --matcher learned. Default: 0.1 where the model has memorised the data, else 0.",
+    ),
 ]
 RotateResidual = Annotated[
     bool,

@@ -80,6 +80,7 @@ def choice_line(choice: Choice) -> str:
     """Return one line about the models that a round serves and trains on."""
     origin = Origin[choice.served]
     when = f" (round {choice.served_round})" if origin is Origin.kept else ""
+    when += f", its outputs times {choice.scale:.2g}" if choice.scale is not None else ""
     line = (
         f"serves {origin.value}{when}: {_judged(choice.loss, choice.accuracy)} on {choice.examples:.0f} examples that no "
         f"layer was fitted to; the mean of the clients' models has {_judged(choice.average_loss, choice.average_accuracy)}; "

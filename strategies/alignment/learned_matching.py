@@ -40,6 +40,9 @@ from fedbasin.strategies.tensors.state import State, interpolate
 # Number of batches on which the start and the end of the search are compared.
 _COMPARED = 8
 
+# Label smoothing of examples that a client has memorised.
+_SMOOTHING = 0.1
+
 
 @dataclass(frozen=True)
 class Search:
@@ -50,8 +53,9 @@ class Search:
         rate: learning rate of groups that mix entries, at the beginning; it falls to 0 along a cosine.
         order_rate: learning rate of groups that permute, whose elements change only after many steps.
         spread: largest distance of the drawn point on the path from its place.
-        smoothing: label smoothing. A client has memorised its own examples: without smoothing their loss soon
-            vanishes, and the transform fits them alone.
+        smoothing: label smoothing. Of examples that a client has memorised the loss soon vanishes without it, and the
+            transform fits them alone; where data are many, as text, it hides what learning gains. None takes 0.1
+            where the client's own loss is below that of a model that is no surer than such labels, and 0 elsewhere.
         seed: seed of the drawn points.
     """
 
@@ -59,7 +63,7 @@ class Search:
     rate: float = 0.02
     order_rate: float = 0.1
     spread: float = 0.1
-    smoothing: float = 0.1
+    smoothing: float | None = None
     seed: int = 0
 
 
@@ -99,8 +103,10 @@ def match_learned(
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")
     search, task = search or Search(), task or guess_task(model, batches)
     folded = symmetry.fold(anchor)
+    if search.smoothing is None:
+        search = replace(search, smoothing=_smoothing(symmetry, model, client, batches, task))
     start = _better_start(symmetry, model, folded, client, batches, place, search, task)
-    problem = _Problem(symmetry, model, folded, start.state, place, search.smoothing, task)
+    problem = _Problem(symmetry, model, folded, start.state, place, search.smoothing or 0.0, task)
     learned = _learn_transform(problem, batches, search)
     if learned is None:
         return start
@@ -110,6 +116,15 @@ def match_learned(
     distance = math.hypot(*distances(symmetry, problem.anchor, state).values())
     report = replace(start.report, spaces=spaces, distance_after=distance)
     return Alignment(state, transform, report)
+
+
+def _smoothing(symmetry: Symmetry, model: nn.Module, client: State, batches: Batches, task: Task) -> float:
+    """Return the label smoothing for a client's own examples: none unless it is surer of them than smoothed labels are."""
+    state = symmetry.fold(client)
+    own = _Problem(symmetry, model, state, state, 1.0, 0.0, task)
+    compared = len(list(islice(read_normalised(batches, model), _COMPARED)))
+    (loss,) = _losses([own], [Transform(symmetry, {})], batches)
+    return _SMOOTHING if loss / max(compared, 1) < -math.log1p(-_SMOOTHING) else 0.0
 
 
 def _better_start(
@@ -125,7 +140,7 @@ def _better_start(
     """Return the alignment by weights, or the one by activations where its loss at the place is lower."""
     features = correlations(symmetry, model, anchor, symmetry.fold(client), batches)
     starts = match_weights(symmetry, anchor, client), match_activations(symmetry, anchor, client, features)
-    problems = [_Problem(symmetry, model, anchor, s.state, place, search.smoothing, task) for s in starts]
+    problems = [_Problem(symmetry, model, anchor, s.state, place, search.smoothing or 0.0, task) for s in starts]
     losses = _losses(problems, [Transform(symmetry, {})] * 2, batches)
     return starts[int(losses[1] < losses[0])]
 

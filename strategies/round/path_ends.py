@@ -1,5 +1,6 @@
 """The ends of a path among the models of one round."""
 
+import torch
 from torch import Tensor
 
 from fedbasin.proto.request import PathSpec
@@ -18,6 +19,10 @@ def path_ends(
         refitted: that model with layers fitted.
     """
     through = interpolate(fused, refitted, spec.mix)
-    if not spec.extrapolate:
-        return dict(fused), through
-    return extrapolate(start, through, 0.0), extrapolate(start, through, spec.extrapolate)
+    if spec.extrapolate:
+        first, last = (extrapolate(start, through, length) for length in (0.0, spec.extrapolate))
+    else:
+        first, last = dict(fused), through
+    if spec.scaled is not None:
+        first = {**last, **{name: torch.zeros_like(last[name]) for name in spec.scaled}}
+    return first, last

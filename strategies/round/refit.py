@@ -261,6 +261,12 @@ class ProbePath:
         return dict(self._model)
 
 
+class ScaleOutputs(ProbePath):
+    """A stage in which clients evaluate a model with the outputs of its last layer scaled."""
+
+    stage = "scale"
+
+
 class Trial(ProbePath):
     """A stage in which clients take their first local steps from a model, and keep nothing of them.
 

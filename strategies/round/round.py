@@ -30,13 +30,14 @@ from fedbasin.strategies.round.choice import (
     best_ahead,
     best_candidate,
     best_point,
+    best_scaled,
     candidates,
     is_slow,
     is_trainable,
 )
 from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
-from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, Trial
+from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, ScaleOutputs, Trial
 from fedbasin.strategies.round.stage import Accumulate, Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -62,6 +63,9 @@ class RoundResult:
 
 # Points between the mean and a distilled model that clients evaluate.
 DISTILLED_POINTS = 5
+
+# Factors from 0 to 1 by which clients scale the outputs of the model that is served.
+_SCALES = 11
 
 Round: TypeAlias = Generator[StagePlan, StageResult, RoundResult]
 # Chooses how clients send what they know about the layers that a round fits.
@@ -231,16 +235,17 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     if probe is None:
         return RoundResult(dict(fitted.model))
 
+    last = fused.layer_graph.head if fused.layer_graph else None
+
     def for_all(curve: Path | None, path: PathSpec) -> Path | None:
-        head = fused.layer_graph.head if fused.layer_graph else None
-        if curve is None or head is None or stages.memory is None or stages.memory.newest is None:
+        if curve is None or last is None or stages.memory is None or stages.memory.newest is None:
             return curve
-        names = tensor_names(head)
+        names = tensor_names(last)
         models = ({name: model[name] for name in names} for model in (anchor, fitted.start, fitted.model))
         start, end = path_ends(path, *models)
-        return for_all_clients(curve, join(head, start), join(head, end), *stages.memory.newest)
+        return for_all_clients(curve, join(last, start), join(last, end), *stages.memory.newest)
 
-    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall))
+    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, last))
 
 
 def _fit(
@@ -267,6 +272,7 @@ def _choose(
     probe: LossProbe,
     for_all: Callable[[Path | None, PathSpec], Path | None],
     shortfall: float,
+    head: Block | None,
 ) -> Round:
     """Compare points between and beyond the fused and the fitted model, and try where training can go on.
 
@@ -278,6 +284,7 @@ def _choose(
         probe: the search.
         for_all: a path as all clients would have evaluated it, those included that the round has not asked.
         shortfall: loss of the mean above that of the served model when they were last compared.
+        head: the last layer, whose outputs are scaled; None where it is not known.
     """
     result = yield fitted.probe(PathSpec(), probe.points)
     line = for_all(result.curve, PathSpec())
@@ -305,10 +312,56 @@ def _choose(
     trained_on = Origin.fitted if is_trainable(trial, average.loss - served.loss) else Origin.average
     choice = _choice(served, average, trained_on, line.examples)
     model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
+    place = _place_of(served, best, probe.extrapolate)
+    if head is not None and place is not None and served.accuracy is not None:
+        choice = yield from _scale(choice, replace(fitted, nodes=result.nodes), place, head, for_all)
+    if choice.scale is not None and head is not None:
+        model = _with_scaled_outputs(model or fitted.start, head, choice.scale)
     if trained_on is Origin.average:
         return RoundResult(dict(fitted.start), model, choice=choice)
     _, further = path_ends(path, anchor, fitted.start, fitted.model)
     return RoundResult(further, model, dict(fitted.start), choice)
+
+
+def _scale(
+    choice: Choice,
+    fitted: _Fitted,
+    place: PathSpec,
+    head: Block,
+    for_all: Callable[[Path | None, PathSpec], Path | None],
+) -> Generator[StagePlan, StageResult, Choice]:
+    """Scale the outputs of the model that is served to where the clients' loss is lowest.
+
+    Args:
+        choice: the choice of that model.
+        fitted: the fused model with fitted layers.
+        place: a path that ends in the model that is served.
+        head: its last layer.
+        for_all: a path as all clients would have evaluated it.
+    """
+    path = replace(place, scaled=tensor_names(head))
+    make = partial(ScaleOutputs, fitted.model, fitted.sequence, path, _SCALES)
+    result = yield StagePlan(make, {}, fitted.nodes, may_fail=True)
+    models = candidates(for_all(result.curve, path))
+    scaled = best_scaled(models, choice.examples) if models else None
+    if scaled is None:
+        return choice
+    return replace(choice, loss=scaled.loss, scale=scaled.point, scale_gain=choice.loss - scaled.loss)
+
+
+def _with_scaled_outputs(model: State, head: Block, scale: float) -> dict[str, Tensor]:
+    """Return a model with the outputs of its last layer scaled."""
+    return {**model, **{name: scale * model[name] for name in tensor_names(head)}}
+
+
+def _place_of(candidate: Candidate, best: float, extrapolate: float) -> PathSpec | None:
+    """Return a path that ends in a model which clients have evaluated; None for one of a line of its own."""
+    if candidate.origin is Origin.client:
+        return None
+    if not candidate.is_extended:
+        return PathSpec(candidate.point)
+    # A path of no length is the line from the fused to the fitted model.
+    return PathSpec(best, extrapolate * candidate.point) if candidate.point else None
 
 
 def _choice(served: Candidate, average: Candidate, trained_on: Origin, examples: float) -> Choice:

@@ -23,6 +23,7 @@ from tests.federation import Federation
 from tests.quickstart.task import Net, train
 
 CLIENTS, BATCH, ROUNDS, TEST = 4, 32, 20, 360
+VALIDATION = 0.2  # of a client's examples, as in the quickstart
 RATES = (0.005, 0.02, 0.1, 0.3)
 SEEDS = (0, 1, 2)
 RECIPES = ("fedavg", "auto")
@@ -31,7 +32,8 @@ COLUMNS = ("learning rate, recipe", *(f"round {number}" for number in SHOWN))
 
 HOW = f"""The small convolutional network of Flower's PyTorch quickstart with its optimizer, SGD with momentum .9, {CLIENTS} clients,
 an epoch a round in batches of {BATCH}, digits as colour images of 32 x 32, shares drawn evenly; test accuracy of the served
-model on {TEST} images, mean of {len(SEEDS)} seeds. `auto` has the mod's own tenth of the examples to compare models by."""
+model on {TEST} images, mean of {len(SEEDS)} seeds. As in the quickstart, clients keep {VALIDATION:.0%} of their images for
+evaluation under either recipe; `auto` compares models by them."""
 
 
 @cache
@@ -46,16 +48,21 @@ def make_app(seed: int, rate: float) -> ClientApp:
     """Return the quickstart's app with the mod: every client trains for one epoch a round."""
     order = torch.randperm(len(colour_digits()[1]), generator=torch.Generator().manual_seed(seed))[TEST:]
 
-    def batches(context: Context) -> list[dict[str, Tensor]]:
+    def loaders(context: Context) -> tuple[list[dict[str, Tensor]], ...]:
         own = order.chunk(CLIENTS)[int(context.node_config["partition-id"])]
+        kept = round(VALIDATION * len(own))
         images, labels = colour_digits()
-        return [{"img": images[part], "label": labels[part]} for part in own.split(BATCH)]
+        return tuple(
+            [{"img": images[rows], "label": labels[rows]} for rows in part.split(BATCH)]
+            for part in (own[kept:], own[:kept])
+        )
 
-    app = ClientApp(mods=[basin(Net, batches)])
+    mod = basin(Net, data=lambda context: loaders(context)[0], held_out=lambda context: loaders(context)[1])
+    app = ClientApp(mods=[mod])
 
     @app.train()
     def train_app(message: Message, context: Context) -> Message:
-        model, loader = Net(), batches(context)
+        model, loader = Net(), loaders(context)[0]
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         loss = train(model, loader, 1, rate, torch.device("cpu"))
         examples = sum(len(batch["label"]) for batch in loader)

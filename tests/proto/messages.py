@@ -112,7 +112,7 @@ refits = st.builds(
     st.lists(blocks, max_size=3).map(tuple),
     names,
     counts,
-    st.none() | st.builds(PathSpec, numbers, numbers),
+    st.none() | st.builds(PathSpec, numbers, numbers, st.none() | blocks),
     norms,
 )
 paths = st.builds(PathSums, *5 * [st.lists(numbers, max_size=3).map(tuple)], numbers, counts)

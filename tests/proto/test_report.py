@@ -139,7 +139,7 @@ def full_report():
         last=True,
         problem="none",
         incidents=(Incident("loss_rose", "loss 0.5 to 2"),),
-        choice=Choice("fitted", 2, "average", 0.25, 0.875, 0.5, 0.75, 151.0, 1),
+        choice=Choice("fitted", 2, "average", 0.25, 0.875, 0.5, 0.75, 151.0, 1, 0.5, 0.125),
     )
 
 

@@ -24,12 +24,12 @@ def cells(scenes: Mapping[Scene, Iterable[Row]], name: str = "auto") -> str:
     compared = 0
     for scene, all_rows in scenes.items():
         rows = list(all_rows)
-        for row in (row for row in rows if parse(row.rule).name == name):
+        for row in (row for row in rows if str(parse(row.rule)) == name):
             pairs = list(_pairs(row, [peer for peer in rows if parse(peer.rule).name in _PEERS]))
-            compared += len(pairs)
+            compared += len(pairs) * (2 if row.has_accuracy else 1)
             lines += [f"| {heading(scene)} | {text} |" for pair in pairs for text in _behind(*pair)]
     behind = len(lines) - 2
-    return "\n".join([f"{behind} of {2 * compared} cells.", "", *lines]) if behind else f"None of {2 * compared} cells."
+    return "\n".join([f"{behind} of {compared} cells.", "", *lines]) if behind else f"None of {compared} cells."
 
 
 def _pairs(row: Row, peers: Sequence[Row]) -> Iterator[tuple[Point, list[tuple[str, Point]]]]:
@@ -42,7 +42,7 @@ def _pairs(row: Row, peers: Sequence[Row]) -> Iterator[tuple[Point, list[tuple[s
 
 def _behind(point: Point, peers: list[tuple[str, Point]]) -> Iterator[str]:
     rule, best = max(peers, key=lambda peer: peer[1].accuracy)
-    if point.accuracy < best.accuracy - _POINTS:
+    if point.accuracy < best.accuracy - _POINTS:  # never where both are NaN
         yield f"{point.round} | accuracy {point.accuracy:.3f} | {best.accuracy:.3f}, `{rule}`"
     rule, best = min(peers, key=lambda peer: math.inf if math.isnan(peer[1].loss) else peer[1].loss)
     if not point.loss <= (1 + _PART) * best.loss:

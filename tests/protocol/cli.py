@@ -57,7 +57,11 @@ def run(
     clients: Annotated[int, typer.Option(min=1, help="How many clients.")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="Local epochs in a round.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a local step.")] = 32,
-    rate: Annotated[float, typer.Option(min=0, help="Learning rate of local AdamW.")] = 1e-3,
+    rate: Annotated[float, typer.Option(min=0, help="Learning rate of the local optimizer.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="`adamw`, or `sgd` with momentum .9.")] = "adamw",
+    held: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of its examples that a client keeps for evaluation.")
+    ] = 0.1,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
     file: Results = _RESULTS,
     cache: Annotated[Path, typer.Option(help="Where drawn examples are kept.")] = _SCRATCH,
@@ -67,7 +71,7 @@ def run(
     json_lines: Json = False,
 ) -> None:
     """Measure what the file does not have yet."""
-    training = Training(epochs, batch, rate)
+    training = Training(epochs, batch, rate, optimizer=optimizer, held=held)
     settings = [
         Setting(*names, seed, clients, training)
         for names in product(_texts(task), _texts(split), _texts(model), _texts(rule))
@@ -140,6 +144,6 @@ def _watched(
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("rounds", total=total)
         for setting, point in found:
-            text = f"{setting.rule} {setting.split} seed {setting.seed}: {point.accuracy:.3f}"
+            text = f"{setting.rule} {setting.split} seed {setting.seed}: {point.accuracy:.3f}, loss {point.loss:.3f}"
             progress.update(bar, advance=point.round > 0, description=text)
             yield setting, point

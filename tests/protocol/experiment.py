@@ -40,7 +40,8 @@ class Experiment:
         seed: of the whole.
         record: takes each point.
         meter: of what it costs.
-        held: share of its examples that a client does not train on, but compares models on.
+        held_out: share of what a client trains on by which the mod compares models; None for the examples that the
+            client does not train on.
     """
 
     task: Task
@@ -50,15 +51,23 @@ class Experiment:
     seed: int
     record: Record
     meter: Meter = field(default_factory=Meter)
-    held: float = 0.0
+    held_out: float | None = None
 
     def examples(self, client: int) -> Examples:
         """Those that one client trains on."""
         return self._parted(client)[1]
 
-    def held_out(self, client: int) -> Examples:
-        """Those that it does not."""
+    def others(self, client: int) -> Examples:
+        """Those that it keeps for evaluation, as the apps of Flower's quickstarts do."""
         return self._parted(client)[0]
+
+    def own_model(self, client: int) -> nn.Module:
+        """A client's model with an initialisation of its own."""
+        return self.make_model(1000 + 77 * self.seed + client)
+
+    def order(self, client: int, server_round: int) -> int:
+        """The seed of the order in which a client reads its examples in a round."""
+        return 1000 * (server_round - 1) + client + 77 * self.seed
 
     def _parted(self, client: int) -> tuple[Examples, Examples]:
         inputs, labels = self.task.train
@@ -70,7 +79,8 @@ class Experiment:
         return (inputs[own[held]], labels[own[held]]), (inputs[own[~held]], labels[own[~held]])
 
     def _held_of(self, own: int) -> int:
-        return max(1, round(self.held * own)) if self.held else 0
+        held = self.training.held
+        return max(1, round(held * own)) if held else 0
 
     def federation(self, run_config: dict[str, Any]) -> MeteredFederation:
         """All clients, with Flower's run config."""
@@ -80,7 +90,7 @@ class Experiment:
         """Record what the server has after a round."""
         meter = self.meter
         with meter.nobody():
-            accuracy, loss = evaluate(predict, self.task.test)
+            accuracy, loss = evaluate(predict, self.task.test, self.task.kind)
             costs = meter.bytes_up, meter.bytes_down, meter.client_seconds, meter.server_seconds
             self.record(Point(server_round, accuracy, loss, *costs))
 
@@ -106,7 +116,8 @@ def prepare(setting: Setting, cache_folder: Path, record: Record) -> Experiment:
         torch.manual_seed(seed)
         return _fast(make(task))
 
-    make_model(setting.seed)  # what does not fit is refused here
+    # What does not fit is refused here.
+    setting.training.make_optimizer(make_model(setting.seed))
     warm_up()
     slices = split(task, setting.clients, setting.seed)
     return Experiment(task, slices, make_model, setting.training, setting.seed, record)
@@ -129,15 +140,16 @@ def make_app(experiment: Experiment) -> ClientApp:
     """An ordinary Flower app with fedbasin's mod, which other servers' messages pass untouched."""
 
     def own_model(context: Context) -> nn.Module:
-        return experiment.make_model(1000 + 77 * experiment.seed + _index(context))
+        return experiment.own_model(_index(context))
 
     def batches(context: Context) -> list[Examples]:
         return _batches(experiment.examples(_index(context)))
 
-    def held_out(context: Context) -> list[Examples]:
-        return _batches(experiment.held_out(_index(context)))
+    def others(context: Context) -> list[Examples]:
+        return _batches(experiment.others(_index(context)))
 
-    app = ClientApp(mods=[basin(own_model, batches, held_out if experiment.held else 0.1)])
+    kind, share = experiment.task.kind, experiment.held_out
+    app = ClientApp(mods=[basin(own_model, batches, others if share is None else share, task=kind)])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -145,17 +157,17 @@ def make_app(experiment: Experiment) -> ClientApp:
         model = _loaded(experiment, message)
         freeze(model, str(config.get("frozen-factor", "")))
         examples = experiment.examples(client)
-        seed = 1000 * (int(str(config["server-round"])) - 1) + client + 77 * experiment.seed
+        seed = experiment.order(client, int(str(config["server-round"])))
         pull = float(str(config.get("proximal-mu", 0.0)))
-        loss = fit(model, examples, experiment.training, seed, pull)
+        loss = fit(model, examples, experiment.training, seed, pull, kind)
         metrics = MetricRecord({"train-loss": loss, "num-examples": len(examples[1])})
         arrays = ArrayRecord(state_of(model))
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     @app.evaluate()
     def test(message: Message, context: Context) -> Message:
-        examples = experiment.examples(_index(context))
-        accuracy, loss = evaluate(_loaded(experiment, message).eval(), examples)
+        examples = experiment.others(_index(context))
+        accuracy, loss = evaluate(_loaded(experiment, message).eval(), examples, kind)
         metrics = MetricRecord({"loss": loss, "accuracy": accuracy, "num-examples": len(examples[1])})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 

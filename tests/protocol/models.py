@@ -1,4 +1,4 @@
-"""The models: a perceptron, convolutional networks with and without BatchNorm, a small transformer, adapted ones."""
+"""The models: a perceptron, convolutional and recurrent networks, small transformers, Flower's quickstart, adapted ones."""
 
 from collections.abc import Callable
 from math import prod
@@ -58,6 +58,68 @@ def small_cnn() -> Make:
     return make
 
 
+def segmenter() -> Make:
+    """Three convolutions and one of a pixel, which gives each pixel its classes."""
+
+    def make(task: Task) -> nn.Module:
+        channels, _ = _image(task)
+        layers = [*_convolution(channels, 16, norm=False), *_convolution(16, 32, norm=False)]
+        return nn.Sequential(*layers, *_convolution(32, 32, norm=False), nn.Conv2d(32, task.classes, 1))
+
+    return make
+
+
+def resnet(width: int = 16) -> Make:
+    """A convolution and two residual blocks with BatchNorm, the second with twice the channels; a mean over pixels."""
+
+    def make(task: Task) -> nn.Module:
+        channels, _ = _image(task)
+        return nn.Sequential(
+            *_convolution(channels, width, norm=True),
+            Residual(width, width),
+            Residual(width, 2 * width),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2 * width, task.classes),
+        )
+
+    return make
+
+
+def quickstart() -> Make:
+    """The network of Flower's PyTorch quickstart: two convolutions, three linear layers, for colour images of 32x32."""
+
+    def make(task: Task) -> nn.Module:
+        if task.shape != (3, 32, 32):
+            raise SpecError(f"quickstart reads colour images of 32x32, and an input has shape {list(task.shape)}")
+        return nn.Sequential(
+            *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Flatten(),
+            *(nn.Linear(400, 120), nn.ReLU()),
+            *(nn.Linear(120, 84), nn.ReLU()),
+            nn.Linear(84, task.classes),
+        )
+
+    return make
+
+
+def lstm(width: int = 48) -> Make:
+    """One layer of an LSTM on series or tokens; a linear layer reads its last state."""
+    return lambda task: Lstm(task, width)
+
+
+def gpt2(width: int = 32, blocks: int = 2) -> Make:
+    """A tiny GPT-2 of `transformers` with random weights, whose last layer is the table of its embeddings."""
+
+    def make(task: Task) -> nn.Module:
+        from tests.protocol.gpt2 import Gpt2  # brings transformers, which takes seconds
+
+        return Gpt2(task, width, blocks)
+
+    return make
+
+
 def transformer(width: int = 32, heads: int = 4, blocks: int = 2) -> Make:
     """Pre-norm blocks on tokens, on the rows of an image, or on a vector cut into eight."""
     return lambda task: Transformer(task, width, heads, blocks)
@@ -111,6 +173,37 @@ def _image(task: Task) -> tuple[int, int]:
     if task.tokens or len(task.shape) != 3:
         raise SpecError(f"a convolution needs images, and an input has shape {list(task.shape)}")
     return task.shape[0], task.shape[1]
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm beside a way around them, which halves the pixels where channels double."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        stride = after // before
+        self.first = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.first_norm, self.second_norm = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
+        self.second = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.around = nn.Conv2d(before, after, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch before row column"]) -> Float[Tensor, "batch after low narrow"]:
+        y = torch.relu(self.first_norm(self.first(x)))
+        return torch.relu(self.second_norm(self.second(y)) + self.around(x))
+
+
+class Lstm(nn.Module):
+    """Logits from the last state."""
+
+    def __init__(self, task: Task, width: int) -> None:
+        super().__init__()
+        if not task.tokens and len(task.shape) != 2:
+            raise SpecError(f"lstm reads tokens or series, and an input has shape {list(task.shape)}")
+        self.read = nn.Embedding(task.tokens, width) if task.tokens else nn.Identity()
+        self.lstm = nn.LSTM(width if task.tokens else task.shape[1], width, batch_first=True)
+        self.head = nn.Linear(width, task.classes)
+
+    def forward(self, x: Shaped[Tensor, "batch time ..."]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.lstm(self.read(x))[0][:, -1])
 
 
 class Attention(nn.Module):
@@ -179,6 +272,11 @@ MODELS: dict[str, Callable[..., Make]] = {
     "cnn": cnn,
     "cnn_norm": cnn_norm,
     "small_cnn": small_cnn,
+    "segmenter": segmenter,
+    "resnet": resnet,
+    "quickstart": quickstart,
+    "lstm": lstm,
+    "gpt2": gpt2,
     "transformer": transformer,
     "lora": lora,
     "lora_bert": lora_bert,

@@ -1,5 +1,7 @@
 """Curves as one SVG: accuracy by round, by bytes on the wire and by the clients' processor time, these two as logarithms.
 
+Where a task has no right and wrong, its loss takes the place of the accuracy.
+
 A file of its own, for a Markdown page: fixed size, its own style, light and dark as the reader has it.
 """
 
@@ -53,6 +55,10 @@ class Panel:
         return Scale(low, high if high > low else low + 1, self.show)
 
 
+def _height(point: Point) -> float:
+    return point.loss if math.isnan(point.accuracy) else point.accuracy
+
+
 def _power(exponent: float) -> str:
     return f"{10**exponent:.2g}" if exponent < 2 else f"{10**exponent:.0f}"
 
@@ -66,7 +72,8 @@ PANELS = (
 
 def draw(rows: Sequence[Row], title: str) -> str:
     """The picture of a table's rows."""
-    up = fit_scale([0.0, *(point.accuracy for row in rows for point in row.points)])
+    up = fit_scale([0.0, *(_height(point) for row in rows for point in row.points)])
+    measure = "Accuracy" if rows[0].has_accuracy else "Loss"
     panels = [_panel(panel, rows, up) for panel in PANELS]
     placed = [
         tag("g", panel, transform=f"translate({_LEFT + index * (_WIDE + _GAP)} {_TOP})")
@@ -85,7 +92,7 @@ def draw(rows: Sequence[Row], title: str) -> str:
         width=width,
         height=height,
         role="img",
-        aria_label=f"Accuracy by round, bytes and client seconds: {title}",
+        aria_label=f"{measure} by round, bytes and client seconds: {title}",
     )
 
 
@@ -97,7 +104,7 @@ def _panel(panel: Panel, rows: Sequence[Row], up: Scale) -> Html:
 
 
 def _curve(row: Row, panel: Panel, across: Scale, up: Scale, look: dict[str, str]) -> Html:
-    places = [(x, point.accuracy) for point in row.points if (x := panel.across(point)) is not None]
+    places = [(x, _height(point)) for point in row.points if (x := panel.across(point)) is not None]
     if len(places) == 1:  # a closed form is finished before the others have begun, and stays
         places.append((across.high, places[0][1]))
     steps = [f"{across.place(x) * _WIDE:.1f} {(1 - up.place(y)) * _HIGH:.1f}" for x, y in places]

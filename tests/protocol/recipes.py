@@ -18,14 +18,14 @@ def run(experiment: Experiment, rule: Spec, rounds: int) -> None:
     """Run a recipe from the shared start that all rules have.
 
     From a shared start alignment is the identity, and is left out unless the rule asks for it; recipes for adapters have
-    a symmetry of their own. `held=0.1` keeps a tenth of each client's examples out of its training, for comparing
-    models on.
+    a symmetry of their own. With `held_out=0.1` the mod compares models by a tenth of what the clients train on, as for
+    an app that keeps no examples for evaluation.
 
     Raises:
         SettingsError: no recipe or setting has that name; the message lists those there are.
     """
     settings = dict(rule.settings)
-    experiment = replace(experiment, held=settings.pop("held", 0.0))
+    experiment = replace(experiment, held_out=settings.pop("held_out", None))
     model = experiment.make_model(experiment.seed)
     whole = not has_adapters(model)
     with tempfile.TemporaryDirectory() as folder:

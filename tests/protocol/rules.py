@@ -1,21 +1,27 @@
-"""The catalogue of rules: closed-form heads, Flower's strategies, and any recipe of fedbasin."""
+"""The catalogue of rules: closed-form heads, clients alone, Flower's strategies, and any recipe of fedbasin."""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from fedbasin.strategies.recipes import RECIPES
-from tests.protocol import flower, heads, recipes
+from tests.protocol import alone, flower, heads, recipes
 from tests.protocol.experiment import Record, prepare
 from tests.protocol.setting import Setting
 from tests.protocol.spec import Spec, SpecError, listed, made, parse
 
-HEADS: dict[str, Callable[..., None]] = {"RidgeHead": heads.ridge, "RandomFeaturesHead": heads.random_features}
+# Rules that are finished after one round.
+SINGLE: dict[str, Callable[..., None]] = {
+    "RidgeHead": heads.ridge,
+    "RandomFeaturesHead": heads.random_features,
+    "Alone": alone.alone,
+    "Ensemble": alone.ensemble,
+}
 
 
 def names() -> list[str]:
     """Of every rule."""
-    return [*RECIPES, *flower.STRATEGIES, *HEADS]
+    return [*RECIPES, *flower.STRATEGIES, *SINGLE]
 
 
 def check(rule: Spec) -> None:
@@ -29,8 +35,8 @@ def check(rule: Spec) -> None:
 
 
 def rounds_of(rule: str, rounds: int) -> int:
-    """How far a rule goes: a closed form is finished after one round."""
-    return 1 if parse(rule).name in HEADS else rounds
+    """How far a rule goes: one round for a closed form."""
+    return 1 if parse(rule).name in SINGLE else rounds
 
 
 def run(setting: Setting, rounds: int, cache_folder: Path, record: Record) -> None:
@@ -42,8 +48,8 @@ def run(setting: Setting, rounds: int, cache_folder: Path, record: Record) -> No
     rule = parse(setting.rule)
     check(rule)
     experiment = prepare(setting, cache_folder, record)
-    if rule.name in HEADS:
-        made("head", rule, {rule.name: partial(HEADS[rule.name], experiment)})
+    if rule.name in SINGLE:
+        made("rule", rule, {rule.name: partial(SINGLE[rule.name], experiment)})
     elif rule.name in flower.STRATEGIES:
         flower.run(experiment, rule, rounds)
     else:

@@ -44,9 +44,9 @@ def dirichlet(alpha: float) -> Split:
         raise SpecError(f"dirichlet({alpha}): choose a concentration above 0")
 
     def split(task: Task, clients: int, seed: int) -> list[Tensor]:
-        rng, labels = np.random.default_rng(seed), task.train[1].numpy()
+        rng, labels = np.random.default_rng(seed), task.labels.numpy()
         shares: list[list[np.ndarray]] = [[] for _ in range(clients)]
-        for label in range(task.classes):
+        for label in np.unique(labels):
             own = rng.permutation(np.flatnonzero(labels == label))
             cuts = (np.cumsum(rng.dirichlet([alpha] * clients)) * len(own)).astype(int)[:-1]
             for client, part in enumerate(np.split(own, cuts)):
@@ -56,11 +56,25 @@ def dirichlet(alpha: float) -> Split:
     return split
 
 
+def quantity(alpha: float = 0.3) -> Split:
+    """All labels alike, and shares of sizes that a Dirichlet(alpha) draws; each client has two examples at least."""
+    if alpha <= 0:
+        raise SpecError(f"quantity({alpha}): choose a concentration above 0")
+
+    def split(task: Task, clients: int, seed: int) -> list[Tensor]:
+        rng, count = np.random.default_rng(seed), len(task.train[1])
+        order = rng.permutation(count)
+        sizes = _FEWEST + rng.dirichlet([alpha] * clients) * (count - _FEWEST * clients)
+        return _kept(np.split(order, np.cumsum(sizes).astype(int)[:-1]))
+
+    return split
+
+
 def shards(each: int = 2) -> Split:
     """The examples sorted by label, cut into equal shards, `each` of them to a client (McMahan et al. 2017)."""
 
     def split(task: Task, clients: int, seed: int) -> list[Tensor]:
-        rng, labels = np.random.default_rng(seed), task.train[1].numpy()
+        rng, labels = np.random.default_rng(seed), task.labels.numpy()
         shuffled = rng.permutation(len(labels))
         pieces = np.array_split(shuffled[np.argsort(labels[shuffled])], clients * each)
         dealt = rng.permutation(clients * each).reshape(clients, each)
@@ -92,6 +106,7 @@ SPLITS: dict[str, Callable[..., Split]] = {
     "iid": iid,
     "few": few,
     "dirichlet": dirichlet,
+    "quantity": quantity,
     "shards": shards,
     "groups": groups,
 }

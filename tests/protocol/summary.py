@@ -35,8 +35,15 @@ class Row:
         """The number of the last round."""
         return self.points[-1].round
 
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether the task has right and wrong."""
+        return not math.isnan(self.points[-1].accuracy)
+
     def score(self, rounds: int) -> float:
-        """By what settings are compared: the mean accuracy over the first rounds."""
+        """By what settings are compared: the mean accuracy over the first rounds, or the negative mean loss."""
+        if not self.has_accuracy:
+            return -self.mean_loss(rounds)
         return fmean(p.accuracy for p in self.points if 0 < p.round <= rounds)
 
     def mean_loss(self, rounds: int) -> float:

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-from tests.protocol import sequences, tabular
-from tests.protocol.letters import letters
+from tests.protocol import fetched, sequences, tabular, targets, texts
 from tests.protocol.spec import made, parse
 from tests.protocol.task import Task
 
@@ -18,11 +17,21 @@ def catalogue(cache_folder: Path) -> dict[str, Callable[..., Task]]:
         "cancer": tabular.cancer,
         "clusters": tabular.clusters,
         "teacher": tabular.teacher,
-        "letters": partial(letters, cache_folder),
+        "letters": partial(fetched.letters, cache_folder),
+        "satellite": partial(fetched.satellite, cache_folder),
+        "handwriting": partial(fetched.handwriting, cache_folder),
+        "vowels": partial(fetched.vowels, cache_folder),
         "glyphs": partial(_glyphs, cache_folder),
         "recall": sequences.recall,
         "modular_sum": sequences.modular_sum,
         "topics": sequences.topics,
+        "modules": texts.modules,
+        "python_topics": texts.topics_of_python,
+        "diabetes": targets.diabetes,
+        "friedman": targets.friedman,
+        "sayings": targets.sayings,
+        "scenes": targets.scenes,
+        "colour_digits": targets.colour_digits,
     }
 
 

@@ -1,4 +1,4 @@
-"""What every client does in every round, under every rule: a few epochs of AdamW on its own examples."""
+"""What every client does in every round, under every rule: a few epochs on its own examples, with AdamW or SGD."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,10 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.optim import SGD, AdamW, Optimizer
 
+from tests.protocol.losses import loss_of, score
+from tests.protocol.spec import SpecError, listed
 from tests.protocol.task import Examples
 
 _TEST_BATCH = 1000
@@ -20,17 +22,45 @@ class Training:
     Attributes:
         epochs: passes over the client's examples in a round.
         batch: examples of a step.
-        rate: AdamW's learning rate.
-        decay: its weight decay.
+        rate: the optimizer's learning rate.
+        decay: AdamW's weight decay.
+        optimizer: `adamw`, or `sgd` with momentum .9.
+        held: share of its examples that a client keeps for evaluation, at least one.
     """
 
     epochs: int = 5
     batch: int = 32
     rate: float = 1e-3
     decay: float = 1e-2
+    optimizer: str = "adamw"
+    held: float = 0.1
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """A new one for all parameters.
+
+        Raises:
+            SpecError: no optimizer has that name.
+        """
+        if self.optimizer not in OPTIMIZERS:
+            raise SpecError(f"no optimizer is called {self.optimizer!r}; there are {listed(OPTIMIZERS)}")
+        return OPTIMIZERS[self.optimizer](model, self)
 
 
-def fit(model: nn.Module, examples: Examples, training: Training, seed: int, proximal: float = 0.0) -> float:
+# A step of the fused kernel costs half of one that goes from parameter to parameter.
+OPTIMIZERS: dict[str, Callable[[nn.Module, Training], Optimizer]] = {
+    "adamw": lambda model, own: AdamW(model.parameters(), own.rate, weight_decay=own.decay, fused=True),
+    "sgd": lambda model, own: SGD(model.parameters(), own.rate, momentum=0.9),
+}
+
+
+def fit(
+    model: nn.Module,
+    examples: Examples,
+    training: Training,
+    seed: int,
+    proximal: float = 0.0,
+    kind: str = "classification",
+) -> float:
     """Train in place; returns the last batch's loss.
 
     Args:
@@ -39,11 +69,11 @@ def fit(model: nn.Module, examples: Examples, training: Training, seed: int, pro
         training: how.
         seed: of the order of examples.
         proximal: FedProx's mu, the pull back to the model as it was sent.
+        kind: the kind of task, which gives the loss.
     """
     inputs, labels = examples
     penalty = _pull(model, proximal)
-    # A step of the fused kernel costs half of one that goes from parameter to parameter.
-    optimiser = torch.optim.AdamW(model.parameters(), training.rate, weight_decay=training.decay, fused=True)
+    optimiser = training.make_optimizer(model)
     draw = torch.Generator().manual_seed(seed)
     model.train()
     loss = torch.tensor(0.0)
@@ -52,7 +82,7 @@ def fit(model: nn.Module, examples: Examples, training: Training, seed: int, pro
             if len(batch) == 1 and _normalises(model):
                 continue  # one example has no variance
             optimiser.zero_grad()
-            loss = cross_entropy(model(inputs[batch]), labels[batch])
+            loss = loss_of(kind, model(inputs[batch]), labels[batch])
             (loss + penalty()).backward()
             optimiser.step()
     return loss.item()
@@ -64,13 +94,14 @@ def warm_up() -> None:
     fit(nn.Linear(1, 2), (torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)), Training(1), seed=0)
 
 
-def evaluate(predict: Callable[[Tensor], Tensor], examples: Examples) -> tuple[float, float]:
-    """Accuracy and mean loss of logits."""
-    inputs, labels = examples
+def evaluate(
+    predict: Callable[[Tensor], Tensor], examples: Examples, kind: str = "classification"
+) -> tuple[float, float]:
+    """Accuracy and mean loss of outputs; the accuracy is NaN where there is no right and wrong."""
+    inputs, targets = examples
     with torch.no_grad():
-        logits = torch.cat([predict(part) for part in inputs.split(_TEST_BATCH)])
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
-    return accuracy, cross_entropy(logits, labels).item()
+        outputs = torch.cat([predict(part) for part in inputs.split(_TEST_BATCH)])
+    return score(kind, outputs, targets)
 
 
 def _pull(model: nn.Module, proximal: float) -> Callable[[], Tensor | float]:

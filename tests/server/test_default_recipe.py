@@ -12,6 +12,7 @@ from torch import nn
 from fedbasin.client import basin
 from fedbasin.server.run.settings import Settings
 from fedbasin.server.strategy import FedBasin
+from fedbasin.strategies.diagnostics.evaluation import evaluate
 from fedbasin.strategies.recipes import RECIPES
 from tests import tiny
 from tests.server.flowers_loop import start as flowers_start
@@ -144,3 +145,32 @@ def test_where_nothing_is_missing_models_are_compared(tmp_path):
     assert result.reports[0].choice is not None
     (first, _) = (report.choice for report in result.reports)
     assert first.loss <= first.average_loss
+
+
+def doubtful(context):
+    """Examples that the client does not train on; two fifths of their labels are drawn at random."""
+    draw = torch.Generator().manual_seed(50 + context.node_config["partition-id"])
+    inputs = torch.randn(200, tiny.PIXELS, generator=draw)
+    drawn = torch.randint(tiny.CLASSES, (200,), generator=draw)
+    return [(inputs, torch.where(torch.rand(200, generator=draw) < 0.4, drawn, inputs[:, : tiny.CLASSES].argmax(1)))]
+
+
+def test_outputs_that_are_surer_than_right_are_scaled_in_the_model_that_is_served_alone(tmp_path, caplog):
+    federation = tiny.federation(3, with_mod(held_out=doubtful))
+    options = {"folder": str(tmp_path), "poll_seconds": 0.001, "min_available_nodes": 3, "fraction_evaluate": 0.0}
+    sure = tiny.net()
+    sure[-1].weight.data.mul_(20)
+    with caplog.at_level(logging.INFO, "flwr.fedbasin"):
+        result = FedBasin(model=tiny.net(), **options).start(federation.grid(), arrays_of(sure), 1)
+    choice = result.reports[-1].choice
+    assert 0 < choice.scale < 1
+    assert f"its outputs times {choice.scale:.2g}" in caplog.text
+    judged = [batch for context in federation.contexts.values() for batch in doubtful(context)]
+    served = result.state_dict
+    whole = {name: t / choice.scale if name.startswith("3.") else t for name, t in served.items()}
+    losses = [float(evaluate(tiny.net(), state, judged).loss) / 600 for state in (served, whole)]
+    assert losses[0] == pytest.approx(choice.loss, rel=1e-4)
+    assert losses[1] - losses[0] == pytest.approx(choice.scale_gain, rel=1e-3)
+    # Another model trains on, the mean as it is or a point that is not scaled.
+    trained = result.trained_arrays.to_torch_state_dict()
+    assert not torch.allclose(trained["3.weight"], served["3.weight"])

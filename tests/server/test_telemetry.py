@@ -31,7 +31,7 @@ from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.pairwise import LinkModels
-from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, Trial
+from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, ScaleOutputs, Trial
 from tests.needing import needed
 
 
@@ -246,7 +246,7 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 
 def test_the_catalogue_names_every_recipe_and_stage():
     assert set(catalogue.RECIPES) == set(RECIPES)
-    refits = (LinkModels, MeasureNorms, RefitLayers, RefitHead, ProbePath, Trial)
+    refits = (LinkModels, MeasureNorms, RefitLayers, RefitHead, ProbePath, Trial, ScaleOutputs)
     assert set(catalogue.STAGES) == {cls.stage for cls in (Bootstrap, Fuse, Evaluate, *refits)}
 
 
@@ -347,7 +347,7 @@ def test_words_from_outside_are_bounded():
         for i in range(500)
     ]
     labels = [dict(labels) for _, labels in samples(page(*reports))]
-    for label, most in (("recipe", 5), ("name", 65), ("stage", 14), ("outcome", len(Outcome) + 1)):
+    for label, most in (("recipe", 5), ("name", 65), ("stage", len(catalogue.STAGES) + 5), ("outcome", len(Outcome) + 1)):
         words = {pairs[label] for pairs in labels if label in pairs}
         assert "other" in words
         assert len(words) == most or label == "outcome"

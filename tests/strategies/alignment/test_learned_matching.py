@@ -72,10 +72,10 @@ def loss_between(model: nn.Module, one: State, other: State, t: float = 0.5) -> 
     return evaluate(model, interpolate(one, other, t), digits()).loss
 
 
-def smoothed_loss_between(anchor: State, client: State) -> float:
+def smoothed_loss_between(anchor: State, client: State, smoothing: float = 0.1) -> float:
     middle = interpolate(anchor, client, 0.5)
     losses = [
-        nn.functional.cross_entropy(outputs(Small(), middle, images), labels, label_smoothing=Search().smoothing)
+        nn.functional.cross_entropy(outputs(Small(), middle, images), labels, label_smoothing=smoothing)
         for images, labels in digits()
     ]
     return float(torch.stack(losses).mean())
@@ -116,13 +116,33 @@ def test_without_steps_it_is_the_better_of_weights_and_activations(
     symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
     anchor, client = pair
-    found = match_learned(symmetry, Small(), *pair, digits(), search=Search(steps=0))
+    found = match_learned(symmetry, Small(), *pair, digits(), search=Search(steps=0, smoothing=0.1))
     features = correlations(symmetry, Small(), symmetry.fold(anchor), symmetry.fold(client), digits())
     starts = [match_weights(symmetry, *pair).state, match_activations(symmetry, *pair, features).state]
     folded = symmetry.fold(anchor)
     losses = [smoothed_loss_between(folded, start) for start in starts]
     assert losses[0] != losses[1]
     torch.testing.assert_close(found.state, starts[losses.index(min(losses))], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memorised", [True, False])
+def test_labels_are_smoothed_where_the_client_has_memorised_its_examples(
+    symmetry: Symmetry, pair: tuple[dict[str, Tensor], dict[str, Tensor]], memorised: bool
+) -> None:
+    # Labels that the client itself gives, or others, of which it is not sure.
+    images = digits()[0][0]
+    labels = outputs(Small(), pair[1], images).argmax(1)
+    sure = {**pair[1], "head.weight": 20 * pair[1]["head.weight"], "head.bias": 20 * pair[1]["head.bias"]}
+    data = [(images, labels if memorised else labels.roll(1))]
+    loss = evaluate(Small(), sure, data).loss / len(labels)
+    assert (loss < 0.1) == memorised
+    chosen, smoothed, plain = (
+        match_learned(symmetry, Small(), pair[0], sure, data, search=Search(steps=5, smoothing=smoothing)).state
+        for smoothing in (None, 0.1, 0.0)
+    )
+    same, other = (smoothed, plain) if memorised else (plain, smoothed)
+    torch.testing.assert_close(chosen, same, rtol=0, atol=0)
+    assert any(not torch.equal(chosen[name], other[name]) for name in chosen)
 
 
 def test_steps_that_make_it_worse_are_not_taken(

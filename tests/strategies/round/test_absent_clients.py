@@ -38,7 +38,7 @@ def test_of_normal_inputs_it_is_the_loss_and_the_accuracy(seed):
     inputs, labels = rows(seed)
     weights, logits = head(seed + 1), inputs @ head(seed + 1).T
     loss, accuracy = expected_score(weights, sums(inputs, labels))
-    assert float(loss) == pytest.approx(float(cross_entropy(logits, labels)), rel=0.25, abs=0.1)
+    assert float(loss) == pytest.approx(float(cross_entropy(logits, labels)), rel=0.25, abs=0.2)
     assert float(accuracy) == pytest.approx(float((logits.argmax(1) == labels).double().mean()), abs=0.1)
 
 

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from fedbasin.proto.report import Choice, ClientReport, Origin, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.round.choice import Candidate, Standing, best_candidate, candidates, is_slow, kept, with_pause
+from fedbasin.strategies.round.choice import (
+    Candidate,
+    Standing,
+    best_candidate,
+    best_scaled,
+    candidates,
+    gains,
+    is_slow,
+    kept,
+    with_pause,
+)
 
 FITTED = Choice("fitted", 3, "fitted", loss=1.0, accuracy=0.8, average_loss=2.0, average_accuracy=0.5, examples=10)
 AVERAGE = replace(FITTED, served="average", trained_on="average", loss=2.0, accuracy=0.5)
@@ -55,6 +65,31 @@ def test_two_errors_less_in_fifty_examples_are_chance():
     assert not Candidate(1.0, 0.051, 0.979).is_below(Candidate(0.0, 0.100, 0.957), 47)
     # Of the gaussian clusters, round 3.
     assert Candidate(1.0, 0.538, 0.864).is_below(Candidate(0.0, 0.720, 0.820), 272)
+
+
+@given(st.lists(losses, min_size=2, max_size=11), st.integers(0, 1000))
+def test_outputs_are_scaled_where_that_lowers_the_loss_by_more_than_chance(values, examples):
+    models = [Candidate(index / (len(values) - 1), loss, 0.5) for index, loss in enumerate(values)]
+    best = best_scaled(models, examples)
+    if best is None:
+        assert not any(model.is_below(models[-1], examples) for model in models[1:-1])
+    else:
+        assert 0 < best.point < 1
+        assert best.loss == min(values[1:-1])
+        assert best.is_below(models[-1], examples)
+
+
+def test_a_scaled_mean_gains_and_leaves_the_shortfall_of_averaging_alone():
+    scaled = replace(AVERAGE, loss=1.5, scale=0.5, scale_gain=0.5)
+    assert gains(scaled)
+    assert not gains(AVERAGE)
+    assert Standing(scaled).shortfall == Standing(AVERAGE).shortfall == 0.0
+
+
+def test_a_model_that_is_kept_keeps_its_scale():
+    earlier = replace(FITTED, loss=0.5, scale=0.7, scale_gain=0.1)
+    stays = kept(replace(FITTED, served_round=4, accuracy=0.7), earlier, same_clients=True)
+    assert (stays.served, stays.scale, stays.scale_gain) == ("kept", 0.7, 0.1)
 
 
 def test_points_of_a_line_are_its_means():

@@ -1,5 +1,8 @@
 """The ends of a path among the models of one round: a line of them, or one through a point of it and beyond."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from fedbasin.proto.request import PathSpec
@@ -26,3 +29,11 @@ def test_extrapolation_runs_from_the_global_model_through_the_mix():
     # Of running statistics there is no beyond: a variance could become negative.
     assert float(end["norm.running_var"]) == 3.0
     assert int(end["count"]) == 3
+
+
+@pytest.mark.parametrize("place", [PathSpec(), PathSpec(0.5), PathSpec(0.5, 3.0)])
+def test_a_path_of_scaled_outputs_ends_in_the_same_model_and_begins_where_the_last_layer_is_zero(place):
+    end = path_ends(place, START, FUSED, REFITTED)[1]
+    zero, same = path_ends(replace(place, scaled=("w",)), START, FUSED, REFITTED)
+    assert same == end
+    assert zero == {**end, "w": torch.zeros(1)}

@@ -59,6 +59,7 @@ class Driven:
     path: PathSums | None = None
     extended: PathSums | None = None
     trial: PathSums | None = None
+    scaled: PathSums | None = None
     encode: object = None
     shortfall: float = 0.0
     plans: list[StagePlan] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Driven:
                 nodes = NODES[: 10 - len(self.plans)]
                 is_extended = self.extended is not None and refit is not None and refit.path == PathSpec(1.0, 3.0)
                 path = self.trial if request.stage == "trial" else self.extended if is_extended else self.path
+                path = self.scaled if refit is not None and refit.path is not None and refit.path.scaled else path
                 plan = steps.send(result_of(state, nodes, self.layer_graph, path))
         except StopIteration as end:
             self.end = end.value
@@ -89,6 +91,11 @@ class Driven:
     @property
     def refits(self):
         return [stage.request.refit for stage in self.stages[1:]]
+
+    @property
+    def compared(self):
+        """The stages before the one that scales the outputs."""
+        return [stage for stage in self.stages if not (stage.request.refit and stage.request.refit.path and stage.request.refit.path.scaled)]  # fmt: skip
 
 
 SEQUENCES = {
@@ -249,20 +256,24 @@ PAYS = trial_of(2, 2.1)
 
 
 class TestProbePath:
-    def driven(self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS, shortfall=0.0, extended=None):
+    def driven(
+        self, losses, extrapolate=0.0, correct=(0.0,) * 5, trial=PAYS, shortfall=0.0, extended=None, scaled=None
+    ):
         """The fused model is 0 everywhere, the fitted one is -7 in the head; a hundred examples judge them."""
         points = (0.0, 0.25, 0.5, 0.75, 1.0)
         sums = (tuple(100.0 * value for value in values) for values in (losses, correct))
         path = PathSums(points, (), next(sums), (), next(sums), 100.0)
         if extended is not None:
             extended = replace(path, loss_after=tuple(100.0 * loss for loss in extended))
+        if scaled is not None:
+            scaled = PathSums(points, (), tuple(100.0 * loss for loss in scaled), (), (0.0, *4 * (50.0,)), 100.0)
         refit = RECIPES["auto-features"].refit
         refit = replace(refit, probe=replace(refit.probe, extrapolate=extrapolate))
         recipe = replace(RECIPES["auto-features"], refit=refit)
-        return Driven(recipe, path=path, extended=extended, trial=trial, shortfall=shortfall)
+        return Driven(recipe, path=path, extended=extended, trial=trial, shortfall=shortfall, scaled=scaled)
 
     def test_evaluates_the_path_to_the_fitted_model(self):
-        stage = self.driven((5, 4, 3, 2, 1)).stages[-2]
+        stage = self.driven((5, 4, 3, 2, 1)).compared[-2]
         assert isinstance(stage, ProbePath)
         assert (stage.request.path_points, stage.request.refit.sequence) == (5, 6)
         assert stage.request.refit.path == PathSpec()
@@ -279,13 +290,13 @@ class TestProbePath:
         assert (driven.choice.served, driven.choice.trained_on) == (origin, origin)
 
     def test_the_trial_is_of_the_best_point(self):
-        stage = self.driven((4, 1, 0, 1, 4)).stages[-1]
+        stage = self.driven((4, 1, 0, 1, 4)).compared[-1]
         assert (stage.request.stage, stage.request.path_points) == ("trial", 2)
         assert stage.request.refit.path == PathSpec(0.5)
 
     def test_extrapolation_looks_beyond_that_point_from_where_the_round_began(self):
         driven = self.driven((4, 3, 2, 1, 0), extrapolate=3.0)
-        paths = [stage.request.refit.path for stage in driven.stages[-3:]]
+        paths = [stage.request.refit.path for stage in driven.compared[-3:]]
         assert paths == [PathSpec(), PathSpec(1.0, 3.0), PathSpec(1.0, 3.0)]
         # To -7 and on, to three times as far.
         assert torch.equal(driven.result["head.bias"], torch.full((2,), -21.0))
@@ -315,14 +326,14 @@ class TestProbePath:
     @pytest.mark.parametrize(("shortfall", "slow"), [(3.9, True), (4.1, False), (inf, False)])
     def test_the_mean_is_trained_on_without_a_trial_where_averaging_closes_the_gap(self, shortfall, slow):
         driven = self.driven((4, 3, 2, 1, 1), shortfall=shortfall)
-        assert driven.stages[-1].request.stage == ("trial" if slow else "probe")
+        assert driven.compared[-1].request.stage == ("trial" if slow else "probe")
         assert (driven.choice.served, driven.choice.trained_on) == ("fitted", "fitted" if slow else "average")
 
     @pytest.mark.parametrize(("start", "slow"), [(4.0, True), (9.0, False)])
     def test_a_first_round_that_has_not_lowered_the_loss_tries_the_best_point(self, start, slow):
         extended = (start, 3.0, 3.0, 3.0, 3.0)
         driven = self.driven((4.0, 3.0, 2.0, 1.0, 0.5), extrapolate=3.0, extended=extended, shortfall=inf)
-        assert driven.stages[-1].request.stage == ("trial" if slow else "probe")
+        assert driven.compared[-1].request.stage == ("trial" if slow else "probe")
         assert driven.choice.trained_on == ("fitted" if slow else "average")
 
     def test_a_gain_by_chance_leaves_the_mean(self):
@@ -333,12 +344,39 @@ class TestProbePath:
 
     def test_a_mean_that_nothing_matches_is_served_without_a_trial(self):
         driven = self.driven((1, 2, 3, 4, 5), extrapolate=3.0)
-        assert [stage.request.stage for stage in driven.stages[-2:]] == ["probe", "probe"]
+        assert [stage.request.stage for stage in driven.compared[-2:]] == ["probe", "probe"]
         assert driven.end.served is None
         assert (driven.choice.served, driven.choice.trained_on) == ("average", "average")
 
     def test_a_recipe_that_does_not_probe_chooses_nothing(self):
         assert Driven(RECIPES["features-head"]).choice is None
+
+    @pytest.mark.parametrize(("losses", "origin", "place"), [((4, 3, 1, 2, 3), "fitted", PathSpec(0.5)), ((1, 2, 3, 4, 5), "average", PathSpec(0.0))])  # fmt: skip
+    def test_the_outputs_of_the_served_model_are_scaled_to_the_lowest_loss(self, losses, origin, place):
+        driven = self.driven(losses, scaled=(2.0, 0.9, 0.4, 0.6, 1.0))
+        path = driven.stages[-1].request.refit.path
+        assert path == replace(place, scaled=("head.weight", "head.bias"))
+        assert (driven.choice.served, driven.choice.scale) == (origin, 0.5)
+        assert driven.choice.loss == pytest.approx(0.4)
+        assert driven.choice.scale_gain == pytest.approx(min(losses) - 0.4)
+        for name in ("head.weight", "head.bias"):
+            assert torch.equal(driven.end.served[name], 0.5 * torch.full_like(model(0.0)[name], -7.0 * place.mix))
+
+    def test_the_model_that_is_trained_on_is_not_scaled(self):
+        driven = self.driven((4, 3, 2, 1, 0.5), scaled=(2.0, 0.9, 0.1, 0.6, 0.5))
+        assert driven.choice.trained_on == "fitted"
+        assert torch.equal(driven.result["head.weight"], torch.full((2, 2), -7.0))
+        assert torch.equal(driven.end.served["head.weight"], torch.full((2, 2), -3.5))
+
+    @pytest.mark.parametrize("scaled", [None, (0.0, 1.2, 1.1, 1.0, 1.0), (0.0, 0.95, 0.95, 0.95, 1.0)], ids=["nobody", "no gain", "by chance"])  # fmt: skip
+    def test_outputs_stay_where_a_scale_gains_nothing(self, scaled):
+        driven = self.driven((1, 2, 3, 4, 5), scaled=scaled)
+        assert (driven.choice.scale, driven.choice.scale_gain) == (None, 0.0)
+        assert driven.end.served is None
+
+    def test_a_task_without_right_and_wrong_is_not_scaled(self):
+        driven = self.driven((5, 4, 3, 2, 1), correct=())
+        assert len(driven.compared) == len(driven.stages)
 
 
 class TestProductsPath:
