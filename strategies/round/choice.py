@@ -110,10 +110,12 @@ def best_candidate(average: Candidate, models: Iterable[Candidate], examples: fl
 
 
 def best_scaled(models: list[Candidate], examples: float) -> Candidate | None:
-    """Return the model with scaled outputs whose loss is lowest; None where it is not below the unscaled one's.
+    """Return the model with scaled outputs whose loss is lowest; None where that gains no more than a fit by chance.
 
     A model that has learned its examples by heart is surer than it is right. Its outputs times one number, found on
-    examples that it has not learned, are as accurate and have a lower loss (Guo et al. 2017, arXiv 1706.04599).
+    examples that it has not learned, are as accurate and have a lower loss (Guo et al. 2017, arXiv 1706.04599). One
+    fitted number lowers the sum of the losses by a half where it is worth nothing, and raises that of other examples
+    by as much, so it has to lower the sum by one (Akaike 1974, IEEE Transactions on Automatic Control 19(6)).
 
     Args:
         models: the model with its outputs scaled by 0 to 1, in that order.
@@ -121,7 +123,7 @@ def best_scaled(models: list[Candidate], examples: float) -> Candidate | None:
     """
     whole = models[-1]
     # Outputs of zero are no model.
-    lower = [model for model in models[1:-1] if model.is_below(whole, examples)]
+    lower = [model for model in models[1:-1] if (whole.loss - model.loss) * examples > 1]
     return min(lower, key=lambda model: model.loss, default=None)
 
 

@@ -62,9 +62,9 @@ run --task scenes --model segmenter --epochs 1 $F4
 run --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 $F4
 run --task modules --model lstm --epochs 2 --rate 3e-3 $F4 $HEADS
 run --task digits --model transformer --model resnet --epochs 2 $F4
-run --task letters --split 'dirichlet(0.05)' --split 'quantity(0.3)' --rounds 10 $F4 $HEADS
-run --task 'handwriting(train=2000)' --model cnn --epochs 2 --rounds 15 $F4 $HEADS
-run --task glyphs --model cnn --rounds 15 $F4 $HEADS
+run --task letters --split 'dirichlet(0.05)' --split 'quantity(0.3)' --rounds 5 $F4 $HEADS
+run --task 'handwriting(train=2000)' --model cnn --epochs 2 --rounds 10 $F4 $HEADS
+run --task glyphs --model cnn --rounds 10 $F4 $HEADS
 python -m tests.protocol report
 ```
 """

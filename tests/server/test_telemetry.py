@@ -347,7 +347,12 @@ def test_words_from_outside_are_bounded():
         for i in range(500)
     ]
     labels = [dict(labels) for _, labels in samples(page(*reports))]
-    for label, most in (("recipe", 5), ("name", 65), ("stage", len(catalogue.STAGES) + 5), ("outcome", len(Outcome) + 1)):
+    for label, most in (
+        ("recipe", 5),
+        ("name", 65),
+        ("stage", len(catalogue.STAGES) + 5),
+        ("outcome", len(Outcome) + 1),
+    ):
         words = {pairs[label] for pairs in labels if label in pairs}
         assert "other" in words
         assert len(words) == most or label == "outcome"

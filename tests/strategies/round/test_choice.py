@@ -68,15 +68,15 @@ def test_two_errors_less_in_fifty_examples_are_chance():
 
 
 @given(st.lists(losses, min_size=2, max_size=11), st.integers(0, 1000))
-def test_outputs_are_scaled_where_that_lowers_the_loss_by_more_than_chance(values, examples):
+def test_outputs_are_scaled_where_that_lowers_the_sum_of_the_losses_by_more_than_one(values, examples):
     models = [Candidate(index / (len(values) - 1), loss, 0.5) for index, loss in enumerate(values)]
     best = best_scaled(models, examples)
     if best is None:
-        assert not any(model.is_below(models[-1], examples) for model in models[1:-1])
+        assert not any((values[-1] - loss) * examples > 1 for loss in values[1:-1])
     else:
         assert 0 < best.point < 1
         assert best.loss == min(values[1:-1])
-        assert best.is_below(models[-1], examples)
+        assert (values[-1] - best.loss) * examples > 1
 
 
 def test_a_scaled_mean_gains_and_leaves_the_shortfall_of_averaging_alone():
