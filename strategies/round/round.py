@@ -245,7 +245,8 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
         start, end = path_ends(path, *models)
         return for_all_clients(curve, join(last, start), join(last, end), *stages.memory.newest)
 
-    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, last))
+    names = last and tensor_names(last)
+    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names))
 
 
 def _fit(
@@ -284,16 +285,15 @@ def _choose(
         probe: the search.
         for_all: a path as all clients would have evaluated it, those included that the round has not asked.
         shortfall: loss of the mean above that of the served model when they were last compared.
-        head: the last layer, whose outputs are scaled; None where it is not known.
+        head: tensors of the last layer, whose outputs are scaled; None where it is not known.
     """
     result = yield fitted.probe(PathSpec(), probe.points)
     line = for_all(result.curve, PathSpec())
     best = best_point(line)
-    path = PathSpec(best)
+    path, extended = PathSpec(best), PathSpec(best, probe.extrapolate)
     models = [*candidates(line), *models]
     start: Candidate | None = None
     if probe.extrapolate:
-        extended = PathSpec(best, probe.extrapolate)
         result = yield replace(fitted, nodes=result.nodes).probe(extended, probe.points, again=True)
         beyond = for_all(result.curve, extended)
         extension = candidates(beyond, is_extended=True)
@@ -311,12 +311,13 @@ def _choose(
         trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
     trained_on = Origin.fitted if is_trainable(trial, average.loss - served.loss) else Origin.average
     choice = _choice(served, average, trained_on, line.examples)
-    model = None if served is average else _model_of(served, anchor, fitted, client, PathSpec(best, probe.extrapolate))
-    place = _place_of(served, best, probe.extrapolate)
-    if head is not None and place is not None and served.accuracy is not None:
-        choice = yield from _scale(choice, replace(fitted, nodes=result.nodes), place, head, for_all)
-    if choice.scale is not None and head is not None:
-        model = _with_scaled_outputs(model or fitted.start, head, choice.scale)
+    model = None if served is average else _model_of(served, anchor, fitted, client, extended)
+    place = _place_of(served, extended)
+    if head is not None and place is not None:
+        choice = yield from _scale(choice, replace(fitted, nodes=result.nodes), replace(place, scaled=head), for_all)
+    if head is not None and choice.scale is not None:
+        whole = model or fitted.start
+        model = {**whole, **{name: choice.scale * whole[name] for name in head}}
     if trained_on is Origin.average:
         return RoundResult(dict(fitted.start), model, choice=choice)
     _, further = path_ends(path, anchor, fitted.start, fitted.model)
@@ -324,44 +325,37 @@ def _choose(
 
 
 def _scale(
-    choice: Choice,
-    fitted: _Fitted,
-    place: PathSpec,
-    head: Block,
-    for_all: Callable[[Path | None, PathSpec], Path | None],
+    choice: Choice, fitted: _Fitted, path: PathSpec, for_all: Callable[[Path | None, PathSpec], Path | None]
 ) -> Generator[StagePlan, StageResult, Choice]:
     """Scale the outputs of the model that is served to where the clients' loss is lowest.
 
     Args:
         choice: the choice of that model.
         fitted: the fused model with fitted layers.
-        place: a path that ends in the model that is served.
-        head: its last layer.
+        path: the path of its scaled outputs.
         for_all: a path as all clients would have evaluated it.
     """
-    path = replace(place, scaled=tensor_names(head))
     make = partial(ScaleOutputs, fitted.model, fitted.sequence, path, _SCALES)
     result = yield StagePlan(make, {}, fitted.nodes, may_fail=True)
     models = candidates(for_all(result.curve, path))
     scaled = best_scaled(models, choice.examples) if models else None
     if scaled is None:
         return choice
-    return replace(choice, loss=scaled.loss, scale=scaled.point, scale_gain=choice.loss - scaled.loss)
+    gain = models[-1].loss - scaled.loss
+    return replace(choice, loss=choice.loss - gain, scale=scaled.point, scale_gain=gain)
 
 
-def _with_scaled_outputs(model: State, head: Block, scale: float) -> dict[str, Tensor]:
-    """Return a model with the outputs of its last layer scaled."""
-    return {**model, **{name: scale * model[name] for name in tensor_names(head)}}
+def _place_of(candidate: Candidate, extended: PathSpec) -> PathSpec | None:
+    """Return a path that ends in a model which clients have evaluated.
 
-
-def _place_of(candidate: Candidate, best: float, extrapolate: float) -> PathSpec | None:
-    """Return a path that ends in a model which clients have evaluated; None for one of a line of its own."""
-    if candidate.origin is Origin.client:
+    None where the outputs of the model are not scaled: it is one of a line of its own, or has no right and wrong.
+    """
+    if candidate.origin is Origin.client or candidate.accuracy is None:
         return None
     if not candidate.is_extended:
         return PathSpec(candidate.point)
     # A path of no length is the line from the fused to the fitted model.
-    return PathSpec(best, extrapolate * candidate.point) if candidate.point else None
+    return replace(extended, extrapolate=extended.extrapolate * candidate.point) if candidate.point else None
 
 
 def _choice(served: Candidate, average: Candidate, trained_on: Origin, examples: float) -> Choice:
