@@ -10,6 +10,7 @@ from torch import nn
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.proto.request import Request
+from fedbasin.strategies.alignment.learned_matching import Search
 from fedbasin.strategies.alignment.matchers import Matcher, MatchingData, prepare_match
 from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
 from fedbasin.strategies.symmetry.symmetry import parse
@@ -89,4 +90,6 @@ def _matching_data(
     batches = FreshBatches(required(data, f"matcher = {request.matcher!r}"))
     weights = examples, request.merged_examples
     share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
-    return MatchingData(model, batches, share, task)
+    search = Search(smoothing=request.learned_smoothing)
+    search = replace(search, steps=request.learned_steps) if request.learned_steps else search
+    return MatchingData(model, batches, share, task, search)

@@ -32,13 +32,13 @@ class _Schema:
 class _SchemaEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schema.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCHEMA_UNSPECIFIED: _Schema.ValueType  # 0
-    SCHEMA_VERSION: _Schema.ValueType  # 4
+    SCHEMA_VERSION: _Schema.ValueType  # 5
 
 class Schema(_Schema, metaclass=_SchemaEnumTypeWrapper):
     """The version of the messages below. Every header and report carries it; another one is refused by name."""
 
 SCHEMA_UNSPECIFIED: Schema.ValueType  # 0
-SCHEMA_VERSION: Schema.ValueType  # 4
+SCHEMA_VERSION: Schema.ValueType  # 5
 Global___Schema: _TypeAlias = Schema  # noqa: Y015
 
 @_typing.final
@@ -390,6 +390,8 @@ class Request(_message.Message):
     ARRAYS_KEY_FIELD_NUMBER: _builtins.int
     ARRAY_NAMES_FIELD_NUMBER: _builtins.int
     OPTIONAL_FIELD_NUMBER: _builtins.int
+    LEARNED_STEPS_FIELD_NUMBER: _builtins.int
+    LEARNED_SMOOTHING_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -408,6 +410,8 @@ class Request(_message.Message):
     weight_key: _builtins.str
     arrays_key: _builtins.str
     optional: _builtins.bool
+    learned_steps: _builtins.int
+    learned_smoothing: _builtins.float
     @_builtins.property
     def anchor(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -450,13 +454,20 @@ class Request(_message.Message):
         arrays_key: _builtins.str = ...,
         array_names: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         optional: _builtins.bool = ...,
+        learned_steps: _builtins.int = ...,
+        learned_smoothing: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "probe_bound", b"probe_bound", "refit", b"refit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_learned_smoothing", b"_learned_smoothing", "_probe_bound", b"_probe_bound", "learned_smoothing", b"learned_smoothing", "probe_bound", b"probe_bound", "refit", b"refit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "array_names", b"array_names", "arrays_key", b"arrays_key", "blocks", b"blocks", "encodings", b"encodings", "identity_bounds", b"identity_bounds", "keep", b"keep", "layer_graph", b"layer_graph", "matcher", b"matcher", "merged_examples", b"merged_examples", "moving", b"moving", "moving_examples", b"moving_examples", "optional", b"optional", "path_points", b"path_points", "probe_bound", b"probe_bound", "refit", b"refit", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "statistic", b"statistic", "symmetry", b"symmetry", "weight_key", b"weight_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learned_smoothing", b"_learned_smoothing", "_probe_bound", b"_probe_bound", "anchor", b"anchor", "anchor_digest", b"anchor_digest", "array_names", b"array_names", "arrays_key", b"arrays_key", "blocks", b"blocks", "encodings", b"encodings", "identity_bounds", b"identity_bounds", "keep", b"keep", "layer_graph", b"layer_graph", "learned_smoothing", b"learned_smoothing", "learned_steps", b"learned_steps", "matcher", b"matcher", "merged_examples", b"merged_examples", "moving", b"moving", "moving_examples", b"moving_examples", "optional", b"optional", "path_points", b"path_points", "probe_bound", b"probe_bound", "refit", b"refit", "round", b"round", "schema_version", b"schema_version", "shrink", b"shrink", "stage", b"stage", "start", b"start", "statistic", b"statistic", "symmetry", b"symmetry", "weight_key", b"weight_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__learned_smoothing: _TypeAlias = _typing.Literal["learned_smoothing"]  # noqa: Y015
+    _WhichOneofArgType__learned_smoothing: _TypeAlias = _typing.Literal["_learned_smoothing", b"_learned_smoothing"]  # noqa: Y015
     _WhichOneofReturnType__probe_bound: _TypeAlias = _typing.Literal["probe_bound"]  # noqa: Y015
     _WhichOneofArgType__probe_bound: _TypeAlias = _typing.Literal["_probe_bound", b"_probe_bound"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learned_smoothing) -> _WhichOneofReturnType__learned_smoothing | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__probe_bound) -> _WhichOneofReturnType__probe_bound | None: ...
 
 Global___Request: _TypeAlias = Request  # noqa: Y015

@@ -303,6 +303,24 @@ class TestARule:
         with pytest.raises(SpecError, match="averages the probabilities of classes"):
             run(replace(setting, task="diabetes", rule="Ensemble"))
 
+    @pytest.mark.parametrize(
+        ("task", "clients"),
+        [
+            ("wine", 5),
+            pytest.param("cancer", 5, marks=pytest.mark.slow),
+            pytest.param("digits", 10, marks=pytest.mark.slow),
+        ],
+    )
+    def test_that_is_the_default_is_at_no_round_behind_averaging(self, run, task, clients):
+        setting = replace(QUICK, task=task, split="dirichlet(0.3)", model="mlp", clients=clients, training=Training())
+        (_, *auto), (_, *mean) = (run(replace(setting, rule=rule), 10) for rule in ("auto", "FedAvg"))
+        assert auto[0].accuracy > mean[0].accuracy + 0.05
+        for served, averaged in zip(auto, mean, strict=True):
+            # A point, or one or two of the 54 wines and 171 tumours.
+            assert served.accuracy >= averaged.accuracy - 0.02
+            # Of tumours too few are kept to see how sure a model is.
+            assert served.loss <= 1.02 * averaged.loss or task == "cancer"
+
     def test_fedprox_holds_clients_at_the_model_that_was_sent(self, run):
         free, held = (run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3))
         assert abs(held[1].loss - held[0].loss) < abs(free[1].loss - free[0].loss)

@@ -53,6 +53,7 @@ NoProof = Annotated[
     bool, typer.Option("--no-prove", help="Write without executing the model before and after; needs less memory.")
 ]
 MatcherName = Annotated[str, typer.Option("--matcher", help="weights, sinkhorn, graph, activations or learned.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of --matcher learned, one batch each. Default: 400.")]
 Smoothing = Annotated[
     float | None,
     typer.Option(
@@ -131,6 +132,7 @@ def align(
     task: Annotated[
         str | None, typer.Option(help="Task of the data, for --matcher learned. Default: what the first batch shows.")
     ] = None,
+    steps: Steps = None,
     smoothing: Smoothing = None,
     symmetry: Notation = None,
     config: Config = None,
@@ -184,7 +186,7 @@ def align(
         with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
         part = choose_spaces(source.symmetry, spaces or (), first, last)
-        matching = read_matching(matcher, source, data, task, "--data", smoothing)
+        matching = read_matching(matcher, source, data, task, "--data", steps, smoothing)
         refuse_idle_options(matching, "--data", task, certify=certify)
         with matching_progress() as on_read:
             alignment = align_file.align(stored_anchor, source, part, matching, on_read, certify=certify)

@@ -14,6 +14,7 @@ from fedbasin.server.files.commands import (
     Output,
     RotateResidual,
     Smoothing,
+    Steps,
     Threads,
     exit_on_failure,
     finite,
@@ -58,6 +59,7 @@ def merge(
             help="Function that returns the batches on which models are aligned, and BatchNorm is measured anew.",
         ),
     ] = None,
+    steps: Steps = None,
     smoothing: Smoothing = None,
     rotate_residual: RotateResidual = False,
     no_prove: NoProof = False,
@@ -121,7 +123,7 @@ def merge(
             torch.set_num_threads(threads)
         keys: dict[str, Any] = {
             "align": _alignment(
-                align, matcher, align_data, smoothing, rotate_residual=rotate_residual, no_prove=no_prove
+                align, matcher, align_data, steps, smoothing, rotate_residual=rotate_residual, no_prove=no_prove
             ),
             "dtype": dtype,
             "rank": rank,
@@ -210,6 +212,7 @@ def _alignment(
     links: str | None,
     matcher: str | None,
     data: str | None,
+    steps: int | None,
     smoothing: float | None,
     *,
     rotate_residual: bool,
@@ -221,6 +224,7 @@ def _alignment(
     keys = {
         "--matcher": ("matcher", matcher),
         "--align-data": ("data", data),
+        "--steps": ("steps", steps),
         "--smoothing": ("smoothing", smoothing),
         "--rotate-residual": ("rotate_residual", rotate_residual or None),
         "--no-prove": ("prove", False if no_prove else None),

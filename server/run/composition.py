@@ -224,6 +224,8 @@ class Composition:
             "",
             start=Start.own if self._starts_apart(number) else Start.shared,
             matcher=self.settings.matcher,
+            learned_steps=self.settings.learned_steps,
+            learned_smoothing=self.settings.learned_smoothing,
             path_points=self.settings.barrier_points,
         )
 

@@ -44,6 +44,8 @@ _DECISIVE = {
     "rule",
     "align",
     "matcher",
+    "learned_steps",
+    "learned_smoothing",
     "layers",
     "start",
     "bootstrap",
@@ -129,6 +131,14 @@ class Settings(BaseModel):
         "weights",
         description="what a client is aligned by: its weights, its weights with all spaces deciding together by "
         "annealing or as one graph, its features on its own data, or a transform that it learns on that data",
+    )
+    learned_steps: int = Field(400, ge=1, description="steps of the matcher learned, one batch each")
+    learned_smoothing: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="label smoothing of the matcher learned; unset takes 0.1 where a client has memorised its examples, and "
+        "0 elsewhere",
     )
     merge: Literal["star", "chain", "tree"] = Field(
         "star",
@@ -296,6 +306,9 @@ class Settings(BaseModel):
                 f"matcher = {self.matcher!r} with align = 'server': only clients have the data; set align = "
                 "'client', or another matcher"
             )
+        if self.matcher != "learned" and (idle := {"learned-steps", "learned-smoothing"} & self.changed.keys()):
+            key = min(idle)
+            raise ValueError(f"{key} is read by matcher = 'learned' alone; set that, or leave {key} out")
         self._check_merge()
         if self.barrier_points == 1:
             raise ValueError("barrier-points = 1: a path has two ends; set 0 for none, or at least 2")

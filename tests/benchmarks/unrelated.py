@@ -4,7 +4,7 @@ r"""Unrelated GPT-2s and ViTs, merged by each rule after each alignment: one JSO
     PYTHONPATH=. .venv/bin/python -m tests.benchmarks.unrelated alone FOLDER gpt2 4
     PYTHONPATH=. .venv/bin/python -m tests.benchmarks.unrelated merge FOLDER gpt2 4 none weights learned
     PYTHONPATH=. .venv/bin/fedbasin barrier FOLDER/gpt2/0 FOLDER/gpt2/1 --data tests.benchmarks.unrelated:gpt2_test \
-        --rotate-residual --matcher learned --smoothing 0 --align-data tests.benchmarks.unrelated:gpt2
+        --rotate-residual --matcher learned --align-data tests.benchmarks.unrelated:gpt2
 
 GPT-2s read the characters of Python's standard library, ViTs scikit-learn's digits; each is trained from an
 initialisation and in an order of its own. Data of an alignment and of statistics are training examples.
@@ -41,7 +41,7 @@ ALIGNMENTS: dict[str, dict[str, Any] | None] = {
     "rotated": {"links": "chain", "rotate_residual": True},
     "activations rotated": {"links": "chain", "matcher": "activations", "rotate_residual": True},
     "learned": {"links": "chain", "matcher": "learned", "rotate_residual": True},
-    "learned, no smoothing": {"links": "chain", "matcher": "learned", "rotate_residual": True, "smoothing": 0},
+    "learned, smoothed": {"links": "chain", "matcher": "learned", "rotate_residual": True, "smoothing": 0.1},
     "learned star": {"links": "star", "matcher": "learned", "rotate_residual": True},
 }
 # Parameters by rule; those with an anchor take the first model.
@@ -84,7 +84,7 @@ def take(data: Batch, rows: Tensor) -> Batch:
 
 
 def gpt2() -> list[Batch]:
-    return examples("gpt2")[0][:64]
+    return examples("gpt2")[0][16:]
 
 
 def vit() -> list[Batch]:
@@ -92,7 +92,7 @@ def vit() -> list[Batch]:
 
 
 def gpt2_statistics() -> list[Batch]:
-    return examples("gpt2")[0][64:80]
+    return examples("gpt2")[0][:16]
 
 
 def vit_statistics() -> list[Batch]:

@@ -31,6 +31,8 @@ REQUEST = Request(
     start=Start.own,
     symmetry="hidden  S(2)  0.weight[0] 0.bias[0] 2.weight[1]",
     matcher="sinkhorn",
+    learned_steps=1200,
+    learned_smoothing=0.25,
     identity_bounds={"hidden": torch.tensor([0.25, 0.5], dtype=torch.float64)},
     statistic="gram",
     shrink=0.75,
@@ -44,7 +46,7 @@ REQUEST = Request(
     layer_graph=True,
     optional=True,
     keep=True,
-    refit=Refit((LINEAR,), "features", 2, PathSpec(0.5, 2.0), (BatchNorm("1", 1e-5),)),
+    refit=Refit((LINEAR,), "features", 2, PathSpec(0.5, 2.0, LINEAR), (BatchNorm("1", 1e-5),)),
     merged_examples=41.0,
     moving={"0.bias": torch.tensor([3.0, 4.0])},
     moving_examples=22.0,
@@ -165,6 +167,8 @@ def requests(draw, *, packed):
         start=draw(st.sampled_from(Start)),
         symmetry=draw(names),
         matcher=draw(names),
+        learned_steps=draw(counts),
+        learned_smoothing=draw(st.none() | numbers),
         identity_bounds=draw(
             st.dictionaries(
                 names, st.lists(numbers, max_size=3).map(lambda v: torch.tensor(v, dtype=torch.float64)), max_size=2

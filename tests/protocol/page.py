@@ -52,16 +52,18 @@ run --task teacher --task clusters --rounds 15 $F8 $HEADS
 run --task diabetes --task friedman $F4 $HEADS
 run --task vowels --model lstm $F4 $HEADS
 run --task colour_digits --split iid --model quickstart --optimizer sgd --rate 0.02 --epochs 1 --clients 4 $F4
-run --task digits --task satellite --rounds 60 $F4 $HEADS
+run --task digits --rounds 60 $F4 $HEADS
+run --task satellite $F4 $HEADS
 run --task letters --split 'few(5)' --clients 50 $F8 $HEADS
 run --task letters --clients 50 --rule 'fedavg(fraction_train=0.2)' --rule 'fedavgm(fraction_train=0.2)' --rule 'auto(fraction_train=0.2)'
 run --task digits --split 'shards(2)' --rounds 10 $F4 $HEADS
 run --task 'digits(sources=10)' --split groups $F4 $HEADS
 run --task sayings --model small_cnn --epochs 2 $F4 $HEADS
-run --task scenes --model segmenter --epochs 1 $F4
-run --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 $F4
-run --task modules --model lstm --epochs 2 --rate 3e-3 $F4 $HEADS
-run --task digits --model transformer --model resnet --epochs 2 $F4
+run --task scenes --model segmenter --epochs 1 --rounds 10 $F4
+run --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 --rounds 10 $F4
+run --task modules --model lstm --epochs 2 --rate 3e-3 --rounds 10 $F4 $HEADS
+run --task digits --model transformer --epochs 2 $F4
+run --task digits --model resnet --epochs 2 --rounds 10 $F4
 run --task letters --split 'dirichlet(0.05)' --split 'quantity(0.3)' --rounds 5 $F4 $HEADS
 run --task 'handwriting(train=2000)' --model cnn --epochs 2 --rounds 10 $F4 $HEADS
 run --task glyphs --model cnn --rounds 10 $F4 $HEADS

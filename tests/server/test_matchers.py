@@ -3,6 +3,9 @@
 import pytest
 
 from fedbasin.proto.report import Decision
+from fedbasin.strategies.alignment import matchers
+from fedbasin.strategies.alignment.learned_matching import Search
+from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.symmetry.symmetry import parse
 from tests import tiny
 from tests.server.test_runs import folder as folder  # a fixture
@@ -19,6 +22,17 @@ def test_clients_of_their_own_starts_are_aligned_by_the_matcher_of_the_run(folde
     found = alignments(start(tiny.federation(), folder, matcher=matcher, start="own"))
     assert all(each.distance_after <= each.distance_before for each in found)
     assert Decision.aligned in {each.decision for each in found}
+
+
+def test_clients_learn_with_the_search_of_the_run(folder, monkeypatch):
+    searches = []
+    monkeypatch.setattr(matchers, "match_learned", lambda *given: (searches.append(given[6]), match_weights(*given[:1], *given[2:4]))[1])  # fmt: skip
+    for number, settings in enumerate(({}, {"learned_steps": 7, "learned_smoothing": 0.0})):
+        start(tiny.federation(), folder / str(number), matcher="learned", start="own", **settings)
+    usual, chosen = Search(), Search(7, smoothing=0.0)
+    half = len(searches) // 2
+    assert searches == half * [usual] + half * [chosen]
+    assert half
 
 
 def test_the_server_aligns_by_softened_orders_too(folder):

@@ -15,6 +15,7 @@ from fedbasin.server.files.commands import (
     Notation,
     RotateResidual,
     Smoothing,
+    Steps,
     Threads,
     exit_on_failure,
     print_results,
@@ -48,6 +49,7 @@ def barrier(
     ] = None,
     matcher: MatcherName = "weights",
     align_data: AlignData = None,
+    steps: Steps = None,
     smoothing: Smoothing = None,
     symmetry: Notation = None,
     config: Config = None,
@@ -85,7 +87,7 @@ def barrier(
                 raise ModelError(f"{picture}: is a folder; give the name of a file")
         with progress_of_discovery() as progress:
             source = symmetric_model(stored, Source(symmetry, config, module, rotate_residual), progress)
-        matching = read_matching(matcher, source, align_data, task, "--align-data", smoothing)
+        matching = read_matching(matcher, source, align_data, task, "--align-data", steps, smoothing)
         refuse_idle_options(matching, "--align-data")
         with progress_bar() as bar:
             task_bar = bar.add_task("matching", total=None)

@@ -1,6 +1,6 @@
 """The matchers of a run for stored models: by their weights, or on data that a user gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fedbasin.server.files.data.given_data import read_data, read_task
@@ -27,7 +27,7 @@ class StoredMatching:
         data: the batches; None without.
         name: the user's name for the data.
         task: the task of learned matching; None takes the one that the first batch shows.
-        smoothing: its label smoothing; None for the default.
+        search: settings of its search; None for the defaults.
     """
 
     matcher: Matcher
@@ -35,7 +35,7 @@ class StoredMatching:
     data: Batches | None = None
     name: str = ""
     task: Task | None = None
-    smoothing: float | None = None
+    search: Search | None = None
 
     def match(
         self, symmetry: Symmetry, anchor: State, moving: State, place: float = 0.5, bounds: IdentityBounds | None = None
@@ -59,8 +59,7 @@ class StoredMatching:
             alignment = prepare_match(self.matcher, symmetry, dict(anchor), dict(moving), bounds)()
             return MatchResult(alignment.transform, alignment.report)
         module = require_executable(self.model).module
-        search = None if self.smoothing is None else Search(smoothing=self.smoothing)
-        data = MatchingData(module, self.data, place, self.task, search)
+        data = MatchingData(module, self.data, place, self.task, self.search)
         start, end = (runnable_state(self.model, state) for state in (anchor, moving))
         prepare = partial(prepare_match, self.matcher, symmetry, start, end, data=data)
         alignment = run(module, self.name, lambda: prepare()())
@@ -73,7 +72,13 @@ def matching_by_weights(model: SymmetricModel) -> StoredMatching:
 
 
 def read_matching(
-    name: str, model: SymmetricModel, data: str | None, task: str | None, option: str, smoothing: float | None = None
+    name: str,
+    model: SymmetricModel,
+    data: str | None,
+    task: str | None,
+    option: str,
+    steps: int | None = None,
+    smoothing: float | None = None,
 ) -> StoredMatching:
     """Return the matcher of a name with the data that a user gives.
 
@@ -83,24 +88,35 @@ def read_matching(
         data: function that returns the batches, `package.module:function`; None without.
         task: name of the task; None takes the one that the first batch shows.
         option: the option that names the data, for errors.
-        smoothing: label smoothing of learned matching, 0 or above and below 1; None for the default.
+        steps: steps of learned matching, 1 or more; None for the default.
+        smoothing: label smoothing of learned matching, 0 or above and below 1; None for its own choice.
 
     Raises:
-        ModelError: the matcher is unknown, reads no smoothing, or reads data and has none, the model cannot be run, or the function fails.
+        ModelError: the matcher is unknown, has no search, or reads data and has none, the model cannot be run, or the function fails.
     """
     if name not in Matcher.__members__:
         raise ModelError(f"--matcher {name}: is unknown; give one of {', '.join(Matcher.__members__)}")
     matcher = Matcher[name]
     if matcher.reads_data and data is None:
         raise ModelError(f"--matcher {name}: reads data; give {option} package.module:function")
-    if smoothing is not None and not (matcher is Matcher.learned and 0 <= smoothing < 1):
-        raise ModelError(f"--smoothing {smoothing:g}: is from 0 to below 1, and read by the matcher learned alone")
+    search = _read_search(matcher, steps, smoothing)
     if matcher.reads_data:
         _refuse_other_names(matcher, model)
     module = None if model.executable is None else model.executable.module
     batches = None if data is None else read_data(data, module, option)
     chosen = None if task is None else read_task(task)
-    return StoredMatching(matcher, model, batches, data or "", chosen, smoothing)
+    return StoredMatching(matcher, model, batches, data or "", chosen, search)
+
+
+def _read_search(matcher: Matcher, steps: int | None, smoothing: float | None) -> Search:
+    """Return the settings of learned matching that a user gives."""
+    learns = matcher is Matcher.learned
+    if steps is not None and not (learns and steps >= 1):
+        raise ModelError(f"--steps {steps}: are 1 or more, and read by the matcher learned alone")
+    if smoothing is not None and not (learns and 0 <= smoothing < 1):
+        raise ModelError(f"--smoothing {smoothing:g}: is from 0 to below 1, and read by the matcher learned alone")
+    search = Search(smoothing=smoothing)
+    return search if steps is None else replace(search, steps=steps)
 
 
 def refuse_idle_options(

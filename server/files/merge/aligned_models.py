@@ -85,7 +85,8 @@ def check_alignment(
         if _identity(model) != _identity(first):
             raise ModelError(_two_architectures(first.stored, model.stored))
     first = _in_file_names(first) if by_token else first
-    matching = read_matching(settings.matcher, first, settings.data, recipe.task, "--align-data", settings.smoothing)
+    search = settings.steps, settings.smoothing
+    matching = read_matching(settings.matcher, first, settings.data, recipe.task, "--align-data", *search)
     alignable = AlignableModels(settings, matching)
     if matching.data is not None and not (matching.matcher.reads_data or alignable.norms):
         raise ModelError(

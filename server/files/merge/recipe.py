@@ -2,7 +2,7 @@
 
 merge_method: ties          base_model: BASE          models: [{model: A, parameters: {weight: 0.5}}, ...]
 slices: [{sources: [{model: A, layer_range: [0, 8]}]}]          parameters, dtype, out_dtype, tokenizer_source
-align: star | chain | tree | universe, or {links, matcher, data, smoothing, rotate_residual, prove}          seed: 0
+align: star | chain | tree | universe, or {links, matcher, data, steps, smoothing, rotate_residual, prove}   seed: 0
 statistics: package.module:function          task: classification
 """
 
@@ -101,6 +101,7 @@ class ModelAlignment(BaseModel):
     links: Links = "star"
     matcher: MatcherName = "weights"
     data: str | None = None
+    steps: int | None = None
     smoothing: float | None = None
     rotate_residual: bool = False
     prove: bool = True

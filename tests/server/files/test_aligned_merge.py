@@ -191,6 +191,15 @@ REFUSED = {
         ("--align", "star", "--smoothing", "0", *MODULE),
         "--smoothing 0: is from 0 to below 1, and read",
     ),
+    "idle steps": (
+        ("--align", "star", "--steps", "9", *MODULE),
+        "--steps 9: are 1 or more, and read by the matcher learned",
+    ),
+    "no steps": (
+        ("--align", "star", "--matcher", "learned", "--steps", "0", *DATA, *MODULE),
+        "--steps 0: are 1 or more",
+    ),
+    "steps alone": (("--steps", "9"), "--steps: belongs to --align"),
     "smoothing of 1": (
         ("--align", "star", "--matcher", "learned", "--smoothing", "1", *DATA, *MODULE),
         "--smoothing 1: is from 0 to below 1",
