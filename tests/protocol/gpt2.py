@@ -24,6 +24,8 @@ class Gpt2(nn.Module):
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
             use_cache=False,
         )
         self.net = GPT2LMHeadModel(config)
