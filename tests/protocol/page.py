@@ -39,34 +39,32 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 | `digits`, `diabetes` | ship with scikit-learn |
 | `digits(sources=10)` | the same digits from ten scanners, each with scales and offsets of its own: clients differ in their inputs |
 | `sayings`, `scenes`, `colour_digits` | made of these digits: six yes or no for each, a class for each pixel, Flower's quickstart |
-| `glyphs` | letters in the fonts that matplotlib ships |
 | `modules`, `python_topics` | text that Python brings: which module a passage is of, the next character of its documentation |
 | `letters`, `satellite`, `vowels`, `handwriting` | files that a user has fetched ([where from](../../tests/protocol/fetched.py)) |
 
 ```
-F4="--rule FedAvg --rule FedAvgM(server_momentum=[0.5,0.9]) --rule FedProx(proximal_mu=0.01) --rule auto --rule auto(held_out=0.1)"
+F4="--rule FedAvg --rule FedAvgM(server_momentum=[0.5,0.9]) --rule FedProx(proximal_mu=0.01) --rule auto"
 F8="$F4 --rule FedAvgM(server_momentum=0.7) --rule FedAdam(eta=[0.01,0.03]) --rule FedProx(proximal_mu=0.1)"
 HEADS="--rule RidgeHead --rule RandomFeaturesHead"
 run() { python -m tests.protocol run --jobs 2 "$@"; }
-run --task teacher --task clusters --rounds 15 $F8 $HEADS
-run --task diabetes --task friedman $F4 $HEADS
+run --task teacher --task clusters --rounds 15 $F8 $HEADS --rule 'auto(held_out=0.1)'
+run --task diabetes --task friedman $F4 $HEADS --rule 'auto(held_out=0.1)'
 run --task vowels --model lstm $F4 $HEADS
 run --task colour_digits --split iid --model quickstart --optimizer sgd --rate 0.02 --epochs 1 --clients 4 $F4
 run --task digits --rounds 60 $F4 $HEADS
 run --task satellite $F4 $HEADS
 run --task letters --split 'few(5)' --clients 50 $F8 $HEADS
 run --task letters --clients 50 --rule 'fedavg(fraction_train=0.2)' --rule 'fedavgm(fraction_train=0.2)' --rule 'auto(fraction_train=0.2)'
-run --task digits --split 'shards(2)' --rounds 10 $F4 $HEADS
+run --task digits --split 'shards(2)' --rounds 10 --rule features $F4 $HEADS
 run --task 'digits(sources=10)' --split groups $F4 $HEADS
 run --task sayings --model small_cnn --epochs 2 $F4 $HEADS
 run --task scenes --model segmenter --epochs 1 --rounds 10 $F4
 run --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 --rounds 10 $F4
-run --task modules --model lstm --epochs 2 --rate 3e-3 --rounds 10 $F4 $HEADS
+run --task modules --model transformer --epochs 2 --rate 3e-3 --rounds 10 $F4 $HEADS
 run --task digits --model transformer --epochs 2 $F4
 run --task digits --model resnet --epochs 2 --rounds 10 $F4
 run --task letters --split 'dirichlet(0.05)' --split 'quantity(0.3)' --rounds 5 $F4 $HEADS
 run --task 'handwriting(train=2000)' --model cnn --epochs 2 --rounds 10 $F4 $HEADS
-run --task glyphs --model cnn --rounds 10 $F4 $HEADS
 python -m tests.protocol report
 ```
 """
