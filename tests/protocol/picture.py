@@ -19,7 +19,7 @@ from tests.protocol.tables import megabytes
 Across: TypeAlias = Callable[[Point], float | None]
 
 _WIDE, _HIGH = 290, 210  # of a panel's drawing
-_LEFT, _TOP, _GAP, _LINE = 44, 12, 56, 18
+_LEFT, _TOP, _GAP, _LINE = 44, 24, 56, 18
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#7a5cc9")
 _DASHES = ("", "7 4", "2 3")
 
@@ -85,6 +85,7 @@ def draw(rows: Sequence[Row], title: str) -> str:
     return tag(
         "svg",
         tag("style", trusted(_STYLE)),
+        tag("text", measure.lower(), x=_LEFT, y=_TOP - 10),
         *placed,
         legend,
         xmlns="http://www.w3.org/2000/svg",
