@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedbasin.strategies.alignment.weight_matching import match_weights
     from fedbasin.strategies.diagnostics.loss_path import barrier as barrier
     from fedbasin.strategies.fusion.accumulator import fuse as fuse
+    from fedbasin.strategies.fusion.random_features import RandomFeatures as RandomFeatures
     from fedbasin.strategies.fusion.update import Update as Update
     from fedbasin.strategies.recipes import RECIPES as RECIPES
     from fedbasin.strategies.symmetry.check import check as check
@@ -38,6 +39,7 @@ _HOMES = {
     "FedBasin": "server.strategy",
     "ProbeSet": "server.run.probe_set",
     "RECIPES": "strategies.recipes",
+    "RandomFeatures": "strategies.fusion.random_features",
     "RoundReport": "proto.report",
     "RunResult": "server.run.result",
     "SettingsError": "server.run.settings",

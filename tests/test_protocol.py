@@ -213,6 +213,7 @@ class TestATask:
         ("resnet(4)", "digits"),
         ("quickstart", "colour_digits"),
         ("lstm(8)", "modules"),
+        ("random_features(8)", "digits"),
         ("gpt2(8)", "python_topics"),
         ("lora(rank=2, width=8)", "digits"),
         pytest.param("lora_bert(rank=2)", "topics", marks=pytest.mark.slow),
@@ -320,6 +321,11 @@ class TestARule:
             assert served.accuracy >= averaged.accuracy - 0.02
             # Of tumours too few are kept to see how sure a model is.
             assert served.loss <= 1.02 * averaged.loss or task == "cancer"
+
+    def test_that_fits_heads_makes_random_features_a_baseline_of_one_round(self, run):
+        setting = replace(DIGITS, rule="head", model="random_features", split="dirichlet(0.3)", clients=5)
+        skewed, even = run(setting, 1)[1], run(replace(setting, split="iid"), 1)[1]
+        assert min(skewed.accuracy, even.accuracy) > 0.95
 
     def test_fedprox_holds_clients_at_the_model_that_was_sent(self, run):
         free, held = (run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3))

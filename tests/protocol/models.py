@@ -8,6 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from fedbasin.strategies.fusion.random_features import RandomFeatures
 from tests.protocol.spec import SpecError
 from tests.protocol.task import Task
 
@@ -116,6 +117,17 @@ def gpt2(width: int = 32, blocks: int = 2) -> Make:
         from tests.protocol.gpt2 import Gpt2  # brings transformers, which takes seconds
 
         return Gpt2(task, width, blocks)
+
+    return make
+
+
+def random_features(width: int = 1024) -> Make:
+    """One frozen random layer of ReLUs; only its last layer can be learned."""
+
+    def make(task: Task) -> nn.Module:
+        if task.tokens or task.kind in ("pixels", "language-modelling"):
+            raise SpecError("random_features reads numbers and gives one row for an example; choose another model")
+        return RandomFeatures(prod(task.shape), task.classes, width)
 
     return make
 
@@ -272,6 +284,7 @@ MODELS: dict[str, Callable[..., Make]] = {
     "cnn": cnn,
     "cnn_norm": cnn_norm,
     "small_cnn": small_cnn,
+    "random_features": random_features,
     "segmenter": segmenter,
     "resnet": resnet,
     "quickstart": quickstart,
