@@ -5,9 +5,8 @@ Where most clients are honest, the cohort's medians say what is ordinary:
 
     examples      at most a multiple of the median; the rest is cut off
     update norm   ||theta_k - anchor|| of the model and of each tensor; cut back above one multiple of the median (norm
-                  clipping: Sun et al. 2019, arXiv 1911.07963), left out above a larger one, which grows with the
-                  client's examples, because more of them are more steps; not judged where it is small beside the
-                  model, as most clients hardly move one that fits their data, and the rest do
+                  clipping: Sun et al. 2019, arXiv 1911.07963), left out above a larger one; not judged where it is
+                  small beside the model, as most clients hardly move one that fits their data, and the rest do
     statistics    mean diagonal per example of each layer, and norm of its cross-moment; cut back, or left out
     integers      largest change of an entry of a counter, an index or a zero point; cut back above a multiple of the
                   median, and so to no change where most clients make none
@@ -198,8 +197,7 @@ class _Cohort:
     def __init__(self, measures: Iterable[Measure], anchor: State) -> None:
         measures = list(measures)
         self._anchor = anchor
-        self.examples = median(measure.examples for measure in measures)
-        self.most_examples = _MOST_EXAMPLES * self.examples
+        self.most_examples = _MOST_EXAMPLES * median(measure.examples for measure in measures)
         self.norm = median(measure.norm for measure in measures)
         sizes = {name: t.numel() for name, t in floating(anchor).items() if not name.endswith(MEASURED)}
         # A tensor that most clients leave as it is may still move as far as its share of the model's entries.
@@ -217,10 +215,6 @@ class _Cohort:
     def small(self) -> float:
         """The norm of an update that is small beside the model; read where an update is out of line alone."""
         return small_norm(self._anchor)
-
-    def reach(self, measure: Measure) -> float:
-        """Return how many times as far as the median client one may move that has as many examples; 1 to 5."""
-        return max(1.0, min(measure.examples, self.most_examples) / self.examples) if self.examples else 1.0
 
     def per_example(self, measure: Measure, values: Mapping[Block, float]) -> dict[Block, float]:
         """Return values of a client for each example that counts."""
@@ -273,11 +267,11 @@ def _judge_client(measure: Measure, cohort: _Cohort, *, shared_start: bool) -> V
 
 def _update_factor(measure: Measure, cohort: _Cohort) -> float:
     """Return the factor on a client's update; raises a Refusal for one that is far out of line."""
-    norm, usual, reach = measure.norm, cohort.norm, cohort.reach(measure)
+    norm, usual = measure.norm, cohort.norm
     far = [
         name
         for name, n in measure.norms.items()
-        if cohort.norms[name] and not n <= reach * _LARGEST_TENSOR * cohort.norms[name]
+        if cohort.norms[name] and not n <= _LARGEST_TENSOR * cohort.norms[name]
     ]
     if norm <= _LARGE_NORM * usual and not far:
         return 1.0
@@ -285,7 +279,7 @@ def _update_factor(measure: Measure, cohort: _Cohort) -> float:
     if is_small:
         # Running statistics are no weights, and have no part in the norm.
         far = [name for name in far if name.endswith(MEASURED)]
-    elif not norm <= reach * _LARGEST_NORM * usual and usual:
+    elif not norm <= _LARGEST_NORM * usual and usual:
         raise Refusal(Outcome.out_of_line, f"the norm of its update is {norm:.3g}, the median is {usual:.3g}")
     for name in far:
         what = f"the norm of its update of {name} is {measure.norms[name]:.3g}"

@@ -58,18 +58,6 @@ def test_a_larger_one_is_held_against_the_median():
     assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("examples", "times", "is_refused"), [(10.0, 7.0, True), (50.0, 7.0, False), (50.0, 31.0, True), (1e9, 31.0, True)]
-)
-def test_a_client_with_more_examples_may_move_farther_and_counts_for_no_more(examples, times, is_refused):
-    anchor = {"0.weight": torch.full((2, 2), 0.5)}
-    measures = {node: Measure(10.0, {"0.weight": 1.0}) for node in range(4)}
-    verdicts = judge(measures | {4: Measure(examples, {"0.weight": times})}, anchor, shared_start=True)
-    assert (verdicts[4].refusal is not None) == is_refused
-    # Its update is cut back to that of the others all the same.
-    assert verdicts[4].update * times == pytest.approx(2.5) or is_refused
-
-
 def test_beside_a_model_whose_norm_overflows_nothing_is_small():
     anchor = {"0.weight": torch.full((2, 2), 1e30)}
     norms = [1.0, 1.0, 1.0, 1e28]
