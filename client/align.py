@@ -90,6 +90,5 @@ def _matching_data(
     batches = FreshBatches(required(data, f"matcher = {request.matcher!r}"))
     weights = examples, request.merged_examples
     share = examples / sum(weights) if all(weights) else _UNKNOWN_SHARE
-    search = Search(smoothing=request.learned_smoothing)
-    search = replace(search, steps=request.learned_steps) if request.learned_steps else search
+    search = Search(request.learned_steps, smoothing=request.learned_smoothing)
     return MatchingData(model, batches, share, task, search)

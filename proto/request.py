@@ -91,7 +91,7 @@ class Request:
         symmetry: notation of the symmetry by which the client aligns its model to the anchor; empty for no
             alignment.
         matcher: name of the matcher.
-        learned_steps: steps of learned matching; 0 for its default.
+        learned_steps: steps of learned matching.
         learned_smoothing: its label smoothing; None for its own choice.
         identity_bounds: by space, the distances within which the anchor's units have moved too little to change
             places, so that a client near the anchor has nothing to search.
@@ -128,7 +128,7 @@ class Request:
     start: Start = Start.shared
     symmetry: str = ""
     matcher: str = "weights"
-    learned_steps: int = 0
+    learned_steps: int = 400
     learned_smoothing: float | None = None
     identity_bounds: State = field(default_factory=dict, metadata={"record": "header"})
     statistic: str = "none"

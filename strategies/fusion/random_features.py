@@ -41,7 +41,7 @@ class RandomFeatures(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         self.flatten = nn.Flatten()
         self.features = nn.Linear(inputs, width).requires_grad_(requires_grad=False)
-        self.features.weight.copy_(torch.randn(width, inputs, generator=draw) * _GAIN / inputs**0.5)
+        self.features.weight.copy_(torch.randn(inputs, width, generator=draw).T * _GAIN / inputs**0.5)
         self.features.bias.copy_(torch.randn(width, generator=draw) * _SHIFT)
         self.head = nn.Linear(width, outputs)
         nn.init.zeros_(self.head.weight)

@@ -291,6 +291,8 @@ class Standing:
             return Standing(pause=pause, resumes=report.round + 1 + pause)
         # A choice between two means of products is the fusion itself, and every round makes it.
         rests = pays(choice) and choice.trained_on != Origin.products.name and report.round >= _FIRST_ROUNDS
+        # The next mean is no worse for having its outputs as they are, and is likely to be ahead by then.
+        rests = rests and choice.served != Origin.average.name
         # Where the same clients judge every round, averaging would overtake the served model unseen.
         rests = rests and self.choice is not None and judges(report.stages) != self.judges
         rest = _REST if rests else choice.pause

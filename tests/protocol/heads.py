@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedbasin.strategies.fusion.random_features import RandomFeatures
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import SpecError
 
 Features = Callable[[Tensor], Float[Tensor, "example feature"]]
 
-_GAIN, _SHIFT = 1.4, 0.3  # of the random layer: about unit variance, biases that spread the kinks
 _NUMBER = 4  # bytes of a float32
 
 
@@ -31,10 +31,8 @@ def random_features(experiment: Experiment, width: int = 1024, strength: float =
     """On one random layer of ReLUs."""
     task = experiment.task
     inputs = task.vectors(task.train[0][:1]).shape[1]
-    draw = torch.Generator().manual_seed(experiment.seed)
-    weight = torch.randn(inputs, width, generator=draw) * _GAIN / inputs**0.5
-    bias = _SHIFT * torch.randn(width, generator=draw)
-    _solve(experiment, lambda x: torch.relu(task.vectors(x) @ weight + bias), strength)
+    layer = RandomFeatures(inputs, task.classes, width, experiment.seed).features
+    _solve(experiment, lambda x: torch.relu(layer(task.vectors(x))), strength)
 
 
 def _solve(experiment: Experiment, features: Features, strength: float) -> None:

@@ -93,6 +93,7 @@ def quickstart() -> Make:
     def make(task: Task) -> nn.Module:
         if task.shape != (3, 32, 32):
             raise SpecError(f"quickstart reads colour images of 32x32, and an input has shape {list(task.shape)}")
+        # The quickstart's own Net takes views, which the layout that `experiment` gives convolutions does not have.
         return nn.Sequential(
             *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),

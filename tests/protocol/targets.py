@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.datasets import load_diabetes, load_digits, make_friedman1
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from tests.benchmarks import bench_served
 from tests.protocol.tabular import with_sources
 from tests.protocol.task import Examples, Task
 
@@ -56,11 +56,9 @@ def colour_digits(sources: int = 0) -> Task:
     Args:
         sources: number of cameras with a scale and an offset of their own, which `groups` shares out; 0 for one.
     """
-    images, digits = load_digits(return_X_y=True)
+    images, digits = bench_served.colour_digits()
     order = torch.tensor(np.random.default_rng(0).permutation(len(digits)))
-    pixels = torch.tensor(images / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
-    inputs = interpolate(pixels, (32, 32), mode="bilinear").repeat(1, 3, 1, 1)[order]
-    labels, end = torch.tensor(digits)[order], 7 * len(digits) // 10
+    inputs, labels, end = images[order], digits[order], 7 * len(digits) // 10
     return with_sources(Task((inputs[:end], labels[:end]), (inputs[end:], labels[end:]), 10), sources)
 
 

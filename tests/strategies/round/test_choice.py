@@ -194,6 +194,13 @@ def test_after_ten_rounds_of_sampled_clients_a_comparison_that_pays_is_made_ever
     assert standing.after(report(11, resting)).choice == (choice if stays else None)
 
 
+def test_a_scaled_mean_is_compared_again_in_the_next_round_and_is_not_served_while_averaging_goes_on():
+    scaled = replace(AVERAGE, loss=1.5, scale=0.5, scale_gain=0.5)
+    standing = Standing().after(report(9, scaled)).after(report(10, scaled, nodes=(1, 3)))
+    assert standing.resumes == 11
+    assert standing.resting(11) is None
+
+
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 
 
