@@ -309,7 +309,10 @@ class IncidentKind(Enum):
     )
     loss_rose = "the new global model is worse than the one before; lower the learning rate, or let clients train less"
     client_loss = "one client's loss is out of line; look at its data, and lower its learning rate"
-    update_norm = "one client's update is out of line and was cut back; look at its data, and lower its learning rate"
+    update_norm = (
+        "one client's update is much longer than most, and its report says what was cut back; lower its learning rate, "
+        "unless it has far more data"
+    )
     quarantined = "the client's replies were refused again and again; mend it before its quarantine ends"
     damaged_checkpoint = "a file does not have the checksum that it was written with; look at the disk"
 

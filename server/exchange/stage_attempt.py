@@ -32,10 +32,10 @@ from fedbasin.strategies.diagnostics.probe_sampling import bound
 from fedbasin.strategies.diagnostics.update_cosines import Vector
 from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.direction_agreement import DirectionAgreement, direction_agreement
 from fedbasin.strategies.judging.finite_model import changed, check_finite
 from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure
 from fedbasin.strategies.judging.label_agreement import contradicting_labels
-from fedbasin.strategies.judging.opposing_updates import opposing_weights
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import RefitHead
@@ -114,6 +114,7 @@ class RoundContext:
         array_names: by the model's names, the names of arrays that are called otherwise.
         previous: the movement of the global model in the round before, at sampled entries.
         files: where replies are kept until all have come.
+        compares: whether clients compare the round's models by their losses.
     """
 
     number: int
@@ -125,6 +126,7 @@ class RoundContext:
     array_names: Mapping[str, str] = field(default_factory=dict)
     previous: Vector | None = None
     files: SpoolFiles = field(default_factory=SpoolFiles)
+    compares: bool = False
 
 
 class StageAttempt:
@@ -150,7 +152,7 @@ class StageAttempt:
         digest: bytes | None = None,
         client_metrics_fn: ClientMetricsFn | None = None,
         unanswered: Mapping[str, Unanswered] | None = None,
-        weights: Mapping[int, float] | None = None,
+        agreement: DirectionAgreement | None = None,
     ) -> None:
         """Prepare the request.
 
@@ -164,13 +166,14 @@ class StageAttempt:
             digest: their digest, if it is known.
             client_metrics_fn: makes further metrics of an accepted client's parameters.
             unanswered: messages of earlier rounds whose replies may still come, by their ids.
-            weights: factors on the weights of clients that count less since an earlier stage of the round.
+            agreement: what an earlier stage of the round has found of the directions of the clients' updates.
         """
         self.nodes = list(nodes)
         self.limits = limits
         self._asked = set(nodes)
         self._unanswered = unanswered or {}
-        self._weights = weights or {}
+        self._agreement = agreement or DirectionAgreement()
+        self._compared = context.compares
         self._anchor = carries
         self._client_metrics_fn = client_metrics_fn
         self._started = time.perf_counter()
@@ -266,7 +269,7 @@ class StageAttempt:
             self.stage.layer_graph,
             average=average,
             cosines=sums.directions.finish if sums.directions else None,
-            weights=self._weights,
+            agreement=self._agreement,
         )
 
     def _finish_stage(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -410,11 +413,21 @@ class StageAttempt:
             measures = {node: self._candidates[node].measure for node in self._cohort if node in self._candidates}
             if not self.limits.bounds:
                 return {node: Verdict(measure.examples) for node, measure in measures.items()}
-            verdicts = judge(measures, self._anchor, shared_start=self._compares_updates)
+            if self._compares_updates:
+                updates = {node: partial(self._cohort.__getitem__, node) for node in measures}
+                self._agreement = direction_agreement(updates, measures, self._anchor)
+            verdicts = judge(
+                measures,
+                self._anchor,
+                shared_start=self._compares_updates,
+                agreeing=self._agreement.agreeing,
+                compared=self._compared,
+            )
             refusals = {node: verdict.refusal for node, verdict in verdicts.items() if verdict.refusal is not None}
             refusals = refusals or self._contradicting_labels(verdicts)
             if not refusals:
-                return self._weigh(verdicts, measures)
+                weights = self._agreement.weights
+                return {node: verdict.with_weight(weights.get(node, 1.0)) for node, verdict in verdicts.items()}
             for node, refusal in refusals.items():
                 self._refuse(node, refusal)
 
@@ -422,13 +435,6 @@ class StageAttempt:
         if self.stage.request.stage != RefitHead.stage:
             return {}
         return contradicting_labels({node: partial(self._bound, node, verdict) for node, verdict in verdicts.items()})
-
-    def _weigh(self, verdicts: Mapping[int, Verdict], measures: Mapping[int, Measure]) -> dict[int, Verdict]:
-        """Return the verdicts with less weight for clients that move against the others, here or earlier in the round."""
-        if self._compares_updates:
-            updates = {node: partial(self._cohort.__getitem__, node) for node in verdicts}
-            self._weights = opposing_weights(updates, measures, self._anchor)
-        return {node: verdict.with_weight(self._weights.get(node, 1.0)) for node, verdict in verdicts.items()}
 
     def _bound(self, node: int, verdict: Verdict) -> Update:
         return verdict.apply(self._cohort[node], self._anchor)

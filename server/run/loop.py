@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -50,6 +51,7 @@ from fedbasin.server.run.resumption.run_folder import (
 from fedbasin.server.run.resumption.stop_signal import stop_signal
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
+from fedbasin.strategies.judging.direction_agreement import DirectionAgreement
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError
 from fedbasin.strategies.judging.influence import small_norm
 from fedbasin.strategies.round.choice import Standing
@@ -498,7 +500,7 @@ class RunLoop:
             self._state.round_context(number, self._train_config),
             self._limits,
             digest=self._digest if plan.carries is self._model else None,
-            weights={node: weight for result in earlier for node, weight in result.weights.items()},
+            agreement=reduce(or_, (result.agreement for result in earlier), DirectionAgreement()),
         )
         late = self._collect(attempt)
         while attempt.accepted < attempt.needed and (tries := tries - 1):

@@ -312,6 +312,7 @@ class RunState:
             self.composition.array_names or {},
             self.movement,
             self.composition.files,
+            compares=self.recipe.chooses,
         )
 
     def state(self, arrays: ArrayRecord) -> State:

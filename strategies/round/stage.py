@@ -24,6 +24,7 @@ from fedbasin.strategies.fusion.distillation.distilled_accumulator import Distil
 from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAccumulator
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.update import Update
+from fedbasin.strategies.judging.direction_agreement import DirectionAgreement
 from fedbasin.strategies.tensors.state import State
 
 # Makes an accumulator without clients: a sum, or the updates themselves for a robust or merging rule.
@@ -130,7 +131,7 @@ class StageResult:
         average: the mean by examples, where clients compare it with `model`; None elsewhere.
         cosines: makes the cosines of the clients' updates once the round's model is known; None where they were not
             measured.
-        weights: factors on the weights of clients that count less, by node, for the later stages of the round as well.
+        agreement: what the directions of the clients' updates say of them, for the later stages of the round as well.
     """
 
     model: dict[str, Tensor]
@@ -142,7 +143,7 @@ class StageResult:
     failed: bool = False
     average: dict[str, Tensor] | None = None
     cosines: Callable[[State], tuple[UpdateCosines, Tensor] | None] | None = None
-    weights: Mapping[int, float] = field(default_factory=dict)
+    agreement: DirectionAgreement = field(default_factory=DirectionAgreement)
 
     @property
     def curve(self) -> Path | None:

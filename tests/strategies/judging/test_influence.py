@@ -65,6 +65,33 @@ def test_beside_a_model_whose_norm_overflows_nothing_is_small():
     assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
 
 
+@given(st.floats(0.01, 1e6), st.booleans())
+def test_an_update_that_agrees_is_cut_back_where_others_are_left_out(length, compared):
+    anchor = {"0.weight": torch.full((2, 2), 1e-3)}
+    measures = {node: Measure(10.0, {"0.weight": 1.0}) for node in range(5)}
+    measures[5] = Measure(1000.0, {"0.weight": length})
+    judged = judge(measures, anchor, shared_start=True, agreeing={5}, compared=compared)[5]
+    others = judge(measures, anchor, shared_start=True, compared=compared)[5]
+    # Multiples of the median: what counts, of the length and of the examples, and where a client is left out.
+    counts, examples, left_out = (6.0, 120.0, 14.4) if compared else (2.5, 50.0, 14.4)
+    assert (judged.refusal is None) == (length <= left_out)
+    assert (others.refusal is None) == (length <= 6.0)
+    if judged.refusal is None:
+        assert length * judged.update == pytest.approx(min(length, counts))
+        assert judged.examples == examples
+    if others.refusal is None:
+        assert length * others.update == pytest.approx(min(length, 2.5))
+        assert others.examples == 50.0
+
+
+def test_the_statistics_of_a_client_weigh_as_its_examples_count():
+    measures = {node: Measure(10.0, statistics={LAYER: 10.0}) for node in range(5)}
+    measures[5] = Measure(100.0, statistics={LAYER: 100.0})
+    whole, part = (judge(measures, {}, shared_start=True, agreeing=a, compared=True)[5] for a in ({5}, ()))
+    assert (whole.examples, whole.statistics) == (100.0, {})
+    assert (part.examples, part.statistics[LAYER]) == (50.0, pytest.approx(0.55))
+
+
 @pytest.mark.parametrize("norm", [0.0, 1e-4])
 def test_running_statistics_are_held_against_the_median_beside_a_small_update(norm):
     anchor = {"0.weight": torch.full((2, 2), 0.5), "1.running_mean": torch.zeros(2)}
