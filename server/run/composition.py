@@ -20,6 +20,7 @@ from fedbasin.server.run.model_arrays import array_names, state_of
 from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
+from fedbasin.strategies.alignment.matchers import AUTO, Matcher
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.attention_products import products
 from fedbasin.strategies.fusion.batchnorm import find_norms
@@ -144,6 +145,7 @@ class Composition:
             grouping=settings.fit,
             encode=encode,
             accumulate=self._accumulate(number, recipe) or Accumulator.zero,
+            own_refit=recipe.refit_of_own_starts(settings.ridge) if bootstraps else None,
             # A robust rule bounds the clients of a round, and knows nothing of those before.
             memory=memory if recipe.robust is None else None,
             number=number,
@@ -223,11 +225,19 @@ class Composition:
         return Request(
             "",
             start=Start.own if self._starts_apart(number) else Start.shared,
-            matcher=self.settings.matcher,
+            matcher=self._matcher(number),
             learned_steps=self.settings.learned_steps,
             learned_smoothing=self.settings.learned_smoothing,
             path_points=self.settings.barrier_points,
         )
+
+    def _matcher(self, number: int) -> str:
+        """Return the name of the matcher that a round's clients are sent."""
+        if self.settings.matcher != AUTO:
+            return self.settings.matcher
+        # A recipe without fits takes clients without data, and the mean of perceptrons is better by weights.
+        fits = self.recipe.refit is not None and self.align == "client" and self.settings.merge == "star"
+        return AUTO if fits and self._starts_apart(number) else Matcher.weights.name
 
     def _starts_apart(self, number: int) -> bool:
         return number == 1 and self.settings.start == "own"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -35,9 +35,9 @@ from fedbasin.strategies.round.choice import (
     is_slow,
     is_trainable,
 )
-from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
+from fedbasin.strategies.round.fit_plan import Grouping, is_affordable, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
-from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, ScaleOutputs, Trial
+from fedbasin.strategies.round.refit import LocalSteps, MeasureNorms, ProbePath, ScaleOutputs, Trial
 from fedbasin.strategies.round.stage import Accumulate, Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -67,6 +67,7 @@ DISTILLED_POINTS = 5
 # Factors from 0 to 1 by which clients scale the outputs of the model that is served.
 _SCALES = 11
 
+Outcome = TypeVar("Outcome")
 Round: TypeAlias = Generator[StagePlan, StageResult, RoundResult]
 # Chooses how clients send what they know about the layers that a round fits.
 Encode: TypeAlias = Callable[[Sequence[Block]], Mapping[Block, Encoding]]
@@ -88,6 +89,7 @@ class RoundStages:
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
         accumulate: makes the accumulator of a stage that fits layers.
+        own_refit: a fit of all layers that is tried first, because clients share no start; None for the recipe's own.
         memory: the head's sums of earlier rounds; None for none.
         number: number of the round.
         shortfall: loss of the mean above that of the served model when they were last compared; infinite where they
@@ -102,6 +104,7 @@ class RoundStages:
     grouping: Grouping = "layer"
     encode: Encode | None = None
     accumulate: Accumulate = Accumulator.zero
+    own_refit: LayerRefit | None = None
     memory: HeadMemory | None = None
     number: int = 0
     shortfall: float = inf
@@ -130,7 +133,7 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         fused = replace(fused, model=measured.model)
     if fused.average is not None and stages.merge is None and (recipe.points or fused.layer_graph):
         points = recipe.points or DISTILLED_POINTS
-        between = yield from _or_average(_between(fused.average, fused, points), fused.model)
+        between = yield from _or(_between(fused.average, fused, points), RoundResult(fused.model))
         if recipe.refit is None:
             return between
         fused = replace(fused, model=between.model)
@@ -142,21 +145,23 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
     if lacking and recipe.chooses and isinstance(recipe.refit, HeadRefit):
         return RoundResult(fused.model, left_out=lacking)
     further = _refit(anchor, fused, recipe.refit, stages)
-    outcome = yield from (_or_average(further, fused.model) if recipe.chooses else further)
+    outcome = yield from (_or(further, RoundResult(fused.model)) if recipe.chooses else further)
     return replace(outcome, left_out=lacking)
 
 
-def _or_average(further: Round, average: State) -> Round:
-    """Run the further stages of a round; where one of them fails, the mean is the round's model."""
+def _or(
+    further: Generator[StagePlan, StageResult, Outcome], otherwise: Outcome
+) -> Generator[StagePlan, StageResult, Outcome]:
+    """Run further stages of a round and return their outcome; where one of them fails, the other one."""
     try:
         plan = next(further)
         while True:
             result = yield replace(plan, may_fail=True)
             if result.failed and not plan.may_fail:
-                return RoundResult(dict(average))
+                return otherwise
             plan = further.send(result)
     except StopIteration as end:
-        outcome: RoundResult = end.value
+        outcome: Outcome = end.value
         return outcome
 
 
@@ -231,7 +236,10 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
         client = yield from _fit(anchor, nodes, head, requests_of_head, replace(stages, memory=None))
         result = yield client.probe(PathSpec(), probe.points)
         models, nodes = candidates(result.curve, Origin.client), result.nodes
-    fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
+    fitted = yield from _fit_of_own_starts(fused, nodes, stages)
+    # A model whose layers are too large or cannot be followed may still have a head that can be solved for.
+    if fitted is None:
+        fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
     if probe is None:
         return RoundResult(dict(fitted.model))
 
@@ -246,7 +254,11 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
         return for_all_clients(curve, join(last, start), join(last, end), *stages.memory.newest)
 
     names = last and tensor_names(last)
-    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names))
+    chosen = yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names)
+    if stages.own_refit is None or refit.head is None:
+        return chosen
+    head = HeadRefit(refit.head, probe)
+    return (yield from _or(_step_on(chosen, fused, head, probe.points, stages), chosen))
 
 
 def _fit(
@@ -263,6 +275,52 @@ def _fit(
         carries = {name: t for name, t in result.model.items() if t is not model[name]}
         model, nodes = result.model, result.nodes
     return _Fitted(start, model, carries, len(requests), nodes)
+
+
+def _fit_of_own_starts(
+    fused: StageResult, nodes: Sequence[int], stages: RoundStages
+) -> Generator[StagePlan, StageResult, _Fitted | None]:
+    """Fit all layers of a mean of models that share no start; None where that is not wanted, too large, or fails."""
+    requests = plan_refits(stages.own_refit, fused.layer_graph, stages.grouping) if stages.own_refit else []
+    if stages.own_refit is None or not is_affordable(requests, fused.model):
+        return None
+    return (yield from _or(_fit(fused.model, nodes, stages.own_refit, requests, stages), None))
+
+
+def _step_on(chosen: RoundResult, fused: StageResult, head: HeadRefit, points: int, stages: RoundStages) -> Round:
+    """Let clients take some local steps from the model that is served, and fit its head again.
+
+    Closed forms bring models that share no start into one, and do not reach the ensemble of them. The first steps from
+    there are worth more than any later ones.
+
+    Args:
+        chosen: the round so far.
+        fused: the result of the stage in which clients trained.
+        head: the fit of the head.
+        points: number of points between the means of the stepped models, before and after that fit, that clients
+            evaluate.
+        stages: the stages of this run.
+    """
+    choice = chosen.choice
+    if choice is None:
+        return chosen
+    start = chosen.model if chosen.served is None else chosen.served
+    result = yield StagePlan(partial(LocalSteps, start, stages.accumulate), start, fused.nodes)
+    if stages.norms:
+        measure = partial(MeasureNorms, result.model, stages.norms, stages.accumulate)
+        result = yield StagePlan(measure, result.model, result.nodes)
+    requests = plan_refits(head, fused.layer_graph, "layer")
+    fitted = yield from _fit(result.model, result.nodes, head, requests, replace(stages, memory=None))
+    line = (yield fitted.probe(PathSpec(), points)).curve
+    before = Candidate(0.0, choice.loss, choice.accuracy)
+    # Unlike a closed form, which may overshoot, steps are expected to help: no worse on the same examples is enough.
+    models = (model for model in candidates(line, Origin.stepped) if model.matches(before))
+    best = min(models, key=lambda model: model.loss, default=before)
+    if best is before:
+        return chosen
+    served = interpolate(fitted.start, fitted.model, best.point)
+    choice = replace(choice, served=best.origin.name, loss=best.loss, accuracy=best.accuracy)
+    return replace(chosen, served=served, choice=replace(choice, scale=None, scale_gain=0.0))
 
 
 def _choose(

@@ -247,6 +247,17 @@ def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_i
     assert regularisers(RECIPES["head"].override(ridge=0.5)) == [Ridge(0.5, "anchor")]
 
 
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.lora is None])
+def test_own_starts_have_a_fit_of_all_layers_in_recipes_that_compare(recipe):
+    usual, asked = (RECIPES[recipe].refit_of_own_starts(ridge) for ridge in (0.0, 0.5))
+    assert (usual is None) == (not RECIPES[recipe].chooses)
+    if usual is None:
+        return
+    assert (usual.fraction, usual.head, usual.probe) == (1.0, RECIPES[recipe].refit.head, RECIPES[recipe].probe)
+    # Where the recipe fits no layer but the head, a run's strength is the head's.
+    assert asked.ridge == (0.5 if recipe == "auto-features" else usual.ridge)
+
+
 def trial_of(before, after, examples=10.0):
     return PathSums((0.0, 1.0), (), (10.0 * before, 10.0 * after), (), (0.0, 0.0), examples)
 
