@@ -312,15 +312,22 @@ def _step_on(chosen: RoundResult, fused: StageResult, head: HeadRefit, points: i
     requests = plan_refits(head, fused.layer_graph, "layer")
     fitted = yield from _fit(result.model, result.nodes, head, requests, replace(stages, memory=None))
     line = (yield fitted.probe(PathSpec(), points)).curve
-    before = Candidate(0.0, choice.loss, choice.accuracy)
+    # As it was before its outputs were scaled, which those of the stepped models are not yet.
+    before = Candidate(0.0, choice.loss + choice.scale_gain, choice.accuracy)
     # Unlike a closed form, which may overshoot, steps are expected to help: no worse on the same examples is enough.
     models = (model for model in candidates(line, Origin.stepped) if model.matches(before))
     best = min(models, key=lambda model: model.loss, default=before)
     if best is before:
         return chosen
     served = interpolate(fitted.start, fitted.model, best.point)
-    choice = replace(choice, served=best.origin.name, loss=best.loss, accuracy=best.accuracy)
-    return replace(chosen, served=served, choice=replace(choice, scale=None, scale_gain=0.0))
+    choice = replace(
+        choice, served=best.origin.name, loss=best.loss, accuracy=best.accuracy, scale=None, scale_gain=0.0
+    )
+    (last,) = requests[-1].blocks
+    if best.accuracy is not None:
+        path = PathSpec(best.point, scaled=tensor_names(last))
+        choice = yield from _scale(choice, fitted, path, lambda curve, _: curve)
+    return replace(chosen, served=_scaled(served, choice, tensor_names(last)), choice=choice)
 
 
 def _choose(
@@ -374,8 +381,7 @@ def _choose(
     if head is not None and place is not None:
         choice = yield from _scale(choice, replace(fitted, nodes=result.nodes), replace(place, scaled=head), for_all)
     if head is not None and choice.scale is not None:
-        whole = model or fitted.start
-        model = {**whole, **{name: choice.scale * whole[name] for name in head}}
+        model = _scaled(model or fitted.start, choice, head)
     if trained_on is Origin.average:
         return RoundResult(dict(fitted.start), model, choice=choice)
     _, further = path_ends(path, anchor, fitted.start, fitted.model)
@@ -401,6 +407,13 @@ def _scale(
         return choice
     gain = models[-1].loss - scaled.loss
     return replace(choice, loss=choice.loss - gain, scale=scaled.point, scale_gain=gain)
+
+
+def _scaled(model: State, choice: Choice, head: Block) -> dict[str, Tensor]:
+    """Return a model with the outputs of its last layer times the factor that a round has chosen, if it has."""
+    if choice.scale is None:
+        return dict(model)
+    return {**model, **{name: choice.scale * model[name] for name in head}}
 
 
 def _place_of(candidate: Candidate, extended: PathSpec) -> PathSpec | None:

@@ -582,6 +582,21 @@ class TestOwnStarts:
         # The next round trains on the same model, which nothing has stepped from.
         assert equal(*({n: torch.tensor(a.numpy()) for n, a in r.result.trained_arrays.items()} for r in (run, before)))
 
+    def test_further_steps_of_one_client_are_bounded_by_the_others(self, tmp_path):
+        def far(run, node, stage, reply):
+            if stage != "steps" or node != NODES[-1]:
+                return reply
+            sent = Reply.from_message(reply.content, run.request)
+            moved = {n: 1e3 * t if t.is_floating_point() else t for n, t in sent.parameters.items()}
+            content = replace(sent, parameters=moved).to_content(run.request, packed=True)
+            return Message(content=content, reply_to=run.federation.asked[-1])
+
+        run = Run(tmp_path, 1, far, recipe="auto", align="client", start="own")
+        (steps,) = [stage for stage in run.stages() if stage.stage == "steps"]
+        honest, hostile = steps.clients[:-1], steps.clients[-1]
+        assert all(client.detail == "" for client in honest)
+        assert hostile.outcome == "out_of_line" or "norm" in hostile.detail
+
     def test_a_client_trains_once_a_round(self, tmp_path):
         run = Run(tmp_path, recipe="features", align="client", start="own")
         assert sorted(run.app.trained) == [(node, 1) for node in NODES]
