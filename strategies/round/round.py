@@ -1,6 +1,7 @@
 """One round of federated learning, from the global model to the next one.
 
     [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [refit layer by layer -> head -> probe -> trial -> scale]
+        -> [steps -> measure -> head -> probe -> scale]
 
 A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
 message, no clock and no client. The loop around it (sampling, deadline, quorum, retry, checks, server optimizer,
