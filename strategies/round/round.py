@@ -256,7 +256,7 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
 
     names = last and tensor_names(last)
     chosen = yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names)
-    if stages.own_refit is None or refit.head is None:
+    if stages.own_refit is None or refit.head is None or last is None:
         return chosen
     head = HeadRefit(refit.head, probe)
     return (yield from _or(_step_on(chosen, fused, head, probe.points, stages), chosen))
@@ -291,8 +291,8 @@ def _fit_of_own_starts(
 def _step_on(chosen: RoundResult, fused: StageResult, head: HeadRefit, points: int, stages: RoundStages) -> Round:
     """Let clients take some local steps from the model that is served, and fit its head again.
 
-    Closed forms bring models that share no start into one, and do not reach the ensemble of them. The first steps from
-    there are worth more than any later ones.
+    Closed forms bring models that share no start into one. The ensemble of those models stays ahead of it, and a few
+    steps from there take most of that back.
 
     Args:
         chosen: the round so far.
