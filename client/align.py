@@ -1,7 +1,7 @@
 """Alignment of a client's model to the anchor, by the matcher that the server requests."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.report import AlignmentReport
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.learned_matching import Search
-from fedbasin.strategies.alignment.matchers import Matcher, MatchingData, prepare_match
+from fedbasin.strategies.alignment.matchers import AUTO, Matcher, MatchingData, prepare_auto, prepare_match
+from fedbasin.strategies.alignment.weight_matching import Alignment
 from fedbasin.strategies.judging.matching import refusing_what_cannot_be_matched
-from fedbasin.strategies.symmetry.symmetry import parse
+from fedbasin.strategies.symmetry.symmetry import Symmetry, parse
 from fedbasin.strategies.tasks.model_task import Task
 from fedbasin.strategies.tensors.state import State
 
@@ -71,17 +72,34 @@ def align(
         return AlignedModel(trained)
     symmetry = parse(request.symmetry)
     started = time.perf_counter()
-    matcher = Matcher[request.matcher]
-    given = _matching_data(request, examples, model, data, task) if matcher.reads_data else None
-    match = prepare_match(matcher, symmetry, request.anchor, trained, request.identity_bounds, given)
+    match = _prepared(request, symmetry, trained, examples, model, data, task)
     with refusing_what_cannot_be_matched():
         alignment = match()
     report = replace(alignment.report, seconds=time.perf_counter() - started)
     state = alignment.state
     # Learned matching has optimised the loss at this very point, so a translation would move away from it.
-    if matcher is not Matcher.learned:
+    if request.matcher != Matcher.learned.name:
         state = symmetry.translate(symmetry.fold(request.anchor), state)
     return AlignedModel(state, report, symmetry.digest)
+
+
+def _prepared(
+    request: Request,
+    symmetry: Symmetry,
+    trained: State,
+    examples: float,
+    model: nn.Module,
+    data: Data | None,
+    task: Task | None,
+) -> Callable[[], Alignment]:
+    """Return the match that a request asks for, with the client's features where it needs them."""
+    bounds = request.identity_bounds
+    if request.matcher == AUTO:
+        given = None if data is None else MatchingData(model, FreshBatches(data))
+        return prepare_auto(symmetry, request.anchor, trained, bounds, given)
+    matcher = Matcher[request.matcher]
+    given = _matching_data(request, examples, model, data, task) if matcher.reads_data else None
+    return prepare_match(matcher, symmetry, request.anchor, trained, bounds, given)
 
 
 def _matching_data(

@@ -8,7 +8,7 @@ from torch import nn
 from fedbasin.client.lora_names import model_names
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.request import Request
-from fedbasin.strategies.alignment.matchers import Matcher
+from fedbasin.strategies.alignment.matchers import AUTO, Matcher
 from fedbasin.strategies.tensors.batches import evaluating, forward, read_batches
 from fedbasin.strategies.tensors.state import State, added_prefix
 
@@ -48,7 +48,9 @@ def check_tensors(model: nn.Module, anchor: State) -> None:
 def needs_data(request: Request) -> bool:
     """Return whether the reply to a request for training is measured on the client's data."""
     measured = request.statistic != "none" or request.path_points > 0 or request.layer_graph
-    return measured or (request.aligns and Matcher[request.matcher].reads_data)
+    # A matcher that is left to the client takes data only where there are some.
+    matches = request.aligns and request.matcher != AUTO and Matcher[request.matcher].reads_data
+    return measured or matches
 
 
 def check_data(make_model: Callable[[], nn.Module], data: Data | None, anchor: State) -> None:

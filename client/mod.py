@@ -41,6 +41,7 @@ from fedbasin.proto import plain
 from fedbasin.proto.header import HEADER, MOVING, has_header, records, without_header
 from fedbasin.proto.reply import Reply
 from fedbasin.proto.request import CHECK, Request, Start
+from fedbasin.strategies.alignment.matchers import AUTO, Matcher
 from fedbasin.strategies.fusion.lora.adapter_scales import read_scales, scales_of, set_scales, to_scales
 from fedbasin.strategies.judging.outcomes import Refusal
 from fedbasin.strategies.tasks.model_task import Task, task_of
@@ -130,7 +131,9 @@ def _prepared(
     except Exception as error:
         if not (request.optional and request.layer_graph):
             raise
-        rest = replace(request, layer_graph=False)
+        # What cannot be read aligns nothing either, where the matcher is left to the client.
+        matcher = Matcher.weights.name if request.matcher == AUTO else request.matcher
+        rest = replace(request, layer_graph=False, matcher=matcher)
         return (*_prepared(rest, app_task, make_model, context, data)[:2], f"{type(error).__name__}: {error}")
     return request, task, ""
 

@@ -29,6 +29,7 @@ CHECK = "check"
 
 # The stage in which clients take their first local steps from two models, and send losses alone.
 TRIAL = "trial"
+STEPS = "steps"
 
 
 class Start(Enum):
@@ -90,7 +91,7 @@ class Request:
         start: where training begins.
         symmetry: notation of the symmetry by which the client aligns its model to the anchor; empty for no
             alignment.
-        matcher: name of the matcher.
+        matcher: name of the matcher; `auto` leaves it to the client.
         learned_steps: steps of learned matching.
         learned_smoothing: its label smoothing; None for its own choice.
         identity_bounds: by space, the distances within which the anchor's units have moved too little to change

@@ -241,6 +241,20 @@ class Recipe:
         optimizer = server_optimizer or self.server_optimizer
         return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule)
 
+    def refit_of_own_starts(self, ridge: float = 0.0) -> LayerRefit | None:
+        """Return the fit of all layers that a round tries whose clients share no start; None for the recipe's own fit.
+
+        The mean of such models is a poor one even where they are aligned, so that nothing of it is kept.
+
+        Args:
+            ridge: strength of the regulariser that a run has set; 0 for none.
+        """
+        refit = self.refit
+        if refit is None or refit.probe is None:
+            return None
+        strength = ridge if ridge and isinstance(refit, LayerRefit) else _RIDGE_OF_OWN_STARTS
+        return LayerRefit(Target.features, strength, head=refit.head, probe=refit.probe)
+
     def frozen_factor(self, number: int) -> FrozenFactor:
         """Return the LoRA factor that clients do not train in a round; empty where they train both.
 
@@ -304,6 +318,8 @@ class Recipe:
             )
 
 
+# Between .003 and .01 nothing differs by more than chance; .1 keeps too much of a mean that is no model.
+_RIDGE_OF_OWN_STARTS = 1e-2
 _PROBE = LossProbe(5, extrapolate=2.0)
 _HALF_FEATURES = LayerRefit(Target.features, ridge=1e-1, fraction=0.5, head=Evidence())
 

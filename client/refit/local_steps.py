@@ -16,7 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fedbasin.proto.report import PathSums
@@ -107,15 +107,36 @@ def trial(
         task: the task, which gives the loss.
     """
     before = evaluate(model, state, held_out, task)
-    model.load_state_dict({**model.state_dict(), **state})
-    # A model that is frozen as it is made can be tried no better than one of an app without an optimizer.
-    if optimizer.name and any(parameter.requires_grad for parameter in model.parameters()):
-        _take_steps(model, data, optimizer, seed, task)
+    _take_steps(model, state, data, optimizer, seed, task)
     scores = [before, evaluate(model, model.state_dict(), held_out, task)]
     return PathSums((0.0, 1.0), (), _losses(scores), (), _correct(scores), before.examples, clients=1)
 
 
-def _take_steps(model: nn.Module, data: Batches, optimizer: LocalOptimizer, seed: int, task: Task) -> None:
+def stepped(
+    model: nn.Module, state: State, data: Batches, optimizer: LocalOptimizer, seed: int, task: Task
+) -> dict[str, Tensor]:
+    """Return the model in which a client's first local steps from another one end; the same one where it takes none.
+
+    Args:
+        model: module that runs the states; its tensors are replaced.
+        state: the model.
+        data: batches that the steps are taken on.
+        optimizer: the optimizer of the app's own training.
+        seed: seed of what the model draws in training.
+        task: the task, which gives the loss.
+    """
+    _take_steps(model, state, data, optimizer, seed, task)
+    tensors = model.state_dict()
+    return {name: tensors[name].detach().to("cpu", tensor.dtype) for name, tensor in state.items()}
+
+
+def _take_steps(
+    model: nn.Module, state: State, data: Batches, optimizer: LocalOptimizer, seed: int, task: Task
+) -> None:
+    model.load_state_dict({**model.state_dict(), **state})
+    # A model that is frozen as it is made can be tried no better than one of an app without an optimizer.
+    if not optimizer.name or not any(parameter.requires_grad for parameter in model.parameters()):
+        return
     stepping = optimizer.make(model)
     batches = cycle(_small_batches(data, model, seed))
     # What the app draws must not depend on a trial.

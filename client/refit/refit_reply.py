@@ -15,14 +15,14 @@ from fedbasin.client.held_out import DataPart
 from fedbasin.client.lora_names import complete_state
 from fedbasin.client.measure import path_sums
 from fedbasin.client.refit.head_sums import head_equations
-from fedbasin.client.refit.local_steps import trial
+from fedbasin.client.refit.local_steps import stepped, trial
 from fedbasin.client.refit.regression import NormalEquations, load, regress, select_layers
 from fedbasin.client.request_reader import Data, required
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block
 from fedbasin.proto.reply import LayerStatistic, Reply
 from fedbasin.proto.report import PathSums
-from fedbasin.proto.request import TRIAL, Refit, Request
+from fedbasin.proto.request import STEPS, TRIAL, Refit, Request
 from fedbasin.strategies.capture.batchnorm_statistics import measure_anew, measuring
 from fedbasin.strategies.diagnostics.barrier import grid
 from fedbasin.strategies.diagnostics.loss_path import path_losses
@@ -74,6 +74,9 @@ def refit_reply(
     if refit.blocks:
         fitted = fitting if request.keep else batches
         statistics, measured = _fit(request, refit, sent.parameters, fused, model, fitted, task)
+    elif request.stage == STEPS:
+        task = task or guess_task(model, batches())
+        measured = stepped(model, fused, fitting(), local_optimizer(context), request.seed, task)
     elif refit.norms:
         measured = measure_anew(model, fused, refit.norms, batches())
     path: PathSums | None = None

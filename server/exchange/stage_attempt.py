@@ -38,7 +38,7 @@ from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measu
 from fedbasin.strategies.judging.label_agreement import contradicting_labels
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
-from fedbasin.strategies.round.refit import RefitHead
+from fedbasin.strategies.round.refit import LocalSteps, RefitHead
 from fedbasin.strategies.round.stage import Stage, StageResult
 from fedbasin.strategies.round.weighted_means import weighted_means
 from fedbasin.strategies.tensors.state import State
@@ -443,7 +443,7 @@ class StageAttempt:
     def _compares_updates(self) -> bool:
         """Return True if the clients have trained from one model, so that their updates can be compared."""
         request = self.stage.request
-        return request.stage == Fuse.stage and request.start is Start.shared
+        return request.stage in (Fuse.stage, LocalSteps.stage) and request.start is Start.shared
 
     def _refuse(self, node: int, refusal: Refusal) -> None:
         """Turn a candidate down, whose report was that of an accepted client so far."""

@@ -20,6 +20,7 @@ from fedbasin.server.run.model_arrays import array_names, state_of
 from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
+from fedbasin.strategies.alignment.matchers import AUTO, Matcher
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.attention_products import products
 from fedbasin.strategies.fusion.batchnorm import find_norms
@@ -33,7 +34,7 @@ from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAcc
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.weighting import Statistic
-from fedbasin.strategies.recipes import Recipe
+from fedbasin.strategies.recipes import LayerRefit, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Align, fusing_stage
 from fedbasin.strategies.round.pairwise import merge_in_pairs
@@ -46,6 +47,9 @@ from fedbasin.strategies.tensors.state import State, tied
 _LOG = logging.getLogger("flwr.fedbasin")
 
 ScoreFn = Callable[[State], float]
+
+# Fits of a round after own starts, which share the budget of statistics.
+_FITS_OF_OWN_STARTS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +138,8 @@ class Composition:
                 symmetry=self.symmetry,
                 products=settings.merge_heads == "products",
             )
-        encode = partial(fit_encodings, self.layers, settings.statistics_budget_bytes)
+        own_refit = self._own_refit(recipe) if bootstraps else None
+        encode = partial(fit_encodings, self.layers, _budget_of_fit(settings, several=bootstraps and recipe.chooses))
         return RoundStages(
             fuse=partial(self.fuse_stage, number, recipe),
             bootstrap=bootstrap,
@@ -144,6 +149,7 @@ class Composition:
             grouping=settings.fit,
             encode=encode,
             accumulate=self._accumulate(number, recipe) or Accumulator.zero,
+            own_refit=own_refit,
             # A robust rule bounds the clients of a round, and knows nothing of those before.
             memory=memory if recipe.robust is None else None,
             number=number,
@@ -215,6 +221,18 @@ class Composition:
             return lambda anchor: RuleAccumulator(anchor, rule, self.files.open(), seed)
         return None
 
+    def _own_refit(self, recipe: Recipe) -> LayerRefit | None:
+        """Return the fit of all layers after own starts; None where their sums are above the budget."""
+        refit = recipe.refit_of_own_starts(self.settings.ridge)
+        if refit is None:
+            return None
+        try:
+            check_budget(replace(recipe, refit=refit), self.layers, _budget_of_fit(self.settings, several=True))
+        except BudgetError as error:
+            _LOG.info("recipe %s fits no layers but the last after own starts: %s", recipe.name, error)
+            return None
+        return refit
+
     def _bootstrap_stage(self, template: State) -> Stage:
         return Bootstrap(template, self.settings.bootstrap, self.symmetry, self.score_fn)
 
@@ -223,11 +241,19 @@ class Composition:
         return Request(
             "",
             start=Start.own if self._starts_apart(number) else Start.shared,
-            matcher=self.settings.matcher,
+            matcher=self._matcher(number),
             learned_steps=self.settings.learned_steps,
             learned_smoothing=self.settings.learned_smoothing,
             path_points=self.settings.barrier_points,
         )
+
+    def _matcher(self, number: int) -> str:
+        """Return the name of the matcher that a round's clients are sent."""
+        if self.settings.matcher != AUTO:
+            return self.settings.matcher
+        # A recipe without fits takes clients without data, and the mean of perceptrons is better by weights.
+        fits = self.recipe.refit is not None and self.align == "client" and self.settings.merge == "star"
+        return AUTO if fits and self._starts_apart(number) else Matcher.weights.name
 
     def _starts_apart(self, number: int) -> bool:
         return number == 1 and self.settings.start == "own"
@@ -275,10 +301,12 @@ def compose(
         )
     layers = _layers(recipe, model, state)
     _check_folds(align, recipe, symmetry)
+    several = settings.start == "own" and settings.merge == "star" and align != "off" and recipe.chooses
     try:
-        check_budget(recipe, layers, settings.statistics_budget_bytes)
+        check_budget(recipe, layers, _budget_of_fit(settings, several=several))
     except BudgetError as error:
-        raise SettingsError(str(error)) from error
+        shared = f"; this is for each of {_FITS_OF_OWN_STARTS} fits of the round after start = 'own'"
+        raise SettingsError(f"{error}{shared if several else ''}") from error
     return Composition(
         settings,
         recipe,
@@ -292,6 +320,17 @@ def compose(
         () if model is None or recipe.lora is not None else find_norms(model),
         None if distillation is None else distillation.lesson(settings, recipe, state),
     )
+
+
+def _budget_of_fit(settings: Settings, *, several: bool) -> int:
+    """Return the bytes of one fit's sums; 0 for no bound.
+
+    Args:
+        settings: the settings of the run.
+        several: whether a round fits the anchor's head, all layers, and the head after further steps.
+    """
+    budget = settings.statistics_budget_bytes
+    return max(1, budget // _FITS_OF_OWN_STARTS) if budget and several else budget
 
 
 def averaging(recipe: Recipe, reason: str) -> Recipe:

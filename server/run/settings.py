@@ -127,10 +127,12 @@ class Settings(BaseModel):
         description="who aligns a client's model to the global one; auto: the client where the model's symmetry is "
         "known, else nobody",
     )
-    matcher: Literal["weights", "sinkhorn", "graph", "activations", "learned"] = Field(
-        "weights",
+    matcher: Literal["auto", "weights", "sinkhorn", "graph", "activations", "learned"] = Field(
+        "auto",
         description="what a client is aligned by: its weights, its weights with all spaces deciding together by "
-        "annealing or as one graph, its features on its own data, or a transform that it learns on that data",
+        "annealing or as one graph, its features on its own data, or a transform that it learns on that data; auto: "
+        "weights, and features in the round after start = own where the recipe fits layers and the client's data show "
+        "every space",
     )
     learned_steps: int = Field(400, ge=1, description="steps of the matcher learned, one batch each")
     learned_smoothing: float | None = Field(

@@ -36,6 +36,9 @@ class Matcher(Enum):
         return self not in BY_WEIGHTS
 
 
+AUTO = "auto"
+"""The name by which a matcher is left to the client: activations where its data decide every space, else weights."""
+
 BY_WEIGHTS: Mapping[Matcher, Callable[[Symmetry, State, State, IdentityBounds | None], Alignment]] = MappingProxyType(
     {Matcher.weights: match_weights, Matcher.sinkhorn: match_sinkhorn, Matcher.graph: match_graph}
 )
@@ -59,6 +62,31 @@ class MatchingData:
     place: float = 0.5
     task: Task | None = None
     search: Search | None = None
+
+
+def prepare_auto(
+    symmetry: Symmetry, anchor: State, client: State, bounds: IdentityBounds | None, data: MatchingData | None
+) -> Callable[[], Alignment]:
+    """Return the match by activations where data are there and show every space, else the match by weights.
+
+    Activation matching leaves a space as it is that no linear layer, convolution or embedding writes, such as the units
+    of a recurrent layer. Models that share no start would then be averaged there as they are.
+
+    Args:
+        symmetry: the spaces; `symmetry.check(anchor)` must hold.
+        anchor: the state to align to.
+        client: the state to align.
+        bounds: the anchor's identity bounds, for the match by weights.
+        data: the data; None for none.
+
+    Raises:
+        ValueError: a state does not fit the model, or the data have no examples.
+    """
+    if data is not None:
+        features = correlations(symmetry, data.model, anchor, client, data.batches)
+        if features.keys() == {space.name for space in symmetry.spaces}:
+            return partial(match_activations, symmetry, anchor, client, features)
+    return prepare_match(Matcher.weights, symmetry, anchor, client, bounds)
 
 
 def prepare_match(

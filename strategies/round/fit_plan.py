@@ -4,7 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
+from math import prod
 from typing import Literal
 
 from fedbasin.proto.encoding import Encoding
@@ -13,6 +15,7 @@ from fedbasin.proto.request import Refit
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.fusion.head_memory import HeadMemory
+from fedbasin.strategies.fusion.update import weight_of
 from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Target
 from fedbasin.strategies.round.refit import RefitHead, RefitLayers
 from fedbasin.strategies.round.stage import Accumulate, Stage
@@ -21,6 +24,10 @@ from fedbasin.strategies.tensors.state import State
 Grouping = Literal["layer", "block"]
 # Inputs of a last layer that is solved for unasked: their second moments take 128 MiB of a client's memory.
 _WIDEST_HEAD = 4096
+# Bytes of a number in them.
+_BYTES = 4
+# Bytes of sums that a client sends of layers that are fitted unasked, without those that several layers share.
+_MOST_SUMS = 2**27
 
 
 def left_out(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, model: State) -> str:
@@ -64,6 +71,20 @@ def plan_refits(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, g
     requests = [Refit(blocks, target.name, index) for index, (blocks, target) in enumerate(stages)]
     # The output of the layers below is settled when the last layer is fitted.
     return [*requests[:-1], replace(requests[-1], norms=layer_graph.norms)]
+
+
+def is_affordable(requests: Sequence[Refit], model: State) -> bool:
+    """Return whether clients send at most 128 MiB of sums for some layers, as for a head that is solved for unasked."""
+    return (
+        _BYTES * sum(map(partial(_entries, model), (b for request in requests for b in request.blocks))) <= _MOST_SUMS
+    )
+
+
+def _entries(model: State, block: Block) -> int:
+    """Return the number of entries of a layer's sums."""
+    outputs, *rest = weight_of(block, model).shape
+    inputs = prod(rest) + len(block) - 1
+    return inputs * (inputs + outputs)
 
 
 def _by_block(levels: Sequence[tuple[Block, ...]]) -> list[tuple[Block, ...]]:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
-from fedbasin.proto.request import TRIAL, PathSpec, Refit, Request
+from fedbasin.proto.request import STEPS, TRIAL, PathSpec, Refit, Request
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import replace_statistics
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.head_memory import HeadMemory, HeadSums
 from fedbasin.strategies.fusion.precisions import Gram, Precision
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
-from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit
+from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit, check_update
 from fedbasin.strategies.judging.statistic_checks import check_head
 from fedbasin.strategies.round.stage import Accumulate, Checked
 from fedbasin.strategies.tensors.state import State, interpolate
@@ -259,6 +259,41 @@ class ProbePath:
 
     def finish(self) -> dict[str, Tensor]:
         return dict(self._model)
+
+
+class LocalSteps:
+    """A stage in which clients take a few local steps from a model, and send the models where they end.
+
+    Unlike the stage in which clients train, the app is not asked: the mod takes the steps, with the app's own optimizer.
+    """
+
+    stage = STEPS
+    layer_graph = None
+    average = None
+
+    def __init__(self, model: State, accumulate: Accumulate = Accumulator.zero) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the model that the steps are taken from.
+            accumulate: makes an accumulator of the clients.
+        """
+        self.request = Request(self.stage, refit=Refit(), keep=True)
+        self._model = model
+        self._accumulator = accumulate(model)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._accumulator.notes
+
+    def check(self, update: Update) -> Checked:
+        return Checked(update, check_update(update, self._model, ()))
+
+    def add(self, node: int, update: Update) -> None:  # noqa: ARG002 - the sum forgets who
+        self._accumulator.add(update)
+
+    def finish(self) -> dict[str, Tensor]:
+        return self._accumulator.finalize(self._model)
 
 
 class ScaleOutputs(ProbePath):

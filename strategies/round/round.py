@@ -1,6 +1,7 @@
 """One round of federated learning, from the global model to the next one.
 
     [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [refit layer by layer -> head -> probe -> trial -> scale]
+        -> [steps -> measure -> head -> probe -> scale]
 
 A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
 message, no clock and no client. The loop around it (sampling, deadline, quorum, retry, checks, server optimizer,
@@ -11,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -35,9 +36,9 @@ from fedbasin.strategies.round.choice import (
     is_slow,
     is_trainable,
 )
-from fedbasin.strategies.round.fit_plan import Grouping, left_out, plan_refits, refit_stage
+from fedbasin.strategies.round.fit_plan import Grouping, is_affordable, left_out, plan_refits, refit_stage
 from fedbasin.strategies.round.path_ends import path_ends
-from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, ScaleOutputs, Trial
+from fedbasin.strategies.round.refit import LocalSteps, MeasureNorms, ProbePath, ScaleOutputs, Trial
 from fedbasin.strategies.round.stage import Accumulate, Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -67,6 +68,7 @@ DISTILLED_POINTS = 5
 # Factors from 0 to 1 by which clients scale the outputs of the model that is served.
 _SCALES = 11
 
+Outcome = TypeVar("Outcome")
 Round: TypeAlias = Generator[StagePlan, StageResult, RoundResult]
 # Chooses how clients send what they know about the layers that a round fits.
 Encode: TypeAlias = Callable[[Sequence[Block]], Mapping[Block, Encoding]]
@@ -88,6 +90,7 @@ class RoundStages:
         grouping: whether layers are fitted one after the other, or a block of them at a time.
         encode: chooses how clients send their sums; None for exactly.
         accumulate: makes the accumulator of a stage that fits layers.
+        own_refit: a fit of all layers that is tried first, because clients share no start; None for the recipe's own.
         memory: the head's sums of earlier rounds; None for none.
         number: number of the round.
         shortfall: loss of the mean above that of the served model when they were last compared; infinite where they
@@ -102,6 +105,7 @@ class RoundStages:
     grouping: Grouping = "layer"
     encode: Encode | None = None
     accumulate: Accumulate = Accumulator.zero
+    own_refit: LayerRefit | None = None
     memory: HeadMemory | None = None
     number: int = 0
     shortfall: float = inf
@@ -130,7 +134,7 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         fused = replace(fused, model=measured.model)
     if fused.average is not None and stages.merge is None and (recipe.points or fused.layer_graph):
         points = recipe.points or DISTILLED_POINTS
-        between = yield from _or_average(_between(fused.average, fused, points), fused.model)
+        between = yield from _or(_between(fused.average, fused, points), RoundResult(fused.model))
         if recipe.refit is None:
             return between
         fused = replace(fused, model=between.model)
@@ -142,21 +146,23 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
     if lacking and recipe.chooses and isinstance(recipe.refit, HeadRefit):
         return RoundResult(fused.model, left_out=lacking)
     further = _refit(anchor, fused, recipe.refit, stages)
-    outcome = yield from (_or_average(further, fused.model) if recipe.chooses else further)
+    outcome = yield from (_or(further, RoundResult(fused.model)) if recipe.chooses else further)
     return replace(outcome, left_out=lacking)
 
 
-def _or_average(further: Round, average: State) -> Round:
-    """Run the further stages of a round; where one of them fails, the mean is the round's model."""
+def _or(
+    further: Generator[StagePlan, StageResult, Outcome], otherwise: Outcome
+) -> Generator[StagePlan, StageResult, Outcome]:
+    """Run further stages of a round and return their outcome; where one of them fails, the other one."""
     try:
         plan = next(further)
         while True:
             result = yield replace(plan, may_fail=True)
             if result.failed and not plan.may_fail:
-                return RoundResult(dict(average))
+                return otherwise
             plan = further.send(result)
     except StopIteration as end:
-        outcome: RoundResult = end.value
+        outcome: Outcome = end.value
         return outcome
 
 
@@ -231,7 +237,10 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
         client = yield from _fit(anchor, nodes, head, requests_of_head, replace(stages, memory=None))
         result = yield client.probe(PathSpec(), probe.points)
         models, nodes = candidates(result.curve, Origin.client), result.nodes
-    fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
+    fitted = yield from _fit_of_own_starts(fused, nodes, stages)
+    # A model whose layers are too large or cannot be followed may still have a head that can be solved for.
+    if fitted is None:
+        fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
     if probe is None:
         return RoundResult(dict(fitted.model))
 
@@ -246,7 +255,11 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
         return for_all_clients(curve, join(last, start), join(last, end), *stages.memory.newest)
 
     names = last and tensor_names(last)
-    return (yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names))
+    chosen = yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names)
+    if stages.own_refit is None or refit.head is None or last is None:
+        return chosen
+    head = HeadRefit(refit.head, probe)
+    return (yield from _or(_step_on(chosen, fused, head, probe.points, stages), chosen))
 
 
 def _fit(
@@ -263,6 +276,59 @@ def _fit(
         carries = {name: t for name, t in result.model.items() if t is not model[name]}
         model, nodes = result.model, result.nodes
     return _Fitted(start, model, carries, len(requests), nodes)
+
+
+def _fit_of_own_starts(
+    fused: StageResult, nodes: Sequence[int], stages: RoundStages
+) -> Generator[StagePlan, StageResult, _Fitted | None]:
+    """Fit all layers of a mean of models that share no start; None where that is not wanted, too large, or fails."""
+    requests = plan_refits(stages.own_refit, fused.layer_graph, stages.grouping) if stages.own_refit else []
+    if stages.own_refit is None or not is_affordable(requests, fused.model):
+        return None
+    return (yield from _or(_fit(fused.model, nodes, stages.own_refit, requests, stages), None))
+
+
+def _step_on(chosen: RoundResult, fused: StageResult, head: HeadRefit, points: int, stages: RoundStages) -> Round:
+    """Let clients take some local steps from the model that is served, and fit its head again.
+
+    Closed forms bring models that share no start into one. The ensemble of those models stays ahead of it, and a few
+    steps from there take most of that back.
+
+    Args:
+        chosen: the round so far.
+        fused: the result of the stage in which clients trained.
+        head: the fit of the head.
+        points: number of points between the means of the stepped models, before and after that fit, that clients
+            evaluate.
+        stages: the stages of this run.
+    """
+    choice = chosen.choice
+    if choice is None:
+        return chosen
+    start = chosen.model if chosen.served is None else chosen.served
+    result = yield StagePlan(partial(LocalSteps, start, stages.accumulate), start, fused.nodes)
+    if stages.norms:
+        measure = partial(MeasureNorms, result.model, stages.norms, stages.accumulate)
+        result = yield StagePlan(measure, result.model, result.nodes)
+    requests = plan_refits(head, fused.layer_graph, "layer")
+    fitted = yield from _fit(result.model, result.nodes, head, requests, replace(stages, memory=None))
+    line = (yield fitted.probe(PathSpec(), points)).curve
+    # As it was before its outputs were scaled, which those of the stepped models are not yet.
+    before = Candidate(0.0, choice.loss + choice.scale_gain, choice.accuracy)
+    # Unlike a closed form, which may overshoot, steps are expected to help: no worse on the same examples is enough.
+    models = (model for model in candidates(line, Origin.stepped) if model.matches(before))
+    best = min(models, key=lambda model: model.loss, default=before)
+    if best is before:
+        return chosen
+    served = interpolate(fitted.start, fitted.model, best.point)
+    choice = replace(
+        choice, served=best.origin.name, loss=best.loss, accuracy=best.accuracy, scale=None, scale_gain=0.0
+    )
+    (last,) = requests[-1].blocks
+    if best.accuracy is not None:
+        path = PathSpec(best.point, scaled=tensor_names(last))
+        choice = yield from _scale(choice, fitted, path, lambda curve, _: curve)
+    return replace(chosen, served=_scaled(served, choice, tensor_names(last)), choice=choice)
 
 
 def _choose(
@@ -316,8 +382,7 @@ def _choose(
     if head is not None and place is not None:
         choice = yield from _scale(choice, replace(fitted, nodes=result.nodes), replace(place, scaled=head), for_all)
     if head is not None and choice.scale is not None:
-        whole = model or fitted.start
-        model = {**whole, **{name: choice.scale * whole[name] for name in head}}
+        model = _scaled(model or fitted.start, choice, head)
     if trained_on is Origin.average:
         return RoundResult(dict(fitted.start), model, choice=choice)
     _, further = path_ends(path, anchor, fitted.start, fitted.model)
@@ -343,6 +408,13 @@ def _scale(
         return choice
     gain = models[-1].loss - scaled.loss
     return replace(choice, loss=choice.loss - gain, scale=scaled.point, scale_gain=gain)
+
+
+def _scaled(model: State, choice: Choice, head: Block) -> dict[str, Tensor]:
+    """Return a model with the outputs of its last layer times the factor that a round has chosen, if it has."""
+    if choice.scale is None:
+        return dict(model)
+    return {**model, **{name: choice.scale * model[name] for name in head}}
 
 
 def _place_of(candidate: Candidate, extended: PathSpec) -> PathSpec | None:

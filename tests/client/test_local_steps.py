@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin.client.refit.local_steps import MOST_STEPS, LocalOptimizer, seeing_optimizer, trial
+from fedbasin.client.refit.local_steps import MOST_STEPS, LocalOptimizer, seeing_optimizer, stepped, trial
 from fedbasin.strategies.tasks.model_task import TASKS
 
 TASK = TASKS["classification"]
@@ -20,6 +20,10 @@ OPTIMIZERS = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01),
     "Adam, rate a tensor": lambda p: torch.optim.Adam(p, torch.tensor(0.01)),
 }
+
+
+class Own(torch.optim.SGD):
+    """An optimizer that is not torch's."""
 
 
 def net(seed=0):
@@ -52,6 +56,21 @@ def test_an_optimizer_that_was_seen_takes_the_steps_of_the_apps_own(make):
         torch.testing.assert_close(a, b)
 
 
+def test_the_model_after_steps_is_the_one_that_the_app_would_reach():
+    start, batches = net(2).state_dict(), BATCHES[:1]
+    end = stepped(net(1), start, batches, seen(OPTIMIZERS["SGD"], count=1), 0, TASK)
+    model = net(2)
+    steps(model, OPTIMIZERS["SGD"](model.parameters()), 1)
+    torch.testing.assert_close(end, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("local", [LocalOptimizer(), seen(lambda p: Own(p, 0.1))], ids=["none", "unknown"])
+def test_without_an_optimizer_the_model_stays(local):
+    start = net(2).state_dict()
+    end = stepped(net(1), start, BATCHES, local, 0, TASK)
+    assert all(torch.equal(end[name], start[name]) for name in start)
+
+
 def test_a_model_that_is_frozen_as_it_is_made_takes_no_steps():
     frozen = net().requires_grad_(False)
     losses = trial(frozen, net(2).state_dict(), BATCHES, BATCHES, seen(OPTIMIZERS["SGD"]), 0, TASK)
@@ -68,10 +87,6 @@ def test_the_largest_learning_rate_of_a_schedule_counts():
             schedule.step()
     steps(model, optimizer, 1)  # not seen: the context is closed
     assert (local.settings["lr"], local.steps) == (0.1, 2)
-
-
-class Own(torch.optim.SGD):
-    """An optimizer that is not torch's."""
 
 
 @pytest.mark.parametrize("make", [lambda p: Own(p, 0.1), lambda p: torch.optim.LBFGS(p, 0.1)])

@@ -14,7 +14,7 @@ from fedbasin.proto.reply import Reply
 from fedbasin.proto.report import Decision
 from fedbasin.proto.request import Request
 from fedbasin.strategies.alignment.identity_bound import identity_bounds
-from fedbasin.strategies.alignment.matchers import Matcher
+from fedbasin.strategies.alignment.matchers import AUTO, Matcher
 from fedbasin.strategies.alignment.weight_matching import match_weights
 from fedbasin.strategies.diagnostics.loss_path import path_losses
 from fedbasin.strategies.fusion.compression.formats import encode
@@ -257,6 +257,15 @@ def test_every_matcher_that_compares_brings_the_client_back_and_the_reply_says_t
 
 def test_a_client_that_is_proven_to_be_in_place_says_so():
     assert reply(request(), state=ANCHOR).alignment.decision is Decision.certified
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_a_matcher_that_is_left_to_the_client_takes_features_where_there_are_data(data):
+    given = {} if data else {"own_data": None}
+    ours = reply(request(matcher=AUTO), **given).parameters
+    by = Matcher.activations if data else Matcher.weights
+    theirs = reply(request(matcher=by.name), **given).parameters
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_matching_by_activations_needs_data():

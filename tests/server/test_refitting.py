@@ -24,6 +24,7 @@ from fedbasin.strategies.fusion.head_memory import HeadMemory, HeadSums
 from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round import choice as choice_module
+from fedbasin.strategies.round import fit_plan
 from fedbasin.strategies.round import round as round_module
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
@@ -90,6 +91,16 @@ class Run:
     def data(self, node):
         inputs, targets = tiny.examples(self.federation.contexts[node])
         return inputs.to(W), targets
+
+
+def failing(failed):
+    """Let every client fail at a stage."""
+
+    def on_reply(run, _node, stage, reply):
+        asked = run.federation.asked[-1]
+        return Message(Error(2, "MemoryError"), reply_to=asked) if stage == failed else reply
+
+    return on_reply
 
 
 def equal(a, b):
@@ -395,13 +406,9 @@ class TestChoosing:
         assert (first.choice.served, first.choice.trained_on) == ("fitted", "average")
         assert first.choice.loss == whole.result.reports[0].choice.loss
 
-    @pytest.mark.parametrize(("failing", "stages"), [("head", [2, 1, 2]), ("probe", [3, 1, 3])])
-    def test_a_stage_that_nobody_can_take_leaves_the_mean_and_pauses(self, tmp_path, failing, stages):
-        def tamper(run, _node, stage, reply):
-            asked = run.federation.asked[-1]
-            return Message(Error(2, "MemoryError"), reply_to=asked) if stage == failing else reply
-
-        run = Run(tmp_path, 3, tamper, recipe="auto")
+    @pytest.mark.parametrize(("stage", "stages"), [("head", [2, 1, 2]), ("probe", [3, 1, 3])])
+    def test_a_stage_that_nobody_can_take_leaves_the_mean_and_pauses(self, tmp_path, stage, stages):
+        run = Run(tmp_path, 3, failing(stage), recipe="auto")
         assert [len(report.stages) for report in run.result.reports] == stages
         assert all(report.choice is None for report in run.result.reports)
         assert equal(run.model, Run(tmp_path / "mean", 3, recipe="fedavg").model)
@@ -411,9 +418,10 @@ class TestChoosing:
             return next(model for model in models if model.origin.name == "client" and model.point == 1.0)
 
         monkeypatch.setattr(round_module, "best_candidate", clients)
-        run = Run(tmp_path, recipe="auto", start="own", align="client")
+        run = Run(tmp_path, 1, failing("steps"), recipe="auto", start="own", align="client")
         stages = [stage.stage for stage in run.stages()]
-        assert stages == ["bootstrap", "fuse", "measure", "head", "probe", "head", "probe", "probe", "trial"]
+        fits = ["head", "probe", "fit", "head", "probe", "probe", "trial"]
+        assert stages == ["bootstrap", "fuse", "measure", *fits, "steps"]
         assert run.result.reports[0].choice.served == "client"
         # The anchor is the first client's model, which it has sent as its own.
         torch.testing.assert_close(run.model["0.weight"].to(W), run.sent[100]["0.weight"])
@@ -526,14 +534,68 @@ class TestOwnStarts:
         run = Run(tmp_path, 2, recipe=recipe, **config)
         fuse, *fits = STAGES[recipe]
         stages = [s.stage for s in run.stages()]
+        # A recipe that compares looks at the anchor with a head too, which is one client's model, fits all layers, and
+        # steps on from the best of them.
+        if RECIPES[recipe].chooses:
+            fits = [
+                "head",
+                "probe",
+                "fit",
+                "head",
+                "probe",
+                "probe",
+                "trial",
+                "scale",
+                "steps",
+                "measure",
+                "head",
+                "probe",
+            ]
+        expected = ["bootstrap", fuse, "measure", *fits, "evaluate"]
         # Nothing is tried where the mean is the best of the round's models, and one client's model is not scaled.
-        # A recipe that compares looks at the anchor with a head too, which is one client's model.
-        client = ["head", "probe"] if RECIPES[recipe].chooses else []
-        expected = ["bootstrap", fuse, "measure", *client, *fits, "evaluate"]
         optional = {"trial", "scale"}
         assert [stage for stage in stages if stage not in optional] == [s for s in expected if s not in optional]
         assert set(stages) <= set(expected)
         assert run.result.reports[-1].metrics["accuracy"] > 0.4
+
+    def test_layers_that_nobody_can_fit_leave_the_head(self, tmp_path):
+        run = Run(tmp_path, 1, failing("fit"), recipe="auto", align="client", start="own")
+        stages = [stage.stage for stage in run.stages()]
+        assert stages[:8] == ["bootstrap", "fuse", "measure", "head", "probe", "fit", "head", "probe"]
+        assert run.result.reports[0].choice.served != "average"
+
+    def test_layers_whose_sums_are_too_large_are_not_fitted_unasked(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(fit_plan, "_MOST_SUMS", 0)
+        stages = [stage.stage for stage in Run(tmp_path, recipe="auto", align="client", start="own").stages()]
+        assert "fit" not in stages
+        asked = Run(tmp_path / "asked", recipe="features", align="client", start="own")
+        assert "fit" in [stage.stage for stage in asked.stages()]
+
+    def test_the_model_after_further_steps_is_served_where_it_is_no_worse(self, tmp_path):
+        run = Run(tmp_path, recipe="auto", align="client", start="own")
+        before = Run(tmp_path / "before", 1, failing("steps"), recipe="auto", align="client", start="own")
+        choice, without = run.result.reports[0].choice, before.result.reports[0].choice
+        assert choice.served == "stepped"
+        assert choice.loss <= without.loss
+        assert choice.accuracy >= without.accuracy
+        assert not equal(run.model, before.model)
+        # The next round trains on the same model, which nothing has stepped from.
+        assert equal(*({n: torch.tensor(a.numpy()) for n, a in r.result.trained_arrays.items()} for r in (run, before)))
+
+    def test_further_steps_of_one_client_are_bounded_by_the_others(self, tmp_path):
+        def far(run, node, stage, reply):
+            if stage != "steps" or node != NODES[-1]:
+                return reply
+            sent = Reply.from_message(reply.content, run.request)
+            moved = {n: 1e3 * t if t.is_floating_point() else t for n, t in sent.parameters.items()}
+            content = replace(sent, parameters=moved).to_content(run.request, packed=True)
+            return Message(content=content, reply_to=run.federation.asked[-1])
+
+        run = Run(tmp_path, 1, far, recipe="auto", align="client", start="own")
+        (steps,) = [stage for stage in run.stages() if stage.stage == "steps"]
+        honest, hostile = steps.clients[:-1], steps.clients[-1]
+        assert all(client.detail == "" for client in honest)
+        assert hostile.outcome == "out_of_line" or "norm" in hostile.detail
 
     def test_a_client_trains_once_a_round(self, tmp_path):
         run = Run(tmp_path, recipe="features", align="client", start="own")

@@ -30,9 +30,8 @@ def needs(recipe, share):
 
 
 def run(recipe, budget, folder, **more):
-    federation = tiny.federation(
-        recipe=recipe, statistics_budget_bytes=budget, folder=str(folder), align="off", fraction_evaluate=0.0, **more
-    )
+    settings = {"recipe": recipe, "statistics_budget_bytes": budget, "folder": str(folder), "fraction_evaluate": 0.0}
+    federation = tiny.federation(**settings, **{"align": "off", **more})
     sent = {}
 
     def weigh(node, reply):
@@ -43,7 +42,30 @@ def run(recipe, budget, folder, **more):
         return reply
 
     federation.tamper = {node: lambda reply, node=node: weigh(node, reply) for node in federation.contexts}
-    return running.run(federation, tiny.net()), sent
+    symmetry = tiny.symmetry() if "start" in more else None
+    return running.run(federation, tiny.net(), symmetry=symmetry), sent
+
+
+@pytest.mark.parametrize(("share", "fitted"), [(0.9, {"fit", "head"}), (0.0, {"fit", "head"}), (-0.2, {"head"})])
+@pytest.mark.parametrize("recipe", ["auto", "auto-features"])
+def test_all_fits_after_own_starts_share_the_budget(recipe, share, fitted, tmp_path):
+    budget = 3 * needs("features", max(share, 0.0))
+    if share < 0 and recipe == "auto":
+        # Enough for a head alone, three times.
+        budget -= 3
+    elif share < 0:
+        pytest.skip("this recipe is refused where its layers are above the budget")
+    result, sent = run(recipe, budget, tmp_path, start="own", align="client")
+    assert len(sent) == 3
+    assert max(sent.values()) <= budget
+    assert {stage.stage for stage in result.reports[0].stages} & {"fit", "head"} == fitted
+
+
+@pytest.mark.parametrize("recipe", ["auto", "auto-features"])
+def test_a_budget_that_three_fits_are_above_is_refused_before_the_first_message(recipe, tmp_path):
+    with pytest.raises(SettingsError, match=r"set at least .*each of 3 fits"):
+        run(recipe, 30, tmp_path, start="own", align="client")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.0])

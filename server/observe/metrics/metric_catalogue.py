@@ -31,7 +31,7 @@ RECIPES = (
     "lora-gram",
     "lorm",
 )
-STAGES = ("bootstrap", "fuse", "link", "measure", "fit", "head", "probe", "trial", "scale", "evaluate")
+STAGES = ("bootstrap", "fuse", "link", "measure", "fit", "head", "probe", "trial", "scale", "steps", "evaluate")
 STATES = ("starting", "running", "finished", "failed", "lost")
 SIDES = ("clients", "server")
 

@@ -13,7 +13,7 @@ from fedbasin.proto.request import PathSpec, Request
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
-from fedbasin.strategies.recipes import RECIPES, Recipe
+from fedbasin.strategies.recipes import RECIPES, LayerRefit, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.choice import best_ahead
 from fedbasin.strategies.round.fit_plan import plan_refits
@@ -62,10 +62,13 @@ class Driven:
     scaled: PathSums | None = None
     encode: object = None
     shortfall: float = 0.0
+    own_refit: LayerRefit | None = None
     plans: list[StagePlan] = field(default_factory=list)
 
     def __post_init__(self):
-        stages = stages_of(self.recipe, self.grouping, encode=self.encode, shortfall=self.shortfall)
+        stages = stages_of(
+            self.recipe, self.grouping, encode=self.encode, shortfall=self.shortfall, own_refit=self.own_refit
+        )
         steps = run_round(model(0.0), self.recipe, stages, NODES)
         state, plan = model(0.0), next(steps)
         try:
@@ -245,6 +248,17 @@ def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_i
     assert regularisers(recipe) == [*5 * [body], Evidence()]
     assert regularisers(RECIPES["head"]) == [Evidence()]
     assert regularisers(RECIPES["head"].override(ridge=0.5)) == [Ridge(0.5, "anchor")]
+
+
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.lora is None])
+def test_own_starts_have_a_fit_of_all_layers_in_recipes_that_compare(recipe):
+    usual, asked = (RECIPES[recipe].refit_of_own_starts(ridge) for ridge in (0.0, 0.5))
+    assert (usual is None) == (not RECIPES[recipe].chooses)
+    if usual is None:
+        return
+    assert (usual.fraction, usual.head, usual.probe) == (1.0, RECIPES[recipe].refit.head, RECIPES[recipe].probe)
+    # Where the recipe fits no layer but the head, a run's strength is the head's.
+    assert asked.ridge == (0.5 if recipe == "auto-features" else usual.ridge)
 
 
 def trial_of(before, after, examples=10.0):
@@ -445,6 +459,17 @@ def test_a_model_without_a_head_is_fitted_in_all_other_layers():
     assert "last layer" in driven.left_out
     assert len(driven.plans) == 7
     assert not Driven(RECIPES["features"], layer_graph=headless).left_out
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_steps_from_the_served_model_need_a_head_that_can_be_fitted_again(has_head):
+    recipe = RECIPES["auto-features"]
+    path = PathSums((0.0, 1.0), loss_after=(9.0, 1.0), examples=4.0, clients=1)
+    graph = ORDER if has_head else replace(ORDER, head=None)
+    driven = Driven(recipe, layer_graph=graph, path=path, own_refit=recipe.refit_of_own_starts())
+    stages = [stage.request.stage for stage in driven.stages]
+    assert stages.count("fit") == (5 if has_head else 6)
+    assert ("steps" in stages) == has_head
 
 
 @pytest.mark.parametrize(("target", "kind"), [("", RefitHead), ("values", RefitLayers)])
