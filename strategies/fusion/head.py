@@ -30,6 +30,7 @@ from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.precisions import Gram, Precision, Scalar
 from fedbasin.strategies.tasks.likelihoods import MARGIN
+from fedbasin.strategies.tensors.eigenvalues import eigendecompose
 
 # Least number of examples of a class, its added example included: inexact sums can make counts negative.
 _LEAST = 0.5
@@ -118,7 +119,7 @@ def discriminants(
     means = smoothed / counts
     crossed = sums.mT @ means
     within = gram - crossed - crossed.mT + means.mT @ (sums[:, -1:] * means)
-    values, vectors = torch.linalg.eigh(within[:-1, :-1])
+    values, vectors = eigendecompose(within[:-1, :-1])
     # Inexact sums can make the scatter indefinite.
     ridged = vectors / (values.clamp(min=0) + prior.weight)
     slopes = means[:, :-1] @ ridged @ vectors.mT * gram[-1, -1]
@@ -143,7 +144,7 @@ def maximise_evidence(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, 
     if not rows:
         return None
     energy = rows * len(sums) * MARGIN**2
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = eigendecompose(gram.double())
     # Rounding and inexact forms leave small negative eigenvalues.
     values = values.clamp(min=0)
     projections = (_labelled(sums.double()) @ vectors).square().sum(0)
