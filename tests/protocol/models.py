@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from fedbasin.strategies.fusion.random_features import RandomFeatures
+from fedbasin.strategies.analytic.random_features import RandomFeatures
 from tests.protocol.spec import SpecError
 from tests.protocol.task import Task
 
