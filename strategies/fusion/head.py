@@ -73,7 +73,7 @@ def closed_form(
     if not prior.weight:
         return torch.zeros_like(sums)  # no example reaches the head
     if gram is None:
-        return (precision + prior).solve(_labelled(sums))
+        return (precision + prior).solve(label_moment(sums))
     return discriminants(gram, sums, prior) / scale
 
 
@@ -89,7 +89,7 @@ def row_scale(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes
     return 1.0 if is_one else squares / factors
 
 
-def _labelled(sums: Float[Tensor, "classes inputs"]) -> Float[Tensor, "classes inputs"]:
+def label_moment(sums: Float[Tensor, "classes inputs"]) -> Float[Tensor, "classes inputs"]:
     """Return the cross-moment of labels and inputs; an example has +MARGIN for its class, -MARGIN for all others."""
     return MARGIN * (2 * sums - sums.sum(0))
 
@@ -128,7 +128,7 @@ def discriminants(
     # An offset that all classes share changes no prediction, but would enter the scale.
     scores -= scores.mean(0)
     explained = (scores @ gram * scores).sum()
-    labelled = (scores * _labelled(sums)).sum().clamp(min=0)
+    labelled = (scores * label_moment(sums)).sum().clamp(min=0)
     # A single class has no discriminant, and inexact sums can make the explained energy negative.
     return scores * (labelled / explained).sqrt() if explained > 0 else torch.zeros_like(scores)
 
@@ -147,7 +147,7 @@ def maximise_evidence(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, 
     values, vectors = eigendecompose(gram.double())
     # Rounding and inexact forms leave small negative eigenvalues.
     values = values.clamp(min=0)
-    projections = (_labelled(sums.double()) @ vectors).square().sum(0)
+    projections = (label_moment(sums.double()) @ vectors).square().sum(0)
 
     def negative_evidence(strength: float) -> float:
         prior = strength * values.mean()

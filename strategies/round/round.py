@@ -19,11 +19,12 @@ from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
+from fedbasin.strategies.analytic.deep_analytic import unfitted
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.update import join, tensor_names
-from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
+from fedbasin.strategies.recipes import BlockRefit, ClosedForm, HeadRefit, LossProbe, Recipe
 from fedbasin.strategies.round.absent_clients import for_all_clients
 from fedbasin.strategies.round.choice import (
     Candidate,
@@ -215,9 +216,9 @@ class _Fitted:
         return StagePlan(make, {} if again else self.carries, self.nodes)
 
 
-def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, stages: RoundStages) -> Round:
+def _refit(anchor: State, fused: StageResult, refit: ClosedForm, stages: RoundStages) -> Round:
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
-    requests = plan_refits(refit, fused.layer_graph, stages.grouping)
+    requests = plan_refits(refit, fused.layer_graph, stages.grouping, fused.model)
     if not requests:
         return RoundResult(fused.model)
     probe = refit.probe
@@ -227,11 +228,13 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     if probe and refit.head and stages.bootstrap is not None:
         # The anchor of models that share no start is one client's model, of which the mean may be a poor image.
         head = HeadRefit(refit.head, probe)
-        requests_of_head = plan_refits(head, fused.layer_graph, "layer")
+        requests_of_head = plan_refits(head, fused.layer_graph, "layer", fused.model)
         client = yield from _fit(anchor, nodes, head, requests_of_head, replace(stages, memory=None))
         result = yield client.probe(PathSpec(), probe.points)
         models, nodes = candidates(result.curve, Origin.client), result.nodes
-    fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
+    # Blocks of an earlier round are those of other clients' sums, and the first has to be fitted without the later ones.
+    start = unfitted(fused.model) if isinstance(refit, BlockRefit) else fused.model
+    fitted = yield from _fit(start, nodes, refit, requests, stages)
     if probe is None:
         return RoundResult(dict(fitted.model))
 
@@ -250,7 +253,7 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
 
 
 def _fit(
-    start: State, nodes: Sequence[int], refit: LayerRefit | HeadRefit, requests: Sequence[Refit], stages: RoundStages
+    start: State, nodes: Sequence[int], refit: ClosedForm, requests: Sequence[Refit], stages: RoundStages
 ) -> Generator[StagePlan, StageResult, _Fitted]:
     """Fit layers of a model, stage by stage."""
     blocks = [block for request in requests for block in request.blocks]

@@ -31,7 +31,15 @@ from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.pairwise import LinkModels
-from fedbasin.strategies.round.refit import MeasureNorms, ProbePath, RefitHead, RefitLayers, ScaleOutputs, Trial
+from fedbasin.strategies.round.refit import (
+    MeasureNorms,
+    ProbePath,
+    RefitBlock,
+    RefitHead,
+    RefitLayers,
+    ScaleOutputs,
+    Trial,
+)
 from tests.needing import needed
 
 
@@ -246,7 +254,7 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 
 def test_the_catalogue_names_every_recipe_and_stage():
     assert set(catalogue.RECIPES) == set(RECIPES)
-    refits = (LinkModels, MeasureNorms, RefitLayers, RefitHead, ProbePath, Trial, ScaleOutputs)
+    refits = (LinkModels, MeasureNorms, RefitLayers, RefitBlock, RefitHead, ProbePath, Trial, ScaleOutputs)
     assert set(catalogue.STAGES) == {cls.stage for cls in (Bootstrap, Fuse, Evaluate, *refits)}
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin import RandomFeatures
+from fedbasin import DeepAnalytic, RandomFeatures
 
-NETWORKS = {"RandomFeatures": RandomFeatures}
+NETWORKS = {"RandomFeatures": RandomFeatures, "DeepAnalytic": DeepAnalytic}
 
 
 def backbone():
