@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedbasin.server.run.settings import SettingsError as SettingsError
     from fedbasin.server.strategy import FedBasin as FedBasin
     from fedbasin.strategies.alignment.weight_matching import match_weights
+    from fedbasin.strategies.analytic.bucketed_features import BucketedFeatures as BucketedFeatures
     from fedbasin.strategies.analytic.deep_analytic import DeepAnalytic as DeepAnalytic
     from fedbasin.strategies.analytic.random_features import RandomFeatures as RandomFeatures
     from fedbasin.strategies.diagnostics.loss_path import barrier as barrier
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     align = match_weights
 
 _HOMES = {
+    "BucketedFeatures": "strategies.analytic.bucketed_features",
     "DeepAnalytic": "strategies.analytic.deep_analytic",
     "DistillationSet": "server.run.distillation_set",
     "FedBasin": "server.strategy",

@@ -7,11 +7,11 @@ from flwr.clientapp import ClientApp
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from fedbasin import DeepAnalytic, FedBasin, RandomFeatures, SettingsError, basin
+from fedbasin import BucketedFeatures, DeepAnalytic, FedBasin, RandomFeatures, SettingsError, basin
 from tests import running, tiny
 
 CLASSES, SIDE = 3, 6
-NETWORKS = {"RandomFeatures": RandomFeatures, "DeepAnalytic": DeepAnalytic}
+NETWORKS = {network.__name__: network for network in (RandomFeatures, BucketedFeatures, DeepAnalytic)}
 
 
 def backbone():

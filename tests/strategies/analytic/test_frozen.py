@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedbasin import DeepAnalytic, RandomFeatures
+from fedbasin import BucketedFeatures, DeepAnalytic, RandomFeatures
 
-NETWORKS = {"RandomFeatures": RandomFeatures, "DeepAnalytic": DeepAnalytic}
+NETWORKS = {network.__name__: network for network in (RandomFeatures, BucketedFeatures, DeepAnalytic)}
 
 
 def backbone():
