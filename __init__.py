@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from fedbasin.server.run.settings import SettingsError as SettingsError
     from fedbasin.server.strategy import FedBasin as FedBasin
     from fedbasin.strategies.alignment.weight_matching import match_weights
+    from fedbasin.strategies.analytic.bucketed_features import BucketedFeatures as BucketedFeatures
+    from fedbasin.strategies.analytic.deep_analytic import DeepAnalytic as DeepAnalytic
+    from fedbasin.strategies.analytic.random_features import RandomFeatures as RandomFeatures
     from fedbasin.strategies.diagnostics.loss_path import barrier as barrier
     from fedbasin.strategies.fusion.accumulator import fuse as fuse
-    from fedbasin.strategies.fusion.random_features import RandomFeatures as RandomFeatures
     from fedbasin.strategies.fusion.update import Update as Update
     from fedbasin.strategies.recipes import RECIPES as RECIPES
     from fedbasin.strategies.symmetry.check import check as check
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
     align = match_weights
 
 _HOMES = {
+    "BucketedFeatures": "strategies.analytic.bucketed_features",
+    "DeepAnalytic": "strategies.analytic.deep_analytic",
     "DistillationSet": "server.run.distillation_set",
     "FedBasin": "server.strategy",
     "ProbeSet": "server.run.probe_set",
     "RECIPES": "strategies.recipes",
-    "RandomFeatures": "strategies.fusion.random_features",
+    "RandomFeatures": "strategies.analytic.random_features",
     "RoundReport": "proto.report",
     "RunResult": "server.run.result",
     "SettingsError": "server.run.settings",

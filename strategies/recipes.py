@@ -131,6 +131,21 @@ class HeadRefit:
 
 
 @dataclass(frozen=True)
+class BlockRefit:
+    """A closed-form fit of the blocks of a `DeepAnalytic` one after the other, and of its last layer, to labels.
+
+    Attributes:
+        head: regulariser of the last layer, in every stage.
+    """
+
+    head: Ridge | Evidence
+    probe: ClassVar[None] = None
+
+
+ClosedForm: TypeAlias = LayerRefit | HeadRefit | BlockRefit
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that turns a round's updates into the next global model.
 
@@ -145,7 +160,7 @@ class Recipe:
 
     name: str
     fusion: ModelWeighting | LoraFusion | None = None
-    refit: LayerRefit | HeadRefit | None = None
+    refit: ClosedForm | None = None
     server_optimizer: ServerOptimizer = field(default_factory=Replace)
     robust: RobustRule | None = None
     rule: FederatedRule | None = None
@@ -337,6 +352,7 @@ RECIPES = {
         Recipe("features", refit=LayerRefit(Target.features, ridge=3e-3), server_optimizer=Average()),
         Recipe("head", refit=HeadRefit(Evidence())),
         Recipe("features-head", refit=_HALF_FEATURES),
+        Recipe("deep-analytic", refit=BlockRefit(Evidence())),
         # Sketches twice as wide as the adapters cost as much again as the factors themselves.
         Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2)), _PROBE.points)),
         Recipe("lora-products", LoraProducts()),

@@ -214,6 +214,8 @@ class TestATask:
         ("quickstart", "colour_digits"),
         ("lstm(8)", "modules"),
         ("random_features(8)", "digits"),
+        ("bucketed_features(8)", "digits"),
+        ("deep_analytic(8, 2)", "digits"),
         ("gpt2(8)", "python_topics"),
         ("lora(rank=2, width=8)", "digits"),
         pytest.param("lora_bert(rank=2)", "topics", marks=pytest.mark.slow),
@@ -322,10 +324,18 @@ class TestARule:
             # Of tumours too few are kept to see how sure a model is.
             assert served.loss <= 1.02 * averaged.loss or task == "cancer"
 
-    def test_that_fits_heads_makes_random_features_a_baseline_of_one_round(self, run):
-        setting = replace(DIGITS, rule="head", model="random_features", split="dirichlet(0.3)", clients=5)
+    @pytest.mark.parametrize(
+        ("model", "rule", "least"),
+        [
+            ("random_features", "head", 0.95),
+            ("bucketed_features", "head", 0.9),
+            ("deep_analytic(128)", "deep-analytic", 0.9),
+        ],
+    )
+    def test_that_fits_heads_makes_a_random_network_a_baseline_of_one_round(self, run, model, rule, least):
+        setting = replace(DIGITS, rule=rule, model=model, split="dirichlet(0.3)", clients=5)
         skewed, even = run(setting, 1)[1], run(replace(setting, split="iid"), 1)[1]
-        assert min(skewed.accuracy, even.accuracy) > 0.95
+        assert min(skewed.accuracy, even.accuracy) > least
 
     def test_fedprox_holds_clients_at_the_model_that_was_sent(self, run):
         free, held = (run(replace(QUICK, rule=f"FedProx(proximal_mu={mu})"), 1) for mu in (0.0, 1e3))

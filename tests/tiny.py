@@ -7,12 +7,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedbasin.client import basin
+from fedbasin.strategies.recipes import RECIPES, BlockRefit
 from fedbasin.strategies.symmetry.discover.discovery import discover
 from tests.federation import Federation
 
 CLASSES = 3
 PIXELS = 4
 HIDDEN = 6
+
+# Recipes that take a whole model of any kind; the others need adapters, or a network of their own.
+OF_ANY_MODEL = [
+    name for name, recipe in RECIPES.items() if recipe.lora is None and not isinstance(recipe.refit, BlockRefit)
+]
 
 
 def net(seed=0):

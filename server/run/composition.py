@@ -21,6 +21,7 @@ from fedbasin.server.run.resumption.run_folder import open_spool
 from fedbasin.server.run.settings import Settings, SettingsError
 from fedbasin.server.run.symmetry_of_run import symmetry_of_run
 from fedbasin.strategies.alignment.matchers import AUTO, Matcher
+from fedbasin.strategies.analytic.deep_analytic import DeepAnalytic
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.attention_products import products
 from fedbasin.strategies.fusion.batchnorm import find_norms
@@ -34,7 +35,7 @@ from fedbasin.strategies.fusion.rules.robust.robust_accumulator import RobustAcc
 from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.spool import SpoolFiles
 from fedbasin.strategies.fusion.weighting import Statistic
-from fedbasin.strategies.recipes import LayerRefit, Recipe
+from fedbasin.strategies.recipes import BlockRefit, LayerRefit, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Align, fusing_stage
 from fedbasin.strategies.round.pairwise import merge_in_pairs
@@ -293,6 +294,12 @@ def compose(
         recipe = averaging(recipe, reason)
     if model is None and (recipe.statistic is not Statistic.none or recipe.refit) and recipe.lora is None:
         raise SettingsError(f"recipe = {recipe.name!r} needs the layers of the model; pass model=Net() to FedBasin")
+    if isinstance(recipe.refit, BlockRefit) and not isinstance(model, DeepAnalytic):
+        raise SettingsError(
+            f"recipe = {recipe.name!r} fits the blocks of a fedbasin.DeepAnalytic, and the model is a "
+            f"{type(model).__name__}; give DeepAnalytic(inputs, outputs, body=...) to FedBasin and to basin in its "
+            "place, or choose the recipe head, which fits the last layer of any model"
+        )
     align, symmetry = symmetry_of_run(settings, model, example, symmetry, state)
     if settings.merge_heads == "products" and not any(products(symmetry) if symmetry else ()):
         raise SettingsError(

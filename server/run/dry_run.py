@@ -20,7 +20,7 @@ from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.fusion.weighting import Statistic
 from fedbasin.strategies.judging.checks import check_update
 from fedbasin.strategies.judging.outcomes import Refusal
-from fedbasin.strategies.recipes import HeadRefit
+from fedbasin.strategies.recipes import BlockRefit, HeadRefit
 from fedbasin.strategies.tensors.state import State
 
 # A child of Flower's logger, so that its handlers carry the lines to `flwr run --stream`.
@@ -77,7 +77,7 @@ def _statistics_bytes(composition: Composition) -> tuple[int, int]:
     Layers that read the same inputs send one matrix for all, so that the sum of all is an upper bound.
     """
     recipe, layers = composition.recipe, composition.layers
-    if isinstance(recipe.refit, HeadRefit):
+    if isinstance(recipe.refit, HeadRefit | BlockRefit):
         return 0, 0  # the last layer's alone, which only clients can tell
     if not layers or (recipe.statistic is not Statistic.gram and recipe.refit is None):
         return 0, 0

@@ -23,8 +23,12 @@ from fedbasin.strategies.tensors.state import State
 
 
 def find_norms(model: nn.Module) -> tuple[BatchNorm, ...]:
-    """Return the BatchNorm layers with running statistics, a weight and a bias, in the order of the modules."""
-    return tuple(norm for norm in find_running_norms(model) if model.get_submodule(norm.name).affine)
+    """Return the BatchNorm layers with running statistics and a weight and bias to train, in the order of the modules.
+
+    One whose weight is frozen belongs to a frozen network, as a pretrained backbone, and keeps its statistics.
+    """
+    norms = ((norm, model.get_submodule(norm.name)) for norm in find_running_norms(model))
+    return tuple(norm for norm, module in norms if module.affine and module.weight.requires_grad)
 
 
 def find_running_norms(model: nn.Module) -> tuple[BatchNorm, ...]:

@@ -30,6 +30,7 @@ from fedbasin.proto.layer_graph import Block
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.precisions import Gram, Precision, Scalar
 from fedbasin.strategies.tasks.likelihoods import MARGIN
+from fedbasin.strategies.tensors.eigenvalues import eigendecompose
 
 # Least number of examples of a class, its added example included: inexact sums can make counts negative.
 _LEAST = 0.5
@@ -72,7 +73,7 @@ def closed_form(
     if not prior.weight:
         return torch.zeros_like(sums)  # no example reaches the head
     if gram is None:
-        return (precision + prior).solve(_labelled(sums))
+        return (precision + prior).solve(label_moment(sums))
     return discriminants(gram, sums, prior) / scale
 
 
@@ -88,7 +89,7 @@ def row_scale(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, "classes
     return 1.0 if is_one else squares / factors
 
 
-def _labelled(sums: Float[Tensor, "classes inputs"]) -> Float[Tensor, "classes inputs"]:
+def label_moment(sums: Float[Tensor, "classes inputs"]) -> Float[Tensor, "classes inputs"]:
     """Return the cross-moment of labels and inputs; an example has +MARGIN for its class, -MARGIN for all others."""
     return MARGIN * (2 * sums - sums.sum(0))
 
@@ -118,7 +119,7 @@ def discriminants(
     means = smoothed / counts
     crossed = sums.mT @ means
     within = gram - crossed - crossed.mT + means.mT @ (sums[:, -1:] * means)
-    values, vectors = torch.linalg.eigh(within[:-1, :-1])
+    values, vectors = eigendecompose(within[:-1, :-1])
     # Inexact sums can make the scatter indefinite.
     ridged = vectors / (values.clamp(min=0) + prior.weight)
     slopes = means[:, :-1] @ ridged @ vectors.mT * gram[-1, -1]
@@ -127,7 +128,7 @@ def discriminants(
     # An offset that all classes share changes no prediction, but would enter the scale.
     scores -= scores.mean(0)
     explained = (scores @ gram * scores).sum()
-    labelled = (scores * _labelled(sums)).sum().clamp(min=0)
+    labelled = (scores * label_moment(sums)).sum().clamp(min=0)
     # A single class has no discriminant, and inexact sums can make the explained energy negative.
     return scores * (labelled / explained).sqrt() if explained > 0 else torch.zeros_like(scores)
 
@@ -143,10 +144,10 @@ def maximise_evidence(gram: Float[Tensor, "inputs inputs"], sums: Float[Tensor, 
     if not rows:
         return None
     energy = rows * len(sums) * MARGIN**2
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = eigendecompose(gram.double())
     # Rounding and inexact forms leave small negative eigenvalues.
     values = values.clamp(min=0)
-    projections = (_labelled(sums.double()) @ vectors).square().sum(0)
+    projections = (label_moment(sums.double()) @ vectors).square().sum(0)
 
     def negative_evidence(strength: float) -> float:
         prior = strength * values.mean()

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedbasin.strategies.fusion.precisions import Scalar, SingularSumError
+from fedbasin.strategies.tensors.eigenvalues import eigendecompose
 
 # Products in a sum, one for each client: memory grows with the clients up to this number, and more are refused.
 MOST_PRODUCTS = 32
@@ -71,7 +72,7 @@ class Kronecker:
             (trace[:, None, None] * factors).sum(0)
             for trace, factors in zip(traces, (self.inputs, self.outputs), strict=True)
         ]
-        (alpha, v), (beta, u) = (torch.linalg.eigh(factor) for factor in sums)
+        (alpha, v), (beta, u) = (eigendecompose(factor) for factor in sums)
         curvature = beta[:, None] * alpha / (total or 1.0) + self.ridge
         # An eigenvalue within rounding of zero would be divided by.
         if not float(curvature.min()) > torch.finfo(curvature.dtype).eps * float(curvature.max()):

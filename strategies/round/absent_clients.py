@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.head_memory import HeadSums
+from fedbasin.strategies.tensors.eigenvalues import eigendecompose
 
 # Normal draws of a class, fewer where there are many classes; the same for all heads, so that differences are exact.
 _DRAWS, _MOST_LOGITS = 64, 2**22
@@ -62,7 +63,7 @@ def expected_score(head: Float[Tensor, "classes inputs"], sums: HeadSums) -> Flo
     counts = sums.sums[:, -1].double().clamp(min=0)
     means = sums.sums.double() / counts.clamp(min=1e-12)[:, None]
     scatter = (sums.gram.double() - means.mT @ sums.sums.double()) / counts.sum()
-    values, vectors = torch.linalg.eigh(head @ scatter @ head.mT)
+    values, vectors = eigendecompose(head @ scatter @ head.mT)
     factor = vectors * values.clamp(min=0).sqrt()
     classes = len(counts)
     draws = max(1, min(_DRAWS, _MOST_LOGITS // classes**2))

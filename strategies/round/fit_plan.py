@@ -12,12 +12,13 @@ from typing import Literal
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import Block, LayerGraph
 from fedbasin.proto.request import Refit
+from fedbasin.strategies.analytic.deep_analytic import count_blocks
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.update import weight_of
-from fedbasin.strategies.recipes import HeadRefit, LayerRefit, Target
-from fedbasin.strategies.round.refit import RefitHead, RefitLayers
+from fedbasin.strategies.recipes import BlockRefit, ClosedForm, HeadRefit, LayerRefit, Target
+from fedbasin.strategies.round.refit import RefitBlock, RefitHead, RefitLayers
 from fedbasin.strategies.round.stage import Accumulate, Stage
 from fedbasin.strategies.tensors.state import State
 
@@ -30,7 +31,7 @@ _BYTES = 4
 _MOST_SUMS = 2**27
 
 
-def left_out(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, model: State) -> str:
+def left_out(refit: ClosedForm, layer_graph: LayerGraph | None, model: State) -> str:
     """Return what a model has no layers for; empty where all of a recipe's fit can be done.
 
     Args:
@@ -47,13 +48,14 @@ def left_out(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, mode
     return "" if layer_graph and layer_graph.levels else "linear layers or convolutions"
 
 
-def plan_refits(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, grouping: Grouping) -> list[Refit]:
+def plan_refits(refit: ClosedForm, layer_graph: LayerGraph | None, grouping: Grouping, model: State) -> list[Refit]:
     """Return the layers that a recipe fits, stage by stage; none where the model has no such layers.
 
     Args:
         refit: what the recipe fits.
         layer_graph: the layers of the clients' model.
         grouping: whether layers are fitted one after the other, or a block of them at a time.
+        model: the model, which tells how many blocks it has.
     """
     if layer_graph is None or not layer_graph.levels:
         return []
@@ -65,7 +67,9 @@ def plan_refits(refit: LayerRefit | HeadRefit, layer_graph: LayerGraph | None, g
         groups = levels if grouping == "layer" else _by_block(levels)
         stages = [(group, refit.target) for group in groups]
     if refit.head and layer_graph.head is not None:
-        stages.append(((layer_graph.head,), Target[layer_graph.head_target or Target.labels.name]))
+        # The sums of a last layer determine the block beside it, and those behind the last block but one the layer.
+        count = count_blocks(model) if isinstance(refit, BlockRefit) else 1
+        stages += count * [((layer_graph.head,), Target[layer_graph.head_target or Target.labels.name])]
     if not stages:
         return []
     requests = [Refit(blocks, target.name, index) for index, (blocks, target) in enumerate(stages)]
@@ -115,7 +119,7 @@ def _modules(names: Sequence[str]) -> list[str]:
 
 
 def refit_stage(
-    refit: LayerRefit | HeadRefit,
+    refit: ClosedForm,
     model: State,
     request: Refit,
     encodings: Mapping[Block, Encoding] | None,
@@ -135,6 +139,8 @@ def refit_stage(
         number: number of the round.
     """
     ridge, holds_out = refit.head or Evidence(), refit.probe is not None
+    if isinstance(refit, BlockRefit) and request.sequence < count_blocks(model) - 1:
+        return RefitBlock(model, request, ridge, encodings=encodings, accumulate=accumulate)
     if request.target == Target.labels.name:
         return RefitHead(
             model,

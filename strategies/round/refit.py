@@ -18,14 +18,17 @@ from torch import Tensor
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.request import STEPS, TRIAL, PathSpec, Refit, Request
+from fedbasin.strategies.analytic.block_fit import fit_block
+from fedbasin.strategies.analytic.deep_analytic import with_block
 from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.batchnorm import replace_statistics
 from fedbasin.strategies.fusion.head import Evidence, closed_form
 from fedbasin.strategies.fusion.head_memory import HeadMemory, HeadSums
-from fedbasin.strategies.fusion.precisions import Gram, Precision
+from fedbasin.strategies.fusion.precisions import Gram, Precision, Sketched
 from fedbasin.strategies.fusion.update import Update, split, tensor_names
 from fedbasin.strategies.judging.checks import check_alike, check_examples, check_fit, check_update
 from fedbasin.strategies.judging.statistic_checks import check_head
+from fedbasin.strategies.recipes import Target
 from fedbasin.strategies.round.stage import Accumulate, Checked
 from fedbasin.strategies.tensors.state import State, interpolate
 
@@ -152,8 +155,7 @@ class RefitHead(_Summed):
 
     def check(self, update: Update) -> Checked:
         checked = super().check(update)
-        for block, precision in update.precisions.items():
-            check_head(block, precision, update.cross_moments[block])
+        _check_heads(update)
         return checked
 
     def add(self, node: int, update: Update) -> None:
@@ -175,6 +177,54 @@ class RefitHead(_Summed):
         if all(bool(tensor.isfinite().all()) for tensor in solution.values()):
             self._memory.merge(self._fresh)
         return self._sums.restated({**model, **solution})
+
+
+class RefitBlock(_Summed):
+    """A stage that fits a block of a `DeepAnalytic` to the targets, by the sums of the last layer above it."""
+
+    stage = "block"
+
+    def __init__(
+        self,
+        model: State,
+        refit: Refit,
+        ridge: Ridge | Evidence,
+        *,
+        encodings: Mapping[Block, Encoding] | None = None,
+        accumulate: Accumulate = Accumulator.zero,
+    ) -> None:
+        """Compose the stage.
+
+        Args:
+            model: the network, with the blocks that are fitted so far.
+            refit: its last layer.
+            ridge: the regulariser of the last layer.
+            encodings: forms in which clients send their sums; those of other layers are ignored.
+            accumulate: makes an accumulator of the clients.
+        """
+        self.request = _request(self.stage, refit, encodings, keep=False)
+        self._ridge = ridge
+        self._has_labels = refit.target == Target.labels.name
+        self._sums = _Sums(model, refit, accumulate)
+
+    def check(self, update: Update) -> Checked:
+        checked = super().check(update)
+        if self._has_labels:
+            _check_heads(update)
+        return checked
+
+    def finish(self) -> dict[str, Tensor]:
+        ((precision, moment),) = self._sums.of_blocks.values()
+        if not isinstance(precision, Gram | Sketched):
+            raise TypeError(f"a block is fitted by a Gram matrix, not by a {type(precision).__name__}")
+        return with_block(
+            self._sums.model, fit_block(precision.matrix, moment, self._ridge, has_labels=self._has_labels)
+        )
+
+
+def _check_heads(update: Update) -> None:
+    for block, precision in update.precisions.items():
+        check_head(block, precision, update.cross_moments[block])
 
 
 class _Sums:

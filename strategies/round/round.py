@@ -20,11 +20,12 @@ from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
 from fedbasin.proto.report import Choice, Origin
 from fedbasin.proto.request import PathSpec, Refit
+from fedbasin.strategies.analytic.deep_analytic import unfitted
 from fedbasin.strategies.diagnostics.barrier import Path
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.fusion.update import join, tensor_names
-from fedbasin.strategies.recipes import HeadRefit, LayerRefit, LossProbe, Recipe
+from fedbasin.strategies.recipes import BlockRefit, ClosedForm, HeadRefit, LayerRefit, LossProbe, Recipe
 from fedbasin.strategies.round.absent_clients import for_all_clients
 from fedbasin.strategies.round.choice import (
     Candidate,
@@ -221,9 +222,9 @@ class _Fitted:
         return StagePlan(make, {} if again else self.carries, self.nodes)
 
 
-def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, stages: RoundStages) -> Round:
+def _refit(anchor: State, fused: StageResult, refit: ClosedForm, stages: RoundStages) -> Round:
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
-    requests = plan_refits(refit, fused.layer_graph, stages.grouping)
+    requests = plan_refits(refit, fused.layer_graph, stages.grouping, fused.model)
     if not requests:
         return RoundResult(fused.model)
     probe = refit.probe
@@ -233,14 +234,17 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
     if probe and refit.head and stages.bootstrap is not None:
         # The anchor of models that share no start is one client's model, of which the mean may be a poor image.
         head = HeadRefit(refit.head, probe)
-        requests_of_head = plan_refits(head, fused.layer_graph, "layer")
+        requests_of_head = plan_refits(head, fused.layer_graph, "layer", fused.model)
         client = yield from _fit(anchor, nodes, head, requests_of_head, replace(stages, memory=None))
         result = yield client.probe(PathSpec(), probe.points)
         models, nodes = candidates(result.curve, Origin.client), result.nodes
     fitted = yield from _fit_of_own_starts(fused, nodes, stages)
     # A model whose layers are too large or cannot be followed may still have a head that can be solved for.
     if fitted is None:
-        fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
+        # Blocks of an earlier round are those of other clients' sums, and the first has to be fitted without the later
+        # ones.
+        start = unfitted(fused.model) if isinstance(refit, BlockRefit) else fused.model
+        fitted = yield from _fit(start, nodes, refit, requests, stages)
     if probe is None:
         return RoundResult(dict(fitted.model))
 
@@ -263,7 +267,7 @@ def _refit(anchor: State, fused: StageResult, refit: LayerRefit | HeadRefit, sta
 
 
 def _fit(
-    start: State, nodes: Sequence[int], refit: LayerRefit | HeadRefit, requests: Sequence[Refit], stages: RoundStages
+    start: State, nodes: Sequence[int], refit: ClosedForm, requests: Sequence[Refit], stages: RoundStages
 ) -> Generator[StagePlan, StageResult, _Fitted]:
     """Fit layers of a model, stage by stage."""
     blocks = [block for request in requests for block in request.blocks]
@@ -282,8 +286,10 @@ def _fit_of_own_starts(
     fused: StageResult, nodes: Sequence[int], stages: RoundStages
 ) -> Generator[StagePlan, StageResult, _Fitted | None]:
     """Fit all layers of a mean of models that share no start; None where that is not wanted, too large, or fails."""
-    requests = plan_refits(stages.own_refit, fused.layer_graph, stages.grouping) if stages.own_refit else []
-    if stages.own_refit is None or not is_affordable(requests, fused.model):
+    if stages.own_refit is None:
+        return None
+    requests = plan_refits(stages.own_refit, fused.layer_graph, stages.grouping, fused.model)
+    if not is_affordable(requests, fused.model):
         return None
     return (yield from _or(_fit(fused.model, nodes, stages.own_refit, requests, stages), None))
 
@@ -310,7 +316,7 @@ def _step_on(chosen: RoundResult, fused: StageResult, head: HeadRefit, points: i
     if stages.norms:
         measure = partial(MeasureNorms, result.model, stages.norms, stages.accumulate)
         result = yield StagePlan(measure, result.model, result.nodes)
-    requests = plan_refits(head, fused.layer_graph, "layer")
+    requests = plan_refits(head, fused.layer_graph, "layer", result.model)
     fitted = yield from _fit(result.model, result.nodes, head, requests, replace(stages, memory=None))
     line = (yield fitted.probe(PathSpec(), points)).curve
     # As it was before its outputs were scaled, which those of the stepped models are not yet.

@@ -38,6 +38,12 @@ def test_norms_with_statistics_gain_and_shift_are_found():
     assert find_norms(nn.BatchNorm1d(2)) == ()  # nothing of it could be fitted
 
 
+def test_a_frozen_norm_keeps_its_statistics():
+    frozen = net()
+    frozen.norm.requires_grad_(requires_grad=False)
+    assert find_norms(frozen) == (BatchNorm("after", 1e-5), BatchNorm("unused", 1e-5))
+
+
 @pytest.mark.parametrize("size", [12, 5, 2])
 def test_what_is_read_in_batches_has_the_statistics_of_all_of_it(size):
     model = net()

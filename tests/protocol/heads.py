@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedbasin.strategies.fusion.random_features import RandomFeatures
+from fedbasin.strategies.analytic.random_features import RandomFeatures
 from tests.protocol.experiment import Experiment
 from tests.protocol.spec import SpecError
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from fedbasin.strategies.fusion.random_features import RandomFeatures
+from fedbasin import BucketedFeatures, DeepAnalytic, RandomFeatures
 from tests.protocol.spec import SpecError
 from tests.protocol.task import Task
 
@@ -125,12 +125,17 @@ def gpt2(width: int = 32, blocks: int = 2) -> Make:
 def random_features(width: int = 1024) -> Make:
     """One frozen random layer of ReLUs; only its last layer can be learned."""
 
-    def make(task: Task) -> nn.Module:
-        if task.tokens or task.kind in ("pixels", "language-modelling"):
-            raise SpecError("random_features reads numbers and gives one row for an example; choose another model")
-        return RandomFeatures(prod(task.shape), task.classes, width)
+    return lambda task: RandomFeatures(_numbers("random_features", task), task.classes, width)
 
-    return make
+
+def bucketed_features(width: int = 1024, bits: int = 2) -> Make:
+    """Frozen random buckets, one-hot; only the last layer can be learned."""
+    return lambda task: BucketedFeatures(_numbers("bucketed_features", task), task.classes, width, bits)
+
+
+def deep_analytic(width: int = 512, depth: int = 3) -> Make:
+    """Residual blocks of random features, which the recipe `deep-analytic` fits."""
+    return lambda task: DeepAnalytic(_numbers("deep_analytic", task), task.classes, width, depth)
 
 
 def transformer(width: int = 32, heads: int = 4, blocks: int = 2) -> Make:
@@ -180,6 +185,13 @@ def _convolution(before: int, after: int, *, norm: bool) -> list[nn.Module]:
 
 def _read_out(inputs: int, hidden: int, classes: int) -> list[nn.Module]:
     return [nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
+
+
+def _numbers(name: str, task: Task) -> int:
+    """Return the number of numbers in an example."""
+    if task.tokens or task.kind in ("pixels", "language-modelling"):
+        raise SpecError(f"{name} reads numbers and gives one row for an example; choose another model")
+    return prod(task.shape)
 
 
 def _image(task: Task) -> tuple[int, int]:
@@ -286,6 +298,8 @@ MODELS: dict[str, Callable[..., Make]] = {
     "cnn_norm": cnn_norm,
     "small_cnn": small_cnn,
     "random_features": random_features,
+    "bucketed_features": bucketed_features,
+    "deep_analytic": deep_analytic,
     "segmenter": segmenter,
     "resnet": resnet,
     "quickstart": quickstart,

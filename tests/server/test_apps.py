@@ -23,10 +23,11 @@ from fedbasin import FedBasin, basin
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.server.run.settings import SettingsError
 from fedbasin.strategies.recipes import RECIPES
+from tests import tiny
 from tests.federation import Federation
 
 WEIGHTS_ALONE = ["fedavg", "fedavgm"]
-NEEDS_THE_MOD = [n for n, r in RECIPES.items() if n not in WEIGHTS_ALONE and r.lora is None and not r.chooses]
+NEEDS_THE_MOD = [name for name in tiny.OF_ANY_MODEL if name not in WEIGHTS_ALONE and not RECIPES[name].chooses]
 
 
 class ListGrid:

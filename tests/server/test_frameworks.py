@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from fedbasin import RECIPES, FedBasin, basin
+from fedbasin import FedBasin, basin
+from tests import tiny
 from tests.federation import Federation
 
-NAMES = [name for name, recipe in RECIPES.items() if recipe.lora is None]
+NAMES = tiny.OF_ANY_MODEL
 SAMPLE = ("auto", "fedavg", "regmean")
 WORDS, PLACES, CLASSES = 20, 6, 3
 

@@ -10,8 +10,8 @@ from tests import running, tiny
 CLIENTS, BAD = 6, 103
 FITTING = [
     name
-    for name, recipe in RECIPES.items()
-    if recipe.refit and (isinstance(recipe.refit, HeadRefit) or recipe.refit.head is not None)
+    for name in tiny.OF_ANY_MODEL
+    if (refit := RECIPES[name].refit) and (isinstance(refit, HeadRefit) or refit.head is not None)
 ]
 
 

@@ -46,7 +46,7 @@ STAGES = {
     "auto": ["fuse", "head", "probe", "probe", "trial", "scale"],
     "features-head": ["fuse", "fit", "head"],
 }
-FITTED = [name for name, recipe in RECIPES.items() if recipe.refit]
+FITTED = [name for name in tiny.OF_ANY_MODEL if RECIPES[name].refit]
 W = torch.float64
 
 
@@ -112,7 +112,7 @@ def close(a, b, names=None):
         torch.testing.assert_close(a[name].to(W), b[name].to(W), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if r.lora is None])
+@pytest.mark.parametrize("recipe", tiny.OF_ANY_MODEL)
 def test_every_recipe_runs_its_stages_in_order_in_every_round(tmp_path, recipe):
     run = Run(tmp_path, 2, recipe=recipe, fraction_evaluate=1.0)
     for report in run.result.reports:

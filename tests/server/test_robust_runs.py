@@ -18,8 +18,8 @@ from tests.server.flowers_loop import nan_in_training
 
 CLIENTS = 7
 HOSTILE = 103
-# Adapters' recipes run in test_one_loop.py, whose model has adapters.
-WRAPPED = [name for name, recipe in RECIPES.items() if recipe.lora is None]
+# Adapters' recipes run in test_one_loop.py, whose model has adapters, and those of analytic networks in a file of their own.
+WRAPPED = tiny.OF_ANY_MODEL
 ALIGNS = ("client", "server", "off")
 # One in the default suite for each rule with each way of aligning, and for each recipe; all of them under `slow`.
 SAMPLE = {

@@ -161,7 +161,7 @@ class TestUnderFlowersOwnLoop:
             FedBasin("mean")
 
     @pytest.mark.parametrize(
-        "recipe", [name for name, recipe in RECIPES.items() if recipe.refit and not recipe.chooses]
+        "recipe", [name for name in tiny.OF_ANY_MODEL if RECIPES[name].refit and not RECIPES[name].chooses]
     )
     def test_a_recipe_of_several_stages_is_refused_with_a_way_to_run_it(self, recipe):
         strategy, grid = (fed_basin(recipe, model=tiny.net(), align="off"), grid_of(tiny.federation()))

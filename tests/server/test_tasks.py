@@ -17,8 +17,8 @@ from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
 from tests.tasks import EXAMPLES, MEAN_LOSS, laplace
 
-WHOLE = [name for name, recipe in RECIPES.items() if recipe.lora is None]
-ADAPTERS = [name for name in RECIPES if name not in WHOLE]
+WHOLE = tiny.OF_ANY_MODEL
+OTHERS = [name for name in RECIPES if name not in WHOLE]
 ALWAYS = ("auto", "fisher")
 
 
@@ -86,8 +86,8 @@ def test_every_recipe_runs_on_every_task(name, recipe, tmp_path, caplog):
         assert ("no last layer that can be fitted" in caplog.text) == (not example.has_head)
 
 
-@pytest.mark.parametrize("recipe", ADAPTERS)
-def test_recipes_of_adapters_are_refused_before_anybody_trains(recipe, tmp_path):
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_recipes_of_other_networks_are_refused_before_anybody_trains(recipe, tmp_path):
     app, _, error = run("regression", recipe, tmp_path)
     assert isinstance(error, SettingsError)
     assert not app.trained

@@ -45,6 +45,7 @@ CATALOGUE = {
     "auto-features": (MEAN, HALF_FEATURES, SEARCH, Replace(1.0)),
     "auto": (MEAN, (Evidence(),), SEARCH, Replace(1.0)),
     "features-head": (MEAN, HALF_FEATURES, None, Replace(1.0)),
+    "deep-analytic": (MEAN, (Evidence(),), None, Replace(1.0)),
     "lora": ((LoraProducts, SketchedGramWeighting, 1e-2), None, 5, Replace(1.0)),
     "lora-products": ((LoraProducts, *MEAN), None, None, Replace(1.0)),
     "lora-factors": ((LoraFactors, *MEAN), None, None, Replace(1.0)),

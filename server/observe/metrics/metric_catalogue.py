@@ -22,6 +22,7 @@ RECIPES = (
     "features",
     "head",
     "features-head",
+    "deep-analytic",
     "lora",
     "lora-products",
     "lora-factors",
@@ -31,7 +32,20 @@ RECIPES = (
     "lora-gram",
     "lorm",
 )
-STAGES = ("bootstrap", "fuse", "link", "measure", "fit", "head", "probe", "trial", "scale", "steps", "evaluate")
+STAGES = (
+    "bootstrap",
+    "fuse",
+    "link",
+    "measure",
+    "fit",
+    "block",
+    "head",
+    "probe",
+    "trial",
+    "scale",
+    "steps",
+    "evaluate",
+)
 STATES = ("starting", "running", "finished", "failed", "lost")
 SIDES = ("clients", "server")
 

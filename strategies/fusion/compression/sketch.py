@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedbasin.strategies.fusion.compression.formats import Pieces
+from fedbasin.strategies.tensors.eigenvalues import eigendecompose
 
 # Rows that are kept at least while data is read: 512 bytes for each input.
 _LEAST_KEPT = 64
@@ -127,8 +128,8 @@ class Sketch:
         """Return the squared singular values of the rows, largest first, and orthogonal rows with the same square."""
         # By the smaller of two squares, several times faster than a singular value decomposition of the rows.
         if len(self.rows) > self.rows.shape[1]:
-            values, directions = torch.linalg.eigh(self.rows.T @ self.rows)
+            values, directions = eigendecompose(self.rows.T @ self.rows)
             values = values.flip(0).clamp(min=0)
             return values, values.sqrt()[:, None] * directions.flip(1).T
-        values, vectors = torch.linalg.eigh(self.rows @ self.rows.T)
+        values, vectors = eigendecompose(self.rows @ self.rows.T)
         return values.flip(0).clamp(min=0), vectors.flip(1).T @ self.rows

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedbasin.strategies.tensors.eigenvalues import eigendecompose
+
 # Singular values below this, relative to the largest, are rounding errors.
 _ROUNDING = 1e-12
 
@@ -95,7 +97,7 @@ class LowRank:
             rank: largest rank.
             weigh: multiplies a matrix by the Gram matrix G of the inputs, which is positive definite.
         """
-        values, vectors = torch.linalg.eigh(weigh(self.right).to(self.right) @ self.right.mT)
+        values, vectors = eigendecompose(weigh(self.right).to(self.right) @ self.right.mT)
         outputs, _, _ = torch.linalg.svd(self.left @ (vectors * values.clamp_min(0).sqrt()), full_matrices=False)
         kept = outputs[:, :rank]
         return LowRank(kept, kept.mT @ self.left @ self.right, self.dropped)

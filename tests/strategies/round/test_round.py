@@ -6,21 +6,23 @@ from math import inf
 import pytest
 import torch
 
+from fedbasin import DeepAnalytic
 from fedbasin.proto.encoding import Encoding, GramForm, GramKind
 from fedbasin.proto.layer_graph import BatchNorm, LayerGraph
 from fedbasin.proto.report import ClientReport, PathSums, StageReport
 from fedbasin.proto.request import PathSpec, Request
 from fedbasin.strategies.diagnostics.barrier import Path
-from fedbasin.strategies.fusion.accumulator import Ridge
+from fedbasin.strategies.fusion.accumulator import Accumulator, Ridge
 from fedbasin.strategies.fusion.head import Evidence
 from fedbasin.strategies.recipes import RECIPES, LayerRefit, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.choice import best_ahead
-from fedbasin.strategies.round.fit_plan import plan_refits
+from fedbasin.strategies.round.fit_plan import plan_refits, refit_stage
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
 from fedbasin.strategies.round.round import RoundStages, run_round
 from fedbasin.strategies.round.stage import StagePlan, StageResult
+from tests import tiny
 
 NAMES = ("embed", "blocks.0.q", "blocks.0.k", "blocks.0.out", "blocks.1.q", "blocks.1.out", "head")
 EMBED, Q, K, OUT, NEXT_Q, NEXT_OUT, HEAD = ((f"{n}.weight", f"{n}.bias") for n in NAMES)
@@ -128,8 +130,20 @@ def test_a_recipe_is_this_sequence_of_stages(recipe, grouping):
 
 
 def test_every_recipe_has_its_sequence():
-    # Those for adapters are one stage, and need a model that has some.
-    assert {r for r, _ in SEQUENCES} == {n for n, r in RECIPES.items() if r.lora is None}
+    # Those for adapters are one stage, and need a model that has some; the blocks of analytic networks have their own.
+    assert {recipe for recipe, _ in SEQUENCES} == set(tiny.OF_ANY_MODEL)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_the_blocks_of_an_analytic_network_are_fitted_one_by_one(depth):
+    state = DeepAnalytic(2, 3, 4, depth).state_dict()
+    head = LayerGraph((), ("head.weight", "head.bias"))
+    assert plan_refits(RECIPES["deep-analytic"].refit, head, "layer", state) == []
+    graph = LayerGraph((head.head,), head.head)
+    refits = plan_refits(RECIPES["deep-analytic"].refit, graph, "layer", state)
+    assert [refit.blocks for refit in refits] == depth * [(head.head,)]
+    stages = [refit_stage(RECIPES["deep-analytic"].refit, state, refit, None, Accumulator.zero) for refit in refits]
+    assert [stage.request.stage for stage in stages] == (depth - 1) * ["block"] + ["head"]
 
 
 @pytest.mark.parametrize(("grouping", "groups"), [("layer", LEVELS), ("block", BLOCKS)])
@@ -482,9 +496,9 @@ def test_the_head_is_fitted_as_the_clients_task_has_it(target, kind):
 def test_the_last_fit_measures_running_statistics_too():
     norms = (BatchNorm("norm", 1e-5),)
     graph = replace(ORDER, norms=norms)
-    refits = plan_refits(RECIPES["features"].refit, graph, "layer")
+    refits = plan_refits(RECIPES["features"].refit, graph, "layer", {})
     assert [refit.norms for refit in refits] == [*5 * [()], norms]
-    (head,) = plan_refits(RECIPES["head"].refit, graph, "layer")
+    (head,) = plan_refits(RECIPES["head"].refit, graph, "layer", {})
     assert head.norms == norms
 
 

@@ -1,0 +1,1 @@
+"""Networks in place of an app's own, whose layers are frozen random ones or solved in closed form."""
