@@ -337,6 +337,7 @@ class Origin(Enum):
     fitted = "a point between the mean and the model with fitted layers, or beyond"
     client = "one client's model with a closed-form head"
     stepped = "the model served until then after further local steps, with a closed-form head"
+    weighted = "a point between the mean and the one weighted by the clients' statistics"
     products = "a point between the mean of the adapters' products and the one weighted by their inputs"
     kept = "the model of an earlier round, which no model of this round matches"
 

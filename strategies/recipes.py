@@ -4,6 +4,9 @@ A recipe has up to four parts: how updates are fused (`fusion`), which layers ar
 (`refit`), how the global model follows (`server_optimizer`), and by which robust rule clients are combined where some
 may be hostile (`robust`). Each part is a frozen value that holds its own
 settings, so that a setting cannot be given where nothing would read it.
+
+Closed forms that are trained on decay: on skewed labels their loss rises again after a few rounds. Clients therefore
+train on from the mean, as FedAvg does, and the closed form is the model that is served.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,7 +27,7 @@ from fedbasin.strategies.fusion.weighting import (
     Weighting,
     override_weighting,
 )
-from fedbasin.strategies.server_optimizers import Average, Momentum, Replace, ServerOptimizer
+from fedbasin.strategies.server_optimizers import Momentum, Replace, ServerOptimizer
 
 
 class Target(Enum):
@@ -62,12 +65,9 @@ class LoraProducts:
 
     Attributes:
         weighting: weights the mean of the products; None takes it by examples.
-        points: number of points between the mean by examples and the weighted one that clients evaluate; 0 takes the
-            weighted one.
     """
 
     weighting: GramWeighting | SketchedGramWeighting | None = None
-    points: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class Recipe:
         server_optimizer: rule by which the global model follows the round's model.
         robust: rule that takes the place of every sum over clients; None sums.
         rule: merging rule that takes the place of the mean by examples; None takes the mean.
+        points: number of points between the mean by examples and the recipe's own model that clients evaluate; 0 takes
+            the recipe's own. Recipes with a search of their own, `probe`, have none.
     """
 
     name: str
@@ -164,6 +166,7 @@ class Recipe:
     server_optimizer: ServerOptimizer = field(default_factory=Replace)
     robust: RobustRule | None = None
     rule: FederatedRule | None = None
+    points: int = 0
 
     @property
     def lora(self) -> LoraFusion | None:
@@ -206,9 +209,9 @@ class Recipe:
         return self.probe is not None
 
     @property
-    def points(self) -> int:
-        """The number of points between two means of adapters' products that clients evaluate; 0 for other recipes."""
-        return self.fusion.points if isinstance(self.fusion, LoraProducts) else 0
+    def serves_apart(self) -> bool:
+        """True if the recipe's model is served, where it is better, and clients train on from the mean by examples."""
+        return self.points > 0 and self.lora is None
 
     @property
     def compares(self) -> bool:
@@ -217,9 +220,14 @@ class Recipe:
 
     @property
     def averaging(self) -> "Recipe":
-        """The recipe without its refit, and with one mean of adapters' products."""
-        fusion = replace(self.fusion, points=0) if isinstance(self.fusion, LoraProducts) else self.fusion
-        return replace(self, fusion=fusion, refit=None)
+        """The recipe without closed forms, for rounds in which they do not pay: the mean, or one of adapters' products."""
+        fusion = None if self.serves_apart else self.fusion
+        return replace(self, fusion=fusion, refit=None, points=0)
+
+    @property
+    def uncompared(self) -> "Recipe":
+        """The recipe where clients can compare nothing: its own model, or the mean where it chooses between models."""
+        return self.averaging if self.chooses else replace(self, points=0)
 
     def override(
         self,
@@ -254,7 +262,7 @@ class Recipe:
         elif ridge and refit is not None and self.weighting is None:
             refit = replace(refit, head=Ridge(ridge, "anchor"))
         optimizer = server_optimizer or self.server_optimizer
-        return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule)
+        return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule, self.points)
 
     def refit_of_own_starts(self, ridge: float = 0.0) -> LayerRefit | None:
         """Return the fit of all layers that a round tries whose clients share no start; None for the recipe's own fit.
@@ -335,7 +343,8 @@ class Recipe:
 
 # Between .003 and .01 nothing differs by more than chance; .1 keeps too much of a mean that is no model.
 _RIDGE_OF_OWN_STARTS = 1e-2
-_PROBE = LossProbe(5, extrapolate=2.0)
+_POINTS = 5
+_PROBE = LossProbe(_POINTS, extrapolate=2.0)
 _HALF_FEATURES = LayerRefit(Target.features, ridge=1e-1, fraction=0.5, head=Evidence())
 
 RECIPES = {
@@ -346,22 +355,22 @@ RECIPES = {
         Recipe("fedavg"),
         Recipe("fedavgm", server_optimizer=Momentum(0.7)),
         Recipe("fisher", FisherWeighting(Ridge(1e-3))),
-        Recipe("kfac", KroneckerWeighting(Ridge(1e-3))),
-        Recipe("regmean", GramWeighting(Ridge(1e-3))),
-        Recipe("regmean++", refit=LayerRefit(Target.weights, ridge=1e-2), server_optimizer=Average()),
-        Recipe("features", refit=LayerRefit(Target.features, ridge=3e-3), server_optimizer=Average()),
-        Recipe("head", refit=HeadRefit(Evidence())),
-        Recipe("features-head", refit=_HALF_FEATURES),
+        Recipe("kfac", KroneckerWeighting(Ridge(1e-3)), points=_POINTS),
+        Recipe("regmean", GramWeighting(Ridge(1e-3)), points=_POINTS),
+        Recipe("regmean++", refit=LayerRefit(Target.weights, ridge=1e-2), points=_POINTS),
+        Recipe("features", refit=LayerRefit(Target.features, ridge=3e-3), points=_POINTS),
+        Recipe("head", refit=HeadRefit(Evidence()), points=_POINTS),
+        Recipe("features-head", refit=_HALF_FEATURES, points=_POINTS),
         Recipe("deep-analytic", refit=BlockRefit(Evidence())),
         # Sketches twice as wide as the adapters cost as much again as the factors themselves.
-        Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2)), _PROBE.points)),
+        Recipe("lora", LoraProducts(SketchedGramWeighting(Ridge(1e-2))), points=_POINTS),
         Recipe("lora-products", LoraProducts()),
         Recipe("lora-factors", LoraFactors()),
         Recipe("lora-rotated", LoraFactors(rotate=True)),
         # Sun et al. 2024, arXiv 2403.12313, and Chen et al. 2025, arXiv 2502.01755.
         Recipe("ffa-lora", LoraFactors(frozen=("lora_A",))),
         Recipe("rolora", LoraFactors(frozen=ALTERNATING)),
-        Recipe("lora-gram", LoraProducts(GramWeighting(Ridge(1e-2)), _PROBE.points)),
+        Recipe("lora-gram", LoraProducts(GramWeighting(Ridge(1e-2))), points=_POINTS),
         Recipe("lorm", LoraAlternating(GramWeighting(Ridge(1e-3)))),
     )
 }

@@ -342,9 +342,9 @@ def _budget_of_fit(settings: Settings, *, several: bool) -> int:
 
 def averaging(recipe: Recipe, reason: str) -> Recipe:
     """Return a recipe that compares models without the comparison, and say why."""
-    what = "compares no models" if recipe.lora else "only averages, as FedAvg"
+    what = "only averages, as FedAvg" if recipe.chooses else "compares no models"
     _LOG.info("recipe %s %s: %s", recipe.name, what, reason)
-    return recipe.averaging
+    return recipe.uncompared
 
 
 def _layers(recipe: Recipe, model: nn.Module | None, state: State) -> list[Layer]:

@@ -455,6 +455,8 @@ class RunLoop:
         if outcome.choice is None:
             # The mean is not to be compared with a model that was served for its closed forms.
             self._losses = {} if self._standing.choice else self._losses
+            if outcome.served is not None:
+                self._serve(self._state.arrays(self._state.composition.untied(outcome.served)))
             return
         choice = self._standing.settled(outcome.choice, number, [result.report for result in results])
         self._average = outcome.average and self._state.composition.untied(outcome.average)

@@ -112,10 +112,9 @@ class Accumulator:
         Raises:
             SingularSumError: a block's sum is singular, and there is no ridge.
         """
+        fused = self.average(anchor)
         if not self.clients:
-            return dict(anchor)
-        fused = {**anchor, **divide(self.mean, self.examples, anchor)}
-        fused |= {name: tally.mean for name, tally in self.tallies.items()}
+            return fused
         # Blocks that share a matrix are solved together, with one factorisation.
         for blocks in common(self.precisions):
             lengths = [len(self.blocks[block][1]) for block in blocks]
@@ -123,6 +122,13 @@ class Accumulator:
             for block, part in zip(blocks, parts, strict=True):
                 fused.update(split(block, part, anchor))
         return fused
+
+    def average(self, anchor: State) -> dict[str, Tensor]:
+        """Return the mean by examples in the anchor's dtypes; tensors that no client sent are the anchor's."""
+        if not self.clients:
+            return dict(anchor)
+        mean = {**anchor, **divide(self.mean, self.examples, anchor)}
+        return mean | {name: tally.mean for name, tally in self.tallies.items()}
 
     def total(self) -> "Accumulator":
         """Return the sums of all clients, which are these; a robust rule has them only at the end."""

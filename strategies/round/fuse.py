@@ -18,6 +18,7 @@ from fedbasin.strategies.fusion.distillation.distilled_accumulator import Distil
 from fedbasin.strategies.fusion.lora.adapter_scales import scales_of, to_scales
 from fedbasin.strategies.fusion.lora.lora_factors import blocks_of, find_adapters, sketch_encodings
 from fedbasin.strategies.fusion.lora.product_accumulator import ProductAccumulator
+from fedbasin.strategies.fusion.rules.rule_accumulator import RuleAccumulator
 from fedbasin.strategies.fusion.update import Update
 from fedbasin.strategies.fusion.weighting import SketchedGramWeighting, Statistic
 from fedbasin.strategies.judging.checks import (
@@ -94,9 +95,10 @@ class Fuse:
     def average(self) -> dict[str, Tensor] | None:
         if not self._recipe.compares:
             return None
-        if isinstance(self._accumulator, DistilledAccumulator):
-            return self._accumulator.average
-        return self._accumulator.finalize(self._anchor) if self._recipe.points else None
+        if self._recipe.points and self._recipe.fusion and not isinstance(self._accumulator, RuleAccumulator):
+            return self._accumulator.average(self._anchor)
+        # The mean of a recipe that fits layers is this stage's model.
+        return self._accumulator.undistilled if isinstance(self._accumulator, DistilledAccumulator) else None
 
     @property
     def notes(self) -> tuple[str, ...]:

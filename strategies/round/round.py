@@ -133,9 +133,13 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         measure = partial(MeasureNorms, fused.model, stages.norms, stages.accumulate)
         measured = yield StagePlan(measure, fused.model, fused.nodes, may_fail=True)
         fused = replace(fused, model=measured.model)
-    if fused.average is not None and stages.merge is None and (recipe.points or fused.layer_graph):
-        points = recipe.points or DISTILLED_POINTS
-        between = yield from _or(_between(fused.average, fused, points), RoundResult(fused.model))
+    apart = recipe.serves_apart and stages.bootstrap is None
+    if fused.average is not None and stages.merge is None and (recipe.fusion or fused.layer_graph):
+        # Where layers are fitted next, they are fitted to the point.
+        ends = apart and recipe.refit is None
+        own = RoundResult(dict(fused.average), fused.model) if ends else RoundResult(fused.model)
+        points = recipe.points if recipe.fusion else DISTILLED_POINTS
+        between = yield from _or(_between(fused.average, fused, points, _origin(recipe), apart=ends), own)
         if recipe.refit is None:
             return between
         fused = replace(fused, model=between.model)
@@ -146,8 +150,11 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
     lacking = left_out(recipe.refit, fused.layer_graph, fused.model)
     if lacking and recipe.chooses and isinstance(recipe.refit, HeadRefit):
         return RoundResult(fused.model, left_out=lacking)
-    further = _refit(anchor, fused, recipe.refit, stages)
-    outcome = yield from (_or(further, RoundResult(fused.model)) if recipe.chooses else further)
+    if recipe.probe is not None:
+        search = _refit(anchor, fused, recipe.refit, recipe.probe, stages)
+        outcome = yield from _or(search, RoundResult(fused.model))
+    else:
+        outcome = yield from _refit_and_compare(fused, recipe.refit, stages, recipe.points, apart=apart)
     return replace(outcome, left_out=lacking)
 
 
@@ -167,23 +174,77 @@ def _or(
         return outcome
 
 
-def _between(average: State, fused: StageResult, points: int) -> Round:
+def _origin(recipe: Recipe) -> Origin:
+    """Return the origin of a point between the mean by examples and the recipe's own model."""
+    if recipe.refit is not None:
+        return Origin.fitted
+    return Origin.weighted if recipe.weighting is not None and recipe.lora is None else Origin.products
+
+
+def _between(average: State, fused: StageResult, points: int, origin: Origin, *, apart: bool) -> Round:
     """Take the point between the mean by examples and another model of the clients' at which their loss is lowest.
 
     Of adapters' products the mean weighted by inputs is far ahead while clients know little of each other's data. Later
     it keeps what single clients have overdone in directions of their own, and the mean by examples averages it out. An
     ensemble of clients that know few classes each is worse than the mean, and so is what was distilled from it.
+
+    Args:
+        average: the mean.
+        fused: the result of the stage in which clients trained, with the other model.
+        points: number of points that clients evaluate.
+        origin: origin of the other model.
+        apart: whether they train on from the mean, and the point is served.
     """
     send = partial(ProbePath, average, 0, PathSpec(), 0)
     sent = yield StagePlan(send, average, fused.nodes)
     fitted = _Fitted(average, fused.model, fused.model, 1, sent.nodes)
     line = (yield fitted.probe(PathSpec(), points)).curve
-    models = candidates(line, Origin.products)
+    return _best_on(line, average, fused.model, origin, apart=apart)
+
+
+def _best_on(line: Path | None, average: State, model: State, origin: Origin, *, apart: bool) -> RoundResult:
+    """Return the round's end at the best point of a line.
+
+    Args:
+        line: the clients' losses between the two models.
+        average: the mean of the clients' models, where the line begins.
+        model: the model where it ends, which is the result where no client has evaluated the line.
+        origin: its origin.
+        apart: whether clients train on from the mean, and the point is served.
+    """
+    models = candidates(line, origin)
     if line is None or not models:
-        return RoundResult(dict(fused.model))
-    served, mean = min(models, key=lambda model: model.loss), models[0]
-    choice = _choice(served, mean, Origin.products, line.examples)
-    return RoundResult(interpolate(average, fused.model, served.point), choice=choice)
+        return RoundResult(dict(average), dict(model)) if apart else RoundResult(dict(model))
+    mean = models[0]
+    if not apart:
+        best = min(models, key=lambda model: model.loss)
+        return RoundResult(interpolate(average, model, best.point), choice=_choice(best, mean, origin, line.examples))
+    best = min((model for model in models if model.matches(mean)), key=lambda model: model.loss)
+    served = best if best.point else replace(mean, origin=Origin.average)
+    point = interpolate(average, model, best.point) if best.point else None
+    return RoundResult(dict(average), point, choice=_choice(served, mean, Origin.average, line.examples))
+
+
+def _refit_and_compare(
+    fused: StageResult, refit: ClosedForm, stages: RoundStages, points: int, *, apart: bool
+) -> Round:
+    """Fit layers of the fused model, and take the best point between it and the fitted one.
+
+    Args:
+        fused: the result of the stage in which clients trained.
+        refit: what is fitted.
+        stages: the stages of this run.
+        points: number of points that clients evaluate; 0 takes the fitted model.
+        apart: whether they train on from the fused model.
+    """
+    requests = plan_refits(refit, fused.layer_graph, stages.grouping, fused.model)
+    if not requests:
+        return RoundResult(fused.model)
+    # Blocks of an earlier round are those of other clients' sums, and the first has to be fitted without the later ones.
+    start = unfitted(fused.model) if isinstance(refit, BlockRefit) else fused.model
+    fitted = yield from _fit(start, fused.nodes, refit, requests, stages)
+    line = (yield replace(fitted.probe(PathSpec(), points), may_fail=True)).curve if points else None
+    return _best_on(line, fitted.start, fitted.model, Origin.fitted, apart=apart)
 
 
 def _bootstrap(
@@ -222,16 +283,15 @@ class _Fitted:
         return StagePlan(make, {} if again else self.carries, self.nodes)
 
 
-def _refit(anchor: State, fused: StageResult, refit: ClosedForm, stages: RoundStages) -> Round:
+def _refit(anchor: State, fused: StageResult, refit: ClosedForm, probe: LossProbe, stages: RoundStages) -> Round:
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
     requests = plan_refits(refit, fused.layer_graph, stages.grouping, fused.model)
     if not requests:
         return RoundResult(fused.model)
-    probe = refit.probe
     client: _Fitted | None = None
     models: list[Candidate] = []
     nodes: Sequence[int] = fused.nodes
-    if probe and refit.head and stages.bootstrap is not None:
+    if refit.head and stages.bootstrap is not None:
         # The anchor of models that share no start is one client's model, of which the mean may be a poor image.
         head = HeadRefit(refit.head, probe)
         requests_of_head = plan_refits(head, fused.layer_graph, "layer", fused.model)
@@ -241,13 +301,7 @@ def _refit(anchor: State, fused: StageResult, refit: ClosedForm, stages: RoundSt
     fitted = yield from _fit_of_own_starts(fused, nodes, stages)
     # A model whose layers are too large or cannot be followed may still have a head that can be solved for.
     if fitted is None:
-        # Blocks of an earlier round are those of other clients' sums, and the first has to be fitted without the later
-        # ones.
-        start = unfitted(fused.model) if isinstance(refit, BlockRefit) else fused.model
-        fitted = yield from _fit(start, nodes, refit, requests, stages)
-    if probe is None:
-        return RoundResult(dict(fitted.model))
-
+        fitted = yield from _fit(fused.model, nodes, refit, requests, stages)
     last = fused.layer_graph.head if fused.layer_graph else None
 
     def for_all(curve: Path | None, path: PathSpec) -> Path | None:

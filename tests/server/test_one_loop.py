@@ -108,9 +108,9 @@ def final_arrays(recipe, optimizer, tmp_path, start, robust=""):
 CASES = [
     *((recipe, "") for recipe in ONE_STAGE),
     *(("fedavg", optimizer) for optimizer in SERVER_OPTIMIZERS),
-    *(("regmean", optimizer) for optimizer in ("momentum", "yogi")),
+    *(("fisher", optimizer) for optimizer in ("momentum", "yogi")),
 ]
-ROBUST = [("fedavg", "median"), ("regmean", "geometric-median"), ("lora-rotated", "norm-clipping"), ("lorm", "median")]
+ROBUST = [("fedavg", "median"), ("fisher", "geometric-median"), ("lora-rotated", "norm-clipping"), ("lorm", "median")]
 
 
 @pytest.mark.parametrize(

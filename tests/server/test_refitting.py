@@ -37,14 +37,14 @@ STAGES = {
     "fedavg": ["fuse"],
     "fedavgm": ["fuse"],
     "fisher": ["fuse"],
-    "kfac": ["fuse"],
-    "regmean": ["fuse"],
-    "regmean++": ["fuse", "fit", "fit"],
-    "features": ["fuse", "fit", "fit"],
-    "head": ["fuse", "head"],
+    "kfac": ["fuse", "probe", "probe"],
+    "regmean": ["fuse", "probe", "probe"],
+    "regmean++": ["fuse", "fit", "fit", "probe"],
+    "features": ["fuse", "fit", "fit", "probe"],
+    "head": ["fuse", "head", "probe"],
     "auto-features": ["fuse", "fit", "head", "probe", "probe", "trial", "scale"],
     "auto": ["fuse", "head", "probe", "probe", "trial", "scale"],
-    "features-head": ["fuse", "fit", "head"],
+    "features-head": ["fuse", "fit", "head", "probe"],
 }
 FITTED = [name for name in tiny.OF_ANY_MODEL if RECIPES[name].refit]
 W = torch.float64
@@ -113,7 +113,8 @@ def close(a, b, names=None):
 
 
 @pytest.mark.parametrize("recipe", tiny.OF_ANY_MODEL)
-def test_every_recipe_runs_its_stages_in_order_in_every_round(tmp_path, recipe):
+def test_every_recipe_runs_its_stages_in_order_in_every_round(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(choice_module, "pays", lambda _: True)
     run = Run(tmp_path, 2, recipe=recipe, fraction_evaluate=1.0)
     for report in run.result.reports:
         assert [stage.stage for stage in report.stages] == [*STAGES[recipe], "evaluate"]
@@ -250,7 +251,8 @@ def test_a_client_that_loses_its_models_between_two_fits_is_in_the_first_alone(t
     assert run.outcomes(2) == {100: "accepted", 101: "lost_model", 102: "accepted"}
 
 
-def test_a_client_that_is_back_takes_part_in_the_next_round(tmp_path):
+def test_a_client_that_is_back_takes_part_in_the_next_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice_module, "pays", lambda _: True)
     first = []
 
     def once(run, node, stage, reply):
@@ -308,7 +310,7 @@ def test_a_fit_that_too_few_answer_names_its_stage(tmp_path):
 
 def test_later_stages_bring_only_the_layers_that_are_new(tmp_path):
     run = Run(tmp_path, recipe="features-head")
-    fuse, fit, head = ({c.bytes_down for c in stage.clients} for stage in run.stages())
+    fuse, fit, head, _ = ({c.bytes_down for c in stage.clients} for stage in run.stages())
     sizes = {name: tensor.nbytes for name, tensor in run.model.items()}
     assert fuse == fit
     assert min(fuse) >= sum(sizes.values())
@@ -358,7 +360,8 @@ class TestRemembering:
     def test_where_all_are_asked_nothing_is_remembered_and_nothing_differs(self, tmp_path):
         whole, forgetful = Run(tmp_path, 2, recipe="head"), Run(tmp_path, 2, recipe="head", remembered_bytes=0)
         assert equal(whole.model, forgetful.model)
-        assert not list(whole.result.folder.glob("optimizer-*"))
+        sizes = [sorted(f.stat().st_size for f in run.result.folder.glob("optimizer-*")) for run in (whole, forgetful)]
+        assert sizes[0] == sizes[1]
 
     def test_what_a_client_sent_before_it_was_refused_is_forgotten(self):
         strategy = fed_basin(fraction_train=0.4)
@@ -503,7 +506,7 @@ def test_a_server_optimizer_of_the_settings_is_not_the_recipes_own(tmp_path):
 def test_fitting_blocks_asks_fewer_stages(tmp_path):
     run = Run(tmp_path, recipe="features", fit="block")
     # The layers 0 and 3 of this stack are blocks of their own.
-    assert [stage.stage for stage in run.stages()] == ["fuse", "fit", "fit"]
+    assert [stage.stage for stage in run.stages()] == ["fuse", "fit", "fit", "probe"]
 
 
 @pytest.mark.parametrize("recipe", [name for name in FITTED if not RECIPES[name].chooses])
@@ -519,11 +522,55 @@ def test_no_recipe_needs_an_app_that_evaluates(tmp_path, recipe):
     assert asked == {"train"}
 
 
+APART = [name for name, recipe in RECIPES.items() if recipe.serves_apart]
+
+
+class TestServingApart:
+    """Closed forms that are served, while clients train on from the mean as under plain averaging."""
+
+    @pytest.mark.parametrize("robust", ["", "median"])
+    @pytest.mark.parametrize("recipe", APART)
+    def test_clients_train_on_from_what_averaging_gives(self, tmp_path, recipe, robust):
+        run = Run(tmp_path, 3, recipe=recipe, robust=robust, min_train_nodes=3)
+        averaged = Run(tmp_path / "mean", 3, recipe="fedavg", robust=robust, min_train_nodes=3).model
+        trained = {name: torch.from_numpy(array.numpy()) for name, array in run.result.trained_arrays.items()}
+        assert equal(trained, averaged)
+
+    @pytest.mark.parametrize("recipe", APART)
+    def test_the_served_model_is_never_worse_than_the_mean_on_the_examples_that_compare_them(self, tmp_path, recipe):
+        choices = [report.choice for report in Run(tmp_path, 3, recipe=recipe).result.reports]
+        for choice in filter(None, choices):
+            assert choice.loss <= choice.average_loss
+            assert choice.accuracy >= choice.average_accuracy
+            assert choice.trained_on == "average"
+            assert (choice.served == "average") == (choice.loss == choice.average_loss)
+
+    @pytest.mark.parametrize("recipe", APART)
+    def test_where_nobody_can_compare_the_closed_form_is_served(self, tmp_path, recipe):
+        def failing(run, _node, stage, reply):
+            asked = run.federation.asked[-1]
+            return Message(Error(2, "MemoryError"), reply_to=asked) if stage == "probe" else reply
+
+        run = Run(tmp_path, recipe=recipe, on_reply=failing)
+        averaged = Run(tmp_path / "mean", recipe="fedavg").model
+        assert not torch.equal(run.model["3.weight"], averaged["3.weight"])
+        trained = {name: torch.from_numpy(array.numpy()) for name, array in run.result.trained_arrays.items()}
+        assert equal(trained, averaged)
+
+    @pytest.mark.parametrize("recipe", APART)
+    def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, recipe):
+        whole = Run(tmp_path / "whole", 4, recipe=recipe)
+        cut = Run(tmp_path / "cut", 2, recipe=recipe)
+        resumed = Run(tmp_path, 4, recipe=recipe, resume=str(cut.result.folder))
+        assert equal(resumed.model, whole.model)
+        assert [r.choice for r in resumed.result.reports] == [r.choice for r in whole.result.reports]
+
+
 class TestOwnStarts:
     def test_layers_are_fitted_to_what_aligned_models_compute(self, tmp_path, monkeypatch):
         monkeypatch.setattr("fedbasin.server.run.composition.find_norms", lambda model: ())
         run = Run(tmp_path, recipe="features", align="client", start="own", ridge=0.03)
-        assert [s.stage for s in run.stages()] == ["bootstrap", "fuse", "fit", "fit"]
+        assert [s.stage for s in run.stages()] == ["bootstrap", "fuse", "fit", "fit", "probe"]
         moved = [space.moved for c in run.stages()[1].clients for space in c.alignment.spaces]
         assert any(moved)
         close(run.model, directly(run, "features", 0.03))

@@ -57,8 +57,14 @@ class TestARun:
         assert equal(checkpoint.load(result.folder).model, result.state_dict)
         first, last = result.reports
         own = begin == "own"
-        assert [s.stage for s in first.stages] == ["bootstrap"] * own + ["fuse"] + ["measure"] * own + ["evaluate"]
-        assert [s.stage for s in last.stages] == ["fuse", "evaluate"]
+        assert [s.stage for s in first.stages] == [
+            *["bootstrap"] * own,
+            "fuse",
+            *["measure"] * own,
+            *["probe", "probe"] * (recipe == "regmean"),
+            "evaluate",
+        ]
+        assert {s.stage for s in last.stages} - {"probe"} == {"fuse", "evaluate"}
         assert (first.recipe, first.rounds, first.last, last.last) == (recipe, 2, False, True)
         assert last.model_digest == packing.digest(result.state_dict)
         assert set(last.train_metrics) == {"loss"}
@@ -155,7 +161,7 @@ class TestARun:
         assert not federation.asked
 
     def test_fuses_a_tied_tensor_once(self, folder):
-        result, model = tied_run(folder, "regmean")
+        result, model = tied_run(folder, "fisher")
         plain, _ = tied_run(folder / "fedavg", "fedavg")
         assert torch.equal(result.state_dict["0.weight"], result.state_dict["2.weight"])
         assert not torch.equal(result.state_dict["0.weight"], plain.state_dict["0.weight"])

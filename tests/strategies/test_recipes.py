@@ -19,7 +19,7 @@ from fedbasin.strategies.recipes import (
     Recipe,
     Target,
 )
-from fedbasin.strategies.server_optimizers import Average, Momentum, Replace
+from fedbasin.strategies.server_optimizers import Momentum, Replace
 
 FUSIONS = (
     None,
@@ -29,7 +29,7 @@ FUSIONS = (
     LoraProducts(SketchedGramWeighting(Ridge())),
 )
 # Kind and regulariser of the fusion; target, regulariser, fraction and head of the refit; points and
-# extrapolation of the probe, or points between products; server optimizer.
+# extrapolation of the probe, or points between the mean and the recipe's model; server optimizer.
 MEAN = (type(None), None)
 SEARCH = (5, 2.0)
 HALF_FEATURES = (Target.features, 1e-1, 0.5, Evidence())
@@ -37,14 +37,14 @@ CATALOGUE = {
     "fedavg": (MEAN, None, None, Replace(1.0)),
     "fedavgm": (MEAN, None, None, Momentum(0.7, 1.0)),
     "fisher": ((FisherWeighting, 1e-3), None, None, Replace(1.0)),
-    "kfac": ((KroneckerWeighting, 1e-3), None, None, Replace(1.0)),
-    "regmean": ((GramWeighting, 1e-3), None, None, Replace(1.0)),
-    "regmean++": (MEAN, (Target.weights, 1e-2, 1.0, None), None, Average()),
-    "features": (MEAN, (Target.features, 3e-3, 1.0, None), None, Average()),
-    "head": (MEAN, (Evidence(),), None, Replace(1.0)),
+    "kfac": ((KroneckerWeighting, 1e-3), None, 5, Replace(1.0)),
+    "regmean": ((GramWeighting, 1e-3), None, 5, Replace(1.0)),
+    "regmean++": (MEAN, (Target.weights, 1e-2, 1.0, None), 5, Replace(1.0)),
+    "features": (MEAN, (Target.features, 3e-3, 1.0, None), 5, Replace(1.0)),
+    "head": (MEAN, (Evidence(),), 5, Replace(1.0)),
     "auto-features": (MEAN, HALF_FEATURES, SEARCH, Replace(1.0)),
     "auto": (MEAN, (Evidence(),), SEARCH, Replace(1.0)),
-    "features-head": (MEAN, HALF_FEATURES, None, Replace(1.0)),
+    "features-head": (MEAN, HALF_FEATURES, 5, Replace(1.0)),
     "deep-analytic": (MEAN, (Evidence(),), None, Replace(1.0)),
     "lora": ((LoraProducts, SketchedGramWeighting, 1e-2), None, 5, Replace(1.0)),
     "lora-products": ((LoraProducts, *MEAN), None, None, Replace(1.0)),

@@ -67,7 +67,7 @@ class DistilledAccumulator:
     one client's model beside the sum.
 
     Attributes:
-        average: the last result of the sum without distillation, where distillation has changed it; None elsewhere.
+        undistilled: the last result of the sum without distillation, where distillation has changed it; None elsewhere.
     """
 
     def __init__(self, total: Accumulator, lesson: Lesson, spool: Spool, tell: Tell) -> None:
@@ -82,7 +82,7 @@ class DistilledAccumulator:
         self._total, self._lesson, self._tell = total, lesson, tell
         self._spool = spool
         self._models: list[tuple[str, dict[str, SpoolEntry]]] = []
-        self.average: dict[str, Tensor] | None = None
+        self.undistilled: dict[str, Tensor] | None = None
 
     notes: tuple[str, ...] = ()
 
@@ -114,6 +114,10 @@ class DistilledAccumulator:
         """Return the sum of the updates, without distillation."""
         return self._total
 
+    def average(self, anchor: State) -> dict[str, Tensor]:
+        """Return the mean by examples, without distillation."""
+        return self._total.average(anchor)
+
     def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
         """Return the distilled model in the anchor's dtypes; the sum's own result where training does not bring it closer.
 
@@ -126,8 +130,8 @@ class DistilledAccumulator:
             return fused
         result = self._lesson.learn(fused, self._teachers())
         self._tell(result)
-        self.average = fused if result.after < result.before else None
-        if self.average is None:
+        self.undistilled = fused if result.after < result.before else None
+        if self.undistilled is None:
             return fused
         return {
             name: result.state[name].to(tensor) if tensor.is_floating_point() else tensor

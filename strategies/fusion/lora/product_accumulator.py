@@ -113,6 +113,10 @@ class ProductAccumulator:
                 fused[adapter.down] = new.right.to(anchor[adapter.down].dtype)
         return fused
 
+    def average(self, anchor: State) -> dict[str, Tensor]:
+        """Return the model with the mean of the products by examples; see `finalize`."""
+        return self.finalize(anchor)
+
     def _add(self, precisions: Mapping[Adapter, Precision], cross_moment: Callable[[Adapter], LowRank]) -> None:
         for adapters, total in sum_precisions(self._total, precisions):
             for adapter in adapters:

@@ -37,13 +37,15 @@ def model(value):
 
 
 NODES = list(range(10))
+# Recipes whose layers are fitted and taken, whatever clients say.
+FEATURES, FEATURES_HEAD, HEAD_ALONE = (RECIPES[name].uncompared for name in ("features", "features-head", "head"))
 
 
-def result_of(state, nodes, layer_graph=None, path=None):
+def result_of(state, nodes, layer_graph=None, path=None, average=None):
     """The result of a stage in which these clients were accepted."""
     clients = tuple(ClientReport(node, "accepted", examples=10.0) for node in nodes)
     report = StageReport("a stage", clients=clients)
-    return StageResult(state, report, path=path, layer_graph=layer_graph)
+    return StageResult(state, report, path=path, layer_graph=layer_graph, average=average)
 
 
 def stages_of(recipe, grouping="layer", **more):
@@ -76,7 +78,8 @@ class Driven:
         try:
             while True:
                 self.plans.append(plan)
-                request = plan.make().request
+                stage = plan.make()
+                request = stage.request
                 refit = request.refit
                 moved = {n: torch.full_like(state[n], -float(len(self.plans))) for b in (refit.blocks if refit else ()) for n in b}  # fmt: skip
                 state = {**state, **moved}
@@ -84,7 +87,7 @@ class Driven:
                 is_extended = self.extended is not None and refit is not None and refit.path == PathSpec(1.0, 3.0)
                 path = self.trial if request.stage == "trial" else self.extended if is_extended else self.path
                 path = self.scaled if refit is not None and refit.path is not None and refit.path.scaled else path
-                plan = steps.send(result_of(state, nodes, self.layer_graph, path))
+                plan = steps.send(result_of(state, nodes, self.layer_graph, path, stage.average))
         except StopIteration as end:
             self.end = end.value
             self.result, self.choice, self.left_out = end.value.model, end.value.choice, end.value.left_out
@@ -107,16 +110,16 @@ SEQUENCES = {
     ("fedavg", "layer"): ["fuse"],
     ("fedavgm", "layer"): ["fuse"],
     ("fisher", "layer"): ["fuse"],
-    ("kfac", "layer"): ["fuse"],
-    ("regmean", "block"): ["fuse"],
-    ("regmean++", "layer"): ["fuse"] + 6 * ["fit"],
-    ("regmean++", "block"): ["fuse"] + 3 * ["fit"],
-    ("features", "layer"): ["fuse"] + 6 * ["fit"],
-    ("features", "block"): ["fuse"] + 3 * ["fit"],
-    ("head", "layer"): ["fuse", "head"],
-    ("head", "block"): ["fuse", "head"],
-    ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head"],
-    ("features-head", "block"): ["fuse"] + 2 * ["fit"] + ["head"],
+    ("kfac", "layer"): ["fuse", "probe", "probe"],
+    ("regmean", "block"): ["fuse", "probe", "probe"],
+    ("regmean++", "layer"): ["fuse"] + 6 * ["fit"] + ["probe"],
+    ("regmean++", "block"): ["fuse"] + 3 * ["fit"] + ["probe"],
+    ("features", "layer"): ["fuse"] + 6 * ["fit"] + ["probe"],
+    ("features", "block"): ["fuse"] + 3 * ["fit"] + ["probe"],
+    ("head", "layer"): ["fuse", "head", "probe"],
+    ("head", "block"): ["fuse", "head", "probe"],
+    ("features-head", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe"],
+    ("features-head", "block"): ["fuse"] + 2 * ["fit"] + ["head", "probe"],
     ("auto-features", "layer"): ["fuse"] + 5 * ["fit"] + ["head", "probe", "probe"],
     ("auto", "layer"): ["fuse", "head", "probe", "probe"],
     ("auto-features", "block"): ["fuse"] + 2 * ["fit"] + ["head", "probe", "probe"],
@@ -148,27 +151,27 @@ def test_the_blocks_of_an_analytic_network_are_fitted_one_by_one(depth):
 
 @pytest.mark.parametrize(("grouping", "groups"), [("layer", LEVELS), ("block", BLOCKS)])
 def test_layers_are_fitted_in_their_order_and_their_groups(grouping, groups):
-    refits = Driven(RECIPES["features"], grouping).refits
+    refits = Driven(FEATURES, grouping).refits
     assert [refit.blocks for refit in refits] == groups
     assert [refit.sequence for refit in refits] == list(range(len(groups)))
     assert {refit.target for refit in refits} == {"features"}
 
 
 def test_a_head_to_labels_comes_last_and_is_fitted_to_nothing_else():
-    refits = Driven(RECIPES["features-head"]).refits
+    refits = Driven(FEATURES_HEAD).refits
     assert [refit.blocks for refit in refits] == LEVELS
     assert [refit.target for refit in refits] == 5 * ["features"] + ["labels"]
 
 
 def test_a_head_that_stands_beside_other_layers_leaves_their_level():
     beside = LayerGraph(((EMBED,), (OUT, HEAD)), HEAD)
-    refits = Driven(RECIPES["features-head"], layer_graph=beside).refits
+    refits = Driven(FEATURES_HEAD, layer_graph=beside).refits
     assert [refit.blocks for refit in refits] == [(EMBED,), (OUT,), (HEAD,)]
 
 
 def test_names_without_numbers_are_blocks_of_their_own():
     plain = LayerGraph(tuple(((f"{n}.weight",),) for n in ("one", "two", "three")))
-    recipe = RECIPES["features"]
+    recipe = FEATURES
     steps = {f"{n}.weight": torch.zeros(2, 2) for n in ("one", "two", "three")}
     plans = run_round(steps, recipe, stages_of(recipe, "block"), NODES)
     next(plans)
@@ -180,7 +183,7 @@ def blockwise(*names):
     """The names of the layers that a stage fits, for levels of these names."""
     layer_graph = LayerGraph(tuple(((name,),) for name in names))
     state = {name: torch.zeros(2, 2) for name in names}
-    recipe = RECIPES["features"]
+    recipe = FEATURES
     steps = run_round(state, recipe, stages_of(recipe, "block"), NODES)
     next(steps)
     layers = []
@@ -213,7 +216,7 @@ def test_a_numbered_layer_inside_a_block_is_no_block():
 
 @pytest.mark.parametrize("recipe", ["features", "features-head", "auto-features"])
 def test_a_stage_brings_all_of_the_model_first_and_then_what_is_new(recipe):
-    driven = Driven(RECIPES[recipe])
+    driven = Driven(RECIPES[recipe] if RECIPES[recipe].chooses else RECIPES[recipe].uncompared)
     first, second, *later = driven.plans
     assert first.carries.keys() == model(0.0).keys()
     assert (first.trains, first.may_fail) == (True, False)
@@ -226,7 +229,7 @@ def test_a_stage_brings_all_of_the_model_first_and_then_what_is_new(recipe):
 
 
 def test_a_stage_builds_on_the_one_before():
-    driven = Driven(RECIPES["features"])
+    driven = Driven(FEATURES)
     for number, step in enumerate(driven.plans[2:], start=2):
         assert {float(t.mean()) for t in step.carries.values()} == {-float(number)}
     assert torch.equal(driven.result["head.weight"], torch.full((2, 2), -7.0))
@@ -242,7 +245,7 @@ def test_a_piece_that_a_client_has_completes_what_it_had():
 
 
 def test_only_the_clients_that_were_accepted_are_asked_on():
-    nodes = [step.nodes for step in Driven(RECIPES["features"]).plans]
+    nodes = [step.nodes for step in Driven(FEATURES).plans]
     assert nodes == [None, *(NODES[: 10 - number] for number in range(1, 7))]
 
 
@@ -257,11 +260,11 @@ def regularisers(recipe):
 
 
 def test_layers_are_fitted_with_the_recipes_strength_and_share_and_a_head_with_its_own():
-    recipe = RECIPES["features-head"]
+    recipe = FEATURES_HEAD
     body = (Ridge(recipe.refit.ridge, "anchor"), 0.5)
     assert regularisers(recipe) == [*5 * [body], Evidence()]
-    assert regularisers(RECIPES["head"]) == [Evidence()]
-    assert regularisers(RECIPES["head"].override(ridge=0.5)) == [Ridge(0.5, "anchor")]
+    assert regularisers(HEAD_ALONE) == [Evidence()]
+    assert regularisers(HEAD_ALONE.override(ridge=0.5)) == [Ridge(0.5, "anchor")]
 
 
 @pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.lora is None])
@@ -377,7 +380,7 @@ class TestProbePath:
         assert (driven.choice.served, driven.choice.trained_on) == ("average", "average")
 
     def test_a_recipe_that_does_not_probe_chooses_nothing(self):
-        assert Driven(RECIPES["features-head"]).choice is None
+        assert Driven(FEATURES_HEAD).choice is None
 
     @pytest.mark.parametrize(("losses", "origin", "place"), [((4, 3, 1, 2, 3), "fitted", PathSpec(0.5)), ((1, 2, 3, 4, 5), "average", PathSpec(0.0))])  # fmt: skip
     def test_the_outputs_of_the_served_model_are_scaled_to_the_lowest_loss(self, losses, origin, place):
@@ -469,10 +472,10 @@ def test_a_model_without_layers_that_fit_is_fused_and_said_to_have_none(recipe, 
 
 def test_a_model_without_a_head_is_fitted_in_all_other_layers():
     headless = replace(ORDER, head=None)
-    driven = Driven(RECIPES["features-head"], layer_graph=headless)
+    driven = Driven(FEATURES_HEAD, layer_graph=headless)
     assert "last layer" in driven.left_out
     assert len(driven.plans) == 7
-    assert not Driven(RECIPES["features"], layer_graph=headless).left_out
+    assert not Driven(FEATURES, layer_graph=headless).left_out
 
 
 @pytest.mark.parametrize("has_head", [True, False])
@@ -488,7 +491,7 @@ def test_steps_from_the_served_model_need_a_head_that_can_be_fitted_again(has_he
 
 @pytest.mark.parametrize(("target", "kind"), [("", RefitHead), ("values", RefitLayers)])
 def test_the_head_is_fitted_as_the_clients_task_has_it(target, kind):
-    stage = Driven(RECIPES["head"], layer_graph=replace(ORDER, head_target=target)).stages[-1]
+    stage = Driven(HEAD_ALONE, layer_graph=replace(ORDER, head_target=target)).stages[-1]
     assert isinstance(stage, kind)
     assert stage.request.refit.target == (target or "labels")
 
@@ -496,9 +499,9 @@ def test_the_head_is_fitted_as_the_clients_task_has_it(target, kind):
 def test_the_last_fit_measures_running_statistics_too():
     norms = (BatchNorm("norm", 1e-5),)
     graph = replace(ORDER, norms=norms)
-    refits = plan_refits(RECIPES["features"].refit, graph, "layer", {})
+    refits = plan_refits(FEATURES.refit, graph, "layer", {})
     assert [refit.norms for refit in refits] == [*5 * [()], norms]
-    (head,) = plan_refits(RECIPES["head"].refit, graph, "layer", {})
+    (head,) = plan_refits(HEAD_ALONE.refit, graph, "layer", {})
     assert head.norms == norms
 
 
@@ -509,7 +512,7 @@ def test_how_sums_are_sent_is_chosen_once_for_all_layers_of_the_round():
         asked.append(list(blocks))
         return {block: Encoding(GramForm(GramKind.sketch, len(block[0]))) for block in blocks}
 
-    stages = Driven(RECIPES["features"], encode=encode).stages[1:]
+    stages = Driven(FEATURES, encode=encode).stages[1:]
     layers = [block for level in LEVELS for block in level]
     assert asked == [layers]
     for stage, level in zip(stages, LEVELS, strict=True):

@@ -76,6 +76,8 @@ class RobustAccumulator:
         self._first: dict[Block, tuple[Precision, Tensor]] = {}
         # Shares of each client in the model and in the layers with statistics.
         self._shares: list[Weights] = []
+        # What has been fused since the last update came: all of it is read from disk once.
+        self._fused: Accumulator | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,6 +117,7 @@ class RobustAccumulator:
                 places[block] = self._spool.write(residual)
                 # Copied where it is kept, because it may be a view of the reply, which must be freed.
                 self._first.setdefault(block, (precision.scaled(1.0), residual.clone()))
+        self._fused = None
         self._updates.append(places)
         self._scales.append(scales)
         self._examples.append(update.examples)
@@ -127,15 +130,22 @@ class RobustAccumulator:
         """
         if self.clients < self._rule.least:
             raise TooFewClientsError(self._rule.name, self._rule.least, self.clients)
-        self._shares = []
-        total = Accumulator.zero(self._anchor)
-        total.add(Update(self._fused_model(), 1.0))
-        total.blocks = self._fused_blocks()
-        return total
+        if self._fused is None:
+            self._shares = []
+            self._fused = Accumulator.zero(self._anchor)
+            self._fused.add(Update(self._fused_model(), 1.0))
+            self._fused.blocks = self._fused_blocks()
+        return self._fused
 
     def finalize(self, anchor: State, ridge: Ridge | None = None) -> dict[str, Tensor]:
         """Return the fused model in the anchor's dtypes; see `Accumulator.finalize`."""
-        fused = self.total().finalize(anchor, ridge)
+        return self._with_counters(self.total().finalize(anchor, ridge))
+
+    def average(self, anchor: State) -> dict[str, Tensor]:
+        """Return the model that the rule takes of the clients' models, without their statistics."""
+        return self._with_counters(self.total().average(anchor))
+
+    def _with_counters(self, fused: dict[str, Tensor]) -> dict[str, Tensor]:
         counters = (name for name, tensor in self._anchor.items() if not tensor.is_floating_point())
         sent = (name for name in counters if all(name in update for update in self._updates))
         return {**fused, **{name: self._fused_counter(name) for name in sent}}
