@@ -234,7 +234,7 @@ def gains(choice: Choice) -> bool:
 
 def pays(choice: Choice) -> bool:
     """Return whether closed forms are worth another comparison: for the model that is served, or for training."""
-    return gains(choice) or choice.trained_on in (Origin.fitted.name, Origin.products.name)
+    return gains(choice) or choice.trained_on in (Origin.fitted.name, Origin.weighted.name, Origin.products.name)
 
 
 def with_pause(choice: Choice, pause: int) -> Choice:

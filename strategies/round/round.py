@@ -133,7 +133,7 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         measure = partial(MeasureNorms, fused.model, stages.norms, stages.accumulate)
         measured = yield StagePlan(measure, fused.model, fused.nodes, may_fail=True)
         fused = replace(fused, model=measured.model)
-    apart = recipe.serves_apart and stages.bootstrap is None
+    apart = recipe.serves_apart and _trains_on_mean(recipe, stages)
     if fused.average is not None and stages.merge is None and (recipe.fusion or fused.layer_graph):
         # Where layers are fitted next, they are fitted to the point.
         ends = apart and recipe.refit is None
@@ -172,6 +172,17 @@ def _or(
     except StopIteration as end:
         outcome: Outcome = end.value
         return outcome
+
+
+def _trains_on_mean(recipe: Recipe, stages: RoundStages) -> bool:
+    """Return whether a round of a recipe that serves its closed form leaves that form out of training.
+
+    The mean of models that have just begun is far behind, and one round of training on a closed form does not let it
+    decay. A head that was fitted to labels on such features can be too large to train on.
+    """
+    if stages.bootstrap is not None:
+        return False
+    return stages.number > 1 or (recipe.refit is not None and recipe.refit.head is not None)
 
 
 def _origin(recipe: Recipe) -> Origin:
@@ -216,10 +227,11 @@ def _best_on(line: Path | None, average: State, model: State, origin: Origin, *,
     if line is None or not models:
         return RoundResult(dict(average), dict(model)) if apart else RoundResult(dict(model))
     mean = models[0]
+    # Of adapters' products the loss alone decides: both means are of the same kind.
+    better = [model for model in models if origin is Origin.products or model.matches(mean)]
+    best = min(better, key=lambda model: model.loss)
     if not apart:
-        best = min(models, key=lambda model: model.loss)
         return RoundResult(interpolate(average, model, best.point), choice=_choice(best, mean, origin, line.examples))
-    best = min((model for model in models if model.matches(mean)), key=lambda model: model.loss)
     served = best if best.point else replace(mean, origin=Origin.average)
     point = interpolate(average, model, best.point) if best.point else None
     return RoundResult(dict(average), point, choice=_choice(served, mean, Origin.average, line.examples))
