@@ -131,6 +131,15 @@ def test_tied_tensors_stay_tied(recipe, tmp_path):
     assert torch.equal(arrays["first.weight"], arrays["second.weight"])
 
 
+@pytest.mark.parametrize("recipe", ["regmean", "kfac"])
+def test_flowers_loop_trains_on_a_closed_form_and_says_that_nothing_is_compared(recipe, tmp_path, caplog):
+    with caplog.at_level("INFO", "flwr.fedbasin"):
+        closed = final_arrays(recipe, "", tmp_path / "a", Strategy.start)
+    assert f"recipe {recipe} compares no models: Flower's own loop" in caplog.text
+    averaged = final_arrays("fedavg", "", tmp_path / "b", Strategy.start)
+    assert closed["first.weight"].data != averaged["first.weight"].data
+
+
 def test_a_server_optimizer_makes_a_difference(tmp_path):
     averaged = final_arrays("fedavg", "", tmp_path / "a", FedBasin.start)
     momentum = final_arrays("fedavgm", "", tmp_path / "b", FedBasin.start)
