@@ -39,7 +39,7 @@ from fedbasin.strategies.recipes import BlockRefit, LayerRefit, Recipe
 from fedbasin.strategies.round.bootstrap import Bootstrap
 from fedbasin.strategies.round.fuse import Align, fusing_stage
 from fedbasin.strategies.round.pairwise import merge_in_pairs
-from fedbasin.strategies.round.round import RoundStages
+from fedbasin.strategies.round.round_stages import RoundStages
 from fedbasin.strategies.round.stage import Accumulate, Stage
 from fedbasin.strategies.symmetry.example_inputs import Example
 from fedbasin.strategies.symmetry.symmetry import Symmetry

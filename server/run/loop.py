@@ -58,7 +58,8 @@ from fedbasin.strategies.round.choice import Standing
 from fedbasin.strategies.round.divergence import client_incidents, global_losses, loss_rise
 from fedbasin.strategies.round.evaluate import Evaluate
 from fedbasin.strategies.round.fuse import Fuse
-from fedbasin.strategies.round.round import RoundResult, run_round
+from fedbasin.strategies.round.round import run_round
+from fedbasin.strategies.round.round_stages import RoundResult
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State
 

@@ -152,6 +152,20 @@ def best_ahead(path: Path | None, otherwise: float) -> float:
     return min(zip(path.loss[1:], path.points[1:], strict=True))[1]
 
 
+def choice_of(served: Candidate, average: Candidate, trained_on: Origin, examples: float) -> Choice:
+    """Return the choice of a round, whose number the loop knows."""
+    return Choice(
+        served=served.origin.name,
+        served_round=0,
+        trained_on=trained_on.name,
+        loss=served.loss,
+        accuracy=served.accuracy,
+        average_loss=average.loss,
+        average_accuracy=average.accuracy,
+        examples=examples,
+    )
+
+
 def is_trainable(trial: PathSums | None, gain: float) -> bool:
     """Return whether a model loses less by clients' first local steps from it than it is ahead of the mean.
 

@@ -25,7 +25,7 @@ from fedbasin.strategies.fusion.precisions import Gram
 from fedbasin.strategies.recipes import RECIPES
 from fedbasin.strategies.round import choice as choice_module
 from fedbasin.strategies.round import fit_plan
-from fedbasin.strategies.round import round as round_module
+from fedbasin.strategies.round import search as search_module
 from fedbasin.strategies.tensors.state import floating
 from tests import running, tiny
 from tests.server.fake_grid import FakeGrid
@@ -54,7 +54,7 @@ W = torch.float64
 def a_few_examples_decide(monkeypatch):
     """Let every difference count, and averaging be slow: a run of a round or two then has all stages."""
     monkeypatch.setattr(choice_module, "_DEVIATIONS", 0.0)
-    monkeypatch.setattr(round_module, "is_slow", lambda *_: True)
+    monkeypatch.setattr(search_module, "is_slow", lambda *_: True)
 
 
 class Run:
@@ -386,9 +386,9 @@ class TestChoosing:
     @staticmethod
     def trials(monkeypatch, *, pay):
         """Let every trial end as a test wants it, and every closed form pay or none."""
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: pay)
-        monkeypatch.setattr(round_module, "best_candidate", lambda average, models, _: models[-1] if pay else average)
-        monkeypatch.setattr(round_module, "best_scaled", lambda *_: None)
+        monkeypatch.setattr(search_module, "is_trainable", lambda trial, gain: pay)
+        monkeypatch.setattr(search_module, "best_candidate", lambda average, models, _: models[-1] if pay else average)
+        monkeypatch.setattr(search_module, "best_scaled", lambda *_: None)
 
     def test_fitting_goes_on_while_it_pays(self, tmp_path, monkeypatch):
         self.trials(monkeypatch, pay=True)
@@ -420,7 +420,7 @@ class TestChoosing:
         def clients(_, models, _examples):
             return next(model for model in models if model.origin.name == "client" and model.point == 1.0)
 
-        monkeypatch.setattr(round_module, "best_candidate", clients)
+        monkeypatch.setattr(search_module, "best_candidate", clients)
         run = Run(tmp_path, 1, failing("steps"), recipe="auto", start="own", align="client")
         stages = [stage.stage for stage in run.stages()]
         fits = ["head", "probe", "fit", "head", "probe", "probe", "trial"]
@@ -442,7 +442,7 @@ class TestChoosing:
         assert equal(run.model, Run(tmp_path / "mean", 8, recipe="fedavg").model)
 
     def test_the_mean_is_trained_on_while_a_head_is_served(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: False)
+        monkeypatch.setattr(search_module, "is_trainable", lambda trial, gain: False)
         run = Run(tmp_path, recipe="auto")
         averaged = Run(tmp_path / "mean", recipe="fedavg").model
         trained = {name: array.numpy() for name, array in run.result.trained_arrays.items()}
@@ -463,7 +463,7 @@ class TestChoosing:
         ],
     )
     def test_a_run_that_was_cut_off_goes_on_bit_for_bit(self, tmp_path, monkeypatch, recipe, pay):
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: pay)
+        monkeypatch.setattr(search_module, "is_trainable", lambda trial, gain: pay)
         whole = Run(tmp_path / "whole", 4, recipe=recipe)
         cut = Run(tmp_path / "cut", 2, recipe=recipe)
         resumed = Run(tmp_path, 4, recipe=recipe, resume=str(cut.result.folder))
@@ -473,7 +473,7 @@ class TestChoosing:
         assert all(a.data == b.data for a, b in same)
 
     def test_a_model_that_closed_forms_have_made_is_served_while_later_rounds_rest(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(round_module, "is_trainable", lambda trial, gain: False)
+        monkeypatch.setattr(search_module, "is_trainable", lambda trial, gain: False)
         monkeypatch.setattr(choice_module, "_FIRST_ROUNDS", 2)
         # As if every round had sampled other clients.
         numbers = count()

@@ -20,7 +20,8 @@ from fedbasin.strategies.round.choice import best_ahead
 from fedbasin.strategies.round.fit_plan import plan_refits, refit_stage
 from fedbasin.strategies.round.fuse import Fuse
 from fedbasin.strategies.round.refit import ProbePath, RefitHead, RefitLayers
-from fedbasin.strategies.round.round import RoundStages, run_round
+from fedbasin.strategies.round.round import run_round
+from fedbasin.strategies.round.round_stages import RoundStages
 from fedbasin.strategies.round.stage import StagePlan, StageResult
 from tests import tiny
 
