@@ -32,13 +32,13 @@ class _Schema:
 class _SchemaEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schema.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCHEMA_UNSPECIFIED: _Schema.ValueType  # 0
-    SCHEMA_VERSION: _Schema.ValueType  # 5
+    SCHEMA_VERSION: _Schema.ValueType  # 6
 
 class Schema(_Schema, metaclass=_SchemaEnumTypeWrapper):
     """The version of the messages below. Every header and report carries it; another one is refused by name."""
 
 SCHEMA_UNSPECIFIED: Schema.ValueType  # 0
-SCHEMA_VERSION: Schema.ValueType  # 5
+SCHEMA_VERSION: Schema.ValueType  # 6
 Global___Schema: _TypeAlias = Schema  # noqa: Y015
 
 @_typing.final

@@ -262,7 +262,10 @@ class Recipe:
         elif ridge and refit is not None and self.weighting is None:
             refit = replace(refit, head=Ridge(ridge, "anchor"))
         optimizer = server_optimizer or self.server_optimizer
-        return Recipe(self.name, fusion, refit, optimizer, robust or self.robust, rule or self.rule, self.points)
+        robust = robust or self.robust
+        # Under attack a robust mean of models is farther from a good one than the solution of robust statistics.
+        points = 0 if robust is not None and fusion is not None else self.points
+        return Recipe(self.name, fusion, refit, optimizer, robust, rule or self.rule, points)
 
     def refit_of_own_starts(self, ridge: float = 0.0) -> LayerRefit | None:
         """Return the fit of all layers that a round tries whose clients share no start; None for the recipe's own fit.

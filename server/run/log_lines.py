@@ -86,7 +86,8 @@ def choice_line(choice: Choice) -> str:
         f"layer was fitted to; the mean of the clients' models has {_judged(choice.average_loss, choice.average_accuracy)}; "
         f"trains on {Origin[choice.trained_on].value}"
     )
-    return f"{line}; averages for {choice.pause} rounds" if choice.pause else line
+    rounds = "1 round" if choice.pause == 1 else f"{choice.pause} rounds"
+    return f"{line}; averages for {rounds}" if choice.pause else line
 
 
 def _judged(loss: float, accuracy: float | None) -> str:

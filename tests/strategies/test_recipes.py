@@ -2,6 +2,7 @@ import pytest
 
 from fedbasin.strategies.fusion.accumulator import Ridge
 from fedbasin.strategies.fusion.head import Evidence
+from fedbasin.strategies.fusion.rules.robust.median import Median
 from fedbasin.strategies.fusion.weighting import (
     FisherWeighting,
     GramWeighting,
@@ -151,3 +152,10 @@ def test_what_is_collected_on_the_aligned_model_cannot_be_aligned_by_the_server(
             recipe.check_align(align)
     else:
         recipe.check_align(align)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.serves_apart])
+def test_a_robust_rule_leaves_a_weighted_mean_to_be_trained_on(name):
+    robust = RECIPES[name].override(robust=Median())
+    assert robust.serves_apart == (RECIPES[name].refit is not None)
+    assert robust.averaging.robust == Median()
