@@ -404,6 +404,8 @@ def test_a_proof_runs_on_the_running_statistics_of_the_model(batch: int) -> None
 
 
 def test_units_in_more_parts_than_are_written_stay_and_the_others_move() -> None:
+    # In one draw of twenty so few of these units are active that nothing is proven of them.
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 1100, 2))
     found = discover(model, torch.randn(2, 1100, 2))
     assert [space.name for space in found.symmetry.spaces] == ["0"]
