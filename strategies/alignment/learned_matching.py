@@ -9,8 +9,9 @@ straight through the assignment where units are permuted (straight-through estim
 
     dL/dM = (G - T G^T T) / 2    or    dL/dM = G        G = dL/dT
 
-The search starts from the better of weight and activation matching, because from the identity it finds little. Nothing
-but T is trained. BatchNorm normalises each batch by its own statistics: those of the merged model are measured later.
+The search starts from the better of weight and activation matching, because from the identity it finds little. A client
+that weight matching leaves as it is has trained from the anchor, and there is no search: it would only find an order
+that the client's own few examples prefer by chance. Nothing but T is trained. BatchNorm normalises each batch by its own statistics: those of the merged model are measured later.
 """
 
 import math
@@ -101,11 +102,14 @@ def match_learned(
     """
     if isinstance(batches, Iterator):
         raise TypeError("learning reads its batches many times; pass a list or a DataLoader")
+    by_weights = match_weights(symmetry, anchor, client)
+    if not any(space.moved for space in by_weights.report.spaces):
+        return by_weights
     search, task = search or Search(), task or guess_task(model, batches)
     folded = symmetry.fold(anchor)
     if search.smoothing is None:
         search = replace(search, smoothing=_smoothing(symmetry, model, client, batches, task))
-    start = _better_start(symmetry, model, folded, client, batches, place, search, task)
+    start = _better_start(symmetry, model, folded, client, by_weights, batches, place, search, task)
     problem = _Problem(symmetry, model, folded, start.state, place, search.smoothing or 0.0, task)
     learned = _learn_transform(problem, batches, search)
     if learned is None:
@@ -132,6 +136,7 @@ def _better_start(
     model: nn.Module,
     anchor: State,
     client: State,
+    by_weights: Alignment,
     batches: Batches,
     place: float,
     search: Search,
@@ -139,7 +144,7 @@ def _better_start(
 ) -> Alignment:
     """Return the alignment by weights, or the one by activations where its loss at the place is lower."""
     features = correlations(symmetry, model, anchor, symmetry.fold(client), batches)
-    starts = match_weights(symmetry, anchor, client), match_activations(symmetry, anchor, client, features)
+    starts = by_weights, match_activations(symmetry, anchor, client, features)
     problems = [_Problem(symmetry, model, anchor, s.state, place, search.smoothing or 0.0, task) for s in starts]
     losses = _losses(problems, [Transform(symmetry, {})] * 2, batches)
     return starts[int(losses[1] < losses[0])]

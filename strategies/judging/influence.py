@@ -6,7 +6,8 @@ Where most clients are honest, the cohort's medians say what is ordinary:
     examples      at most a multiple of the median; the rest is cut off
     update norm   ||theta_k - anchor|| of the model and of each tensor; cut back above one multiple of the median (norm
                   clipping: Sun et al. 2019, arXiv 1911.07963), left out above a larger one; not judged where it is
-                  small beside the model, as most clients hardly move one that fits their data, and the rest do
+                  small beside the model, as most clients hardly move one that fits their data, and the rest do; there
+                  one that is not quite so small is cut back to that size
     statistics    mean diagonal per example of each layer, and norm of its cross-moment; cut back, or left out
     integers      largest change of an entry of a counter, an index or a zero point; cut back above a multiple of the
                   median, and so to no change where most clients make none
@@ -45,7 +46,7 @@ _LARGEST_TENSOR = 10.0
 # largest honest update is seven times as long as the median's.
 _REACH = 2.4
 # Share of the model's norm up to which an update is small. Honest clients of a model that fits most of them reached .02
-# where the median was .0001, and .05 to .35 while all of them trained.
+# where the median was .0001, one of a rare class .07 where it was .004, and all .05 to .35 while most of them trained.
 _SMALL = 0.05
 # Multiples of the median above which statistics and cross-moments are cut back, or left out. Residuals differ much more
 # than inputs, so a cross-moment is never left out. Statistics in which clients are alike, as the mean of a Fisher
@@ -305,10 +306,12 @@ def _update_factor(measure: Measure, cohort: _Cohort, refused: float, cut: float
         for name, n in measure.norms.items()
         if cohort.norms[name] and not n <= refused * _LARGEST_TENSOR * cohort.norms[name]
     ]
-    if norm <= cut * _LARGE_NORM * usual and not far:
+    most = cut * _LARGE_NORM * usual
+    if norm <= most and not far:
         return 1.0
-    is_small = norm <= cohort.small
-    if is_small:
+    # Where a small update is longer than most, the model fits most clients: others have more to learn, and are cut back.
+    settled = cohort.small > most
+    if norm <= (_REACH if settled else 1.0) * cohort.small:
         # Running statistics are no weights, and have no part in the norm.
         far = [name for name in far if name.endswith(MEASURED)]
     elif not norm <= refused * _LARGEST_NORM * usual and usual:
@@ -316,7 +319,7 @@ def _update_factor(measure: Measure, cohort: _Cohort, refused: float, cut: float
     for name in far:
         what = f"the norm of its update of {name} is {measure.norms[name]:.3g}"
         raise Refusal(Outcome.out_of_line, f"{what}, the median is {cohort.norms[name]:.3g}")
-    return 1.0 if is_small else min(1.0, cut * _LARGE_NORM * usual / norm)
+    return 1.0 if norm <= cohort.small else min(1.0, max(most, cohort.small) / norm)
 
 
 def _statistic_factors(measure: Measure, cohort: _Cohort, examples: float) -> dict[Block, float]:

@@ -40,8 +40,8 @@ def test_a_run_killed_in_a_round_ends_bit_for_bit_as_if_nothing_had_happened(tmp
         flower.run(APP, CONFIG | {"fedbasin.folder": str(tmp_path / "undisturbed")})
 
         def kill_in_round_two(line):
-            if "round 1/3 fuse" in line:
-                time.sleep(3)  # round 2 has been asked: a node takes as long to look for it
+            if "[ROUND 2/3]" in line:
+                time.sleep(3)  # it has been asked: a node takes as long to look for it
                 assert flower.kill_serverapps() == 1
                 raise KilledError
 

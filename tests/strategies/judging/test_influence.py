@@ -51,9 +51,19 @@ def test_an_update_that_is_small_beside_the_model_is_not_judged_by_its_norm(norm
     assert all(verdict.refusal is None and verdict.update == 1.0 for verdict in verdicts)
 
 
-def test_a_larger_one_is_held_against_the_median():
+@given(st.floats(1e-6, 1.0))
+def test_where_the_model_fits_most_clients_an_update_is_cut_back_to_a_small_one_and_left_out_far_above(norm):
     anchor = {"0.weight": torch.full((2, 2), 0.5)}
-    norms = [1e-4, 1e-4, 1e-4, 0.06]
+    norms = [1e-4, 1e-4, 1e-4, norm]
+    verdicts = judge({node: Measure(10.0, {"0.weight": n}) for node, n in enumerate(norms)}, anchor, shared_start=True)
+    assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, norm <= 2.4 * 0.05]
+    assert verdicts[3].update * norm <= 0.05 * (1 + 1e-9) or norm > 2.4 * 0.05
+    assert verdicts[3].update == 1.0 or norm > 0.05
+
+
+def test_where_clients_still_learn_one_above_a_small_update_is_held_against_the_median():
+    anchor = {"0.weight": torch.full((2, 2), 0.5)}
+    norms = [0.021, 0.021, 0.021, 0.13]
     verdicts = judge({node: Measure(10.0, {"0.weight": n}) for node, n in enumerate(norms)}, anchor, shared_start=True)
     assert [verdict.refusal is None for verdict in verdicts.values()] == [True, True, True, False]
 
