@@ -113,7 +113,8 @@ def basin(
             return Message(content=reply.to_content(request), reply_to=message)
         if message.metadata.message_type.startswith("evaluate"):
             return _evaluate(request, message, context, call_next, make_model, batches, task)
-        return _train(request, message, context, call_next, make_model(context), batches, task, lacking)
+        judges = make_held_out is not None
+        return _train(request, message, context, call_next, make_model(context), batches, task, lacking, judges=judges)
 
     return mod
 
@@ -147,6 +148,8 @@ def _train(
     data: Data | None,
     task: Task | None,
     lacking: str,
+    *,
+    judges: bool,
 ) -> Message:
     # Held here because `_train_once` replaces the content of the message by the app's.
     content, started = message.content, time.perf_counter()
@@ -158,16 +161,14 @@ def _train(
     seconds, metrics = time.perf_counter() - started, {**app.metrics, request.weight_key: app.examples}
     try:
         reply = build_reply(request, app.parameters or {}, metrics, model, data, task, train_seconds=seconds)
-        reply = replace(reply, detail=reply.detail or lacking)
+        reply = replace(reply, detail=reply.detail or lacking, judges=judges)
     except Refusal as refusal:
         return Message(content=_refused(request, refusal).to_content(request), reply_to=message)
     reply_content = reply.to_content(request, packed=request.packed)
     # A merged model belongs to several clients: it must not replace the model that this client has sent.
     if request.keep and reply.parameters is not None and not request.moving:
         keep_sent(context, request, reply_content)
-        # Only the request that asks for the layers' order starts a round with refits.
-        if request.layer_graph:
-            keep_start(context, request, content)
+        keep_start(context, request, content)
     return Message(content=reply_content, reply_to=message)
 
 

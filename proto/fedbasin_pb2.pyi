@@ -32,13 +32,13 @@ class _Schema:
 class _SchemaEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schema.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCHEMA_UNSPECIFIED: _Schema.ValueType  # 0
-    SCHEMA_VERSION: _Schema.ValueType  # 6
+    SCHEMA_VERSION: _Schema.ValueType  # 7
 
 class Schema(_Schema, metaclass=_SchemaEnumTypeWrapper):
     """The version of the messages below. Every header and report carries it; another one is refused by name."""
 
 SCHEMA_UNSPECIFIED: Schema.ValueType  # 0
-SCHEMA_VERSION: Schema.ValueType  # 6
+SCHEMA_VERSION: Schema.ValueType  # 7
 Global___Schema: _TypeAlias = Schema  # noqa: Y015
 
 @_typing.final
@@ -715,6 +715,7 @@ class Reply(_message.Message):
     LOST_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    JUDGES_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     round: _builtins.int
     stage: _builtins.str
@@ -727,6 +728,7 @@ class Reply(_message.Message):
     outcome: _builtins.str
     """why the client sends no model; empty where it sends one"""
     detail: _builtins.str
+    judges: _builtins.bool
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -759,10 +761,11 @@ class Reply(_message.Message):
         lost: _builtins.bool = ...,
         outcome: _builtins.str = ...,
         detail: _builtins.str = ...,
+        judges: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "layer_graph", b"layer_graph", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "detail", b"detail", "function_changed", b"function_changed", "layer_graph", b"layer_graph", "lost", b"lost", "outcome", b"outcome", "parameters", b"parameters", "path", b"path", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "statistics", b"statistics", "symmetry_digest", b"symmetry_digest", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "anchor_digest", b"anchor_digest", "detail", b"detail", "function_changed", b"function_changed", "judges", b"judges", "layer_graph", b"layer_graph", "lost", b"lost", "outcome", b"outcome", "parameters", b"parameters", "path", b"path", "probe_seconds", b"probe_seconds", "round", b"round", "schema_version", b"schema_version", "stage", b"stage", "statistics", b"statistics", "symmetry_digest", b"symmetry_digest", "train_seconds", b"train_seconds", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -806,6 +809,7 @@ class ClientReport(_message.Message):
     PROBE_BYTES_FIELD_NUMBER: _builtins.int
     UPDATE_NORM_FIELD_NUMBER: _builtins.int
     UPDATE_COSINE_FIELD_NUMBER: _builtins.int
+    JUDGES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     outcome: _builtins.str
     detail: _builtins.str
@@ -818,6 +822,7 @@ class ClientReport(_message.Message):
     probe_bytes: _builtins.int
     update_norm: _builtins.float
     update_cosine: _builtins.float
+    judges: _builtins.bool
     @_builtins.property
     def alignment(self) -> Global___AlignmentReport: ...
     @_builtins.property
@@ -839,10 +844,11 @@ class ClientReport(_message.Message):
         probe_bytes: _builtins.int = ...,
         update_norm: _builtins.float | None = ...,
         update_cosine: _builtins.float | None = ...,
+        judges: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine", "_update_norm", b"_update_norm", "alignment", b"alignment", "update_cosine", b"update_cosine", "update_norm", b"update_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine", "_update_norm", b"_update_norm", "alignment", b"alignment", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "detail", b"detail", "examples", b"examples", "metrics", b"metrics", "node_id", b"node_id", "outcome", b"outcome", "probe_bytes", b"probe_bytes", "probe_seconds", b"probe_seconds", "seconds", b"seconds", "train_seconds", b"train_seconds", "update_cosine", b"update_cosine", "update_norm", b"update_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine", "_update_norm", b"_update_norm", "alignment", b"alignment", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "detail", b"detail", "examples", b"examples", "judges", b"judges", "metrics", b"metrics", "node_id", b"node_id", "outcome", b"outcome", "probe_bytes", b"probe_bytes", "probe_seconds", b"probe_seconds", "seconds", b"seconds", "train_seconds", b"train_seconds", "update_cosine", b"update_cosine", "update_norm", b"update_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__update_cosine: _TypeAlias = _typing.Literal["update_cosine"]  # noqa: Y015
     _WhichOneofArgType__update_cosine: _TypeAlias = _typing.Literal["_update_cosine", b"_update_cosine"]  # noqa: Y015
@@ -1099,6 +1105,37 @@ class Choice(_message.Message):
 Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
+class Step(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    MEAN_LOSS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    momentum: _builtins.float
+    length: _builtins.float
+    loss: _builtins.float
+    mean_loss: _builtins.float
+    examples: _builtins.float
+    def __init__(
+        self,
+        *,
+        momentum: _builtins.float = ...,
+        length: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        mean_loss: _builtins.float = ...,
+        examples: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "length", b"length", "loss", b"loss", "mean_loss", b"mean_loss", "momentum", b"momentum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
+
+@_typing.final
 class RoundReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1184,6 +1221,7 @@ class RoundReport(_message.Message):
     PROBLEM_FIELD_NUMBER: _builtins.int
     INCIDENTS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     run_id: _builtins.str
     round: _builtins.int
@@ -1218,6 +1256,8 @@ class RoundReport(_message.Message):
     def incidents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incident]: ...
     @_builtins.property
     def choice(self) -> Global___Choice: ...
+    @_builtins.property
+    def step(self) -> Global___Step: ...
     def __init__(
         self,
         *,
@@ -1243,10 +1283,11 @@ class RoundReport(_message.Message):
         problem: _builtins.str = ...,
         incidents: _abc.Iterable[Global___Incident] | None = ...,
         choice: Global___Choice | None = ...,
+        step: Global___Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finished", b"finished", "fused_path", b"fused_path", "path", b"path", "probe", b"probe", "update_cosines", b"update_cosines"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finished", b"finished", "fused_path", b"fused_path", "path", b"path", "probe", b"probe", "step", b"step", "update_cosines", b"update_cosines"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "evaluate_metrics", b"evaluate_metrics", "finished", b"finished", "fused_path", b"fused_path", "incidents", b"incidents", "last", b"last", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "server_metrics", b"server_metrics", "stages", b"stages", "train_metrics", b"train_metrics", "update_cosines", b"update_cosines", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "evaluate_metrics", b"evaluate_metrics", "finished", b"finished", "fused_path", b"fused_path", "incidents", b"incidents", "last", b"last", "model_digest", b"model_digest", "path", b"path", "peak_rss_bytes", b"peak_rss_bytes", "probe", b"probe", "problem", b"problem", "recipe", b"recipe", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "schema_version", b"schema_version", "seconds", b"seconds", "server_metrics", b"server_metrics", "stages", b"stages", "step", b"step", "train_metrics", b"train_metrics", "update_cosines", b"update_cosines", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,6 +69,7 @@ class Reply:
         outcome: name of the outcome that the client found for its own model by the server's rules, so that no tensors are
             sent; empty where the model passes them.
         detail: what and where, in one line, beside an outcome; or why the reply lacks layers that were optional.
+        judges: whether the client keeps examples that its app does not train on, and can evaluate models on them.
         metrics: what the app's own function returned, without the client's weight.
         examples: the client's weight.
         payload_bytes: bytes of the message's arrays.
@@ -91,6 +92,7 @@ class Reply:
     lost: bool = False
     outcome: str = ""
     detail: str = ""
+    judges: bool = False
     metrics: Metrics = field(default_factory=dict, metadata={"local": True})
     examples: float = field(default=0.0, metadata={"local": True})
     payload_bytes: int = field(default=0, metadata={"local": True})

@@ -189,6 +189,7 @@ class ClientReport:
         probe_bytes: bytes of the diagnostics in the reply.
         update_norm: Euclidean norm of client less anchor; None where it was not measured.
         update_cosine: cosine of the update and the movement of the round before.
+        judges: whether the client keeps examples that its app does not train on, and can evaluate models on them.
     """
 
     node_id: int
@@ -205,6 +206,7 @@ class ClientReport:
     probe_bytes: int = 0
     update_norm: float | None = None
     update_cosine: float | None = None
+    judges: bool = False
 
     @property
     def is_accepted(self) -> bool:
@@ -376,6 +378,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Step:
+    """How far a round has gone beyond the mean of the clients' models, judged by examples that nobody trains on.
+
+    Attributes:
+        momentum: share of the last round's move that was added to the mean.
+        length: the step from the global model, in multiples of the one to that sum; 1 for none beyond.
+        loss: loss of the model in which the step ends.
+        mean_loss: loss of the mean.
+        examples: number of examples that have judged; 0 where no client has any, and the mean is taken.
+    """
+
+    momentum: float = 0.0
+    length: float = 1.0
+    loss: float = 0.0
+    mean_loss: float = 0.0
+    examples: float = 0.0
+
+
+@dataclass(frozen=True)
 class RoundReport:
     """One round of a run.
 
@@ -401,6 +422,7 @@ class RoundReport:
         problem: why the run ended in this round without a new model; empty where the round succeeded.
         incidents: what the guard has seen.
         choice: which of its models the round serves and trains on; None where it has one model for both.
+        step: the step beyond the mean; None where none was looked for.
         schema_version: version of the format.
     """
 
@@ -425,6 +447,7 @@ class RoundReport:
     problem: str = ""
     incidents: tuple[Incident, ...] = ()
     choice: Choice | None = None
+    step: Step | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -99,6 +99,19 @@ class LossProbe:
 
 
 @dataclass(frozen=True)
+class StepSearch:
+    """A search for a longer step than the one to the mean of the clients' models.
+
+    Attributes:
+        points: number of points that clients evaluate on each of two lines: along the last round's move, and beyond.
+        length: longest step, in multiples of the whole one, which has to be one of the points.
+    """
+
+    points: int
+    length: float
+
+
+@dataclass(frozen=True)
 class LayerRefit:
     """A closed-form fit of all layers after fusing, from the input to the output.
 
@@ -158,6 +171,7 @@ class Recipe:
         rule: merging rule that takes the place of the mean by examples; None takes the mean.
         points: number of points between the mean by examples and the recipe's own model that clients evaluate; 0 takes
             the recipe's own. Recipes with a search of their own, `probe`, have none.
+        step: search for a longer step than the one to the mean; None takes the mean.
     """
 
     name: str
@@ -167,6 +181,7 @@ class Recipe:
     robust: RobustRule | None = None
     rule: FederatedRule | None = None
     points: int = 0
+    step: StepSearch | None = None
 
     @property
     def lora(self) -> LoraFusion | None:
@@ -219,6 +234,11 @@ class Recipe:
         return self.chooses or self.points > 0
 
     @property
+    def fits_or_compares(self) -> bool:
+        """True if a round has stages after the mean in which clients fit layers or compare models."""
+        return self.refit is not None or self.compares
+
+    @property
     def averaging(self) -> "Recipe":
         """The recipe without closed forms, for rounds in which they do not pay: the mean, or one of adapters' products."""
         fusion = None if self.serves_apart else self.fusion
@@ -227,7 +247,7 @@ class Recipe:
     @property
     def uncompared(self) -> "Recipe":
         """The recipe where clients can compare nothing: its own model, or the mean where it chooses between models."""
-        return self.averaging if self.chooses else replace(self, points=0)
+        return replace(self.averaging, step=None) if self.chooses else replace(self, points=0)
 
     def override(
         self,
@@ -265,7 +285,10 @@ class Recipe:
         robust = robust or self.robust
         # Under attack a robust mean of models is farther from a good one than the solution of robust statistics.
         points = 0 if robust is not None and fusion is not None else self.points
-        return Recipe(self.name, fusion, refit, optimizer, robust, rule or self.rule, points)
+        rule = rule or self.rule
+        # A server optimizer has a step of its own, and robust rules and merging rules bring no mean to go beyond.
+        step = self.step if optimizer == Replace() and robust is None and rule is None else None
+        return Recipe(self.name, fusion, refit, optimizer, robust, rule, points, step)
 
     def refit_of_own_starts(self, ridge: float = 0.0) -> LayerRefit | None:
         """Return the fit of all layers that a round tries whose clients share no start; None for the recipe's own fit.
@@ -348,13 +371,14 @@ class Recipe:
 _RIDGE_OF_OWN_STARTS = 1e-2
 _POINTS = 5
 _PROBE = LossProbe(_POINTS, extrapolate=2.0)
+_STEP = StepSearch(_POINTS, length=2.0)
 _HALF_FEATURES = LayerRefit(Target.features, ridge=1e-1, fraction=0.5, head=Evidence())
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("auto", refit=HeadRefit(Evidence(), _PROBE)),
-        Recipe("auto-features", refit=replace(_HALF_FEATURES, probe=_PROBE)),
+        Recipe("auto", refit=HeadRefit(Evidence(), _PROBE), step=_STEP),
+        Recipe("auto-features", refit=replace(_HALF_FEATURES, probe=_PROBE), step=_STEP),
         Recipe("fedavg"),
         Recipe("fedavgm", server_optimizer=Momentum(0.7)),
         Recipe("fisher", FisherWeighting(Ridge(1e-3))),

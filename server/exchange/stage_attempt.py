@@ -265,6 +265,7 @@ class StageAttempt:
             self.report(),
             self._aggregate(metrics_fn),
             sums.path if sums.path.points else None,
+            tuple(sums.paths),
             {name: value for name, value in weighted_means(sums.variance).items() if isinstance(value, float)},
             self.stage.layer_graph,
             average=average,
@@ -456,6 +457,8 @@ class StageAttempt:
         self.stage.add(node, update)
         sums.nodes.append(node)
         sums.path += candidate.path
+        if candidate.path.points:
+            sums.paths.append(candidate.path)
         sums.variance.append((candidate.variance, 1.0))
         sums.metrics.append((candidate.metrics, update.examples))
         metrics = MetricRecord({**candidate.metrics, self.request.weight_key: update.examples})
@@ -503,6 +506,7 @@ class StageAttempt:
             reply.scalars,
             reply.probe_seconds,
             reply.probe_bytes,
+            judges=reply.judges,
         )
 
     def _remark(self, reply: Reply) -> str:
@@ -547,6 +551,7 @@ class _Sums:
     contents: list[RecordDict] = field(default_factory=list)
     metrics: list[tuple[Metrics, float]] = field(default_factory=list)
     path: PathSums = field(default_factory=PathSums)
+    paths: list[PathSums] = field(default_factory=list)
     variance: list[tuple[Mapping[str, float], float]] = field(default_factory=list)
     directions: UpdateDirections | None = None
 

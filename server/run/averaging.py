@@ -20,6 +20,10 @@ OWN_METHODS = (
     "this subclass of FedBasin has its own configure_train or aggregate_train, which further stages would pass by; "
     "name a recipe that is to follow them, as recipe='head', or override neither"
 )
+NO_JUDGES = (
+    "rounds go no farther than the mean of the clients' models: no client keeps examples that its app does not train on; pass "
+    "held_out=... to basin, as the batches that the app evaluates on"
+)
 _MOD = "from fedbasin import basin; app = ClientApp(mods=[basin(model=Net, data=train_batches)])"
 
 

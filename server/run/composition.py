@@ -165,6 +165,7 @@ class Composition:
             # Fits, links, and the path that goes with an evaluation build on the client's models.
             keep=recipe.refit is not None
             or recipe.compares
+            or recipe.step is not None
             or merges
             or settings.fused_points > 0
             or bool(self.measured_norms(number)),
@@ -340,11 +341,19 @@ def _budget_of_fit(settings: Settings, *, several: bool) -> int:
     return max(1, budget // _FITS_OF_OWN_STARTS) if budget and several else budget
 
 
-def averaging(recipe: Recipe, reason: str) -> Recipe:
-    """Return a recipe that compares models without the comparison, and say why."""
+def averaging(recipe: Recipe, reason: str, *, steps: bool = False) -> Recipe:
+    """Return a recipe that compares models without the comparison, and say why.
+
+    Args:
+        recipe: the recipe.
+        reason: what keeps clients from comparing.
+        steps: whether they can still judge how far a round goes.
+    """
+    steps = steps and recipe.step is not None
     what = "only averages, as FedAvg" if recipe.chooses else "compares no models"
-    _LOG.info("recipe %s %s: %s", recipe.name, what, reason)
-    return recipe.uncompared
+    further = ", and takes longer steps where clients can judge them" if steps else ""
+    _LOG.info("recipe %s %s%s: %s", recipe.name, what, further, reason)
+    return recipe.averaging if steps else recipe.uncompared
 
 
 def _layers(recipe: Recipe, model: nn.Module | None, state: State) -> list[Layer]:

@@ -93,7 +93,7 @@ def ask_first(
         if client.is_accepted:
             recipe = composition.recipe
             if recipe.chooses and (reason := reason_of_client(client, attempt.stage.layer_graph, recipe, model)):
-                state.average(reason)
+                state.average(reason, steps=attempt.stage.layer_graph is not None)
             return
         state.note(attempt.report(), number)
         if client.outcome == Outcome.timeout.name:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord
 
-from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, PathSums, RoundReport, StageReport
+from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, PathSums, RoundReport, StageReport, Step
 from fedbasin.server.exchange.quorum import grouped_reasons
 from fedbasin.server.printable import printable
 from fedbasin.server.run.settings import Settings
@@ -70,10 +70,23 @@ def round_lines(report: RoundReport, previous: RoundReport | None) -> Iterator[s
     ):
         if now:
             yield f"{title}: {_metrics(now, earlier or {})}"
+    if report.step is not None:
+        yield step_line(report.step)
     if report.choice is not None:
         yield choice_line(report.choice)
     barrier = _barrier(report.path)
     yield f"round finished in {report.seconds:.1f} s{barrier}"
+
+
+def step_line(step: Step) -> str:
+    """Return one line about how far a round has gone beyond the mean of the clients' models."""
+    judged = f"on {step.examples:.0f} examples that nobody trains on"
+    if step.length == 1 and not step.momentum:
+        return f"steps to the mean of the clients' models: loss {step.mean_loss:.4g} {judged}, and no longer step is better"
+    move = f" with {step.momentum:.2g} of the last round's move" if step.momentum else ""
+    return (
+        f"steps {step.length:.2g} times as far{move}: loss {step.loss:.4g} {judged}; the mean has {step.mean_loss:.4g}"
+    )
 
 
 def choice_line(choice: Choice) -> str:

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.reply import read_metrics
-from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, RoundReport, StageReport
+from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, RoundReport, StageReport, Step
 from fedbasin.server.exchange.quorum import QuorumLostError, StageFailedError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
 from fedbasin.server.observe.access import AccessError
 from fedbasin.server.observe.push import ObserverClient, connect
-from fedbasin.server.run.averaging import is_lasting, reason_of_round
+from fedbasin.server.run.averaging import NO_JUDGES, is_lasting, reason_of_round
 from fedbasin.server.run.dry_run import dry_run, model_signature
 from fedbasin.server.run.first_message import ask_first
 from fedbasin.server.run.log_lines import end_lines, incident_line, round_lines, start_lines
@@ -120,6 +120,10 @@ class RunLoop:
         self._standing = Standing()
         self._patience = Patience(self._settings.patience)
         self._choice: Choice | None = None
+        self._step: Step | None = None
+        self._said_judges = False
+        # The model that the last round began with, where the next one may go on in its direction.
+        self._before: State = {}
         # The mean of the last round, where the model that is trained on is another one.
         self._average: State | None = None
         dry_run(composition, self._state.state(arrays), arrays)
@@ -241,7 +245,7 @@ class RunLoop:
         self._state.memory.restore(saved.memory)
         if saved.trained:
             self._train_on(self._state.arrays({name: saved.trained[name] for name in self._model}))
-        self._average = saved.average or None
+        self._average, self._before = saved.average or None, saved.before
         self._standing = Standing()
         for report in checkpoint.read_reports(self._folder):
             compares = self._state.composition.recipe.compares
@@ -343,6 +347,7 @@ class RunLoop:
             self._state.optimizer_state,
             {} if self._arrays is self._served else dict(self._model),
             dict(self._average or {}),
+            dict(self._before),
             self._state.memory.tensors(),
         )
         checkpoint.save(self._folder, saved, max(self._settings.checkpoints, self._settings.patience + 1))
@@ -353,7 +358,7 @@ class RunLoop:
 
     def _round(self, number: int) -> RoundReport:
         started = time.perf_counter()
-        self._choice = None
+        self._choice = self._step = None
         self._probe.begin(self._model, number)
         results = self._train_stages(number) if self._settings.fraction_train else []
         evaluated = self._evaluate_on_clients(number)
@@ -372,6 +377,7 @@ class RunLoop:
             server_metrics=server_metrics,
             digest=self._served_digest,
             choice=self._choice,
+            step=self._step,
             seconds=time.perf_counter() - started,
         )
         reports = [result.report for result in (*results, evaluated) if result is not None]
@@ -429,7 +435,7 @@ class RunLoop:
         settings, recipe = self._settings, self._state.recipe
         nodes = self._state.sample(self._grid, number, settings.fraction_train, settings.min_train_nodes)
         stages = self._state.composition.round_stages(number, recipe, self._state.memory)
-        stages = replace(stages, shortfall=self._standing.shortfall)
+        stages = replace(stages, shortfall=self._standing.shortfall, before=self._before)
         plans = run_round(self._model, recipe, stages, nodes)
         try:
             plan = next(plans)
@@ -441,17 +447,44 @@ class RunLoop:
 
     def _take_round(self, number: int, outcome: RoundResult, results: list[StageResult]) -> None:
         """Take the round's models: as the strategy returned it, or as the last of several stages left them."""
+        anchor = self._train_anchor
         if self._state.is_single_stage(number):
-            resting = self._standing.resting(number)
-            if resting is None:
-                self._take(self._trained)
-            else:
-                self._train_on(self._trained)
-                self._average, self._choice = None, resting
-            return
+            trained = self._trained
+        else:
+            trained = self._state.arrays(self._state.follow(number, anchor, outcome.model))
+        if self._state.recipe.fits_or_compares:
+            self._take_compared(number, outcome, trained, results)
+        else:
+            self._take_mean(number, trained)
+        # Training on fitted layers is a jump, and going back is one too.
+        follows = self._arrays is trained and (self._choice is None or self._choice.trained_on == Origin.average.name)
+        self._before = anchor if follows and outcome.step is not None else {}
+        self._step = outcome.step
+        self._say_no_judges(results)
+
+    def _say_no_judges(self, results: list[StageResult]) -> None:
+        """Say once that rounds go no farther than the mean, where the clients of the first could judge nothing."""
+        can_evaluate = any(result.layer_graph is not None for result in results)
+        if self._state.recipe.step is not None and can_evaluate and not self._said_judges:
+            self._said_judges = True
+            if not any(result.judges for result in results):
+                _LOG.info("%s", NO_JUDGES)
+
+    def _take_mean(self, number: int, trained: ArrayRecord) -> None:
+        """Take the model of a round that has compared nothing; a better one of an earlier round stays served."""
+        resting = self._standing.resting(number)
+        if resting is None:
+            self._take(trained)
+        else:
+            self._train_on(trained)
+            self._average, self._choice = None, resting
+
+    def _take_compared(
+        self, number: int, outcome: RoundResult, trained: ArrayRecord, results: list[StageResult]
+    ) -> None:
+        """Take the models of a round that has fitted layers or compared models."""
         served_before, average_before = (self._served, self._served_digest), self._average
-        model = self._state.follow(number, self._train_anchor, outcome.model)
-        self._take(self._state.arrays(model))
+        self._take(trained)
         self._say_left_out(outcome, results)
         if outcome.choice is None:
             # The mean is not to be compared with a model that was served for its closed forms.
@@ -475,7 +508,7 @@ class RunLoop:
         """Train on the mean again, after fitted layers that could not be trained on; what is served stays."""
         if self._average is not None:
             self._train_on(self._state.arrays(dict(self._average)))
-            self._average = None
+            self._average, self._before = None, {}
 
     def _say_left_out(self, outcome: RoundResult, results: list[StageResult]) -> None:
         """Say what a recipe has left out, once; where that is all it adds to the mean, it only averages from now on."""
@@ -484,7 +517,7 @@ class RunLoop:
             fused = next(result for result in results if result.report.stage == Fuse.stage)
             reason = reason_of_round(fused, left_out)
             if self._state.recipe.chooses and outcome.choice is None and is_lasting(fused):
-                self._state.average(reason)
+                self._state.average(reason, steps=fused.layer_graph is not None)
             else:
                 name = self._state.recipe.name
                 _LOG.warning("recipe %s: %s; the rest of the recipe is used", name, reason)

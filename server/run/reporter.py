@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fedbasin.proto.report import Choice, LayerVariance, PathSums, RoundReport, ServerProbe, StageReport, UpdateCosines
+from fedbasin.proto.report import (
+    Choice,
+    LayerVariance,
+    PathSums,
+    RoundReport,
+    ServerProbe,
+    StageReport,
+    Step,
+    UpdateCosines,
+)
 from fedbasin.server.exchange.quorum import QuorumLostError
 
 
@@ -23,6 +32,7 @@ class Measurements:
     server_metrics: Mapping[str, object] = field(default_factory=dict)
     digest: bytes = b""
     choice: Choice | None = None
+    step: Step | None = None
     seconds: float = 0.0
 
 
@@ -60,6 +70,7 @@ class Reporter:
             server_metrics=_scalars(measured.server_metrics),
             model_digest=measured.digest,
             choice=measured.choice,
+            step=measured.step,
             peak_rss_bytes=_peak_rss_bytes(),
             last=number == self.rounds,
         )

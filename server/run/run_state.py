@@ -211,7 +211,8 @@ class RunState:
         merges = server_round == 1 and self.settings.start == "own" and self.settings.merge != "star"
         # Flower's own loop has no stage in which statistics could be measured.
         measures = self.in_start and self.composition.measured_norms(server_round)
-        return self.recipe.refit is None and not self.recipe.compares and not merges and not measures
+        steps = self.in_start and self.recipe.step is not None
+        return not self.recipe.fits_or_compares and not merges and not measures and not steps
 
     def follow(self, server_round: int, anchor: State, model: State) -> dict[str, Tensor]:
         """Return the new global model: the server optimizer's step from the anchor towards a round's model.
@@ -239,10 +240,10 @@ class RunState:
             self.recipe = self._composition.recipe
         return self._composition
 
-    def average(self, reason: str) -> None:
-        """Only average from now on, where the recipe compares models, and say why."""
+    def average(self, reason: str, *, steps: bool = False) -> None:
+        """Only average from now on, where the recipe compares models, and say why; `steps` keeps the search for steps."""
         if self.composition.recipe.compares:
-            self.recipe = averaging(self.composition.recipe, reason)
+            self.recipe = averaging(self.composition.recipe, reason, steps=steps)
             self._composition = replace(self.composition, recipe=self.recipe)
 
     @property

@@ -11,7 +11,7 @@ mean below it trains as ever, so the two roles are kept apart. Everything is dec
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import hypot, inf, sqrt
+from math import hypot, inf, log, sqrt
 
 from fedbasin.proto.report import Choice, Origin, PathSums, RoundReport, StageReport
 from fedbasin.strategies.diagnostics.barrier import Path
@@ -24,9 +24,10 @@ _PAUSE, _LONGEST_PAUSE = 1, 16
 # model, and the choice of the best of ten points alone lowers it a little.
 _GAIN = 0.02
 
-# Averaging is slow where a round leaves more than this part of what the mean's loss was above the served model's.
-# Training on fitted layers memorises more, and is worth that only where averaging does not arrive.
-_SLOW = 0.75
+# Averaging is slow where a round leaves more than this part of what the mean's loss was above the served model's: three
+# quarters, or all of it where rounds go beyond the mean, which arrive later and end lower. Training on fitted layers
+# memorises more, and is worth that only where averaging does not arrive.
+SLOW, SLOW_WITH_STEPS = 0.75, 1.0
 
 # Rounds whose comparison is followed by others as long as closed forms pay, and the number of rounds of averaging after
 # each later one that pays; the model that was served stays meanwhile. Only where rounds sample clients.
@@ -113,9 +114,7 @@ def best_scaled(models: list[Candidate], examples: float) -> Candidate | None:
     """Return the model with scaled outputs whose loss is lowest; None where that gains no more than a fit by chance.
 
     A model that has learned its examples by heart is surer than it is right. Its outputs times one number, found on
-    examples that it has not learned, are as accurate and have a lower loss (Guo et al. 2017, arXiv 1706.04599). One
-    fitted number lowers the sum of the losses by a half where it is worth nothing, and raises that of other examples
-    by as much, so it has to lower the sum by one (Akaike 1974, IEEE Transactions on Automatic Control 19(6)).
+    examples that it has not learned, are as accurate and have a lower loss (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         models: the model with its outputs scaled by 0 to 1, in that order.
@@ -123,8 +122,26 @@ def best_scaled(models: list[Candidate], examples: float) -> Candidate | None:
     """
     whole = models[-1]
     # Outputs of zero are no model.
-    lower = [model for model in models[1:-1] if (whole.loss - model.loss) * examples > 1]
+    lower = [m for m in models[1:-1] if is_more_than_chance(m.loss, whole.loss, examples, in_nats=True)]
     return min(lower, key=lambda model: model.loss, default=None)
+
+
+def is_more_than_chance(loss: float, reference: float, examples: float, *, in_nats: bool) -> bool:
+    """Return whether one number that was fitted to some examples has lowered their loss by more than chance.
+
+    A number that is worth nothing lowers the sum of the losses by a half, and raises that of other examples by as much,
+    so it has to lower the sum by one (Akaike 1974, IEEE Transactions on Automatic Control 19(6)).
+
+    Args:
+        loss: mean loss with the number.
+        reference: mean loss without it.
+        examples: number of examples.
+        in_nats: whether the loss is in nats; of a squared error, which is in the targets' units, half the logarithm is.
+    """
+    if not loss < reference:
+        return False
+    gain = reference - loss if in_nats else log(reference / loss) / 2 if loss > 0 else inf
+    return gain * examples > 1
 
 
 def best_point(path: Path | None) -> float:
@@ -184,7 +201,12 @@ def is_trainable(trial: PathSums | None, gain: float) -> bool:
 
 
 def is_slow(
-    average: Candidate, served: Candidate, shortfall: float, start: Candidate | None = None, examples: float = 0.0
+    average: Candidate,
+    served: Candidate,
+    shortfall: float,
+    start: Candidate | None = None,
+    examples: float = 0.0,
+    slow: float = SLOW,
 ) -> bool:
     """Return whether the mean of the clients' models hardly comes closer to the served model.
 
@@ -194,10 +216,11 @@ def is_slow(
         shortfall: difference of their losses when they were last compared; infinite where they were not.
         start: the model that the round began with, which the mean is compared with where there was no comparison.
         examples: number of examples that have judged the mean and the start.
+        slow: the part of the shortfall above which averaging is slow.
     """
     if shortfall == inf:
         return start is not None and not average.is_below(start, examples)
-    return average.loss - served.loss > _SLOW * shortfall
+    return average.loss - served.loss > slow * shortfall
 
 
 def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choice:

@@ -346,6 +346,12 @@ class LocalSteps:
         return self._accumulator.finalize(self._model)
 
 
+class ProbeStep(ProbePath):
+    """A stage in which clients evaluate steps beyond the mean, on examples that they do not train on."""
+
+    stage = "beyond"
+
+
 class ScaleOutputs(ProbePath):
     """A stage in which clients evaluate a model with the outputs of its last layer scaled."""
 

@@ -1,7 +1,7 @@
 """One round of federated learning, from the global model to the next one.
 
-    [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [refit layer by layer -> head -> probe -> trial -> scale]
-        -> [steps -> measure -> head -> probe -> scale]
+    [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [longer step]
+        -> [refit layer by layer -> head -> probe -> trial -> scale] -> [steps -> measure -> head -> probe -> scale]
 
 A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
 message, no clock and no client. The loop around it (sampling, deadline, quorum, retry, checks, server optimizer,
@@ -14,8 +14,11 @@ from functools import partial
 
 from torch import Tensor
 
+from fedbasin.proto.report import Step
 from fedbasin.strategies.recipes import HeadRefit, Recipe
+from fedbasin.strategies.round.choice import SLOW, SLOW_WITH_STEPS
 from fedbasin.strategies.round.fit_plan import left_out
+from fedbasin.strategies.round.longer_step import lengthen
 from fedbasin.strategies.round.refit import MeasureNorms
 from fedbasin.strategies.round.round_stages import Round, RoundResult, RoundStages, or_else
 from fedbasin.strategies.round.search import search
@@ -48,6 +51,34 @@ def run_round(model: State, recipe: Recipe, stages: RoundStages, nodes: Sequence
         measure = partial(MeasureNorms, fused.model, stages.norms, stages.accumulate)
         measured = yield StagePlan(measure, fused.model, fused.nodes, may_fail=True)
         fused = replace(fused, model=measured.model)
+    fused, step = yield from _lengthened(anchor, fused, recipe, stages)
+    slow = SLOW if step is None else SLOW_WITH_STEPS
+    outcome = yield from _closed_forms(anchor, fused, recipe, replace(stages, slow=slow))
+    return replace(outcome, step=step)
+
+
+def _lengthened(
+    anchor: State, fused: StageResult, recipe: Recipe, stages: RoundStages
+) -> Generator[StagePlan, StageResult, tuple[StageResult, Step | None]]:
+    """Go beyond the mean where the recipe looks for that, and the mean is a step from the anchor that clients can judge."""
+    is_step = stages.bootstrap is None and stages.merge is None and fused.average is None
+    can_judge = recipe.refit is None or fused.layer_graph is not None
+    if recipe.step is None or not (is_step and can_judge and fused.judges):
+        return fused, None
+    stay: tuple[dict[str, Tensor], Step | None] = fused.model, None
+    model, step = yield from or_else(lengthen(anchor, fused, stages.before, recipe.step), stay)
+    return replace(fused, model=model), step
+
+
+def _closed_forms(anchor: State, fused: StageResult, recipe: Recipe, stages: RoundStages) -> Round:
+    """Run the stages in which clients fit layers and compare models.
+
+    Args:
+        anchor: the global model that the round began with.
+        fused: the result of the stage in which clients trained, with the model that they have ended in.
+        recipe: what clients send and how it is fused.
+        stages: the stages of this run.
+    """
     apart = recipe.serves_apart and trains_on_mean(recipe, stages)
     if fused.average is not None and stages.merge is None and (recipe.fusion or fused.layer_graph):
         # Where layers are fitted next, they are fitted to the point.

@@ -1,7 +1,7 @@
 """What a round is made of: the stages that it chooses from, and the models that it ends in."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TypeAlias, TypeVar
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fedbasin.proto.encoding import Encoding
 from fedbasin.proto.layer_graph import BatchNorm, Block
-from fedbasin.proto.report import Choice
+from fedbasin.proto.report import Choice, Step
 from fedbasin.strategies.fusion.accumulator import Accumulator
 from fedbasin.strategies.fusion.head_memory import HeadMemory
 from fedbasin.strategies.recipes import LayerRefit
+from fedbasin.strategies.round.choice import SLOW
 from fedbasin.strategies.round.fit_plan import Grouping
 from fedbasin.strategies.round.stage import Accumulate, Stage, StagePlan, StageResult
 from fedbasin.strategies.tensors.state import State
@@ -28,6 +29,7 @@ class RoundResult:
         average: the mean of the clients' models, from which training can go on as ever; None where it is `model`.
         choice: how the models were chosen; None where clients did not compare any.
         left_out: what of the recipe the model has no layers for; empty where all of it was done.
+        step: the step beyond the mean; None where none was looked for.
     """
 
     model: dict[str, Tensor]
@@ -35,6 +37,7 @@ class RoundResult:
     average: dict[str, Tensor] | None = None
     choice: Choice | None = None
     left_out: str = ""
+    step: Step | None = None
 
 
 Outcome = TypeVar("Outcome")
@@ -64,6 +67,8 @@ class RoundStages:
         number: number of the round.
         shortfall: loss of the mean above that of the served model when they were last compared; infinite where they
             were not.
+        slow: the part of the shortfall above which averaging is slow.
+        before: the global model that the round before began with; empty where this round is not to go on from there.
     """
 
     fuse: Callable[[State], Stage]
@@ -78,6 +83,8 @@ class RoundStages:
     memory: HeadMemory | None = None
     number: int = 0
     shortfall: float = inf
+    slow: float = SLOW
+    before: State = field(default_factory=dict)
 
 
 def or_else(

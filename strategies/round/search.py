@@ -69,7 +69,7 @@ def search(anchor: State, fused: StageResult, refit: ClosedForm, probe: LossProb
         return for_all_clients(curve, join(last, start), join(last, end), *stages.memory.newest)
 
     names = last and tensor_names(last)
-    chosen = yield from _choose(anchor, fitted, client, models, probe, for_all, stages.shortfall, names)
+    chosen = yield from _choose(anchor, fitted, client, models, probe, for_all, stages, names)
     if stages.own_refit is None or refit.head is None or last is None:
         return chosen
     head = HeadRefit(refit.head, probe)
@@ -138,7 +138,7 @@ def _choose(
     models: list[Candidate],
     probe: LossProbe,
     for_all: Callable[[Path | None, PathSpec], Path | None],
-    shortfall: float,
+    stages: RoundStages,
     head: Block | None,
 ) -> Round:
     """Compare points between and beyond the fused and the fitted model, and try where training can go on.
@@ -150,7 +150,7 @@ def _choose(
         models: points of its line.
         probe: the search.
         for_all: a path as all clients would have evaluated it, those included that the round has not asked.
-        shortfall: loss of the mean above that of the served model when they were last compared.
+        stages: the stages of this run, and how far the mean was from the served model when they were last compared.
         head: tensors of the last layer, whose outputs are scaled; None where it is not known.
     """
     result = yield fitted.probe(PathSpec(), probe.points)
@@ -172,7 +172,7 @@ def _choose(
     average = replace(models[0], origin=Origin.average)
     served = best_candidate(average, models, line.examples)
     trial = None
-    if served is not average and is_slow(average, served, shortfall, start, line.examples):
+    if served is not average and is_slow(average, served, stages.shortfall, start, line.examples, stages.slow):
         make = partial(Trial, fitted.model, fitted.sequence, path)
         trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
     trained_on = Origin.fitted if is_trainable(trial, average.loss - served.loss) else Origin.average

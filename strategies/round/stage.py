@@ -125,6 +125,7 @@ class StageResult:
         report: the outcome of every client's reply.
         metrics: aggregated metrics of the clients.
         path: sums along the evaluated path, over the accepted clients.
+        paths: those of each accepted client that has evaluated it.
         variance: variance ratios by layer, means over the clients that measured them.
         layer_graph: the model's layers, where the stage requested them.
         failed: whether too few clients replied, so that `model` is the one that the stage began with.
@@ -138,6 +139,7 @@ class StageResult:
     report: StageReport
     metrics: Mapping[str, float | list[float]] = field(default_factory=dict)
     path: PathSums | None = None
+    paths: tuple[PathSums, ...] = ()
     variance: Mapping[str, float] = field(default_factory=dict)
     layer_graph: LayerGraph | None = None
     failed: bool = False
@@ -157,6 +159,11 @@ class StageResult:
     def nodes(self) -> list[int]:
         """The accepted clients."""
         return [client.node_id for client in self.report.accepted]
+
+    @property
+    def judges(self) -> list[int]:
+        """The accepted clients that keep examples which nobody trains on."""
+        return [client.node_id for client in self.report.accepted if client.judges]
 
     @property
     def examples(self) -> float:

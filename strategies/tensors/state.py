@@ -72,6 +72,16 @@ def extrapolate(a: State, b: State, t: float) -> dict[str, Tensor]:
     return {name: tensor if name.endswith(MEASURED) else point[name] for name, tensor in b.items()}
 
 
+def continued(model: State, here: State, before: State) -> dict[str, Tensor]:
+    """Return `model + here - before`; running statistics, and tensors that are not floating, are those of `model`."""
+    moved = {
+        name: (tensor.double() + (here[name].double() - before[name].double()).nan_to_num(0.0)).to(tensor.dtype)
+        for name, tensor in floating(model).items()
+        if not name.endswith(MEASURED)
+    }
+    return {**model, **moved}
+
+
 def interpolate(a: State, b: State, t: float) -> dict[str, Tensor]:
     """Return the point `(1 - t) a + t b`; tensors that are not floating are those of `b`."""
     return {name: _lerp(a[name], tensor, t) if tensor.is_floating_point() else tensor for name, tensor in b.items()}

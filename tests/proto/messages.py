@@ -86,6 +86,7 @@ REPLY = Reply(
     lost=True,
     outcome="non_finite",
     detail="0.weight",
+    judges=True,
     metrics={"loss": 0.5, "curve": [1.0, 2.0]},
     examples=20.0,
 )

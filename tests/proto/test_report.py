@@ -32,6 +32,7 @@ from fedbasin.proto.report import (
     SingularVectors,
     SpaceReport,
     StageReport,
+    Step,
     UpdateCosines,
 )
 
@@ -112,7 +113,7 @@ def full_report():
     vectors = SingularVectors(0.1, 0.9, 2, 3)
     alignment = AlignmentReport((space,), 4, 10.0, 2.5, 0.2, 1e-7, vectors)
     client = ClientReport(
-        2**64 - 1, "accepted", "none", 60.0, 10, 20, 3.5, 2.5, alignment, {"loss": 0.5}, 0.25, 30, 1.5, -0.5
+        2**64 - 1, "accepted", "none", 60.0, 10, 20, 3.5, 2.5, alignment, {"loss": 0.5}, 0.25, 30, 1.5, -0.5, True
     )  # fmt: skip
     encoding = Encoding(GramForm(GramKind.sketch, 8), MomentKind.float16, 65, 2)
     stage = StageReport("fuse", 4.0, 0.5, (client,), {("w", "b"): encoding})
@@ -140,6 +141,7 @@ def full_report():
         problem="none",
         incidents=(Incident("loss_rose", "loss 0.5 to 2"),),
         choice=Choice("fitted", 2, "average", 0.25, 0.875, 0.5, 0.75, 151.0, 1, 0.5, 0.125),
+        step=Step(0.25, 1.5, 0.125, 0.5, 151.0),
     )
 
 

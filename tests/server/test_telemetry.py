@@ -35,6 +35,7 @@ from fedbasin.strategies.round.refit import (
     LocalSteps,
     MeasureNorms,
     ProbePath,
+    ProbeStep,
     RefitBlock,
     RefitHead,
     RefitLayers,
@@ -256,7 +257,7 @@ def test_a_run_that_follows_takes_the_state_over(changes, state):
 def test_the_catalogue_names_every_recipe_and_stage():
     assert set(catalogue.RECIPES) == set(RECIPES)
     fits = (RefitLayers, RefitBlock, RefitHead)
-    refits = (LinkModels, MeasureNorms, *fits, ProbePath, Trial, ScaleOutputs, LocalSteps)
+    refits = (LinkModels, MeasureNorms, *fits, ProbePath, ProbeStep, Trial, ScaleOutputs, LocalSteps)
     assert set(catalogue.STAGES) == {cls.stage for cls in (Bootstrap, Fuse, Evaluate, *refits)}
 
 

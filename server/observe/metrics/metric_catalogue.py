@@ -37,6 +37,7 @@ STAGES = (
     "fuse",
     "link",
     "measure",
+    "beyond",
     "fit",
     "block",
     "head",

@@ -2,8 +2,8 @@
 
     runs/<run>/global.safetensors             the last finished round's model; round, settings and checksums in its metadata
     runs/<run>/global-<round>.safetensors     the models of the rounds before
-    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, models that are trained on and not served, and
-                                              the head's remembered sums, where there are any
+    runs/<run>/optimizer-<round>.safetensors  the state of the server optimizer, models that are not served and that the next
+                                              round needs, and the head's remembered sums, where there are any
     runs/<run>/rounds.jsonl                   one round report a line
 
 The model file is replaced in one step, so a run that is cut off anywhere leaves the round before whole. A file that a
@@ -28,7 +28,7 @@ MODEL = "global.safetensors"
 REPORTS = "rounds.jsonl"
 
 # Names of tensors of models and sums in the file beside the served model's.
-_TRAINED, _AVERAGE, _MEMORY = "trained/", "average/", "memory/"
+_TRAINED, _AVERAGE, _BEFORE, _MEMORY = "trained/", "average/", "before/", "memory/"
 
 
 # What reading a damaged file may raise; nested too deeply, JSON ends in a RecursionError.
@@ -51,6 +51,7 @@ class Checkpoint:
         optimizer_state: the state of the server optimizer.
         trained: the model that the next round trains on; empty where it is the served one.
         average: the mean from which training can go on as ever; empty where it is one of these.
+        before: the model that the round began with, where the next one may go on in its direction; empty elsewhere.
         memory: the head's sums of earlier rounds, by client.
         passed_over: damaged files of later rounds that were found on the way to this one, and what is wrong with them.
     """
@@ -61,6 +62,7 @@ class Checkpoint:
     optimizer_state: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
 
@@ -78,6 +80,7 @@ def save(folder: Path, checkpoint: Checkpoint, most: int = 3) -> None:
         **checkpoint.optimizer_state,
         **{f"{_TRAINED}{name}": tensor for name, tensor in _unshared(checkpoint.trained).items()},
         **{f"{_AVERAGE}{name}": tensor for name, tensor in _unshared(checkpoint.average).items()},
+        **{f"{_BEFORE}{name}": tensor for name, tensor in _unshared(checkpoint.before).items()},
         **{f"{_MEMORY}{name}": tensor for name, tensor in checkpoint.memory.items()},
     }
     if memory:
@@ -143,8 +146,9 @@ def _load(folder: Path, path: Path) -> Checkpoint:
     for what, tensors, key in (("the model", model, "sha256"), (memory.name, remembered, "optimizer-sha256")):
         if packing.digest(tensors).hex() != metadata[key]:
             raise ValueError(f"{what} does not have the checksum with which it was written")
-    trained, average, sums = (_taken(remembered, prefix) for prefix in (_TRAINED, _AVERAGE, _MEMORY))
-    return Checkpoint(done, model, metadata["settings"], remembered, trained, average, sums)
+    prefixes = (_TRAINED, _AVERAGE, _BEFORE, _MEMORY)
+    trained, average, before, sums = (_taken(remembered, prefix) for prefix in prefixes)
+    return Checkpoint(done, model, metadata["settings"], remembered, trained, average, before, sums)
 
 
 def _round_of(metadata: Mapping[str, str]) -> int:
