@@ -229,7 +229,7 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
     Args:
         choice: the choice among this round's models.
         earlier: the choice of the round before; None where its model was not compared.
-        same_clients: whether the same clients judged both. Losses on the examples of others say nothing, unless one is
+        same_clients: whether the same clients judged both, or some of them. Losses on the examples of others say nothing, unless one is
             a multiple of the other and the accuracies differ by more than chance.
     """
     if earlier is None:
@@ -343,8 +343,10 @@ class Standing:
             number: number of the round.
             stages: its stages.
         """
-        here = replace(choice, served_round=number)
-        return with_pause(kept(here, self.choice, same_clients=judges(stages) == self.judges), self.pause)
+        here, now = replace(choice, served_round=number), judges(stages)
+        # A client that has failed since takes its examples from one of the two judgements alone.
+        same = now <= self.judges or self.judges <= now
+        return with_pause(kept(here, self.choice, same_clients=same), self.pause)
 
     def resting(self, number: int) -> Choice | None:
         """Return the choice of a round that compares nothing because closed forms pay: the served model stays.

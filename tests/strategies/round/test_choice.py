@@ -124,6 +124,16 @@ def test_the_model_served_so_far_is_kept_where_this_rounds_is_worse_in_both(loss
     assert kept(choice, None, same_clients=not examples) == choice
 
 
+@pytest.mark.parametrize("nodes", [(1,), (1, 2), (1, 2, 3)])
+def test_a_client_that_fails_or_comes_back_does_not_cost_the_model_that_is_served(nodes):
+    before = Standing().after(report(1, replace(FITTED, loss=0.2, examples=500.0), nodes=(1, 2)))
+    now = report(2, replace(FITTED, loss=0.4, average_loss=2.0, examples=500.0), nodes=nodes)
+    assert before.settled(now.choice, 2, now.stages).served == "kept"
+    # Other clients may have other examples.
+    other = report(2, now.choice, nodes=(2, 3))
+    assert before.settled(other.choice, 2, other.stages).served == "fitted"
+
+
 def test_averaging_alone_follows_for_longer_and_longer_until_closed_forms_pay():
     pauses, pause = [], 0
     for _ in range(7):
