@@ -52,7 +52,7 @@ run() { python -m tests.protocol run --jobs 2 "$@"; }
 run --task teacher --task clusters --rounds 15 $F8 $HEADS --rule 'auto(held_out=0.1)'
 run --task diabetes --task friedman $F4 $HEADS --rule 'auto(held_out=0.1)'
 run --task vowels --model lstm --rounds 60 $F4 $HEADS
-run --task colour_digits --split iid --model quickstart --optimizer sgd --rate 0.02 --epochs 1 --clients 4 $F4
+run --task colour_digits --split iid --model quickstart --optimizer sgd --rate 0.02 --epochs 1 --clients 4 --rounds 60 $F4
 run --task digits --rounds 60 $F4 $HEADS
 run --task satellite --rounds 60 $F4 $HEADS
 run --task letters --split 'few(5)' --clients 50 $F8 $HEADS
@@ -63,7 +63,7 @@ run --task sayings --model small_cnn --epochs 2 $F4 $HEADS
 run --task scenes --model segmenter --epochs 1 --rounds 10 $F4
 run --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 --rounds 10 $F4
 run --task modules --model transformer --epochs 2 --rate 3e-3 --rounds 10 $F4 $HEADS
-run --task digits --model transformer --epochs 2 $F4
+run --task digits --model transformer --epochs 2 --rounds 60 $F4
 run --task digits --model resnet --epochs 2 --rounds 10 $F4
 run --task letters --split 'dirichlet(0.05)' --rounds 5 $F4 $HEADS
 run --task letters --split 'quantity(0.3)' --rounds 10 $F4 $HEADS
