@@ -318,19 +318,18 @@ class TestARule:
     def test_that_is_the_default_is_at_no_round_behind_averaging(self, run, task, clients):
         setting = replace(QUICK, task=task, split="dirichlet(0.3)", model="mlp", clients=clients, training=Training())
 
-        def curve(rule):
-            # Of one seed a round may be behind by chance: one of 54 wines, or a mean loss of .017 where it is .014.
-            runs = [run(replace(setting, rule=rule, seed=seed), 10)[1:] for seed in range(3)]
-            return [
-                (mean(p.accuracy for p in points), mean(p.loss for p in points)) for points in zip(*runs, strict=True)
-            ]
-
-        auto, averaging = curve("auto"), curve("FedAvg")
-        assert auto[0][0] > averaging[0][0] + 0.02
-        for (served, loss), (averaged, averaged_loss) in zip(auto, averaging, strict=True):
-            assert served >= averaged - 0.01
+        auto, averaging = (
+            [run(replace(setting, rule=rule, seed=seed), 10)[1:] for seed in range(3)] for rule in ("auto", "FedAvg")
+        )
+        assert auto[0][0].accuracy > averaging[0][0].accuracy + 0.05
+        # A point, or one or two of the 54 wines and 171 tumours.
+        for served, averaged in zip(auto[0], averaging[0], strict=True):
+            assert served.accuracy >= averaged.accuracy - 0.02
+        # Of one seed the loss may be above by chance: .017 where averaging has .014.
+        for served, averaged in zip(zip(*auto, strict=True), zip(*averaging, strict=True), strict=True):
+            assert mean(p.accuracy for p in served) >= mean(p.accuracy for p in averaged) - 0.01
             # Of tumours too few are kept to see how sure a model is.
-            assert loss <= 1.02 * averaged_loss or task == "cancer"
+            assert mean(p.loss for p in served) <= 1.02 * mean(p.loss for p in averaged) or task == "cancer"
 
     @pytest.mark.parametrize(
         ("model", "rule", "least"),

@@ -1,6 +1,6 @@
 """One round of federated learning, from the global model to the next one.
 
-    [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [longer step]
+    [bootstrap] -> fuse -> [merge in pairs] -> [measure] -> [beyond]
         -> [refit layer by layer -> head -> probe -> trial -> scale] -> [steps -> measure -> head -> probe -> scale]
 
 A round is a generator. It yields a stage, receives the stage's result, and returns the round's model; it knows no
