@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from fedbasin.proto.observer_service import RunSummary
 from fedbasin.proto.reply import read_metrics
-from fedbasin.proto.report import Choice, Incident, IncidentKind, Origin, RoundReport, StageReport, Step
+from fedbasin.proto.report import Choice, Incident, IncidentKind, RoundReport, StageReport, Step
 from fedbasin.server.exchange.quorum import QuorumLostError, StageFailedError
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.streaming_grid import NodeReplies, StageReplies, StreamingGrid
@@ -39,6 +39,7 @@ from fedbasin.server.run.reporter import Measurements, Reporter
 from fedbasin.server.run.result import RunResult
 from fedbasin.server.run.resumption import checkpoint
 from fedbasin.server.run.resumption.checkpoint import Checkpoint, CheckpointError
+from fedbasin.server.run.resumption.resume import check_resumable, damaged_reports
 from fedbasin.server.run.resumption.run_folder import (
     RunFolder,
     RunRecord,
@@ -49,6 +50,7 @@ from fedbasin.server.run.resumption.run_folder import (
     run_id_of,
 )
 from fedbasin.server.run.resumption.stop_signal import stop_signal
+from fedbasin.server.run.run_models import RunModels
 from fedbasin.server.run.run_state import RunState
 from fedbasin.server.run.settings import PREFIX, Settings, SettingsError
 from fedbasin.strategies.judging.direction_agreement import DirectionAgreement
@@ -122,12 +124,9 @@ class RunLoop:
         self._choice: Choice | None = None
         self._step: Step | None = None
         self._said_judges = False
-        # The model that the last round began with, where the next one may go on in its direction.
-        self._before: State = {}
-        # The mean of the last round, where the model that is trained on is another one.
-        self._average: State | None = None
+        self._train_anchor: State = {}
         dry_run(composition, self._state.state(arrays), arrays)
-        self._take(arrays)
+        self._models = RunModels(self._state, arrays)
 
     def run(
         self, train_config: ConfigRecord, evaluate_config: ConfigRecord, evaluate_fn: EvaluateFn | None
@@ -169,14 +168,14 @@ class RunLoop:
         run_key = read_run_key(self._folder) if settings.observer else ""
         self._observer = ObserverClient(settings.observer, settings.observer_pass, run_key)
         self._probe = ProbeRun(self._probe_set, settings.probe_clients, settings.probe_points, self._folder)
-        self._probe.check(self._model, self._state.composition.align)
+        self._probe.check(self._models.state, self._state.composition.align)
         # Its model is set at the end: the initial one would stay in memory for the whole run.
         self._result = RunResult(folder=self._folder)
         folder.write()
 
     def _run_all(self) -> None:
         """Run every round that is not done yet."""
-        for line in start_lines(self._settings, self._arrays, self._rounds, self._folder):
+        for line in start_lines(self._settings, self._models.arrays, self._rounds, self._folder):
             _LOG.info("%s", line)
         self._state.in_start, self._state.probe = True, self._probe
         try:
@@ -187,48 +186,15 @@ class RunLoop:
         finally:
             self._state.in_start, self._state.probe, self._state.stream = False, None, None
 
-    def _take(self, arrays: ArrayRecord) -> None:
-        """Take a new global model, to be trained on and to be served."""
-        self._train_on(arrays)
-        self._serve(arrays)
-        self._average = self._choice = None
-
-    def _serve(self, arrays: ArrayRecord) -> None:
-        """Take the model that is evaluated, saved and handed to the user."""
-        self._served, self._served_digest = arrays, self._state.digest(arrays)
-
-    def _train_on(self, arrays: ArrayRecord) -> None:
-        """Take the model that the next round trains on: as arrays, as a state that shares their bytes, and its digest."""
-        self._arrays = arrays
-        self._model = self._state.state(arrays)
-        self._digest = self._state.digest(arrays)
-        # The anchor of the round before would be one more model in memory.
-        self._train_anchor: State = {}
-
     def _resume(self, saved: Checkpoint) -> None:
         """Go on after a checkpoint of the same settings and the same model."""
-        past, now = (RunRecord("", 0, json.loads(text)) for text in (saved.settings, self._settings.decisive))
-        if difference := past.difference(now):
-            raise SettingsError(f"{self._folder} was made with other settings: {difference}; use the same settings")
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._model.items()}
-        if shapes != {name: (t.shape, t.dtype) for name, t in saved.model.items()}:
-            raise SettingsError(f"{self._folder} holds another model; resume with the model class that made it")
-        if self._rounds < saved.server_round:
-            raise SettingsError(
-                f"num_rounds = {self._rounds}, and {self._folder} has {saved.server_round} finished rounds; give as many "
-                "or more, or set resume = 'new' to start anew"
-            )
+        check_resumable(self._folder, saved, self._settings, self._models.state, self._rounds)
         self._done = saved.server_round
         if not self._settings.resume:
             _LOG.info("%s is unfinished: the run goes on after its round %d", self._folder, self._done)
         self._restore(saved)
         reports = checkpoint.read_reports(self._folder)
-        if missing := sorted(set(range(1, self._done + 1)) - {report.round for report in reports}):
-            rounds = f"{', '.join(map(str, missing[:3]))}{' and more' if len(missing) > 3 else ''}"
-            detail = f"{self._folder / checkpoint.REPORTS} has no whole report of round {rounds}"
-            self._note(
-                Incident(IncidentKind.damaged_checkpoint.name, f"{detail}; the run goes on without what it says")
-            )
+        self._note(*damaged_reports(self._folder, reports, self._done))
         for report in reports:
             if report.round > saved.server_round:
                 break
@@ -239,13 +205,10 @@ class RunLoop:
                 self._patience = self._patience.after(report)
 
     def _restore(self, saved: Checkpoint) -> None:
-        """Take the model of a checkpoint, and what belongs to it."""
-        self._take(self._state.arrays({name: saved.model[name] for name in self._model}))
+        """Take the models of a checkpoint, and what belongs to them."""
+        self._models.restore(saved)
         self._state.optimizer_state = saved.optimizer_state
         self._state.memory.restore(saved.memory)
-        if saved.trained:
-            self._train_on(self._state.arrays({name: saved.trained[name] for name in self._model}))
-        self._average, self._before = saved.average or None, saved.before
         self._standing = Standing()
         for report in checkpoint.read_reports(self._folder):
             compares = self._state.composition.recipe.compares
@@ -264,7 +227,9 @@ class RunLoop:
             losses = {name: v for name, v in self._evaluate_on_server(0).items() if "loss" in name.lower()}
             self._losses = {f"{name} (server)": value for name, value in losses.items()}
         if self._done < self._rounds and self._settings.fraction_evaluate and self._settings.fraction_train:
-            ask_first(self._state, self._grid, self._model, self._digest, self._train_config, self._done + 1)
+            ask_first(
+                self._state, self._grid, self._models.state, self._models.digest, self._train_config, self._done + 1
+            )
         previous: RoundReport | None = None
         for number in range(self._done + 1, self._rounds + 1):
             if self._patience.is_over(number - 1):
@@ -275,13 +240,13 @@ class RunLoop:
         """Serve the model of the best round, where the run was to end without a better one."""
         best = self._patience.best_round
         if best and best < checkpoint.load(self._folder).server_round:
-            self._serve(self._state.arrays(checkpoint.serve(self._folder, best)))
+            self._models.serve(checkpoint.serve(self._folder, best))
 
     def _complete_result(self) -> RunResult:
         """Add the reports of all rounds to the result, and the metrics of the rounds before a resume."""
         result = self._result
-        result.arrays, result.state_dict = self._served, dict(self._state.state(self._served))
-        result.trained_arrays = self._arrays
+        result.arrays, result.state_dict = self._models.served, dict(self._state.state(self._models.served))
+        result.trained_arrays = self._models.arrays
         result.reports = checkpoint.read_reports(self._folder)
         newest = result.reports[-1:]
         result.served_round = self._patience.best_round or sum(
@@ -342,12 +307,12 @@ class RunLoop:
         checkpoint.append_report(self._folder, report)
         saved = Checkpoint(
             report.round,
-            dict(self._state.state(self._served)),
+            dict(self._state.state(self._models.served)),
             self._settings.decisive,
             self._state.optimizer_state,
-            {} if self._arrays is self._served else dict(self._model),
-            dict(self._average or {}),
-            dict(self._before),
+            {} if self._models.arrays is self._models.served else dict(self._models.state),
+            dict(self._models.average or {}),
+            dict(self._models.before),
             self._state.memory.tensors(),
         )
         checkpoint.save(self._folder, saved, max(self._settings.checkpoints, self._settings.patience + 1))
@@ -359,23 +324,23 @@ class RunLoop:
     def _round(self, number: int) -> RoundReport:
         started = time.perf_counter()
         self._choice = self._step = None
-        self._probe.begin(self._model, number)
+        self._probe.begin(self._models.state, number)
         results = self._train_stages(number) if self._settings.fraction_train else []
         evaluated = self._evaluate_on_clients(number)
         server_metrics = self._evaluate_on_server(number)
         fused = next((result for result in results if result.report.stage == Fuse.stage), None)
-        measured = fused.cosines(self._model) if fused and fused.cosines else None
+        measured = fused.cosines(self._models.state) if fused and fused.cosines else None
         cosines, self._state.movement = measured or (None, None)
         measurements = Measurements(
             path=fused.path if fused else None,
             fused_path=evaluated.path if evaluated else None,
             update_cosines=cosines,
             variance=evaluated.variance if evaluated else {},
-            probe=self._probe.finish(self._state.state(self._served), fused.nodes if fused else []),
+            probe=self._probe.finish(self._state.state(self._models.served), fused.nodes if fused else []),
             train_metrics=fused.metrics if fused else {},
             evaluate_metrics=evaluated.metrics if evaluated else {},
             server_metrics=server_metrics,
-            digest=self._served_digest,
+            digest=self._models.served_digest,
             choice=self._choice,
             step=self._step,
             seconds=time.perf_counter() - started,
@@ -396,7 +361,7 @@ class RunLoop:
             elif isinstance(error, StageFailedError):
                 results.append(StageResult({}, error.report))
             self._note(Incident(IncidentKind.rolled_back.name, f"{error}; the model of the round before stays"))
-            self._go_back()
+            self._models.go_back()
         return results
 
     def _guarded(self, report: RoundReport) -> RoundReport:
@@ -405,7 +370,7 @@ class RunLoop:
         for node, until in self._state.strikes.quarantined(number).items():
             self._note(Incident(IncidentKind.quarantined.name, f"node {node} is not asked up to round {until}"))
         if guard != "off":
-            small = partial(small_norm, self._model)
+            small = partial(small_norm, self._models.state)
             self._note(*(incident for stage in report.stages for incident in client_incidents(stage, small)))
             losses = global_losses(report)
             rise = loss_rise(losses, self._losses, self._settings.loss_rise)
@@ -414,13 +379,13 @@ class RunLoop:
             # Before round 1 there is no checkpoint to go back to.
             if rise is not None and guard == "roll back" and number > 1 and (saved := self._last_whole()):
                 self._restore(saved)
-                self._go_back()
+                self._models.go_back()
                 detail = f"{rise.detail}; the model of round {saved.server_round} is used again"
                 self._note(Incident(IncidentKind.rolled_back.name, detail))
             else:
                 self._losses |= losses
         incidents, self._incidents = tuple(self._incidents), []
-        return replace(report, incidents=incidents, model_digest=self._served_digest)
+        return replace(report, incidents=incidents, model_digest=self._models.served_digest)
 
     def _last_whole(self) -> Checkpoint | None:
         """Return the last checkpoint; None, and an incident, where none can be read any more."""
@@ -435,8 +400,8 @@ class RunLoop:
         settings, recipe = self._settings, self._state.recipe
         nodes = self._state.sample(self._grid, number, settings.fraction_train, settings.min_train_nodes)
         stages = self._state.composition.round_stages(number, recipe, self._state.memory)
-        stages = replace(stages, shortfall=self._standing.shortfall, before=self._before)
-        plans = run_round(self._model, recipe, stages, nodes)
+        stages = replace(stages, shortfall=self._standing.shortfall, before=self._models.before)
+        plans = run_round(self._models.state, recipe, stages, nodes)
         try:
             plan = next(plans)
             while True:
@@ -447,18 +412,19 @@ class RunLoop:
 
     def _take_round(self, number: int, outcome: RoundResult, results: list[StageResult]) -> None:
         """Take the round's models: as the strategy returned it, or as the last of several stages left them."""
-        anchor = self._train_anchor
+        # Kept for longer, the anchor would be one more model in memory.
+        anchor, self._train_anchor = self._train_anchor, {}
         if self._state.is_single_stage(number):
             trained = self._trained
         else:
             trained = self._state.arrays(self._state.follow(number, anchor, outcome.model))
         if self._state.recipe.fits_or_compares:
-            self._take_compared(number, outcome, trained, results)
-        else:
-            self._take_mean(number, trained)
-        # Training on fitted layers is a jump, and going back is one too.
-        follows = self._arrays is trained and (self._choice is None or self._choice.trained_on == Origin.average.name)
-        self._before = anchor if follows and outcome.step is not None else {}
+            self._say_left_out(outcome, results)
+            if outcome.choice is None and self._standing.choice is not None:
+                # The mean is not to be compared with a model that was served for its closed forms.
+                self._losses = {}
+        reports = [result.report for result in results]
+        self._choice = self._models.take_round(number, outcome, trained, anchor, self._standing, reports)
         self._step = outcome.step
         self._say_no_judges(results)
 
@@ -469,46 +435,6 @@ class RunLoop:
             self._said_judges = True
             if not any(result.judges for result in results):
                 _LOG.info("%s", NO_JUDGES)
-
-    def _take_mean(self, number: int, trained: ArrayRecord) -> None:
-        """Take the model of a round that has compared nothing; a better one of an earlier round stays served."""
-        resting = self._standing.resting(number)
-        if resting is None:
-            self._take(trained)
-        else:
-            self._train_on(trained)
-            self._average, self._choice = None, resting
-
-    def _take_compared(
-        self, number: int, outcome: RoundResult, trained: ArrayRecord, results: list[StageResult]
-    ) -> None:
-        """Take the models of a round that has fitted layers or compared models."""
-        served_before, average_before = (self._served, self._served_digest), self._average
-        self._take(trained)
-        self._say_left_out(outcome, results)
-        if outcome.choice is None:
-            # The mean is not to be compared with a model that was served for its closed forms.
-            self._losses = {} if self._standing.choice else self._losses
-            if outcome.served is not None:
-                self._serve(self._state.arrays(self._state.composition.untied(outcome.served)))
-            return
-        choice = self._standing.settled(outcome.choice, number, [result.report for result in results])
-        self._average = outcome.average and self._state.composition.untied(outcome.average)
-        if self._standing.goes_back(choice) and average_before is not None:
-            self._average = average_before
-            self._go_back()
-            choice = replace(choice, trained_on=Origin.average.name)
-        if choice.served == Origin.kept.name:
-            self._served, self._served_digest = served_before
-        elif outcome.served is not None:
-            self._serve(self._state.arrays(self._state.composition.untied(outcome.served)))
-        self._choice = choice
-
-    def _go_back(self) -> None:
-        """Train on the mean again, after fitted layers that could not be trained on; what is served stays."""
-        if self._average is not None:
-            self._train_on(self._state.arrays(dict(self._average)))
-            self._average, self._before = None, {}
 
     def _say_left_out(self, outcome: RoundResult, results: list[StageResult]) -> None:
         """Say what a recipe has left out, once; where that is all it adds to the mean, it only averages from now on."""
@@ -535,7 +461,7 @@ class RunLoop:
             nodes,
             self._state.round_context(number, self._train_config),
             self._limits,
-            digest=self._digest if plan.carries is self._model else None,
+            digest=self._models.digest if plan.carries is self._models.state else None,
             agreement=reduce(or_, (result.agreement for result in earlier), DirectionAgreement()),
         )
         late = self._collect(attempt)
@@ -583,7 +509,7 @@ class RunLoop:
     def _run_training(self, number: int, anchor: State) -> StageResult:
         """Run the stage in which clients train, through the strategy's own methods."""
         strategy, limits = self._strategy, self._limits
-        arrays = self._arrays if anchor is self._model else self._state.arrays(anchor)
+        arrays = self._models.arrays if anchor is self._models.state else self._state.arrays(anchor)
         self._train_anchor = self._state.state(arrays)
         report, needed, by_rule = StageReport(Fuse.stage), 1, False
         self._state.training = None
@@ -613,7 +539,9 @@ class RunLoop:
 
     def _evaluate_on_clients(self, number: int) -> StageResult | None:
         """Evaluate the new model on clients; it stands also where none of them can evaluate it."""
-        messages = list(self._strategy.configure_evaluate(number, self._served, self._evaluate_config, self._grid))
+        messages = list(
+            self._strategy.configure_evaluate(number, self._models.served, self._evaluate_config, self._grid)
+        )
         if not messages:
             return None
         early_end = self._limits.early_end(len(messages))
@@ -636,7 +564,7 @@ class RunLoop:
     def _evaluate_on_server(self, number: int) -> dict[str, float]:
         if self._evaluate_fn is None:
             return {}
-        metrics = self._state.functions.metrics("evaluate_fn", self._evaluate_fn, number, self._served)
+        metrics = self._state.functions.metrics("evaluate_fn", self._evaluate_fn, number, self._models.served)
         if not number:
             self._state.functions.raise_failure()
         if not metrics:

@@ -23,9 +23,9 @@ from fedbasin.server.exchange import stage_attempt
 from fedbasin.server.exchange.stage_attempt import StageAttempt
 from fedbasin.server.exchange.update_directions import UpdateDirections
 from fedbasin.server.observe.push import ObserverClient
-from fedbasin.server.run.loop import RunLoop
 from fedbasin.server.run.reporter import Reporter
 from fedbasin.server.run.resumption import checkpoint
+from fedbasin.server.run.run_models import RunModels
 from fedbasin.server.strategy import FedBasin
 from fedbasin.strategies.capture.preactivations import preactivation_moments
 from fedbasin.strategies.diagnostics.barrier import grid as equally_spaced
@@ -73,7 +73,7 @@ _TELEMETRY = (
 )
 # What the server does beside stages: the new model's digest, which the next requests carry and the report repeats, and
 # the checkpoint.
-_WORK = ((RunLoop, "_take"), (checkpoint, "save"))
+_WORK = ((RunModels, "take_round"), (checkpoint, "save"))
 _RUNNING: list[str] = []
 _ROWS = (*dict.fromkeys(row for row, *_ in _TELEMETRY), "work")
 
