@@ -6,7 +6,8 @@ may be hostile (`robust`). Each part is a frozen value that holds its own
 settings, so that a setting cannot be given where nothing would read it.
 
 Closed forms that are trained on decay: on skewed labels their loss rises again after a few rounds. Clients therefore
-train on from the mean, as FedAvg does, and the closed form is the model that is served.
+train on from the mean, as FedAvg does, and the closed form is the model that is served. Only after round 1, whose mean
+is far behind, they train on from a closed form that was not fitted to labels.
 """
 
 from dataclasses import dataclass, field, replace
@@ -145,7 +146,7 @@ class HeadRefit:
 
 @dataclass(frozen=True)
 class BlockRefit:
-    """A closed-form fit of the blocks of a `DeepAnalytic` one after the other, and of its last layer, to labels.
+    """A closed-form fit of the blocks of a `DeepAnalytic` one after the other, and of its last layer, to the targets.
 
     Attributes:
         head: regulariser of the last layer, in every stage.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedbasin.proto.report import PathSums, Step
 from fedbasin.proto.request import PathSpec
+from fedbasin.strategies.diagnostics.barrier import grid
 from fedbasin.strategies.recipes import StepSearch
 from fedbasin.strategies.round.choice import is_more_than_chance
 from fedbasin.strategies.round.fitted import Fitted
@@ -40,27 +41,29 @@ def lengthen(
         before: the global model that the round before began with; empty where this round is not to go on from there.
         search: the points that clients evaluate.
     """
-    mean = fused.model
+    mean, points = fused.model, grid(search.points)
     line = Fitted(mean, mean, mean, 0, fused.judges)
     path = PathSpec(0.0, search.length)
     result = yield _probe(line, path, search)
     examples = sum(client.examples for client in result.paths)
     if not examples:
         return mean, Step()
-    step = Step(mean_loss=_loss(result.paths, _whole(search)), examples=examples)
+    # Of the points from the global model on, the one at which the whole step ends.
+    whole = round((search.points - 1) / search.length)
+    step = Step(mean_loss=_loss(result.paths, whole), examples=examples)
     if before:
         moved = continued(mean, anchor, before)
         line = Fitted(mean, moved, moved, 1, result.nodes)
         along = yield _probe(line, PathSpec(), search)
-        step = replace(step, momentum=best_step(along.paths, 0))
+        step = replace(step, momentum=points[best_step(along.paths, 0)])
         if step.momentum:
             path = PathSpec(step.momentum, search.length)
             result = yield _probe(replace(line, carries={}, nodes=along.nodes), path, search)
-    length = search.length * best_step(result.paths, _whole(search))
-    step = replace(step, length=length, loss=_loss(result.paths, _index(result.paths, length / search.length)))
-    if length == 1 and not step.momentum:
+    best = best_step(result.paths, whole)
+    step = replace(step, length=search.length * points[best], loss=_loss(result.paths, best))
+    if best == whole and not step.momentum:
         return mean, step
-    path = replace(path, extrapolate=length)
+    path = replace(path, extrapolate=step.length)
     return path_ends(path, anchor, line.start, line.model)[1], step
 
 
@@ -68,8 +71,8 @@ def _probe(line: Fitted, path: PathSpec, search: StepSearch) -> StagePlan:
     return StagePlan(partial(ProbeStep, line.model, line.sequence, path, search.points), line.carries, line.nodes)
 
 
-def best_step(paths: Sequence[PathSums], shortest: int) -> float:
-    """Return the point of a line at which the clients' loss is lowest; that of the shortest step where none is better.
+def best_step(paths: Sequence[PathSums], shortest: int) -> int:
+    """Return the index of the point of a line at which the clients' loss is lowest; the shortest step if none is better.
 
     A better one lowers the loss of all clients together by more than chance, and is no worse for at least half of them:
     what one client claims moves nothing that the others' losses speak against.
@@ -79,9 +82,9 @@ def best_step(paths: Sequence[PathSums], shortest: int) -> float:
         shortest: index of the point of the shortest step.
     """
     judges = [path for path in paths if path.examples]
-    best, lowest = shortest, _loss(judges, shortest)
     if not judges:
-        return 0.0
+        return shortest
+    best, lowest = shortest, _loss(judges, shortest)
     examples = sum(path.examples for path in judges)
     in_nats = all(path.correct_after for path in judges)
     for index in range(shortest + 1, len(judges[0].points)):
@@ -90,16 +93,7 @@ def best_step(paths: Sequence[PathSums], shortest: int) -> float:
         is_better = is_more_than_chance(loss, _loss(judges, shortest), examples, in_nats=in_nats)
         if loss < lowest and is_better and 2 * better >= len(judges):
             best, lowest = index, loss
-    return judges[0].points[best]
-
-
-def _whole(search: StepSearch) -> int:
-    """Return the index of the point at which a line from the global model reaches the end of the whole step."""
-    return round((search.points - 1) / search.length)
-
-
-def _index(paths: Sequence[PathSums], point: float) -> int:
-    return next(index for index, place in enumerate(paths[0].points) if abs(place - point) < 1e-9)
+    return best
 
 
 def _loss(paths: Sequence[PathSums], index: int) -> float:
