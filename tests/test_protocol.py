@@ -472,6 +472,13 @@ class TestASummary:
         ]
         assert behind.cells(summary.scenes(curve([0, 0.5], "auto") | curve([0, 0.5]))) == "None of 2 cells."
 
+    @pytest.mark.parametrize(
+        ("setting", "cells"), [("fraction_train=0.2", 2), ("held_out=0.1", 0), ("matcher='auto'", 0)]
+    )
+    def test_counts_the_default_where_clients_are_sampled_and_no_other_setting(self, setting, cells):
+        curves = curve([0, 0.5], f"auto({setting})") | curve([0, 0.5], "fedavg(fraction_train=0.2)")
+        assert behind.cells(summary.scenes(curves)) == f"None of {cells} cells."
+
     def test_without_right_and_wrong_are_compared_by_loss_alone(self, tmp_path):
         curves = curve([math.nan, math.nan], "auto", loss=0.5) | curve([math.nan, math.nan], "FedAvg", loss=0.4)
         curves |= curve([math.nan, math.nan], "FedAvgM(server_momentum=0.5)", loss=0.3)

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tests.protocol.flower import STRATEGIES
 from tests.protocol.setting import Point
-from tests.protocol.spec import parse
+from tests.protocol.spec import Spec, parse
 from tests.protocol.summary import Row, Scene
 from tests.protocol.tables import heading
 
 # fedbasin's own names of what Flower has too: a run of these recipes is that strategy.
 _PEERS = (*STRATEGIES, "fedavg", "fedavgm")
+# What a rule may set and still be the default: it says who is asked, and not what is done.
+_SAMPLING = {"fraction_train"}
 _ROUNDS = (1, 2, 5, 10, 15, 20, 60)
 _POINTS, _PART = 0.01, 0.02
 
@@ -24,12 +26,16 @@ def cells(scenes: Mapping[Scene, Iterable[Row]], name: str = "auto") -> str:
     compared = 0
     for scene, all_rows in scenes.items():
         rows = list(all_rows)
-        for row in (row for row in rows if str(parse(row.rule)) == name):
+        for row in (row for row in rows if _is_default(parse(row.rule), name)):
             pairs = list(_pairs(row, [peer for peer in rows if parse(peer.rule).name in _PEERS]))
             compared += len(pairs) * (2 if row.has_accuracy else 1)
             lines += [f"| {heading(scene)} | {text} |" for pair in pairs for text in _behind(*pair)]
     behind = len(lines) - 2
     return "\n".join([f"{behind} of {compared} cells.", "", *lines]) if behind else f"None of {compared} cells."
+
+
+def _is_default(rule: Spec, name: str) -> bool:
+    return rule.name == name and dict(rule.settings).keys() <= _SAMPLING
 
 
 def _pairs(row: Row, peers: Sequence[Row]) -> Iterator[tuple[Point, list[tuple[str, Point]]]]:
