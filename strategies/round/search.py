@@ -4,8 +4,9 @@ refit -> probe a line to the fitted model -> probe one beyond it -> trial -> sca
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -38,6 +39,38 @@ from fedbasin.strategies.tensors.state import State, interpolate
 # Factors from 0 to 1 by which clients scale the outputs of the model that is served.
 _SCALES = 11
 
+# Returns a path as all clients would have evaluated it, those included that the round has not asked.
+ForAll: TypeAlias = Callable[[Path | None, PathSpec], Path | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Lines:
+    """The lines on which a search looks for models.
+
+    Attributes:
+        anchor: the global model that the round began with.
+        fitted: the fused model with fitted layers.
+        client: one client's model with a closed-form head; None for none.
+        head: tensors of the last layer, whose outputs are scaled; None where it is not known.
+        for_all: a path as all clients would have evaluated it.
+    """
+
+    anchor: State
+    fitted: Fitted
+    client: Fitted | None
+    head: tuple[str, ...] | None
+    for_all: ForAll
+
+    def model_of(self, candidate: Candidate, extended: PathSpec) -> dict[str, Tensor]:
+        """Return the model at a point that clients have evaluated."""
+        if candidate.origin is Origin.client and self.client is not None:
+            return interpolate(self.client.start, self.client.model, candidate.point)
+        return interpolate(*self.ends(extended if candidate.is_extended else PathSpec()), candidate.point)
+
+    def ends(self, path: PathSpec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the two models between which a path runs."""
+        return path_ends(path, self.anchor, self.fitted.start, self.fitted.model)
+
 
 def search(anchor: State, fused: StageResult, refit: ClosedForm, probe: LossProbe, stages: RoundStages) -> Round:
     """Fit layers of the fused model, and choose a point between it and the fitted one."""
@@ -68,8 +101,8 @@ def search(anchor: State, fused: StageResult, refit: ClosedForm, probe: LossProb
         start, end = path_ends(path, *models)
         return for_all_clients(curve, join(last, start), join(last, end), *stages.memory.newest)
 
-    names = last and tensor_names(last)
-    chosen = yield from _choose(anchor, fitted, client, models, probe, for_all, stages, names)
+    lines = _Lines(anchor, fitted, client, last and tensor_names(last), for_all)
+    chosen = yield from _choose(lines, models, probe, stages)
     if stages.own_refit is None or refit.head is None or last is None:
         return chosen
     head = HeadRefit(refit.head, probe)
@@ -131,28 +164,16 @@ def _step_on(chosen: RoundResult, fused: StageResult, head: HeadRefit, points: i
     return replace(chosen, served=_scaled(served, choice, tensor_names(last)), choice=choice)
 
 
-def _choose(
-    anchor: State,
-    fitted: Fitted,
-    client: Fitted | None,
-    models: list[Candidate],
-    probe: LossProbe,
-    for_all: Callable[[Path | None, PathSpec], Path | None],
-    stages: RoundStages,
-    head: Block | None,
-) -> Round:
+def _choose(lines: _Lines, models: list[Candidate], probe: LossProbe, stages: RoundStages) -> Round:
     """Compare points between and beyond the fused and the fitted model, and try where training can go on.
 
     Args:
-        anchor: the global model that the round began with.
-        fitted: the fused model with fitted layers.
-        client: one client's model with a closed-form head; None for none.
-        models: points of its line.
+        lines: the lines of the search.
+        models: points of the line of one client's model, which has been evaluated.
         probe: the search.
-        for_all: a path as all clients would have evaluated it, those included that the round has not asked.
         stages: the stages of this run, and how far the mean was from the served model when they were last compared.
-        head: tensors of the last layer, whose outputs are scaled; None where it is not known.
     """
+    fitted, head, for_all = lines.fitted, lines.head, lines.for_all
     result = yield fitted.probe(PathSpec(), probe.points)
     line = for_all(result.curve, PathSpec())
     best = best_point(line)
@@ -165,7 +186,7 @@ def _choose(
         extension = candidates(beyond, is_extended=True)
         models += extension
         # After a search for an anchor it is a trained model, which the mean need not surpass.
-        start = extension[0] if extension and client is None else None
+        start = extension[0] if extension and lines.client is None else None
         path = PathSpec(best, probe.extrapolate * best_ahead(beyond, 1 / probe.extrapolate))
     if line is None or not line.examples:
         return RoundResult(dict(fitted.start))
@@ -177,7 +198,7 @@ def _choose(
         trial = (yield StagePlan(make, {}, result.nodes, may_fail=True)).path
     trained_on = Origin.fitted if is_trainable(trial, average.loss - served.loss) else Origin.average
     choice = choice_of(served, average, trained_on, line.examples)
-    model = None if served is average else _model_of(served, anchor, fitted, client, extended)
+    model = None if served is average else lines.model_of(served, extended)
     place = _place_of(served, extended)
     if head is not None and place is not None:
         choice = yield from _scale(choice, replace(fitted, nodes=result.nodes), replace(place, scaled=head), for_all)
@@ -185,12 +206,11 @@ def _choose(
         model = _scaled(model or fitted.start, choice, head)
     if trained_on is Origin.average:
         return RoundResult(dict(fitted.start), model, choice=choice)
-    _, further = path_ends(path, anchor, fitted.start, fitted.model)
-    return RoundResult(further, model, dict(fitted.start), choice)
+    return RoundResult(lines.ends(path)[1], model, dict(fitted.start), choice)
 
 
 def _scale(
-    choice: Choice, fitted: Fitted, path: PathSpec, for_all: Callable[[Path | None, PathSpec], Path | None]
+    choice: Choice, fitted: Fitted, path: PathSpec, for_all: ForAll
 ) -> Generator[StagePlan, StageResult, Choice]:
     """Scale the outputs of the model that is served to where the clients' loss is lowest.
 
@@ -228,13 +248,3 @@ def _place_of(candidate: Candidate, extended: PathSpec) -> PathSpec | None:
         return PathSpec(candidate.point)
     # A path of no length is the line from the fused to the fitted model.
     return replace(extended, extrapolate=extended.extrapolate * candidate.point) if candidate.point else None
-
-
-def _model_of(
-    candidate: Candidate, anchor: State, fitted: Fitted, client: Fitted | None, extended: PathSpec
-) -> dict[str, Tensor]:
-    """Return the model at a point that clients have evaluated."""
-    if candidate.origin is Origin.client and client is not None:
-        return interpolate(client.start, client.model, candidate.point)
-    path = extended if candidate.is_extended else PathSpec()
-    return interpolate(*path_ends(path, anchor, fitted.start, fitted.model), candidate.point)
