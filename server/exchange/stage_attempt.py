@@ -36,9 +36,10 @@ from fedbasin.strategies.judging.direction_agreement import DirectionAgreement, 
 from fedbasin.strategies.judging.finite_model import changed, check_finite
 from fedbasin.strategies.judging.influence import Measure, Verdict, judge, measure
 from fedbasin.strategies.judging.label_agreement import contradicting_labels
+from fedbasin.strategies.judging.loss_claims import bounded_claims
 from fedbasin.strategies.judging.outcomes import Outcome, Refusal
 from fedbasin.strategies.round.fuse import Fuse
-from fedbasin.strategies.round.refit import LocalSteps, RefitHead
+from fedbasin.strategies.round.refit import CHOICES, LocalSteps, RefitHead
 from fedbasin.strategies.round.stage import Stage, StageResult
 from fedbasin.strategies.round.weighted_means import weighted_means
 from fedbasin.strategies.tensors.state import State
@@ -63,6 +64,7 @@ class StageLimits:
         least_clients: number of clients that must be accepted of any quorum, where as many are asked.
         late_rounds: largest age of a late reply that is used, in rounds; 0 uses none.
         bounds: whether one client's influence is bounded by what the clients have in common.
+        claims: whether that holds for the losses by which clients choose between models.
     """
 
     timeout_seconds: float = 3600.0
@@ -74,6 +76,7 @@ class StageLimits:
     least_clients: int = 1
     late_rounds: int = 0
     bounds: bool = True
+    claims: bool = True
 
     def needed(self, asked: int) -> int:
         """Return the number of clients that must be accepted."""
@@ -259,13 +262,15 @@ class StageAttempt:
         """
         with self._working():
             model, average = self._finish_stage()
+            paths = self._bounded_paths()
         sums = self._sums
+        path = sum(paths, start=PathSums())
         return StageResult(
             model,
             self.report(),
             self._aggregate(metrics_fn),
-            sums.path if sums.path.points else None,
-            tuple(sums.paths),
+            path if path.points else None,
+            paths,
             {name: value for name, value in weighted_means(sums.variance).items() if isinstance(value, float)},
             self.stage.layer_graph,
             average=average,
@@ -297,8 +302,21 @@ class StageAttempt:
     def _note_shares(self) -> None:
         """Add to the report of each client what the fusion has made of its update."""
         for node, note in zip(self._sums.nodes, self.stage.notes, strict=False):
-            report = self._clients[node]
-            self._clients[node] = replace(report, detail="; ".join(filter(None, (report.detail, note))))
+            self._note(node, note)
+
+    def _note(self, node: int, note: str) -> None:
+        report = self._clients[node]
+        self._clients[node] = replace(report, detail="; ".join(filter(None, (report.detail, note))))
+
+    def _bounded_paths(self) -> tuple[PathSums, ...]:
+        """Return the clients' paths; where they choose between models, as far as each client's claims count."""
+        paths = self._sums.paths
+        if not (self.limits.claims and self.stage.request.stage in CHOICES):
+            return tuple(paths.values())
+        bounded = bounded_claims(paths)
+        for node, (_, note) in bounded.items():
+            self._note(node, note)
+        return tuple(bounded[node][0] if node in bounded else path for node, path in paths.items())
 
     def _aggregate(self, metrics_fn: MetricsFn | None) -> dict[str, float | list[float]]:
         if not self._sums.contents:
@@ -456,9 +474,8 @@ class StageAttempt:
         update = self._bound(node, verdict)
         self.stage.add(node, update)
         sums.nodes.append(node)
-        sums.path += candidate.path
         if candidate.path.points:
-            sums.paths.append(candidate.path)
+            sums.paths[node] = candidate.path
         sums.variance.append((candidate.variance, 1.0))
         sums.metrics.append((candidate.metrics, update.examples))
         metrics = MetricRecord({**candidate.metrics, self.request.weight_key: update.examples})
@@ -550,8 +567,7 @@ class _Sums:
     nodes: list[int] = field(default_factory=list)
     contents: list[RecordDict] = field(default_factory=list)
     metrics: list[tuple[Metrics, float]] = field(default_factory=list)
-    path: PathSums = field(default_factory=PathSums)
-    paths: list[PathSums] = field(default_factory=list)
+    paths: dict[int, PathSums] = field(default_factory=dict)
     variance: list[tuple[Mapping[str, float], float]] = field(default_factory=list)
     directions: UpdateDirections | None = None
 

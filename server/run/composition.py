@@ -97,6 +97,7 @@ class Composition:
             max([1, *(rule.least for rule in (self.recipe.robust, self.recipe.rule) if rule is not None)]),
             settings.late_rounds,
             self._bounds,
+            settings.bounds,
         )
 
     @property

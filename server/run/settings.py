@@ -232,8 +232,9 @@ class Settings(BaseModel):
     )
     bounds: bool = Field(
         True,
-        description="bounds on the influence of one client: examples, norm and direction of its update, and statistics "
-        "are held against the other clients', and cut back or left out; with a robust rule only where this is set",
+        description="bounds on the influence of one client: examples, norm and direction of its update, statistics, and "
+        "the losses by which clients choose between models are held against the other clients', and cut back or left "
+        "out; with a robust rule only the losses, unless this is set",
     )
     guard: Literal["roll back", "warn", "off"] = Field(
         "roll back",

@@ -375,3 +375,7 @@ class Trial(ProbePath):
             path: the path whose end the steps are taken from.
         """
         super().__init__(model, sequence, path, points=2)
+
+
+# Stages in which clients choose between models. In a trial one client whose steps diverge is what is looked for.
+CHOICES = (ProbePath.stage, ProbeStep.stage, ScaleOutputs.stage)

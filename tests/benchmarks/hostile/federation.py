@@ -10,7 +10,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedbasin.client import basin
-from fedbasin.proto.header import STATISTICS
+from fedbasin.proto import fedbasin_pb2 as pb
+from fedbasin.proto.header import HEADER, STATISTICS, read_header, write_header
 from fedbasin.server.exchange.quorum import QuorumLostError
 from fedbasin.strategies.judging.finite_model import NonFiniteModelError
 from fedbasin.strategies.symmetry.discover.discovery import discover
@@ -48,6 +49,21 @@ def claim_examples(examples: float) -> Change:
         for record in content.values():
             if isinstance(record, MetricRecord) and "num-examples" in record:
                 record["num-examples"] = examples
+
+    return change
+
+
+def claim_losses(claimed: float) -> Change:
+    """Claim, where clients choose between models, that the first is without a loss and all others have this one."""
+
+    def change(content: RecordDict) -> None:
+        header = read_header(content, pb.Reply()) if HEADER in content else pb.Reply()
+        path = header.path
+        if path.loss_after:
+            others = len(path.points) - 1
+            path.loss_after[:] = [0.0, *[claimed * path.examples] * others]
+            path.correct_after[:] = [path.examples, *[0.0] * others] if path.correct_after else []
+            write_header(content, header)
 
     return change
 
@@ -117,6 +133,7 @@ ATTACKS = {
     "flipped labels, statistics x 4": Attack(scale_statistics(4.0), labels=_flipped),
     "update turned round": Attack(update=_turned),
     "noise of the update's size": Attack(update=_noise),
+    "losses of a million": Attack(claim_losses(1e6)),
 }
 
 
