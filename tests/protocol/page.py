@@ -39,6 +39,7 @@ How the rules compare, under one protocol. Written by `python -m tests.protocol 
 |---|---|
 | `teacher`, `clusters`, `friedman` | generated: a random network's largest output, gaussian clusters, Friedman's first function |
 | `digits`, `diabetes` | ship with scikit-learn |
+| `glyphs` | letters in 16 fonts of matplotlib's, turned and sheared, with noise |
 | `digits(sources=10)` | the same digits from ten scanners, each with scales and offsets of its own: clients differ in their inputs |
 | `sayings`, `scenes`, `colour_digits` | made of these digits: six yes or no for each, a class for each pixel, Flower's quickstart |
 | `modules`, `python_topics` | text that Python brings: which module a passage is of, the next character of its documentation |
@@ -49,25 +50,31 @@ F4="--rule FedAvg --rule FedAvgM(server_momentum=[0.5,0.9]) --rule FedProx(proxi
 F8="$F4 --rule FedAvgM(server_momentum=0.7) --rule FedAdam(eta=[0.01,0.03]) --rule FedProx(proximal_mu=0.1)"
 HEADS="--rule RidgeHead --rule RandomFeaturesHead"
 run() { python -m tests.protocol run --jobs 2 "$@"; }
-run --task teacher --task clusters --rounds 15 $F8 $HEADS --rule 'auto(held_out=0.1)'
-run --task diabetes --task friedman $F4 $HEADS --rule 'auto(held_out=0.1)'
-run --task vowels --model lstm --rounds 60 $F4 $HEADS
-run --task colour_digits --split iid --model quickstart --optimizer sgd --rate 0.02 --epochs 1 --clients 4 --rounds 60 $F4
-run --task digits --rounds 60 $F4 $HEADS
-run --task satellite --rounds 60 $F4 $HEADS
-run --task letters --split 'few(5)' --clients 50 $F8 $HEADS
-run --task letters --clients 50 --rule 'fedavg(fraction_train=0.2)' --rule 'fedavgm(fraction_train=0.2)' --rule 'auto(fraction_train=0.2)'
-run --task digits --split 'shards(2)' --rounds 10 --rule features $F4 $HEADS
-run --task 'digits(sources=10)' --split groups $F4 $HEADS
-run --task sayings --model small_cnn --epochs 2 $F4 $HEADS
-run --task scenes --model segmenter --epochs 1 --rounds 10 $F4
-run --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 --rounds 10 $F4
-run --task modules --model transformer --epochs 2 --rate 3e-3 --rounds 10 $F4 $HEADS
-run --task digits --model transformer --epochs 2 --rounds 60 $F4
-run --task digits --model resnet --epochs 2 --rounds 10 $F4
-run --task letters --split 'dirichlet(0.05)' --rounds 5 $F4 $HEADS
-run --task letters --split 'quantity(0.3)' --rounds 10 $F4 $HEADS
-run --task 'handwriting(train=2000)' --model cnn --epochs 2 --rounds 10 $F4 $HEADS
+long() { run --rounds 60 "$@"; }
+long --task teacher --task clusters $F8 $HEADS
+long --task diabetes --task friedman $F4 $HEADS
+long --task vowels --model lstm $F4 $HEADS
+long --task colour_digits --split iid --model quickstart --optimizer sgd --rate 0.02 --epochs 1 --clients 4 $F4
+long --task digits $F4 $HEADS
+long --task satellite $F4 $HEADS
+long --task letters --split 'few(5)' --clients 50 $F8 $HEADS
+long --task letters --clients 50 --rule 'fedavg(fraction_train=0.2)' --rule 'fedavgm(fraction_train=0.2)' --rule 'auto(fraction_train=0.2)'
+long --task digits --split 'shards(2)' $F4 $HEADS
+long --task 'digits(sources=10)' --split groups $F4 $HEADS
+long --task sayings --model small_cnn --epochs 2 $F4 $HEADS
+long --task scenes --model segmenter --epochs 1 $F4
+long --task python_topics --split groups --model gpt2 --epochs 1 --rate 3e-3 $F4
+long --task modules --model transformer --epochs 2 --rate 3e-3 $F4 $HEADS
+long --task digits --model transformer --epochs 2 $F4
+long --task digits --model resnet --epochs 2 $F4
+long --task letters --split 'dirichlet(0.05)' $F4 $HEADS
+long --task letters --split 'quantity(0.3)' $F4 $HEADS
+long --task 'handwriting(train=2000)' --model cnn --epochs 2 $F4 $HEADS
+run --rounds 10 --task glyphs --model cnn $F4 $HEADS --rule auto-features
+run --rounds 15 --task teacher --task clusters --rule 'auto(held_out=0.1)' --rule auto-features
+run --rounds 20 --task diabetes --task friedman --rule 'auto(held_out=0.1)'
+run --rounds 20 --task digits --rule auto-features
+run --rounds 10 --task digits --split 'shards(2)' --rule features --rule auto-features
 python -m tests.protocol report
 ```
 """
