@@ -62,7 +62,8 @@ def align(
         certify: prove first at which spaces the identity is optimal, for matchers by weights; costs memory.
 
     Raises:
-        ModelError: the models share nothing, do not run on the data, an entry is infinite or not a number, or a norm cannot be folded.
+        ModelError: the models share nothing or do not run on the data, an entry is infinite or not a number, or a norm
+            cannot be folded.
     """
     shared = shared_tensors(anchor, model, symmetry)
     for state, stored in ((shared.anchor, anchor), (model.state, model.stored)):

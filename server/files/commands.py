@@ -154,9 +154,10 @@ def align(
 ) -> None:
     """Move a model into the basin of another without changing its function.
 
-    Units and heads are permuted and rotated so that they come closest to the anchor's, or agree with it on data. The output has the layout, the
-    dtypes and the other files of MODEL. The anchor is read as MODEL's architecture, and the two are compared on what
-    they share. Before anything is written the model is executed with its old and its new tensors.
+    Units and heads are permuted and rotated so that they come closest to the anchor's, or agree with it on data. The
+    output has the layout, the dtypes and the other files of MODEL. The anchor is read as MODEL's architecture, and the
+    two are compared on what they share. Before anything is written the model is executed with its old and its new
+    tensors.
 
     Prints for each space the distance that it moved (0 to 1), its gain in agreement and whether the identity was
     certified as optimal.

@@ -11,7 +11,8 @@ straight through the assignment where units are permuted (straight-through estim
 
 The search starts from the better of weight and activation matching, because from the identity it finds little. A client
 that weight matching leaves as it is has trained from the anchor, and there is no search: it would only find an order
-that the client's own few examples prefer by chance. Nothing but T is trained. BatchNorm normalises each batch by its own statistics: those of the merged model are measured later.
+that the client's own few examples prefer by chance. Nothing but T is trained. BatchNorm normalises each batch by its
+own statistics: those of the merged model are measured later.
 """
 
 import math

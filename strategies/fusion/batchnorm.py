@@ -3,9 +3,10 @@
     mean = sum_k n_k mean_k / n        var = sum_k n_k (var_k + (mean_k - mean)^2) / n
 
 The pooled variance contains the spread of the clients' means. It is summed about the mean so far and not about zero
-(Chan, Golub and LeVeque 1983), because `mean^2` can be so much larger than the variance that no digit of it is left. A refitted model computes other activations than the
-models it was averaged from, so its statistics are measured again over all clients. Weight and bias of the norm absorb
-the difference: the model computes the same function in evaluation, and nearly the same one in training.
+(Chan, Golub and LeVeque 1983), because `mean^2` can be so much larger than the variance that no digit of it is left. A
+refitted model computes other activations than the models it was averaged from, so its statistics are measured again over
+all clients. Weight and bias of the norm absorb the difference: the model computes the same function in evaluation, and
+nearly the same one in training.
 
     weight' = weight sqrt((var' + eps) / (var + eps))    bias' = bias + weight (mean' - mean) / sqrt(var + eps)
 

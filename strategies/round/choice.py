@@ -229,8 +229,8 @@ def kept(choice: Choice, earlier: Choice | None, *, same_clients: bool) -> Choic
     Args:
         choice: the choice among this round's models.
         earlier: the choice of the round before; None where its model was not compared.
-        same_clients: whether the same clients judged both, or some of them. Losses on the examples of others say nothing, unless one is
-            a multiple of the other and the accuracies differ by more than chance.
+        same_clients: whether the same clients judged both, or some of them. Losses on the examples of others say
+            nothing, unless one is a multiple of the other and the accuracies differ by more than chance.
     """
     if earlier is None:
         return choice

@@ -92,7 +92,8 @@ def read_matching(
         smoothing: label smoothing of learned matching, 0 or above and below 1; None for its own choice.
 
     Raises:
-        ModelError: the matcher is unknown, has no search, or reads data and has none, the model cannot be run, or the function fails.
+        ModelError: the matcher is unknown, has no search, or reads data and has none, the model cannot be run, or the
+            function fails.
     """
     if name not in Matcher.__members__:
         raise ModelError(f"--matcher {name}: is unknown; give one of {', '.join(Matcher.__members__)}")

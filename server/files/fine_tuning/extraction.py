@@ -51,7 +51,8 @@ def extract_adapter(base: StoredModel, executable: ExecutableModel, fine: Stored
         rank: largest rank of a layer's product.
 
     Raises:
-        ModelError: the models differ in their tensors or not at all, an entry is not finite, or a change belongs to no module.
+        ModelError: the models differ in their tensors or not at all, an entry is not finite, or a change belongs to no
+            module.
     """
     require_equal_shapes(fine, base)
     for model in (base, fine):
