@@ -71,11 +71,10 @@ long --task digits --model resnet --epochs 2 $F4 $HEADS
 long --task letters --split 'dirichlet(0.05)' $F4 $HEADS
 long --task letters --split 'quantity(0.3)' $F4 $HEADS
 long --task 'handwriting(train=2000)' --model cnn --epochs 2 $F4 $HEADS
-run --rounds 10 --task glyphs --model cnn $F4 $HEADS --rule auto-features
-run --rounds 15 --task teacher --task clusters --rule 'auto(held_out=0.1)' --rule auto-features
+run --rounds 10 --task glyphs --model cnn $F4 $HEADS
+run --rounds 15 --task teacher --task clusters --rule 'auto(held_out=0.1)'
 run --rounds 20 --task diabetes --task friedman --rule 'auto(held_out=0.1)'
-run --rounds 20 --task digits --rule auto-features
-run --rounds 10 --task digits --split 'shards(2)' --rule features --rule auto-features
+run --rounds 10 --task digits --split 'shards(2)' --rule features
 python -m tests.protocol report
 ```
 """
