@@ -32,17 +32,26 @@ def bounded_claims(paths: Mapping[int, PathSums]) -> dict[int, tuple[PathSums, s
     Args:
         paths: by client, the sums of its losses under the same models.
     """
-    judges = {node: path for node, path in paths.items() if path.examples}
-    if len(judges) < _FEWEST:
+    everybody = {node: path for node, path in paths.items() if path.examples}
+    if len(everybody) < _FEWEST:
         return {}
+    count = 2 * sum(bool(path.correct_after) for path in everybody.values()) > len(everybody)
+    # Of a sum with one of them nobody's correct examples would be known.
+    silent = {node for node, path in everybody.items() if count and not path.correct_after}
+    judges = {node: path for node, path in everybody.items() if node not in silent}
     most = _MOST_EXAMPLES * _usual([path.examples for path in judges.values()])
     shortened = {node: _shortened(path, most) for node, path in judges.items()}
     usual_losses, usual_errors = (_usual_of_models(shortened, sums_of) for sums_of in (_losses, _errors))
-    return {
+    # A squared error has the unit of the targets: what is usual takes the place of the nats.
+    nats = _NATS if count else 0.0
+    cut = {
         node: (bounded, note)
         for node, path in shortened.items()
-        if (note := _note(judges[node], bounded := _bounded(path, usual_losses, usual_errors)))
+        if (note := _note(judges[node], bounded := _bounded(path, usual_losses, usual_errors, nats)))
     }
+    return cut | dict.fromkeys(
+        silent, (PathSums(), "its losses do not count: it lacks the correct examples that most report")
+    )
 
 
 def _shortened(path: PathSums, most: float) -> PathSums:
@@ -65,9 +74,7 @@ def _usual_of_models(paths: Mapping[int, PathSums], sums_of: Callable[[PathSums]
     return [_usual(of_model) for of_model in zip(*means, strict=False)]
 
 
-def _bounded(path: PathSums, usual_losses: list[float], usual_errors: list[float]) -> PathSums:
-    # A squared error has the unit of the targets: what is usual takes the place of the nats.
-    nats = _NATS if path.correct_after else 0.0
+def _bounded(path: PathSums, usual_losses: list[float], usual_errors: list[float], nats: float) -> PathSums:
     losses = (
         min(loss, _MULTIPLE * usual * path.examples + max(nats, _ERRORS * usual))
         for loss, usual in zip(path.loss_after, usual_losses, strict=True)

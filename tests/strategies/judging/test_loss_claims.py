@@ -81,7 +81,9 @@ def test_a_few_confident_errors_of_one_client_are_left_as_they_are():
 
 
 def test_who_is_cut_back_is_named_with_what_was_claimed():
-    bounded = bounded_claims(federation(path((1.0, 1e6, 1e6), (0.5, 0.2, 0.1)), path((1.0, 0.5, 0.2), examples=1e9)))
+    bounded = bounded_claims(
+        federation(path((1.0, 1e6, 1e6), (0.5, 0.2, 0.1)), path((1.0, 0.5, 0.2), (0.5, 0.2, 0.1), 1e9))
+    )
     assert bounded.keys() == {8, 9}
     assert bounded[8][1] == "loss under 2 of 3 models cut, from 1e+06 to 3"
     assert bounded[9][1] == "examples cut from 1e+09 to 160"
@@ -99,6 +101,19 @@ def test_of_squared_errors_a_multiple_of_what_is_usual_takes_the_place_of_nats()
     exact, liar = path((1e-4, 5e-5, 2e-5)), path((1e-4, 1.0, 1.0))
     ((bounded, _),) = bounded_claims({**dict.fromkeys(range(4), exact), 4: liar}).values()
     assert bounded.loss_after == pytest.approx([20e-4, 4 * 20 * 5e-5 + 5 * 5e-5, 4 * 20 * 2e-5 + 5 * 2e-5])
+
+
+def test_who_counts_no_correct_examples_does_not_take_those_of_the_others():
+    silent = path((1.0, 0.5, 0.2))
+    bounded = bounded_claims(federation(silent))
+    assert bounded == {9: (PathSums(), "its losses do not count: it lacks the correct examples that most report")}
+    assert total(federation(silent)).correct_after == total(federation(clients=CLIENTS - 1)).correct_after
+
+
+def test_who_counts_them_where_most_do_not_has_no_nats_to_lose():
+    exact, liar = path((1e-4, 5e-5, 2e-5)), path((1e-4, 1.0, 1.0), (0.0, 0.0, 0.0))
+    ((bounded, _),) = bounded_claims({**dict.fromkeys(range(4), exact), 4: liar}).values()
+    assert bounded.loss_after[1] == pytest.approx(4 * 20 * 5e-5 + 5 * 5e-5)
 
 
 @given(st.lists(claims, min_size=3, max_size=8))
